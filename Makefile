@@ -1,0 +1,60 @@
+# `make demo` and `make test` need python3 (3.10 or newer), pip and make; they set up the rest in $(VENV), once, and
+# again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# TensorFlow's C++ side: errors only, and sums that do not differ from run to run.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_ENABLE_ONEDNN_OPTS ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, resume, report
+	@$(BIN)/python examples/demo.py
+
+test: lint  ## The whole gate: format, lint, types, imports, tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-to-develop
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready-to-develop  ## Format the code and repair what the linter can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready-to-run  ## Measure against a bare session and TensorFlow's own supervisors
+	@$(BIN)/python benchmarks/run.py
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems ship venv without ensurepip: there the pip outside puts a pip inside.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "stepguard needs Python 3.10 or newer; say which with: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	    && $(PYTHON) -m pip --disable-pip-version-check --quiet install pip --target \
+	        "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; }
+
+$(VENV)/.ready-to-run: pyproject.toml | $(BIN)/python
+	@echo "Installing stepguard and TensorFlow into $(VENV): once, a few minutes, about 1 GB on disk"
+	@$(PIP) install --editable '.[tensorflow-cpu]'
+	@touch $@
+
+$(VENV)/.ready-to-develop: pyproject.toml | $(VENV)/.ready-to-run
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) install --editable '.[tensorflow-cpu,dev]'
+	@touch $@

@@ -1,0 +1,238 @@
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH208
+"""Durable files: the only user of ``os.replace`` and ``os.fsync`` in the package.
+
+Every function reaches the disk through this module's ``os`` name and nothing else, so that a test can put a
+recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This is
+why it uses no pathlib methods.
+
+What a power loss may undo, and so what the functions promise, is said once here: the content of a file is on disk
+after ``fsync`` of the file; a name in a directory (created, renamed, removed) is on disk after ``fsync`` of that
+directory; nothing else is, in whatever order it was done.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+# Reads of this size keep the disk busy and the GIL free (both os.readinto and xxhash release it), and two of them
+# fit into the cache of a core.
+_BLOCK_BYTES = 1 << 20
+
+_DIGEST_KIND = "xxh3_128"
+
+# What a filesystem answers that has no fsync of directories (some FUSE and network ones). There is nothing better to
+# do on it, and its files were fsynced; EIO and ENOSPC are real and pass.
+_NO_DIRECTORY_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
+
+# What a filesystem answers that has no hard links, or has too many of one file.
+_NO_HARD_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of one file durable.
+
+    A failed fsync must not be repeated: the kernel has dropped the pages, and the second call would succeed over lost
+    bytes. Write the file again instead.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make durable which names a directory holds: every create, rename and removal in it so far."""
+    if os.name == "nt":
+        return  # Windows opens no directories; NTFS journals its names.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_FSYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make durable a file, or a directory with all that lies in it. The name of ``path`` itself is its parent's."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        fsync_file(path)
+        return
+    for name in sorted(os.listdir(path)):
+        fsync_tree(path / name)
+    fsync_dir(path)
+
+
+def make_dirs(path: Path) -> None:
+    """Create a directory and its missing parents, durably. One that exists already is left as it is."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        if path.parent == path:
+            break
+        path = path.parent
+    for directory in reversed(missing):
+        try:
+            os.mkdir(directory)
+        except FileExistsError:
+            if not os.path.isdir(directory):
+                raise  # A file has that name: the caller's error, said by the system with the path in it.
+        # Without this a whole logdir, with every fsynced file in it, may be gone after a power loss.
+        fsync_dir(directory.parent)
+
+
+def make_dir(path: Path) -> None:
+    """Create one directory. Its name is the caller's to make durable. Raises FileExistsError if there is one."""
+    os.mkdir(path)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, neither atomically nor durably: for what may be lost, or read half, without harm."""
+    _write(path, content, durable=False)
+
+
+def write_durable(path: Path, content: bytes) -> None:
+    """Write a file and fsync its content; not atomic, and its name is not durable yet."""
+    _write(path, content, durable=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file, durably: a reader, or a power loss, sees the old content or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        write_durable(aside, content)
+        os.replace(aside, path)
+    except BaseException:
+        remove_quietly(aside)
+        raise
+    fsync_dir(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within one filesystem, replacing a file of that name.
+
+    Durable after `fsync_dir` of the target's parent, which is the caller's to call, once for many moves.
+    """
+    os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that lies in it. A name that is missing is no error."""
+    try:
+        is_dir = stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        if is_dir:
+            for name in os.listdir(path):
+                remove(path / name)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        return  # Somebody else removed it meanwhile.
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove what is not needed any more; if that fails, say so and go on. The store's next sweep finds it."""
+    try:
+        remove(path)
+    except OSError as error:
+        _log.warning("%s: a leftover could not be removed: %s", path, error)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Give a file, or all files of a directory, a second name without copying their bytes.
+
+    On filesystems without hard links the bytes are copied, and fsynced. The directories that are created for it are
+    fsynced; the name ``target`` is the caller's to make durable.
+    """
+    if stat.S_ISDIR(os.lstat(source).st_mode):
+        os.mkdir(target)
+        for name in sorted(os.listdir(source)):
+            link_tree(source / name, target / name)
+        fsync_dir(target)
+        return
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINK:
+            raise
+        _copy_durable(source, target)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole small file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        blocks = []
+        while block := os.read(descriptor, _BLOCK_BYTES):
+            blocks.append(block)
+        return b"".join(blocks)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Return the size in bytes and the digest (``"xxh3_128:<hex>"``) of a file, read to its end.
+
+    Read, not mapped: a file that is truncated, or a sector that fails, under a memory map kills the process with
+    SIGBUS instead of raising an error.
+    """
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    size = 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        buffer = bytearray(_BLOCK_BYTES)
+        view = memoryview(buffer)
+        while count := os.readv(descriptor, [view]):
+            hasher.update(view[:count])
+            size += count
+    finally:
+        os.close(descriptor)
+    return size, f"{_DIGEST_KIND}:{hasher.hexdigest()}"
+
+
+def digest_bytes(content: bytes) -> str:
+    """Return the digest of bytes, in the form that `digest` gives."""
+    import xxhash
+
+    return f"{_DIGEST_KIND}:{xxhash.xxh3_128_hexdigest(content)}"
+
+
+def _write(path: Path, content: bytes, *, durable: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy_durable(source: Path, target: Path) -> None:
+    reading = os.open(source, os.O_RDONLY)
+    try:
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            while block := os.read(reading, _BLOCK_BYTES):
+                view = memoryview(block)
+                while view:
+                    view = view[os.write(writing, view) :]
+            os.fsync(writing)
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)

@@ -1,0 +1,95 @@
+"""The services of a supervised run: what is done on a timer while the program trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from stepguard.engine import Engine, EventLog
+from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.writer import CheckpointWriter
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Takes snapshots of one session at step boundaries and gives them to the writer. One thread at a time."""
+
+    def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
+        self._engine = engine
+        self._session = session
+        self._writer = writer
+        # Whether the state at `_saved_progress` has a checkpoint: not so when the model was just initialised.
+        self._is_saved = is_saved
+        self._saved_progress = engine.progress(session)
+
+    def __call__(self) -> None:
+        """Save now. Skipped when nothing has changed, when the last snapshot is still being written, and when no
+        boundary comes.
+        """
+        if self._is_saved and self._engine.progress(self._session) == self._saved_progress:
+            return
+        if self._writer.busy:
+            self._writer.skipped += 1
+            _log.warning(
+                "a checkpoint was due while the last one was still being written: skipped (%d so far); "
+                "save less often, or to a faster disk",
+                self._writer.skipped,
+            )
+            return
+        try:
+            self._save("a checkpoint")
+        except NoBoundaryError as error:
+            _log.warning("checkpoint skipped: %s", error)
+
+    def save_last(self, timeout_secs: float) -> None:
+        """Save the last step, if steps were done since the last snapshot, and wait until it is durable.
+
+        Raises:
+            SaveFailedError: writing took longer than ``timeout_secs``.
+            NoBoundaryError: a step is still under way.
+        """
+        deadline = time.monotonic() + timeout_secs
+        if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
+            if self._engine.progress(self._session) == self._saved_progress:
+                return
+            self._save("the last checkpoint")
+        if not self._writer.drain(max(0.0, deadline - time.monotonic())):
+            raise SaveFailedError(
+                f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
+                f"the one before it is good. Give it more time with a larger stop_grace_secs"
+            )
+
+    def _save(self, what: str) -> None:
+        with self._engine.at_boundary(self._session, what):
+            progress = self._engine.progress(self._session)
+            snapshot = self._engine.snapshot(self._session)
+        self._writer.submit(snapshot)
+        self._saved_progress = progress
+        self._is_saved = True
+
+
+class StepCounter:
+    """Measures steps per second from one call to the next, and writes them as the curve ``<step name>/sec``."""
+
+    def __init__(self, engine: Engine[Any], session: Any, events: EventLog) -> None:
+        self._engine = engine
+        self._session = session
+        self._events = events
+        self._tag = f"{engine.step_name()}/sec"
+        self._reports_left = 10
+        self._last_step = engine.step(session) or 0
+        self._last_time = time.monotonic()
+
+    def __call__(self) -> None:
+        """Write the rate since the last call."""
+        step = self._engine.step(self._session) or 0
+        now = time.monotonic()
+        steps, seconds = step - self._last_step, now - self._last_time
+        self._last_step, self._last_time = step, now
+        rate = steps / seconds if seconds > 0 else float("inf")
+        self._events.scalar(self._tag, rate, step)
+        if self._reports_left > 0:
+            self._reports_left -= 1
+            _log.info("%s: %g", self._tag, rate)

@@ -1,0 +1,449 @@
+"""CheckpointStore: commit, list, verify, newest good, prune.
+
+What lies in the directory is the truth; the state file ``checkpoint`` is written for TensorFlow's tools, and read as a
+hint only. Hidden names in the directory are the store's own (see `stepguard.store.layout`); a killed chief may leave
+some behind, and the next one sweeps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.store import layout as layouts
+from stepguard.store import lock, statefile, verification
+from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
+from stepguard.store.layout import Layout
+from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.store.retention import Retention
+
+_log = logging.getLogger(__name__)
+
+QUARANTINE = "quarantine"
+REASON_FILE = "reason.txt"
+
+
+class CheckpointStore:
+    """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
+
+    ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file by which a checkpoint without a manifest,
+    written by TensorFlow's own tools, is known; None means that only committed checkpoints count. ``max_to_keep`` and
+    ``keep_every_n_hours`` are for `prune`. ``clock`` gives Unix time.
+
+    Reading (`candidates`, `read_manifest`, `verify`, and `newest_good` with ``quarantine=False``) may be done by any
+    thread and process. Everything else is for one thread at a time, of the process that holds the chief's lock.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        basename: str = "model.ckpt",
+        engine: str = "unknown",
+        entry_suffix: str | None = None,
+        relative_paths: bool = False,
+        max_to_keep: int | None = None,
+        keep_every_n_hours: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.root = Path(root)
+        self.engine = engine
+        self.relative_paths = relative_paths
+        self._layout = Layout(self.root, basename, entry_suffix)
+        self._retention = Retention(max_to_keep, keep_every_n_hours)
+        self._clock = clock
+        self._opened_at = clock()
+        self._newest_good: str | None = None
+
+    @property
+    def basename(self) -> str:
+        """What the names of the checkpoints begin with."""
+        return self._layout.basename
+
+    def name(self, step: int | None) -> str:
+        """Return the name of the checkpoint of a step; None: of a program that counts none."""
+        return self.basename if step is None else f"{self.basename}-{step}"
+
+    # --- commit ---
+
+    def stage(self, name: str) -> Path:
+        """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
+
+        The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
+        `discard` if it failed. The logdir is created if it is missing.
+        """
+        self._layout.step_of(name)
+        files.make_dirs(self.root)
+        stage = self._layout.stage(name)
+        files.remove(stage)
+        files.make_dir(stage)
+        return stage
+
+    def discard(self, stage: Path) -> None:
+        """Remove a staging directory and what is in it; one that is gone already is no error."""
+        if stage.parent != self.root or not stage.name.startswith(layouts.STAGE):
+            raise ValueError(f"expected a staging directory of {self.root}, got {stage}")
+        files.remove(stage)
+
+    def commit(self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None) -> Checkpoint:
+        """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
+
+        Raises OSError as it came if the disk fails: then every other checkpoint is as it was, and one of the same
+        name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
+        """
+        stage = self._layout.stage(name)
+        staged = self._staged(stage, name)
+        for entry in staged:
+            files.fsync_tree(entry)
+        manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra)
+        # Written here, where nobody takes it for a commit record, and moved into place as the last file.
+        aside = stage / self._layout.manifest(name).name
+        files.write_durable(aside, manifest.to_json())
+        try:
+            self._set_aside(name, [entry.name for entry in staged])
+            self._move_in(staged)
+            files.move(aside, self._layout.manifest(name))
+            files.fsync_dir(self.root)
+        except BaseException:
+            # What cannot be removed either is no checkpoint without its manifest, and `sweep` knows of it.
+            with contextlib.suppress(OSError):
+                moved = [entry.name for entry in [*staged, aside] if not os.path.lexists(entry)]
+                self._layout.remove(name, moved)
+            raise
+        return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
+
+    def commit_in_place(self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None) -> Checkpoint:
+        """Commit files that a program's own saver wrote under their final names: fsync, manifest, state file.
+
+        For those the store can promise less: before this returns, a crash may leave a part of them. Call `uncommit`
+        before a saver writes to a name again.
+        """
+        self._layout.step_of(name)
+        present = sorted(one.name for one in self._layout.entries() if self._layout.may_hold(one.name, name))
+        if not present:
+            raise ValueError(f"{self.root / name}: expected the files of a checkpoint, found none")
+        for one in present:
+            files.fsync_tree(self.root / one)
+        files.fsync_dir(self.root)
+        manifest = self._manifest(name, step, self.root, present, extra)
+        files.write_atomic(self._layout.manifest(name), manifest.to_json())
+        return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
+
+    def uncommit(self, name: str) -> None:
+        """Remove the manifest of a checkpoint whose files are about to be written over by a program's own saver."""
+        if os.path.lexists(self._layout.manifest(name)):
+            files.remove(self._layout.manifest(name))
+            files.fsync_dir(self.root)
+
+    def _staged(self, stage: Path, name: str) -> list[Path]:
+        """The staged entries in the order in which they become visible: the entry file last."""
+        entries = sorted(stage.iterdir())
+        for entry in entries:
+            if not self._layout.may_hold(entry.name, name):
+                raise ValueError(f"{entry}: expected only {name}/ or files {name}.<suffix> in the staging directory")
+        if not entries:
+            raise ValueError(f"{stage}: expected the files of {name}, found none; write them before commit")
+        return sorted(entries, key=lambda entry: self._layout.is_entry(entry.name, name))
+
+    def _manifest(
+        self, name: str, step: int | None, place: Path, entries: Sequence[str], extra: Mapping[str, Any] | None
+    ) -> Manifest:
+        step_in_name = self._layout.step_of(name)
+        if step_in_name is not None and step_in_name != step:
+            raise ValueError(f"{name}: expected step {step_in_name}, got {step}")
+        records = []
+        for path in sorted(path for entry in entries for path in _files_below(place / entry)):
+            size, digest = files.digest(path)
+            records.append(FileRecord(path.relative_to(place).as_posix(), size, digest))
+        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}))
+
+    def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
+        """Clear the way for a checkpoint whose name is taken, so that the previous one can still be restored."""
+        present = self._layout.present(name)
+        if self._layout.is_candidate(name, present):
+            replaced = self._layout.replaced(name)
+            files.remove(replaced)
+            files.make_dir(replaced)
+            for one in present:
+                files.link_tree(self.root / one, replaced / one)
+            files.fsync_dir(replaced)
+            files.fsync_dir(self.root)
+        self._layout.remove(name, [*present, *(one for one in incoming if one not in present)])
+
+    def _move_in(self, staged: Sequence[Path]) -> None:
+        *first, last = staged
+        for entry in first:
+            files.move(entry, self.root / entry.name)
+        if first and self._layout.entry_suffix is not None:
+            # The entry file makes a checkpoint visible to readers that know no manifests: its data comes first.
+            files.fsync_dir(self.root)
+        files.move(last, self.root / last.name)
+        # A manifest must never be there without its files.
+        files.fsync_dir(self.root)
+
+    def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
+        # The checkpoint is durable: an error in here is raised, and loses nothing.
+        self._newest_good = checkpoint.name
+        self._retention.add(checkpoint)
+        if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
+            self._retention.anchor = self._stored_anchor()
+        statefile.write(
+            self.root,
+            checkpoint.name,
+            [one.name for one in self._retention.owned] or [checkpoint.name],
+            last_preserved=self._retention.anchor,
+            relative_paths=self.relative_paths,
+        )
+        files.remove_quietly(self._layout.stage(checkpoint.name))
+        files.remove_quietly(self._layout.replaced(checkpoint.name))
+        return checkpoint
+
+    def _stored_anchor(self) -> float:
+        state = statefile.read(self.root)
+        stored = state.last_preserved if state is not None else None
+        # A time in the future means that the clock was set back: waiting for it could keep nothing for years.
+        return stored if stored is not None and stored <= self._opened_at else self._opened_at
+
+    # --- reading ---
+
+    def candidates(self) -> list[Checkpoint]:
+        """Return what may be a checkpoint, newest first (by step, then time), without opening any file.
+
+        A missing directory has none. One that is just being replaced is found as it was before.
+        """
+        return self._layout.candidates()
+
+    def read_manifest(self, checkpoint: Checkpoint) -> Manifest | None:
+        """Return the manifest of a checkpoint, None if it has none.
+
+        Raises CheckpointCorruptError if it is damaged, CheckpointError if a newer Stepguard wrote it.
+        """
+        return verification.read_manifest(self._layout.within(checkpoint.root), checkpoint.name)
+
+    def verify(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Prove a checkpoint good by its manifest, sizes first, then digests; return it with the manifest.
+
+        Of one without a manifest only that its files are there and not empty: the engine's restore is the rest of the
+        proof. Raises CheckpointCorruptError, whose ``path`` is the file that differs; CheckpointError if a newer
+        Stepguard wrote it; OSError if something could not be read.
+        """
+        return verification.verify(self._layout.within(checkpoint.root), checkpoint)
+
+    def newest_good(self, *, attempt: Callable[[Checkpoint], None] | None = None, quarantine: bool = True) -> Recovery:
+        """Find the newest good checkpoint, from newest to oldest, and put the damaged newer ones into quarantine.
+
+        ``attempt`` restores a checkpoint that was verified; if it raises CheckpointCorruptError, that one counts as
+        damaged too, and the next older one is tried. Any other error of it is raised as itself. Only when a good one
+        was found are the damaged moved (not with ``quarantine=False``, which is for readers that are not the chief).
+
+        Raises NoGoodCheckpointError if checkpoints exist and none is good, with all of them left where they were, so
+        that the next start refuses as well. Errors of reading are no proof of damage: a missing permission, a stale
+        mount or too many open files is raised as itself. Only EIO, which is what a failing disk, and a filesystem
+        with checksums, answer for bytes that are gone, counts as damage, and only once another one could be read.
+        """
+        good, damaged, unreadable = self._search(attempt)
+        missing = self._missing_by_state(good, damaged)
+        if good is None:
+            if unreadable is not None:
+                raise unreadable
+            if damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
+                raise self._no_good([*([missing] if missing is not None else []), *damaged])
+        else:
+            self._newest_good = good.name
+            if quarantine:
+                damaged = [self.quarantine(one.checkpoint, one.reason) for one in damaged]
+        return Recovery(good, (*([missing] if missing is not None else []), *damaged))
+
+    def _search(
+        self, attempt: Callable[[Checkpoint], None] | None
+    ) -> tuple[Checkpoint | None, list[Damage], OSError | None]:
+        damaged: list[Damage] = []
+        unreadable: OSError | None = None
+        tried: set[tuple[Path, str]] = set()
+        while left := [one for one in self.candidates() if (one.root, one.name) not in tried]:
+            for candidate in left:
+                tried.add((candidate.root, candidate.name))
+                try:
+                    verified = self._prove(candidate)
+                    if attempt is not None:
+                        attempt(verified)
+                except CheckpointCorruptError as error:
+                    present = self._layout.within(candidate.root).present(candidate.name)
+                    if self._layout.is_candidate(candidate.name, present):  # Else it was pruned while we read it.
+                        damaged.append(Damage(candidate, str(error)))
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    unreadable = unreadable or error
+                    damaged.append(Damage(candidate, f"could not be read: {error}"))
+                else:
+                    return verified, damaged, unreadable
+        return None, damaged, unreadable
+
+    def _prove(self, candidate: Checkpoint) -> Checkpoint:
+        try:
+            return self.verify(candidate)
+        except CheckpointCorruptError:
+            # The chief may just have replaced it under our eyes. What is damaged stays so.
+            return self.verify(candidate)
+
+    def _missing_by_state(self, good: Checkpoint | None, damaged: Sequence[Damage]) -> Damage | None:
+        """What the state file calls the newest, if it is newer than the one found, and not to be found."""
+        state = statefile.read(self.root)
+        if state is None or not self._layout.is_name(state.newest):
+            return None
+        name, step = state.newest, self._layout.step_of(state.newest)
+        if name in {one.checkpoint.name for one in damaged} or (good is not None and good.name == name):
+            return None
+        if good is not None and good.step is not None and (step is None or step <= good.step):
+            return None
+        present = self._layout.present(name)
+        if self._layout.is_candidate(name, present):
+            return None
+        found = f"only {', '.join(present)}" if present else "no file of it"
+        reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {found}"
+        return Damage(Checkpoint(self.root, name, step, 0.0, False), reason)
+
+    def _no_good(self, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
+        reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged[:5])
+        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        return NoGoodCheckpointError(
+            f"{self.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}{more}). "
+            f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, or move "
+            f"these and the file {statefile.FILE_NAME!r} away",
+            path=self.root,
+        )
+
+    # --- quarantine ---
+
+    def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
+        """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; say where it is now.
+
+        Where the logdir cannot be written, it stays, a warning says so, and ``moved_to`` is None.
+        """
+        layout = self._layout.within(checkpoint.root)
+        try:
+            target = self._quarantine_dir(checkpoint.name)
+            files.write(target / REASON_FILE, f"{checkpoint.path}\n{reason}\n".encode("utf-8", "replace"))
+            layout.quarantine(checkpoint.name, target)
+        except OSError as error:
+            _log.warning("%s: could not be moved to %s: %s", checkpoint.path, self.root / QUARANTINE, error)
+            return Damage(checkpoint, reason)
+        if checkpoint.root != self.root:
+            files.remove_quietly(checkpoint.root)
+        return Damage(checkpoint, reason, target)
+
+    def _quarantine_dir(self, name: str) -> Path:
+        parent = self.root / QUARANTINE
+        with contextlib.suppress(FileExistsError):
+            files.make_dir(parent)
+        number = 0
+        while True:
+            target = parent / (f"{name}.{number}" if number else name)
+            try:
+                files.make_dir(target)
+            except FileExistsError:
+                number += 1
+            else:
+                return target
+
+    # --- retention ---
+
+    def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Own these, oldest first, instead of what was owned so far: `prune` may remove them.
+
+        For those of an earlier run, as the Saver's ``recover_last_checkpoints``: see `listed_by_state`.
+        """
+        self._retention.adopt(one for one in checkpoints if one.root == self.root)
+
+    @property
+    def owned(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that retention counts, oldest first."""
+        return self._retention.owned
+
+    def listed_by_state(self) -> list[Checkpoint]:
+        """Return those candidates that the state file lists, in its order: what an earlier run owned."""
+        state = statefile.read(self.root)
+        if state is None:
+            return []
+        found = {one.name: one for one in self.candidates()}
+        return [found[name] for name in state.names if name in found]
+
+    def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
+        """Remove what retention drops, and return it. To be called after a commit.
+
+        The rule is the Saver's: the last ``max_to_keep`` that were committed or adopted are kept (0 or None: all), and
+        of those that fall out, one for each ``keep_every_n_hours`` stays for ever. Never the newest good one, and not
+        those whose names are in ``protect``: they wait for a later call.
+        """
+        doomed = self._retention.take_doomed({*protect, self._newest_good})
+        for one in doomed:
+            self._layout.remove(
+                one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
+            )
+        return doomed
+
+    # --- the chief ---
+
+    def acquire(self) -> lock.LogdirHold:
+        """Become the chief of this logdir, which is created if missing; see `stepguard.store.lock.acquire`.
+
+        Raises LogdirInUseError if another process is.
+        """
+        files.make_dirs(self.root)
+        return lock.acquire(self.root)
+
+    def sweep(self) -> list[Path]:
+        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save.
+
+        Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
+        belong to a save or a removal that did not end.
+        """
+        names = sorted(entry.name for entry in self._layout.entries())
+        swept = []
+        for one in names:
+            path = self.root / one
+            if one.startswith(layouts.PRUNED):
+                self._finish_removal(one[len(layouts.PRUNED) :], path)
+            elif one.startswith(layouts.STAGE):
+                name = one[len(layouts.STAGE) :]
+                if not self._layout.is_candidate(name, self._layout.present(name)):
+                    self._finish_removal(name, path / self._layout.manifest(name).name)
+            elif one.startswith(layouts.REPLACED):
+                name = one[len(layouts.REPLACED) :]
+                if not self._layout.is_candidate(name, self._layout.present(name)):
+                    continue  # The previous checkpoint is the only one of its name.
+            elif one != f".{statefile.FILE_NAME}.tmp":
+                continue
+            files.remove(path)
+            swept.append(path)
+        return swept
+
+    def _finish_removal(self, name: str, record: Path) -> None:
+        """Remove the files of a checkpoint that has no manifest, if they are those that ``record`` describes."""
+        path = self._layout.manifest(name)
+        if not self._layout.is_name(name) or os.path.lexists(path):
+            return
+        try:
+            manifest = Manifest.from_json(files.read_bytes(record), path)
+        except (CheckpointCorruptError, FileNotFoundError, NotADirectoryError):
+            return
+        for one in manifest.files:
+            size = verification.size_of(self.root / one.name)
+            if size is not None and (size != one.size or files.digest(self.root / one.name)[1] != one.digest):
+                return  # Somebody wrote a checkpoint of that name since.
+        self._layout.remove(name, sorted({one.name.split("/", 1)[0] for one in manifest.files}))
+
+
+def _files_below(path: Path) -> Iterable[Path]:
+    if not path.is_dir():
+        return [path]
+    return [Path(directory, name) for directory, _, names in os.walk(path) for name in names]

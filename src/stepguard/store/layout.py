@@ -1,0 +1,211 @@
+"""Which names in a directory belong to which checkpoint, and in what order they may be taken away.
+
+A checkpoint has a name such as ``model.ckpt-1200``; its files are siblings ``NAME.<suffix>`` (TensorFlow) or a
+directory ``NAME/`` (PyTorch, JAX); its commit record is ``NAME.manifest.json``. The entry file (TensorFlow:
+``NAME.index``) is the one by which a checkpoint without a manifest is known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError
+from stepguard.store.checkpoint import Checkpoint
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+from stepguard.store.manifest import Manifest
+
+STAGE = ".stage-"
+"""Before NAME: the directory in which a save is being written."""
+REPLACED = ".replaced-"
+"""Before NAME: the directory with the previous checkpoint of that name, while a new one takes its place."""
+PRUNED = ".pruned-"
+"""Before NAME: the manifest of a checkpoint whose files are being removed."""
+
+# What TensorFlow's own tools write.
+_TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})")
+_TENSORFLOW_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})")
+
+# A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
+_PLAIN_SUFFIX = re.compile(r"\.[^./]+")
+
+
+class Layout:
+    """The names in the directory ``root`` that belong to checkpoints of one ``basename``."""
+
+    def __init__(self, root: Path, basename: str, entry_suffix: str | None) -> None:
+        if not basename or "/" in basename or os.sep in basename or basename.startswith("."):
+            raise ValueError(f"basename must be a file name that does not begin with a dot, got {basename!r}")
+        if entry_suffix is not None and not _PLAIN_SUFFIX.fullmatch(entry_suffix):
+            raise ValueError(f"entry_suffix must be a dot and a suffix such as '.index', got {entry_suffix!r}")
+        self.root = root
+        self.basename = basename
+        self.entry_suffix = entry_suffix
+        self._name_pattern = re.compile(re.escape(basename) + r"(?:-([0-9]+))?")
+
+    def within(self, root: Path) -> Layout:
+        """Return the same layout for another directory."""
+        return Layout(root, self.basename, self.entry_suffix)
+
+    # --- names ---
+
+    def is_name(self, name: str) -> bool:
+        """Whether ``name`` is that of a checkpoint of this basename."""
+        return self._name_pattern.fullmatch(name) is not None
+
+    def step_of(self, name: str) -> int | None:
+        """Return the step in a name, None if it has none. Raises ValueError for a name of something else."""
+        match = self._name_pattern.fullmatch(name)
+        if match is None:
+            raise ValueError(f"expected a checkpoint name {self.basename} or {self.basename}-<step>, got {name!r}")
+        return None if match.group(1) is None else int(match.group(1))
+
+    def stage(self, name: str) -> Path:
+        """Return the directory in which the checkpoint ``name`` is written."""
+        return self.root / (STAGE + name)
+
+    def replaced(self, name: str) -> Path:
+        """Return the directory that keeps the previous checkpoint ``name`` while it is replaced."""
+        return self.root / (REPLACED + name)
+
+    def manifest(self, name: str) -> Path:
+        """Return the manifest of the checkpoint ``name``."""
+        return self.root / (name + MANIFEST_SUFFIX)
+
+    def is_entry(self, file_name: str, name: str) -> bool:
+        """Whether ``file_name`` is the entry file of the checkpoint ``name``."""
+        return self.entry_suffix is not None and file_name == name + self.entry_suffix
+
+    def may_hold(self, file_name: str, name: str) -> bool:
+        """Whether an engine may write ``file_name`` for the checkpoint ``name``."""
+        if file_name == name:
+            return True
+        return file_name.startswith(name) and _PLAIN_SUFFIX.fullmatch(file_name[len(name) :]) is not None
+
+    # --- what is there ---
+
+    def entries(self) -> Iterator[os.DirEntry[str]]:
+        """Return the entries of the directory; none if it is missing."""
+        try:
+            with os.scandir(self.root) as found:
+                yield from found
+        except FileNotFoundError:
+            return
+
+    def candidates(self) -> list[Checkpoint]:
+        """Return what may be a checkpoint, newest first (by step, then time), without opening any file."""
+        found: dict[str, Checkpoint] = {}
+        replaced: list[str] = []
+        for entry in self.entries():
+            if entry.name.startswith(REPLACED):
+                replaced.append(entry.name[len(REPLACED) :])
+            else:
+                self._note(found, entry)
+        for name in replaced:
+            # Only while its name is vacant: else the replacement was finished, and this is a leftover.
+            if name not in found:
+                before = {one.name: one for one in self.within(self.replaced(name)).candidates()}
+                if name in before:
+                    found[name] = before[name]
+        return sorted(found.values(), key=lambda one: (-1 if one.step is None else one.step, one.time), reverse=True)
+
+    def _note(self, found: dict[str, Checkpoint], entry: os.DirEntry[str]) -> None:
+        is_manifest = entry.name.endswith(MANIFEST_SUFFIX)
+        suffix = MANIFEST_SUFFIX if is_manifest else self.entry_suffix
+        if suffix is None or not entry.name.endswith(suffix):
+            return
+        name = entry.name[: -len(suffix)]
+        if not self.is_name(name) or (not is_manifest and name in found):
+            return
+        try:
+            modified = entry.stat().st_mtime
+        except FileNotFoundError:
+            return  # Pruned since it was listed.
+        found[name] = Checkpoint(self.root, name, self.step_of(name), modified, is_manifest)
+
+    def present(self, name: str) -> list[str]:
+        """Return the top-level names that belong to the checkpoint ``name``, sorted: its manifest, what that lists,
+        and what TensorFlow's own tools would have written beside it.
+        """
+        path = self.manifest(name)
+        listed: set[str] | None = set()
+        try:
+            records = Manifest.from_json(files.read_bytes(path), path).files
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (CheckpointCorruptError, IsADirectoryError):
+            listed = None  # Which files it had is lost; those that carry its name and one suffix go with it.
+        else:
+            listed = {one.name.split("/", 1)[0] for one in records}
+
+        def belongs(one: str) -> bool:
+            if one in (name, path.name) or self.is_entry(one, name) or self._is_tensorflow(one, name):
+                return True
+            return self.may_hold(one, name) if listed is None else one in listed
+
+        return sorted(entry.name for entry in self.entries() if belongs(entry.name))
+
+    def is_candidate(self, name: str, present: Sequence[str]) -> bool:
+        """Whether a checkpoint with these files would be listed by `candidates`."""
+        return self.manifest(name).name in present or any(self.is_entry(one, name) for one in present)
+
+    def missing_data(self, name: str, present: Sequence[str]) -> str | None:
+        """Return the data file that the others of an unmanifested checkpoint call for and that is not there."""
+        shards = [match for one in present if (match := _TENSORFLOW_DATA.fullmatch(one[len(name) :]))]
+        if not shards:
+            return f"{name}.data-00000-of-00001"
+        for total in sorted({match.group(2) for match in shards}):
+            held = {int(match.group(1)) for match in shards if match.group(2) == total}
+            for number in range(int(total)):
+                if number not in held:
+                    return f"{name}.data-{number:05d}-of-{total}"
+        return None
+
+    def _is_tensorflow(self, file_name: str, name: str) -> bool:
+        if self.entry_suffix is None or not file_name.startswith(name):
+            return False
+        return _TENSORFLOW_SUFFIX.fullmatch(file_name[len(name) :]) is not None
+
+    # --- taking away ---
+
+    def remove(self, name: str, present: Sequence[str], *, manifest_to: Path | None = None) -> None:
+        """Remove files of a checkpoint so that, wherever it is cut short, no half of it looks like a whole.
+
+        With ``manifest_to`` the manifest is renamed to that, until the rest is gone: it says what to finish.
+        """
+        manifest = self.manifest(name)
+        if manifest.name in present:
+            # Manifest first: a half-deleted checkpoint must never look committed.
+            if manifest_to is not None:
+                files.move(manifest, manifest_to)
+            else:
+                files.remove(manifest)
+            files.fsync_dir(self.root)
+        rest = [one for one in present if one != manifest.name]
+        for entry in [one for one in rest if self.is_entry(one, name)]:
+            # Then the file by which TensorFlow's tools, and we, find a checkpoint without a manifest.
+            files.remove(self.root / entry)
+            files.fsync_dir(self.root)
+            rest.remove(entry)
+        for one in rest:
+            files.remove(self.root / one)
+        if manifest_to is not None:
+            files.remove(manifest_to)
+
+    def quarantine(self, name: str, target: Path) -> int:
+        """Move the files of a damaged checkpoint to the directory ``target``, and return how many there were."""
+        manifest = self.manifest(name).name
+        present = self.present(name)
+        # The entry file first and the manifest second, the other way round than in removing: this one is damaged, and
+        # once its manifest is gone nobody could see that.
+        first = [one for one in present if self.is_entry(one, name)]
+        order = [*first, *[one for one in present if one == manifest]]
+        order += [one for one in present if one not in order]
+        for one in order:
+            files.move(self.root / one, target / one)
+            if one in first:
+                files.fsync_dir(self.root)
+        return len(order)

@@ -1,0 +1,192 @@
+"""The chief's lock: one live process is the chief of a logdir.
+
+The lock is ``flock`` on ``.stepguard.lock``. Why not the alternatives: POSIX record locks (``fcntl.lockf``) are lost
+as soon as any code of the process opens and closes the file, which a copy or a search of the logdir does; a file that
+merely exists stays behind when its process is killed. ``flock`` ends with the last descriptor of the open file, so a
+killed chief leaves no lock, but a forked child would keep it alive: the children of ``os.fork`` (also by
+``multiprocessing``, such as the workers of a PyTorch DataLoader, which survive the kill of their parent) close it at
+once, and programs started by ``exec`` never see it (close-on-exec).
+
+The file itself stays, empty, after a release: removing it would let two processes lock two files of one name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from stepguard.errors import LogdirInUseError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+FILE_NAME = ".stepguard.lock"
+
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class _Held:
+    """The one descriptor by which this process holds a logdir, and how many holds share it."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.descriptor: int | None = descriptor
+        self.path = path
+        self.holds = 0
+
+    def is_alive(self) -> bool:
+        """Whether the locked file is still the one that others would lock: a logdir may have been removed."""
+        if self.descriptor is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        except OSError:
+            return False
+
+
+@final
+class LogdirHold:
+    """One store's hold of the chief's lock; give it back with `release`, or use it as a context manager.
+
+    Holds of one process share the lock, so that several Supervisors may follow each other on one logdir, also when an
+    earlier one was never stopped: a hold that nobody refers to any more is given back by the garbage collector.
+    """
+
+    def __init__(self, logdir: Path, held: _Held | None) -> None:
+        self.logdir = logdir
+        self.is_locked = held is not None
+        self._finalizer = weakref.finalize(self, _release, held) if held is not None else None
+
+    def release(self) -> None:
+        """Give the hold back; repeated calls do nothing. Any thread may call it."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> LogdirHold:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+# Re-entrant, because the garbage collector may release a hold inside any of the sections below. Files are opened
+# while it is held: a fork by another thread between the open and the note of it would give the lock to a child.
+_guard = threading.RLock()
+_held_by_path: dict[str, _Held] = {}
+
+
+def acquire(logdir: Path) -> LogdirHold:
+    """Become the chief of ``logdir``, a directory that exists, without waiting. Any thread may call it.
+
+    Raises LogdirInUseError, which names the other process, if one is chief already, and OSError if the logdir cannot
+    be written. On a filesystem without locks it warns and goes on: ``is_locked`` of the hold is then false.
+    """
+    key = os.path.realpath(logdir)
+    unsupported: OSError | None = None
+    with _guard:
+        held = _held_by_path.get(key)
+        if held is None or not held.is_alive():
+            try:
+                held = _lock(logdir)
+            except BlockingIOError:
+                raise _in_use(logdir) from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                held, unsupported = None, error
+            else:
+                _held_by_path[key] = held
+        if held is not None:
+            held.holds += 1
+    if held is None:
+        _log.warning(
+            "%s: its filesystem has no file locks (%s); make sure that only one process trains here",
+            logdir,
+            unsupported,
+        )
+    return LogdirHold(logdir, held)
+
+
+def _lock(logdir: Path) -> _Held:
+    if fcntl is None:  # pragma: no cover - Windows
+        raise OSError(errno.ENOSYS, "this system has no flock")
+    path = logdir / FILE_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        _describe(descriptor, json.dumps(holder).encode("utf-8"))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return _Held(descriptor, path)
+
+
+def _describe(descriptor: int, content: bytes) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+    except OSError as error:
+        # The lock is what counts; a full disk must not keep a chief from freeing it.
+        _log.debug("the lock is held, but its holder could not be noted: %s", error)
+
+
+def _release(held: _Held) -> None:
+    with _guard:
+        held.holds -= 1
+        if held.holds > 0 or held.descriptor is None:
+            return
+        descriptor, held.descriptor = held.descriptor, None
+        for key in [key for key, one in _held_by_path.items() if one is held]:
+            del _held_by_path[key]
+        _describe(descriptor, b"")
+        os.close(descriptor)
+
+
+def _in_use(logdir: Path) -> LogdirInUseError:
+    holder: dict[str, Any] = {}
+    try:
+        found = json.loads((logdir / FILE_NAME).read_bytes())
+        if isinstance(found, dict):
+            holder = found
+    except (OSError, ValueError):
+        pass  # It is just being written; that somebody holds the lock is known without it.
+    host, pid, since = holder.get("host"), holder.get("pid"), holder.get("since")
+    who = f"process {pid} on {host}" if pid is not None else "another process"
+    when = f" since {time.strftime('%Y-%m-%d %H:%M:%S %z', time.localtime(since))}" if since is not None else ""
+    return LogdirInUseError(
+        f"{logdir}: expected no other chief, found {who}{when}; stop it, or give this run another logdir",
+        logdir=logdir,
+        host=host,
+        pid=pid,
+        since=since,
+    )
+
+
+def _forget_in_child() -> None:
+    # The child closes its copy of the descriptor: this unlocks nothing for the parent, and when the parent is killed
+    # the lock is free at once, whatever the child goes on doing.
+    for held in _held_by_path.values():
+        if held.descriptor is not None:
+            os.close(held.descriptor)
+            held.descriptor = None
+    _held_by_path.clear()
+    _guard.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_forget_in_child)

@@ -1,0 +1,126 @@
+"""The manifest: the commit record of a checkpoint. A checkpoint exists when its manifest does, and not before.
+
+It is one JSON object in ``NAME.manifest.json``, readable by people and by any later version. Its last key is the
+digest of the others, so that damage to the manifest itself is seen. ``format_version`` is raised only when an older
+reader could be misled; this reader then says so, and takes nothing for damaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+
+FORMAT_VERSION = 1
+
+SUFFIX = ".manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a checkpoint: its name below the logdir (with ``/``), size in bytes, and digest."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was committed: which engine wrote it, its step (None: none was counted), when (Unix time), and the files.
+
+    ``extra`` is the engine's own, any JSON values.
+    """
+
+    name: str
+    engine: str
+    step: int | None
+    time: float
+    files: tuple[FileRecord, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.size for record in self.files)
+
+    def to_json(self) -> bytes:
+        """Return the bytes of the manifest file. Raises TypeError or ValueError if ``extra`` is not plain JSON."""
+        body: dict[str, Any] = {
+            "format_version": self.format_version,
+            "name": self.name,
+            "engine": self.engine,
+            "step": self.step,
+            "time": self.time,
+            "files": [{"name": one.name, "size": one.size, "digest": one.digest} for one in self.files],
+            "extra": dict(self.extra),
+        }
+        body["digest"] = files.digest_bytes(_canonical(body))
+        return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+    @classmethod
+    def from_json(cls, content: bytes, path: Path) -> Manifest:
+        """Read a manifest file, and verify it against its own digest. ``path`` is for the error only.
+
+        Raises CheckpointCorruptError if it is damaged, and CheckpointError if a newer Stepguard wrote it.
+        """
+        try:
+            body = json.loads(content)
+            found = body.pop("digest")
+            expected = files.digest_bytes(_canonical(body))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointCorruptError(
+                f"{path}: expected a manifest, found {len(content)} bytes that are none ({type(error).__name__})",
+                path=path,
+            ) from error
+        if found != expected:
+            raise CheckpointCorruptError(
+                f"{path}: expected the digest {expected} of its own content, found {found}", path=path
+            )
+        version = body.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: expected a manifest of format {FORMAT_VERSION} or older, found format {version}; "
+                f"it is not damaged, but a newer Stepguard wrote it: upgrade stepguard to read it",
+                path=path,
+            )
+        try:
+            manifest = cls(
+                name=body["name"],
+                engine=body["engine"],
+                step=body["step"],
+                time=body["time"],
+                files=tuple(FileRecord(one["name"], one["size"], one["digest"]) for one in body["files"]),
+                extra=body["extra"],
+                format_version=version,
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointCorruptError(
+                f"{path}: expected the fields of a manifest, found them incomplete ({error!r})", path=path
+            ) from error
+        manifest._check_names(path)
+        return manifest
+
+    def _check_names(self, path: Path) -> None:
+        # Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must
+        # never lead it to files of another checkpoint or outside the logdir.
+        if path.name != self.name + SUFFIX:
+            raise CheckpointCorruptError(
+                f"{path}: expected the manifest of {path.name[: -len(SUFFIX)]}, found that of {self.name}", path=path
+            )
+        for record in self.files:
+            parts = PurePosixPath(record.name).parts
+            if ".." in parts or not record.name.startswith((self.name + ".", self.name + "/")):
+                raise CheckpointCorruptError(
+                    f"{path}: expected only files of {self.name}, found {record.name}", path=path
+                )
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -1,0 +1,66 @@
+"""Which checkpoints are kept: the rule of ``tf.compat.v1.train.Saver``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from stepguard.store.checkpoint import Checkpoint
+
+
+class Retention:
+    """The checkpoints that a run owns, and so may remove: the last ``max_to_keep`` that it committed or adopted.
+
+    0 or None keeps all. Of those that fall out, one for each ``keep_every_n_hours`` stays for ever; the hours are
+    counted from ``anchor`` (Unix time). The store sets the anchor when it first needs it.
+    """
+
+    def __init__(self, max_to_keep: int | None, keep_every_n_hours: float | None) -> None:
+        if max_to_keep is not None and max_to_keep < 0:
+            raise ValueError(f"max_to_keep must be >= 0, got {max_to_keep}")
+        if keep_every_n_hours is not None and not keep_every_n_hours > 0:
+            raise ValueError(f"keep_every_n_hours must be > 0, got {keep_every_n_hours}")
+        self.max_to_keep = max_to_keep
+        self.keep_every_n_hours = keep_every_n_hours
+        self.anchor: float | None = None
+        self._owned: list[Checkpoint] = []
+        self._fallen_out: list[Checkpoint] = []
+
+    @property
+    def owned(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that are kept, oldest first."""
+        return tuple(self._owned)
+
+    def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Own these instead of what was owned so far, oldest first."""
+        self._owned = list(checkpoints)
+        self._fallen_out = []
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Own one more, the newest."""
+        if not self.max_to_keep:
+            return
+        self._owned = [one for one in self._owned if one.name != checkpoint.name]
+        self._fallen_out = [one for one in self._fallen_out if one.name != checkpoint.name]
+        self._owned.append(checkpoint)
+        excess = max(0, len(self._owned) - self.max_to_keep)
+        self._fallen_out += self._owned[:excess]
+        del self._owned[:excess]
+
+    def take_doomed(self, protected: Collection[str | None]) -> list[Checkpoint]:
+        """Return those to remove now, and forget them. The protected wait for a later call."""
+        waiting = [one for one in self._fallen_out if one.name in protected]
+        doomed = [one for one in self._fallen_out if one.name not in protected and not self._stays_for_ever(one)]
+        self._fallen_out = waiting
+        return doomed
+
+    def _stays_for_ever(self, checkpoint: Checkpoint) -> bool:
+        if self.keep_every_n_hours is None or self.anchor is None:
+            return False
+        interval = self.keep_every_n_hours * 3600
+        elapsed = checkpoint.time - self.anchor
+        if elapsed <= interval:
+            return False
+        # The Saver counts on a grid from its start, and so do we; but after a long pause it keeps one checkpoint
+        # after the other until it has caught up, where one for each interval was asked for.
+        self.anchor += interval * (elapsed // interval)
+        return True

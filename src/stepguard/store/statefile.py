@@ -1,0 +1,106 @@
+"""The file ``checkpoint``: TensorFlow's ``CheckpointState`` in protobuf text format, read by all of its tools.
+
+Written as ``tf.compat.v1.train.Saver`` writes it, plus ``last_preserved_timestamp`` (as ``tf.train.CheckpointManager``
+does), so that "keep one every n hours" goes on counting over a restart. Stepguard's own reading never depends on it:
+the directory is the truth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepguard import files
+
+FILE_NAME = "checkpoint"
+
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
+_UNESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t"}
+_LINE = re.compile(r"""^\s*(\w+)\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|([^\s"']+))\s*$""")
+_ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """What a state file says. ``names`` are those of checkpoints, oldest first, without directories."""
+
+    newest: str
+    names: tuple[str, ...]
+    last_preserved: float | None
+
+
+def write(
+    root: Path, newest: str, names: Sequence[str], *, last_preserved: float | None = None, relative_paths: bool = False
+) -> None:
+    """Replace the state file of ``root``, atomically and durably.
+
+    Paths are absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
+    """
+
+    def quoted(name: str) -> str:
+        path = str(root / name) if root.is_absolute() and not relative_paths else name
+        try:
+            path.encode("utf-8")
+        except UnicodeEncodeError:
+            # The path of the logdir is not UTF-8, and a protobuf string must be: a relative one works for all readers.
+            path = name
+        return '"' + "".join(_escaped(character) for character in path) + '"'
+
+    lines = [f"model_checkpoint_path: {quoted(newest)}\n"]
+    lines += [f"all_model_checkpoint_paths: {quoted(name)}\n" for name in names]
+    if last_preserved is not None:
+        lines.append(f"last_preserved_timestamp: {float(last_preserved)!r}\n")
+    files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
+
+
+def read(root: Path) -> CheckpointState | None:
+    """Read the state file of ``root``; None if it is missing, empty or garbage, which is never an error."""
+    try:
+        text = files.read_bytes(root / FILE_NAME).decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+        return None
+    newest = None
+    names: list[str] = []
+    last_preserved = None
+    for line in text.split("\n"):
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        key, double, single, bare = match.groups()
+        if key == "last_preserved_timestamp" and bare is not None:
+            try:
+                last_preserved = float(bare)
+            except ValueError:
+                return None
+        quoted = double if double is not None else single
+        if quoted is None:
+            continue
+        # The name only: a logdir that was moved holds absolute paths of where it was.
+        name = _unescaped(quoted).rpartition("/")[2]
+        if key == "model_checkpoint_path":
+            newest = name
+        elif key == "all_model_checkpoint_paths":
+            names.append(name)
+    if not newest:
+        return None
+    return CheckpointState(newest, tuple(names), last_preserved)
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if ord(character) < 32 or ord(character) == 127:
+        return f"\\{ord(character):03o}"
+    return character
+
+
+def _unescaped(text: str) -> str:
+    def plain(match: re.Match[bytes]) -> bytes:
+        escape = match.group(1)
+        if escape[:1].isdigit():
+            return bytes([int(escape, 8) & 255])
+        return _UNESCAPES.get(escape.decode("latin-1"), escape)
+
+    return _ESCAPED.sub(plain, text.encode("utf-8")).decode("utf-8", "replace")

@@ -1,0 +1,83 @@
+"""Proof that a checkpoint holds the bytes that were committed."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError
+from stepguard.store.checkpoint import Checkpoint
+from stepguard.store.layout import Layout
+from stepguard.store.manifest import FileRecord, Manifest
+
+
+def read_manifest(layout: Layout, name: str) -> Manifest | None:
+    """Return the manifest of the checkpoint ``name``, None if it has none.
+
+    Raises CheckpointCorruptError if it is damaged, CheckpointError if a newer Stepguard wrote it, and OSError if it
+    cannot be read.
+    """
+    path = layout.manifest(name)
+    try:
+        content = files.read_bytes(path)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise CheckpointCorruptError(f"{path}: expected a manifest, found a directory", path=path) from error
+    return Manifest.from_json(content, path)
+
+
+def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
+    """Prove a checkpoint good, and return it with its manifest. Raises as `CheckpointStore.verify` says."""
+    manifest = read_manifest(layout, checkpoint.name)
+    if manifest is None:
+        _verify_unmanifested(layout, checkpoint.name)
+        return replace(checkpoint, is_committed=False, manifest=None)
+    # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
+    for record in manifest.files:
+        _verify_size(layout.root / record.name, record)
+    for record in manifest.files:
+        _verify_digest(layout.root / record.name, record)
+    return replace(checkpoint, step=manifest.step, time=manifest.time, is_committed=True, manifest=manifest)
+
+
+def size_of(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if there is no file of that name."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _verify_size(path: Path, record: FileRecord) -> None:
+    size = size_of(path)
+    if size != record.size:
+        found = "none" if size is None else f"{size} bytes"
+        raise CheckpointCorruptError(f"{path}: expected a file of {record.size} bytes, found {found}", path=path)
+
+
+def _verify_digest(path: Path, record: FileRecord) -> None:
+    try:
+        _, digest = files.digest(path)
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(f"{path}: expected a file, found none", path=path) from error
+    if digest != record.digest:
+        raise CheckpointCorruptError(f"{path}: expected the digest {record.digest}, found {digest}", path=path)
+
+
+def _verify_unmanifested(layout: Layout, name: str) -> None:
+    present = layout.present(name)
+    if not layout.is_candidate(name, present):
+        path = layout.manifest(name)
+        raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
+    for one in present:
+        if size_of(layout.root / one) == 0:
+            path = layout.root / one
+            raise CheckpointCorruptError(f"{path}: expected a file with content, found 0 bytes", path=path)
+    missing = layout.missing_data(name, present)
+    if missing is not None:
+        path = layout.root / missing
+        raise CheckpointCorruptError(f"{path}: expected a file, found none", path=path)

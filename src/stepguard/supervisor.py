@@ -1,0 +1,326 @@
+"""The life of a supervised run: prepare, start the services, stop, close. Knows no framework."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Generic
+
+from stepguard.coordinator import Coordinator
+from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.errors import add_note
+from stepguard.looper import LooperThread
+from stepguard.services import Checkpointer, StepCounter
+from stepguard.store import CheckpointStore, LogdirHold
+from stepguard.writer import CheckpointWriter
+
+_log = logging.getLogger(__name__)
+
+
+class Supervisor(Generic[SessionT]):
+    """Runs the services around the training loop of one program, through one engine.
+
+    An engine's own Supervisor adds a constructor in the words of its framework, and properties; it overrides nothing
+    that is here.
+
+    Args:
+        engine: what differs between frameworks.
+        coord: carries the stop flag and the first error.
+        is_chief: whether this process initialises, restores, saves and logs.
+        logdir: where the run leaves its files; ``None`` when it leaves none.
+        store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
+        events: the event log, or ``None``.
+        has_summaries: whether the program has summaries to compute.
+        saves_model: whether there is anything to save, and a place for it.
+        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none.
+        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
+        save_at_end: whether the last step is saved when the run ends without an error.
+        stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[SessionT],
+        *,
+        coord: Coordinator,
+        is_chief: bool,
+        logdir: str | None,
+        store: CheckpointStore | None,
+        events: EventLog | None,
+        has_summaries: bool,
+        saves_model: bool,
+        save_summaries_secs: float | None,
+        save_model_secs: float | None,
+        save_at_end: bool,
+        stop_grace_secs: float,
+    ) -> None:
+        self._engine = engine
+        self._coord = coord
+        self._is_chief = is_chief
+        self._logdir = logdir
+        self._store = store
+        self._events = events
+        self._has_summaries = has_summaries
+        self._saves_model = saves_model
+        self._save_summaries_secs = save_summaries_secs
+        self._save_model_secs = save_model_secs
+        self._save_at_end = save_at_end
+        self._stop_grace_secs = stop_grace_secs
+        self._hold: LogdirHold | None = None
+        self._writer: CheckpointWriter | None = None
+        self._checkpointer: Checkpointer | None = None
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process initialises, restores, saves and logs."""
+        return self._is_chief
+
+    @property
+    def coord(self) -> Coordinator:
+        """The coordinator: the stop flag, the first error, and the threads that stop together."""
+        return self._coord
+
+    @property
+    def save_summaries_secs(self) -> float | None:
+        """Seconds between summaries; ``None`` in a worker."""
+        return self._save_summaries_secs
+
+    @property
+    def save_model_secs(self) -> float | None:
+        """Seconds between timed checkpoints; ``None`` in a worker."""
+        return self._save_model_secs
+
+    # --- the stop flag ---
+
+    def request_stop(self, ex: BaseException | tuple[Any, Any, Any] | None = None) -> None:
+        """Ask everything to stop; ``ex`` is raised again when the run ends. Any thread, also a signal handler."""
+        self._coord.request_stop(ex)
+
+    def should_stop(self) -> bool:
+        """Whether a stop was requested: what a training loop asks at each turn."""
+        return self._coord.should_stop()
+
+    def stop_on_exception(self) -> AbstractContextManager[None]:
+        """A context that requests a stop with the exception that leaves it, for the program's own threads."""
+        return self._coord.stop_on_exception()
+
+    def wait_for_stop(self) -> None:
+        """Block until a stop is requested."""
+        self._coord.wait_for_stop()
+
+    # --- services ---
+
+    def loop(
+        self,
+        timer_interval_secs: float | None,
+        target: Callable[..., object],
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> LooperThread:
+        """Call ``target(*args, **kwargs)`` every ``timer_interval_secs`` seconds on a thread until the run stops.
+
+        ``None`` as the interval calls it again and again without a pause. An error that it raises stops the run. The
+        thread is one of those that :meth:`stop` waits for.
+        """
+        looper = LooperThread(self._coord, timer_interval_secs, target=target, args=args, kwargs=kwargs)
+        looper.start()
+        return looper
+
+    def start_standard_services(self, sess: SessionT) -> list[threading.Thread]:
+        """Start the services for ``sess``: summaries and step rate, and checkpoints.
+
+        Returns:
+            The threads that run them, for ``sv.coord.join``.
+
+        Raises:
+            RuntimeError: this is not the chief.
+            ValueError: no logdir was given, so there is no place for what the services write.
+        """
+        if not self._is_chief:
+            raise RuntimeError(
+                "start_standard_services: only the chief starts the standard services, and this supervisor was made "
+                "with is_chief=False; use loop() for a service of your own"
+            )
+        if not self._logdir:
+            raise ValueError(
+                "start_standard_services: expected a logdir for checkpoints and summaries, found none; pass logdir= "
+                "to the Supervisor, or start_standard_services=False to the call that prepares the session"
+            )
+        step = self._engine.step(sess)
+        if step is not None and self._events is not None:
+            self._events.started(step)
+        threads: list[threading.Thread] = []
+        if self._events is not None and self._save_summaries_secs:
+            if self._has_summaries:
+                threads.append(self._service("summary", self._save_summaries_secs, self._engine.summarise, sess))
+            if step is not None:
+                counter = StepCounter(self._engine, sess, self._events)
+                threads.append(self._service("step-counter", self._save_summaries_secs, counter))
+        if self._saves():
+            self._engine.watch(sess)
+            self._writer = CheckpointWriter(self._engine, self._store, self._events, self._coord.request_stop)
+            self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
+            if self._save_model_secs:
+                threads.append(self._service("checkpoint", self._save_model_secs, self._checkpointer))
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _is_newest_saved(self, step: int | None) -> bool:
+        """Whether ``step``, at which a session starts, is the one that it was restored from."""
+        newest = self._store.candidates()[:1] if self._store is not None else []
+        return any(one.name == self._engine.checkpoint_name(step) for one in newest)
+
+    def _service(self, name: str, interval_secs: float, target: Callable[..., object], *args: Any) -> LooperThread:
+        return LooperThread(self._coord, interval_secs, target=target, args=args, name=f"stepguard-{name}")
+
+    # --- the life of a session ---
+
+    def _open_session(self, prepare: Callable[[], SessionT], start_standard_services: bool) -> SessionT:
+        """A prepared session with its services running. What failed is closed again before the error leaves."""
+        self._coord.clear_stop()
+        if self._events is not None:
+            self._events.reopen()
+        if start_standard_services and self._store is not None and self._saves():
+            self._become_chief(self._store)
+        session = prepare()
+        try:
+            if start_standard_services and self._is_chief:
+                if self._logdir:
+                    self.start_standard_services(session)
+                else:
+                    _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+        except BaseException:
+            self._give_up(session)
+            raise
+        return session
+
+    def _saves(self) -> bool:
+        return self._saves_model and bool(self._save_model_secs or self._save_at_end)
+
+    def _become_chief(self, store: CheckpointStore) -> None:
+        if self._hold is None:
+            self._hold = store.acquire()
+            for leftover in store.sweep():
+                _log.info("removed %s, left behind by a run that was killed", leftover)
+
+    def _give_up(self, session: SessionT) -> None:
+        """End what was begun for a session that could not be prepared; its error is on the way out."""
+        self._coord.request_stop()
+        self._engine.close(session)
+
+    def _supervised(
+        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
+    ) -> AbstractContextManager[SessionT]:
+        """The context that a training loop lives in."""
+        return _ManagedSession(self, open_session, close_summary_writer)
+
+    def stop(
+        self,
+        threads: Sequence[threading.Thread] | None = None,
+        close_summary_writer: bool = True,
+        ignore_live_threads: bool = False,
+    ) -> None:
+        """Stop the services, save the last step, and close the event log. The session stays open.
+
+        Args:
+            threads: more threads to wait for, besides those of the services, of ``loop()`` and of queue runners.
+            close_summary_writer: whether to write the record STOP and close the event log.
+            ignore_live_threads: whether threads that do not stop in ``stop_grace_secs`` are only warned of.
+
+        Raises:
+            Exception: the first error that was reported while the run lasted; later ones are its notes.
+            RuntimeError: threads did not stop in time.
+        """
+        self._coord.request_stop()
+        try:
+            try:
+                self._coord.join(
+                    threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
+                )
+                self._save_last()
+            finally:
+                self._stop_writing()
+                self._leave_logdir()
+            # A last checkpoint that could not be written is an error of the run like any other.
+            self._coord.raise_requested_exception()
+        finally:
+            if close_summary_writer and self._events is not None:
+                self._events.stopped()
+                self._events.close()
+
+    def _save_last(self) -> None:
+        if self._checkpointer is not None and self._save_at_end:
+            self._checkpointer.save_last(self._stop_grace_secs)
+
+    def _stop_writing(self) -> None:
+        writer, self._writer = self._writer, None
+        self._checkpointer = None
+        # A snapshot that is being written holds a good step, whatever else went wrong.
+        if writer is not None and not writer.close(self._stop_grace_secs):
+            _log.warning(
+                "a checkpoint was still being written %g s after the stop and is given up; the one before it is good",
+                self._stop_grace_secs,
+            )
+
+    def _leave_logdir(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
+
+
+class _ManagedSession(AbstractContextManager[SessionT]):
+    """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed."""
+
+    def __init__(
+        self, supervisor: Supervisor[SessionT], open_session: Callable[[], SessionT], close_summary_writer: bool
+    ) -> None:
+        self._supervisor = supervisor
+        self._open_session = open_session
+        self._close_summary_writer = close_summary_writer
+        self._session: SessionT | None = None
+
+    def __enter__(self) -> SessionT:
+        try:
+            self._session = self._open_session()
+        except BaseException as error:
+            # An error of the preparation is raised as itself, whatever its type means while a run lasts.
+            self._end_quietly(error)
+            raise
+        return self._session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if error is not None and not isinstance(error, Exception):
+            # Ctrl-C, sys.exit: the program is told that it is over by this very error.
+            self._end_quietly(error)
+            return False
+        try:
+            if error is not None:
+                self._supervisor.request_stop(error)
+            self._end()
+        except BaseException as raised:
+            if raised is error:
+                return False
+            raise
+        # What the coordinator took for the end of the input, with no error after it, ends here.
+        return True
+
+    def _end(self) -> None:
+        try:
+            self._supervisor.stop(close_summary_writer=self._close_summary_writer)
+        finally:
+            if self._session is not None:
+                self._supervisor._engine.close(self._session)
+                self._session = None
+
+    def _end_quietly(self, error: BaseException) -> None:
+        try:
+            self._end()
+        except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
+            if later is not error:
+                add_note(error, f"while stopping: {type(later).__name__}: {later}")

@@ -1,0 +1,10 @@
+"""Stepguard for TensorFlow graph programs: a drop-in for ``tf.compat.v1.train.Supervisor``."""
+
+from __future__ import annotations
+
+from stepguard.tensorflow.coordinator import Coordinator
+from stepguard.tensorflow.install import install
+from stepguard.tensorflow.session_manager import SessionManager
+from stepguard.tensorflow.supervisor import Supervisor
+
+__all__ = ["Coordinator", "SessionManager", "Supervisor", "install"]

@@ -1,0 +1,121 @@
+"""The constructor's arguments, checked at the door: a wrong one is named before anything is built or written."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.tensorflow.defaults import is_default
+
+_v1 = tf.compat.v1
+
+_FETCHES = ("ready_op", "ready_for_local_init_op", "init_op", "local_init_op", "summary_op", "global_step")
+_SECONDS = ("save_summaries_secs", "save_model_secs", "recovery_wait_secs", "stop_grace_secs")
+_CALLS = {
+    "saver": ("save", "restore"),
+    "session_manager": ("prepare_session", "wait_for_session"),
+    "summary_writer": ("add_summary", "add_session_log", "close", "reopen"),
+}
+
+
+def check(**given: Any) -> None:
+    """Check the types and values of the Supervisor's arguments.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what was expected and what was found.
+    """
+    graph = given["graph"]
+    if not isinstance(graph, tf.Graph):
+        raise _wrong_type("graph", "a tf.Graph", graph)
+    for name in _FETCHES:
+        _check_fetch(name, given[name], graph)
+    _check_global_step(given["global_step"])
+    for name in _SECONDS:
+        _check_seconds(name, given[name])
+    for name, methods in _CALLS.items():
+        value = given[name]
+        if value is None or (is_default(value) and name != "session_manager"):
+            continue
+        lacking = [method for method in methods if not callable(getattr(value, method, None))]
+        if lacking:
+            raise _wrong_type(name, f"an object with the methods {', '.join(methods)}", value)
+    if given["logdir"] is not None and not isinstance(given["logdir"], (str, os.PathLike)):
+        raise _wrong_type("logdir", "a path", given["logdir"])
+    if not isinstance(given["checkpoint_basename"], str):
+        raise _wrong_type("checkpoint_basename", "a string", given["checkpoint_basename"])
+    if given["logdir"] and not os.path.basename(given["checkpoint_basename"]):
+        raise ValueError(
+            f"checkpoint_basename: expected the name of a file, found {given['checkpoint_basename']!r}; "
+            "'model.ckpt' is the usual one"
+        )
+    if given["init_fn"] is not None and not callable(given["init_fn"]):
+        raise _wrong_type("init_fn", "a function of one argument, the session", given["init_fn"])
+    if given["init_feed_dict"] is not None and not isinstance(given["init_feed_dict"], dict):
+        raise _wrong_type("init_feed_dict", "a dictionary", given["init_feed_dict"])
+    options = given["local_init_run_options"]
+    if options is not None and not isinstance(options, _v1.RunOptions):
+        raise _wrong_type("local_init_run_options", "a tf.compat.v1.RunOptions", options)
+    _check_logdir(given["logdir"])
+
+
+def check_devices(graph: Any) -> None:
+    """A replica's variables must say where they live.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for operation in graph.get_operations():
+        if operation.type in ("Variable", "VariableV2") and not operation.device:
+            raise ValueError(
+                f"with is_chief=False every variable needs a device, and {operation.name!r} has none: build the "
+                "model inside `with tf.device(tf.compat.v1.train.replica_device_setter(...)):`"
+            )
+
+
+def _check_fetch(name: str, value: Any, graph: Any) -> None:
+    if value is None or is_default(value):
+        return
+    try:
+        flat = tf.nest.flatten(value, expand_composites=True)
+        for item in flat:
+            graph.as_graph_element(item)
+    except (TypeError, ValueError, KeyError) as error:
+        raise type(error)(
+            f"{name}: expected an operation or tensor of the graph, found {value!r:.80}: {error}"
+        ) from error
+
+
+def _check_global_step(value: Any) -> None:
+    dtype = getattr(value, "dtype", None)
+    if value is None or is_default(value) or dtype is None:
+        return
+    if not dtype.base_dtype.is_integer:
+        raise TypeError(f"global_step: expected an integer tensor, found one of type {dtype.base_dtype.name}")
+    shape = tf.TensorShape(getattr(value, "shape", None))
+    if shape.is_fully_defined() and shape.num_elements() != 1:
+        raise ValueError(f"global_step: expected a tensor of size 1, found one of shape {shape}")
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if value is None and name.startswith("save_"):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _wrong_type(name, "a number of seconds", value)
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
+
+
+def _check_logdir(logdir: Any) -> None:
+    """A logdir that cannot be used is said so now, and not after an hour of training."""
+    if not logdir or "://" in os.fspath(logdir):
+        return
+    if os.path.exists(logdir) and not os.path.isdir(logdir):
+        raise NotADirectoryError(f"logdir: expected a directory, found the file {os.fspath(logdir)}; name another one")
+
+
+def _wrong_type(name: str, expected: str, found: Any) -> TypeError:
+    return TypeError(f"{name}: expected {expected}, found {type(found).__name__}: {found!r:.80}")

@@ -1,0 +1,24 @@
+"""The core's Coordinator, accepted wherever TensorFlow checks for its own."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from stepguard import coordinator
+
+CLEAN_STOP_TYPES = (tf.errors.OutOfRangeError,)
+# What a run says that a stop has cut short: the closing of a queue or of the session, not a failure of its own.
+STOP_NOISE_TYPES = (tf.errors.CancelledError,)
+
+
+class Coordinator(coordinator.Coordinator, tf.train.Coordinator):
+    """A :class:`stepguard.coordinator.Coordinator` that is a ``tf.train.Coordinator`` by type.
+
+    ``QueueRunner.create_threads``, ``tf.compat.v1.train.start_queue_runners`` and ``tf.compat.v1.train.LooperThread``
+    take it; nothing of TensorFlow's implementation is used.
+    """
+
+    def __init__(self, clean_stop_exception_types: tuple[type[BaseException], ...] | None = None) -> None:
+        if clean_stop_exception_types is None:
+            clean_stop_exception_types = CLEAN_STOP_TYPES
+        coordinator.Coordinator.__init__(self, clean_stop_exception_types, late_noise_types=STOP_NOISE_TYPES)

@@ -1,0 +1,236 @@
+"""TensorFlow graph programs, as the core sees them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.tensorflow.boundary import Boundary
+from stepguard.tensorflow.defaults import Model
+from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.restore import ENGINE
+from stepguard.tensorflow.runs import RunKinds
+from stepguard.tensorflow.session import Session
+from stepguard.tensorflow.snapshot import BundleWriter, SavePlan, TensorSnapshot, WrittenSnapshot, as_step
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+# A summary may need input that only a training step provides: after this long, steps go on while it is computed.
+_SUMMARY_HOLD_SECS = 1.0
+
+
+class TensorFlowEngine:
+    """The engine over one graph, its session manager, its saver and its event log.
+
+    ``plan`` says how to take the state out of a session; without one the saver saves by its own means. Threads: see
+    :class:`stepguard.engine.Engine`. A new thread of a TensorFlow 2 program starts in eager mode, so everything that
+    a service thread may call enters the graph first.
+    """
+
+    name = ENGINE
+    storage_error_types: tuple[type[BaseException], ...] = (
+        tf.errors.InternalError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.UnknownError,
+    )
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        meta_graph: Any,
+        session_manager: Any,
+        plan: SavePlan | None,
+        events: TensorFlowEvents | None,
+        logdir: str | None,
+        save_path: str | None,
+        init_fn: Any,
+    ) -> None:
+        self._model = model
+        self._meta_graph = meta_graph
+        self._session_manager = session_manager
+        self._plan = plan
+        self._events = events
+        self._logdir = logdir
+        self._save_path = save_path
+        self._init_fn = init_fn
+        self._kinds: RunKinds | None = None
+        self._bundle: BundleWriter | None = None
+        self._exported_meta: tuple[int, bytes] | None = None
+
+    # --- the session ---
+
+    def prepare(
+        self,
+        *,
+        is_chief: bool,
+        master: str,
+        config: Any,
+        wait_for_checkpoint: bool,
+        max_wait_secs: float | None,
+    ) -> Any:
+        """A session from the session manager; the chief also leaves its graph in the logdir and the event log."""
+        if not is_chief:
+            return self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs)
+        session = self._session_manager.prepare_session(
+            master,
+            init_op=self._model.init_op,
+            saver=self._model.saver,
+            checkpoint_dir=self._logdir,
+            wait_for_checkpoint=wait_for_checkpoint,
+            max_wait_secs=max_wait_secs,
+            config=config,
+            init_feed_dict=self._model.init_feed_dict,
+            init_fn=self._init_fn,
+        )
+        try:
+            self._write_graph()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _write_graph(self) -> None:
+        graph = self._model.graph
+        if self._logdir:
+            tf.io.write_graph(graph.as_graph_def(add_shapes=True), self._logdir, "graph.pbtxt")
+        if self._events is not None:
+            self._events.graph(graph, self._meta_graph)
+
+    def is_open(self, session: Any) -> bool:
+        """Whether the session can still run. One that does not tell is taken to be open."""
+        return not getattr(session, "_closed", False)
+
+    def close(self, session: Any) -> None:
+        """Close the session, which cancels what it runs."""
+        if isinstance(session, Session):
+            session.unwatch()
+        try:
+            session.close()
+        except tf.errors.OpError as error:
+            _log.debug("closing the session: %s", error)
+        if self._bundle is not None:
+            self._bundle.close()
+            self._bundle = None
+
+    # --- steps ---
+
+    def step(self, session: Any) -> int | None:
+        """The value of the global step."""
+        global_step = self._model.global_step
+        if global_step is None:
+            return None
+        with self._model.graph.as_default():
+            return as_step(session.run(global_step))
+
+    def step_name(self) -> str:
+        """The name of the operation that holds the global step."""
+        return str(self._model.global_step.op.name)
+
+    def watch(self, session: Any) -> None:
+        """Have the session mark its steps, if it is one of ours and its variables live in this process."""
+        if self._plan is not None and _is_local(session):
+            if self._kinds is None:
+                self._kinds = RunKinds(self._model.graph, self._plan.fetches)
+            session.watch(Boundary(self._kinds))
+
+    def progress(self, session: Any) -> object:
+        """The number of runs that may have changed the state; else the global step; else something new each time."""
+        boundary = _boundary(session)
+        if boundary is not None:
+            return boundary.steps
+        step = self.step(session)
+        return object() if step is None else step
+
+    def at_boundary(self, session: Any, what: str) -> AbstractContextManager[None]:
+        """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
+        boundary = _boundary(session)
+        return nullcontext() if boundary is None else boundary.hold(what)
+
+    # --- checkpoints ---
+
+    def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
+        """Fetch what the saver would save; or, where only the saver knows, have it save."""
+        if self._plan is not None and _is_local(session):
+            return self._plan.take(session.run, self._model.global_step)
+        with self._model.graph.as_default():
+            step = self.step(session)
+            # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
+            path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
+        written = path if isinstance(path, str) else f"{self._save_path}" + ("" if step is None else f"-{step}")
+        return WrittenSnapshot(step=step, written=written)
+
+    def checkpoint_name(self, step: int | None) -> str:
+        """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
+        basename = os.path.basename(str(self._save_path))
+        if step is None:
+            return basename
+        padded = getattr(self._model.saver, "_pad_step_number", False)
+        return f"{basename}-{step:08d}" if padded else f"{basename}-{step}"
+
+    def write(self, snapshot: Any, stage: Path, name: str) -> None:
+        """Write an ordinary TensorFlow checkpoint with its meta graph."""
+        if self._plan is None:
+            raise AssertionError("a snapshot without a plan was written by its saver")
+        if self._bundle is None:
+            self._bundle = BundleWriter(self._plan)
+        self._bundle.write(snapshot, stage / name)
+        (stage / f"{name}.meta").write_bytes(self._meta_bytes())
+
+    def kept_checkpoints(self) -> list[str]:
+        """What the saver counts among its own: also what the program has saved by calling it."""
+        return [os.path.basename(path) for path in getattr(self._model.saver, "last_checkpoints", ())]
+
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
+        """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself."""
+        if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
+            self._model.saver.set_last_checkpoints_with_time(list(kept))
+
+    def _meta_bytes(self) -> bytes:
+        # The graph is finalised, so this is done once; a program may un-finalise it and go on building.
+        graph = self._model.graph
+        if self._exported_meta is None or self._exported_meta[0] != graph.version:
+            with graph.as_default():
+                self._exported_meta = (graph.version, self._model.saver.export_meta_graph().SerializeToString())
+        return self._exported_meta[1]
+
+    # --- summaries ---
+
+    def summarise(self, session: Any) -> None:
+        """Run the summary operation together with the global step, and write what it returns."""
+        events, model = self._events, self._model
+        if events is None:
+            return
+        with model.graph.as_default(), self._summary_boundary(session):
+            if model.global_step is None:
+                summary, step = session.run(model.summary_op), None
+            else:
+                summary, step = session.run([model.summary_op, model.global_step])
+                step = as_step(step)
+        _log.info("recording summary at step %s", step)
+        events.summary(summary, step)
+
+    @contextmanager
+    def _summary_boundary(self, session: Any) -> Iterator[None]:
+        boundary = _boundary(session)
+        if boundary is None:
+            yield
+            return
+        with boundary.hold("a summary", at_most_secs=_SUMMARY_HOLD_SECS):
+            yield
+
+
+def _boundary(session: Any) -> Boundary | None:
+    return session.boundary if isinstance(session, Session) else None
+
+
+def _is_local(session: Any) -> bool:
+    return isinstance(session, Session) and session.is_local

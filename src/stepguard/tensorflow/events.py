@@ -1,0 +1,69 @@
+"""The records of a run in a TensorBoard event file, through the program's summary writer or one of our own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import tensorflow as tf
+
+_v1 = tf.compat.v1
+
+
+_opened = itertools.count()
+
+
+def open_writer(logdir: str) -> Any:
+    """An event file writer for ``logdir``, which is created if missing.
+
+    The names of event files count whole seconds, and a writer truncates a file of its name: the suffix keeps two that
+    are opened within one second apart.
+    """
+    return _v1.summary.FileWriter(logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+
+
+class TensorFlowEvents:
+    """The event log over a ``tf.compat.v1.summary.FileWriter`` or anything that has its methods."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+        self._graph_is_in = False
+
+    def started(self, step: int) -> None:
+        """The session log record START."""
+        self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.START), step)
+
+    def checkpointed(self, step: int | None, path: str) -> None:
+        """The session log record CHECKPOINT, with the prefix that was really written."""
+        if step is not None:
+            record = _v1.SessionLog(status=_v1.SessionLog.CHECKPOINT, checkpoint_path=path)
+            self.writer.add_session_log(record, step)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One value of one curve."""
+        self.writer.add_summary(_v1.Summary(value=[_v1.Summary.Value(tag=tag, simple_value=value)]), step)
+
+    def summary(self, summary: Any, step: int | None) -> None:
+        """A Summary proto, or one serialised."""
+        self.writer.add_summary(summary, step)
+
+    def graph(self, graph: Any, meta_graph: Any) -> None:
+        """The graph and the meta graph, once in each event file."""
+        if not self._graph_is_in:
+            self.writer.add_graph(graph)
+            self.writer.add_meta_graph(meta_graph)
+            self._graph_is_in = True
+
+    def stopped(self) -> None:
+        """The session log record STOP."""
+        self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.STOP))
+
+    def close(self) -> None:
+        """Close the writer; the next file gets the graph again."""
+        self.writer.close()
+        self._graph_is_in = False
+
+    def reopen(self) -> None:
+        """Open a new event file when the last one was closed."""
+        self.writer.reopen()

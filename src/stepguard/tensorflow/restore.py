@@ -1,0 +1,141 @@
+"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.errors import CheckpointCorruptError
+from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.tensorflow.fit import check_fits
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+ENGINE = "tensorflow"
+ENTRY_SUFFIX = ".index"
+
+# What restoring raises when the bytes are wrong; whether names, types and shapes fit was looked at before. It counts
+# as damage only where no manifest has proven the bytes good.
+_DAMAGE = (
+    tf.errors.DataLossError,
+    tf.errors.InternalError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.OutOfRangeError,
+    tf.errors.UnimplementedError,
+    ValueError,
+)
+
+
+class Restorer:
+    """Restores the newest good checkpoint of a directory.
+
+    ``store`` is the chief's own: damaged checkpoints are moved out of its way. Without one, or for another directory,
+    nothing is moved: a reader never touches what a chief may be writing.
+    """
+
+    def __init__(self, store: CheckpointStore | None = None) -> None:
+        self._store = store
+
+    def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
+        """Restore the newest good checkpoint; ``False`` when there is none at all.
+
+        Raises:
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
+        """
+        if self._store is not None:
+            if self._restore_from(self._store, session, saver, is_ours=True):
+                return True
+            if "://" not in directory and self._store.root.absolute() == Path(directory).absolute():
+                return self._restore_named_by_state_file(session, saver, directory)
+        if "://" not in directory:
+            for basename in _basenames(directory):
+                store = CheckpointStore(directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+                if self._restore_from(store, session, saver, is_ours=False):
+                    return True
+        return self._restore_named_by_state_file(session, saver, directory)
+
+    def restore_file(self, session: Any, saver: Any, path: str) -> None:
+        """Restore the checkpoint with the prefix ``path``.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
+        """
+        graph = session.graph
+        with graph.as_default():
+            check_fits(saver, graph, path)
+            # What a SavedModel needs in place before its variables are restored.
+            initializers = _v1.get_collection("saved_model_initializers")
+            if initializers:
+                session.run(initializers)
+            saver.restore(session, path)
+
+    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
+        def attempt(checkpoint: Checkpoint) -> None:
+            path = str(checkpoint.path)
+            if checkpoint.manifest is not None:
+                self.restore_file(session, saver, path)
+                return
+            try:
+                self.restore_file(session, saver, path)
+            except _DAMAGE as error:
+                raise CheckpointCorruptError(f"{path}: {_first_line(error)}", path=checkpoint.path) from error
+
+        recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
+        if recovery.checkpoint is None:
+            return False
+        if recovery.damaged:
+            _log.warning("%s", recovery.message())
+        _log.info("restored %s", recovery.checkpoint.path)
+        owned = store.listed_by_state()
+        store.adopt(owned)
+        if hasattr(saver, "recover_last_checkpoints"):
+            # The saver prunes what it knows of, also when the program calls save() itself.
+            saver.recover_last_checkpoints([str(one.path) for one in owned])
+        return True
+
+    def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
+        """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""
+        state = _v1.train.get_checkpoint_state(directory)
+        if state is None or not state.model_checkpoint_path:
+            return False
+        for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
+            for place in (path, os.path.join(directory, os.path.basename(path))):
+                if _v1.train.checkpoint_exists(place):
+                    self.restore_file(session, saver, place)
+                    _log.info("restored %s", place)
+                    if hasattr(saver, "recover_last_checkpoints"):
+                        saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+                    return True
+        return False
+
+
+def _basenames(directory: str) -> list[str]:
+    """The basenames of the checkpoints in a directory; that of the state file first, then the usual one."""
+    found: dict[str, None] = {}
+    state = _v1.train.get_checkpoint_state(directory)
+    if state is not None and state.model_checkpoint_path:
+        found[_without_step(os.path.basename(state.model_checkpoint_path))] = None
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    present = {_without_step(name[: -len(ENTRY_SUFFIX)]) for name in names if name.endswith(ENTRY_SUFFIX)}
+    found.update(dict.fromkeys(sorted(present, key=lambda name: (name != "model.ckpt", name))))
+    return [name for name in found if name and not name.startswith(".")]
+
+
+def _without_step(name: str) -> str:
+    basename, dash, step = name.rpartition("-")
+    return basename if dash and step.isdigit() else name
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

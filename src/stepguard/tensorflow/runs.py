@@ -1,0 +1,176 @@
+"""Which runs of a graph can change what its saver saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+# Operations that take the handle of a variable, table or iterator and leave it as it is. Whatever is not listed is
+# taken for a change: a wrong guess on this side delays a snapshot by one run, on the other it would tear one.
+_READS = frozenset(
+    {
+        "Enter",
+        "Exit",
+        "Identity",
+        "IdentityN",
+        "IsVariableInitialized",
+        "IteratorGetDevice",
+        "IteratorToStringHandle",
+        "LookupTableExport",
+        "LookupTableExportV2",
+        "LookupTableFind",
+        "LookupTableFindV2",
+        "LookupTableSize",
+        "LookupTableSizeV2",
+        "NextIteration",
+        "NoOp",
+        "ReadVariableOp",
+        "RefEnter",
+        "RefExit",
+        "RefIdentity",
+        "RefMerge",
+        "RefNextIteration",
+        "RefSelect",
+        "RefSwitch",
+        "ResourceGather",
+        "ResourceGatherNd",
+        "SerializeIterator",
+        "Switch",
+        "Merge",
+        "VarIsInitializedOp",
+        "VariableShape",
+    }
+)
+_MAX_REMEMBERED = 4096
+
+
+class RunKinds:
+    """Tells whether a run can change the state that is saved. Any thread.
+
+    A run changes the state when one of the operations that it needs takes the handle of a saved variable, table or
+    iterator and is not known to only read it. The operations of a graph are never changed once they exist, so an
+    answer holds for good and is remembered.
+    """
+
+    def __init__(self, graph: Any, saved: Iterable[Any]) -> None:
+        self._graph = graph
+        self._saved = _handles(saved)
+        # The key holds ids; the value holds the objects, so that no id is ever used again for something else.
+        self._known: dict[Any, tuple[Any, bool]] = {}
+
+    def changes_state(self, fetches: Any) -> bool:
+        """Whether ``session.run(fetches)`` can change the saved state."""
+        known = self._known.get(id(fetches))
+        if known is not None and known[0] is fetches:
+            return known[1]
+        return self._look_up(fetches)
+
+    def _look_up(self, fetches: Any) -> bool:
+        single = isinstance(fetches, (tf.Operation, tf.Tensor))
+        flat = [fetches] if single else tf.nest.flatten(fetches, expand_composites=True)
+        key = id(fetches) if single else tuple([item if isinstance(item, str) else id(item) for item in flat])
+        known = self._known.get(key)
+        if known is not None:
+            return known[1]
+        answer = self._examine(flat)
+        if len(self._known) >= _MAX_REMEMBERED:
+            self._known.clear()
+        # A list may be changed by the program, so only a single fetch is remembered by its own identity.
+        self._known[key] = (fetches if single else flat, answer)
+        return answer
+
+    def _examine(self, flat: list[Any]) -> bool:
+        try:
+            elements = [self._graph.as_graph_element(item) for item in flat]
+        except (TypeError, ValueError, KeyError):
+            # A kind of fetch that only the session itself can read, or an error that the run itself reports better.
+            return True
+        needed = _ancestors(element if isinstance(element, tf.Operation) else element.op for element in elements)
+        return any(self._changes(operation) for operation in needed)
+
+    def _changes(self, operation: Any) -> bool:
+        if operation.type in _READS:
+            return False
+        by_reference = {
+            index for index, tensor in enumerate(operation.inputs) if _takes_handle(operation, index, tensor)
+        }
+        if not by_reference:
+            return False
+        return any(_sources(operation.inputs[index]) & self._saved for index in by_reference)
+
+
+def describe(fetches: Any) -> str:
+    """A short name for what a run fetches, for messages."""
+    flat = tf.nest.flatten(fetches)
+    names = [str(getattr(item, "name", item)) for item in flat]
+    shown = ", ".join(names[:3])
+    return f"[{shown}, and {len(names) - 3} more]" if len(names) > 3 else f"[{shown}]"
+
+
+def _takes_handle(operation: Any, index: int, tensor: Any) -> bool:
+    if tensor.dtype == tf.resource:
+        return True
+    # A reference that is taken by value is a read.
+    return bool(tensor.dtype._is_ref_dtype) and _input_is_ref(operation, index)
+
+
+def _input_is_ref(operation: Any, index: int) -> bool:
+    position = 0
+    for argument in operation.op_def.input_arg:
+        if argument.number_attr:
+            width = operation.get_attr(argument.number_attr)
+        elif argument.type_list_attr:
+            width = len(operation.get_attr(argument.type_list_attr))
+        else:
+            width = 1
+        position += width
+        if index < position:
+            return bool(argument.is_ref)
+    return True
+
+
+def _ancestors(operations: Iterable[Any]) -> set[Any]:
+    """The operations that have to run for ``operations`` to run, themselves included."""
+    seen: set[Any] = set()
+    waiting = list(operations)
+    while waiting:
+        operation = waiting.pop()
+        if operation in seen:
+            continue
+        seen.add(operation)
+        waiting.extend(tensor.op for tensor in operation.inputs)
+        waiting.extend(operation.control_inputs)
+    return seen
+
+
+def _sources(tensor: Any) -> set[Any]:
+    """The operations that may have made the handle in ``tensor``: those it comes from through handles alone."""
+    found: set[Any] = set()
+    seen: set[Any] = set()
+    waiting = [tensor.op]
+    while waiting:
+        operation = waiting.pop()
+        if operation in seen:
+            continue
+        seen.add(operation)
+        carried = [item.op for item in operation.inputs if _is_handle(item)]
+        if carried:
+            waiting.extend(carried)
+        else:
+            found.add(operation)
+    return found
+
+
+def _handles(saved: Iterable[Any]) -> set[Any]:
+    """The operations that make the handles of what is read to compute the tensors ``saved``."""
+    return {
+        operation
+        for operation in _ancestors(tensor.op for tensor in saved)
+        if any(_is_handle(output) for output in operation.outputs) and not any(map(_is_handle, operation.inputs))
+    }
+
+
+def _is_handle(tensor: Any) -> bool:
+    return tensor.dtype == tf.resource or bool(tensor.dtype._is_ref_dtype)

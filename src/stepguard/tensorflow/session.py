@@ -1,0 +1,86 @@
+"""A real ``tf.compat.v1.Session`` that knows where the step boundaries are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.tensorflow.boundary import Boundary
+
+
+class Session(tf.compat.v1.Session):
+    """What ``managed_session`` gives to the program: TensorFlow's own session, with its step boundaries marked.
+
+    Until :meth:`watch` is called it is TensorFlow's session and nothing more. From then on a run that can change what
+    the supervisor saves is a step: a snapshot is taken between two of them, never during one. Every other run passes
+    untouched.
+    """
+
+    def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
+        # Whether the variables live in this process, so that what a run returns is all in its memory.
+        self.is_local = not target
+        self._boundary: Boundary | None = None
+        self._before_close: Callable[[], None] | None = None
+        super().__init__(target, graph=graph, config=config)
+
+    def watch(self, boundary: Boundary, before_close: Callable[[], None] | None = None) -> None:
+        """Mark the steps in ``boundary``; call ``before_close`` when the program closes the session itself."""
+        self._boundary = boundary
+        self._before_close = before_close
+
+    def unwatch(self) -> None:
+        """Be TensorFlow's session and nothing more again."""
+        self._boundary = None
+        self._before_close = None
+
+    @property
+    def boundary(self) -> Boundary | None:
+        """Where the steps of this session are marked; ``None`` before :meth:`watch`."""
+        return self._boundary
+
+    def run(self, fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
+        """Run operations and evaluate tensors, as ``tf.compat.v1.Session.run`` does. Any thread."""
+        boundary = self._boundary
+        if boundary is None or not boundary.is_step(fetches):
+            return super().run(fetches, feed_dict, options, run_metadata)
+        boundary.enter(fetches)
+        try:
+            return super().run(fetches, feed_dict, options, run_metadata)
+        finally:
+            boundary.leave()
+
+    def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
+        """Continue a partial run. The boundary may fall between two parts of one."""
+        boundary = self._boundary
+        if boundary is None or not boundary.is_step(fetches):
+            return super().partial_run(handle, fetches, feed_dict)
+        boundary.enter(fetches)
+        try:
+            return super().partial_run(handle, fetches, feed_dict)
+        finally:
+            boundary.leave()
+
+    def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
+        """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
+        function: Callable[..., Any] = super().make_callable(fetches, feed_list, accept_options)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            boundary = self._boundary
+            if boundary is None or not boundary.is_step(fetches):
+                return function(*args, **kwargs)
+            boundary.enter(fetches)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                boundary.leave()
+
+        return call
+
+    def close(self) -> None:
+        """Close the session; a supervisor that still watches it saves the last step first."""
+        before_close, self._before_close = self._before_close, None
+        if before_close is not None:
+            before_close()
+        super().close()

@@ -1,0 +1,303 @@
+"""Creating a session and making its model ready: by restoring it, by initialising it, or by waiting for the chief."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.errors import ModelNotReadyError
+from stepguard.tensorflow.restore import Restorer
+from stepguard.tensorflow.session import Session
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+# The first checks for a model or a checkpoint come this quickly, then ever less often, up to recovery_wait_secs.
+_FIRST_WAIT_SECS = 0.05
+_WAIT_GROWTH = 1.5
+
+
+class SessionManager:
+    """Creates sessions and makes the model ready: TensorFlow's ``SessionManager``, for use alone or by a Supervisor.
+
+    Args:
+        local_init_op: operation run in every new session, for tables and local variables. ``None`` runs nothing.
+        ready_op: 1-D string tensor that names what is not ready; empty when the model is. ``None`` checks nothing.
+        ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
+        graph: the graph of the model; the default graph if ``None``.
+        recovery_wait_secs: the longest time between two checks, in seconds, while waiting for a model or a
+            checkpoint. The first checks follow each other more quickly.
+        local_init_run_options: ``RunOptions`` for running ``local_init_op``.
+        local_init_feed_dict: feeds for running ``local_init_op``.
+        restorer: how a checkpoint directory is searched and restored. Keyword only.
+        wait_for_stop: ``wait_for_stop(timeout_secs)`` ends a wait when it returns true. Keyword only.
+
+    Raises:
+        ValueError: ``ready_for_local_init_op`` without ``local_init_op``.
+    """
+
+    def __init__(
+        self,
+        local_init_op: Any = None,
+        ready_op: Any = None,
+        ready_for_local_init_op: Any = None,
+        graph: Any = None,
+        recovery_wait_secs: float = 30,
+        local_init_run_options: Any = None,
+        local_init_feed_dict: Any = None,
+        *,
+        restorer: Restorer | None = None,
+        wait_for_stop: Callable[[float], bool] | None = None,
+    ) -> None:
+        if ready_for_local_init_op is not None and local_init_op is None:
+            raise ValueError(
+                "ready_for_local_init_op says when local_init_op can be run, and local_init_op is None: pass both, "
+                f"or neither (found ready_for_local_init_op={ready_for_local_init_op})"
+            )
+        self._local_init_op = local_init_op
+        self._ready_op = ready_op
+        self._ready_for_local_init_op = ready_for_local_init_op
+        self._graph = _v1.get_default_graph() if graph is None else graph
+        self._recovery_wait_secs = recovery_wait_secs
+        self._local_init_run_options = local_init_run_options
+        self._local_init_feed_dict = local_init_feed_dict
+        self._restorer = Restorer() if restorer is None else restorer
+        self._wait_for_stop = threading.Event().wait if wait_for_stop is None else wait_for_stop
+
+    def prepare_session(
+        self,
+        master: str,
+        init_op: Any = None,
+        saver: Any = None,
+        checkpoint_dir: str | None = None,
+        checkpoint_filename_with_path: str | None = None,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float | None = 7200,
+        config: Any = None,
+        init_feed_dict: Any = None,
+        init_fn: Callable[[Any], object] | None = None,
+    ) -> Session:
+        """A session whose model is restored from its newest good checkpoint, or else initialised.
+
+        The model of a remote ``master`` that is initialised already is left as it lives. Without a checkpoint,
+        ``init_op`` is run, then ``init_fn(session)`` called. ``local_init_op`` is run in every case.
+
+        Raises:
+            RuntimeError: nothing to initialise the model with, or the model is not ready afterwards.
+            ValueError: both ``checkpoint_dir`` and ``checkpoint_filename_with_path`` were given.
+            NoGoodCheckpointError: checkpoints exist, and all of them are damaged.
+            CheckpointMismatchError: the checkpoint does not fit the graph; nothing was overwritten.
+        """
+        session, is_ready = self._recover(
+            master, saver, checkpoint_dir, checkpoint_filename_with_path, wait_for_checkpoint, max_wait_secs, config
+        )
+        try:
+            if not is_ready:
+                self._initialise(session, init_op, init_feed_dict, init_fn)
+            self._make_ready(session, init_op, init_fn)
+        except BaseException:
+            _close(session)
+            raise
+        return session
+
+    def recover_session(
+        self,
+        master: str,
+        saver: Any = None,
+        checkpoint_dir: str | None = None,
+        checkpoint_filename_with_path: str | None = None,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float | None = 7200,
+        config: Any = None,
+    ) -> tuple[Session, bool]:
+        """A session, and whether its model could be recovered: it lives on a remote master, or was restored.
+
+        Raises:
+            ValueError: both ``checkpoint_dir`` and ``checkpoint_filename_with_path`` were given.
+        """
+        session, is_recovered = self._recover(
+            master, saver, checkpoint_dir, checkpoint_filename_with_path, wait_for_checkpoint, max_wait_secs, config
+        )
+        try:
+            problem = self._run_local_init(session)
+            if not is_recovered:
+                return session, False
+            problem = problem or self._not_ready(session, self._ready_op)
+        except BaseException:
+            _close(session)
+            raise
+        source = checkpoint_dir or checkpoint_filename_with_path
+        if problem is not None:
+            _log.warning("restoring from %s did not make the model ready: %s", source, problem)
+            return session, False
+        return session, True
+
+    def wait_for_session(self, master: str, config: Any = None, max_wait_secs: float | None = math.inf) -> Session:
+        """A session, once another process has made the model ready.
+
+        Waits ``max_wait_secs`` seconds at most; ``None`` waits for ever.
+
+        Raises:
+            tf.errors.DeadlineExceededError: the model was not ready in time; the message says what is missing.
+        """
+        began = time.monotonic()
+        waits = _Waits(self._recovery_wait_secs, max_wait_secs)
+        while True:
+            session = Session(master, graph=self._graph, config=config)
+            try:
+                problem = self._run_local_init(session) or self._not_ready(session, self._ready_op)
+            except BaseException:
+                _close(session)
+                raise
+            if problem is None:
+                return session
+            _close(session)
+            wait_secs = waits.next()
+            if wait_secs is None:
+                raise tf.errors.DeadlineExceededError(
+                    None,
+                    None,
+                    f"the model on {master or 'this process'!r} was not ready after {time.monotonic() - began:.1f} s "
+                    f"(max_wait_secs={max_wait_secs}): {problem}. It waits for the chief to initialise or restore it: "
+                    f"is the chief running, with the same graph?",
+                )
+            _log.info("waiting for the chief to make the model ready: %s", problem)
+            if self._wait_for_stop(wait_secs):
+                raise tf.errors.CancelledError(None, None, f"a stop was requested while waiting: {problem}")
+
+    def _recover(
+        self,
+        master: str,
+        saver: Any,
+        checkpoint_dir: str | None,
+        checkpoint_file: str | None,
+        wait_for_checkpoint: bool,
+        max_wait_secs: float | None,
+        config: Any,
+    ) -> tuple[Session, bool]:
+        if checkpoint_dir and checkpoint_file:
+            raise ValueError(
+                "expected either checkpoint_dir or checkpoint_filename_with_path, found both: "
+                f"{checkpoint_dir!r} and {checkpoint_file!r}"
+            )
+        session = Session(master, graph=self._graph, config=config)
+        try:
+            if master and self._lives(session):
+                _log.info("the model on %s is initialised: going on with it", master)
+                return session, True
+            if not saver:
+                return session, False
+            if checkpoint_file:
+                self._restorer.restore_file(session, saver, os.fspath(checkpoint_file))
+                return session, True
+            if not checkpoint_dir:
+                return session, False
+            waits = _Waits(self._recovery_wait_secs, max_wait_secs)
+            while not self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir)):
+                wait_secs = waits.next() if wait_for_checkpoint else None
+                if wait_secs is None:
+                    return session, False
+                _log.info("waiting for a checkpoint in %s", checkpoint_dir)
+                if self._wait_for_stop(wait_secs):
+                    return session, False
+            return session, True
+        except BaseException:
+            _close(session)
+            raise
+
+    def _lives(self, session: Session) -> bool:
+        """Whether the model in ``session`` was made ready by somebody else already."""
+        if self._ready_op is None:
+            return False
+        try:
+            return (self._run_local_init(session) or self._not_ready(session, self._ready_op)) is None
+        except tf.errors.FailedPreconditionError:
+            # Local variables that start from global ones cannot be initialised before those are.
+            return False
+
+    def _initialise(
+        self, session: Session, init_op: Any, init_feed_dict: Any, init_fn: Callable[[Any], object] | None
+    ) -> None:
+        if init_op is None and not init_fn and self._local_init_op is None:
+            raise ModelNotReadyError(
+                "the model is not initialised, no checkpoint was restored, and there is no init_op, init_fn or "
+                "local_init_op to initialise it with"
+            )
+        if init_op is not None:
+            session.run(init_op, feed_dict=init_feed_dict)
+        if init_fn:
+            init_fn(session)
+
+    def _make_ready(self, session: Session, init_op: Any, init_fn: Any) -> None:
+        problem = self._run_local_init(session)
+        if problem is not None:
+            raise ModelNotReadyError(
+                f"the model is not ready for local_init_op after init_op={_name(init_op)}, init_fn={init_fn}: {problem}"
+            )
+        problem = self._not_ready(session, self._ready_op)
+        if problem is not None:
+            raise ModelNotReadyError(
+                f"the model is not ready after init_op={_name(init_op)}, init_fn={init_fn}, "
+                f"local_init_op={_name(self._local_init_op)}: {problem}"
+            )
+
+    def _run_local_init(self, session: Session) -> str | None:
+        """Run ``local_init_op`` if it can be run; what stands in its way, if anything."""
+        if self._local_init_op is None:
+            return None
+        problem = self._not_ready(session, self._ready_for_local_init_op)
+        if problem is None:
+            session.run(self._local_init_op, feed_dict=self._local_init_feed_dict, options=self._local_init_run_options)
+        return problem
+
+    def _not_ready(self, session: Session, ready_op: Any) -> str | None:
+        """What is not ready, by the word of ``ready_op``; ``None`` when all is."""
+        if ready_op is None:
+            return None
+        try:
+            names = session.run(ready_op)
+        except tf.errors.FailedPreconditionError as error:
+            if "uninitialized" not in str(error):
+                raise
+            return str(error)
+        # An int32 result comes from a program without variables: an empty tensor of the default type.
+        if names is None or names.dtype == "int32" or names.size == 0:
+            return None
+        return "variables not initialised: " + ", ".join(name.decode() for name in names)
+
+
+class _Waits:
+    """How long to wait before each next check: quick ones first, never beyond the deadline."""
+
+    def __init__(self, longest_secs: float, max_wait_secs: float | None) -> None:
+        self._longest_secs = longest_secs
+        self._next_secs = min(_FIRST_WAIT_SECS, longest_secs)
+        self._deadline = time.monotonic() + (math.inf if max_wait_secs is None else max_wait_secs)
+
+    def next(self) -> float | None:
+        """Seconds to wait now; ``None`` when the time is over."""
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            return None
+        wait_secs = min(self._next_secs, remaining)
+        self._next_secs = min(self._next_secs * _WAIT_GROWTH, self._longest_secs)
+        return wait_secs
+
+
+def _close(session: Session) -> None:
+    """Close a session that is given up; the error that it is given up for matters more than one from closing."""
+    try:
+        session.close()
+    except tf.errors.OpError as error:
+        _log.debug("closing a session that is given up: %s", error)
+
+
+def _name(operation: Any) -> Any:
+    return getattr(operation, "name", operation)

@@ -1,0 +1,390 @@
+"""The contract: a Supervisor for TensorFlow graph programs, a drop-in for ``tf.compat.v1.train.Supervisor``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.store import CheckpointStore
+from stepguard.supervisor import Supervisor as CoreSupervisor
+from stepguard.tensorflow import arguments, defaults
+from stepguard.tensorflow.coordinator import Coordinator
+from stepguard.tensorflow.engine import TensorFlowEngine
+from stepguard.tensorflow.events import TensorFlowEvents, open_writer
+from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
+from stepguard.tensorflow.session_manager import SessionManager
+from stepguard.tensorflow.snapshot import as_step, plan
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+
+class Supervisor(CoreSupervisor[Any]):
+    """Initialises or restores a model, saves it, writes its summaries, stops cleanly, and comes back after a crash.
+
+    The arguments up to ``local_init_run_options`` are those of ``tf.compat.v1.train.Supervisor``, in its order and
+    with its defaults; ``USE_DEFAULT`` takes what is in the graph's collections, or builds it and adds it there. The
+    graph is finalised.
+
+    Args:
+        graph: the graph of the model; the default graph if ``None``.
+        ready_op: 1-D string tensor naming what is not ready. ``None`` checks nothing.
+        ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
+        is_chief: whether this process initialises, restores, saves and logs; the others wait for it.
+        init_op: run by the chief when nothing can be restored. ``None`` initialises only through ``init_fn``.
+        init_feed_dict: feeds for ``init_op``.
+        local_init_op: run in every new session: tables and local variables. ``None`` runs nothing.
+        logdir: directory for checkpoints and events, created if missing; ``None`` leaves nothing behind.
+        summary_op: returns a serialised Summary. ``None`` computes no summaries.
+        saver: saves and restores the model. ``None`` does neither.
+        global_step: integer tensor of rank 0, or of rank 1 and size 1, that counts steps. ``None`` counts none.
+        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none.
+        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none.
+        recovery_wait_secs: the longest time between two checks while waiting for the chief, in seconds.
+        stop_grace_secs: how long threads may take to stop, in seconds.
+        checkpoint_basename: basename of the checkpoints.
+        session_manager: creates the sessions, in place of one made from these arguments.
+        summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
+        init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
+        local_init_run_options: ``RunOptions`` for ``local_init_op``.
+        save_at_end: keyword only; whether the last step is saved when the run ends without an error. By default it
+            is when ``save_model_secs`` asks for checkpoints at all.
+
+    Raises:
+        RuntimeError: eager execution is enabled.
+        TypeError, ValueError: an argument is of the wrong type or value; the message names it.
+    """
+
+    USE_DEFAULT = defaults.USE_DEFAULT
+
+    def __init__(
+        self,
+        graph: Any = None,
+        ready_op: Any = USE_DEFAULT,
+        ready_for_local_init_op: Any = USE_DEFAULT,
+        is_chief: bool = True,
+        init_op: Any = USE_DEFAULT,
+        init_feed_dict: Any = None,
+        local_init_op: Any = USE_DEFAULT,
+        logdir: Any = None,
+        summary_op: Any = USE_DEFAULT,
+        saver: Any = USE_DEFAULT,
+        global_step: Any = USE_DEFAULT,
+        save_summaries_secs: Any = 120,
+        save_model_secs: Any = 600,
+        recovery_wait_secs: Any = 30,
+        stop_grace_secs: Any = 120,
+        checkpoint_basename: str = "model.ckpt",
+        session_manager: Any = None,
+        summary_writer: Any = USE_DEFAULT,
+        init_fn: Callable[[Any], object] | None = None,
+        local_init_run_options: Any = None,
+        *,
+        save_at_end: bool | None = None,
+    ) -> None:
+        if tf.executing_eagerly():
+            raise RuntimeError(
+                "stepguard.tensorflow.Supervisor supervises graph programs, and eager execution is enabled here: "
+                "build the model and the Supervisor inside `with tf.Graph().as_default():`, or call "
+                "tf.compat.v1.disable_eager_execution() first"
+            )
+        graph = _v1.get_default_graph() if graph is None else graph
+        arguments.check(
+            graph=graph,
+            ready_op=ready_op,
+            ready_for_local_init_op=ready_for_local_init_op,
+            init_op=init_op,
+            init_feed_dict=init_feed_dict,
+            local_init_op=local_init_op,
+            logdir=logdir,
+            summary_op=summary_op,
+            saver=saver,
+            global_step=global_step,
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            recovery_wait_secs=recovery_wait_secs,
+            stop_grace_secs=stop_grace_secs,
+            checkpoint_basename=checkpoint_basename,
+            session_manager=session_manager,
+            summary_writer=summary_writer,
+            init_fn=init_fn,
+            local_init_run_options=local_init_run_options,
+        )
+        model = defaults.resolve(
+            graph,
+            ready_op=ready_op,
+            ready_for_local_init_op=ready_for_local_init_op,
+            init_op=init_op,
+            init_feed_dict=init_feed_dict,
+            local_init_op=local_init_op,
+            saver=saver,
+            summary_op=summary_op,
+            global_step=global_step,
+        )
+        self._model = model
+        logdir = os.fspath(logdir) if is_chief and logdir else None
+        self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
+        saves_model = bool(model.saver) and self._save_path is not None
+        save_plan = plan(model.saver, graph) if saves_model else None
+        with graph.as_default():
+            meta_graph = _v1.train.export_meta_graph(
+                graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(model.saver, "saver_def", None)
+            )
+        coord = Coordinator()
+        store = _open_store(self._save_path, model.saver) if saves_model else None
+        if not is_chief:
+            arguments.check_devices(graph)
+            writer = None
+        elif defaults.is_default(summary_writer):
+            writer = open_writer(logdir) if logdir else None
+        else:
+            writer = summary_writer
+        if session_manager is None:
+            session_manager = SessionManager(
+                local_init_op=model.local_init_op,
+                ready_op=model.ready_op,
+                ready_for_local_init_op=model.ready_for_local_init_op,
+                graph=graph,
+                recovery_wait_secs=recovery_wait_secs,
+                local_init_run_options=local_init_run_options,
+                restorer=Restorer(store),
+                wait_for_stop=coord.wait_for_stop,
+            )
+        self._session_manager = session_manager
+        events = None if writer is None else TensorFlowEvents(writer)
+        self._tensorflow_events = events
+        self._tensorflow = TensorFlowEngine(
+            model,
+            meta_graph=meta_graph,
+            session_manager=session_manager,
+            plan=save_plan,
+            events=events,
+            logdir=logdir,
+            save_path=self._save_path,
+            init_fn=init_fn,
+        )
+        super().__init__(
+            self._tensorflow,
+            coord=coord,
+            is_chief=bool(is_chief),
+            logdir=logdir,
+            store=store,
+            events=events,
+            has_summaries=model.summary_op is not None,
+            saves_model=saves_model,
+            save_summaries_secs=save_summaries_secs if is_chief else None,
+            save_model_secs=save_model_secs if is_chief else None,
+            save_at_end=bool(save_model_secs) if save_at_end is None else save_at_end,
+            stop_grace_secs=stop_grace_secs,
+        )
+        # From here on the graph must not change: every session, thread and checkpoint relies on it.
+        graph.finalize()
+
+    # --- what the supervisor works with ---
+
+    @property
+    def session_manager(self) -> Any:
+        """The SessionManager that creates the sessions."""
+        return self._session_manager
+
+    @property
+    def init_op(self) -> Any:
+        """The operation that initialises the model, or ``None``."""
+        return self._model.init_op
+
+    @property
+    def init_feed_dict(self) -> Any:
+        """The feeds for ``init_op``, or ``None``."""
+        return self._model.init_feed_dict
+
+    @property
+    def ready_op(self) -> Any:
+        """The tensor that names what is not ready, or ``None``."""
+        return self._model.ready_op
+
+    @property
+    def ready_for_local_init_op(self) -> Any:
+        """The tensor that names what stands in the way of ``local_init_op``, or ``None``."""
+        return self._model.ready_for_local_init_op
+
+    @property
+    def saver(self) -> Any:
+        """The Saver, or ``None``."""
+        return self._model.saver
+
+    @property
+    def save_path(self) -> str | None:
+        """The prefix of the checkpoints, without the step; ``None`` in a worker or without a logdir."""
+        return self._save_path
+
+    @property
+    def summary_op(self) -> Any:
+        """The tensor of the serialised Summary, or ``None``."""
+        return self._model.summary_op
+
+    @property
+    def summary_writer(self) -> Any:
+        """The writer of the event file, or ``None``."""
+        return None if self._tensorflow_events is None else self._tensorflow_events.writer
+
+    @property
+    def global_step(self) -> Any:
+        """The integer tensor that counts steps, or ``None``."""
+        return self._model.global_step
+
+    # --- sessions ---
+
+    def prepare_or_wait_for_session(
+        self,
+        master: str = "",
+        config: Any = None,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float | None = 7200,
+        start_standard_services: bool = True,
+    ) -> Any:
+        """A session on ``master`` whose model is ready: restored or initialised by the chief, waited for by others.
+
+        Args:
+            master: ``""`` for this process, ``"local"``, or ``"grpc://host:port"``.
+            config: ``ConfigProto`` for the session.
+            wait_for_checkpoint: whether the chief waits for a checkpoint to appear rather than initialise.
+            max_wait_secs: how long to wait for a checkpoint or for the model, in seconds; ``None`` for ever.
+            start_standard_services: whether to start the services and the queue runners.
+
+        Raises:
+            RuntimeError: the model could not be made ready.
+            tf.errors.DeadlineExceededError: a worker has waited ``max_wait_secs`` for its chief.
+        """
+
+        def prepare() -> Any:
+            return self._tensorflow.prepare(
+                is_chief=self._is_chief,
+                master=master,
+                config=config,
+                wait_for_checkpoint=wait_for_checkpoint,
+                max_wait_secs=max_wait_secs,
+            )
+
+        session = self._open_session(prepare, start_standard_services)
+        if start_standard_services:
+            try:
+                with self._model.graph.as_default():
+                    self.start_queue_runners(session)
+            except BaseException:
+                self._give_up(session)
+                raise
+        return session
+
+    def managed_session(
+        self,
+        master: str = "",
+        config: Any = None,
+        start_standard_services: bool = True,
+        close_summary_writer: bool = True,
+        *,
+        max_wait_secs: float | None = 7200,
+    ) -> AbstractContextManager[Any]:
+        """A context that gives a prepared session, and ends the run when it is left.
+
+        An error of the block or of a service is raised again after all threads have stopped and the session is
+        closed; ``OutOfRangeError`` is the end of the input, and a clean end.
+
+        Args:
+            master: see :meth:`prepare_or_wait_for_session`, as for ``config`` and ``max_wait_secs``.
+            config: ``ConfigProto`` for the session.
+            start_standard_services: whether to start the services and the queue runners.
+            close_summary_writer: whether to close the summary writer at the end.
+            max_wait_secs: keyword only; how long to wait for the model, in seconds.
+        """
+
+        def open_session() -> Any:
+            return self.prepare_or_wait_for_session(
+                master=master,
+                config=config,
+                max_wait_secs=max_wait_secs,
+                start_standard_services=start_standard_services,
+            )
+
+        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+
+    def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
+        """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.
+
+        Raises:
+            RuntimeError: eager execution is enabled.
+        """
+        if tf.executing_eagerly():
+            raise RuntimeError(
+                "start_queue_runners: queues belong to graph programs, and eager execution is enabled here; call it "
+                "inside `with graph.as_default():`, or read the input with tf.data"
+            )
+        if queue_runners is None:
+            queue_runners = self._model.graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
+        threads: list[threading.Thread] = []
+        for runner in queue_runners:
+            threads.extend(runner.create_threads(sess, coord=self._coord, daemon=True, start=True))
+        return threads
+
+    def summary_computed(self, sess: Any, summary: Any, global_step: int | None = None) -> None:
+        """Write a summary that the program has computed itself.
+
+        Args:
+            sess: the session, from which the step is fetched when ``global_step`` is ``None``.
+            summary: a Summary proto, or one serialised to bytes.
+            global_step: the step of the summary.
+
+        Raises:
+            TypeError: ``summary`` is neither a Summary proto nor bytes.
+            RuntimeError: there is no summary writer: no ``logdir``, or a worker.
+        """
+        if self._tensorflow_events is None:
+            raise RuntimeError(
+                "summary_computed: expected a summary writer, found none: it needs a chief with a logdir (or a "
+                "summary_writer)"
+            )
+        if not isinstance(summary, (bytes, _v1.Summary)):
+            raise TypeError(
+                f"summary_computed: expected a Summary proto or its serialised bytes, found "
+                f"{type(summary).__name__}: {summary!r:.80}"
+            )
+        if global_step is None:
+            global_step = self._engine.step(sess)
+        self._tensorflow_events.summary(summary, None if global_step is None else as_step(global_step))
+
+    # --- the contract's second spelling ---
+
+    PrepareSession = prepare_or_wait_for_session
+    StartQueueRunners = start_queue_runners
+    StartStandardServices = CoreSupervisor.start_standard_services
+    Stop = CoreSupervisor.stop
+    RequestStop = CoreSupervisor.request_stop
+    Loop = CoreSupervisor.loop
+    ShouldStop = CoreSupervisor.should_stop
+    StopOnException = CoreSupervisor.stop_on_exception
+    WaitForStop = CoreSupervisor.wait_for_stop
+    SummaryComputed = summary_computed
+
+
+def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
+    """The store for ``save_path``; ``None`` on a file system that only TensorFlow can reach."""
+    if save_path is None or "://" in save_path:
+        return None
+    definition = getattr(saver, "saver_def", None)
+    hours = getattr(definition, "keep_checkpoint_every_n_hours", 0)
+    root, basename = os.path.split(save_path)
+    return CheckpointStore(
+        root or os.curdir,
+        basename=basename,
+        engine=ENGINE,
+        entry_suffix=ENTRY_SUFFIX,
+        relative_paths=bool(getattr(saver, "_save_relative_paths", False)),
+        max_to_keep=getattr(definition, "max_to_keep", None),
+        # The Saver's own default of 10,000 hours means never.
+        keep_every_n_hours=hours if 0 < hours < 10_000 else None,
+    )

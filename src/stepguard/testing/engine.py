@@ -1,0 +1,233 @@
+"""A framework without a framework: a model of plain integers, with steps, snapshots and checkpoints of its own.
+
+It is the proof that the core knows no framework, and the smallest example of an engine.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepguard.coordinator import Coordinator
+from stepguard.errors import CheckpointMismatchError
+from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.supervisor import Supervisor
+
+ENGINE = "fake"
+_STATE_FILE = "state.json"
+
+
+class FakeSession:
+    """A model of integers. A step raises each of them by one, slowly enough for a torn snapshot to be seen."""
+
+    def __init__(self, size: int) -> None:
+        self.values = [0] * size
+        self.step = 0
+        self.boundary = threading.RLock()
+        self.is_open = True
+
+    def run_step(self) -> None:
+        """One training step."""
+        with self.boundary:
+            self.step += 1
+            for index in range(len(self.values)):
+                self.values[index] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSnapshot:
+    """The integers of one step."""
+
+    step: int
+    values: tuple[int, ...]
+    written: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Eight bytes a value."""
+        return 8 * len(self.values)
+
+
+class RecordedEvents:
+    """An event log that keeps what it was told, as tuples in the order in which it came."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+        self.is_open = True
+
+    def started(self, step: int) -> None:
+        """The record of a start."""
+        self.records.append(("started", step))
+
+    def checkpointed(self, step: int | None, path: str) -> None:
+        """The record of a checkpoint."""
+        self.records.append(("checkpointed", step, path))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One value of a curve; the value itself depends on time and is left out."""
+        self.records.append(("scalar", tag, step))
+
+    def stopped(self) -> None:
+        """The record of a stop."""
+        self.records.append(("stopped",))
+
+    def close(self) -> None:
+        """Close the log."""
+        self.is_open = False
+
+    def reopen(self) -> None:
+        """Open the log again."""
+        self.is_open = True
+
+
+class FakeEngine:
+    """The engine of :class:`FakeSession`. ``fail_writes`` holds errors that the next writes raise, one each."""
+
+    name = ENGINE
+    storage_error_types: tuple[type[BaseException], ...] = ()
+
+    def __init__(self, store: CheckpointStore | None = None, *, size: int = 64) -> None:
+        self.store = store
+        self.size = size
+        self.fail_writes: list[BaseException] = []
+        self.fail_prepare: BaseException | None = None
+        self.fail_summary: BaseException | None = None
+        self.summaries = 0
+        self.warnings: list[str] = []
+
+    def prepare(self) -> FakeSession:
+        """A session restored from the newest good checkpoint, or at step 0."""
+        if self.fail_prepare is not None:
+            raise self.fail_prepare
+        session = FakeSession(self.size)
+        if self.store is not None:
+            recovery = self.store.newest_good()
+            if recovery.damaged:
+                self.warnings.append(recovery.message())
+            if recovery.checkpoint is not None:
+                self.restore(session, recovery.checkpoint)
+        return session
+
+    def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
+        """Take over the integers of a checkpoint."""
+        state = json.loads((checkpoint.path / _STATE_FILE).read_text())
+        if len(state["values"]) != self.size:
+            raise CheckpointMismatchError(
+                f"{checkpoint.path}: expected {self.size} values, found {len(state['values'])}", path=checkpoint.path
+            )
+        session.step, session.values = state["step"], state["values"]
+
+    def step(self, session: FakeSession) -> int:
+        """The steps done."""
+        return session.step
+
+    def step_name(self) -> str:
+        """The name of the counter."""
+        return "global_step"
+
+    def watch(self, session: FakeSession) -> None:
+        """The session's own lock marks its steps already."""
+
+    def progress(self, session: FakeSession) -> object:
+        """Each step changes the state."""
+        return session.step
+
+    def at_boundary(self, session: FakeSession, what: str) -> AbstractContextManager[None]:
+        """Hold the session's lock."""
+
+        @contextmanager
+        def hold() -> Iterator[None]:
+            with session.boundary:
+                yield
+
+        return hold()
+
+    def snapshot(self, session: FakeSession) -> FakeSnapshot:
+        """Copy the integers."""
+        return FakeSnapshot(session.step, tuple(session.values))
+
+    def checkpoint_name(self, step: int | None) -> str:
+        """``model.ckpt-<step>``."""
+        return f"model.ckpt-{step}"
+
+    def write(self, snapshot: Any, stage: Path, name: str) -> None:
+        """One JSON file in a directory."""
+        if self.fail_writes:
+            raise self.fail_writes.pop(0)
+        (stage / name).mkdir()
+        state = {"step": snapshot.step, "values": list(snapshot.values)}
+        (stage / name / _STATE_FILE).write_text(json.dumps(state))
+
+    def kept_checkpoints(self) -> Sequence[str]:
+        """The fake framework keeps no list of its own."""
+        return ()
+
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
+        """The fake framework keeps no list of its own."""
+
+    def summarise(self, session: FakeSession) -> None:
+        """Count the call."""
+        if self.fail_summary is not None:
+            raise self.fail_summary
+        self.summaries += 1
+
+    def is_open(self, session: FakeSession) -> bool:
+        """Whether the session was closed."""
+        return session.is_open
+
+    def close(self, session: FakeSession) -> None:
+        """Close the session."""
+        session.is_open = False
+
+
+class FakeSupervisor(Supervisor[FakeSession]):
+    """A Supervisor over the fake engine, with the verbs that every engine's Supervisor has."""
+
+    def __init__(
+        self,
+        logdir: str | None = None,
+        *,
+        is_chief: bool = True,
+        save_summaries_secs: float | None = 120,
+        save_model_secs: float | None = 600,
+        save_at_end: bool = True,
+        stop_grace_secs: float = 120,
+        size: int = 64,
+        engine: FakeEngine | None = None,
+    ) -> None:
+        store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
+        self.engine = FakeEngine(size=size) if engine is None else engine
+        self.engine.store = store
+        self.events = RecordedEvents()
+        super().__init__(
+            self.engine,
+            coord=Coordinator(clean_stop_exception_types=(EOFError,)),
+            is_chief=is_chief,
+            logdir=logdir,
+            store=store,
+            events=self.events,
+            has_summaries=True,
+            saves_model=store is not None,
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            save_at_end=save_at_end,
+            stop_grace_secs=stop_grace_secs,
+        )
+
+    def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
+        """A prepared session."""
+        return self._open_session(self.engine.prepare, start_standard_services)
+
+    def managed_session(
+        self, start_standard_services: bool = True, close_summary_writer: bool = True
+    ) -> AbstractContextManager[FakeSession]:
+        """The context that a training loop lives in."""
+        return self._supervised(
+            lambda: self.prepare_or_wait_for_session(start_standard_services),
+            close_summary_writer=close_summary_writer,
+        )
