@@ -50,7 +50,7 @@ $(BIN)/python:
 	        "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; }
 
 $(VENV)/.ready-to-run: pyproject.toml | $(BIN)/python
-	@echo "Installing stepguard and TensorFlow into $(VENV): once, a few minutes, about 1 GB on disk"
+	@echo "Installing stepguard and TensorFlow into $(VENV): once, a few minutes, about 1.5 GB on disk"
 	@$(PIP) install --editable '.[tensorflow-cpu]'
 	@touch $@
 

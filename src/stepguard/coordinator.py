@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from stepguard.errors import add_note
 
@@ -34,7 +35,7 @@ _SHORTEST_LOOK_SECS = 0.05
 _NOTE_CHARS = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Failure:
     """An error as it was reported: the traceback it had then, and the thread that reported it."""
 
@@ -52,7 +53,7 @@ class _Failure:
             del error, self
 
 
-@dataclass
+@dataclass(slots=True)
 class _Stop:
     """All that clear_stop resets, in one object, so that it is replaced in one assignment."""
 
@@ -357,7 +358,7 @@ def _grace_secs(secs: object) -> float:
 def _exception_types(name: str, types: object) -> tuple[type[BaseException], ...]:
     if types is None:
         return ()
-    checked = tuple(types) if isinstance(types, Iterable) else (types,)
+    checked: tuple[Any, ...] = tuple(types) if isinstance(types, Iterable) else (None,)
     if not all(isinstance(each, type) and issubclass(each, BaseException) for each in checked):
         raise TypeError(f"{name} must be a tuple of exception types, got {types!r}")
     return checked

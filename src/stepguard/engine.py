@@ -6,7 +6,7 @@ snapshot back to be written, and hands over a checkpoint to be restored. Adding 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -75,8 +75,20 @@ class Engine(Protocol[_SessionT_contra]):
     def step_name(self) -> str:
         """What the program calls its step counter: the step-rate curve is named after it."""
 
-    def watch(self, session: _SessionT_contra) -> None:
-        """Mark the step boundaries of ``session`` from now on."""
+    def watch(self, session: _SessionT_contra, before_close: Callable[[], None]) -> None:
+        """Mark the step boundaries of ``session`` from now on.
+
+        ``before_close`` is called once, when the program itself closes the session, if that is not for an error.
+        """
+
+    def stop_at_boundary(self, session: _SessionT_contra) -> None:
+        """Have the next step raise ``StopRequested`` in place of being done. Any thread."""
+
+    def call_after_steps(self, session: _SessionT_contra, steps: int, callback: Callable[[], int]) -> None:
+        """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.
+
+        It returns the number of steps until the next call.
+        """
 
     def progress(self, session: _SessionT_contra) -> object:
         """A value that differs from an earlier one when a run in between may have changed the saved state."""

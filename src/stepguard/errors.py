@@ -12,6 +12,8 @@
     ├── ModelNotReadyError             the model was not fully initialised (also a RuntimeError)
     └── NoBoundaryError                no step ended in time, so the training state could not be read
 
+    StopRequested                      a SystemExit: leaves a loop at the step boundary after SIGTERM
+
 Errors carry fields, so that a program never has to match their text.
 """
 
@@ -87,6 +89,13 @@ class ModelNotReadyError(StepguardError, RuntimeError):
 
 class NoBoundaryError(StepguardError):
     """No step boundary came in time, so the training state could not be read without mixing two steps."""
+
+
+class StopRequested(SystemExit):
+    """Raised by the next step after SIGTERM, so that the run stops at a step boundary. ``managed_session`` ends it.
+
+    It is a SystemExit so that neither ``except Exception`` holds it up nor a thread that it ends prints it.
+    """
 
 
 def add_note(error: BaseException, note: str) -> None:

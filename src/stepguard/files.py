@@ -1,4 +1,3 @@
-# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH208
 """Durable files: the only user of ``os.replace`` and ``os.fsync`` in the package.
 
 Every function reaches the disk through this module's ``os`` name and nothing else, so that a test can put a

@@ -56,7 +56,7 @@ class LooperThread(threading.Thread):
             raise ValueError("args and kwargs are for a target, and target is None")
         if target is not None and not callable(target):
             raise TypeError(f"target must be callable, got {target!r}")
-        called = getattr(target, "__qualname__", None) or type(self if target is None else target).__qualname__
+        called = getattr(target, "__name__", None) or type(self if target is None else target).__name__
         super().__init__(name=name or f"stepguard-loop-{called}", daemon=True)
         self._coord = coord
         self._interval_secs = _interval_secs(timer_interval_secs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from stepguard.engine import Engine, EventLog
@@ -14,12 +16,13 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Takes snapshots of one session at step boundaries and gives them to the writer. One thread at a time."""
+    """Takes snapshots of one session at step boundaries and gives them to the writer. Any thread."""
 
     def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
         self._engine = engine
         self._session = session
         self._writer = writer
+        self._saving = threading.Lock()
         # Whether the state at `_saved_progress` has a checkpoint: not so when the model was just initialised.
         self._is_saved = is_saved
         self._saved_progress = engine.progress(session)
@@ -28,6 +31,15 @@ class Checkpointer:
         """Save now. Skipped when nothing has changed, when the last snapshot is still being written, and when no
         boundary comes.
         """
+        # Two triggers at one moment ask for one checkpoint.
+        if not self._saving.acquire(blocking=False):
+            return
+        try:
+            self._save_if_due()
+        finally:
+            self._saving.release()
+
+    def _save_if_due(self) -> None:
         if self._is_saved and self._engine.progress(self._session) == self._saved_progress:
             return
         if self._writer.busy:
@@ -68,6 +80,45 @@ class Checkpointer:
         self._writer.submit(snapshot)
         self._saved_progress = progress
         self._is_saved = True
+
+
+class StepTrigger:
+    """Saves when ``every_steps`` steps were done since it last did; counts steps where the program has no counter.
+
+    Called at boundaries by :meth:`stepguard.engine.Engine.call_after_steps`; an error of the save goes to ``on_error``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any],
+        session: Any,
+        checkpointer: Checkpointer,
+        every_steps: int,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._checkpointer = checkpointer
+        self._every_steps = every_steps
+        self._on_error = on_error
+        self._next_step = self._after(engine.step(session))
+
+    def __call__(self) -> int:
+        """Save if it is time; the number of steps until the next look."""
+        try:
+            step = self._engine.step(self._session)
+            if step is not None and self._next_step is not None and step < self._next_step:
+                # Some runs do not count, or some were done before: not yet.
+                return self._next_step - step
+            self._next_step = self._after(step)
+            self._checkpointer()
+        except Exception as error:  # noqa: BLE001 - the program's own run has succeeded; the coordinator carries this
+            self._on_error(error)
+        return self._every_steps
+
+    def _after(self, step: int | None) -> int | None:
+        # On a grid from 0, so that a restarted run saves at the same steps.
+        return None if step is None else (step // self._every_steps + 1) * self._every_steps
 
 
 class StepCounter:

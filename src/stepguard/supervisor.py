@@ -11,13 +11,16 @@ from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import add_note
+from stepguard.errors import StopRequested, add_note
 from stepguard.looper import LooperThread
-from stepguard.services import Checkpointer, StepCounter
+from stepguard.services import Checkpointer, StepCounter, StepTrigger
+from stepguard.signals import SigtermWatch, end_by_sigterm
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.writer import CheckpointWriter
 
 _log = logging.getLogger(__name__)
+
+MAX_UNPROTECTED_SECS = 1800.0
 
 
 class Supervisor(Generic[SessionT]):
@@ -37,8 +40,11 @@ class Supervisor(Generic[SessionT]):
         saves_model: whether there is anything to save, and a place for it.
         save_summaries_secs: seconds between summaries; 0 or ``None`` computes none.
         save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
+        save_model_steps: steps between checkpoints; ``None`` takes none by steps.
         save_at_end: whether the last step is saved when the run ends without an error.
         stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
+        max_unprotected_secs: how long, in seconds, saves may fail before that stops the run.
+        stop_on_sigterm: whether ``managed_session`` stops at the next step boundary when SIGTERM comes.
     """
 
     def __init__(
@@ -54,8 +60,11 @@ class Supervisor(Generic[SessionT]):
         saves_model: bool,
         save_summaries_secs: float | None,
         save_model_secs: float | None,
+        save_model_steps: int | None = None,
         save_at_end: bool,
         stop_grace_secs: float,
+        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
+        stop_on_sigterm: bool = True,
     ) -> None:
         self._engine = engine
         self._coord = coord
@@ -67,8 +76,11 @@ class Supervisor(Generic[SessionT]):
         self._saves_model = saves_model
         self._save_summaries_secs = save_summaries_secs
         self._save_model_secs = save_model_secs
+        self._save_model_steps = save_model_steps
         self._save_at_end = save_at_end
         self._stop_grace_secs = stop_grace_secs
+        self._max_unprotected_secs = max_unprotected_secs
+        self._stop_on_sigterm = stop_on_sigterm
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
@@ -160,11 +172,22 @@ class Supervisor(Generic[SessionT]):
                 counter = StepCounter(self._engine, sess, self._events)
                 threads.append(self._service("step-counter", self._save_summaries_secs, counter))
         if self._saves():
-            self._engine.watch(sess)
-            self._writer = CheckpointWriter(self._engine, self._store, self._events, self._coord.request_stop)
+            self._engine.watch(sess, self._save_before_close)
+            self._writer = CheckpointWriter(
+                self._engine,
+                self._store,
+                self._events,
+                self._coord.request_stop,
+                max_unprotected_secs=self._max_unprotected_secs,
+            )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
                 threads.append(self._service("checkpoint", self._save_model_secs, self._checkpointer))
+            if self._save_model_steps:
+                trigger = StepTrigger(
+                    self._engine, sess, self._checkpointer, self._save_model_steps, self._coord.request_stop
+                )
+                self._engine.call_after_steps(sess, 1, trigger)
         for thread in threads:
             thread.start()
         return threads
@@ -188,6 +211,7 @@ class Supervisor(Generic[SessionT]):
             self._become_chief(self._store)
         session = prepare()
         try:
+            self._engine.watch(session, self._save_before_close)
             if start_standard_services and self._is_chief:
                 if self._logdir:
                     self.start_standard_services(session)
@@ -199,7 +223,7 @@ class Supervisor(Generic[SessionT]):
         return session
 
     def _saves(self) -> bool:
-        return self._saves_model and bool(self._save_model_secs or self._save_at_end)
+        return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
 
     def _become_chief(self, store: CheckpointStore) -> None:
         if self._hold is None:
@@ -252,6 +276,20 @@ class Supervisor(Generic[SessionT]):
                 self._events.stopped()
                 self._events.close()
 
+    def _uncommit(self, name: str) -> None:
+        """The program is about to write over the checkpoint ``name`` by its framework's own means."""
+        if self._writer is not None:
+            self._writer.drain(self._stop_grace_secs)
+        if self._store is not None:
+            self._store.uncommit(name)
+
+    def _save_before_close(self) -> None:
+        """Save the last step of a session that the program closes before it stops the supervisor."""
+        try:
+            self._save_last()
+        except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
+            self._coord.request_stop(error)
+
     def _save_last(self) -> None:
         if self._checkpointer is not None and self._save_at_end:
             self._checkpointer.save_last(self._stop_grace_secs)
@@ -282,10 +320,16 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         self._open_session = open_session
         self._close_summary_writer = close_summary_writer
         self._session: SessionT | None = None
+        self._sigterm = SigtermWatch(self._stop_at_boundary)
 
     def __enter__(self) -> SessionT:
+        if self._supervisor._stop_on_sigterm:
+            self._sigterm.start()
         try:
             self._session = self._open_session()
+            if self._sigterm.received:
+                # The preparation began by clearing the stop flag, perhaps after the signal had set it.
+                self._stop_at_boundary()
         except BaseException as error:
             # An error of the preparation is raised as itself, whatever its type means while a run lasts.
             self._end_quietly(error)
@@ -295,20 +339,28 @@ class _ManagedSession(AbstractContextManager[SessionT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if error is not None and not isinstance(error, Exception):
+        if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C, sys.exit: the program is told that it is over by this very error.
             self._end_quietly(error)
             return False
         try:
-            if error is not None:
+            if isinstance(error, Exception):
                 self._supervisor.request_stop(error)
             self._end()
         except BaseException as raised:
             if raised is error:
                 return False
             raise
+        if self._sigterm.received:
+            end_by_sigterm()
         # What the coordinator took for the end of the input, with no error after it, ends here.
         return True
+
+    def _stop_at_boundary(self) -> None:
+        self._supervisor.request_stop()
+        session = self._session
+        if session is not None:
+            self._supervisor._engine.stop_at_boundary(session)
 
     def _end(self) -> None:
         try:
@@ -317,6 +369,7 @@ class _ManagedSession(AbstractContextManager[SessionT]):
             if self._session is not None:
                 self._supervisor._engine.close(self._session)
                 self._session = None
+            self._sigterm.finish()
 
     def _end_quietly(self, error: BaseException) -> None:
         try:

@@ -1,27 +1,40 @@
-"""The writer thread: makes snapshots durable while training goes on."""
+"""The writer thread: makes snapshots durable while training goes on, and tries again when the disk fails."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
+from stepguard.errors import SaveFailedError
 from stepguard.store import Checkpoint, CheckpointStore
 
 _log = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECS = 1.0
+_LONGEST_RETRY_SECS = 60.0
+# Besides the tensors: index, meta graph, manifest.
+_SPARE_BYTES = 1 << 20
 
 
 class CheckpointWriter:
     """Writes, commits and records one snapshot at a time.
 
+    A save that the disk fails is tried again, ever less often, while training goes on; after ``max_unprotected_secs``
+    without success it is an error of the run.
+
     ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
     then written the snapshot itself, and there is nothing left to commit.
 
-    Threads: :meth:`submit` from any thread; everything else happens on the writer's own thread. ``on_error`` is called
-    there with the error of a save that failed.
+    Threads: :meth:`submit`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything else happens
+    on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
     """
 
     def __init__(
@@ -30,16 +43,24 @@ class CheckpointWriter:
         store: CheckpointStore | None,
         events: EventLog | None,
         on_error: Callable[[BaseException], None],
+        *,
+        max_unprotected_secs: float,
+        first_retry_secs: float = _FIRST_RETRY_SECS,
     ) -> None:
         self._engine = engine
         self._store = store
         self._events = events
+        self._storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
         self._on_error = on_error
+        self._max_unprotected_secs = max_unprotected_secs
+        self._first_retry_secs = first_retry_secs
         self._wake = threading.Condition(threading.Lock())
         self._waiting: Snapshot | None = None
         self._busy = False
         self._closing = False
+        self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
+        self._last_bytes = 0
         self.skipped = 0
 
     def submit(self, snapshot: Snapshot) -> None:
@@ -55,25 +76,29 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is being written."""
+        """Whether a snapshot is being written, or waits to be tried again."""
         return self._busy
 
     def drain(self, timeout_secs: float) -> bool:
-        """Wait until nothing is being written; ``False`` when that took longer than ``timeout_secs``."""
+        """Wait until nothing is being written; ``False`` if that takes longer than ``timeout_secs``.
+
+        A save that fails is not tried again after that time, but given up with its error.
+        """
         with self._wake:
+            self._gives_up_at = time.monotonic() + timeout_secs
+            self._wake.notify_all()
             return self._wake.wait_for(lambda: not self._busy, timeout_secs)
 
     def close(self, timeout_secs: float) -> bool:
-        """Drain, and end the thread. ``False`` when the thread is still writing after ``timeout_secs``."""
-        deadline = time.monotonic() + timeout_secs
+        """Drain, and end the thread; ``False`` if it is still writing after ``timeout_secs``."""
+        is_idle = self.drain(timeout_secs)
         with self._wake:
             self._closing = True
             self._wake.notify_all()
             thread, self._thread = self._thread, None
-        if thread is None:
-            return True
-        thread.join(max(0.0, deadline - time.monotonic()))
-        return not thread.is_alive()
+        if thread is not None and is_idle:
+            thread.join()
+        return is_idle
 
     def _run(self) -> None:
         while True:
@@ -83,14 +108,52 @@ class CheckpointWriter:
             if snapshot is None:
                 return
             try:
-                self._write(snapshot)
-            except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator carries it to the training thread
+                self._write_with_retries(snapshot)
+            except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator carries it on
                 self._on_error(error)
             finally:
                 del snapshot
                 with self._wake:
                     self._busy = False
                     self._wake.notify_all()
+
+    def _write_with_retries(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
+        delay_secs = self._first_retry_secs
+        while True:
+            try:
+                self._write(snapshot)
+                return
+            except self._storage_errors as error:
+                if snapshot.written is not None:
+                    raise
+                unprotected_secs = time.monotonic() - began
+                # Jitter: many runs on one failing file system must not all come back at the same moment.
+                wait_secs = delay_secs * random.uniform(0.75, 1.25)
+                if not self._may_wait(wait_secs, unprotected_secs):
+                    raise SaveFailedError(
+                        f"saving step {snapshot.step} has failed for {unprotected_secs:.1f} s: {error}. The "
+                        f"checkpoints before it are as they were; make room or repair the disk, and start again",
+                        path=None if self._store is None else self._store.root,
+                    ) from error
+                _log.warning(
+                    "saving step %s failed (%s); training goes on unprotected since %.1f s, next try in %.1f s",
+                    snapshot.step,
+                    error,
+                    unprotected_secs,
+                    wait_secs,
+                )
+            delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
+
+    def _may_wait(self, wait_secs: float, unprotected_secs: float) -> bool:
+        """Wait until the next try; ``False`` when there is to be none."""
+        if unprotected_secs >= self._max_unprotected_secs:
+            return False
+        with self._wake:
+            asked_to_end = self._gives_up_at
+            self._wake.wait_for(lambda: self._gives_up_at != asked_to_end, wait_secs)
+            # A stop does not shorten the retries to none: the disk has until its deadline to come back.
+            return self._gives_up_at is None or time.monotonic() < self._gives_up_at
 
     def _write(self, snapshot: Snapshot) -> None:
         began = time.monotonic()
@@ -112,14 +175,28 @@ class CheckpointWriter:
         self._adopt(store)
         stage = store.stage(name)
         try:
+            self._check_space(store, snapshot)
             self._engine.write(snapshot, stage, name)
             checkpoint = store.commit(name, snapshot.step)
         except BaseException:
             # A full disk stays full when every failed save leaves its files behind.
             store.discard(stage)
             raise
+        if checkpoint.manifest is not None:
+            self._last_bytes = checkpoint.manifest.size
         self._engine.committed([(str(one.path), one.time) for one in store.owned])
         return checkpoint
+
+    def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
+        """Not to fill the disk for others with a checkpoint that will not fit."""
+        needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
+        free = shutil.disk_usage(store.root).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",
+                str(store.root),
+            )
 
     def _adopt(self, store: CheckpointStore) -> None:
         """Take over what the program has saved through its framework since, and forget what that has removed."""

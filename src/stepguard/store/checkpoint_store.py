@@ -176,7 +176,9 @@ class CheckpointStore:
                 files.link_tree(self.root / one, replaced / one)
             files.fsync_dir(replaced)
             files.fsync_dir(self.root)
-        self._layout.remove(name, [*present, *(one for one in incoming if one not in present)])
+        # Leftovers of a failed save that a directory could not be renamed onto, or that another engine wrote.
+        present += [one for one in incoming if one not in present and os.path.lexists(self.root / one)]
+        self._layout.remove(name, present)
 
     def _move_in(self, staged: Sequence[Path]) -> None:
         *first, last = staged

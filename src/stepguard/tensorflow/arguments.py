@@ -14,7 +14,7 @@ from stepguard.tensorflow.defaults import is_default
 _v1 = tf.compat.v1
 
 _FETCHES = ("ready_op", "ready_for_local_init_op", "init_op", "local_init_op", "summary_op", "global_step")
-_SECONDS = ("save_summaries_secs", "save_model_secs", "recovery_wait_secs", "stop_grace_secs")
+_SECONDS = ("save_summaries_secs", "save_model_secs", "recovery_wait_secs", "stop_grace_secs", "max_unprotected_secs")
 _CALLS = {
     "saver": ("save", "restore"),
     "session_manager": ("prepare_session", "wait_for_session"),
@@ -59,6 +59,12 @@ def check(**given: Any) -> None:
     options = given["local_init_run_options"]
     if options is not None and not isinstance(options, _v1.RunOptions):
         raise _wrong_type("local_init_run_options", "a tf.compat.v1.RunOptions", options)
+    steps = given["save_model_steps"]
+    if steps is not None:
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+            raise _wrong_type("save_model_steps", "a number of steps", steps)
+        if steps < 1:
+            raise ValueError(f"save_model_steps: expected a number of steps >= 1, or None, found {steps}")
     _check_logdir(given["logdir"])
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stepguard.errors import NoBoundaryError
+from stepguard.errors import NoBoundaryError, StopRequested
 from stepguard.tensorflow.runs import RunKinds, describe
 
 # How long a boundary may keep the next step waiting before it exists. Longer runs than this raise the bound (see
@@ -34,6 +34,10 @@ class Boundary:
         self._longest_secs = 0.0
         self._steps = 0
         self._holding = threading.Lock()
+        self._on_due: Callable[[], int] | None = None
+        self._due_at = -1
+        # Set once, by any thread: no step begins after it.
+        self.must_stop = False
 
     @property
     def steps(self) -> int:
@@ -41,7 +45,13 @@ class Boundary:
         return self._steps
 
     def enter(self, fetches: Any) -> None:
-        """A step begins: wait while a service holds the boundary."""
+        """A step begins: wait while a service holds the boundary.
+
+        Raises:
+            StopRequested: the run is to stop at this boundary.
+        """
+        if self.must_stop:
+            raise StopRequested(f"stopped before the run of {describe(fetches)}: SIGTERM was received")
         thread = threading.get_ident()
         with self._condition:
             while self._holder is not None and self._holder != thread:
@@ -61,6 +71,14 @@ class Boundary:
                 self._longest_secs = lasted
             if self._holder is not None:
                 self._condition.notify_all()
+            is_due = self._steps == self._due_at
+        if is_due and self._on_due is not None:
+            self._due_at = self._steps + max(1, self._on_due())
+
+    def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
+        """Call ``callback`` after ``steps`` more steps, between two of them; it returns the number until the next."""
+        self._on_due = callback
+        self._due_at = self._steps + max(1, steps)
 
     @contextmanager
     def hold(self, what: str, *, at_most_secs: float = math.inf) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class TensorFlowEngine:
         logdir: str | None,
         save_path: str | None,
         init_fn: Any,
+        uncommit: Callable[[str], None],
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -62,6 +63,7 @@ class TensorFlowEngine:
         self._logdir = logdir
         self._save_path = save_path
         self._init_fn = init_fn
+        self._uncommit = uncommit
         self._kinds: RunKinds | None = None
         self._bundle: BundleWriter | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -135,12 +137,28 @@ class TensorFlowEngine:
         """The name of the operation that holds the global step."""
         return str(self._model.global_step.op.name)
 
-    def watch(self, session: Any) -> None:
-        """Have the session mark its steps, if it is one of ours and its variables live in this process."""
-        if self._plan is not None and _is_local(session):
+    def watch(self, session: Any, before_close: Callable[[], None]) -> None:
+        """Have the session mark its steps, if it is one of ours; a second call changes nothing."""
+        if isinstance(session, Session) and session.boundary is None:
             if self._kinds is None:
-                self._kinds = RunKinds(self._model.graph, self._plan.fetches)
-            session.watch(Boundary(self._kinds))
+                graph = self._model.graph
+                saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
+                self._kinds = RunKinds(graph, saved if self._plan is None else self._plan.fetches)
+            session.watch(Boundary(self._kinds), before_close, self._before_save)
+
+    def stop_at_boundary(self, session: Any) -> None:
+        """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
+        boundary = _boundary(session)
+        if boundary is not None:
+            boundary.must_stop = True
+
+    def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
+        """Count the runs that change the model. A session of another kind tells of none."""
+        boundary = _boundary(session)
+        if boundary is None:
+            _log.warning("this session does not mark its steps: no checkpoints are taken by steps")
+            return
+        boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Any) -> object:
         """The number of runs that may have changed the state; else the global step; else something new each time."""
@@ -159,7 +177,8 @@ class TensorFlowEngine:
 
     def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
-        if self._plan is not None and _is_local(session):
+        # What a remote session returns would cross the network; its saver writes where the variables are.
+        if self._plan is not None and isinstance(session, Session) and session.is_local:
             return self._plan.take(session.run, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
@@ -202,6 +221,18 @@ class TensorFlowEngine:
                 self._exported_meta = (graph.version, self._model.saver.export_meta_graph().SerializeToString())
         return self._exported_meta[1]
 
+    def _before_save(self, fetches: str, feed_dict: Any) -> None:
+        """The program runs the saver's own save operation: what it writes over is committed no longer.
+
+        It stays a checkpoint like one that TensorFlow's own tools wrote, and its saver prunes it.
+        """
+        definition = getattr(self._model.saver, "saver_def", None)
+        if definition is None or fetches != definition.save_tensor_name or not feed_dict or not self._save_path:
+            return
+        path = feed_dict.get(definition.filename_tensor_name)
+        if isinstance(path, str) and os.path.dirname(path) == os.path.dirname(self._save_path):
+            self._uncommit(os.path.basename(path))
+
     # --- summaries ---
 
     def summarise(self, session: Any) -> None:
@@ -232,5 +263,5 @@ def _boundary(session: Any) -> Boundary | None:
     return session.boundary if isinstance(session, Session) else None
 
 
-def _is_local(session: Any) -> bool:
-    return isinstance(session, Session) and session.is_local
+def _global_variables(graph: Any) -> list[Any]:
+    return list(graph.get_collection(_v1.GraphKeys.GLOBAL_VARIABLES))

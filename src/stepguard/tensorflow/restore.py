@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.errors import CheckpointCorruptError
+from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.tensorflow.fit import check_fits
 
@@ -39,8 +39,9 @@ class Restorer:
     nothing is moved: a reader never touches what a chief may be writing.
     """
 
-    def __init__(self, store: CheckpointStore | None = None) -> None:
+    def __init__(self, store: CheckpointStore | None = None, *, start_over_when_all_damaged: bool = False) -> None:
         self._store = store
+        self._start_over_when_all_damaged = start_over_when_all_damaged
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
         """Restore the newest good checkpoint; ``False`` when there is none at all.
@@ -87,7 +88,15 @@ class Restorer:
             except _DAMAGE as error:
                 raise CheckpointCorruptError(f"{path}: {_first_line(error)}", path=checkpoint.path) from error
 
-        recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
+        try:
+            recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
+        except NoGoodCheckpointError as error:
+            if not (is_ours and self._start_over_when_all_damaged):
+                raise
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            _log.warning("starting over, as asked for: %s", error)
+            return False
         if recovery.checkpoint is None:
             return False
         if recovery.damaged:
@@ -95,9 +104,7 @@ class Restorer:
         _log.info("restored %s", recovery.checkpoint.path)
         owned = store.listed_by_state()
         store.adopt(owned)
-        if hasattr(saver, "recover_last_checkpoints"):
-            # The saver prunes what it knows of, also when the program calls save() itself.
-            saver.recover_last_checkpoints([str(one.path) for one in owned])
+        _tell_saver(saver, [(str(one.path), one.time) for one in owned])
         return True
 
     def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
@@ -107,11 +114,10 @@ class Restorer:
             return False
         for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
             for place in (path, os.path.join(directory, os.path.basename(path))):
-                if _v1.train.checkpoint_exists(place):
+                if tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
                     self.restore_file(session, saver, place)
                     _log.info("restored %s", place)
-                    if hasattr(saver, "recover_last_checkpoints"):
-                        saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+                    _tell_saver(saver, [(one, 0.0) for one in state.all_model_checkpoint_paths])
                     return True
         return False
 
@@ -134,6 +140,14 @@ def _basenames(directory: str) -> list[str]:
 def _without_step(name: str) -> str:
     basename, dash, step = name.rpartition("-")
     return basename if dash and step.isdigit() else name
+
+
+def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
+    """Let the saver know what it has to prune, also when the program calls its save() itself; oldest first."""
+    if hasattr(saver, "set_last_checkpoints_with_time"):
+        saver.set_last_checkpoints_with_time(kept)
+    elif hasattr(saver, "recover_last_checkpoints"):
+        saver.recover_last_checkpoints([path for path, _ in kept])
 
 
 def _first_line(error: BaseException) -> str:

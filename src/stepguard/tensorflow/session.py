@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import tensorflow as tf
 
 from stepguard.tensorflow.boundary import Boundary
+from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
 
 
 class Session(tf.compat.v1.Session):
@@ -23,10 +25,18 @@ class Session(tf.compat.v1.Session):
         self.is_local = not target
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
+        self._before_save: Callable[[str, Any], None] | None = None
         super().__init__(target, graph=graph, config=config)
 
-    def watch(self, boundary: Boundary, before_close: Callable[[], None] | None = None) -> None:
-        """Mark the steps in ``boundary``; call ``before_close`` when the program closes the session itself."""
+    def watch(
+        self, boundary: Boundary, before_close: Callable[[], None], before_save: Callable[[str, Any], None]
+    ) -> None:
+        """Mark the steps in ``boundary``.
+
+        ``before_close()`` is called when the program closes the session itself, and ``before_save(fetches, feeds)``
+        before each run that is asked for by a name: that is how a Saver runs its save operation.
+        """
+        self._before_save = before_save
         self._boundary = boundary
         self._before_close = before_close
 
@@ -34,6 +44,7 @@ class Session(tf.compat.v1.Session):
         """Be TensorFlow's session and nothing more again."""
         self._boundary = None
         self._before_close = None
+        self._before_save = None
 
     @property
     def boundary(self) -> Boundary | None:
@@ -43,6 +54,8 @@ class Session(tf.compat.v1.Session):
     def run(self, fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
         """Run operations and evaluate tensors, as ``tf.compat.v1.Session.run`` does. Any thread."""
         boundary = self._boundary
+        if boundary is not None and type(fetches) is str and self._before_save is not None:
+            self._before_save(fetches, feed_dict)
         if boundary is None or not boundary.is_step(fetches):
             return super().run(fetches, feed_dict, options, run_metadata)
         boundary.enter(fetches)
@@ -77,6 +90,17 @@ class Session(tf.compat.v1.Session):
                 boundary.leave()
 
         return call
+
+    def __exit__(
+        self,
+        exec_type: type[BaseException] | None,
+        exec_value: BaseException | None,
+        exec_tb: TracebackType | None,
+    ) -> Any:
+        """Close the session at the end of a `with` block; after an error the last step is not saved."""
+        if isinstance(exec_value, Exception) and not isinstance(exec_value, CLEAN_STOP_TYPES):
+            self._before_close = None
+        return super().__exit__(exec_type, exec_value, exec_tb)
 
     def close(self) -> None:
         """Close the session; a supervisor that still watches it saves the last step first."""

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.store import CheckpointStore
+from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.coordinator import Coordinator
@@ -53,8 +54,15 @@ class Supervisor(CoreSupervisor[Any]):
         summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
         init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
         local_init_run_options: ``RunOptions`` for ``local_init_op``.
-        save_at_end: keyword only; whether the last step is saved when the run ends without an error. By default it
-            is when ``save_model_secs`` asks for checkpoints at all.
+        save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
+            Keyword only, like all that follow; they are Stepguard's own.
+        save_at_end: whether the last step is saved when the run ends without an error. By default it is when
+            ``save_model_secs`` or ``save_model_steps`` asks for checkpoints at all.
+        max_unprotected_secs: how long saves may fail, in seconds, before that stops the run.
+        stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
+            and an end by that signal; a handler of the program's own is left alone in any case.
+        start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
+            that is an error, since it throws the run away.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -86,7 +94,11 @@ class Supervisor(CoreSupervisor[Any]):
         init_fn: Callable[[Any], object] | None = None,
         local_init_run_options: Any = None,
         *,
+        save_model_steps: int | None = None,
         save_at_end: bool | None = None,
+        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
+        stop_on_sigterm: bool = True,
+        start_over_when_all_damaged: bool = False,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -115,6 +127,8 @@ class Supervisor(CoreSupervisor[Any]):
             summary_writer=summary_writer,
             init_fn=init_fn,
             local_init_run_options=local_init_run_options,
+            save_model_steps=save_model_steps,
+            max_unprotected_secs=max_unprotected_secs,
         )
         model = defaults.resolve(
             graph,
@@ -131,13 +145,13 @@ class Supervisor(CoreSupervisor[Any]):
         logdir = os.fspath(logdir) if is_chief and logdir else None
         self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
         saves_model = bool(model.saver) and self._save_path is not None
-        save_plan = plan(model.saver, graph) if saves_model else None
+        coord = Coordinator()
+        store = _open_store(self._save_path, model.saver) if saves_model else None
+        save_plan = plan(model.saver, graph) if store is not None else None
         with graph.as_default():
             meta_graph = _v1.train.export_meta_graph(
                 graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(model.saver, "saver_def", None)
             )
-        coord = Coordinator()
-        store = _open_store(self._save_path, model.saver) if saves_model else None
         if not is_chief:
             arguments.check_devices(graph)
             writer = None
@@ -153,7 +167,7 @@ class Supervisor(CoreSupervisor[Any]):
                 graph=graph,
                 recovery_wait_secs=recovery_wait_secs,
                 local_init_run_options=local_init_run_options,
-                restorer=Restorer(store),
+                restorer=Restorer(store, start_over_when_all_damaged=start_over_when_all_damaged),
                 wait_for_stop=coord.wait_for_stop,
             )
         self._session_manager = session_manager
@@ -168,6 +182,7 @@ class Supervisor(CoreSupervisor[Any]):
             logdir=logdir,
             save_path=self._save_path,
             init_fn=init_fn,
+            uncommit=self._uncommit,
         )
         super().__init__(
             self._tensorflow,
@@ -180,8 +195,11 @@ class Supervisor(CoreSupervisor[Any]):
             saves_model=saves_model,
             save_summaries_secs=save_summaries_secs if is_chief else None,
             save_model_secs=save_model_secs if is_chief else None,
-            save_at_end=bool(save_model_secs) if save_at_end is None else save_at_end,
+            save_model_steps=save_model_steps if is_chief else None,
+            save_at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
             stop_grace_secs=stop_grace_secs,
+            max_unprotected_secs=max_unprotected_secs,
+            stop_on_sigterm=stop_on_sigterm,
         )
         # From here on the graph must not change: every session, thread and checkpoint relies on it.
         graph.finalize()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepguard.coordinator import Coordinator
-from stepguard.errors import CheckpointMismatchError
+from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import Supervisor
 
@@ -30,13 +30,29 @@ class FakeSession:
         self.step = 0
         self.boundary = threading.RLock()
         self.is_open = True
+        self.must_stop = False
+        self.due_in = 0
+        self.on_due: Callable[[], int] | None = None
+        self.before_close: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """End the session."""
+        before_close, self.before_close = self.before_close, None
+        if before_close is not None:
+            before_close()
+        self.is_open = False
 
     def run_step(self) -> None:
         """One training step."""
         with self.boundary:
+            if self.must_stop:
+                raise StopRequested
             self.step += 1
             for index in range(len(self.values)):
                 self.values[index] += 1
+        self.due_in -= 1
+        if self.on_due is not None and self.due_in <= 0:
+            self.due_in = self.on_due()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +146,17 @@ class FakeEngine:
         """The name of the counter."""
         return "global_step"
 
-    def watch(self, session: FakeSession) -> None:
+    def watch(self, session: FakeSession, before_close: Callable[[], None]) -> None:
         """The session's own lock marks its steps already."""
+        session.before_close = before_close
+
+    def stop_at_boundary(self, session: FakeSession) -> None:
+        """The next step raises."""
+        session.must_stop = True
+
+    def call_after_steps(self, session: FakeSession, steps: int, callback: Callable[[], int]) -> None:
+        """Count steps down in the session."""
+        session.due_in, session.on_due = steps, callback
 
     def progress(self, session: FakeSession) -> object:
         """Each step changes the state."""
@@ -182,7 +207,8 @@ class FakeEngine:
 
     def close(self, session: FakeSession) -> None:
         """Close the session."""
-        session.is_open = False
+        session.before_close = None
+        session.close()
 
 
 class FakeSupervisor(Supervisor[FakeSession]):
@@ -195,6 +221,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
         is_chief: bool = True,
         save_summaries_secs: float | None = 120,
         save_model_secs: float | None = 600,
+        save_model_steps: int | None = None,
         save_at_end: bool = True,
         stop_grace_secs: float = 120,
         size: int = 64,
@@ -215,6 +242,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             saves_model=store is not None,
             save_summaries_secs=save_summaries_secs,
             save_model_secs=save_model_secs,
+            save_model_steps=save_model_steps,
             save_at_end=save_at_end,
             stop_grace_secs=stop_grace_secs,
         )

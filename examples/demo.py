@@ -1,0 +1,123 @@
+"""Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept.
+
+This program only starts, kills and watches ``single_program.py``, in a process of its own, as you would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAM = Path(__file__).with_name("single_program.py")
+ENOUGH_ACCURACY = 0.95
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--logdir", type=Path, default=Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), help="default: %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
+    args = parser.parse_args()
+    if args.logdir.exists():
+        sys.exit(f"{args.logdir} exists: the demo starts from nothing; give it a --logdir of its own")
+
+    command = [sys.executable, str(PROGRAM), f"--logdir={args.logdir}"]
+    command += [f"--steps={args.steps}", f"--batch-size={args.batch_size}"]
+
+    print("A classifier learns handwritten digits under Stepguard. Half-way it is killed.\n")
+    killed_at, newest = run_and_kill(command, args.logdir, half=args.steps // 2)
+    print(f"killed with SIGKILL at about step {killed_at}; the newest checkpoint on disk is of step {newest}\n")
+
+    restored, accuracy = run_again(command)
+    if restored is None or restored < newest:
+        sys.exit(f"DEMO FAILED: expected to resume at step {newest} or later, and it resumed at {restored}")
+    if accuracy is None or accuracy <= ENOUGH_ACCURACY:
+        sys.exit(f"DEMO FAILED: expected a test accuracy over {ENOUGH_ACCURACY:.0%}, found {accuracy}")
+
+    repeated = max(0, killed_at - restored)
+    print("\nwhat came of it")
+    print(f"  test accuracy   {accuracy:.2%}, on 359 digits that it never saw in training")
+    print(f"  restored        step {restored} of {args.steps}; about {repeated} steps were computed twice")
+    print(f"  checkpoints     {args.logdir}/model.ckpt-*: steps {', '.join(map(str, saved_steps(args.logdir)))}")
+    print(f"  event files     {args.logdir}/events.out.tfevents.*: {len(event_files(args.logdir))}, one of each run")
+    print(f"  look at them    tensorboard --logdir {shlex.quote(str(args.logdir))}")
+    print("                  (pip install tensorboard, if that is not found)")
+
+
+def run_and_kill(command: list[str], logdir: Path, half: int) -> tuple[int, int]:
+    """Run ``command`` until step ``half``, and kill it. Return the last step that it printed, and the newest saved.
+
+    The first checkpoint is of the first step: it is not killed before there is one to which it is worth going back.
+    """
+    step = 0
+    with start(command) as process:
+        for line in lines_of(process):
+            step = step_in(line) or step
+            if step >= half and newest_step(logdir) > half // 2:
+                process.kill()
+                break
+        else:
+            sys.exit(f"DEMO FAILED: the program ended before it was killed, with exit status {process.wait()}")
+    return step, newest_step(logdir)
+
+
+def run_again(command: list[str]) -> tuple[int | None, float | None]:
+    """Run ``command`` to its end. Return the step at which it resumed, and its test accuracy, as it reports them."""
+    restored = accuracy = None
+    with start(command) as process:
+        for line in lines_of(process):
+            if found := re.match(r"resumed at step (\d+)", line):
+                restored = int(found[1])
+            if found := re.match(r"test accuracy ([\d.]+)%", line):
+                accuracy = float(found[1]) / 100
+    if process.returncode != 0:
+        sys.exit(f"DEMO FAILED: the second run ended with exit status {process.returncode}")
+    return restored, accuracy
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    return subprocess.Popen(
+        command, env={**quiet, **os.environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
+    """Show every line that the process prints, and yield it."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"  {line}", end="", flush=True)
+        yield line
+
+
+def step_in(line: str) -> int:
+    found = re.match(r"step +(\d+)", line)
+    return int(found[1]) if found else 0
+
+
+def newest_step(logdir: Path) -> int:
+    """Return the step of the newest committed checkpoint, and 0 where there is none."""
+    return max(saved_steps(logdir), default=0)
+
+
+def saved_steps(logdir: Path) -> list[int]:
+    # A checkpoint exists when its manifest does.
+    return sorted(int(path.name.split("-")[1].split(".")[0]) for path in logdir.glob("model.ckpt-*.manifest.json"))
+
+
+def event_files(logdir: Path) -> list[Path]:
+    return sorted(logdir.glob("events.out.tfevents.*"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""The environment of every test, set before any of them imports TensorFlow. Processes that tests start inherit it."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else sums differ in their last bits from run to run
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the tests need no accelerator, and must not take somebody's

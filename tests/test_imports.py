@@ -1,0 +1,50 @@
+"""What an import costs: `import stepguard` must stay cheap in every process, whatever is installed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google"}
+
+
+def modules_after(statement: str) -> set[str]:
+    """Return the names of all modules that a new interpreter holds after ``statement``."""
+    program = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(found.stdout.splitlines()[-1]))
+
+
+CORE = [
+    "coordinator",
+    "engine",
+    "errors",
+    "files",
+    "looper",
+    "services",
+    "signals",
+    "store",
+    "supervisor",
+    "writer",
+]
+
+
+@pytest.mark.parametrize("module", ["stepguard", *(f"stepguard.{name}" for name in CORE)])
+def test_no_framework_and_no_numpy_is_loaded_by(module):
+    loaded = modules_after(f"import {module}")
+    assert module in loaded
+    assert loaded & FRAMEWORKS == set()
+
+
+def test_no_engine_is_loaded_by_stepguard_itself():
+    engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.testing"}
+    assert modules_after("import stepguard") & engines == set()
+
+
+def test_the_version_is_that_of_the_distribution():
+    from importlib.metadata import version
+
+    import stepguard
+
+    assert stepguard.__version__ == version("stepguard")
