@@ -173,13 +173,15 @@ class Supervisor(Generic[SessionT]):
                 threads.append(self._service("step-counter", self._save_summaries_secs, counter))
         if self._saves():
             self._engine.watch(sess, self._save_before_close)
-            self._writer = CheckpointWriter(
-                self._engine,
-                self._store,
-                self._events,
-                self._coord.request_stop,
-                max_unprotected_secs=self._max_unprotected_secs,
-            )
+            # A second session shares the writer of one that was not stopped: nobody would end the first one's.
+            if self._writer is None:
+                self._writer = CheckpointWriter(
+                    self._engine,
+                    self._store,
+                    self._events,
+                    self._coord.request_stop,
+                    max_unprotected_secs=self._max_unprotected_secs,
+                )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
                 threads.append(self._service("checkpoint", self._save_model_secs, self._checkpointer))
@@ -193,9 +195,9 @@ class Supervisor(Generic[SessionT]):
         return threads
 
     def _is_newest_saved(self, step: int | None) -> bool:
-        """Whether ``step``, at which a session starts, is the one that it was restored from."""
+        """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
         newest = self._store.candidates()[:1] if self._store is not None else []
-        return any(one.name == self._engine.checkpoint_name(step) for one in newest)
+        return any(one.is_committed and one.name == self._engine.checkpoint_name(step) for one in newest)
 
     def _service(self, name: str, interval_secs: float, target: Callable[..., object], *args: Any) -> LooperThread:
         return LooperThread(self._coord, interval_secs, target=target, args=args, name=f"stepguard-{name}")
@@ -207,7 +209,7 @@ class Supervisor(Generic[SessionT]):
         self._coord.clear_stop()
         if self._events is not None:
             self._events.reopen()
-        if start_standard_services and self._store is not None and self._saves():
+        if start_standard_services and self._is_chief and self._store is not None and self._saves():
             self._become_chief(self._store)
         session = prepare()
         try:
@@ -344,9 +346,12 @@ class _ManagedSession(AbstractContextManager[SessionT]):
             self._end_quietly(error)
             return False
         try:
-            if isinstance(error, Exception):
-                self._supervisor.request_stop(error)
-            self._end()
+            try:
+                if isinstance(error, Exception):
+                    self._supervisor.request_stop(error)
+            finally:
+                # request_stop raises `error` at once when the program has stopped the run itself.
+                self._end()
         except BaseException as raised:
             if raised is error:
                 return False

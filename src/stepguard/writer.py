@@ -68,6 +68,8 @@ class CheckpointWriter:
         with self._wake:
             self._waiting = snapshot
             self._busy = True
+            # The deadline of an earlier drain was for an earlier snapshot.
+            self._gives_up_at = None
             self._wake.notify_all()
             if self._thread is None:
                 self._closing = False

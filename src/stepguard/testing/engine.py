@@ -6,6 +6,7 @@ It is the proof that the core knows no framework, and the smallest example of an
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +17,9 @@ from typing import Any
 from stepguard.coordinator import Coordinator
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.supervisor import Supervisor
+from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
+
+_log = logging.getLogger(__name__)
 
 ENGINE = "fake"
 _STATE_FILE = "state.json"
@@ -125,6 +128,7 @@ class FakeEngine:
             recovery = self.store.newest_good()
             if recovery.damaged:
                 self.warnings.append(recovery.message())
+                _log.warning("%s", recovery.message())
             if recovery.checkpoint is not None:
                 self.restore(session, recovery.checkpoint)
         return session
@@ -222,8 +226,10 @@ class FakeSupervisor(Supervisor[FakeSession]):
         save_summaries_secs: float | None = 120,
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
-        save_at_end: bool = True,
+        save_at_end: bool | None = None,
         stop_grace_secs: float = 120,
+        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
+        stop_on_sigterm: bool = True,
         size: int = 64,
         engine: FakeEngine | None = None,
     ) -> None:
@@ -243,8 +249,10 @@ class FakeSupervisor(Supervisor[FakeSession]):
             save_summaries_secs=save_summaries_secs,
             save_model_secs=save_model_secs,
             save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
+            save_at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
             stop_grace_secs=stop_grace_secs,
+            max_unprotected_secs=max_unprotected_secs,
+            stop_on_sigterm=stop_on_sigterm,
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
