@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 from stepguard.store.checkpoint import Checkpoint
@@ -57,10 +58,12 @@ class Retention:
         if self.keep_every_n_hours is None or self.anchor is None:
             return False
         interval = self.keep_every_n_hours * 3600
-        elapsed = checkpoint.time - self.anchor
-        if elapsed <= interval:
+        if checkpoint.time <= self.anchor + interval:
             return False
-        # The Saver counts on a grid from its start, and so do we; but after a long pause it keeps one checkpoint
-        # after the other until it has caught up, where one for each interval was asked for.
-        self.anchor += interval * (elapsed // interval)
+        self.anchor += interval
+        # The Saver counts on such a grid too; but after a long pause it keeps one checkpoint after the other until it
+        # has caught up, where one for each interval was asked for.
+        behind = checkpoint.time - self.anchor
+        if behind > interval:
+            self.anchor += interval * (math.ceil(behind / interval) - 1)
         return True

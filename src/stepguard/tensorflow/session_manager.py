@@ -19,9 +19,11 @@ from stepguard.tensorflow.session import Session
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# The first checks for a model or a checkpoint come this quickly, then ever less often, up to recovery_wait_secs.
+# The first checks for a model or a checkpoint come this quickly, then ever less often, up to recovery_wait_secs, and
+# up to this: a check is cheap, and a worker has nothing else to do than to notice its chief.
 _FIRST_WAIT_SECS = 0.05
 _WAIT_GROWTH = 1.5
+_LONGEST_WAIT_SECS = 1.0
 
 
 class SessionManager:
@@ -33,7 +35,7 @@ class SessionManager:
         ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
         graph: the graph of the model; the default graph if ``None``.
         recovery_wait_secs: the longest time between two checks, in seconds, while waiting for a model or a
-            checkpoint. The first checks follow each other more quickly.
+            checkpoint. The checks follow each other more quickly than that: at first in milliseconds, then each second.
         local_init_run_options: ``RunOptions`` for running ``local_init_op``.
         local_init_feed_dict: feeds for running ``local_init_op``.
         restorer: how a checkpoint directory is searched and restored. Keyword only.
@@ -277,8 +279,8 @@ class _Waits:
     """How long to wait before each next check: quick ones first, never beyond the deadline."""
 
     def __init__(self, longest_secs: float, max_wait_secs: float | None) -> None:
-        self._longest_secs = longest_secs
-        self._next_secs = min(_FIRST_WAIT_SECS, longest_secs)
+        self._longest_secs = min(longest_secs, _LONGEST_WAIT_SECS)
+        self._next_secs = min(_FIRST_WAIT_SECS, self._longest_secs)
         self._deadline = time.monotonic() + (math.inf if max_wait_secs is None else max_wait_secs)
 
     def next(self) -> float | None:
