@@ -222,7 +222,7 @@ class Coordinator:
             if thread.ident is not None and not thread.is_alive():
                 self._registered.pop(id(thread), None)
         if live:
-            report = f"{len(live)} threads still run, {grace_secs:g} s after the stop was requested: {_names(live)}"
+            report = f"threads still running {grace_secs:g} s after the stop was requested: {_names(live)}"
             if ignore_live_threads:
                 _log.warning(report)
             elif stop.failures:
@@ -240,6 +240,11 @@ class Coordinator:
     def joined(self) -> bool:
         """True once a `join` has finished, also with an error."""
         return self._stop.joined
+
+    @property
+    def failed(self) -> bool:
+        """True once an error was reported."""
+        return bool(self._stop.failures)
 
     def raise_requested_exception(self) -> None:
         """Raises the first error that was reported, if any, at each call, with the traceback it was reported with."""

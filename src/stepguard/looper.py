@@ -22,8 +22,7 @@ class LooperThread(threading.Thread):
     tick. A stop request ends the wait at once; it does not interrupt a call.
 
     The thread registers itself with the coordinator when it is made. An exception ends it and is passed to
-    `Coordinator.request_stop`. Nothing else of it may be shared between threads than what `threading.Thread` has and
-    `skipped_ticks`.
+    `Coordinator.request_stop`.
 
     Args:
       coord: what asks the thread to stop, and receives its exception.

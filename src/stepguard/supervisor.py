@@ -179,7 +179,7 @@ class Supervisor(Generic[SessionT]):
                     self._engine,
                     self._store,
                     self._events,
-                    self._coord.request_stop,
+                    self._report,
                     max_unprotected_secs=self._max_unprotected_secs,
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
@@ -267,16 +267,25 @@ class Supervisor(Generic[SessionT]):
                 self._coord.join(
                     threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
                 )
-                self._save_last()
             finally:
-                self._stop_writing()
-                self._leave_logdir()
+                self._finish_saving()
             # A last checkpoint that could not be written is an error of the run like any other.
             self._coord.raise_requested_exception()
         finally:
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
                 self._events.close()
+
+    def _finish_saving(self) -> None:
+        """Save the last step, unless the run has failed: its state may be what is wrong. Threads that would not stop
+        are no reason to lose it.
+        """
+        try:
+            if not self._coord.failed:
+                self._save_last()
+        finally:
+            self._stop_writing()
+            self._leave_logdir()
 
     def _uncommit(self, name: str) -> None:
         """The program is about to write over the checkpoint ``name`` by its framework's own means."""
@@ -291,6 +300,15 @@ class Supervisor(Generic[SessionT]):
             self._save_last()
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.request_stop(error)
+
+    def _report(self, error: BaseException) -> None:
+        """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
+        try:
+            self._coord.request_stop(error)
+        except BaseException as raised:
+            # After a join the coordinator raises in the thread that reports as well.
+            if raised is not error:
+                raise
 
     def _save_last(self) -> None:
         if self._checkpointer is not None and self._save_at_end:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
+from time import monotonic
 from typing import Any
 
 from stepguard.errors import NoBoundaryError, StopRequested
@@ -22,27 +24,32 @@ class Boundary:
 
     ``enter`` and ``leave`` are called around every step, by any thread. ``hold`` is called by a service: it keeps new
     steps waiting until those that run have ended, and as long as its block lasts.
+
+    A step that nobody holds up takes no lock. It announces itself and then looks for a holder; a holder announces
+    itself and then looks for steps: whichever comes second sees the other.
     """
 
     def __init__(self, kinds: RunKinds) -> None:
         self.is_step = kinds.changes_state
-        self._condition = threading.Condition(threading.Lock())
-        # The steps that run now: thread -> (what it fetches, when it began).
-        self._running: dict[int, tuple[Any, float]] = {}
-        self._holder: int | None = None
-        self._held_until = math.inf
-        self._longest_secs = 0.0
-        self._steps = 0
-        self._holding = threading.Lock()
-        self._on_due: Callable[[], int] | None = None
-        self._due_at = -1
         # Set once, by any thread: no step begins after it.
         self.must_stop = False
+        # The steps that run now: thread -> (what it fetches, when it began).
+        self._running: dict[int, tuple[Any, float]] = {}
+        # Steps done: thread -> number. Each thread writes its own, so that none is lost.
+        self._done: dict[int, int] = {}
+        self._longest_secs = 0.0
+        self._condition = threading.Condition(threading.Lock())
+        self._holder: int | None = None
+        self._held_until = math.inf
+        # Tells a hold whether it is still the one that keeps steps waiting: one that has lapsed may be followed.
+        self._holds = 0
+        self._on_due: Callable[[], int] | None = None
+        self._due_at = 0
 
     @property
     def steps(self) -> int:
         """The number of runs that may have changed the saved state, so far."""
-        return self._steps
+        return sum(list(self._done.values()))
 
     def enter(self, fetches: Any) -> None:
         """A step begins: wait while a service holds the boundary.
@@ -52,33 +59,49 @@ class Boundary:
         """
         if self.must_stop:
             raise StopRequested(f"stopped before the run of {describe(fetches)}: SIGTERM was received")
-        thread = threading.get_ident()
-        with self._condition:
-            while self._holder is not None and self._holder != thread:
-                remaining = self._held_until - time.monotonic()
-                if remaining <= 0:
-                    break
-                self._condition.wait(None if remaining == math.inf else remaining)
-            self._running[thread] = (fetches, time.monotonic())
+        thread = get_ident()
+        self._running[thread] = (fetches, monotonic())
+        if self._holder is not None:
+            self._wait_for_holder(thread, fetches)
 
     def leave(self) -> None:
         """The step of this thread has ended."""
-        with self._condition:
-            _, began = self._running.pop(threading.get_ident())
-            self._steps += 1
-            lasted = time.monotonic() - began
-            if lasted > self._longest_secs:
-                self._longest_secs = lasted
-            if self._holder is not None:
+        thread = get_ident()
+        lasted = monotonic() - self._running.pop(thread)[1]
+        if lasted > self._longest_secs:
+            self._longest_secs = lasted
+        self._done[thread] = self._done.get(thread, 0) + 1
+        if self._holder is not None:
+            with self._condition:
                 self._condition.notify_all()
-            is_due = self._steps == self._due_at
-        if is_due and self._on_due is not None:
-            self._due_at = self._steps + max(1, self._on_due())
+        if self._on_due is not None:
+            self._call_if_due(self._on_due)
+
+    def _wait_for_holder(self, thread: int, fetches: Any) -> None:
+        with self._condition:
+            while self._holder is not None and self._holder != thread:
+                remaining = self._held_until - monotonic()
+                if remaining <= 0:
+                    return
+                self._running.pop(thread, None)
+                self._condition.notify_all()
+                self._condition.wait(None if remaining == math.inf else remaining)
+                # Announced while the lock is held: the next holder needs it to announce itself.
+                self._running[thread] = (fetches, monotonic())
+
+    def _call_if_due(self, callback: Callable[[], int]) -> None:
+        with self._condition:
+            is_due = self.steps >= self._due_at
+            if is_due:
+                # Until the callback has said when it is due again, it is not.
+                self._due_at = sys.maxsize
+        if is_due:
+            self._due_at = self.steps + max(1, callback())
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` after ``steps`` more steps, between two of them; it returns the number until the next."""
+        self._due_at = self.steps + max(1, steps)
         self._on_due = callback
-        self._due_at = self._steps + max(1, steps)
 
     @contextmanager
     def hold(self, what: str, *, at_most_secs: float = math.inf) -> Iterator[None]:
@@ -93,7 +116,7 @@ class Boundary:
         """
         with self._holding:
             self._wait_for_no_step(what)
-            self._held_until = time.monotonic() + at_most_secs
+            self._held_until = monotonic() + at_most_secs
             try:
                 yield
             finally:
@@ -103,12 +126,12 @@ class Boundary:
 
     def _wait_for_no_step(self, what: str) -> None:
         patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
-        deadline = time.monotonic() + patience
+        deadline = monotonic() + patience
         with self._condition:
             self._held_until = math.inf
-            self._holder = threading.get_ident()
+            self._holder = get_ident()
             while others := self._running_elsewhere():
-                if not self._condition.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                if not self._condition.wait(deadline - monotonic()) and monotonic() >= deadline:
                     # New steps go on: one of them may be what the step in the way is waiting for.
                     self._holder = None
                     self._condition.notify_all()
@@ -118,11 +141,11 @@ class Boundary:
         fetches, began = min(others, key=lambda step: step[1])
         raise NoBoundaryError(
             f"no step boundary for {what}: the run of {describe(fetches)} has been under way for "
-            f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it); if it waits for another run that "
+            f"{monotonic() - began:.1f} s (waited {patience:.1f} s for it); if it waits for another run that "
             f"changes the model, split the two, or feed it from a thread that only fills a queue"
         )
 
     def _running_elsewhere(self) -> list[tuple[Any, float]]:
         # A thread that asks for a boundary is not inside a step, whatever an interrupted `leave` left behind.
         holder = self._holder
-        return [step for thread, step in self._running.items() if thread != holder]
+        return [step for thread, step in list(self._running.items()) if thread != holder]

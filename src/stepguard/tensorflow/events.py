@@ -29,6 +29,7 @@ class TensorFlowEvents:
     def __init__(self, writer: Any) -> None:
         self.writer = writer
         self._graph_is_in = False
+        self._is_open = True
 
     def started(self, step: int) -> None:
         """The session log record START."""
@@ -56,14 +57,19 @@ class TensorFlowEvents:
             self._graph_is_in = True
 
     def stopped(self) -> None:
-        """The session log record STOP."""
+        """The session log record STOP; nothing after :meth:`close`, when a program stops a second time."""
+        if not self._is_open:
+            return
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.STOP))
 
     def close(self) -> None:
         """Close the writer; the next file gets the graph again."""
-        self.writer.close()
+        if self._is_open:
+            self.writer.close()
+        self._is_open = False
         self._graph_is_in = False
 
     def reopen(self) -> None:
         """Open a new event file when the last one was closed."""
         self.writer.reopen()
+        self._is_open = True

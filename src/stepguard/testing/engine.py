@@ -131,6 +131,7 @@ class FakeEngine:
                 _log.warning("%s", recovery.message())
             if recovery.checkpoint is not None:
                 self.restore(session, recovery.checkpoint)
+                self.store.adopt(self.store.listed_by_state())
         return session
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
