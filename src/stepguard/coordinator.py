@@ -200,8 +200,8 @@ class Coordinator:
 
         Waits for `threads` and for the registered ones, those registered meanwhile included; not for threads that
         were never started, nor for the calling thread. Returns as soon as the last has ended. While no stop is
-        requested, waits without limit; once it is, until `stop_grace_period_secs` after the request, whether or not
-        `join` had been called by then. May be called again, from any thread; raises the same error then.
+        requested, waits without limit; once it is, for `stop_grace_period_secs` from then, or from this call if that
+        came later. May be called again, from any thread; raises the same error then.
 
         Args:
           threads: started threads to wait for, besides the registered ones.
@@ -214,7 +214,7 @@ class Coordinator:
           TypeError, ValueError: for arguments that are not as above; before any waiting.
         """
         grace_secs = _grace_secs(stop_grace_period_secs)
-        live = self._wait_for_threads(_thread_list(threads), grace_secs)
+        live = self._wait_for_threads(_thread_list(threads), grace_secs, time.monotonic())
         stop = self._stop
         # Joined first, errors read second: request_stop does it the other way round, and so one of both sees it.
         stop.joined = True
@@ -279,7 +279,9 @@ class Coordinator:
         if failure is not None and stop.joined:
             failure.raise_error()
 
-    def _wait_for_threads(self, given: list[threading.Thread], grace_secs: float) -> list[threading.Thread]:
+    def _wait_for_threads(
+        self, given: list[threading.Thread], grace_secs: float, began: float
+    ) -> list[threading.Thread]:
         """The threads that are still alive at the end of the grace period."""
         me = threading.current_thread()
         while True:
@@ -287,19 +289,19 @@ class Coordinator:
             live = [thread for thread in union.values() if thread is not me and thread.is_alive()]
             if not live:
                 return []
-            left_secs = self._grace_left_secs(grace_secs)
+            left_secs = self._grace_left_secs(grace_secs, began)
             if left_secs <= 0:
                 return live
             # All have to end, so it is no matter which we wait for.
             live[0].join(min(left_secs, threading.TIMEOUT_MAX))
 
-    def _grace_left_secs(self, grace_secs: float) -> float:
+    def _grace_left_secs(self, grace_secs: float, began: float) -> float:
         requested_at = self._stop.requested_at
         if requested_at is None:
             # Requested now at the earliest, so no deadline can fall before a whole grace period has passed: no need
             # to be woken by the request, only to look again then.
             return max(grace_secs, _SHORTEST_LOOK_SECS)
-        return requested_at + grace_secs - time.monotonic()
+        return max(requested_at, began) + grace_secs - time.monotonic()
 
 
 def _failure(ex: object) -> _Failure | None:

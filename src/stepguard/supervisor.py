@@ -186,9 +186,7 @@ class Supervisor(Generic[SessionT]):
             if self._save_model_secs:
                 threads.append(self._service("checkpoint", self._save_model_secs, self._checkpointer))
             if self._save_model_steps:
-                trigger = StepTrigger(
-                    self._engine, sess, self._checkpointer, self._save_model_steps, self._coord.request_stop
-                )
+                trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
         for thread in threads:
             thread.start()

@@ -13,11 +13,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import layout as layouts
 from stepguard.store import lock, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -364,7 +365,15 @@ class CheckpointStore:
 
         For those of an earlier run, as the Saver's ``recover_last_checkpoints``: see `listed_by_state`.
         """
-        self._retention.adopt(one for one in checkpoints if one.root == self.root)
+        self._retention.adopt([self._with_commit_time(one) for one in checkpoints if one.root == self.root])
+
+    def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
+        # The time of its files is that of the last copy, where a logdir was copied.
+        try:
+            manifest = self.read_manifest(checkpoint)
+        except (CheckpointError, OSError):
+            return checkpoint  # Whether it is good is not asked here.
+        return checkpoint if manifest is None else replace(checkpoint, time=manifest.time)
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:

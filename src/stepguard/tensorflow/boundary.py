@@ -67,10 +67,12 @@ class Boundary:
     def leave(self) -> None:
         """The step of this thread has ended."""
         thread = get_ident()
-        lasted = monotonic() - self._running.pop(thread)[1]
-        if lasted > self._longest_secs:
-            self._longest_secs = lasted
+        # Counted first: who finds no step under way must find this one among those done.
         self._done[thread] = self._done.get(thread, 0) + 1
+        announced = self._running.pop(thread, None)
+        # Nothing is there when a run inside this one, in the same thread, has left already.
+        if announced is not None:
+            self._longest_secs = max(self._longest_secs, monotonic() - announced[1])
         if self._holder is not None:
             with self._condition:
                 self._condition.notify_all()
@@ -114,30 +116,37 @@ class Boundary:
             NoBoundaryError: the steps that run now did not end in time. The bound is a multiple of the longest step
                 seen, so that this means a step that waits for something, usually for another step.
         """
-        with self._holding:
-            self._wait_for_no_step(what)
-            self._held_until = monotonic() + at_most_secs
-            try:
-                yield
-            finally:
-                with self._condition:
+        hold = self._wait_for_no_step(what, at_most_secs)
+        try:
+            yield
+        finally:
+            with self._condition:
+                if self._holds == hold:
                     self._holder = None
                     self._condition.notify_all()
 
-    def _wait_for_no_step(self, what: str) -> None:
+    def _wait_for_no_step(self, what: str, at_most_secs: float) -> int:
         patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
-        deadline = monotonic() + patience
         with self._condition:
+            while self._holder is not None and (remaining := self._held_until - monotonic()) > 0:
+                self._condition.wait(None if remaining == math.inf else remaining)
+            self._holds += 1
             self._held_until = math.inf
             self._holder = get_ident()
+            deadline = monotonic() + patience
             while others := self._running_elsewhere():
-                if not self._condition.wait(deadline - monotonic()) and monotonic() >= deadline:
+                remaining = deadline - monotonic()
+                if remaining <= 0:
                     # New steps go on: one of them may be what the step in the way is waiting for.
                     self._holder = None
                     self._condition.notify_all()
                     break
+                self._condition.wait(remaining)
             else:
-                return
+                self._held_until = monotonic() + at_most_secs
+                # The steps that wait for this hold wait from now on no longer than it may last.
+                self._condition.notify_all()
+                return self._holds
         fetches, began = min(others, key=lambda step: step[1])
         raise NoBoundaryError(
             f"no step boundary for {what}: the run of {describe(fetches)} has been under way for "
