@@ -177,8 +177,8 @@ class TensorFlowEngine:
 
     def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
-        # What a remote session returns would cross the network; its saver writes where the variables are.
-        if self._plan is not None and isinstance(session, Session) and session.is_local:
+        # A sharded saver writes where the variables are; any other brings them here, which a fetch does as well.
+        if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
             return self._plan.take(session.run, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)

@@ -13,6 +13,9 @@ import tensorflow as tf
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
+# A master that is another process answers in one message, and protocol buffers end at 2 GiB.
+_LARGEST_MESSAGE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSnapshot:
@@ -49,6 +52,8 @@ class SavePlan:
     slices: tuple[str, ...]
     fetches: tuple[Any, ...]
     encoded: frozenset[int]
+    is_central: bool = True
+    """Whether the save operation brings all tensors to one place, and one message may carry them."""
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
         """Fetch everything in one run. ``run`` is a ``Session.run`` that is not held up by the boundary."""
@@ -78,7 +83,8 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
     slices: list[str] = []
     fetches: list[Any] = []
     encoded: set[int] = set()
-    for operation in save_operations(saved):
+    operations = save_operations(saved)
+    for operation in operations:
         _, names_tensor, slices_tensor, *tensors = operation.inputs
         operation_names = tf.get_static_value(names_tensor)
         operation_slices = tf.get_static_value(slices_tensor)
@@ -94,7 +100,15 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
                     tensor = tf.raw_ops.SerializeTensor(tensor=tensor)
                 encoded.add(len(fetches))
             fetches.append(tensor)
-    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded)) if fetches else None
+    if not fetches:
+        return None
+    is_central = all(tf.DeviceSpec.from_string(operation.device or "").job is None for operation in operations)
+    is_central = is_central and sum(map(_static_bytes, fetches)) <= _LARGEST_MESSAGE_BYTES
+    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), is_central)
+
+
+def _static_bytes(tensor: Any) -> int:
+    return (tensor.shape.num_elements() or 0) * int(tensor.dtype.base_dtype.size)
 
 
 def save_operations(saved: Any) -> list[Any]:

@@ -1,0 +1,166 @@
+"""What a process of a test cluster runs: a parameter server, or a task that trains a small model on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from typing import Any
+
+import tensorflow as tf
+
+v1 = tf.compat.v1
+
+_out = -1
+
+
+def report(kind: str, **fields: Any) -> None:
+    """Say something to the test: one JSON object a line, in the kernel's hands before this returns."""
+    line = json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n"
+    os.write(_out, line.encode())
+
+
+def main(function: str, place: str, arguments: dict[str, Any]) -> None:
+    """Run ``function(**arguments)`` with its reports and output in the directory ``place``."""
+    global _out
+    _out = os.open(os.path.join(place, "reports"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    output = os.open(os.path.join(place, "output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import logging
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    report("started", pid=os.getpid())
+    try:
+        globals()[function](**arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        report("failed", type=type(error).__name__, message=str(error))
+        sys.stderr.flush()
+        os._exit(1)
+    report("ended", threads=sorted(thread.name for thread in threading.enumerate()))
+
+
+def server_for(cluster: dict[str, list[str]], job: str, index: int) -> Any:
+    return tf.distribute.Server(tf.train.ClusterSpec(cluster), job_name=job, task_index=index)
+
+
+def serve(cluster: dict[str, list[str]], index: int) -> None:
+    server = server_for(cluster, "ps", index)
+    report("serving")
+    server.join()
+
+
+class Model:
+    """Counts its steps in ``w`` and in the global step; every variable lives on a parameter server.
+
+    ``parts`` is the number of variables, shared out over the parameter servers. One step adds 1 to all of them.
+    """
+
+    def __init__(self, cluster: dict[str, list[str]], index: int, *, parts: int = 1, resource: bool = False) -> None:
+        setter = v1.train.replica_device_setter(
+            worker_device=f"/job:worker/task:{index}", cluster=tf.train.ClusterSpec(cluster)
+        )
+        with v1.device(setter):
+            self.global_step = v1.train.get_or_create_global_step()
+            self.parts = [
+                v1.get_variable(f"w{number}", [10], initializer=v1.zeros_initializer(), use_resource=resource)
+                for number in range(parts)
+            ]
+            added = [part.assign_add(tf.ones([10]), use_locking=True) for part in self.parts]
+            with tf.control_dependencies(added):
+                self.train_op = v1.assign_add(self.global_step, 1, use_locking=True)
+
+
+def supervisor_class(name: str) -> Any:
+    if name == "tensorflow":
+        return v1.train.Supervisor
+    from stepguard.tensorflow import Supervisor
+
+    return Supervisor
+
+
+def train(
+    cluster: dict[str, list[str]],
+    index: int,
+    *,
+    kind: str = "stepguard",
+    steps: int = 10**9,
+    step_secs: float = 0.005,
+    retry: bool = True,
+    parts: int = 1,
+    sharded: bool = False,
+    supervisor: dict[str, Any] | None = None,
+    session: dict[str, Any] | None = None,
+    narrow: bool = False,
+    stop_after_secs: float | None = None,
+) -> None:
+    """Train until the global step is ``steps``; a retry has a graph, a supervisor and a session of its own."""
+    server = server_for(cluster, "worker", index)
+
+    def once() -> None:
+        with tf.Graph().as_default():
+            model = Model(cluster, index, parts=parts)
+            given = dict(supervisor or {})
+            if sharded:
+                given["saver"] = v1.train.Saver(sharded=True)
+            sv = supervisor_class(kind)(is_chief=index == 0, **given)
+            if stop_after_secs is not None:
+                threading.Timer(stop_after_secs, sv.request_stop).start()
+            report("asked")
+            options = dict(session or {})
+            if narrow:
+                options["config"] = v1.ConfigProto(device_filters=["/job:ps", f"/job:worker/task:{index}"])
+            with sv.managed_session(server.target, **options) as sess:
+                step = int(sess.run(model.global_step))
+                report("session", step=step)
+                while not sv.should_stop() and step < steps:
+                    step = int(sess.run(model.train_op))
+                    report("step", step=step)
+                    time.sleep(step_secs)
+                report("finished", step=step)
+        report("left")
+
+    def reported() -> None:
+        try:
+            once()
+        except Exception as error:
+            report("lost", type=type(error).__name__, message=str(error)[:500])
+            raise
+
+    if not retry:
+        reported()
+    elif kind == "stepguard":
+        from stepguard.tensorflow import retry_on_lost_peer
+
+        retry_on_lost_peer(reported, max_losses=None, longest_wait_secs=1.0)
+    else:
+        while True:
+            try:
+                reported()
+                return
+            except (tf.errors.AbortedError, tf.errors.UnavailableError):
+                time.sleep(0.5)
+
+
+def prepare_by_hand(cluster: dict[str, list[str]], index: int, **options: Any) -> None:
+    """Use prepare_or_wait_for_session as a program without managed_session does."""
+    from stepguard.tensorflow import Supervisor
+
+    server = server_for(cluster, "worker", index)
+    with tf.Graph().as_default():
+        model = Model(cluster, index)
+        sv = Supervisor(is_chief=index == 0, **options)
+        report("asked")
+        sess = sv.prepare_or_wait_for_session(server.target)
+        with sess:
+            report("session", step=int(sess.run(model.global_step)), writer=sv.summary_writer is not None)
+            report("step", step=int(sess.run(model.train_op)))
+        sv.stop()
+
+
+__all__ = ["main", "nullcontext"]
