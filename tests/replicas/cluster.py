@@ -48,7 +48,8 @@ def free_ports(number: int) -> list[int]:
 def forkserver() -> Any:
     """Processes are forked from one that has imported TensorFlow, and made neither a session nor a server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["task"])
+    # Of the names on the path of every process: that of the tests is not known there yet.
+    context.set_forkserver_preload(["tensorflow", "stepguard.tensorflow"])
     return context
 
 
