@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import nullcontext
 from typing import Any
 
 import tensorflow as tf
@@ -147,14 +146,14 @@ def train(
                 time.sleep(0.5)
 
 
-def prepare_by_hand(cluster: dict[str, list[str]], index: int, **options: Any) -> None:
+def prepare_by_hand(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:
     """Use prepare_or_wait_for_session as a program without managed_session does."""
     from stepguard.tensorflow import Supervisor
 
     server = server_for(cluster, "worker", index)
     with tf.Graph().as_default():
         model = Model(cluster, index)
-        sv = Supervisor(is_chief=index == 0, **options)
+        sv = Supervisor(is_chief=index == 0, **supervisor)
         report("asked")
         sess = sv.prepare_or_wait_for_session(server.target)
         with sess:
@@ -163,4 +162,88 @@ def prepare_by_hand(cluster: dict[str, list[str]], index: int, **options: Any) -
         sv.stop()
 
 
-__all__ = ["main", "nullcontext"]
+
+def wait_for_checkpoint(
+    cluster: dict[str, list[str]], index: int, *, max_wait_secs: float, supervisor: dict[str, Any]
+) -> None:
+    from stepguard.tensorflow import Supervisor
+
+    server = server_for(cluster, "worker", index)
+    with tf.Graph().as_default():
+        model = Model(cluster, index)
+        sv = Supervisor(is_chief=True, **supervisor)
+        began = time.monotonic()
+        sess = sv.prepare_or_wait_for_session(server.target, wait_for_checkpoint=True, max_wait_secs=max_wait_secs)
+        report("session", step=int(sess.run(model.global_step)), waited_secs=time.monotonic() - began)
+        sv.stop()
+
+
+def own_readiness(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:
+    """A local variable that starts from a global one, as synchronous training has it."""
+    from stepguard.tensorflow import Supervisor
+
+    server = server_for(cluster, "worker", index)
+    with tf.Graph().as_default():
+        with tf.device("/job:ps/task:0"):
+            step = v1.train.get_or_create_global_step()
+            shared = v1.get_variable("shared", [1], initializer=v1.constant_initializer(7.0))
+        with tf.device(f"/job:worker/task:{index}"):
+            local = v1.get_variable(
+                "local", [1], initializer=v1.zeros_initializer(), collections=[v1.GraphKeys.LOCAL_VARIABLES]
+            )
+        sv = Supervisor(
+            is_chief=index == 0,
+            local_init_op=v1.assign(local, shared),
+            ready_op=v1.report_uninitialized_variables(v1.global_variables() + [local]),
+            ready_for_local_init_op=v1.report_uninitialized_variables(v1.global_variables()),
+            local_init_run_options=v1.RunOptions(timeout_in_ms=20_000),
+            **supervisor,
+        )
+        with sv.managed_session(server.target) as sess:
+            report("session", local=sess.run(local).tolist(), step=int(sess.run(step)))
+
+
+def slow_step(cluster: dict[str, list[str]], index: int, *, secs: float, supervisor: dict[str, Any]) -> None:
+    """A step that waits on the parameter server for longer than a silent server would be waited for."""
+    from stepguard.tensorflow import Supervisor
+
+    server = server_for(cluster, "worker", index)
+    with tf.Graph().as_default():
+        model = Model(cluster, index)
+        with tf.device("/job:ps/task:0"):
+            queue = tf.queue.FIFOQueue(1, [tf.int64], shapes=[[]], shared_name="slow")
+            put = queue.enqueue(1)
+            with tf.control_dependencies([queue.dequeue()]):
+                slow = v1.assign_add(model.global_step, 1)
+        sv = Supervisor(is_chief=True, **supervisor)
+        with sv.managed_session(server.target) as sess:
+            threading.Timer(secs, lambda: sess.run(put)).start()
+            began = time.monotonic()
+            sess.run(slow)
+            report("step", step=1, took_secs=time.monotonic() - began)
+
+
+def second_chief(cluster: dict[str, list[str]], index: int, *, logdir: str, supervisor: dict[str, Any]) -> None:
+    from stepguard.tensorflow import Supervisor
+
+    server = server_for(cluster, "worker", index)
+    with tf.Graph().as_default():
+        Model(cluster, index)
+        with Supervisor(is_chief=True, logdir=logdir, **supervisor).managed_session(server.target):
+            report("session", step=0)
+
+
+def broken(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:
+    from stepguard.tensorflow import Supervisor, retry_on_lost_peer
+
+    server = server_for(cluster, "worker", index)
+
+    def once() -> None:
+        report("tried")
+        with tf.Graph().as_default():
+            model = Model(cluster, index)
+            fails = tf.debugging.assert_equal(model.parts[0], tf.ones([10]), message="broken")
+            with Supervisor(is_chief=True, **supervisor).managed_session(server.target) as sess:
+                sess.run(fails)
+
+    retry_on_lost_peer(once)

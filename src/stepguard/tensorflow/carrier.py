@@ -26,6 +26,7 @@ class _Call:
         self._ended.acquire()
         self._value: Any = None
         self._error: BaseException | None = None
+        self.is_left_behind = False
 
     def make(self) -> None:
         value: Any = None
@@ -37,6 +38,7 @@ class _Call:
         self._end(value, error)
 
     def give_up(self, error: BaseException) -> None:
+        self.is_left_behind = True
         self._end(None, error)
 
     def wait(self, give_up: GiveUp | None) -> None:
@@ -105,6 +107,8 @@ class Carrier:
         self._guard = threading.Lock()
         self._under_way: set[_Call] = set()
         self._lost: BaseException | None = None
+        self.left_behind = False
+        """Whether a call was given up, and may still be under way."""
 
     @property
     def lost(self) -> BaseException | None:
@@ -131,6 +135,7 @@ class Carrier:
                 # A signal handler raised. Without a courier it would have done so after the call.
                 call.wait_at_most(_INTERRUPTED_SECS)
             with self._guard:
+                self.left_behind = self.left_behind or call.is_left_behind
                 self._under_way.discard(call)
         return call.result()
 

@@ -19,6 +19,7 @@ _v1 = tf.compat.v1
 
 # Closing tells every server that the session used. One that is gone would be waited for until it comes back.
 _CLOSE_SECS = 2.0
+_LOST_CLOSE_SECS = 0.1
 # After a stop the run of a queue runner has this many looks (of 50 ms) to end by itself.
 _STOP_SLICES = 10
 
@@ -83,7 +84,7 @@ class _CarriedSession(tf.compat.v1.Session):
             heartbeat.end()
         self._closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
         self._closing.start()
-        self._closing.join(_CLOSE_SECS)
+        self._closing.join(_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS)
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
             self._carrier.lose(tf.errors.CancelledError(None, None, "the session was closed"))
