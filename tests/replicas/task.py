@@ -247,3 +247,68 @@ def broken(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, A
                 sess.run(fails)
 
     retry_on_lost_peer(once)
+
+
+def train_sync(
+    cluster: dict[str, list[str]],
+    index: int,
+    *,
+    steps: int,
+    kind: str = "stepguard",
+    replicas: int = 2,
+    supervisor: dict[str, Any] | None = None,
+) -> None:
+    """Synchronous training as SyncReplicasOptimizer's documentation says to combine it with a Supervisor."""
+    server = server_for(cluster, "worker", index)
+    is_chief = index == 0
+    setter = v1.train.replica_device_setter(
+        worker_device=f"/job:worker/task:{index}", cluster=tf.train.ClusterSpec(cluster)
+    )
+
+    def once() -> None:
+        with tf.Graph().as_default():
+            with v1.device(setter):
+                global_step = v1.train.get_or_create_global_step()
+                weight = v1.get_variable("w", [10], initializer=v1.zeros_initializer())
+                # The gradient is -1 everywhere: with a rate of 1, the weights count the aggregated steps.
+                optimizer = v1.train.SyncReplicasOptimizer(
+                    v1.train.GradientDescentOptimizer(1.0), replicas_to_aggregate=replicas, total_num_replicas=replicas
+                )
+                train_op = optimizer.minimize(-tf.reduce_sum(weight), global_step=global_step)
+                runner = optimizer.get_chief_queue_runner()
+                init_tokens = optimizer.get_init_tokens_op()
+            sv = supervisor_class(kind)(
+                is_chief=is_chief,
+                local_init_op=optimizer.chief_init_op if is_chief else optimizer.local_step_init_op,
+                ready_for_local_init_op=optimizer.ready_for_local_init_op,
+                **(supervisor or {}),
+            )
+            report("asked")
+            options = {"config": v1.ConfigProto(device_filters=["/job:ps", f"/job:worker/task:{index}"])}
+            with sv.managed_session(server.target, **(options if kind == "tensorflow" else {})) as sess:
+                step = int(sess.run(global_step))
+                report("session", step=step)
+                if is_chief:
+                    sv.start_queue_runners(sess, [runner])
+                    sess.run(init_tokens)
+                while not sv.should_stop() and step < steps:
+                    sess.run(train_op)
+                    step, found = sess.run([global_step, weight])
+                    step = int(step)
+                    report("step", step=step, weight=float(found[0]))
+                report("finished", step=step)
+        report("left")
+
+    def reported() -> None:
+        try:
+            once()
+        except Exception as error:
+            report("lost", type=type(error).__name__, message=str(error)[:500])
+            raise
+
+    if kind == "tensorflow":
+        reported()
+        return
+    from stepguard.tensorflow import retry_on_lost_peer
+
+    retry_on_lost_peer(reported, max_losses=None, longest_wait_secs=1.0)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.defaults import Model
 from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.restore import ENGINE
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
@@ -143,7 +144,8 @@ class TensorFlowEngine:
             if self._kinds is None:
                 graph = self._model.graph
                 saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
-                self._kinds = RunKinds(graph, saved if self._plan is None else self._plan.fetches)
+                saved = saved if self._plan is None else list(self._plan.fetches)
+                self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
             session.watch(Boundary(self._kinds), before_close, self._before_save)
 
     def stop_at_boundary(self, session: Any) -> None:
@@ -161,12 +163,22 @@ class TensorFlowEngine:
         boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Any) -> object:
-        """The number of runs that may have changed the state; else the global step; else something new each time."""
+        """The number of runs that may have changed the state; else the global step; else something new each time.
+
+        A model on servers is changed by others as well, so there the global step counts in any case.
+        """
         boundary = _boundary(session)
-        if boundary is not None:
+        if boundary is not None and session.is_local:
             return boundary.steps
         step = self.step(session)
         return object() if step is None else step
+
+    def settle(self, session: Any, timeout_secs: float) -> None:
+        """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
+        boundary = _boundary(session)
+        if self._model.global_step is None or boundary is None or session.is_local:
+            return
+        wait_for_standstill(lambda: self.step(session), boundary.longest_secs, timeout_secs)
 
     def at_boundary(self, session: Any, what: str) -> AbstractContextManager[None]:
         """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
