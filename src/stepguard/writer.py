@@ -178,8 +178,8 @@ class CheckpointWriter:
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
-            self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, snapshot.step)
+            digests = self._engine.write(snapshot, stage, name)
+            checkpoint = store.commit(name, snapshot.step, digests=digests)
         except BaseException:
             # A full disk stays full when every failed save leaves its files behind.
             store.discard(stage)

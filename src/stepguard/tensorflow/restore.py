@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow.fit import check_fits
 
 _log = logging.getLogger(__name__)
@@ -28,6 +31,9 @@ _DAMAGE = (
     tf.errors.NotFoundError,
     tf.errors.OutOfRangeError,
     tf.errors.UnimplementedError,
+    # How the reader's own bindings say OutOfRange, Unimplemented and InvalidArgument.
+    IndexError,
+    NotImplementedError,
     ValueError,
 )
 
@@ -85,7 +91,13 @@ class Restorer:
                 return
             try:
                 self.restore_file(session, saver, path)
-            except _DAMAGE as error:
+            except CheckpointMismatchError:
+                # It could be read, and is for another model: also a NotFoundError, or one of the others below.
+                raise
+            except (*_DAMAGE, tf.errors.OpError) as error:
+                # The reader of checkpoints raises a plain OpError for what TensorFlow has no name for.
+                if not isinstance(error, _DAMAGE) and type(error) is not tf.errors.OpError:
+                    raise
                 raise CheckpointCorruptError(f"{path}: {_first_line(error)}", path=checkpoint.path) from error
 
         try:
@@ -95,6 +107,9 @@ class Restorer:
                 raise
             for candidate in store.candidates():
                 store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            with contextlib.suppress(FileNotFoundError):
+                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
+                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
             _log.warning("starting over, as asked for: %s", error)
             return False
         if recovery.checkpoint is None:

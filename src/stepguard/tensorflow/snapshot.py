@@ -1,14 +1,16 @@
-"""Taking one step's state out of a TensorFlow session, and writing it as an ordinary TensorFlow checkpoint."""
+"""Taking one step's state out of a TensorFlow session."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from stepguard.tensorflow.bundle import BundleTensor
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
@@ -57,6 +59,13 @@ class SavePlan:
             step=None if global_step is None else as_step(step),
             tensors=tuple(_owned(array) for array in fetched),
         )
+
+    def tensors(self, snapshot: TensorSnapshot) -> Iterator[BundleTensor]:
+        """What a checkpoint of ``snapshot`` consists of."""
+        for index, array in enumerate(snapshot.tensors):
+            # The type of what is saved, which for an encoded one is not that of what was fetched.
+            dtype = tf.variant if index in self.encoded else self.fetches[index].dtype.base_dtype
+            yield BundleTensor(self.names[index], self.slices[index], dtype, array)
 
 
 def plan(saver: Any, graph: Any) -> SavePlan | None:
@@ -124,41 +133,3 @@ def _owned(fetched: Any) -> Any:
     # What a run returns may share memory with a variable that is updated in place.
     array = np.asarray(fetched)
     return array if array.flags.owndata else array.copy()
-
-
-class BundleWriter:
-    """Writes snapshots of one plan as TensorFlow checkpoints, in a small graph of its own. One thread at a time."""
-
-    def __init__(self, save_plan: SavePlan) -> None:
-        self._graph = tf.Graph()
-        with self._graph.as_default(), tf.device("/cpu:0"):
-            self._prefix = _v1.placeholder(tf.string, [])
-            self._inputs = [
-                _v1.placeholder(tf.string if index in save_plan.encoded else tensor.dtype.base_dtype)
-                for index, tensor in enumerate(save_plan.fetches)
-            ]
-            tensors = [
-                tf.raw_ops.ParseTensor(serialized=fed, out_type=tf.variant) if index in save_plan.encoded else fed
-                for index, fed in enumerate(self._inputs)
-            ]
-            self._save = tf.raw_ops.SaveV2(
-                prefix=self._prefix,
-                tensor_names=list(save_plan.names),
-                shape_and_slices=list(save_plan.slices),
-                tensors=tensors,
-            )
-        self._graph.finalize()
-        self._session: Any = None
-
-    def write(self, snapshot: TensorSnapshot, prefix: Path) -> None:
-        """Write ``prefix.index`` and ``prefix.data-00000-of-00001``; not yet durable."""
-        if self._session is None:
-            self._session = _v1.Session(graph=self._graph, config=_v1.ConfigProto(device_count={"GPU": 0}))
-        feeds = dict(zip((tensor.name for tensor in self._inputs), snapshot.tensors, strict=True))
-        self._session.run(self._save, {self._prefix.name: str(prefix), **feeds})
-
-    def close(self) -> None:
-        """Give back the session. The next write makes a new one."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
