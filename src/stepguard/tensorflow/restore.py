@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -98,7 +99,7 @@ class Restorer:
                 # The reader of checkpoints raises a plain OpError for what TensorFlow has no name for.
                 if not isinstance(error, _DAMAGE) and type(error) is not tf.errors.OpError:
                     raise
-                raise CheckpointCorruptError(f"{path}: {_first_line(error)}", path=checkpoint.path) from error
+                raise CheckpointCorruptError(f"{path}: {_cause(error)}", path=checkpoint.path) from error
 
         try:
             recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
@@ -165,6 +166,8 @@ def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
         saver.recover_last_checkpoints([path for path, _ in kept])
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _cause(error: BaseException) -> str:
+    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
+    lines = str(error).strip().splitlines() or [""]
+    behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
+    return f"{type(error).__name__}: {(behind_node or lines)[0]}"
