@@ -57,6 +57,7 @@ class CheckpointStore:
         self._clock = clock
         self._opened_at = clock()
         self._newest_good: str | None = None
+        self._was_acquired = False
 
     @property
     def basename(self) -> str:
@@ -73,10 +74,12 @@ class CheckpointStore:
         """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
 
         The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
-        `discard` if it failed. The logdir is created if it is missing.
+        `discard` if it failed. The logdir is created if it is missing, unless it was there when `acquire` was called.
         """
         self._layout.step_of(name)
-        files.make_dirs(self.root)
+        if not self._was_acquired:
+            # Else it has vanished, with its filesystem perhaps: what would be made now fills the disk below, unseen.
+            files.make_dirs(self.root)
         stage = self._layout.stage(name)
         files.remove(stage)
         files.make_dir(stage)
@@ -325,10 +328,14 @@ class CheckpointStore:
         those whose names are in ``protect``: they wait for a later call.
         """
         doomed = self._retention.take_doomed({*protect, self._newest_good})
-        for one in doomed:
-            self._layout.remove(
-                one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
-            )
+        for number, one in enumerate(doomed):
+            try:
+                self._layout.remove(
+                    one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
+                )
+            except OSError:
+                self._retention.put_back(doomed[number:])
+                raise
         return doomed
 
     # --- the chief ---
@@ -339,7 +346,9 @@ class CheckpointStore:
         Raises LogdirInUseError if another process is.
         """
         files.make_dirs(self.root)
-        return lock.acquire(self.root)
+        hold = lock.acquire(self.root)
+        self._was_acquired = True
+        return hold
 
     def sweep(self) -> list[Path]:
         """Remove what a killed chief left half done, and return it. Only for the chief, before its first save.

@@ -1,6 +1,7 @@
 """Writing TensorFlow checkpoints: the tensor bundle format, from arrays in memory, in one pass.
 
-A bundle is two files. ``NAME.data-00000-of-00001`` holds the bytes of all tensors, one after the other.
+A bundle is two files or more. ``NAME.data-00000-of-00001`` holds the bytes of the tensors of one shard, one after the
+other; a Saver with ``sharded=True`` has a shard for each device.
 ``NAME.index`` is a sorted table, in the format of LevelDB's table files, from tensor names to `BundleEntryProto`:
 type, shape, place in the data file, and checksum. Its first key is empty and leads to a `BundleHeaderProto`. The format
 is described in tensorflow/core/protobuf/tensor_bundle.proto and in LevelDB's doc/table_format.md.
@@ -48,33 +49,48 @@ class BundleTensor:
     array: Any
 
 
-def write_bundle(prefix: Path, tensors: Iterable[BundleTensor]) -> dict[str, tuple[int, str]]:
-    """Write ``prefix.data-00000-of-00001`` and ``prefix.index``; return size and digest of each by its name.
+def write_bundle(prefix: Path, shards: Sequence[Iterable[BundleTensor]]) -> dict[str, tuple[int, str]]:
+    """Write ``prefix.data-*-of-*``, one file for each shard, and ``prefix.index``; return size and digest by name.
 
-    Neither is durable yet.
+    Nothing of it is durable yet.
 
     Raises ValueError for two tensors of one name, and OSError as it came.
     """
     table: dict[bytes, tensor_bundle_pb2.BundleEntryProto] = {}
-    with NewFile(Path(f"{prefix}.data-00000-of-00001")) as data:
-        for tensor in tensors:
-            array = np.asarray(tensor.array)
-            key = _key(table, tensor, array)
-            if key in table:
-                raise ValueError(f"{prefix}: two tensors of the name {tensor.name!r} {tensor.spec!r}")
-            offset, crc = data.size, 0
-            for block, checked in _blocks(tensor.dtype, array):
-                crc = google_crc32c.extend(crc, checked)
-                data.write(block)
-            shape = _shape(tensor.dtype, array)
-            table[key] = _entry(tensor.dtype, shape, offset=offset, size=data.size - offset, crc32c=masked(crc))
-    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=1)
+    written = []
+    for number, tensors in enumerate(shards):
+        with NewFile(Path(f"{prefix}.data-{number:05d}-of-{len(shards):05d}")) as data:
+            for tensor in tensors:
+                _write_tensor(data, number, tensor, table)
+        written.append(data)
+    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=len(shards))
     header.version.producer = 1
     rows = {b"": header, **table}
     with NewFile(Path(f"{prefix}.index")) as index:
         for piece in table_pieces((key, rows[key].SerializeToString()) for key in sorted(rows)):
             index.write(piece)
-    return {one.path.name: (one.size, one.digest) for one in (data, index)}
+    return {one.path.name: (one.size, one.digest) for one in (*written, index)}
+
+
+def _write_tensor(
+    data: NewFile, shard: int, tensor: BundleTensor, table: dict[bytes, tensor_bundle_pb2.BundleEntryProto]
+) -> None:
+    array = np.asarray(tensor.array)
+    key = _key(table, tensor, array)
+    if key in table:
+        raise ValueError(f"{data.path}: two tensors of the name {tensor.name!r} {tensor.spec!r}")
+    offset, crc = data.size, 0
+    for block, checked in _blocks(tensor.dtype, array):
+        crc = google_crc32c.extend(crc, checked)
+        data.write(block)
+    table[key] = _entry(
+        tensor.dtype,
+        _shape(tensor.dtype, array),
+        shard_id=shard,
+        offset=offset,
+        size=data.size - offset,
+        crc32c=masked(crc),
+    )
 
 
 def _entry(dtype: Any, shape: Iterable[int], **fields: int) -> tensor_bundle_pb2.BundleEntryProto:

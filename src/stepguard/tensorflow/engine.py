@@ -197,7 +197,7 @@ class TensorFlowEngine:
         """Write an ordinary TensorFlow checkpoint with its meta graph."""
         if self._plan is None:
             raise AssertionError("a snapshot without a plan was written by its saver")
-        digests = write_bundle(stage / name, self._plan.tensors(snapshot))
+        digests = write_bundle(stage / name, self._plan.sharded(snapshot))
         with NewFile(stage / f"{name}.meta") as meta:
             meta.write(self._meta_bytes())
         return {**digests, meta.path.name: (meta.size, meta.digest)}

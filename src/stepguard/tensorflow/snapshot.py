@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +43,14 @@ class SavePlan:
     """What a graph's own save operation would write: names, slices and the tensors to fetch.
 
     ``encoded`` holds the positions of tensors that no array can hold (the state of iterators): they are fetched
-    serialised, and parsed again by the graph that writes.
+    serialised. ``shards`` has the number of the shard of each tensor, from 0 up.
     """
 
     names: tuple[str, ...]
     slices: tuple[str, ...]
     fetches: tuple[Any, ...]
     encoded: frozenset[int]
+    shards: tuple[int, ...]
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
         """Fetch everything in one run. ``run`` is a ``Session.run`` that is not held up by the boundary."""
@@ -60,12 +60,14 @@ class SavePlan:
             tensors=tuple(_owned(array) for array in fetched),
         )
 
-    def tensors(self, snapshot: TensorSnapshot) -> Iterator[BundleTensor]:
-        """What a checkpoint of ``snapshot`` consists of."""
+    def sharded(self, snapshot: TensorSnapshot) -> list[list[BundleTensor]]:
+        """What the shards of a checkpoint of ``snapshot`` consist of."""
+        shards: list[list[BundleTensor]] = [[] for _ in range(max(self.shards) + 1)]
         for index, array in enumerate(snapshot.tensors):
             # The type of what is saved, which for an encoded one is not that of what was fetched.
             dtype = tf.variant if index in self.encoded else self.fetches[index].dtype.base_dtype
-            yield BundleTensor(self.names[index], self.slices[index], dtype, array)
+            shards[self.shards[index]].append(BundleTensor(self.names[index], self.slices[index], dtype, array))
+        return shards
 
 
 def plan(saver: Any, graph: Any) -> SavePlan | None:
@@ -87,7 +89,8 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
     slices: list[str] = []
     fetches: list[Any] = []
     encoded: set[int] = set()
-    for operation in save_operations(saved):
+    shards: list[int] = []
+    for shard, operation in enumerate(save_operations(saved)):
         _, names_tensor, slices_tensor, *tensors = operation.inputs
         operation_names = tf.get_static_value(names_tensor)
         operation_slices = tf.get_static_value(slices_tensor)
@@ -103,7 +106,10 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
                     tensor = tf.raw_ops.SerializeTensor(tensor=tensor)
                 encoded.add(len(fetches))
             fetches.append(tensor)
-    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded)) if fetches else None
+            shards.append(shard)
+    if not fetches:
+        return None
+    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), tuple(shards))
 
 
 def save_operations(saved: Any) -> list[Any]:
