@@ -134,7 +134,9 @@ class Task:
 
         def look() -> int:
             steps = self.reports("step")
-            return steps[-1]["step"] if steps and steps[-1]["step"] >= step else 0
+            found = steps[-1]["step"] if steps and steps[-1]["step"] >= step else 0
+            assert found or self.is_alive(), f"it has ended\n{self.story()}"
+            return found
 
         try:
             return wait_until(look, f"{self.name}: step {step}", timeout_secs)
