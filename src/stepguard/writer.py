@@ -178,7 +178,12 @@ class CheckpointWriter:
     def _commit(self, store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
         name = self._engine.checkpoint_name(snapshot.step)
         if snapshot.written is not None:
-            return store.commit_in_place(name, snapshot.step)
+            before = {one.name for one in store.owned}
+            self._adopt(store)
+            checkpoint = store.commit_in_place(name, snapshot.step)
+            # Its saver prunes by itself, and knows nothing of manifests.
+            store.follow_removals(sorted(before - {one.name for one in store.owned}))
+            return checkpoint
         self._adopt(store)
         stage = store.stage(name)
         try:

@@ -312,3 +312,41 @@ def train_sync(
     from stepguard.tensorflow import retry_on_lost_peer
 
     retry_on_lost_peer(reported, max_losses=None, longest_wait_secs=1.0)
+
+
+def local_master(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:
+    from stepguard.tensorflow import Supervisor
+
+    for which in ("first", "second"):
+        with tf.Graph().as_default():
+            step = v1.train.get_or_create_global_step()
+            train_op = v1.assign_add(step, 1)
+            with Supervisor(**supervisor).managed_session("local") as sess:
+                found = int(sess.run(step))
+                for _ in range(3):
+                    sess.run(train_op)
+                report(which, step=found, target=sess.sess_str.decode(), type=type(sess).__name__)
+
+
+def alone(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:
+    """No server, no parameter server: the program marks itself as the chief."""
+    from stepguard.tensorflow import Supervisor
+
+    with tf.Graph().as_default():
+        with v1.device(v1.train.replica_device_setter(0)):
+            step = v1.train.get_or_create_global_step()
+            train_op = v1.assign_add(step, 1)
+        with Supervisor(is_chief=True, **supervisor).managed_session("") as sess:
+            for _ in range(5):
+                sess.run(train_op)
+            report("session", step=int(sess.run(step)))
+
+
+def client(cluster: dict[str, list[str]], index: int, *, master: str, supervisor: dict[str, Any]) -> None:
+    from stepguard.tensorflow import Supervisor
+
+    with tf.Graph().as_default():
+        with tf.device("/job:ps/task:0"):
+            step = v1.train.get_or_create_global_step()
+        with Supervisor(is_chief=False, **supervisor).managed_session(master) as sess:
+            report("session", step=int(sess.run(step)))
