@@ -185,9 +185,7 @@ class Cluster:
         supervisor = dict(options.pop("supervisor", {}))
         if index == 0:
             supervisor = {"logdir": str(self.logdir), "save_model_secs": 1, **supervisor}
-        return self.workers[index].start(
-            function, cluster=self.spec, index=index, supervisor=supervisor, **options
-        )
+        return self.workers[index].start(function, cluster=self.spec, index=index, supervisor=supervisor, **options)
 
     def saved_steps(self) -> list[int]:
         """The steps of the committed checkpoints, in order."""

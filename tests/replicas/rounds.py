@@ -102,9 +102,7 @@ class Misfortune:
             return Round(name, None)
         lowest = min(step for _, step in self._steps_since(began))
         if model_dies:
-            return Round(
-                name, back - began, behind_commit=max(0, committed - lowest), lost_dead=max(0, live - lowest)
-            )
+            return Round(name, back - began, behind_commit=max(0, committed - lowest), lost_dead=max(0, live - lowest))
         # Workers report a little out of order: of three that step at once, each may be two behind.
         return Round(name, back - began, lost_live=max(0, live - lowest - 3))
 

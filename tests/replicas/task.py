@@ -36,7 +36,7 @@ def main(function: str, place: str, arguments: dict[str, Any]) -> None:
     report("started", pid=os.getpid())
     try:
         globals()[function](**arguments)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the edge of the process: the test reads it
         traceback.print_exc()
         report("failed", type=type(error).__name__, message=str(error))
         sys.stderr.flush()
@@ -162,7 +162,6 @@ def prepare_by_hand(cluster: dict[str, list[str]], index: int, *, supervisor: di
         sv.stop()
 
 
-
 def wait_for_checkpoint(
     cluster: dict[str, list[str]], index: int, *, max_wait_secs: float, supervisor: dict[str, Any]
 ) -> None:
@@ -194,7 +193,7 @@ def own_readiness(cluster: dict[str, list[str]], index: int, *, supervisor: dict
         sv = Supervisor(
             is_chief=index == 0,
             local_init_op=v1.assign(local, shared),
-            ready_op=v1.report_uninitialized_variables(v1.global_variables() + [local]),
+            ready_op=v1.report_uninitialized_variables([*v1.global_variables(), local]),
             ready_for_local_init_op=v1.report_uninitialized_variables(v1.global_variables()),
             local_init_run_options=v1.RunOptions(timeout_in_ms=20_000),
             **supervisor,

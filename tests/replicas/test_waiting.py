@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+
 def test_a_worker_without_a_chief_says_what_it_waits_for(cluster):
     cluster.serve()
     began = time.time()

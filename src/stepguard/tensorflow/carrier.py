@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -80,8 +81,10 @@ class _Courier:
     def take(self, call: _Call) -> None:
         self._inbox.put(call)
 
-    def __del__(self) -> None:
+    def end(self) -> None:
         self._inbox.put(None)
+
+    __del__ = end
 
 
 def _serve(inbox: queue.SimpleQueue[_Call | None], context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -106,6 +109,7 @@ class Carrier:
         self._callers = threading.local()
         self._guard = threading.Lock()
         self._under_way: set[_Call] = set()
+        self._couriers: weakref.WeakSet[_Courier] = weakref.WeakSet()
         self._lost: BaseException | None = None
         self.left_behind = False
         """Whether a call was given up, and may still be under way."""
@@ -122,10 +126,11 @@ class Carrier:
             if self._lost is not None:
                 raise self._lost
             self._under_way.add(call)
-        courier: _Courier | None = getattr(self._callers, "courier", None)
-        if courier is None:
-            courier = self._callers.courier = _Courier(self._context)
-        courier.take(call)
+            courier: _Courier | None = getattr(self._callers, "courier", None)
+            if courier is None:
+                courier = self._callers.courier = _Courier(self._context)
+                self._couriers.add(courier)
+            courier.take(call)
         is_interrupted = True
         try:
             call.wait(give_up)
@@ -138,6 +143,14 @@ class Carrier:
                 self.left_behind = self.left_behind or call.is_left_behind
                 self._under_way.discard(call)
         return call.result()
+
+    def close(self) -> None:
+        """End the threads that are idle. A call after this is made by a new one."""
+        with self._guard:
+            for courier in list(self._couriers):
+                courier.end()
+            self._couriers.clear()
+            self._callers = threading.local()
 
     def lose(self, error: BaseException) -> None:
         """End every call that is under way, and every later one at once, with ``error``. Any thread."""

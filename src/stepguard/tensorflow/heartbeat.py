@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +21,21 @@ _LONGEST_INTERVAL_SECS = 5.0
 # Silence is counted in slices of this length that the thread itself was awake for: a process that was stopped, or
 # that had no processor, has not listened, and must not blame its peers.
 _SLICE_SECS = 0.05
+_CLOSE_SECS = 1.0
+
+# Those of sessions that nobody has closed.
+_beating: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # A daemon thread that comes back from TensorFlow while the interpreter ends takes the whole process down with it.
+    beating = list(_beating)
+    for heartbeat in beating:
+        heartbeat.end()
+    deadline = time.monotonic() + _CLOSE_SECS
+    for heartbeat in beating:
+        heartbeat.join(deadline - time.monotonic())
 
 
 class Heartbeat:
@@ -40,11 +58,18 @@ class Heartbeat:
         self._carrier = Carrier(graph.as_default)
         config = _v1.ConfigProto(device_filters=[task] if task else [])
         self._session: Any = _v1.Session(master, graph=graph, config=config)
-        threading.Thread(target=self._run, name=f"stepguard-heartbeat-{task.strip('/')}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"stepguard-heartbeat-{task.strip('/')}", daemon=True)
+        self._thread.start()
+        _beating.add(self)
 
     def end(self) -> None:
-        """End the thread soon, without waiting for it."""
+        """Have the thread end soon, without waiting for it."""
         self._ended.set()
+
+    def join(self, timeout_secs: float) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, timeout_secs))
 
     def _run(self) -> None:
         try:
@@ -56,7 +81,10 @@ class Heartbeat:
                     return
         finally:
             # Closing asks the task too, and may wait for ever: it has a thread of its own.
-            threading.Thread(target=self._session.close, name="stepguard-close", daemon=True).start()
+            closing = threading.Thread(target=self._session.close, name="stepguard-close", daemon=True)
+            closing.start()
+            closing.join(_CLOSE_SECS)
+            self._carrier.close()
 
     def _lost(self) -> BaseException | None:
         """Ask until there is an answer; the error if there was none for too long, or the wrong one."""

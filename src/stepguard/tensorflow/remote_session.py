@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,10 +85,14 @@ class _CarriedSession(tf.compat.v1.Session):
             heartbeat.end()
         self._closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
         self._closing.start()
-        self._closing.join(_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS)
+        deadline = time.monotonic() + (_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS)
+        self._closing.join(deadline - time.monotonic())
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
             self._carrier.lose(tf.errors.CancelledError(None, None, "the session was closed"))
+        for heartbeat in self._heartbeats:
+            heartbeat.join(deadline - time.monotonic())
+        self._carrier.close()
 
     def __del__(self) -> None:
         # One that could not even be made has no carrier. One that is still being closed must not be deleted.
