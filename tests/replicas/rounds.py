@@ -112,7 +112,8 @@ class Misfortune:
         return [int(path.stem.split("-")[1]) for path in self._cluster.logdir.glob("model.ckpt-*.index")]
 
     def _live_step(self) -> int:
-        return max(line["step"] for task in self._cluster.workers for line in task.reports("step", since_start=False))
+        # The last of each, not the highest of all: steps that died in an earlier round are no part of the model.
+        return max(task.reports("step", since_start=False)[-1]["step"] for task in self._cluster.workers)
 
     def _steps_since(self, moment: float) -> list[tuple[float, int]]:
         return [
