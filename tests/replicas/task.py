@@ -33,6 +33,9 @@ def main(function: str, place: str, arguments: dict[str, Any]) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    if arguments.get("kind") == "tensorflow":
+        # Its services run on threads of their own, which TensorFlow 2 would start in eager mode.
+        v1.disable_v2_behavior()
     report("started", pid=os.getpid())
     try:
         globals()[function](**arguments)
@@ -349,3 +352,42 @@ def client(cluster: dict[str, list[str]], index: int, *, master: str, supervisor
             step = v1.train.get_or_create_global_step()
         with Supervisor(is_chief=False, **supervisor).managed_session(master) as sess:
             report("session", step=int(sess.run(step)))
+
+
+def measure(cluster: dict[str, list[str]], index: int, *, secs: float, kind: str, supervisor: dict[str, Any]) -> None:
+    """Report steps per second, over a model of about a millisecond a step; ``bare`` has no supervisor at all."""
+    server = server_for(cluster, "worker", index)
+    setter = v1.train.replica_device_setter(
+        worker_device=f"/job:worker/task:{index}", cluster=tf.train.ClusterSpec(cluster)
+    )
+    with tf.Graph().as_default():
+        with v1.device(setter):
+            step = v1.train.get_or_create_global_step()
+            weights = v1.get_variable("w", [256, 256], initializer=v1.glorot_uniform_initializer(seed=1))
+            batch = tf.random.stateless_uniform([128, 256], seed=[1, 2])
+            loss = tf.reduce_mean(tf.square(tf.matmul(batch, weights)))
+            train_op = v1.train.GradientDescentOptimizer(1e-3).minimize(loss, global_step=step)
+
+        def run(sess: Any) -> None:
+            for _ in range(100):
+                sess.run(train_op)
+            done, began = 0, time.monotonic()
+            while time.monotonic() - began < secs:
+                sess.run(train_op)
+                done += 1
+            report("rate", rate=done / (time.monotonic() - began))
+            # The other is still measuring.
+            for _ in range(10**9):
+                sess.run(train_op)
+
+        if kind != "bare":
+            with supervisor_class(kind)(is_chief=index == 0, **supervisor).managed_session(server.target) as sess:
+                run(sess)
+            return
+        init, missing = v1.global_variables_initializer(), v1.report_uninitialized_variables()
+        with v1.Session(server.target) as sess:
+            if index == 0:
+                sess.run(init)
+            while sess.run(missing).size:
+                time.sleep(0.05)
+            run(sess)
