@@ -162,7 +162,7 @@ class TestAFailingDisk:
 
     def test_is_tried_again_less_and_less_often(self, rig, monkeypatch):
         waits: list[float] = []
-        monkeypatch.setattr(rig.writer, "_may_wait", lambda wait_secs, _: waits.append(wait_secs) or len(waits) < 12)
+        monkeypatch.setattr(rig.writer, "_may_wait", lambda wait_secs, *_: waits.append(wait_secs) or len(waits) < 12)
         rig.engine.fail_writes += [disk_error() for _ in range(12)]
 
         rig.save(3)
@@ -174,7 +174,7 @@ class TestAFailingDisk:
     def test_does_not_make_a_save_wait_for_longer_than_a_minute(self, make_rig, monkeypatch):
         rig = make_rig(first_retry_secs=40.0)
         waits: list[float] = []
-        monkeypatch.setattr(rig.writer, "_may_wait", lambda wait_secs, _: waits.append(wait_secs) or len(waits) < 6)
+        monkeypatch.setattr(rig.writer, "_may_wait", lambda wait_secs, *_: waits.append(wait_secs) or len(waits) < 6)
         rig.engine.fail_writes += [disk_error() for _ in range(6)]
 
         rig.save(3)
