@@ -72,7 +72,7 @@ def hold_until(boundary: Boundary, held: threading.Event, may_end: threading.Eve
 
 def is_waiting(boundary: Boundary) -> Callable[[], bool]:
     """Whether somebody has announced that it holds, or wants to hold, the boundary."""
-    return lambda: boundary._holder is not None
+    return lambda: boundary._hold is not None
 
 
 class TestHold:
