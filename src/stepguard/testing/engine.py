@@ -171,7 +171,9 @@ class FakeEngine:
     def settle(self, session: FakeSession, timeout_secs: float) -> None:
         """Nobody else trains this model."""
 
-    def at_boundary(self, session: FakeSession, what: str) -> AbstractContextManager[None]:
+    def at_boundary(
+        self, session: FakeSession, what: str, patience_secs: float | None = None
+    ) -> AbstractContextManager[None]:
         """Hold the session's lock."""
 
         @contextmanager
