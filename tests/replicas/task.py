@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -47,11 +48,21 @@ def main(function: str, place: str, arguments: dict[str, Any]) -> None:
     report("ended", threads=sorted(thread.name for thread in threading.enumerate()))
 
 
+def enter_network(namespace: str) -> None:
+    """Move this thread, and all that it starts, into a network namespace; os.setns is newer than Python 3.11."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as file:
+        if libc.setns(file.fileno(), 0x40000000) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 def server_for(cluster: dict[str, list[str]], job: str, index: int) -> Any:
     return tf.distribute.Server(tf.train.ClusterSpec(cluster), job_name=job, task_index=index)
 
 
-def serve(cluster: dict[str, list[str]], index: int) -> None:
+def serve(cluster: dict[str, list[str]], index: int, namespace: str | None = None) -> None:
+    if namespace is not None:
+        enter_network(namespace)
     server = server_for(cluster, "ps", index)
     report("serving")
     server.join()
