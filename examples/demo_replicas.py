@@ -1,4 +1,4 @@
-"""Train on one parameter server, a chief and two workers; kill a worker, the chief and the server, and see them come back.
+"""Train on a parameter server, a chief and two workers; kill a worker, the chief, the server, and see them come back.
 
 This program only starts, kills and watches ``replicas.py``, in processes of its own, as a cluster's scheduler would:
 once asynchronously, once synchronously.

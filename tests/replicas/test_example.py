@@ -29,7 +29,8 @@ def run(program: str, *arguments: str) -> str:
 def test_the_program_of_a_cluster_runs_alone(tmp_path):
     first = run("replicas.py", f"--logdir={tmp_path}", "--steps=600")
     assert float(re.search(r"test accuracy ([\d.]+)% after 600 steps", first)[1]) > 90
-    assert "begins at step 600" in run("replicas.py", f"--logdir={tmp_path}", "--steps=700")
+    # The step that is fetched beside the training operation may be the one before it.
+    assert re.search("begins at step 60[01]", run("replicas.py", f"--logdir={tmp_path}", "--steps=700"))
 
 
 @pytest.mark.timeout(300)
