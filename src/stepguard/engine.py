@@ -101,7 +101,7 @@ class Engine(Protocol[_SessionT_contra]):
     ) -> AbstractContextManager[None]:
         """A context in which no step runs, so that the state is that of exactly one step.
 
-        The steps that run now have ``patience_secs`` to end; ``None`` leaves it to the engine.
+        The steps that run now have as long to end as the engine sees fit, and at most ``patience_secs``.
 
         Raises:
             NoBoundaryError: no boundary came in time; the message names the run that is in the way of ``what``.

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
@@ -55,6 +56,7 @@ class SigtermWatch:
             _log.debug("the wake-up descriptor for signals is in use: SIGTERM keeps its default action")
             return
         self._ends = (reader, writer)
+        _watches.add(self)
         self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
         self._thread.start()
         signal.signal(signal.SIGTERM, _wake)
@@ -72,6 +74,17 @@ class SigtermWatch:
         if self._thread is not None:
             self._thread.join()
         reader.close()
+
+    def _forget_in_child(self) -> None:
+        """A forked child shares the socket, and what it writes there would be taken for a signal to its parent."""
+        if self._ends is None:
+            return
+        ends, self._ends, self._thread = self._ends, None, None
+        if signal.getsignal(signal.SIGTERM) is _wake:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+        for end in ends:
+            end.close()
 
     def _watch(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
@@ -98,7 +111,21 @@ def end_by_sigterm() -> None:
             stream.flush()
     logging.shutdown()
     os.kill(os.getpid(), signal.SIGTERM)
+    # The first process of a container is spared by the kernel.
+    os._exit(128 + signal.SIGTERM)
 
 
 def _wake(number: int, frame: FrameType | None) -> None:
     """Only there so that the interpreter writes to the wake-up descriptor in place of the default action."""
+
+
+_watches: weakref.WeakSet[SigtermWatch] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for watch in list(_watches):
+        watch._forget_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -124,7 +124,7 @@ class Restoring:
         from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
 
         store = CheckpointStore(logdir, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-        manager = SessionManager(graph=self.graph, restorer=Restorer(store))
+        manager = SessionManager(graph=self.graph, restorer=Restorer(store, is_chief=lambda: True))
         with manager.prepare_session("", self.init_op, self.saver, str(logdir)) as session:
             state = self.model.state(session)
         step = int(state["global_step"])

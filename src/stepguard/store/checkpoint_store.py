@@ -64,6 +64,10 @@ class CheckpointStore:
         """What the names of the checkpoints begin with."""
         return self._layout.basename
 
+    def step_of(self, name: str) -> int | None:
+        """Return the step in a name, None if it has none. Raises ValueError if it is no name of this store."""
+        return self._layout.step_of(name)
+
     def name(self, step: int | None) -> str:
         """Return the name of the checkpoint of a step; None: of a program that counts none."""
         return self.basename if step is None else f"{self.basename}-{step}"
@@ -144,6 +148,13 @@ class CheckpointStore:
         manifest = self._manifest(name, step, self.root, present, extra, {})
         files.write_atomic(self._layout.manifest(name), manifest.to_json())
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
+
+    def holds(self, path: str) -> bool:
+        """Whether there are files of a checkpoint at ``path`` that `commit_in_place` can commit."""
+        place, name = os.path.split(path)
+        if not self._layout.is_name(name) or os.path.realpath(place or os.curdir) != os.path.realpath(self.root):
+            return False
+        return any(self._layout.may_hold(one.name, name) for one in self._layout.entries())
 
     def uncommit(self, name: str) -> None:
         """Remove the manifest of a checkpoint whose files are about to be written over by a program's own saver."""
@@ -240,11 +251,12 @@ class CheckpointStore:
     # --- reading ---
 
     def candidates(self) -> list[Checkpoint]:
-        """Return what may be a checkpoint, newest first (by step, then time), without opening any file.
+        """Return what may be a checkpoint, newest first: by step, then time; one that a program has gone back to comes
+        before later steps that it has left behind.
 
         A missing directory has none. One that is just being replaced is found as it was before.
         """
-        return self._layout.candidates()
+        return recovery.newest_first(self._layout)
 
     def read_manifest(self, checkpoint: Checkpoint) -> Manifest | None:
         """Return the manifest of a checkpoint, None if it has none.

@@ -35,12 +35,32 @@ def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
     if manifest is None:
         _verify_unmanifested(layout, checkpoint.name)
         return replace(checkpoint, is_committed=False, manifest=None)
-    # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
-    for record in manifest.files:
-        _verify_size(layout.root / record.name, record)
-    for record in manifest.files:
-        _verify_digest(layout.root / record.name, record)
+    try:
+        # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
+        for record in manifest.files:
+            _verify_size(layout.root / record.name, record)
+        for record in manifest.files:
+            _verify_digest(layout.root / record.name, record)
+    except CheckpointCorruptError:
+        if not _was_written_over(layout, manifest):
+            raise
+        _verify_unmanifested(layout, checkpoint.name)
+        return replace(checkpoint, is_committed=False, manifest=None)
     return replace(checkpoint, step=manifest.step, time=manifest.time, is_committed=True, manifest=manifest)
+
+
+def _was_written_over(layout: Layout, manifest: Manifest) -> bool:
+    """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint: all of it is newer
+    than its manifest, which damage to a file is not. Their checksums are then the proof that is left.
+    """
+    if layout.entry_suffix is None:
+        return False
+    names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    try:
+        committed = layout.manifest(manifest.name).stat().st_mtime_ns
+        return all((layout.root / name).stat().st_mtime_ns > committed for name in names)
+    except FileNotFoundError:
+        return False
 
 
 def size_of(path: Path) -> int | None:

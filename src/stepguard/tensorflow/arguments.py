@@ -120,6 +120,8 @@ def _check_seconds(name: str, value: Any) -> None:
         raise _wrong_type(name, "a number of seconds", value)
     if math.isnan(value) or value < 0:
         raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
+    if math.isinf(value) and name.startswith("save_"):
+        raise ValueError(f"{name}: expected a finite number of seconds, found {value}; 0 or None means never")
 
 
 def _check_logdir(logdir: Any) -> None:

@@ -60,7 +60,7 @@ class TensorFlowEngine:
         logdir: str | None,
         save_path: str | None,
         init_fn: Any,
-        uncommit: Callable[[str], None],
+        program_saves: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -70,7 +70,7 @@ class TensorFlowEngine:
         self._logdir = logdir
         self._save_path = save_path
         self._init_fn = init_fn
-        self._uncommit = uncommit
+        self._program_saves = program_saves
         self._kinds: RunKinds | None = None
         self._exported_meta: tuple[int, bytes] | None = None
         self._saves: dict[str, bool] = {}
@@ -149,7 +149,7 @@ class TensorFlowEngine:
                 saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
                 saved = saved if self._plan is None else list(self._plan.fetches)
                 self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
-            session.watch(Boundary(self._kinds), before_close, self._before_save)
+            session.watch(Boundary(self._kinds), before_close, self._around_save)
 
     def stop_at_boundary(self, session: Any) -> None:
         """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
@@ -243,17 +243,19 @@ class TensorFlowEngine:
                 self._exported_meta = (graph.version, self._model.saver.export_meta_graph().SerializeToString())
         return self._exported_meta[1]
 
-    def _before_save(self, fetches: str, feed_dict: Any) -> None:
-        """The program runs the save operation of a Saver: what it writes over is committed no longer.
-
-        It stays a checkpoint like one that TensorFlow's own tools wrote, and its saver prunes it.
+    @contextmanager
+    def _around_save(self, fetches: str, feed_dict: Any) -> Iterator[None]:
+        """The program runs an operation by its name. If that is the save operation of a Saver, our own saves wait
+        meanwhile, and what it writes over is committed no longer: it is a checkpoint like one that TensorFlow's own
+        tools wrote, and its saver prunes it.
         """
-        if not feed_dict or not self._save_path or "://" in self._save_path or not self._is_save(fetches):
-            return
-        place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
-        for path in feed_dict.values():
-            if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
-                self._uncommit(os.path.basename(path))
+        with contextlib.ExitStack() as saving:
+            if feed_dict and self._save_path and "://" not in self._save_path and self._is_save(fetches):
+                place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
+                for path in feed_dict.values():
+                    if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
+                        saving.enter_context(self._program_saves(os.path.basename(path)))
+            yield
 
     def _is_save(self, fetches: str) -> bool:
         """Whether the run of an operation or tensor of that name writes a checkpoint, by any Saver."""

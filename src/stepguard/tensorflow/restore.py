@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,23 @@ _v1 = tf.compat.v1
 ENGINE = "tensorflow"
 ENTRY_SUFFIX = ".index"
 
-# What restoring raises when the bytes are wrong; whether names, types and shapes fit was looked at before. It counts
-# as damage only where no manifest has proven the bytes good.
-_DAMAGE = (
-    tf.errors.DataLossError,
-    tf.errors.InternalError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.NotFoundError,
-    tf.errors.OutOfRangeError,
-    tf.errors.UnimplementedError,
-    # How the reader's own bindings say OutOfRange, Unimplemented and InvalidArgument.
-    IndexError,
-    NotImplementedError,
-    ValueError,
-)
-
 
 class Restorer:
     """Restores the newest good checkpoint of a directory.
 
-    ``store`` is the chief's own: damaged checkpoints are moved out of its way. Without one, or for another directory,
-    nothing is moved: a reader never touches what a chief may be writing.
+    ``store`` is the chief's own: damaged checkpoints are moved out of its way while ``is_chief()``, which is while
+    this process holds the logdir. Otherwise nothing is moved: a reader never touches what a chief may be writing.
     """
 
-    def __init__(self, store: CheckpointStore | None = None, *, start_over_when_all_damaged: bool = False) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore | None = None,
+        *,
+        is_chief: Callable[[], bool] = lambda: False,
+        start_over_when_all_damaged: bool = False,
+    ) -> None:
         self._store = store
+        self._is_chief = is_chief
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
@@ -58,14 +51,14 @@ class Restorer:
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
         if self._store is not None:
-            if self._restore_from(self._store, session, saver, is_ours=True):
+            if self._restore_from(self._store, session, saver, may_move=self._is_chief()):
                 return True
             if "://" not in directory and self._store.root.absolute() == Path(directory).absolute():
                 return self._restore_named_by_state_file(session, saver, directory)
         if "://" not in directory:
             for basename in _basenames(directory):
                 store = CheckpointStore(directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-                if self._restore_from(store, session, saver, is_ours=False):
+                if self._restore_from(store, session, saver, may_move=False):
                     return True
         return self._restore_named_by_state_file(session, saver, directory)
 
@@ -84,27 +77,28 @@ class Restorer:
                 session.run(initializers)
             saver.restore(session, path)
 
-    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
+    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, may_move: bool) -> bool:
         def attempt(checkpoint: Checkpoint) -> None:
             path = str(checkpoint.path)
-            if checkpoint.manifest is not None:
-                self.restore_file(session, saver, path)
-                return
             try:
                 self.restore_file(session, saver, path)
             except CheckpointMismatchError:
-                # It could be read, and is for another model: also a NotFoundError, or one of the others below.
+                # It could be read, and is for another model: also a NotFoundError, for one.
                 raise
-            except (*_DAMAGE, tf.errors.OpError) as error:
-                # The reader of checkpoints raises a plain OpError for what TensorFlow has no name for.
-                if not isinstance(error, _DAMAGE) and type(error) is not tf.errors.OpError:
+            except Exception as error:
+                if checkpoint.manifest is not None:
+                    # Proven good: unless it was pruned since, this is an error of the program.
+                    store.verify(checkpoint)
                     raise
-                raise CheckpointCorruptError(f"{path}: {_cause(error)}", path=checkpoint.path) from error
+                damage = _damage(path)
+                if damage is None:
+                    raise
+                raise CheckpointCorruptError(f"{path}: {_cause(damage)}", path=checkpoint.path) from error
 
         try:
-            recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
+            recovery = store.newest_good(attempt=attempt, quarantine=may_move)
         except NoGoodCheckpointError as error:
-            if not (is_ours and self._start_over_when_all_damaged):
+            if not (may_move and self._start_over_when_all_damaged):
                 raise
             for candidate in store.candidates():
                 store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
@@ -114,6 +108,12 @@ class Restorer:
             _log.warning("starting over, as asked for: %s", error)
             return False
         if recovery.checkpoint is None:
+            if recovery.damaged and not self._start_over_when_all_damaged:
+                raise NoGoodCheckpointError(
+                    f"{store.root}: {recovery.message()} To start over from step 0, use another logdir, or move the "
+                    f"file {statefile.FILE_NAME!r} away",
+                    path=store.root,
+                )
             return False
         if recovery.damaged:
             _log.warning("%s", recovery.message())
@@ -130,7 +130,9 @@ class Restorer:
             return False
         for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
             for place in (path, os.path.join(directory, os.path.basename(path))):
-                if tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
+                # A saver of the program's own knows itself which files it needs.
+                is_own = place == path and not isinstance(saver, _v1.train.Saver)
+                if is_own or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
                     self.restore_file(session, saver, place)
                     _log.info("restored %s", place)
                     _tell_saver(saver, [(one, 0.0) for one in state.all_model_checkpoint_paths])
@@ -148,8 +150,11 @@ def _basenames(directory: str) -> list[str]:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    present = {_without_step(name[: -len(ENTRY_SUFFIX)]) for name in names if name.endswith(ENTRY_SUFFIX)}
-    found.update(dict.fromkeys(sorted(present, key=lambda name: (name != "model.ckpt", name))))
+    entries = [name[: -len(ENTRY_SUFFIX)] for name in names if name.endswith(ENTRY_SUFFIX)]
+    # Without a step it may be any model that somebody has put there.
+    numbered = {_without_step(name) for name in entries if _without_step(name) != name}
+    usual = {name for name in entries if name == "model.ckpt"}
+    found.update(dict.fromkeys(sorted(numbered | usual, key=lambda name: (name != "model.ckpt", name))))
     return [name for name in found if name and not name.startswith(".")]
 
 
@@ -164,6 +169,26 @@ def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
         saver.set_last_checkpoints_with_time(kept)
     elif hasattr(saver, "recover_last_checkpoints"):
         saver.recover_last_checkpoints([path for path, _ in kept])
+
+
+def _damage(path: str) -> Exception | None:
+    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
+
+    ``None`` if each tensor can be read: what failed was then not the checkpoint.
+    """
+    try:
+        reader = _v1.train.NewCheckpointReader(path)
+        types = reader.get_variable_to_dtype_map()
+    except Exception as error:  # noqa: BLE001 - the reader raises whatever it likes for an index that is not one
+        return error
+    for name, dtype in types.items():
+        if dtype == tf.variant:
+            continue  # No array can hold it, so this reader cannot prove it.
+        try:
+            reader.get_tensor(name)
+        except Exception as error:  # noqa: BLE001 - as above
+            return error
+    return None
 
 
 def _cause(error: BaseException) -> str:

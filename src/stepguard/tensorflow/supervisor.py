@@ -172,7 +172,11 @@ class Supervisor(CoreSupervisor[Any]):
                 graph=graph,
                 recovery_wait_secs=recovery_wait_secs,
                 local_init_run_options=local_init_run_options,
-                restorer=Restorer(store, start_over_when_all_damaged=start_over_when_all_damaged),
+                restorer=Restorer(
+                    store,
+                    is_chief=lambda: self._hold is not None,
+                    start_over_when_all_damaged=start_over_when_all_damaged,
+                ),
                 wait_for_stop=coord.wait_for_stop,
                 peer_timeout_secs=peer_timeout_secs,
                 on_lost=self._report,
@@ -189,7 +193,7 @@ class Supervisor(CoreSupervisor[Any]):
             logdir=logdir,
             save_path=self._save_path,
             init_fn=init_fn,
-            uncommit=self._uncommit,
+            program_saves=self._program_saves,
         )
         super().__init__(
             self._tensorflow,
