@@ -134,7 +134,7 @@ class TensorFlowEngine:
         if global_step is None:
             return None
         with self._model.graph.as_default():
-            return as_step(session.run(global_step))
+            return as_step(session.read(global_step) if isinstance(session, Session) else session.run(global_step))
 
     def step_name(self) -> str:
         """The name of the operation that holds the global step."""
@@ -182,7 +182,7 @@ class TensorFlowEngine:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
         # What a remote session returns would cross the network; its saver writes where the variables are.
         if self._plan is not None and isinstance(session, Session) and session.is_local:
-            return self._plan.take(session.run, self._model.global_step)
+            return self._plan.take(session.read, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.

@@ -169,7 +169,7 @@ class Supervisor(CoreSupervisor[Any]):
                 local_init_run_options=local_init_run_options,
                 restorer=Restorer(
                     store,
-                    is_chief=lambda: self._hold is not None,
+                    hold=self._holding_logdir,
                     start_over_when_all_damaged=start_over_when_all_damaged,
                 ),
                 wait_for_stop=coord.wait_for_stop,
