@@ -99,7 +99,8 @@ class Restorer:
 
         try:
             recovery = store.newest_good(attempt=attempt, quarantine=False)
-            if recovery.checkpoint is None and recovery.damaged:
+            # A saver of the program's own knows itself which files it needs: it is asked with the state file's path.
+            if recovery.checkpoint is None and recovery.damaged and isinstance(saver, _v1.train.Saver):
                 raise NoGoodCheckpointError(
                     f"{store.root}: {recovery.message()} To start over from step 0, use another logdir, or move the "
                     f"file {statefile.FILE_NAME!r} away",

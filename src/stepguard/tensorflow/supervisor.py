@@ -108,6 +108,7 @@ class Supervisor(CoreSupervisor[Any]):
             )
         graph = _v1.get_default_graph() if graph is None else graph
         arguments.check(
+            is_chief=bool(is_chief),
             graph=graph,
             ready_op=ready_op,
             ready_for_local_init_op=ready_for_local_init_op,
