@@ -13,7 +13,7 @@ from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import StopRequested, add_note
+from stepguard.errors import LogdirInUseError, StopRequested, add_note
 from stepguard.looper import LooperThread
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
@@ -242,6 +242,21 @@ class Supervisor(Generic[SessionT]):
 
     def _saves(self) -> bool:
         return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
+
+    @contextmanager
+    def _holding_logdir(self) -> Iterator[bool]:
+        """Whether no other process is the chief of the logdir as long as the block lasts."""
+        if self._store is None or self._hold is not None:
+            yield self._hold is not None
+            return
+        try:
+            hold = self._store.acquire()
+        except (LogdirInUseError, OSError) as error:
+            _log.debug("not the chief of this logdir: %s", error)
+            yield False
+            return
+        with hold:
+            yield True
 
     def _become_chief(self, store: CheckpointStore) -> None:
         if self._hold is None:

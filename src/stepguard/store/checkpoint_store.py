@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
@@ -247,6 +250,23 @@ class CheckpointStore:
         stored = state.last_preserved if state is not None else None
         # A time in the future means that the clock was set back: waiting for it could keep nothing for years.
         return stored if stored is not None and stored <= self._opened_at else self._opened_at
+
+    def point_to(self, checkpoint: Checkpoint) -> None:
+        """Have the state file name ``checkpoint`` as the newest, after those that it names were moved away."""
+        if checkpoint.root != self.root:
+            return
+        kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
+        state = statefile.read(self.root)
+        try:
+            statefile.write(
+                self.root,
+                checkpoint.name,
+                [*kept, checkpoint.name],
+                last_preserved=None if state is None else state.last_preserved,
+                relative_paths=self.relative_paths,
+            )
+        except OSError as error:
+            _log.warning("%s: could not be written: %s", self.root / statefile.FILE_NAME, error)
 
     # --- reading ---
 

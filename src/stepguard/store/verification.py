@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError
+from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
@@ -50,17 +51,23 @@ def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _was_written_over(layout: Layout, manifest: Manifest) -> bool:
-    """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint: all of it is newer
-    than its manifest, which damage to a file is not. Their checksums are then the proof that is left.
+    """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint.
+
+    All of it is then newer than its manifest, and the state file, which they write last, newer still; damage is not
+    like that, nor are files that were copied over it. Their checksums are then the proof that is left.
     """
     if layout.entry_suffix is None:
         return False
     names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
     try:
         committed = layout.manifest(manifest.name).stat().st_mtime_ns
-        return all((layout.root / name).stat().st_mtime_ns > committed for name in names)
+        written = [(layout.root / name).stat().st_mtime_ns for name in names]
+        stated = (layout.root / statefile.FILE_NAME).stat().st_mtime_ns
     except FileNotFoundError:
         return False
+    state = statefile.read(layout.root)
+    is_listed = state is not None and manifest.name in (state.newest, *state.names)
+    return is_listed and committed < min(written) and max(written) <= stated
 
 
 def size_of(path: Path) -> int | None:

@@ -24,12 +24,11 @@ _SECONDS = (
 )
 _CALLS = {
     "saver": ("save", "restore"),
-    "session_manager": ("prepare_session", "wait_for_session"),
     "summary_writer": ("add_summary", "add_session_log", "close", "reopen"),
 }
 
 
-def check(**given: Any) -> None:
+def check(*, is_chief: bool, **given: Any) -> None:
     """Check the types and values of the Supervisor's arguments.
 
     Raises:
@@ -43,10 +42,13 @@ def check(**given: Any) -> None:
     _check_global_step(given["global_step"])
     for name in _SECONDS:
         _check_seconds(name, given[name])
-    for name, methods in _CALLS.items():
+    calls = {**_CALLS, "session_manager": ("prepare_session",) if is_chief else ("wait_for_session",)}
+    for name, methods in calls.items():
         value = given[name]
         if value is None or (is_default(value) and name != "session_manager"):
             continue
+        if name == "summary_writer" and not is_chief:
+            continue  # Only the chief has one.
         lacking = [method for method in methods if not callable(getattr(value, method, None))]
         if lacking:
             raise _wrong_type(name, f"an object with the methods {', '.join(methods)}", value)

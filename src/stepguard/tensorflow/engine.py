@@ -135,7 +135,7 @@ class TensorFlowEngine:
         if global_step is None:
             return None
         with self._model.graph.as_default():
-            return as_step(session.run(global_step))
+            return as_step(session.read(global_step) if isinstance(session, Session) else session.run(global_step))
 
     def step_name(self) -> str:
         """The name of the operation that holds the global step."""
@@ -191,7 +191,7 @@ class TensorFlowEngine:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
         # A sharded saver writes where the variables are; any other brings them here, which a fetch does as well.
         if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
-            return self._plan.take(session.run, self._model.global_step)
+            return self._plan.take(session.read, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.

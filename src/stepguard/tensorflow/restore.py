@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow.fit import check_fits
 
@@ -28,19 +29,20 @@ ENTRY_SUFFIX = ".index"
 class Restorer:
     """Restores the newest good checkpoint of a directory.
 
-    ``store`` is the chief's own: damaged checkpoints are moved out of its way while ``is_chief()``, which is while
-    this process holds the logdir. Otherwise nothing is moved: a reader never touches what a chief may be writing.
+    ``store`` is the supervisor's own: damaged checkpoints are moved out of its way, if ``hold()``, a context, says
+    that no other process is the chief of the logdir meanwhile. Otherwise nothing is moved: a reader never touches what
+    a chief may be writing.
     """
 
     def __init__(
         self,
         store: CheckpointStore | None = None,
         *,
-        is_chief: Callable[[], bool] = lambda: False,
+        hold: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
         start_over_when_all_damaged: bool = False,
     ) -> None:
         self._store = store
-        self._is_chief = is_chief
+        self._hold = hold
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
@@ -51,14 +53,14 @@ class Restorer:
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
         if self._store is not None:
-            if self._restore_from(self._store, session, saver, may_move=self._is_chief()):
+            if self._restore_from(self._store, session, saver, is_ours=True):
                 return True
             if "://" not in directory and self._store.root.absolute() == Path(directory).absolute():
                 return self._restore_named_by_state_file(session, saver, directory)
         if "://" not in directory:
             for basename in _basenames(directory):
                 store = CheckpointStore(directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-                if self._restore_from(store, session, saver, may_move=False):
+                if self._restore_from(store, session, saver, is_ours=False):
                     return True
         return self._restore_named_by_state_file(session, saver, directory)
 
@@ -77,7 +79,7 @@ class Restorer:
                 session.run(initializers)
             saver.restore(session, path)
 
-    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, may_move: bool) -> bool:
+    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
         def attempt(checkpoint: Checkpoint) -> None:
             path = str(checkpoint.path)
             try:
@@ -96,32 +98,58 @@ class Restorer:
                 raise CheckpointCorruptError(f"{path}: {_cause(damage)}", path=checkpoint.path) from error
 
         try:
-            recovery = store.newest_good(attempt=attempt, quarantine=may_move)
-        except NoGoodCheckpointError as error:
-            if not (may_move and self._start_over_when_all_damaged):
-                raise
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            with contextlib.suppress(FileNotFoundError):
-                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
-                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
-            _log.warning("starting over, as asked for: %s", error)
-            return False
-        if recovery.checkpoint is None:
-            if recovery.damaged and not self._start_over_when_all_damaged:
+            recovery = store.newest_good(attempt=attempt, quarantine=False)
+            # A saver of the program's own knows itself which files it needs: it is asked with the state file's path.
+            if recovery.checkpoint is None and recovery.damaged and isinstance(saver, _v1.train.Saver):
                 raise NoGoodCheckpointError(
                     f"{store.root}: {recovery.message()} To start over from step 0, use another logdir, or move the "
                     f"file {statefile.FILE_NAME!r} away",
                     path=store.root,
                 )
+        except NoGoodCheckpointError as error:
+            if not (is_ours and self._start_over_when_all_damaged):
+                raise
+            self._start_over(store, error)
+            return False
+        good = recovery.checkpoint
+        if good is None:
             return False
         if recovery.damaged:
+            recovery = self._quarantine(store, recovery) if is_ours else recovery
             _log.warning("%s", recovery.message())
-        _log.info("restored %s", recovery.checkpoint.path)
+        _log.info("restored %s", good.path)
         owned = store.listed_by_state()
         store.adopt(owned)
         _tell_saver(saver, [(str(one.path), one.time) for one in owned])
         return True
+
+    def _quarantine(self, store: CheckpointStore, recovery: Recovery) -> Recovery:
+        with self._hold() as may_move:
+            if not may_move:
+                return recovery
+            present = {(one.root, one.name) for one in store.candidates()}
+            damaged = [
+                # What is only named by the state file is not there to be moved.
+                store.quarantine(one.checkpoint, one.reason)
+                if (one.checkpoint.root, one.checkpoint.name) in present
+                else one
+                for one in recovery.damaged
+            ]
+            if recovery.checkpoint is not None:
+                store.point_to(recovery.checkpoint)
+        return Recovery(recovery.checkpoint, tuple(damaged))
+
+    def _start_over(self, store: CheckpointStore, error: NoGoodCheckpointError) -> None:
+        with self._hold() as may_move:
+            if not may_move:
+                raise error
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            with contextlib.suppress(FileNotFoundError):
+                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
+                files.make_dirs(store.root / QUARANTINE)
+                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
+        _log.warning("starting over, as asked for: %s", error)
 
     def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
         """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""

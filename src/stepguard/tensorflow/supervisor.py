@@ -112,6 +112,7 @@ class Supervisor(CoreSupervisor[Any]):
             )
         graph = _v1.get_default_graph() if graph is None else graph
         arguments.check(
+            is_chief=bool(is_chief),
             graph=graph,
             ready_op=ready_op,
             ready_for_local_init_op=ready_for_local_init_op,
@@ -174,7 +175,7 @@ class Supervisor(CoreSupervisor[Any]):
                 local_init_run_options=local_init_run_options,
                 restorer=Restorer(
                     store,
-                    is_chief=lambda: self._hold is not None,
+                    hold=self._holding_logdir,
                     start_over_when_all_damaged=start_over_when_all_damaged,
                 ),
                 wait_for_stop=coord.wait_for_stop,
