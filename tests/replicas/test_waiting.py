@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 
 def test_a_worker_without_a_chief_says_what_it_waits_for(cluster):
-    cluster.serve()
-    began = time.time()
-    worker = cluster.train(1, retry=False, session={"max_wait_secs": 2})
+    cluster.serve().wait_for("serving")
+    worker = cluster.train(1, retry=False, session={"max_wait_secs": 5})
     lost = worker.wait_for("lost")
     assert lost["type"] == "ModelWaitTimeoutError"
-    assert 2 <= lost["time"] - worker.wait_for("asked")["time"] < 4
-    assert lost["time"] - began < 30
-    for part in ("variables not initialised: global_step, w0", "max_wait_secs=2", "is the chief running"):
+    assert 5 <= lost["time"] - worker.wait_for("asked")["time"] < 7
+    for part in ("variables not initialised: global_step, w0", "max_wait_secs=5", "is the chief running"):
         assert part in lost["message"]
     assert worker.join() == 1
 
