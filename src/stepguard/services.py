@@ -86,6 +86,7 @@ class Checkpointer:
         """
         deadline = time.monotonic() + timeout_secs
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
+            self._engine.settle(self._session, deadline - time.monotonic())
             if self._engine.progress(self._session) == self._saved_progress:
                 return
             try:

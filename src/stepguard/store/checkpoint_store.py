@@ -165,6 +165,12 @@ class CheckpointStore:
             files.remove(self._layout.manifest(name))
             files.fsync_dir(self.root)
 
+    def follow_removals(self, names: Iterable[str]) -> None:
+        """Remove the manifests of those of ``names`` whose files a program's own saver has removed."""
+        for name in names:
+            if self._layout.present(name) == [self._layout.manifest(name).name]:
+                self.uncommit(name)
+
     def _staged(self, stage: Path, name: str) -> list[Path]:
         """The staged entries in the order in which they become visible: the entry file last."""
         entries = sorted(stage.iterdir())

@@ -14,7 +14,14 @@ from stepguard.tensorflow.defaults import is_default
 _v1 = tf.compat.v1
 
 _FETCHES = ("ready_op", "ready_for_local_init_op", "init_op", "local_init_op", "summary_op", "global_step")
-_SECONDS = ("save_summaries_secs", "save_model_secs", "recovery_wait_secs", "stop_grace_secs", "max_unprotected_secs")
+_SECONDS = (
+    "save_summaries_secs",
+    "save_model_secs",
+    "recovery_wait_secs",
+    "stop_grace_secs",
+    "max_unprotected_secs",
+    "peer_timeout_secs",
+)
 _CALLS = {
     "saver": ("save", "restore"),
     "summary_writer": ("add_summary", "add_session_log", "close", "reopen"),
@@ -109,7 +116,7 @@ def _check_global_step(value: Any) -> None:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if value is None and name.startswith("save_"):
+    if value is None and (name.startswith("save_") or name == "peer_timeout_secs"):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong_type(name, "a number of seconds", value)

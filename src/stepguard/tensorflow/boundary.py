@@ -49,6 +49,11 @@ class Boundary:
         """The number of runs that may have changed the saved state, so far."""
         return sum(list(self._done.values()))
 
+    @property
+    def longest_secs(self) -> float:
+        """The length of the longest step so far, in seconds."""
+        return self._longest_secs
+
     def enter(self, fetches: Any) -> None:
         """A step begins: wait while a service holds the boundary.
 

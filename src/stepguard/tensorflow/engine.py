@@ -18,6 +18,7 @@ from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
 from stepguard.tensorflow.defaults import Model
 from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.restore import ENGINE
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
@@ -146,7 +147,8 @@ class TensorFlowEngine:
             if self._kinds is None:
                 graph = self._model.graph
                 saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
-                self._kinds = RunKinds(graph, saved if self._plan is None else self._plan.fetches)
+                saved = saved if self._plan is None else list(self._plan.fetches)
+                self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
             session.watch(Boundary(self._kinds), before_close, self._around_save)
 
     def stop_at_boundary(self, session: Any) -> None:
@@ -171,6 +173,13 @@ class TensorFlowEngine:
         # Steps may be done by others, on shared parameter servers, and by means that pass `run` by.
         return (None if boundary is None else boundary.steps, step)
 
+    def settle(self, session: Any, timeout_secs: float) -> None:
+        """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
+        boundary = _boundary(session)
+        if self._model.global_step is None or boundary is None or session.is_local:
+            return
+        wait_for_standstill(lambda: self.step(session), boundary.longest_secs, timeout_secs)
+
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
         boundary = _boundary(session)
@@ -180,8 +189,8 @@ class TensorFlowEngine:
 
     def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
-        # What a remote session returns would cross the network; its saver writes where the variables are.
-        if self._plan is not None and isinstance(session, Session) and session.is_local:
+        # A sharded saver writes where the variables are; any other brings them here, which a fetch does as well.
+        if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
             return self._plan.take(session.read, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
