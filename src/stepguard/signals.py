@@ -120,12 +120,25 @@ def _wake(number: int, frame: FrameType | None) -> None:
 
 
 _watches: weakref.WeakSet[SigtermWatch] = weakref.WeakSet()
+_mask_before_fork = threading.local()
 
 
-def _forget_in_child() -> None:
+def _before_fork() -> None:
+    # A SIGTERM for the child that comes before it has let go of the socket would be taken for one to its parent.
+    _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _watches else None
+
+
+def _after_fork_in_parent() -> None:
+    mask = getattr(_mask_before_fork, "value", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
     for watch in list(_watches):
         watch._forget_in_child()
+    _after_fork_in_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
