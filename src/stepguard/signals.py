@@ -70,6 +70,8 @@ class SigtermWatch:
         if signal.getsignal(signal.SIGTERM) is _wake:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
+        # Closing alone does not end the thread's read: a process that was forked meanwhile may hold the other end.
+        writer.shutdown(socket.SHUT_RDWR)
         writer.close()
         if self._thread is not None:
             self._thread.join()
