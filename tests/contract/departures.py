@@ -140,7 +140,7 @@ DEPARTURES: dict[str, Departure] = {
         "it appears when the Supervisor is made",
     ),
     "operations_for_iterators": Departure(
-        "the state is copied at a step boundary: that of an iterator is serialised, large tensors are copied in the graph",
+        "the state is copied at a step boundary: iterators are serialised, large tensors copied, by the graph itself",
         "adds none",
         "adds a SerializeTensor for each saveable iterator, and a DeepCopy for each tensor of 64 KB or more",
     ),
