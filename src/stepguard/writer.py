@@ -69,6 +69,7 @@ class CheckpointWriter:
         self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
         self._last_bytes = 0
+        self._taken_at = 0.0
         self.skipped = 0
 
     def submit(self, snapshot: Snapshot) -> bool:
@@ -77,6 +78,7 @@ class CheckpointWriter:
             if self._busy:
                 return False
             self._waiting = snapshot
+            self._taken_at = time.time()
             self._busy = True
             # The deadline of an earlier drain was for an earlier snapshot.
             self._gives_up_at = None
@@ -223,7 +225,7 @@ class CheckpointWriter:
         try:
             self._check_space(store, snapshot)
             digests = self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, snapshot.step, digests=digests)
+            checkpoint = store.commit(name, snapshot.step, digests=digests, taken_at=self._taken_at)
         except BaseException:
             # A full disk stays full when every failed save leaves its files behind.
             with contextlib.suppress(OSError):  # The error that is on its way says more.

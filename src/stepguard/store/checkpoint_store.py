@@ -105,11 +105,13 @@ class CheckpointStore:
         *,
         extra: Mapping[str, Any] | None = None,
         digests: Mapping[str, tuple[int, str]] | None = None,
+        taken_at: float | None = None,
     ) -> Checkpoint:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
         ``digests`` has size and digest of files, by their names in the staging directory, that were digested while
-        they were written (`stepguard.files.NewFile`); the others are read for it.
+        they were written (`stepguard.files.NewFile`); the others are read for it. ``taken_at`` is the Unix time of the
+        snapshot, by which checkpoints are told apart in age: a slow write does not make its step newer.
 
         Raises OSError as it came if the disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
@@ -119,6 +121,8 @@ class CheckpointStore:
         for entry in staged:
             files.fsync_tree(entry)
         manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra, digests or {})
+        if taken_at is not None:
+            manifest = replace(manifest, time=taken_at)
         # Written here, where nobody takes it for a commit record, and moved into place as the last file.
         aside = stage / self._layout.manifest(name).name
         files.write_durable(aside, manifest.to_json())

@@ -67,29 +67,25 @@ class RunKinds:
 
     def changes_state(self, fetches: Any) -> bool:
         """Whether ``session.run(fetches)`` can change the saved state."""
-        known = self._known.get(id(fetches))
-        if known is not None and known[0] is fetches:
-            return known[1]
-        return self._look_up(fetches)
-
-    def _look_up(self, fetches: Any) -> bool:
+        # Asked before every run: a plain list or dictionary is looked up by what it holds, without being flattened.
         kind = type(fetches)
         if kind is list or kind is tuple:
             known = self._known.get(tuple(map(id, fetches)))
-            if known is not None:
-                return known[1]
         elif kind is dict:
             known = self._known.get(tuple(map(id, fetches.values())))
-            if known is not None:
-                return known[1]
+        else:
+            known = self._known.get(id(fetches))
+        return self._look_up(fetches) if known is None else known[1]
+
+    def _look_up(self, fetches: Any) -> bool:
         single = isinstance(fetches, (tf.Operation, tf.Tensor))
         flat = [fetches] if single else tf.nest.flatten(fetches, expand_composites=True)
-        if not all(isinstance(item, (tf.Operation, tf.Tensor, tf.Variable)) for item in flat):
-            # Such as names, which programs also put together anew for each run.
+        if not all(isinstance(item, (tf.Operation, tf.Tensor, tf.Variable, str)) for item in flat):
+            # Something that the program may change, or make anew for each run.
             return self._examine(flat)
         # A list may be changed by the program, so only a single fetch is remembered by its own identity, and a list
         # by those of what it holds; that is never a list again, which could be changed as well.
-        key = id(fetches) if single else tuple(map(id, flat))
+        key = id(fetches) if single else tuple([item if isinstance(item, str) else id(item) for item in flat])
         known = self._known.get(key)
         if known is not None:
             return known[1]

@@ -63,7 +63,15 @@ class Session(tf.compat.v1.Session):
         if type(fetches) is str and (around_save := self._around_save) is not None:
             with around_save(fetches, feed_dict):
                 return self._run_marked(boundary, fetches, feed_dict, options, run_metadata)
-        return self._run_marked(boundary, fetches, feed_dict, options, run_metadata)
+        # The same as `_run_marked`, without the call: this is done at each step.
+        if not boundary.is_step(fetches):
+            boundary.pass_by(fetches)
+            return super().run(fetches, feed_dict, options, run_metadata)
+        boundary.enter(fetches)
+        try:
+            return super().run(fetches, feed_dict, options, run_metadata)
+        finally:
+            boundary.leave()
 
     def _run_marked(self, boundary: Boundary, fetches: Any, feed_dict: Any, options: Any, run_metadata: Any) -> Any:
         if not boundary.is_step(fetches):
