@@ -20,6 +20,10 @@ from types import FrameType
 _log = logging.getLogger(__name__)
 
 
+# The watches of this process, for the processes that it forks.
+_started: set[SigtermWatch] = set()
+
+
 class SigtermWatch:
     """Calls ``on_sigterm`` at the first SIGTERM, and ends the process at once at the second.
 
@@ -55,6 +59,7 @@ class SigtermWatch:
             _log.debug("the wake-up descriptor for signals is in use: SIGTERM keeps its default action")
             return
         self._ends = (reader, writer)
+        _started.add(self)
         self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
         self._thread.start()
         signal.signal(signal.SIGTERM, _wake)
@@ -65,13 +70,28 @@ class SigtermWatch:
             return
         reader, writer = self._ends
         self._ends = None
+        _started.discard(self)
         if signal.getsignal(signal.SIGTERM) is _wake:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
+        # Closing is not enough to end the thread's read: a process that was forked meanwhile may hold the other end.
+        writer.shutdown(socket.SHUT_RDWR)
         writer.close()
         if self._thread is not None:
             self._thread.join()
         reader.close()
+
+    def forget_in_child(self) -> None:
+        """In a process that was forked: SIGTERM ends it as any other, and is not reported to the parent."""
+        ends, self._ends = self._ends, None
+        if ends is None:
+            return
+        # The parent's descriptor: a signal to the child would be written there, and stop the parent.
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) is _wake:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for end in ends:
+            end.close()
 
     def _watch(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
@@ -102,3 +122,13 @@ def end_by_sigterm() -> None:
 
 def _wake(number: int, frame: FrameType | None) -> None:
     """Only there so that the interpreter writes to the wake-up descriptor in place of the default action."""
+
+
+def _forget_in_child() -> None:
+    while _started:
+        with contextlib.suppress(ValueError):
+            _started.pop().forget_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

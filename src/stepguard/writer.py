@@ -22,6 +22,8 @@ _FIRST_RETRY_SECS = 1.0
 _LONGEST_RETRY_SECS = 60.0
 # Besides the tensors: index, meta graph, manifest.
 _SPARE_BYTES = 1 << 20
+# Of our own: to draw from the program's generator would change what it draws next.
+_jitter = random.Random()
 
 
 class CheckpointWriter:
@@ -131,7 +133,7 @@ class CheckpointWriter:
                     raise
                 unprotected_secs = time.monotonic() - began
                 # Jitter: many runs on one failing file system must not all come back at the same moment.
-                wait_secs = delay_secs * random.uniform(0.75, 1.25)
+                wait_secs = delay_secs * _jitter.uniform(0.75, 1.25)
                 if not self._may_wait(wait_secs, unprotected_secs):
                     raise SaveFailedError(
                         f"saving step {snapshot.step} has failed for {unprotected_secs:.1f} s: {error}. The "

@@ -1,0 +1,93 @@
+"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.torch.session import Session, describe_positions
+from stepguard.torch.state import Component, Misfit
+
+_log = logging.getLogger(__name__)
+
+SUFFIX = ".pt"
+
+
+class Restorer:
+    """Restores the newest good checkpoint of a store into the objects of the program."""
+
+    def __init__(
+        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
+    ) -> None:
+        self._store = store
+        self._components = components
+        self._start_over_when_all_damaged = start_over_when_all_damaged
+
+    def restore_newest(self, session: Session) -> bool:
+        """Restore the newest good checkpoint; ``False`` when there is none at all.
+
+        Raises:
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
+        """
+        store = self._store
+        try:
+            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
+        except NoGoodCheckpointError as error:
+            if not self._start_over_when_all_damaged:
+                raise
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            _log.warning("starting over, as asked for: %s", error)
+            return False
+        if recovery.checkpoint is None:
+            return False
+        if recovery.damaged:
+            _log.warning("%s", recovery.message())
+        _log.info("restored %s", recovery.checkpoint.path)
+        store.adopt(store.listed_by_state())
+        return True
+
+    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
+        path = checkpoint.path
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        process = _load(saved.pop("process-0"))
+        states = self._fitting(path, saved)
+        for component in self._components:
+            component.load(states[component.name])
+        session.restore_process_state(process, process["global_step"])
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
+
+    def _fitting(self, path: Path, saved: dict[str, Path]) -> dict[str, Any]:
+        """All that the checkpoint holds, once it is sure that it can be put in place."""
+        names = [component.name for component in self._components]
+        misfit = Misfit(
+            missing=[name for name in names if name not in saved],
+            unexpected=[name for name in saved if name not in names],
+        )
+        states = {}
+        for component in self._components:
+            if component.name in saved:
+                states[component.name] = _load(saved[component.name])
+                misfit.add(component.misfit(states[component.name]))
+        if misfit:
+            raise CheckpointMismatchError(
+                f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
+                f"or use another logdir; a part of it can be loaded with torch.load({str(path)!r} + '/<name>.pt')",
+                path=path,
+                missing=misfit.missing,
+                unexpected=misfit.unexpected,
+                reshaped=misfit.reshaped,
+            )
+        return states
+
+
+def _load(path: Path) -> Any:
+    # weights_only: no code from the file is run.
+    return torch.load(path, map_location="cpu", weights_only=True)
