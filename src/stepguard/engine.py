@@ -6,7 +6,7 @@ snapshot back to be written, and hands over a checkpoint to be restored. Adding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -106,8 +106,12 @@ class Engine(Protocol[_SessionT_contra]):
     def checkpoint_name(self, step: int | None) -> str:
         """The name of the checkpoint of ``step``, for example ``model.ckpt-1200``."""
 
-    def write(self, snapshot: Snapshot, stage: Path, name: str) -> None:
-        """Write the files of ``snapshot`` into the directory ``stage``: ``name`` or ``name.*``. Writer thread."""
+    def write(self, snapshot: Snapshot, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
+        """Write the files of ``snapshot`` into the directory ``stage``: ``name`` or ``name.*``. Writer thread.
+
+        Returns size in bytes and digest, by name, of those that were digested while they were written (see
+        ``stepguard.files.NewFile``); the store reads the others.
+        """
 
     def kept_checkpoints(self) -> Sequence[str]:
         """The names of the checkpoints that the framework itself keeps a list of, oldest first; often none."""

@@ -16,6 +16,7 @@ import logging
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,41 @@ def write_atomic(path: Path, content: bytes) -> None:
         remove_quietly(aside)
         raise
     fsync_dir(path.parent)
+
+
+class NewFile:
+    """A file of any size that is digested while it is written, so that nobody has to read it again for that.
+
+    Use it as a context manager. It is not durable: `fsync_file` or `fsync_tree` come after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import xxhash
+
+        self.path = path
+        self.size = 0
+        self._hasher = xxhash.xxh3_128()
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def __enter__(self) -> NewFile:  # noqa: PYI034 - typing.Self came with Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def digest(self) -> str:
+        """The digest of what was written so far, as `digest` gives it for the file."""
+        return f"{_DIGEST_KIND}:{self._hasher.hexdigest()}"
+
+    def write(self, block: Any) -> None:
+        """Append a block: bytes, or a contiguous array of bytes. Best about a megabyte, which stays in the cache."""
+        self._hasher.update(block)
+        view = memoryview(block)
+        while view:
+            count = os.write(self._descriptor, view)
+            view = view[count:]
+            self.size += count
 
 
 def move(source: Path, target: Path) -> None:

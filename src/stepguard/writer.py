@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -170,7 +171,11 @@ class CheckpointWriter:
             self._events.checkpointed(snapshot.step, path)
         _log.info("saved step %s to %s in %.2f s", snapshot.step, path, time.monotonic() - began)
         if self._store is not None and snapshot.written is None:
-            self._store.prune()
+            try:
+                self._store.prune()
+            except OSError as error:
+                # The step is saved all the same; the next save tries again.
+                _log.warning("an old checkpoint could not be removed: %s", error)
 
     def _commit(self, store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
         name = self._engine.checkpoint_name(snapshot.step)
@@ -180,11 +185,12 @@ class CheckpointWriter:
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
-            self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, snapshot.step)
+            digests = self._engine.write(snapshot, stage, name)
+            checkpoint = store.commit(name, snapshot.step, digests=digests)
         except BaseException:
             # A full disk stays full when every failed save leaves its files behind.
-            store.discard(stage)
+            with contextlib.suppress(OSError):  # The error that is on its way says more.
+                store.discard(stage)
             raise
         if checkpoint.manifest is not None:
             self._last_bytes = checkpoint.manifest.size

@@ -1,8 +1,8 @@
 """The store: a directory of checkpoints. It commits, lists, verifies, finds the newest good one, and prunes.
 
 It knows no framework. One noun a module: `checkpoint` what the store answers with, `manifest` the commit record,
-`layout` which files belong to a checkpoint, `verification`, `retention`, `statefile` the file for TensorFlow's tools,
-`lock` the chief's lock, and `checkpoint_store`, which puts them together.
+`layout` which files belong to a checkpoint, `verification`, `recovery`, `retention`, `statefile` the file for
+TensorFlow's tools, `lock` the chief's lock, and `checkpoint_store`, which puts them together.
 """
 
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery

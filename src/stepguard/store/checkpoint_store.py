@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,18 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import layout as layouts
-from stepguard.store import lock, statefile, verification
+from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
-
-_log = logging.getLogger(__name__)
-
-QUARANTINE = "quarantine"
-REASON_FILE = "reason.txt"
 
 
 class CheckpointStore:
@@ -63,6 +57,7 @@ class CheckpointStore:
         self._clock = clock
         self._opened_at = clock()
         self._newest_good: str | None = None
+        self._was_acquired = False
 
     @property
     def basename(self) -> str:
@@ -79,10 +74,12 @@ class CheckpointStore:
         """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
 
         The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
-        `discard` if it failed. The logdir is created if it is missing.
+        `discard` if it failed. The logdir is created if it is missing, unless it was there when `acquire` was called.
         """
         self._layout.step_of(name)
-        files.make_dirs(self.root)
+        if not self._was_acquired:
+            # Else it has vanished, with its filesystem perhaps: what would be made now fills the disk below, unseen.
+            files.make_dirs(self.root)
         stage = self._layout.stage(name)
         files.remove(stage)
         files.make_dir(stage)
@@ -94,8 +91,18 @@ class CheckpointStore:
             raise ValueError(f"expected a staging directory of {self.root}, got {stage}")
         files.remove(stage)
 
-    def commit(self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None) -> Checkpoint:
+    def commit(
+        self,
+        name: str,
+        step: int | None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        digests: Mapping[str, tuple[int, str]] | None = None,
+    ) -> Checkpoint:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
+
+        ``digests`` has size and digest of files, by their names in the staging directory, that were digested while
+        they were written (`stepguard.files.NewFile`); the others are read for it.
 
         Raises OSError as it came if the disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
@@ -104,7 +111,7 @@ class CheckpointStore:
         staged = self._staged(stage, name)
         for entry in staged:
             files.fsync_tree(entry)
-        manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra)
+        manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra, digests or {})
         # Written here, where nobody takes it for a commit record, and moved into place as the last file.
         aside = stage / self._layout.manifest(name).name
         files.write_durable(aside, manifest.to_json())
@@ -134,7 +141,7 @@ class CheckpointStore:
         for one in present:
             files.fsync_tree(self.root / one)
         files.fsync_dir(self.root)
-        manifest = self._manifest(name, step, self.root, present, extra)
+        manifest = self._manifest(name, step, self.root, present, extra, {})
         files.write_atomic(self._layout.manifest(name), manifest.to_json())
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
 
@@ -155,15 +162,24 @@ class CheckpointStore:
         return sorted(entries, key=lambda entry: self._layout.is_entry(entry.name, name))
 
     def _manifest(
-        self, name: str, step: int | None, place: Path, entries: Sequence[str], extra: Mapping[str, Any] | None
+        self,
+        name: str,
+        step: int | None,
+        place: Path,
+        entries: Sequence[str],
+        extra: Mapping[str, Any] | None,
+        digests: Mapping[str, tuple[int, str]],
     ) -> Manifest:
         step_in_name = self._layout.step_of(name)
         if step_in_name is not None and step_in_name != step:
             raise ValueError(f"{name}: expected step {step_in_name}, got {step}")
         records = []
         for path in sorted(path for entry in entries for path in _files_below(place / entry)):
-            size, digest = files.digest(path)
-            records.append(FileRecord(path.relative_to(place).as_posix(), size, digest))
+            inside = path.relative_to(place).as_posix()
+            size, digest = digests.get(inside) or files.digest(path)
+            if size != verification.size_of(path):
+                raise OSError(errno.EIO, f"expected the {size} bytes that were written, found another size", str(path))
+            records.append(FileRecord(inside, size, digest))
         return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}))
 
     def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
@@ -252,111 +268,27 @@ class CheckpointStore:
         mount or too many open files is raised as itself. Only EIO, which is what a failing disk, and a filesystem
         with checksums, answer for bytes that are gone, counts as damage, and only once another one could be read.
         """
-        good, damaged, unreadable = self._search(attempt)
-        missing = self._missing_by_state(good, damaged)
-        if good is None:
-            if unreadable is not None:
-                raise unreadable
-            if damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
-                raise self._no_good([*([missing] if missing is not None else []), *damaged])
-        else:
-            self._newest_good = good.name
-            if quarantine:
-                damaged = [self.quarantine(one.checkpoint, one.reason) for one in damaged]
-        return Recovery(good, (*([missing] if missing is not None else []), *damaged))
-
-    def _search(
-        self, attempt: Callable[[Checkpoint], None] | None
-    ) -> tuple[Checkpoint | None, list[Damage], OSError | None]:
-        damaged: list[Damage] = []
-        unreadable: OSError | None = None
-        tried: set[tuple[Path, str]] = set()
-        while left := [one for one in self.candidates() if (one.root, one.name) not in tried]:
-            for candidate in left:
-                tried.add((candidate.root, candidate.name))
-                try:
-                    verified = self._prove(candidate)
-                    if attempt is not None:
-                        attempt(verified)
-                except CheckpointCorruptError as error:
-                    present = self._layout.within(candidate.root).present(candidate.name)
-                    if self._layout.is_candidate(candidate.name, present):  # Else it was pruned while we read it.
-                        damaged.append(Damage(candidate, str(error)))
-                except OSError as error:
-                    if error.errno != errno.EIO:
-                        raise
-                    unreadable = unreadable or error
-                    damaged.append(Damage(candidate, f"could not be read: {error}"))
-                else:
-                    return verified, damaged, unreadable
-        return None, damaged, unreadable
-
-    def _prove(self, candidate: Checkpoint) -> Checkpoint:
-        try:
-            return self.verify(candidate)
-        except CheckpointCorruptError:
-            # The chief may just have replaced it under our eyes. What is damaged stays so.
-            return self.verify(candidate)
-
-    def _missing_by_state(self, good: Checkpoint | None, damaged: Sequence[Damage]) -> Damage | None:
-        """What the state file calls the newest, if it is newer than the one found, and not to be found."""
-        state = statefile.read(self.root)
-        if state is None or not self._layout.is_name(state.newest):
-            return None
-        name, step = state.newest, self._layout.step_of(state.newest)
-        if name in {one.checkpoint.name for one in damaged} or (good is not None and good.name == name):
-            return None
-        if good is not None and good.step is not None and (step is None or step <= good.step):
-            return None
-        present = self._layout.present(name)
-        if self._layout.is_candidate(name, present):
-            return None
-        found = f"only {', '.join(present)}" if present else "no file of it"
-        reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {found}"
-        return Damage(Checkpoint(self.root, name, step, 0.0, False), reason)
-
-    def _no_good(self, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
-        reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged[:5])
-        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        return NoGoodCheckpointError(
-            f"{self.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}{more}). "
-            f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, or move "
-            f"these and the file {statefile.FILE_NAME!r} away",
-            path=self.root,
-        )
-
-    # --- quarantine ---
+        found = recovery.search(self._layout, attempt)
+        missing = recovery.missing_by_state(self._layout, found)
+        lost = [] if missing is None else [missing]
+        if found.good is None:
+            if found.unreadable is not None:
+                raise found.unreadable
+            if found.damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
+                raise recovery.no_good_error(self._layout, [*lost, *found.damaged])
+            return Recovery(None, tuple(lost))
+        self._newest_good = found.good.name
+        damaged = found.damaged
+        if quarantine:
+            damaged = tuple(self.quarantine(one.checkpoint, one.reason) for one in damaged)
+        return Recovery(found.good, (*lost, *damaged))
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
         """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; say where it is now.
 
         Where the logdir cannot be written, it stays, a warning says so, and ``moved_to`` is None.
         """
-        layout = self._layout.within(checkpoint.root)
-        try:
-            target = self._quarantine_dir(checkpoint.name)
-            files.write(target / REASON_FILE, f"{checkpoint.path}\n{reason}\n".encode("utf-8", "replace"))
-            layout.quarantine(checkpoint.name, target)
-        except OSError as error:
-            _log.warning("%s: could not be moved to %s: %s", checkpoint.path, self.root / QUARANTINE, error)
-            return Damage(checkpoint, reason)
-        if checkpoint.root != self.root:
-            files.remove_quietly(checkpoint.root)
-        return Damage(checkpoint, reason, target)
-
-    def _quarantine_dir(self, name: str) -> Path:
-        parent = self.root / QUARANTINE
-        with contextlib.suppress(FileExistsError):
-            files.make_dir(parent)
-        number = 0
-        while True:
-            target = parent / (f"{name}.{number}" if number else name)
-            try:
-                files.make_dir(target)
-            except FileExistsError:
-                number += 1
-            else:
-                return target
+        return recovery.quarantine(self._layout, checkpoint, reason)
 
     # --- retention ---
 
@@ -396,10 +328,14 @@ class CheckpointStore:
         those whose names are in ``protect``: they wait for a later call.
         """
         doomed = self._retention.take_doomed({*protect, self._newest_good})
-        for one in doomed:
-            self._layout.remove(
-                one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
-            )
+        for number, one in enumerate(doomed):
+            try:
+                self._layout.remove(
+                    one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
+                )
+            except OSError:
+                self._retention.put_back(doomed[number:])
+                raise
         return doomed
 
     # --- the chief ---
@@ -410,7 +346,9 @@ class CheckpointStore:
         Raises LogdirInUseError if another process is.
         """
         files.make_dirs(self.root)
-        return lock.acquire(self.root)
+        hold = lock.acquire(self.root)
+        self._was_acquired = True
+        return hold
 
     def sweep(self) -> list[Path]:
         """Remove what a killed chief left half done, and return it. Only for the chief, before its first save.

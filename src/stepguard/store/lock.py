@@ -16,7 +16,6 @@ import errno
 import json
 import logging
 import os
-import socket
 import threading
 import time
 import weakref
@@ -128,7 +127,7 @@ def _lock(logdir: Path) -> _Held:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        holder = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
         _describe(descriptor, json.dumps(holder).encode("utf-8"))
     except BaseException:
         os.close(descriptor)

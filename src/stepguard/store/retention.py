@@ -54,6 +54,10 @@ class Retention:
         self._fallen_out = waiting
         return doomed
 
+    def put_back(self, doomed: Iterable[Checkpoint]) -> None:
+        """Have these doomed again at the next call: they could not be removed."""
+        self._fallen_out = [*doomed, *self._fallen_out]
+
     def _stays_for_ever(self, checkpoint: Checkpoint) -> bool:
         if self.keep_every_n_hours is None or self.anchor is None:
             return False

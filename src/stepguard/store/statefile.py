@@ -24,11 +24,16 @@ _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What a state file says. ``names`` are those of checkpoints, oldest first, without directories."""
+    """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first."""
 
-    newest: str
+    path: Path
     names: tuple[str, ...]
     last_preserved: float | None
+
+    @property
+    def newest(self) -> str:
+        """The name of the newest, without its directory, which is stale in a logdir that was moved."""
+        return self.path.name
 
 
 def write(
@@ -77,13 +82,12 @@ def read(root: Path) -> CheckpointState | None:
         quoted = double if double is not None else single
         if quoted is None:
             continue
-        # The name only: a logdir that was moved holds absolute paths of where it was.
-        name = _unescaped(quoted).rpartition("/")[2]
+        path = Path(_unescaped(quoted))
         if key == "model_checkpoint_path":
-            newest = name
+            newest = path
         elif key == "all_model_checkpoint_paths":
-            names.append(name)
-    if not newest:
+            names.append(path.name)
+    if newest is None or not newest.name:
         return None
     return CheckpointState(newest, tuple(names), last_preserved)
 

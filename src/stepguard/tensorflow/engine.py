@@ -11,13 +11,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.files import NewFile
 from stepguard.tensorflow.boundary import Boundary
+from stepguard.tensorflow.bundle import write_bundle
 from stepguard.tensorflow.defaults import Model
 from stepguard.tensorflow.events import TensorFlowEvents
 from stepguard.tensorflow.restore import ENGINE
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
-from stepguard.tensorflow.snapshot import BundleWriter, SavePlan, TensorSnapshot, WrittenSnapshot, as_step
+from stepguard.tensorflow.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
@@ -65,7 +67,6 @@ class TensorFlowEngine:
         self._init_fn = init_fn
         self._uncommit = uncommit
         self._kinds: RunKinds | None = None
-        self._bundle: BundleWriter | None = None
         self._exported_meta: tuple[int, bytes] | None = None
 
     # --- the session ---
@@ -119,9 +120,6 @@ class TensorFlowEngine:
             session.close()
         except tf.errors.OpError as error:
             _log.debug("closing the session: %s", error)
-        if self._bundle is not None:
-            self._bundle.close()
-            self._bundle = None
 
     # --- steps ---
 
@@ -195,14 +193,14 @@ class TensorFlowEngine:
         padded = getattr(self._model.saver, "_pad_step_number", False)
         return f"{basename}-{step:08d}" if padded else f"{basename}-{step}"
 
-    def write(self, snapshot: Any, stage: Path, name: str) -> None:
+    def write(self, snapshot: Any, stage: Path, name: str) -> dict[str, tuple[int, str]]:
         """Write an ordinary TensorFlow checkpoint with its meta graph."""
         if self._plan is None:
             raise AssertionError("a snapshot without a plan was written by its saver")
-        if self._bundle is None:
-            self._bundle = BundleWriter(self._plan)
-        self._bundle.write(snapshot, stage / name)
-        (stage / f"{name}.meta").write_bytes(self._meta_bytes())
+        digests = write_bundle(stage / name, self._plan.sharded(snapshot))
+        with NewFile(stage / f"{name}.meta") as meta:
+            meta.write(self._meta_bytes())
+        return {**digests, meta.path.name: (meta.size, meta.digest)}
 
     def kept_checkpoints(self) -> list[str]:
         """What the saver counts among its own: also what the program has saved by calling it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow.fit import check_fits
 
 _log = logging.getLogger(__name__)
@@ -28,6 +32,9 @@ _DAMAGE = (
     tf.errors.NotFoundError,
     tf.errors.OutOfRangeError,
     tf.errors.UnimplementedError,
+    # How the reader's own bindings say OutOfRange, Unimplemented and InvalidArgument.
+    IndexError,
+    NotImplementedError,
     ValueError,
 )
 
@@ -85,8 +92,14 @@ class Restorer:
                 return
             try:
                 self.restore_file(session, saver, path)
-            except _DAMAGE as error:
-                raise CheckpointCorruptError(f"{path}: {_first_line(error)}", path=checkpoint.path) from error
+            except CheckpointMismatchError:
+                # It could be read, and is for another model: also a NotFoundError, or one of the others below.
+                raise
+            except (*_DAMAGE, tf.errors.OpError) as error:
+                # The reader of checkpoints raises a plain OpError for what TensorFlow has no name for.
+                if not isinstance(error, _DAMAGE) and type(error) is not tf.errors.OpError:
+                    raise
+                raise CheckpointCorruptError(f"{path}: {_cause(error)}", path=checkpoint.path) from error
 
         try:
             recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
@@ -95,6 +108,9 @@ class Restorer:
                 raise
             for candidate in store.candidates():
                 store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            with contextlib.suppress(FileNotFoundError):
+                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
+                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
             _log.warning("starting over, as asked for: %s", error)
             return False
         if recovery.checkpoint is None:
@@ -150,6 +166,8 @@ def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
         saver.recover_last_checkpoints([path for path, _ in kept])
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _cause(error: BaseException) -> str:
+    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
+    lines = str(error).strip().splitlines() or [""]
+    behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
+    return f"{type(error).__name__}: {(behind_node or lines)[0]}"

@@ -43,6 +43,9 @@ _READS = frozenset(
         "VariableShape",
     }
 )
+# Operations whose handle may be that of anything, decided only when they run.
+_FED_HANDLES = frozenset({"Placeholder", "PlaceholderV2", "PlaceholderWithDefault"})
+_FED_ITERATORS = frozenset({"IteratorFromStringHandle", "IteratorFromStringHandleV2"})
 _MAX_REMEMBERED = 4096
 
 
@@ -56,7 +59,9 @@ class RunKinds:
 
     def __init__(self, graph: Any, saved: Iterable[Any]) -> None:
         self._graph = graph
-        self._saved = _handles(saved)
+        handles = _handles(saved)
+        self._saved = {_resource(operation) for operation in handles}
+        self._saves_iterators = any("Iterator" in operation.type for operation in handles)
         # The key holds ids; the value holds the objects, so that no id is ever used again for something else.
         self._known: dict[Any, tuple[Any, bool]] = {}
 
@@ -98,7 +103,15 @@ class RunKinds:
         }
         if not by_reference:
             return False
-        return any(_sources(operation.inputs[index]) & self._saved for index in by_reference)
+        written = by_reference - _read_only_inputs(operation)
+        return any(self._may_be_saved(source) for index in written for source in _sources(operation.inputs[index]))
+
+    def _may_be_saved(self, source: Any) -> bool:
+        if source.type in _FED_HANDLES:
+            return True
+        if source.type in _FED_ITERATORS:
+            return self._saves_iterators
+        return _resource(source) in self._saved
 
 
 def describe(fetches: Any) -> str:
@@ -107,6 +120,23 @@ def describe(fetches: Any) -> str:
     names = [str(getattr(item, "name", item)) for item in flat]
     shown = ", ".join(names[:3])
     return f"[{shown}, and {len(names) - 3} more]" if len(names) > 3 else f"[{shown}]"
+
+
+def _resource(operation: Any) -> tuple[bytes, bytes]:
+    """What the handle of ``operation`` stands for: several operations of one shared name share one variable."""
+    try:
+        container, shared_name = operation.get_attr("container"), operation.get_attr("shared_name")
+    except ValueError:
+        container, shared_name = b"", b""
+    return container, shared_name or operation.name.encode()
+
+
+def _read_only_inputs(operation: Any) -> set[int]:
+    """The inputs that a call of functions (tf.cond, tf.while_loop, tf.function) is known to only read."""
+    try:
+        return set(operation.get_attr("_read_only_resource_inputs"))
+    except ValueError:
+        return set()
 
 
 def _takes_handle(operation: Any, index: int, tensor: Any) -> bool:

@@ -1,14 +1,15 @@
-"""Taking one step's state out of a TensorFlow session, and writing it as an ordinary TensorFlow checkpoint."""
+"""Taking one step's state out of a TensorFlow session."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from stepguard.tensorflow.bundle import BundleTensor
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
@@ -42,13 +43,14 @@ class SavePlan:
     """What a graph's own save operation would write: names, slices and the tensors to fetch.
 
     ``encoded`` holds the positions of tensors that no array can hold (the state of iterators): they are fetched
-    serialised, and parsed again by the graph that writes.
+    serialised. ``shards`` has the number of the shard of each tensor, from 0 up.
     """
 
     names: tuple[str, ...]
     slices: tuple[str, ...]
     fetches: tuple[Any, ...]
     encoded: frozenset[int]
+    shards: tuple[int, ...]
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
         """Fetch everything in one run. ``run`` is a ``Session.run`` that is not held up by the boundary."""
@@ -57,6 +59,15 @@ class SavePlan:
             step=None if global_step is None else as_step(step),
             tensors=tuple(_owned(array) for array in fetched),
         )
+
+    def sharded(self, snapshot: TensorSnapshot) -> list[list[BundleTensor]]:
+        """What the shards of a checkpoint of ``snapshot`` consist of."""
+        shards: list[list[BundleTensor]] = [[] for _ in range(max(self.shards) + 1)]
+        for index, array in enumerate(snapshot.tensors):
+            # The type of what is saved, which for an encoded one is not that of what was fetched.
+            dtype = tf.variant if index in self.encoded else self.fetches[index].dtype.base_dtype
+            shards[self.shards[index]].append(BundleTensor(self.names[index], self.slices[index], dtype, array))
+        return shards
 
 
 def plan(saver: Any, graph: Any) -> SavePlan | None:
@@ -78,7 +89,8 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
     slices: list[str] = []
     fetches: list[Any] = []
     encoded: set[int] = set()
-    for operation in save_operations(saved):
+    shards: list[int] = []
+    for shard, operation in enumerate(save_operations(saved)):
         _, names_tensor, slices_tensor, *tensors = operation.inputs
         operation_names = tf.get_static_value(names_tensor)
         operation_slices = tf.get_static_value(slices_tensor)
@@ -94,7 +106,10 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
                     tensor = tf.raw_ops.SerializeTensor(tensor=tensor)
                 encoded.add(len(fetches))
             fetches.append(tensor)
-    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded)) if fetches else None
+            shards.append(shard)
+    if not fetches:
+        return None
+    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), tuple(shards))
 
 
 def save_operations(saved: Any) -> list[Any]:
@@ -124,41 +139,3 @@ def _owned(fetched: Any) -> Any:
     # What a run returns may share memory with a variable that is updated in place.
     array = np.asarray(fetched)
     return array if array.flags.owndata else array.copy()
-
-
-class BundleWriter:
-    """Writes snapshots of one plan as TensorFlow checkpoints, in a small graph of its own. One thread at a time."""
-
-    def __init__(self, save_plan: SavePlan) -> None:
-        self._graph = tf.Graph()
-        with self._graph.as_default(), tf.device("/cpu:0"):
-            self._prefix = _v1.placeholder(tf.string, [])
-            self._inputs = [
-                _v1.placeholder(tf.string if index in save_plan.encoded else tensor.dtype.base_dtype)
-                for index, tensor in enumerate(save_plan.fetches)
-            ]
-            tensors = [
-                tf.raw_ops.ParseTensor(serialized=fed, out_type=tf.variant) if index in save_plan.encoded else fed
-                for index, fed in enumerate(self._inputs)
-            ]
-            self._save = tf.raw_ops.SaveV2(
-                prefix=self._prefix,
-                tensor_names=list(save_plan.names),
-                shape_and_slices=list(save_plan.slices),
-                tensors=tensors,
-            )
-        self._graph.finalize()
-        self._session: Any = None
-
-    def write(self, snapshot: TensorSnapshot, prefix: Path) -> None:
-        """Write ``prefix.index`` and ``prefix.data-00000-of-00001``; not yet durable."""
-        if self._session is None:
-            self._session = _v1.Session(graph=self._graph, config=_v1.ConfigProto(device_count={"GPU": 0}))
-        feeds = dict(zip((tensor.name for tensor in self._inputs), snapshot.tensors, strict=True))
-        self._session.run(self._save, {self._prefix.name: str(prefix), **feeds})
-
-    def close(self) -> None:
-        """Give back the session. The next write makes a new one."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None

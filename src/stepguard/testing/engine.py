@@ -16,6 +16,7 @@ from typing import Any
 
 from stepguard.coordinator import Coordinator
 from stepguard.errors import CheckpointMismatchError, StopRequested
+from stepguard.files import NewFile
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
 
@@ -185,13 +186,15 @@ class FakeEngine:
         """``model.ckpt-<step>``."""
         return f"model.ckpt-{step}"
 
-    def write(self, snapshot: Any, stage: Path, name: str) -> None:
+    def write(self, snapshot: Any, stage: Path, name: str) -> dict[str, tuple[int, str]]:
         """One JSON file in a directory."""
         if self.fail_writes:
             raise self.fail_writes.pop(0)
         (stage / name).mkdir()
         state = {"step": snapshot.step, "values": list(snapshot.values)}
-        (stage / name / _STATE_FILE).write_text(json.dumps(state))
+        with NewFile(stage / name / _STATE_FILE) as file:
+            file.write(json.dumps(state).encode())
+        return {f"{name}/{_STATE_FILE}": (file.size, file.digest)}
 
     def kept_checkpoints(self) -> Sequence[str]:
         """The fake framework keeps no list of its own."""

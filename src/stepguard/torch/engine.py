@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from stepguard import files
 from stepguard.torch import random_states
 from stepguard.torch.events import TorchEvents
+from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.restore import Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes
@@ -63,9 +65,9 @@ class TorchEngine:
     def prepare(self) -> Session:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is."""
         session = Session(self._should_stop, self.write_summary)
-        if self._restorer is None or not self._restorer.restore_newest(session):
-            if self._init_fn is not None:
-                self._init_fn()
+        is_restored = self._restorer is not None and self._restorer.restore_newest(session)
+        if not is_restored and self._init_fn is not None:
+            self._init_fn()
         session.hold_interrupts()
         return session
 
@@ -126,13 +128,13 @@ class TorchEngine:
         """``model.ckpt-1200``."""
         return f"{self._basename}-{step}"
 
-    def write(self, snapshot: TorchSnapshot, stage: Path, name: str) -> None:
+    def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
         """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads."""
         snapshot.copies.finish()
-        (stage / name).mkdir()
-        for component, state in snapshot.states.items():
-            torch.save(state, stage / name / f"{component}.pt")
-        torch.save({"global_step": snapshot.step, **snapshot.process}, stage / name / "process-0.pt")
+        files.make_dir(stage / name)
+        written = {f"{name}/{part}{SUFFIX}": state for part, state in snapshot.states.items()}
+        written[f"{name}/{PROCESS}{SUFFIX}"] = {"global_step": snapshot.step, **snapshot.process}
+        return {path: write_file(stage / path, state) for path, state in written.items()}
 
     def kept_checkpoints(self) -> Sequence[str]:
         """PyTorch keeps no list of its own."""
@@ -156,5 +158,3 @@ class TorchEngine:
         """Values that the program has computed itself. Any thread."""
         if self._events is not None:
             self._events.summary(values, step)
-
-

@@ -280,7 +280,7 @@ class IterableFeed(Feed):
         self._order = position.get("order")
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
-        dataset = getattr(self.loader, "dataset", None)
+        dataset: Any = getattr(self.loader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.epoch)
         if not skip or self._order is None:

@@ -35,10 +35,10 @@ def restore(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     torch.set_rng_state(states["torch"])
     if "numpy" in states:
-        import numpy
+        import numpy as np
 
         name, keys, position, has_gauss, cached_gaussian = states["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
+        np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
     if "cuda" in states and torch.cuda.is_available():
         for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
             torch.cuda.set_rng_state(state, device)

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.torch.format import PROCESS, SUFFIX, read_file
 from stepguard.torch.session import Session, describe_positions
 from stepguard.torch.state import Component, Misfit
 
 _log = logging.getLogger(__name__)
-
-SUFFIX = ".pt"
 
 
 class Restorer:
@@ -57,7 +54,7 @@ class Restorer:
     def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
         path = checkpoint.path
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
-        process = _load(saved.pop("process-0"))
+        process = read_file(saved.pop(PROCESS))
         states = self._fitting(path, saved)
         for component in self._components:
             component.load(states[component.name])
@@ -74,7 +71,7 @@ class Restorer:
         states = {}
         for component in self._components:
             if component.name in saved:
-                states[component.name] = _load(saved[component.name])
+                states[component.name] = read_file(saved[component.name])
                 misfit.add(component.misfit(states[component.name]))
         if misfit:
             raise CheckpointMismatchError(
@@ -86,8 +83,3 @@ class Restorer:
                 reshaped=misfit.reshaped,
             )
         return states
-
-
-def _load(path: Path) -> Any:
-    # weights_only: no code from the file is run.
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -24,7 +24,9 @@ class Session:
     :meth:`steps`, or one by one by :meth:`step`.
     """
 
-    def __init__(self, should_stop: Callable[[], bool], write_summary: Callable[[Mapping[str, Any], int], None]) -> None:
+    def __init__(
+        self, should_stop: Callable[[], bool], write_summary: Callable[[Mapping[str, Any], int], None]
+    ) -> None:
         self.global_step = 0
         self.boundary = Boundary()
         self._should_stop = should_stop
@@ -161,7 +163,7 @@ class Session:
         return self._training_streams
 
     def finish_step(self) -> None:
-        """The step of this thread, if it is in one, is done; also when a save is asked for in the middle of its body."""
+        """The step of this thread, if it is in one, is done: its body was left, or asks for a save."""
         if not self.boundary.is_mine:
             return
         feed, self._feed_of_step = self._feed_of_step, None

@@ -96,7 +96,7 @@ class Misfit:
         return "; ".join(parts)
 
 
-def components(state: Mapping[str, Any]) -> list[Component]:
+def components(state: Mapping[Any, Any]) -> list[Component]:
     """The named objects of the program, each of which has been asked for its state once.
 
     Raises:
@@ -182,7 +182,9 @@ class HostMemory:
         if type(value) is dict:
             return {key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()}
         if type(value) is OrderedDict:
-            copied = OrderedDict((key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items())
+            copied = OrderedDict(
+                (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
+            )
             # nn.Module.state_dict notes here which version of each module wrote it.
             copied.__dict__.update(value.__dict__)
             return copied

@@ -1,0 +1,148 @@
+"""The way back: find the newest good checkpoint, and put what is damaged out of the way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.store import statefile, verification
+from stepguard.store.checkpoint import Checkpoint, Damage
+from stepguard.store.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+QUARANTINE = "quarantine"
+REASON_FILE = "reason.txt"
+
+_STEP_AT_END = re.compile(r"-([0-9]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search found: the good one, those that were not, and the first error of a disk that cannot read."""
+
+    good: Checkpoint | None
+    damaged: tuple[Damage, ...]
+    unreadable: OSError | None
+
+
+def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None) -> Search:
+    """Try the candidates from newest to oldest; move nothing. Raises as `CheckpointStore.newest_good` says."""
+    damaged: list[Damage] = []
+    unreadable: OSError | None = None
+    tried: set[tuple[Path, str]] = set()
+    # Listed again after a round without success: a damaged one may hide the previous one of its name.
+    while left := [one for one in _candidates(layout) if (one.root, one.name) not in tried]:
+        for candidate in left:
+            tried.add((candidate.root, candidate.name))
+            try:
+                good = _prove(layout.within(candidate.root), candidate)
+                if attempt is not None:
+                    attempt(good)
+            except CheckpointCorruptError as error:
+                place = layout.within(candidate.root)
+                # Else it was pruned while we read it.
+                if place.is_candidate(candidate.name, place.present(candidate.name)):
+                    damaged.append(Damage(candidate, str(error)))
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                unreadable = unreadable or error
+                damaged.append(Damage(candidate, f"could not be read: {error}"))
+            else:
+                return Search(good, tuple(damaged), unreadable)
+    return Search(None, tuple(damaged), unreadable)
+
+
+def missing_by_state(layout: Layout, found: Search) -> Damage | None:
+    """Return what the state file calls the newest, if it is newer than the one found, and not to be found."""
+    state = statefile.read(layout.root)
+    if state is None or not layout.is_name(state.newest):
+        return None
+    name, step, good = state.newest, layout.step_of(state.newest), found.good
+    if name in {one.checkpoint.name for one in found.damaged} or (good is not None and good.name == name):
+        return None
+    if good is not None and good.step is not None and (step is None or step <= good.step):
+        return None
+    present = layout.present(name)
+    if layout.is_candidate(name, present):
+        return None
+    there = f"only {', '.join(present)}" if present else "no file of it"
+    reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {there}"
+    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason)
+
+
+def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
+    """Return the error for a logdir in which every checkpoint is damaged."""
+    reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged[:5])
+    more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    return NoGoodCheckpointError(
+        f"{layout.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}{more}). "
+        f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, or move "
+        f"these and the file {statefile.FILE_NAME!r} away",
+        path=layout.root,
+    )
+
+
+def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
+    """Move a damaged checkpoint out of the way. See `CheckpointStore.quarantine`."""
+    if checkpoint.root not in (layout.root, layout.replaced(checkpoint.name)):
+        return Damage(checkpoint, reason)  # The directory of somebody else: see _candidates.
+    try:
+        target = _quarantine_dir(layout.root, checkpoint.name)
+        files.write(target / REASON_FILE, f"{checkpoint.path}\n{reason}\n".encode("utf-8", "replace"))
+        layout.within(checkpoint.root).quarantine(checkpoint.name, target)
+    except OSError as error:
+        _log.warning("%s: could not be moved to %s: %s", checkpoint.path, layout.root / QUARANTINE, error)
+        return Damage(checkpoint, reason)
+    if checkpoint.root != layout.root:
+        files.remove_quietly(checkpoint.root)
+    return Damage(checkpoint, reason, target)
+
+
+def _candidates(layout: Layout) -> list[Checkpoint]:
+    """What lies in the directory; only if that is nothing, what the state file names in another one.
+
+    A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
+    """
+    found = layout.candidates()
+    state = statefile.read(layout.root) if not found else None
+    if state is None or state.path.parent in (Path(), layout.root):
+        return found
+    place = layout.within(layout.root / state.path.parent)
+    name = state.newest
+    if not place.is_candidate(name, place.present(name)):
+        return []
+    step = _STEP_AT_END.search(name)
+    is_committed = verification.size_of(place.manifest(name)) is not None
+    return [Checkpoint(place.root, name, int(step.group(1)) if step else None, 0.0, is_committed)]
+
+
+def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:
+    try:
+        return verification.verify(place, candidate)
+    except CheckpointCorruptError:
+        # The chief may just have replaced it under our eyes. What is damaged stays so.
+        return verification.verify(place, candidate)
+
+
+def _quarantine_dir(root: Path, name: str) -> Path:
+    parent = root / QUARANTINE
+    with contextlib.suppress(FileExistsError):
+        files.make_dir(parent)
+    number = 0
+    while True:
+        target = parent / (f"{name}.{number}" if number else name)
+        try:
+            files.make_dir(target)
+        except FileExistsError:
+            number += 1
+        else:
+            return target
