@@ -243,4 +243,4 @@ def test_a_one_time_iterator_ends_after_its_one_epoch(tmp_path):
 
 def test_a_loader_without_a_batch_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one batch"):
-        Training(tmp_path, lambda: []).train(1)
+        Training(tmp_path, list).train(1)

@@ -1,8 +1,6 @@
 """A small training run that uses all that must be resumed: shuffling, augmentation in workers, dropout, a scheduler.
 
-Run as a program it trains in a process of its own, to be killed by a test::
-
-    python training.py --logdir=DIR --steps=200 --workers=2 [--seen=FILE] [--step-secs=0.01]
+``main`` trains in a process of its own, to be killed by a test.
 """
 
 from __future__ import annotations
@@ -113,7 +111,7 @@ class Training:
         return digest.hexdigest(), self.scheduler.get_last_lr(), vars(self.progress), drawn
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--logdir", required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -121,22 +119,20 @@ def main() -> None:
     parser.add_argument("--save-secs", type=float, default=0.05)
     parser.add_argument("--step-secs", type=float, default=0.01)
     parser.add_argument("--seen", help="append a line for each step: its number and its batch")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     def loader() -> DataLoader:
-        return DataLoader(Augmented(), BATCH, shuffle=True, num_workers=args.workers)
+        persistent = args.workers > 0  # else most of the time goes into starting them
+        return DataLoader(Augmented(), BATCH, shuffle=True, num_workers=args.workers, persistent_workers=persistent)
 
     training = Training(args.logdir, loader, save_model_secs=args.save_secs)
     with training.sv.managed_session() as session:
-        print("began at", session.global_step, flush=True)
         for batch in session.steps(training.loader, max_steps=args.steps):
+            if not training.batches:
+                print("in the first step", flush=True)
             training.step(batch)
             time.sleep(args.step_secs)
             if args.seen:
                 with open(args.seen, "a") as seen:
                     seen.write(f"{session.global_step} {training.batches[-1]}\n")
     print("outcome", training.outcome(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

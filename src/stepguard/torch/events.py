@@ -29,6 +29,8 @@ class TorchEvents:
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
+        # A SummaryWriter that is written to after it was closed opens a new file, which nobody would close.
+        self._is_open = True
 
     def started(self, step: int) -> None:
         """The session log record START: TensorBoard drops what an earlier run wrote for this step and later ones.
@@ -49,29 +51,31 @@ class TorchEvents:
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""
-        self.writer.add_scalar(tag, value, step)
+        if self._is_open:
+            self.writer.add_scalar(tag, value, step)
 
     def summary(self, values: Mapping[str, Any], step: int) -> None:
         """One value of each of some curves: numbers, or tensors of one element."""
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value.item() if hasattr(value, "item") else float(value), step)
+            self.scalar(tag, value.item() if hasattr(value, "item") else float(value), step)
 
     def stopped(self) -> None:
         """The session log record STOP."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        if getattr(self.writer, "file_writer", None) is not None:
-            self._add(Event(session_log=SessionLog(status=SessionLog.STOP)))
+        self._add(Event(session_log=SessionLog(status=SessionLog.STOP)))
 
     def close(self) -> None:
-        """Close the writer."""
+        """Close the writer; what comes later, from a write that was given up, is not written."""
+        self._is_open = False
         self.writer.close()
 
     def reopen(self) -> None:
-        """Nothing: a SummaryWriter opens a new file when it is next written to."""
+        """Let the writer be written to again: it then opens a new file."""
+        self._is_open = True
 
     def _add(self, event: Any) -> None:
         # A writer of another make that has no such file takes the curves, and goes without the records.
         get = getattr(self.writer, "_get_file_writer", None)
-        if get is not None:
+        if get is not None and self._is_open:
             get().add_event(event, event.step or None)

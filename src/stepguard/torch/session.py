@@ -65,6 +65,7 @@ class Session:
         Raises:
             CheckpointMismatchError: the checkpoint was saved with another loader.
         """
+        self._check_open()
         _check_count("max_steps", max_steps)
         _check_count("epochs", epochs)
         if loader is None:
@@ -98,6 +99,10 @@ class Session:
             raise
         try:
             yield self.global_step
+        except StopIteration:
+            # The input ended, so there is no batch that the step could have trained with.
+            self.boundary.leave(is_done=False)
+            raise
         except BaseException:
             self.boundary.leave_torn()
             raise
@@ -215,9 +220,12 @@ class Session:
             return True
         return max_steps is not None and self.global_step >= max_steps
 
-    def _enter(self) -> None:
+    def _check_open(self) -> None:
         if not self.is_open:
             raise RuntimeError("this session is closed: run steps inside `with sv.managed_session() as sess:`")
+
+    def _enter(self) -> None:
+        self._check_open()
         if self.boundary.is_mine:
             raise RuntimeError("a step was begun inside a step: end the outer one first, or use one loop over steps()")
         self.boundary.enter()

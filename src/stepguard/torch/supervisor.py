@@ -112,7 +112,8 @@ class Supervisor(CoreSupervisor[Session]):
             summary_writer = open_writer(root)
         events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer)
         self._torch_events = events
-        coord = Coordinator()
+        # What `next(batches)` raises in a loop of the program's own when there are no more.
+        coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
             parts,
             restorer=restorer,
