@@ -1,25 +1,28 @@
 """Stepguard supervises training programs: it restores or initialises, saves, stops cleanly, and resumes.
 
-The supervisors live with their frameworks: ``from stepguard.tensorflow import Supervisor``. This module holds what
-needs no framework, and importing it loads none.
+The supervisors live with their frameworks: ``from stepguard.tensorflow import Supervisor``. This module names what
+needs no framework; each name is loaded when it is first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
 
-from stepguard.coordinator import Coordinator
-from stepguard.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointMismatchError,
-    LogdirInUseError,
-    ModelNotReadyError,
-    NoBoundaryError,
-    NoGoodCheckpointError,
-    SaveFailedError,
-    StepguardError,
-)
-from stepguard.looper import LooperThread
-from stepguard.store import CheckpointStore
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stepguard.coordinator import Coordinator
+    from stepguard.errors import (
+        CheckpointCorruptError,
+        CheckpointError,
+        CheckpointMismatchError,
+        LogdirInUseError,
+        ModelNotReadyError,
+        NoBoundaryError,
+        NoGoodCheckpointError,
+        SaveFailedError,
+        StepguardError,
+        StopRequested,
+    )
+    from stepguard.looper import LooperThread
+    from stepguard.store import CheckpointStore
 
 __version__ = "0.1.0"
 
@@ -36,5 +39,22 @@ __all__ = [
     "NoGoodCheckpointError",
     "SaveFailedError",
     "StepguardError",
+    "StopRequested",
     "__version__",
 ]
+
+_MODULES = {"Coordinator": "coordinator", "LooperThread": "looper", "CheckpointStore": "store"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

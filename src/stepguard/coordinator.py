@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from stepguard.errors import add_note
+from stepguard.errors import StopRequested, add_note
 
 __all__ = ["Coordinator"]
 
@@ -259,7 +259,8 @@ class Coordinator:
             del first
 
     def _is_harmless(self, error: BaseException, *, after_stop: bool) -> bool:
-        if isinstance(error, self._clean_types):
+        # StopRequested only carries a request that was made before it.
+        if isinstance(error, (StopRequested, *self._clean_types)):
             return True
         if after_stop and isinstance(error, self._noise_types):
             _log.debug("%s after a stop request: taken for its consequence", _one_line(error))

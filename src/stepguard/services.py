@@ -15,6 +15,26 @@ from stepguard.writer import CheckpointWriter
 _log = logging.getLogger(__name__)
 
 
+class WhileOpen:
+    """Calls a service as long as its session is open: a program may close it before it stops the supervisor."""
+
+    def __init__(self, engine: Engine[Any], session: Any, service: Callable[[], object]) -> None:
+        self._engine = engine
+        self._session = session
+        self._service = service
+
+    def __call__(self) -> None:
+        """Call the service; what the closing of the session cut short is no error of the run."""
+        if not self._engine.is_open(self._session):
+            return
+        try:
+            self._service()
+        except Exception as error:
+            if self._engine.is_open(self._session):
+                raise
+            _log.debug("the session was closed while a service used it: %s", error)
+
+
 class Checkpointer:
     """Takes snapshots of one session at step boundaries and gives them to the writer. Any thread."""
 
@@ -44,6 +64,8 @@ class Checkpointer:
             return
         if self._writer.busy:
             self._writer.skipped += 1
+            if self._writer.retrying:
+                return  # The writer has said what is wrong, and says so at each try.
             _log.warning(
                 "a checkpoint was due while the last one was still being written: skipped (%d so far); "
                 "save less often, or to a faster disk",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import StopRequested, add_note
 from stepguard.looper import LooperThread
-from stepguard.services import Checkpointer, StepCounter, StepTrigger
+from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.writer import CheckpointWriter
@@ -167,10 +168,11 @@ class Supervisor(Generic[SessionT]):
         threads: list[threading.Thread] = []
         if self._events is not None and self._save_summaries_secs:
             if self._has_summaries:
-                threads.append(self._service("summary", self._save_summaries_secs, self._engine.summarise, sess))
+                summarise = functools.partial(self._engine.summarise, sess)
+                threads.append(self._service("summary", self._save_summaries_secs, sess, summarise))
             if step is not None:
                 counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self._save_summaries_secs, counter))
+                threads.append(self._service("step-counter", self._save_summaries_secs, sess, counter))
         if self._saves():
             self._engine.watch(sess, self._save_before_close)
             # A second session shares the writer of one that was not stopped: nobody would end the first one's.
@@ -184,7 +186,7 @@ class Supervisor(Generic[SessionT]):
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
-                threads.append(self._service("checkpoint", self._save_model_secs, self._checkpointer))
+                threads.append(self._service("checkpoint", self._save_model_secs, sess, self._checkpointer))
             if self._save_model_steps:
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
@@ -197,8 +199,11 @@ class Supervisor(Generic[SessionT]):
         newest = self._store.candidates()[:1] if self._store is not None else []
         return any(one.is_committed and one.name == self._engine.checkpoint_name(step) for one in newest)
 
-    def _service(self, name: str, interval_secs: float, target: Callable[..., object], *args: Any) -> LooperThread:
-        return LooperThread(self._coord, interval_secs, target=target, args=args, name=f"stepguard-{name}")
+    def _service(
+        self, name: str, interval_secs: float, session: SessionT, service: Callable[[], object]
+    ) -> LooperThread:
+        target = WhileOpen(self._engine, session, service)
+        return LooperThread(self._coord, interval_secs, target=target, name=f"stepguard-{name}")
 
     # --- the life of a session ---
 
@@ -338,7 +343,9 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         self._open_session = open_session
         self._close_summary_writer = close_summary_writer
         self._session: SessionT | None = None
-        self._sigterm = SigtermWatch(self._stop_at_boundary)
+        self._sigterm = SigtermWatch(self._on_sigterm)
+        self._left = threading.Event()
+        self._patience: threading.Thread | None = None
 
     def __enter__(self) -> SessionT:
         if self._supervisor._stop_on_sigterm:
@@ -351,6 +358,8 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         except BaseException as error:
             # An error of the preparation is raised as itself, whatever its type means while a run lasts.
             self._end_quietly(error)
+            if self._sigterm.received and isinstance(error, Exception):
+                end_by_sigterm()
             raise
         return self._session
 
@@ -377,6 +386,25 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         # What the coordinator took for the end of the input, with no error after it, ends here.
         return True
 
+    def _on_sigterm(self) -> None:
+        self._stop_at_boundary()
+        patience = threading.Thread(target=self._lose_patience, name="stepguard-sigterm-grace", daemon=True)
+        patience.start()
+        # Started first: the main thread may be leaving the block just now, and joins what it finds here.
+        self._patience = patience
+
+    def _lose_patience(self) -> None:
+        """A loop that waits in native code for input that never comes reaches no boundary: end its wait."""
+        grace_secs = self._supervisor._stop_grace_secs
+        if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
+            return
+        session = self._session
+        if session is None:
+            return
+        _log.warning("the training loop goes on %g s after SIGTERM: its session is saved and closed", grace_secs)
+        self._supervisor._save_before_close()
+        self._supervisor._engine.close(session)
+
     def _stop_at_boundary(self) -> None:
         self._supervisor.request_stop()
         session = self._session
@@ -384,6 +412,11 @@ class _ManagedSession(AbstractContextManager[SessionT]):
             self._supervisor._engine.stop_at_boundary(session)
 
     def _end(self) -> None:
+        self._left.set()
+        patience = self._patience
+        if patience is not None:
+            # It may be saving the last step just now.
+            patience.join()
         try:
             self._supervisor.stop(close_summary_writer=self._close_summary_writer)
         finally:

@@ -60,6 +60,7 @@ class CheckpointWriter:
         self._wake = threading.Condition(threading.Lock())
         self._waiting: Snapshot | None = None
         self._busy = False
+        self._retrying = False
         self._closing = False
         self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
@@ -83,6 +84,11 @@ class CheckpointWriter:
     def busy(self) -> bool:
         """Whether a snapshot is being written, or waits to be tried again."""
         return self._busy
+
+    @property
+    def retrying(self) -> bool:
+        """Whether the last try to write the snapshot at hand has failed."""
+        return self._retrying
 
     def drain(self, timeout_secs: float) -> bool:
         """Wait until nothing is being written; ``False`` if that takes longer than ``timeout_secs``.
@@ -118,6 +124,7 @@ class CheckpointWriter:
                 self._on_error(error)
             finally:
                 del snapshot
+                self._retrying = False
                 with self._wake:
                     self._busy = False
                     self._wake.notify_all()
@@ -126,16 +133,18 @@ class CheckpointWriter:
         began = time.monotonic()
         delay_secs = self._first_retry_secs
         while True:
+            gives_up_at = self._gives_up_at
             try:
                 self._write(snapshot)
                 return
             except self._storage_errors as error:
                 if snapshot.written is not None:
                     raise
+                self._retrying = True
                 unprotected_secs = time.monotonic() - began
                 # Jitter: many runs on one failing file system must not all come back at the same moment.
                 wait_secs = delay_secs * _jitter.uniform(0.75, 1.25)
-                if not self._may_wait(wait_secs, unprotected_secs):
+                if not self._may_wait(wait_secs, unprotected_secs, gives_up_at):
                     raise SaveFailedError(
                         f"saving step {snapshot.step} has failed for {unprotected_secs:.1f} s: {error}. The "
                         f"checkpoints before it are as they were; make room or repair the disk, and start again",
@@ -150,13 +159,15 @@ class CheckpointWriter:
                 )
             delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
 
-    def _may_wait(self, wait_secs: float, unprotected_secs: float) -> bool:
-        """Wait until the next try; ``False`` when there is to be none."""
+    def _may_wait(self, wait_secs: float, unprotected_secs: float, gave_up_at: float | None) -> bool:
+        """Wait until the next try; ``False`` when there is to be none.
+
+        A stop that was requested since the last try began (when the deadline was ``gave_up_at``) ends the wait.
+        """
         if unprotected_secs >= self._max_unprotected_secs:
             return False
         with self._wake:
-            asked_to_end = self._gives_up_at
-            self._wake.wait_for(lambda: self._gives_up_at != asked_to_end, wait_secs)
+            self._wake.wait_for(lambda: self._gives_up_at != gave_up_at, wait_secs)
             # A stop does not shorten the retries to none: the disk has until its deadline to come back.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at
 

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from departures import DEPARTURES
@@ -86,7 +87,10 @@ def test_global_step_of_rank_one(tmp_path):
 
         return outcome(session)
 
-    assert both(scenario, tmp_path) == (("raised", "TypeError"), ("returned", "LOGDIR/model.ckpt-1"))
+    # Only NumPy 2 refuses to make a number of an array of rank 1; with an older one only the last step is missing.
+    needs_numpy_2 = int(np.__version__.partition(".")[0]) >= 2
+    theirs = ("raised", "TypeError") if needs_numpy_2 else ("returned", "LOGDIR/model.ckpt-0")
+    assert both(scenario, tmp_path) == (theirs, ("returned", "LOGDIR/model.ckpt-1"))
 
 
 def test_global_step_that_is_a_resource_variable(tmp_path):

@@ -17,6 +17,7 @@ from stepguard.tensorflow.runs import RunKinds, describe
 # How long a boundary may keep the next step waiting before it exists. Longer runs than this raise the bound (see
 # `_patience`), so that only a run that waits for another run of ours is ever given up on.
 _PATIENCE_SECS = 5.0
+_LONGEST_PATIENCE_SECS = 60.0
 
 
 class Boundary:
@@ -39,10 +40,7 @@ class Boundary:
         self._done: dict[int, int] = {}
         self._longest_secs = 0.0
         self._condition = threading.Condition(threading.Lock())
-        self._holder: int | None = None
-        self._held_until = math.inf
-        # Tells a hold whether it is still the one that keeps steps waiting: one that has lapsed may be followed.
-        self._holds = 0
+        self._hold: _Hold | None = None
         self._on_due: Callable[[], int] | None = None
         self._due_at = 0
 
@@ -58,11 +56,22 @@ class Boundary:
             StopRequested: the run is to stop at this boundary.
         """
         if self.must_stop:
-            raise StopRequested(f"stopped before the run of {describe(fetches)}: SIGTERM was received")
+            raise StopRequested(f"the run was asked to stop, and does at this boundary, before {describe(fetches)}")
         thread = get_ident()
         self._running[thread] = (fetches, monotonic())
-        if self._holder is not None:
+        if self._hold is not None:
             self._wait_for_holder(thread, fetches)
+
+    def pass_by(self, fetches: Any) -> None:
+        """A run that is no step begins: nothing holds it up, but the main thread is told to stop here too.
+
+        A loop that only reads, of an evaluator for example, would never come to a step.
+
+        Raises:
+            StopRequested: the run is to stop, and this is the main thread.
+        """
+        if self.must_stop and threading.current_thread() is threading.main_thread():
+            raise StopRequested(f"the run was asked to stop, and does before {describe(fetches)}")
 
     def leave(self) -> None:
         """The step of this thread has ended."""
@@ -73,7 +82,7 @@ class Boundary:
         # Nothing is there when a run inside this one, in the same thread, has left already.
         if announced is not None:
             self._longest_secs = max(self._longest_secs, monotonic() - announced[1])
-        if self._holder is not None:
+        if self._hold is not None:
             with self._condition:
                 self._condition.notify_all()
         if self._on_due is not None:
@@ -81,8 +90,8 @@ class Boundary:
 
     def _wait_for_holder(self, thread: int, fetches: Any) -> None:
         with self._condition:
-            while self._holder is not None and self._holder != thread:
-                remaining = self._held_until - monotonic()
+            while (hold := self._hold) is not None and hold.thread != thread:
+                remaining = hold.until - monotonic()
                 if remaining <= 0:
                     return
                 self._running.pop(thread, None)
@@ -98,7 +107,11 @@ class Boundary:
                 # Until the callback has said when it is due again, it is not.
                 self._due_at = sys.maxsize
         if is_due:
-            self._due_at = self.steps + max(1, callback())
+            steps = 1
+            try:
+                steps = callback()
+            finally:
+                self._due_at = self.steps + max(1, steps)
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` after ``steps`` more steps, between two of them; it returns the number until the next."""
@@ -106,55 +119,68 @@ class Boundary:
         self._on_due = callback
 
     @contextmanager
-    def hold(self, what: str, *, at_most_secs: float = math.inf) -> Iterator[None]:
+    def hold(self, what: str, *, patience_secs: float | None = None, at_most_secs: float = math.inf) -> Iterator[None]:
         """Keep steps from starting; the block runs when none is under way.
 
-        After ``at_most_secs`` inside the block steps go on in spite of it: for a block that may itself wait for what
-        only a step provides.
+        The steps that run now have ``patience_secs`` to end: by default a multiple of the longest step seen, so that
+        only one is given up on that waits for something, usually for another step. After ``at_most_secs`` inside the
+        block steps go on in spite of it: for a block that may itself wait for what only a step provides.
 
         Raises:
-            NoBoundaryError: the steps that run now did not end in time. The bound is a multiple of the longest step
-                seen, so that this means a step that waits for something, usually for another step.
+            NoBoundaryError: the steps did not end in time; new ones go on.
         """
-        hold = self._wait_for_no_step(what, at_most_secs)
+        if patience_secs is None:
+            patience_secs = min(max(_PATIENCE_SECS, 3 * self._longest_secs), _LONGEST_PATIENCE_SECS)
+        mine = _Hold(get_ident())
         try:
-            yield
-        finally:
+            self._wait_for_no_step(mine, what, patience_secs)
             with self._condition:
-                if self._holds == hold:
-                    self._holder = None
-                    self._condition.notify_all()
-
-    def _wait_for_no_step(self, what: str, at_most_secs: float) -> int:
-        patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
-        with self._condition:
-            while self._holder is not None and (remaining := self._held_until - monotonic()) > 0:
-                self._condition.wait(None if remaining == math.inf else remaining)
-            self._holds += 1
-            self._held_until = math.inf
-            self._holder = get_ident()
-            deadline = monotonic() + patience
-            while others := self._running_elsewhere():
-                remaining = deadline - monotonic()
-                if remaining <= 0:
-                    # New steps go on: one of them may be what the step in the way is waiting for.
-                    self._holder = None
-                    self._condition.notify_all()
-                    break
-                self._condition.wait(remaining)
-            else:
-                self._held_until = monotonic() + at_most_secs
+                mine.until = monotonic() + at_most_secs
                 # The steps that wait for this hold wait from now on no longer than it may last.
                 self._condition.notify_all()
-                return self._holds
+            yield
+        finally:
+            # Also when Ctrl-C interrupts the wait: a hold that nobody ends would stop all training.
+            with self._condition:
+                if self._hold is mine:
+                    self._hold = None
+                    self._condition.notify_all()
+
+    def _wait_for_no_step(self, mine: _Hold, what: str, patience_secs: float) -> None:
+        deadline = monotonic() + patience_secs
+        with self._condition:
+            while self._hold is not None and self._hold.thread != mine.thread:
+                remaining = min(deadline, self._hold.until) - monotonic()
+                if monotonic() >= deadline:
+                    raise NoBoundaryError(f"no step boundary for {what}: another service has held it all the time")
+                if remaining <= 0:
+                    break
+                self._condition.wait(remaining)
+            self._hold = mine
+            while others := self._running_elsewhere(mine.thread):
+                remaining = deadline - monotonic()
+                if remaining <= 0:
+                    break
+                self._condition.wait(min(remaining, threading.TIMEOUT_MAX))
+            else:
+                return
         fetches, began = min(others, key=lambda step: step[1])
         raise NoBoundaryError(
             f"no step boundary for {what}: the run of {describe(fetches)} has been under way for "
-            f"{monotonic() - began:.1f} s (waited {patience:.1f} s for it); if it waits for another run that "
+            f"{monotonic() - began:.1f} s (waited {patience_secs:.1f} s for it); if it waits for another run that "
             f"changes the model, split the two, or feed it from a thread that only fills a queue"
         )
 
-    def _running_elsewhere(self) -> list[tuple[Any, float]]:
+    def _running_elsewhere(self, me: int) -> list[tuple[Any, float]]:
         # A thread that asks for a boundary is not inside a step, whatever an interrupted `leave` left behind.
-        holder = self._holder
-        return [step for thread, step in list(self._running.items()) if thread != holder]
+        return [step for thread, step in list(self._running.items()) if thread != me]
+
+
+class _Hold:
+    """Who keeps the steps waiting, and until when."""
+
+    __slots__ = ("thread", "until")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.until = math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
@@ -19,13 +21,15 @@ from stepguard.tensorflow.events import TensorFlowEvents
 from stepguard.tensorflow.restore import ENGINE
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
-from stepguard.tensorflow.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step
+from stepguard.tensorflow.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
 # A summary may need input that only a training step provides: after this long, steps go on while it is computed.
 _SUMMARY_HOLD_SECS = 1.0
+# A summary is no reason to keep other threads from training for longer than this, when one is in a long step.
+_SUMMARY_PATIENCE_SECS = 1.0
 
 
 class TensorFlowEngine:
@@ -68,6 +72,7 @@ class TensorFlowEngine:
         self._uncommit = uncommit
         self._kinds: RunKinds | None = None
         self._exported_meta: tuple[int, bytes] | None = None
+        self._saves: dict[str, bool] = {}
 
     # --- the session ---
 
@@ -159,17 +164,17 @@ class TensorFlowEngine:
         boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Any) -> object:
-        """The number of runs that may have changed the state; else the global step; else something new each time."""
-        boundary = _boundary(session)
-        if boundary is not None:
-            return boundary.steps
-        step = self.step(session)
-        return object() if step is None else step
+        """The runs that may have changed the state, and the global step; without any of it, something new each time."""
+        boundary, step = _boundary(session), self.step(session)
+        if step is None and (boundary is None or not session.is_local):
+            return object()
+        # Steps may be done by others, on shared parameter servers, and by means that pass `run` by.
+        return (None if boundary is None else boundary.steps, step)
 
-    def at_boundary(self, session: Any, what: str) -> AbstractContextManager[None]:
+    def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
         boundary = _boundary(session)
-        return nullcontext() if boundary is None else boundary.hold(what)
+        return nullcontext() if boundary is None else boundary.hold(what, patience_secs=patience_secs)
 
     # --- checkpoints ---
 
@@ -182,8 +187,10 @@ class TensorFlowEngine:
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
-        written = path if isinstance(path, str) else f"{self._save_path}" + ("" if step is None else f"-{step}")
-        return WrittenSnapshot(step=step, written=written)
+        written = os.fspath(path) if path else str(self._save_path)
+        # The saver has read the step itself, and steps may have been done since: its file name has the right one.
+        _, dash, digits = os.path.basename(written).rpartition("-")
+        return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
@@ -204,12 +211,20 @@ class TensorFlowEngine:
 
     def kept_checkpoints(self) -> list[str]:
         """What the saver counts among its own: also what the program has saved by calling it."""
-        return [os.path.basename(path) for path in getattr(self._model.saver, "last_checkpoints", ())]
+        return [os.path.basename(path) for path in self._last_checkpoints() if self._is_in_place(path)]
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
         """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself."""
         if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
-            self._model.saver.set_last_checkpoints_with_time(list(kept))
+            # What the program has saved elsewhere is still the saver's own to prune.
+            elsewhere = [(path, 0.0) for path in self._last_checkpoints() if not self._is_in_place(path)]
+            self._model.saver.set_last_checkpoints_with_time([*elsewhere, *kept])
+
+    def _last_checkpoints(self) -> list[str]:
+        return list(getattr(self._model.saver, "last_checkpoints", ()))
+
+    def _is_in_place(self, path: str) -> bool:
+        return os.path.dirname(path) == os.path.dirname(str(self._save_path))
 
     def _meta_bytes(self) -> bytes:
         # The graph is finalised, so this is done once; a program may un-finalise it and go on building.
@@ -220,16 +235,26 @@ class TensorFlowEngine:
         return self._exported_meta[1]
 
     def _before_save(self, fetches: str, feed_dict: Any) -> None:
-        """The program runs the saver's own save operation: what it writes over is committed no longer.
+        """The program runs the save operation of a Saver: what it writes over is committed no longer.
 
         It stays a checkpoint like one that TensorFlow's own tools wrote, and its saver prunes it.
         """
-        definition = getattr(self._model.saver, "saver_def", None)
-        if definition is None or fetches != definition.save_tensor_name or not feed_dict or not self._save_path:
+        if not feed_dict or not self._save_path or "://" in self._save_path or not self._is_save(fetches):
             return
-        path = feed_dict.get(definition.filename_tensor_name)
-        if isinstance(path, str) and os.path.dirname(path) == os.path.dirname(self._save_path):
-            self._uncommit(os.path.basename(path))
+        place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
+        for path in feed_dict.values():
+            if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
+                self._uncommit(os.path.basename(path))
+
+    def _is_save(self, fetches: str) -> bool:
+        """Whether the run of an operation or tensor of that name writes a checkpoint, by any Saver."""
+        if fetches not in self._saves:
+            try:
+                element = self._model.graph.as_graph_element(fetches)
+            except (KeyError, ValueError):
+                return False  # The run itself says that there is none of that name.
+            self._saves[fetches] = bool(save_operations(element))
+        return self._saves[fetches]
 
     # --- summaries ---
 
@@ -250,10 +275,16 @@ class TensorFlowEngine:
     @contextmanager
     def _summary_boundary(self, session: Any) -> Iterator[None]:
         boundary = _boundary(session)
-        if boundary is None:
-            yield
-            return
-        with boundary.hold("a summary", at_most_secs=_SUMMARY_HOLD_SECS):
+        with contextlib.ExitStack() as held:
+            if boundary is not None:
+                try:
+                    hold = boundary.hold(
+                        "a summary", patience_secs=_SUMMARY_PATIENCE_SECS, at_most_secs=_SUMMARY_HOLD_SECS
+                    )
+                    held.enter_context(hold)
+                except NoBoundaryError as error:
+                    # A summary of two steps is better than none; a long step is no reason to end the run.
+                    _log.info("the summary may mix two steps: %s", error)
             yield
 
 

@@ -73,16 +73,29 @@ class RunKinds:
         return self._look_up(fetches)
 
     def _look_up(self, fetches: Any) -> bool:
+        kind = type(fetches)
+        if kind is list or kind is tuple:
+            known = self._known.get(tuple(map(id, fetches)))
+            if known is not None:
+                return known[1]
+        elif kind is dict:
+            known = self._known.get(tuple(map(id, fetches.values())))
+            if known is not None:
+                return known[1]
         single = isinstance(fetches, (tf.Operation, tf.Tensor))
         flat = [fetches] if single else tf.nest.flatten(fetches, expand_composites=True)
-        key = id(fetches) if single else tuple([item if isinstance(item, str) else id(item) for item in flat])
+        if not all(isinstance(item, (tf.Operation, tf.Tensor, tf.Variable)) for item in flat):
+            # Such as names, which programs also put together anew for each run.
+            return self._examine(flat)
+        # A list may be changed by the program, so only a single fetch is remembered by its own identity, and a list
+        # by those of what it holds; that is never a list again, which could be changed as well.
+        key = id(fetches) if single else tuple(map(id, flat))
         known = self._known.get(key)
         if known is not None:
             return known[1]
         answer = self._examine(flat)
         if len(self._known) >= _MAX_REMEMBERED:
             self._known.clear()
-        # A list may be changed by the program, so only a single fetch is remembered by its own identity.
         self._known[key] = (fetches if single else flat, answer)
         return answer
 

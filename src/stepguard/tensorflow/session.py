@@ -54,9 +54,12 @@ class Session(tf.compat.v1.Session):
     def run(self, fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
         """Run operations and evaluate tensors, as ``tf.compat.v1.Session.run`` does. Any thread."""
         boundary = self._boundary
-        if boundary is not None and type(fetches) is str and self._before_save is not None:
-            self._before_save(fetches, feed_dict)
-        if boundary is None or not boundary.is_step(fetches):
+        if boundary is None:
+            return super().run(fetches, feed_dict, options, run_metadata)
+        if type(fetches) is str and (before_save := self._before_save) is not None:
+            before_save(fetches, feed_dict)
+        if not boundary.is_step(fetches):
+            boundary.pass_by(fetches)
             return super().run(fetches, feed_dict, options, run_metadata)
         boundary.enter(fetches)
         try:

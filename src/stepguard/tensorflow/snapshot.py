@@ -43,13 +43,15 @@ class SavePlan:
     """What a graph's own save operation would write: names, slices and the tensors to fetch.
 
     ``encoded`` holds the positions of tensors that no array can hold (the state of iterators): they are fetched
-    serialised. ``shards`` has the number of the shard of each tensor, from 0 up.
+    serialised. ``copied`` holds those of tensors that the graph copies itself: what comes is nobody else's already.
+    ``shards`` has the number of the shard of each tensor, from 0 up.
     """
 
     names: tuple[str, ...]
     slices: tuple[str, ...]
     fetches: tuple[Any, ...]
     encoded: frozenset[int]
+    copied: frozenset[int]
     shards: tuple[int, ...]
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
@@ -57,7 +59,10 @@ class SavePlan:
         fetched, step = run([list(self.fetches), [] if global_step is None else global_step])
         return TensorSnapshot(
             step=None if global_step is None else as_step(step),
-            tensors=tuple(_owned(array) for array in fetched),
+            tensors=tuple(
+                value if index in self.copied else _owned(value, self.fetches[index])
+                for index, value in enumerate(fetched)
+            ),
         )
 
     def sharded(self, snapshot: TensorSnapshot) -> list[list[BundleTensor]]:
@@ -89,6 +94,7 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
     slices: list[str] = []
     fetches: list[Any] = []
     encoded: set[int] = set()
+    copied: set[int] = set()
     shards: list[int] = []
     for shard, operation in enumerate(save_operations(saved)):
         _, names_tensor, slices_tensor, *tensors = operation.inputs
@@ -105,18 +111,21 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
                 with graph.as_default(), tf.device(operation.device):
                     tensor = tf.raw_ops.SerializeTensor(tensor=tensor)
                 encoded.add(len(fetches))
+            elif (copy := _copy_in_graph(tensor, graph)) is not None:
+                tensor = copy
+                copied.add(len(fetches))
             fetches.append(tensor)
             shards.append(shard)
     if not fetches:
         return None
-    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), tuple(shards))
+    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), frozenset(copied), tuple(shards))
 
 
 def save_operations(saved: Any) -> list[Any]:
-    """The operations that write the tensors of a checkpoint, among all those that ``saved`` needs."""
+    """The operations that write the tensors of a checkpoint, among all those that the tensor or operation needs."""
     found = []
     seen = set()
-    waiting = [saved.op]
+    waiting = [saved if isinstance(saved, tf.Operation) else saved.op]
     while waiting:
         operation = waiting.pop()
         if operation in seen:
@@ -135,7 +144,50 @@ def as_step(value: Any) -> int:
     return int(np.asarray(value).reshape(-1)[0])
 
 
-def _owned(fetched: Any) -> Any:
+# A session copies what it returns on one thread, with the GIL held, into fresh memory; only a buffer that nobody else
+# has is handed over as it is. A copy made in the graph is such a buffer, and is made on TensorFlow's threads.
+_COPIED_TYPES = frozenset(
+    {
+        tf.bool,
+        tf.int8,
+        tf.int16,
+        tf.int32,
+        tf.int64,
+        tf.uint8,
+        tf.uint16,
+        tf.uint32,
+        tf.uint64,
+        tf.float16,
+        tf.bfloat16,
+        tf.float32,
+        tf.float64,
+        tf.complex64,
+        tf.complex128,
+    }
+)
+_COPIED_BYTES = 1 << 16
+
+
+def _copy_in_graph(tensor: Any, graph: Any) -> Any:
+    """A copy of a large tensor, as an operation of the graph; ``None`` for one that the session may as well copy."""
+    dtype = tensor.dtype.base_dtype
+    count = tensor.shape.num_elements()
+    if dtype not in _COPIED_TYPES or (count is not None and count * dtype.size < _COPIED_BYTES):
+        return None
+    # A graph that was imported has them already.
+    for operation in tensor.consumers():
+        if operation.type == "DeepCopy":
+            return operation.outputs[0]
+    if graph.finalized:
+        return None
+    with graph.as_default(), tf.control_dependencies(None), tf.device("/cpu:0"):
+        return tf.raw_ops.DeepCopy(x=tensor, name="stepguard/snapshot")
+
+
+def _owned(fetched: Any, tensor: Any) -> Any:
+    if tensor.dtype.base_dtype == tf.string:
+        # NumPy's own type for strings drops the zero bytes at their end.
+        return np.array(fetched, dtype=object)
     # What a run returns may share memory with a variable that is updated in place.
     array = np.asarray(fetched)
     return array if array.flags.owndata else array.copy()

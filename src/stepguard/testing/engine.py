@@ -168,7 +168,9 @@ class FakeEngine:
         """Each step changes the state."""
         return session.step
 
-    def at_boundary(self, session: FakeSession, what: str) -> AbstractContextManager[None]:
+    def at_boundary(
+        self, session: FakeSession, what: str, patience_secs: float | None = None
+    ) -> AbstractContextManager[None]:
         """Hold the session's lock."""
 
         @contextmanager

@@ -1,0 +1,64 @@
+"""The suite's programs on TensorFlow: each integer is a variable of its own, and a step raises one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from programs import EngineUnderTest, Program, Values
+
+from stepguard.tensorflow import Supervisor
+
+v1 = tf.compat.v1
+
+
+class TensorFlowProgram(Program):
+    def __init__(self, logdir: Path | str | None, *, size: int, **options: Any) -> None:
+        self._prepare_error: BaseException | None = None
+        self._graph = tf.Graph()
+        with self._graph.as_default():
+            self._step = v1.train.get_or_create_global_step()
+            variables = [v1.get_variable(f"v{index}", [], tf.int64, v1.zeros_initializer()) for index in range(size)]
+            raised: Any = tf.no_op()
+            for variable in variables:
+                # One after the other: the time between the first and the last is the time in which a save would tear.
+                with tf.control_dependencies([raised]):
+                    raised = variable.assign_add(1, read_value=False)
+            with tf.control_dependencies([raised]):
+                self._train = self._step.assign_add(1).op
+            self._values = [variable.read_value() for variable in variables]
+            v1.summary.scalar("first", variables[0])
+            self.sv = Supervisor(logdir=logdir, init_fn=self._on_init, **options)
+
+    def _on_init(self, session: Any) -> None:
+        if self._prepare_error is not None:
+            raise self._prepare_error
+
+    def run_step(self, session: Any) -> None:
+        session.run(self._train)
+
+    def values(self, session: Any) -> Values:
+        return [int(value) for value in session.run(self._values)]
+
+    def step(self, session: Any) -> int:
+        return int(session.run(self._step))
+
+    def fail_prepare(self, error: BaseException) -> None:
+        self._prepare_error = error
+
+
+class TensorFlowUnderTest(EngineUnderTest):
+    name = "tensorflow"
+
+    def program(self, logdir: Path | str | None, *, size: int = 6, **options: Any) -> TensorFlowProgram:
+        return TensorFlowProgram(logdir, size=size, **options)
+
+    def end_of_input(self) -> Exception:
+        return tf.errors.OutOfRangeError(None, None, "no more input")
+
+    def read(self, checkpoint: Path) -> Values:
+        reader = tf.train.load_checkpoint(str(checkpoint))
+        assert int(reader.get_tensor("global_step")) == int(checkpoint.name.rpartition("-")[2])
+        names = sorted(name for name in reader.get_variable_to_shape_map() if name.startswith("v"))
+        return [int(reader.get_tensor(name)) for name in names]

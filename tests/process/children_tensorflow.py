@@ -1,0 +1,352 @@
+"""TensorFlow programs, each run in a process of its own: see ``zygote.py``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import breaks
+import child
+import tensorflow as tf
+from model import Model, read, wrong
+from zygote import report
+
+from stepguard import files
+from stepguard.errors import LogdirInUseError
+from stepguard.store import CheckpointStore
+from stepguard.tensorflow import Supervisor
+
+v1 = tf.compat.v1
+
+
+def build(
+    logdir: str,
+    *,
+    megabytes: float = 0.01,
+    threads: bool = False,
+    has_global_step: bool = True,
+    max_to_keep: int = 2,
+    **options: Any,
+) -> tuple[Model, Supervisor]:
+    """The model and its Supervisor, in the default graph."""
+    model = Model(megabytes=megabytes, threads=threads, has_global_step=has_global_step)
+    saver = v1.train.Saver(max_to_keep=max_to_keep)
+    options = {"save_summaries_secs": 0, "save_model_secs": 0.002, **options}
+    return model, Supervisor(logdir=logdir, saver=saver, **options)
+
+
+def held(logdir: str) -> list[str]:
+    """What is wrong with the committed checkpoints."""
+    store = CheckpointStore(logdir, entry_suffix=".index")
+    found = []
+    for one in store.candidates():
+        state = read(store.verify(one).path)
+        found += [f"{one.name}: {each}" for each in wrong(int(state["counter0"]), state)]
+        if one.step is not None and one.step != state["counter0"]:
+            found.append(f"{one.name} holds step {state['counter0']}")
+    return found
+
+
+def train(
+    logdir: str,
+    *,
+    threads: int = 1,
+    how: str | None = None,
+    at: int | None = None,
+    after_saves: int = 2,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Train for ever, saving again and again."""
+    torn = held(logdir) if Path(logdir).exists() else []
+    breaking = child.Break(how, at, after_saves)
+
+    def saved(step: int | None, path: str) -> None:
+        # Without a global step the name tells nothing. No other save can begin before this returns.
+        breaking.saved(int(read(path)["counter0"]) if step is None else step, path)
+
+    child.report_log(saved)
+    with tf.Graph().as_default():
+        model, sv = build(logdir, threads=threads > 1, **(options or {}))
+        with sv.managed_session() as session:
+            step = model.step(session)
+            report("start", step=step, good=wrong(step, model.state(session)) == [], torn=torn)
+
+            def loop() -> None:
+                while not sv.should_stop():
+                    session.run(model.train_op)
+
+            others = [threading.Thread(target=loop, daemon=True) for _ in range(threads - 1)]
+            for one in others:
+                one.start()
+            loop()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def signalled(logdir: str, *, loop: str, **options: Any) -> None:
+    """Train in one of several ways until a signal comes, reporting each step that was done."""
+    child.report_log()
+    _handlers("before")
+    with tf.Graph().as_default():
+        blocking = _Input() if loop in ("blocked", "fed") else None
+        model, sv = build(logdir, threads=loop == "threads", **{"save_model_secs": 3600, **options})
+        try:
+            with sv.managed_session() as session:
+                _handlers("inside")
+                report("start", step=model.step(session))
+                _LOOPS[loop](sv, session, model, blocking)
+            report("left", by=None)
+        except KeyboardInterrupt:
+            report("left", by="KeyboardInterrupt")
+            raise
+        finally:
+            _handlers("after")
+
+
+def _handlers(when: str) -> None:
+    descriptor = signal.set_wakeup_fd(-1) if threading.current_thread() is threading.main_thread() else None
+    if descriptor not in (None, -1):
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)  # type: ignore[arg-type]
+    report(
+        "handlers",
+        when=when,
+        is_default=signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+        is_own=signal.getsignal(signal.SIGTERM) is _own_handler,
+        wakes=descriptor not in (None, -1),
+    )
+
+
+def _own_handler(number: int, frame: Any) -> None:
+    report("own handler")
+
+
+class _Input:
+    """A queue that a program's main thread reads, and that nothing comes out of."""
+
+    def __init__(self) -> None:
+        queue = v1.FIFOQueue(2, tf.int64, [[]])
+        never = v1.FIFOQueue(2, tf.int64, [[]])
+        self.never = never.dequeue()
+        self.read = queue.dequeue()
+        # The thread of the runner waits for its own input, the main thread for what it would enqueue.
+        cancel = tf.group(queue.close(cancel_pending_enqueues=True), never.close(cancel_pending_enqueues=True))
+        self.runner = v1.train.QueueRunner(queue, [queue.enqueue(never.dequeue())], cancel_op=cancel)
+
+
+def _step(session: Any, model: Model) -> None:
+    session.run(model.train_op)
+    report("stepped")
+    time.sleep(0.001)
+
+
+def _never_asks(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    while True:
+        _step(session, model)
+
+
+def _swallows(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    while True:
+        try:
+            _step(session, model)
+        except Exception:  # noqa: BLE001 - what such programs do
+            report("swallowed")
+
+
+def _asks(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    while not sv.should_stop():
+        _step(session, model)
+
+
+def _threads(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    def train() -> None:
+        with sv.stop_on_exception():
+            while not sv.should_stop():
+                _step(session, model)
+
+    others = [threading.Thread(target=train) for _ in range(3)]
+    for one in others:
+        one.start()
+    sv.coord.join(others)
+
+
+def _threads_that_never_ask(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    def train() -> None:
+        while True:
+            _step(session, model)
+
+    for _ in range(3):
+        threading.Thread(target=train, daemon=True).start()
+    _never_asks(sv, session, model, blocking)
+
+
+def _fed(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    for _ in range(3):
+        _step(session, model)
+    sv.start_queue_runners(session, [blocking.runner])
+    report("blocking")
+    session.run(blocking.read)
+
+
+def _blocked(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    for _ in range(3):
+        _step(session, model)
+    report("blocking")
+    session.run(blocking.never)
+
+
+def _stuck(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    stuck = threading.Thread(target=time.sleep, args=(3600,), daemon=True)
+    stuck.start()
+    sv.coord.register_thread(stuck)
+    _never_asks(sv, session, model, blocking)
+
+
+_LOOPS = {
+    "never asks": _never_asks,
+    "swallows": _swallows,
+    "asks": _asks,
+    "threads": _threads,
+    "threads that never ask": _threads_that_never_ask,
+    "fed": _fed,
+    "blocked": _blocked,
+    "stuck": _stuck,
+}
+
+
+def with_own_handler(logdir: str) -> None:
+    """A program with a SIGTERM handler of its own, which only asks for a stop."""
+    signal.signal(signal.SIGTERM, _own_handler)
+    signalled(logdir, loop="asks")
+
+
+def outside_the_main_thread(logdir: str) -> None:
+    """The Supervisor lives in another thread than the main one."""
+    thread = threading.Thread(target=signalled, args=(logdir,), kwargs={"loop": "never asks"})
+    thread.start()
+    thread.join()
+
+
+def waiting_worker() -> None:
+    """A worker whose chief never makes the model ready."""
+    handler = child.ReportingHandler(lambda step, path: None)
+    handler.emit = lambda record: report("waiting")  # type: ignore[method-assign]
+    log = logging.getLogger("stepguard.tensorflow.session_manager")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    with tf.Graph().as_default(), tf.device("/cpu:0"):
+        Model()
+        sv = Supervisor(is_chief=False, recovery_wait_secs=30)
+        with sv.managed_session():
+            report("start")
+
+
+def catching_ctrl_c(logdir: str) -> None:
+    """A program with its own ``except KeyboardInterrupt``, which ends as it likes."""
+    try:
+        signalled(logdir, loop="never asks")
+    except KeyboardInterrupt:
+        report("caught")
+
+
+# ------------------------------------------------------------------------------------------------ ends
+
+
+def slow_disk(secs: float) -> None:
+    """Have every call by which a save changes the disk take this long."""
+    slow = breaks.BreakingOs(breaks.wait(secs), at=None, every=True)
+    slow.arm()
+    files.os = slow  # type: ignore[assignment]
+
+
+def ends(logdir: str, *, way: str, managed: bool, call_secs: float, megabytes: float = 0.01, **options: Any) -> None:
+    """End in one of several ways, at a moment when a checkpoint is being written."""
+    child.report_log()
+    slow_disk(call_secs)
+    writing = threading.Event()
+    begun = CheckpointStore.stage
+
+    def stage(store: CheckpointStore, name: str) -> Path:
+        try:
+            return begun(store, name)
+        finally:
+            report("writing", name=name)
+            writing.set()
+
+    CheckpointStore.stage = stage  # type: ignore[method-assign]
+    with tf.Graph().as_default():
+        model, sv = build(logdir, megabytes=megabytes, **options)
+        if managed:
+            with sv.managed_session() as session:
+                _end(way, session, model, writing)
+            return
+        session = sv.prepare_or_wait_for_session()
+        _end(way, session, model, writing)
+
+
+def _end(way: str, session: Any, model: Model, writing: threading.Event) -> None:
+    report("start", step=model.step(session))
+    while not writing.is_set():
+        session.run(model.train_op)
+    writing.clear()
+    # The first was that of the beginning; now there is something to lose.
+    while not writing.is_set():
+        session.run(model.train_op)
+    report("ending")
+    if way == "sys.exit":
+        sys.exit(3)
+    if way == "an error":
+        raise ZeroDivisionError("this is the end")
+
+
+# ------------------------------------------------------------------------------------------------ two chiefs
+
+
+def chief(logdir: str) -> None:
+    """Train for ever as the chief of the logdir, or report who is."""
+    child.report_log()
+    with tf.Graph().as_default():
+        model, sv = build(logdir, save_model_secs=0.02)
+        try:
+            with sv.managed_session() as session:
+                step = model.step(session)
+                report("start", step=step, good=wrong(step, model.state(session)) == [])
+                while True:
+                    session.run(model.train_op)
+        except LogdirInUseError as error:
+            report("refused", host=error.host, pid=error.pid, since=error.since, text=str(error))
+            raise
+
+
+def hangs(logdir: str, *, managed: bool, **options: Any) -> None:
+    """End while a checkpoint hangs on its disk for good."""
+    child.report_log()
+    reached = threading.Event()
+
+    def hang(name: str, arguments: tuple[Any, ...]) -> None:
+        reached.set()
+        time.sleep(3600)
+
+    hanging = breaks.BreakingOs(hang, at=4)
+    files.os = hanging  # type: ignore[assignment]
+    with tf.Graph().as_default():
+        model, sv = build(logdir, **options)
+        if not managed:
+            session = sv.prepare_or_wait_for_session()
+            hanging.arm()
+            _until(reached, session, model)
+            return
+        with sv.managed_session() as session:
+            hanging.arm()
+            _until(reached, session, model)
+
+
+def _until(reached: threading.Event, session: Any, model: Model) -> None:
+    while not reached.is_set():
+        session.run(model.train_op)
+    report("ending")

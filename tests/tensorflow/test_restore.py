@@ -1,0 +1,312 @@
+"""What is restored, what is said when it does not fit, and what a damaged checkpoint of TensorFlow's own costs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.tensorflow import Supervisor
+
+v1 = tf.compat.v1
+
+
+def model(**shapes: Any) -> list[Any]:
+    """Variables of these shapes (or initial values); and a global step."""
+    step = v1.train.get_or_create_global_step()
+    return [step, *(v1.get_variable(name, shape, initializer=v1.ones_initializer()) for name, shape in shapes.items())]
+
+
+def write_theirs(logdir: Path, steps: list[int], **shapes: Any) -> None:
+    """Checkpoints as TensorFlow's own Saver writes them, without manifests; every value is its step."""
+    with tf.Graph().as_default():
+        variables = model(**shapes)
+        saver = v1.train.Saver()
+        with v1.Session() as session:
+            for step in steps:
+                for variable in variables:
+                    session.run(variable.initializer, {variable.initial_value: np.full(variable.shape, step)})
+                saver.save(session, str(logdir / "model.ckpt"), global_step=step)
+
+
+def write_ours(logdir: Path, steps: int, **shapes: Any) -> None:
+    with tf.Graph().as_default():
+        step, *_ = model(**shapes)
+        raise_step = step.assign_add(steps)
+        with Supervisor(logdir=str(logdir), save_model_secs=0, save_at_end=True).managed_session() as session:
+            session.run(raise_step)
+
+
+def content(logdir: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(logdir)): path.read_bytes()
+        for path in logdir.rglob("*")
+        if path.is_file() and ("model.ckpt" in path.name or path.name == "checkpoint")
+    }
+
+
+@pytest.fixture
+def untrained(graph) -> Any:
+    """An ``init_fn`` that must not be called: what is there already is not to be initialised over."""
+
+    def init_fn(session: Any) -> None:
+        raise AssertionError("the model must not be initialised")
+
+    return init_fn
+
+
+class TestMismatch:
+    @pytest.fixture(params=["theirs", "ours"])
+    def logdir(self, request, tmp_path) -> Path:
+        """Holds one checkpoint, with a manifest or without, of the variables a [2], b [3] and c []."""
+        shapes = {"a": [2], "b": [3], "c": []}
+        if request.param == "theirs":
+            write_theirs(tmp_path, [4], **shapes)
+        else:
+            write_ours(tmp_path, 4, **shapes)
+        return tmp_path
+
+    def refused(self, logdir: Path, untrained: Any, **shapes: Any) -> CheckpointMismatchError:
+        model(**shapes)
+        before = content(logdir)
+        supervisor = Supervisor(logdir=str(logdir), init_fn=untrained)
+
+        with pytest.raises(CheckpointMismatchError) as caught, supervisor.managed_session():
+            raise AssertionError("the block must not be entered")
+
+        assert content(logdir) == before
+        assert not (logdir / "quarantine").exists()
+        assert "nothing was overwritten" in str(caught.value)
+        return caught.value
+
+    def test_of_missing_variables_names_them(self, logdir, untrained):
+        error = self.refused(logdir, untrained, a=[2], b=[3], c=[], new=[1], newer=[1])
+
+        assert error.missing == ("new", "newer")
+        assert error.reshaped == {}
+        assert isinstance(error, tf.errors.NotFoundError)
+
+    def test_of_shapes_names_them(self, logdir, untrained):
+        error = self.refused(logdir, untrained, a=[2], b=[4], c=[1])
+
+        assert error.missing == ()
+        assert set(error.reshaped) == {"b", "c"}
+        assert "(4,)" in error.reshaped["b"][0]
+        assert "(3,)" in error.reshaped["b"][1]
+        assert isinstance(error, tf.errors.InvalidArgumentError)
+
+    def test_of_all_kinds_names_them_all(self, logdir, untrained):
+        error = self.refused(logdir, untrained, a=[5], new=[1])
+
+        assert error.missing == ("new",)
+        assert set(error.unexpected) == {"b", "c"}
+        assert set(error.reshaped) == {"a"}
+        assert all(name in str(error) for name in ("new", "b", "c", "a ("))
+
+    def test_of_a_type_is_one(self, logdir, untrained):
+        v1.train.get_or_create_global_step()
+        v1.get_variable("a", [2], tf.float64)
+        supervisor = Supervisor(logdir=str(logdir), init_fn=untrained)
+
+        with pytest.raises(CheckpointMismatchError) as caught, supervisor.managed_session():
+            raise AssertionError("the block must not be entered")
+
+        assert set(caught.value.reshaped) == {"a"}
+
+    def test_by_what_only_the_checkpoint_has_is_none(self, logdir, graph):
+        _, a = model(a=[2])
+
+        with Supervisor(logdir=str(logdir)).managed_session() as session:
+            assert session.run(v1.train.get_global_step()) == 4
+            assert session.run(a).shape == (2,)
+
+    def test_is_none_for_a_saver_that_takes_any_shape_of_the_same_size(self, logdir, graph):
+        model(b=[3, 1])
+        saver = v1.train.Saver(reshape=True)
+
+        with Supervisor(logdir=str(logdir), saver=saver).managed_session() as session:
+            assert session.run(v1.train.get_global_step()) == 4
+
+    def test_leaves_what_was_initialised_before_as_it_is(self, logdir, graph):
+        """A restore by hand into a live session: the values that are there stay."""
+        from stepguard.tensorflow.restore import Restorer
+
+        _, a, _ = model(a=[2], new=[1])
+        saver = v1.train.Saver()
+        with v1.Session(graph=graph) as session:
+            session.run(v1.global_variables_initializer())
+            session.run(a.assign([7, 7]))
+            with pytest.raises(CheckpointMismatchError):
+                Restorer().restore_newest(session, saver, str(logdir))
+
+            assert session.run(a).tolist() == [7, 7]
+
+
+SHAPES: dict[str, list[int]] = {"a": [50], "b": [3, 4], "c": []}
+
+
+def cut(path: Path, where: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(where * path.stat().st_size)])
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory) -> Path:
+    """A logdir with the checkpoints of the steps 10 and 20 that TensorFlow's own Saver wrote."""
+    logdir = tmp_path_factory.mktemp("pristine")
+    write_theirs(logdir, [10, 20], **SHAPES)
+    return logdir
+
+
+def started(logdir: Path) -> list[Any]:
+    """The values that a run begins with."""
+    with tf.Graph().as_default():
+        variables = model(**SHAPES)
+        supervisor = Supervisor(logdir=str(logdir), save_model_secs=0, save_summaries_secs=0)
+        with supervisor.managed_session() as session:
+            return [np.unique(value).tolist() for value in session.run(variables)]
+
+
+class TestDamageOfCheckpointsWithoutAManifest:
+    """TensorFlow's own Saver wrote them: their restore is the only proof that they are good."""
+
+    @pytest.fixture
+    def logdir(self, pristine, tmp_path) -> Path:
+        logdir = Path(shutil.copytree(pristine, tmp_path / "logdir"))
+        state = (logdir / "checkpoint").read_text()
+        # Else it would name the good checkpoints in the place that this is a copy of.
+        (logdir / "checkpoint").write_text(state.replace(str(pristine), str(logdir)))
+        return logdir
+
+    def test_is_the_premise(self, logdir):
+        assert started(logdir) == [[20]] * 4
+
+    @pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+    def test_a_flipped_bit_costs_a_step_back_or_nothing_and_never_a_wrong_value(self, suffix, logdir, pristine):
+        path = logdir / f"model.ckpt-20{suffix}"
+        good = path.read_bytes()
+        stepped_back = 0
+        # One for which TensorFlow's reader has an error of a kind of its own, and some everywhere.
+        places = [148, *range(0, len(good), len(good) // 20)]
+        for where in places:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(good[:where] + bytes([good[where] ^ 0x80]) + good[where + 1 :])
+            values = started(logdir)
+            # A bit that is no part of the content, of a padding say, may flip and cost nothing.
+            assert values in ([[20]] * 4, [[10]] * 4), where
+            stepped_back += values == [[10]] * 4
+            shutil.rmtree(logdir)
+            shutil.copytree(pristine, logdir)
+
+        assert stepped_back >= len(places) / 2
+
+    @pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+    def test_a_cut_off_end_costs_a_step_back(self, suffix, logdir, pristine):
+        for where in (0.0, 0.1, 0.5, 0.9, 0.99):
+            cut(logdir / f"model.ckpt-20{suffix}", where)
+
+            assert started(logdir) == [[10]] * 4, where
+            assert (logdir / "quarantine" / "model.ckpt-20").is_dir()
+            shutil.rmtree(logdir)
+            shutil.copytree(pristine, logdir)
+
+    @pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+    def test_a_missing_file_costs_a_step_back(self, suffix, logdir):
+        (logdir / f"model.ckpt-20{suffix}").unlink()
+
+        assert started(logdir) == [[10]] * 4
+
+    def test_says_what_was_lost(self, logdir, caplog):
+        cut(logdir / "model.ckpt-20.data-00000-of-00001", 0.5)
+
+        with caplog.at_level(logging.WARNING, "stepguard"):
+            started(logdir)
+
+        (warning,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+        assert "model.ckpt-20" in warning
+        assert "10 steps earlier" in warning
+
+    def test_of_all_of_them_is_refused(self, logdir):
+        for step in (10, 20):
+            cut(logdir / f"model.ckpt-{step}.data-00000-of-00001", 0.5)
+        before = content(logdir)
+
+        with pytest.raises(NoGoodCheckpointError):
+            started(logdir)
+
+        assert content(logdir) == before
+
+    def test_of_all_of_them_can_be_accepted(self, logdir, graph):
+        for step in (10, 20):
+            cut(logdir / f"model.ckpt-{step}.data-00000-of-00001", 0.5)
+        variables = model(**SHAPES)
+
+        supervisor = Supervisor(logdir=str(logdir), start_over_when_all_damaged=True)
+        with supervisor.managed_session() as session:
+            assert session.run(variables[0]) == 0
+
+        assert {"model.ckpt-10", "model.ckpt-20"} <= {path.name for path in (logdir / "quarantine").iterdir()}
+
+    def test_of_the_meta_graph_costs_nothing(self, logdir):
+        (logdir / "model.ckpt-20.meta").unlink()
+
+        assert started(logdir) == [[20]] * 4
+
+    @pytest.mark.parametrize("state", [None, b"", b"garbage \xff\0", b'model_checkpoint_path: "/gone/model.ckpt-20"\n'])
+    def test_of_the_state_file_costs_nothing(self, state, logdir):
+        (logdir / "checkpoint").unlink()
+        if state is not None:
+            (logdir / "checkpoint").write_bytes(state)
+
+        assert started(logdir) == [[20]] * 4
+
+
+class TestWhereCheckpointsLie:
+    def test_under_another_basename(self, tmp_path, graph):
+        step, *_ = model(a=[1])
+        raise_step = step.assign_add(3)
+        supervisor = Supervisor(logdir=str(tmp_path), checkpoint_basename="other", save_at_end=True, save_model_secs=0)
+        with supervisor.managed_session() as session:
+            session.run(raise_step)
+
+        with tf.Graph().as_default():
+            step, *_ = model(a=[1])
+            with Supervisor(logdir=str(tmp_path), checkpoint_basename="other").managed_session() as session:
+                assert session.run(step) == 3
+
+    def test_in_a_relative_logdir(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_ours(Path("runs/one"), 3, a=[1])
+
+        with tf.Graph().as_default():
+            step, *_ = model(a=[1])
+            with Supervisor(logdir="runs/one").managed_session() as session:
+                assert session.run(step) == 3
+
+    def test_where_the_state_file_points_outside_of_the_logdir(self, tmp_path, graph):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "logdir").mkdir()
+        write_theirs(tmp_path / "elsewhere", [6], a=[1])
+        shutil.copy(tmp_path / "elsewhere" / "checkpoint", tmp_path / "logdir")
+        step, *_ = model(a=[1])
+
+        with Supervisor(logdir=str(tmp_path / "logdir")).managed_session() as session:
+            assert session.run(step) == 6
+
+    @pytest.mark.parametrize("wanted", ["theirs", "ours"])
+    def test_the_newest_of_both_kinds_wins(self, wanted, tmp_path, graph):
+        if wanted == "theirs":
+            write_ours(tmp_path, 5, a=[1])
+            write_theirs(tmp_path, [7], a=[1])
+        else:
+            write_theirs(tmp_path, [3], a=[1])
+            write_ours(tmp_path, 4, a=[1])
+        step, *_ = model(a=[1])
+
+        with Supervisor(logdir=str(tmp_path)).managed_session() as session:
+            assert session.run(step) == 7
