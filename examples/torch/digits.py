@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stepguard.torch import Supervisor
 
 sys.path.append(str(Path(__file__).parent.parent))
-import digits_data  # noqa: E402 - it lies in the folder above
+import digits_data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--logdir", default="runs/torch_digits", help="checkpoints and event files (default: %(default)s)")

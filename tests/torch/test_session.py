@@ -86,9 +86,8 @@ def test_the_end_of_the_input_in_a_loop_of_ones_own_is_a_clean_end(tmp_path):
 
 
 def test_a_step_inside_a_step_is_refused():
-    with supervisor().managed_session() as session, session.step():
-        with pytest.raises(RuntimeError, match="inside a step"), session.step():
-            pass
+    with supervisor().managed_session() as session, session.step(), pytest.raises(RuntimeError, match="inside a step"):
+        session.step().__enter__()
 
 
 def test_a_second_session_at_once_is_refused(tmp_path):

@@ -84,21 +84,21 @@ class Boundary:
         self._due_at = self.steps + max(1, steps)
 
     @contextmanager
-    def hold(self, what: str) -> Iterator[None]:
-        """A block in which no step runs.
+    def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
+        """A block in which no step runs; the one that runs now has ``patience_secs`` to end.
 
         Raises:
             NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
         """
         with self._holding:
-            self._take(what)
+            self._take(what, patience_secs)
             try:
                 yield
             finally:
                 self._give_back()
 
-    def _take(self, what: str) -> None:
-        patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
+    def _take(self, what: str, patience_secs: float | None) -> None:
+        patience = max(_PATIENCE_SECS, 3 * self._longest_secs) if patience_secs is None else patience_secs
         self._turn = threading.Event()
         if not self._lock.acquire(timeout=patience):
             began = self._began

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from stepguard import files
+from stepguard.coordinator import Coordinator
 from stepguard.torch import random_states
 from stepguard.torch.events import TorchEvents
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
+from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
 from stepguard.torch.restore import Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes
@@ -24,11 +27,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and that of this process."""
+    """The state of one step in the memory of the host: that of the program by name, and of each process by rank."""
 
     step: int
     states: Mapping[str, Any]
-    process: Mapping[str, Any]
+    processes: Mapping[int, Mapping[str, Any]]
     nbytes: int
     copies: CopyStreams
     written: str | None = None
@@ -48,7 +51,8 @@ class TorchEngine:
         basename: str,
         summaries: Callable[[], Mapping[str, Any]] | None,
         init_fn: Callable[[], object] | None,
-        should_stop: Callable[[], bool],
+        coord: Coordinator,
+        stop_grace_secs: float,
     ) -> None:
         self.name = "torch"
         self._components = components
@@ -57,19 +61,58 @@ class TorchEngine:
         self._basename = basename
         self._summaries = summaries
         self._init_fn = init_fn
-        self._should_stop = should_stop
+        self._coord = coord
+        self._stop_grace_secs = stop_grace_secs
+        self._rank, self._processes = world()
+        self._shared = shared_store() if self._processes > 1 else None
+        self._sessions = 0
+        self._peers: Peers | None = None
+        self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
 
     # --- the session ---
 
     def prepare(self) -> Session:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is."""
-        session = Session(self._should_stop, self.write_summary)
-        is_restored = self._restorer is not None and self._restorer.restore_newest(session)
-        if not is_restored and self._init_fn is not None:
+        gate = None if self._shared is None else Gate()
+        session = Session(self._coord.should_stop, self.write_summary, gate=gate, processes=self._processes)
+        self._sessions += 1
+        if not self._is_restored(session) and self._init_fn is not None:
             self._init_fn()
+        if gate is not None:
+            self._meet_peers(session, gate)
         session.hold_interrupts()
         return session
+
+    def _is_restored(self, session: Session) -> bool:
+        if self._shared is None or self._rank == 0:
+            name = None if self._restorer is None else self._restorer.restore_newest(session)
+            if self._shared is not None:
+                announce(self._shared, self._sessions, name)
+        else:
+            name = announced(self._shared, self._sessions, self._coord.should_stop)
+            if name is not None and self._restorer is not None:
+                self._restorer.restore_named(session, name, self._rank)
+        return name is not None
+
+    def _meet_peers(self, session: Session, gate: Gate) -> None:
+        def process_state() -> Any:
+            with session.boundary.hold("a checkpoint"):
+                return session.process_state()
+
+        self._peers = Peers(
+            torch.distributed.PrefixStore(f"session/{self._sessions}", self._shared),
+            self._rank,
+            self._processes,
+            gate,
+            steps_done=lambda: session.boundary.steps,
+            process_state=process_state,
+            wait_for_stop=self._coord.wait_for_stop,
+            should_stop=self._coord.should_stop,
+            request_stop=self._coord.request_stop,
+            has_failed=self._has_failed,
+        )
+        self._peers.start()
 
     def is_open(self, session: Session) -> bool:
         """Whether the session can still run."""
@@ -78,7 +121,19 @@ class TorchEngine:
     def close(self, session: Session) -> None:
         """Close the session."""
         session.unwatch()
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close(self._stop_grace_secs)
         session.close()
+
+    def _has_failed(self) -> bool:
+        if not self._coord.should_stop():
+            return False
+        try:
+            self._coord.raise_requested_exception()
+        except BaseException:  # noqa: BLE001 - the coordinator raises it to whoever has to know
+            return True
+        return False
 
     # --- steps ---
 
@@ -96,10 +151,15 @@ class TorchEngine:
 
     def stop_at_boundary(self, session: Session) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""
-        session.boundary.must_stop = True
+        if self._peers is None:
+            session.boundary.must_stop = True
+        # Else the request that came with this one is passed on, and all of them stop after the same step.
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
+        if self._peers is not None:
+            # It meets the others, and they may need the next step of this process to come there.
+            callback = _InBackground(session, callback)
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Session) -> object:
@@ -107,10 +167,13 @@ class TorchEngine:
         return session.boundary.steps
 
     @contextmanager
-    def at_boundary(self, session: Session, what: str) -> Iterator[None]:
-        """Hold the steps back."""
+    def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
+        """Hold the steps back: of all processes after the same step, where there are several."""
         session.finish_step()
-        with session.boundary.hold(what):
+        with ExitStack() as stack:
+            if self._peers is not None:
+                self._peer_states = stack.enter_context(self._peers.meeting(what))
+            stack.enter_context(session.boundary.hold(what, patience_secs))
             yield
 
     # --- checkpoints ---
@@ -120,9 +183,9 @@ class TorchEngine:
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            process = self._memory.copy("process", session.process_state(), copies)
+            processes = {0: self._memory.copy("process", session.process_state(), copies), **self._peer_states}
             copies.close()
-        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+        return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
 
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""
@@ -133,7 +196,8 @@ class TorchEngine:
         snapshot.copies.finish()
         files.make_dir(stage / name)
         written = {f"{name}/{part}{SUFFIX}": state for part, state in snapshot.states.items()}
-        written[f"{name}/{PROCESS}{SUFFIX}"] = {"global_step": snapshot.step, **snapshot.process}
+        for rank, process in snapshot.processes.items():
+            written[f"{name}/{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
         return {path: write_file(stage / path, state) for path, state in written.items()}
 
     def kept_checkpoints(self) -> Sequence[str]:
@@ -149,7 +213,7 @@ class TorchEngine:
         """Evaluate the program's summary function between two steps, without moving the random states."""
         if self._summaries is None or self._events is None:
             return
-        with self.at_boundary(session, "a summary"), random_states.preserved(), torch.no_grad():
+        with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
         self._events.summary(values, step)
@@ -158,3 +222,27 @@ class TorchEngine:
         """Values that the program has computed itself. Any thread."""
         if self._events is not None:
             self._events.summary(values, step)
+
+
+class _InBackground:
+    """Calls ``callback`` in a thread of its own, and looks at each step whether it is done."""
+
+    def __init__(self, session: Session, callback: Callable[[], int]) -> None:
+        self._session = session
+        self._callback = callback
+        self._thread: threading.Thread | None = None
+        self._next_at = 0
+
+    def __call__(self) -> int:
+        steps = self._session.boundary.steps
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._call, args=(steps,), name="stepguard-save", daemon=True)
+            self._thread.start()
+            return 1
+        if self._thread.is_alive():
+            return 1
+        self._thread = None
+        return max(1, self._next_at - steps)
+
+    def _call(self, steps: int) -> None:
+        self._next_at = steps + self._callback()

@@ -72,13 +72,19 @@ class Feed(ABC):
         """Where this is now, as plain values and tensors."""
         return {"epoch": self.epoch, "batches": self.batches, "loader": self._description()}
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        """Begin at ``position``, which another process has saved.
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
+        """Begin at ``position``, which another process has saved; now there are ``processes`` of them.
 
         Raises:
             CheckpointMismatchError: it belongs to another loader.
         """
-        saved, found = position["loader"], self._description()
+        saved, found = dict(position["loader"]), self._description()
+        batches, before = position["batches"], position.get("processes", 1)
+        if before != processes:
+            # Each process then has another share of the same epoch. Rounded down: rather seen twice than not at all.
+            batches = batches * before // processes
+            saved.pop("batches in an epoch", None)
+            found.pop("batches in an epoch", None)
         if saved != found:
             differences = ", ".join(
                 f"{key}: expected {saved.get(key)}, found {found.get(key)}"
@@ -91,7 +97,7 @@ class Feed(ABC):
                 f"({differences}). Use the same loader; or pass resume_data=False to begin a new epoch with this one"
             )
         self.epoch = position["epoch"]
-        self.batches = self._seen_before = position["batches"]
+        self.batches = self._seen_before = batches
 
     def close(self) -> None:
         """End the workers of the loader."""
@@ -141,9 +147,9 @@ class MapFeed(Feed):
             position["generators"] = self._generator_states()
         return position
 
-    def resume(self, position: Mapping[str, Any]) -> None:
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
         """Begin at ``position``."""
-        super().resume(position)
+        super().resume(position, processes)
         self._worker_seed = position["worker_seed"]
         self._order = position.get("order")
         self._set_generators(position.get("generators", ()))
@@ -243,9 +249,9 @@ class StatefulFeed(Feed):
             position["state"] = self.loader.state_dict()
         return position
 
-    def resume(self, position: Mapping[str, Any]) -> None:
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
         """Begin at ``position``."""
-        super().resume(position)
+        super().resume(position, processes)
         if "state" in position:
             self.loader.load_state_dict(position["state"])
 
@@ -274,9 +280,9 @@ class IterableFeed(Feed):
             position["order"] = self._order
         return position
 
-    def resume(self, position: Mapping[str, Any]) -> None:
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
         """Begin at ``position``."""
-        super().resume(position)
+        super().resume(position, processes)
         self._order = position.get("order")
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:

@@ -10,11 +10,16 @@ import torch
 from stepguard import files
 
 SUFFIX = ".pt"
-PROCESS = "process-0"
-"""The file with the step, the random states and the positions in the data."""
+PROCESS = "process-"
+"""Before the rank: the file with the step, and the random states and positions in the data of one process."""
 
 # One block stays in the cache of a core from its digest to its write.
 _BLOCK_BYTES = 1 << 20
+
+
+def is_process(name: str) -> bool:
+    """Whether a file of that name, without its suffix, is ours and not one of the program's state."""
+    return name.startswith(PROCESS) and name[len(PROCESS) :].isdigit()
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.torch.format import PROCESS, SUFFIX, read_file
+from stepguard.torch import random_states
+from stepguard.torch.format import PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.session import Session, describe_positions
 from stepguard.torch.state import Component, Misfit
 
@@ -26,8 +27,8 @@ class Restorer:
         self._components = components
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
-    def restore_newest(self, session: Session) -> bool:
-        """Restore the newest good checkpoint; ``False`` when there is none at all.
+    def restore_newest(self, session: Session) -> str | None:
+        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
@@ -42,19 +43,39 @@ class Restorer:
             for candidate in store.candidates():
                 store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
             _log.warning("starting over, as asked for: %s", error)
-            return False
+            return None
         if recovery.checkpoint is None:
-            return False
+            return None
         if recovery.damaged:
             _log.warning("%s", recovery.message())
         _log.info("restored %s", recovery.checkpoint.path)
         store.adopt(store.listed_by_state())
-        return True
+        return recovery.checkpoint.name
+
+    def restore_named(self, session: Session, name: str, rank: int) -> None:
+        """Restore the checkpoint that the chief has verified and restored.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            FileNotFoundError: this process does not see the chief's logdir.
+        """
+        path = self._store.root / name
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
+            )
+        self._load(path, session, rank)
 
     def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
-        path = checkpoint.path
+        self._load(checkpoint.path, session, 0)
+
+    def _load(self, path: Path, session: Session, rank: int) -> None:
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
-        process = read_file(saved.pop(PROCESS))
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes.get(f"{PROCESS}{rank}", processes[f"{PROCESS}0"]))
+        if f"{PROCESS}{rank}" not in processes:
+            # There are more processes than before: the streams of this one begin as the program has seeded them.
+            process["random"] = random_states.capture()
         states = self._fitting(path, saved)
         for component in self._components:
             component.load(states[component.name])

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from stepguard.errors import StopRequested
 from stepguard.torch import random_states
 from stepguard.torch.boundary import Boundary
 from stepguard.torch.feeds import Feed, feed_of
 from stepguard.torch.interrupts import InterruptHold
+from stepguard.torch.peers import Gate
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +27,19 @@ class Session:
     """
 
     def __init__(
-        self, should_stop: Callable[[], bool], write_summary: Callable[[Mapping[str, Any], int], None]
+        self,
+        should_stop: Callable[[], bool],
+        write_summary: Callable[[Mapping[str, Any], int], None],
+        *,
+        gate: Gate | None = None,
+        processes: int = 1,
     ) -> None:
         self.global_step = 0
         self.boundary = Boundary()
         self._should_stop = should_stop
+        # Where the processes of one training wait for each other; none when there is only one.
+        self._gate = gate
+        self._processes = processes
         self._write_summary = write_summary
         self._feeds: list[Feed] = []
         self._feed_of_step: Feed | None = None
@@ -91,6 +101,8 @@ class Session:
         Raises:
             StopRequested: SIGTERM was received; ``managed_session`` ends it.
         """
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
+            raise StopRequested("stopped before the next step, as the other processes do")
         self._enter()
         try:
             self.boundary.check_stop()
@@ -145,7 +157,7 @@ class Session:
 
     def process_state(self) -> dict[str, Any]:
         """What belongs to this process rather than to the model: random states and positions. At a boundary."""
-        positions: list[Any] = [feed.position() for feed in self._feeds]
+        positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
         return {"random": random_states.capture() if self._random is None else self._random, "loaders": positions}
 
@@ -157,10 +169,6 @@ class Session:
         # build things that the restored run need not build again, must not move the streams.
         self._random = state["random"]
         random_states.restore(self._random)
-
-    def adopt_step(self, step: int) -> None:
-        """Go on at ``step``, with nothing known of this process."""
-        self.global_step = step
 
     @property
     def training_streams(self) -> Mapping[torch.device, torch.cuda.Stream]:
@@ -191,13 +199,15 @@ class Session:
         # Loaders have no names: the second one of this run is the second one of the run before.
         number = len(self._feeds)
         if number < len(self._positions) and resume_data:
-            feed.resume(self._positions[number])
+            feed.resume(self._positions[number], self._processes)
         self._feeds.append(feed)
         return feed
 
     def _steps(self, feed: Feed | None, max_steps: int | None, epochs: int | None) -> Iterator[Any]:
         boundary = self.boundary
         while not self._must_end(max_steps):
+            if self._gate is not None and not self._gate.begin(boundary.steps):
+                return
             self._enter()
             self._feed_of_step = feed
             try:
@@ -216,7 +226,8 @@ class Session:
                 self.finish_step()
 
     def _must_end(self, max_steps: int | None) -> bool:
-        if self._should_stop() or self.boundary.must_stop:
+        # Of several processes none ends by itself: the gate closes for all of them after the same step.
+        if self._gate is None and (self._should_stop() or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepguard.torch.format import is_process
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-# The names of our own files beside those of the program.
-_OURS = re.compile(r"process-\d+")
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -111,7 +111,7 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
         raise ValueError("state: expected at least one object to save, found an empty dictionary")
     found = []
     for name, holder in state.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or _OURS.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or is_process(name):
             raise ValueError(
                 f"state: expected names of letters, digits, '_', '-' and '.' (they become file names), and none like "
                 f"'process-0', found {name!r}"

@@ -14,6 +14,7 @@ from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
+from stepguard.torch.peers import world
 from stepguard.torch.restore import Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.state import components
@@ -35,7 +36,8 @@ class Supervisor(CoreSupervisor[Session]):
             numbers, and plain values in a :class:`stepguard.torch.Values`. The global step, the random states of the
             process and the position in the data are saved with it.
         logdir: where checkpoints and event files go; without it nothing is saved.
-        is_chief: whether this process restores, saves and logs.
+        is_chief: whether this process restores, saves and logs; by default rank 0 of ``torch.distributed`` does, which
+            is to be initialised before.
         init_fn: called without arguments when there is no checkpoint to restore, before the first step.
         summaries: called without arguments between two steps, every ``save_summaries_secs``, without gradients; it
             returns numbers by the names of their curves. What it draws at random does not change the training.
@@ -65,7 +67,7 @@ class Supervisor(CoreSupervisor[Session]):
         state: Mapping[str, Any],
         logdir: str | os.PathLike[str] | None = None,
         *,
-        is_chief: bool = True,
+        is_chief: bool | None = None,
         init_fn: Callable[[], object] | None = None,
         summaries: Callable[[], Mapping[str, Any]] | None = None,
         summary_writer: Any = None,
@@ -94,19 +96,23 @@ class Supervisor(CoreSupervisor[Session]):
             max_unprotected_secs=max_unprotected_secs,
         )
         parts = components(state)
-        root = os.fspath(logdir) if is_chief and logdir else None
-        store = None
-        if root is not None:
-            store = CheckpointStore(
-                root,
+        if is_chief is None:
+            is_chief = world()[0] == 0
+        everyones_root = os.fspath(logdir) if logdir else None
+        root = everyones_root if is_chief else None
+        found = None
+        if everyones_root is not None:
+            found = CheckpointStore(
+                everyones_root,
                 basename=checkpoint_basename,
                 engine="torch",
                 max_to_keep=max_to_keep,
                 keep_every_n_hours=keep_checkpoint_every_n_hours,
             )
+        store = found if is_chief else None
         restorer = None
-        if store is not None:
-            restorer = Restorer(store, parts, start_over_when_all_damaged=start_over_when_all_damaged)
+        if found is not None and (is_chief or world()[1] > 1):
+            restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
         self._save_path = None if root is None else os.path.join(root, checkpoint_basename)
         if summary_writer is None and root is not None:
             summary_writer = open_writer(root)
@@ -121,7 +127,8 @@ class Supervisor(CoreSupervisor[Session]):
             basename=checkpoint_basename,
             summaries=summaries,
             init_fn=init_fn,
-            should_stop=coord.should_stop,
+            coord=coord,
+            stop_grace_secs=stop_grace_secs,
         )
         self._session: Session | None = None
         super().__init__(
