@@ -1,4 +1,3 @@
-
 """Checkpoints of a supervised run: when they are taken, that each holds one step, and what a damaged one costs."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-
 """Errors of a supervised run: the first is raised, once, by the block; everything has stopped by then."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-
 """The life of a supervised run: it begins at the right step, ends cleanly, and can be begun again."""
 
 from __future__ import annotations
