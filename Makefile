@@ -11,13 +11,16 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo demo-replicas test lint format bench clean
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, resume, report
 	@$(BIN)/python examples/demo.py
+
+demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill two of them, see them come back
+	@$(BIN)/python examples/demo_replicas.py
 
 test: lint  ## The whole gate: format, lint, types, imports, tests
 	@$(BIN)/python -m pytest

@@ -20,11 +20,12 @@ class Model(NamedTuple):
     test_accuracy: Any
 
 
-def build(images: Any = None, labels: Any = None, *, batch_size: int = 128) -> Model:
+def build(images: Any = None, labels: Any = None, *, batch_size: int = 128, optimizer: Any = None) -> Model:
     """Build the classifier in the default graph, with a summary of its loss and one of its test accuracy.
 
     ``images`` (``[n, 64]``, 0 to 16) and ``labels`` (``[n]``) are a batch. Without them batches are drawn from the
     training digits, each as a function of the step: a resumed run goes on with the batches that it would have seen.
+    ``optimizer`` is Adam, unless another is given.
     """
     global_step = v1.train.get_or_create_global_step()
     train, test = digits_data.load()
@@ -45,7 +46,8 @@ def build(images: Any = None, labels: Any = None, *, batch_size: int = 128) -> M
         return tf.matmul(tf.nn.relu(tf.matmul(tf.cast(pixels, tf.float32) / 16.0, w1) + b1), w2) + b2
 
     loss = loss_of(logits_of(images), labels)
-    train_op = v1.train.AdamOptimizer(2e-3).minimize(loss, global_step=global_step)
+    optimizer = v1.train.AdamOptimizer(2e-3) if optimizer is None else optimizer
+    train_op = optimizer.minimize(loss, global_step=global_step)
     test_accuracy = accuracy_of(logits_of(test.images), test.labels)
     v1.summary.scalar("loss", loss)
     v1.summary.scalar("test_accuracy", test_accuracy)

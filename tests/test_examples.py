@@ -12,6 +12,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+# Run by tests/replicas/test_example.py.
+CLUSTERS = {"replicas.py", "demo_replicas.py"}
+
+
 def run(program, *arguments: str) -> str:
     """Run ``program`` to its end, which must be a good one, and return all that it printed."""
     ended = subprocess.run(

@@ -132,10 +132,26 @@ def test_a_commit_is_found_again_with_its_content_step_and_extra(layout: str, tm
 
 def test_candidates_come_newest_first_by_step_and_not_by_name(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    for step in (9, 100, 20):
+    for step in (9, 20, 100):
         save(store, step)
     assert [one.step for one in store.candidates()] == [100, 20, 9]
     assert [one.step for one in store.owned] == []  # max_to_keep is None: nothing will be removed.
+
+
+def test_a_program_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for step in (50, 100, 51):
+        save(store, step)
+    assert [one.step for one in store.candidates()] == [51, 100, 50]
+
+
+def test_a_stale_state_file_is_not_obeyed(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 50)
+    stale = (tmp_path / "checkpoint").read_bytes()
+    save(store, 100)
+    (tmp_path / "checkpoint").write_bytes(stale)
+    assert [one.step for one in store.candidates()] == [100, 50]
 
 
 def test_checkpoints_of_equal_step_are_ordered_by_time(tmp_path: Path) -> None:
@@ -197,13 +213,16 @@ def test_files_that_are_not_checkpoints_are_left_alone(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes() == b"mine" for name in strangers)
 
 
-def test_listing_thousands_of_checkpoints_opens_no_file(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_thousands_of_checkpoints_opens_no_manifest(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3000):
         for suffix in (".index", ".data-00000-of-00001", ".manifest.json"):
             (fast_path / f"model.ckpt-{step}{suffix}").touch()
-    monkeypatch.setattr(files, "os", None)
+    opened: list[Path] = []
+    read_bytes = files.read_bytes
+    monkeypatch.setattr(files, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
     store = open_store(fast_path)
     assert [one.step for one in store.candidates()] == list(range(2999, -1, -1))
+    assert opened == [fast_path / "checkpoint"]
 
 
 @pytest.mark.parametrize(

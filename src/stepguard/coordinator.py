@@ -213,7 +213,8 @@ class Coordinator:
           RuntimeError: if no error was reported and threads did not end in time. It names them.
           TypeError, ValueError: for arguments that are not as above; before any waiting.
         """
-        grace_secs = _grace_secs(stop_grace_period_secs)
+        # A thread that waits for the stop still needs a moment to wake up.
+        grace_secs = max(_grace_secs(stop_grace_period_secs), _SHORTEST_LOOK_SECS)
         live = self._wait_for_threads(_thread_list(threads), grace_secs, time.monotonic())
         stop = self._stop
         # Joined first, errors read second: request_stop does it the other way round, and so one of both sees it.

@@ -93,12 +93,15 @@ class Engine(Protocol[_SessionT_contra]):
     def progress(self, session: _SessionT_contra) -> object:
         """A value that differs from an earlier one when a run in between may have changed the saved state."""
 
+    def settle(self, session: _SessionT_contra, timeout_secs: float) -> None:
+        """Wait for the last steps of others who train the same model, before the last checkpoint; often for none."""
+
     def at_boundary(
         self, session: _SessionT_contra, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
         """A context in which no step runs, so that the state is that of exactly one step.
 
-        The steps that run now have ``patience_secs`` to end; ``None`` leaves it to the engine.
+        The steps that run now have as long to end as the engine sees fit, and at most ``patience_secs``.
 
         Raises:
             NoBoundaryError: no boundary came in time; the message names the run that is in the way of ``what``.

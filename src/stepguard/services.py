@@ -43,6 +43,7 @@ class Checkpointer:
         self._session = session
         self._writer = writer
         self._saving = threading.Lock()
+        self._is_closed = False
         # Whether the state at `_saved_progress` has a checkpoint: not so when the model was just initialised.
         self._is_saved = is_saved
         self._saved_progress = engine.progress(session)
@@ -60,48 +61,58 @@ class Checkpointer:
             self._saving.release()
 
     def _save_if_due(self) -> None:
-        if self._is_saved and self._engine.progress(self._session) == self._saved_progress:
+        if self._is_closed or (self._is_saved and self._engine.progress(self._session) == self._saved_progress):
             return
-        if self._writer.busy:
-            self._writer.skipped += 1
-            if self._writer.retrying:
-                return  # The writer has said what is wrong, and says so at each try.
+        try:
+            if not self._writer.busy and self._save("a checkpoint", None):
+                return
+        except NoBoundaryError as error:
+            _log.warning("checkpoint skipped: %s", error)
+            return
+        self._writer.skipped += 1
+        # While it retries, the writer itself says what is wrong. Else 1, 2, 4, 8 ...: not a line for each.
+        if not self._writer.retrying and self._writer.skipped & (self._writer.skipped - 1) == 0:
             _log.warning(
                 "a checkpoint was due while the last one was still being written: skipped (%d so far); "
                 "save less often, or to a faster disk",
                 self._writer.skipped,
             )
-            return
-        try:
-            self._save("a checkpoint")
-        except NoBoundaryError as error:
-            _log.warning("checkpoint skipped: %s", error)
 
     def save_last(self, timeout_secs: float) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until it is durable.
 
         Raises:
             SaveFailedError: writing took longer than ``timeout_secs``.
-            NoBoundaryError: a step is still under way.
         """
         deadline = time.monotonic() + timeout_secs
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
+            self._engine.settle(self._session, deadline - time.monotonic())
             if self._engine.progress(self._session) == self._saved_progress:
                 return
-            self._save("the last checkpoint")
+            try:
+                self._save("the last checkpoint", max(0.0, deadline - time.monotonic()))
+            except NoBoundaryError as error:
+                # A thread that no stop reaches is in the way; the run itself has ended well.
+                _log.warning("the last steps are not saved: %s", error)
         if not self._writer.drain(max(0.0, deadline - time.monotonic())):
             raise SaveFailedError(
                 f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
                 f"the one before it is good. Give it more time with a larger stop_grace_secs"
             )
 
-    def _save(self, what: str) -> None:
-        with self._engine.at_boundary(self._session, what):
+    def close(self) -> None:
+        """Take no more snapshots, whoever still asks for one."""
+        self._is_closed = True
+
+    def _save(self, what: str, patience_secs: float | None) -> bool:
+        with self._engine.at_boundary(self._session, what, patience_secs):
             progress = self._engine.progress(self._session)
             snapshot = self._engine.snapshot(self._session)
-        self._writer.submit(snapshot)
+        if not self._writer.submit(snapshot):
+            return False
         self._saved_progress = progress
         self._is_saved = True
+        return True
 
 
 class StepTrigger:

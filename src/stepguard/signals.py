@@ -14,14 +14,11 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
 _log = logging.getLogger(__name__)
-
-
-# The watches of this process, for the processes that it forks.
-_started: set[SigtermWatch] = set()
 
 
 class SigtermWatch:
@@ -59,7 +56,7 @@ class SigtermWatch:
             _log.debug("the wake-up descriptor for signals is in use: SIGTERM keeps its default action")
             return
         self._ends = (reader, writer)
-        _started.add(self)
+        _watches.add(self)
         self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
         self._thread.start()
         signal.signal(signal.SIGTERM, _wake)
@@ -70,26 +67,24 @@ class SigtermWatch:
             return
         reader, writer = self._ends
         self._ends = None
-        _started.discard(self)
         if signal.getsignal(signal.SIGTERM) is _wake:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        # Closing is not enough to end the thread's read: a process that was forked meanwhile may hold the other end.
+        # Closing alone does not end the thread's read: a process that was forked meanwhile may hold the other end.
         writer.shutdown(socket.SHUT_RDWR)
         writer.close()
         if self._thread is not None:
             self._thread.join()
         reader.close()
 
-    def forget_in_child(self) -> None:
-        """In a process that was forked: SIGTERM ends it as any other, and is not reported to the parent."""
-        ends, self._ends = self._ends, None
-        if ends is None:
+    def _forget_in_child(self) -> None:
+        """A forked child shares the socket, and what it writes there would be taken for a signal to its parent."""
+        if self._ends is None:
             return
-        # The parent's descriptor: a signal to the child would be written there, and stop the parent.
-        signal.set_wakeup_fd(-1)
+        ends, self._ends, self._thread = self._ends, None, None
         if signal.getsignal(signal.SIGTERM) is _wake:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
         for end in ends:
             end.close()
 
@@ -118,17 +113,34 @@ def end_by_sigterm() -> None:
             stream.flush()
     logging.shutdown()
     os.kill(os.getpid(), signal.SIGTERM)
+    # The first process of a container is spared by the kernel.
+    os._exit(128 + signal.SIGTERM)
 
 
 def _wake(number: int, frame: FrameType | None) -> None:
     """Only there so that the interpreter writes to the wake-up descriptor in place of the default action."""
 
 
-def _forget_in_child() -> None:
-    while _started:
-        with contextlib.suppress(ValueError):
-            _started.pop().forget_in_child()
+_watches: weakref.WeakSet[SigtermWatch] = weakref.WeakSet()
+_mask_before_fork = threading.local()
+
+
+def _before_fork() -> None:
+    # A SIGTERM for the child that comes before it has let go of the socket would be taken for one to its parent.
+    _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _watches else None
+
+
+def _after_fork_in_parent() -> None:
+    mask = getattr(_mask_before_fork, "value", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    for watch in list(_watches):
+        watch._forget_in_child()
+    _after_fork_in_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import StopRequested, add_note
+from stepguard.errors import LogdirInUseError, StopRequested, add_note
 from stepguard.looper import LooperThread
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
@@ -22,6 +23,9 @@ from stepguard.writer import CheckpointWriter
 _log = logging.getLogger(__name__)
 
 MAX_UNPROTECTED_SECS = 1800.0
+
+# Also with a grace period of 0: the last step of a good run is worth a moment.
+_LAST_SAVE_SECS = 5.0
 
 
 class Supervisor(Generic[SessionT]):
@@ -82,6 +86,8 @@ class Supervisor(Generic[SessionT]):
         self._stop_grace_secs = stop_grace_secs
         self._max_unprotected_secs = max_unprotected_secs
         self._stop_on_sigterm = stop_on_sigterm
+        # Held by whoever writes a checkpoint: the writer, or the program itself.
+        self._one_save = threading.Lock()
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
@@ -162,6 +168,8 @@ class Supervisor(Generic[SessionT]):
                 "start_standard_services: expected a logdir for checkpoints and summaries, found none; pass logdir= "
                 "to the Supervisor, or start_standard_services=False to the call that prepares the session"
             )
+        if self._store is not None and self._saves():
+            self._become_chief(self._store)
         step = self._engine.step(sess)
         if step is not None and self._events is not None:
             self._events.started(step)
@@ -182,6 +190,7 @@ class Supervisor(Generic[SessionT]):
                     self._store,
                     self._events,
                     self._report,
+                    one_save=self._one_save,
                     max_unprotected_secs=self._max_unprotected_secs,
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
@@ -214,7 +223,11 @@ class Supervisor(Generic[SessionT]):
             self._events.reopen()
         if start_standard_services and self._is_chief and self._store is not None and self._saves():
             self._become_chief(self._store)
-        session = prepare()
+        try:
+            session = prepare()
+        except BaseException:
+            self._leave_logdir()
+            raise
         try:
             self._engine.watch(session, self._save_before_close)
             if start_standard_services and self._is_chief:
@@ -229,6 +242,21 @@ class Supervisor(Generic[SessionT]):
 
     def _saves(self) -> bool:
         return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
+
+    @contextmanager
+    def _holding_logdir(self) -> Iterator[bool]:
+        """Whether no other process is the chief of the logdir as long as the block lasts."""
+        if self._store is None or self._hold is not None:
+            yield self._hold is not None
+            return
+        try:
+            hold = self._store.acquire()
+        except (LogdirInUseError, OSError) as error:
+            _log.debug("not the chief of this logdir: %s", error)
+            yield False
+            return
+        with hold:
+            yield True
 
     def _become_chief(self, store: CheckpointStore) -> None:
         if self._hold is None:
@@ -283,26 +311,28 @@ class Supervisor(Generic[SessionT]):
         """Save the last step, unless the run has failed: its state may be what is wrong. Threads that would not stop
         are no reason to lose it.
         """
+        deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
-                self._save_last()
+                self._save_last(deadline)
         finally:
-            self._stop_writing()
+            self._stop_writing(deadline)
             self._leave_logdir()
 
-    def _uncommit(self, name: str) -> None:
-        """The program is about to write over the checkpoint ``name`` by its framework's own means."""
-        if self._writer is not None:
-            self._writer.drain(self._stop_grace_secs)
-        if self._store is not None:
-            self._store.uncommit(name)
+    @contextmanager
+    def _program_saves(self, name: str) -> Iterator[None]:
+        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
+        with self._one_save:
+            if self._store is not None:
+                self._store.uncommit(name)
+            yield
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
         try:
-            self._save_last()
+            self._save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
-            self._coord.request_stop(error)
+            self._report(error)
 
     def _report(self, error: BaseException) -> None:
         """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
@@ -313,18 +343,19 @@ class Supervisor(Generic[SessionT]):
             if raised is not error:
                 raise
 
-    def _save_last(self) -> None:
+    def _save_last(self, deadline: float) -> None:
         if self._checkpointer is not None and self._save_at_end:
-            self._checkpointer.save_last(self._stop_grace_secs)
+            self._checkpointer.save_last(max(0.0, deadline - time.monotonic()))
 
-    def _stop_writing(self) -> None:
+    def _stop_writing(self, deadline: float) -> None:
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is not None:
+            checkpointer.close()
         writer, self._writer = self._writer, None
-        self._checkpointer = None
         # A snapshot that is being written holds a good step, whatever else went wrong.
-        if writer is not None and not writer.close(self._stop_grace_secs):
+        if writer is not None and not writer.close(max(0.0, deadline - time.monotonic())):
             _log.warning(
-                "a checkpoint was still being written %g s after the stop and is given up; the one before it is good",
-                self._stop_grace_secs,
+                "a checkpoint was still being written when the time to stop was over; the one before it is good"
             )
 
     def _leave_logdir(self) -> None:
@@ -420,10 +451,12 @@ class _ManagedSession(AbstractContextManager[SessionT]):
         try:
             self._supervisor.stop(close_summary_writer=self._close_summary_writer)
         finally:
-            if self._session is not None:
-                self._supervisor._engine.close(self._session)
-                self._session = None
-            self._sigterm.finish()
+            try:
+                if self._session is not None:
+                    self._supervisor._engine.close(self._session)
+                    self._session = None
+            finally:
+                self._sigterm.finish()
 
     def _end_quietly(self, error: BaseException) -> None:
         try:

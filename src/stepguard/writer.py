@@ -23,12 +23,14 @@ _FIRST_RETRY_SECS = 1.0
 _LONGEST_RETRY_SECS = 60.0
 # Besides the tensors: index, meta graph, manifest.
 _SPARE_BYTES = 1 << 20
-# Of our own: to draw from the program's generator would change what it draws next.
+# A generator of our own: to draw from the program's would change what it draws next.
 _jitter = random.Random()
 
 
 class CheckpointWriter:
     """Writes, commits and records one snapshot at a time.
+
+    ``one_save`` is held during each try: others that write checkpoints to the same place hold it too.
 
     A save that the disk fails is tried again, ever less often, while training goes on; after ``max_unprotected_secs``
     without success it is an error of the run.
@@ -47,6 +49,7 @@ class CheckpointWriter:
         events: EventLog | None,
         on_error: Callable[[BaseException], None],
         *,
+        one_save: threading.Lock | None = None,
         max_unprotected_secs: float,
         first_retry_secs: float = _FIRST_RETRY_SECS,
     ) -> None:
@@ -55,6 +58,7 @@ class CheckpointWriter:
         self._events = events
         self._storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
         self._on_error = on_error
+        self._one_save = threading.Lock() if one_save is None else one_save
         self._max_unprotected_secs = max_unprotected_secs
         self._first_retry_secs = first_retry_secs
         self._wake = threading.Condition(threading.Lock())
@@ -67,9 +71,11 @@ class CheckpointWriter:
         self._last_bytes = 0
         self.skipped = 0
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Have ``snapshot`` written. For one caller at a time, which has found the writer not :attr:`busy`."""
+    def submit(self, snapshot: Snapshot) -> bool:
+        """Have ``snapshot`` written; ``False`` while another one is. Any thread."""
         with self._wake:
+            if self._busy:
+                return False
             self._waiting = snapshot
             self._busy = True
             # The deadline of an earlier drain was for an earlier snapshot.
@@ -79,6 +85,7 @@ class CheckpointWriter:
                 self._closing = False
                 self._thread = threading.Thread(target=self._run, name="stepguard-writer", daemon=True)
                 self._thread.start()
+            return True
 
     @property
     def busy(self) -> bool:
@@ -98,7 +105,7 @@ class CheckpointWriter:
         with self._wake:
             self._gives_up_at = time.monotonic() + timeout_secs
             self._wake.notify_all()
-            return self._wake.wait_for(lambda: not self._busy, timeout_secs)
+            return self._wake.wait_for(lambda: not self._busy, min(timeout_secs, threading.TIMEOUT_MAX))
 
     def close(self, timeout_secs: float) -> bool:
         """Drain, and end the thread; ``False`` if it is still writing after ``timeout_secs``."""
@@ -134,9 +141,11 @@ class CheckpointWriter:
         delay_secs = self._first_retry_secs
         while True:
             gives_up_at = self._gives_up_at
+            tried_at = time.monotonic()
             try:
-                self._write(snapshot)
-                return
+                with self._one_save:
+                    path = self._make_durable(snapshot)
+                break
             except self._storage_errors as error:
                 if snapshot.written is not None:
                     raise
@@ -158,6 +167,9 @@ class CheckpointWriter:
                     wait_secs,
                 )
             delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
+        self._record(snapshot.step, path, time.monotonic() - tried_at)
+        if self._store is not None and snapshot.written is None:
+            self._prune(self._store)
 
     def _may_wait(self, wait_secs: float, unprotected_secs: float, gave_up_at: float | None) -> bool:
         """Wait until the next try; ``False`` when there is to be none.
@@ -171,27 +183,41 @@ class CheckpointWriter:
             # A stop does not shorten the retries to none: the disk has until its deadline to come back.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at
 
-    def _write(self, snapshot: Snapshot) -> None:
-        began = time.monotonic()
-        path = snapshot.written if self._store is None else str(self._commit(self._store, snapshot).path)
-        if path is None:
-            raise ValueError(
-                f"the snapshot of step {snapshot.step} is not written, and there is no store to write it to"
-            )
+    def _record(self, step: int | None, path: str, seconds: float) -> None:
+        """The step is durable: nothing that fails in here has it written again."""
         if self._events is not None:
-            self._events.checkpointed(snapshot.step, path)
-        _log.info("saved step %s to %s in %.2f s", snapshot.step, path, time.monotonic() - began)
-        if self._store is not None and snapshot.written is None:
-            try:
-                self._store.prune()
-            except OSError as error:
-                # The step is saved all the same; the next save tries again.
-                _log.warning("an old checkpoint could not be removed: %s", error)
+            self._events.checkpointed(step, path)
+        _log.info("saved step %s to %s in %.2f s", step, path, seconds)
+
+    def _prune(self, store: CheckpointStore) -> None:
+        try:
+            store.prune()
+        except OSError as error:
+            # The step is saved all the same; the next save tries again.
+            _log.warning("an old checkpoint could not be removed: %s", error)
+
+    def _make_durable(self, snapshot: Snapshot) -> str:
+        store, written = self._store, snapshot.written
+        if written is None:
+            if store is None:
+                raise ValueError(f"the snapshot of step {snapshot.step} is not written, and there is no store for it")
+            return str(self._commit(store, snapshot).path)
+        if store is not None:
+            if store.holds(written):
+                name = os.path.basename(written)
+                before = {one.name for one in store.owned}
+                self._adopt(store)
+                store.commit_in_place(name, store.step_of(name))
+                # Its saver prunes by itself, and knows nothing of manifests.
+                store.follow_removals(sorted(before - {one.name for one in store.owned}))
+            else:
+                _log.info(
+                    "%s was saved by the program's own saver, in files of its own: no manifest is written", written
+                )
+        return written
 
     def _commit(self, store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
         name = self._engine.checkpoint_name(snapshot.step)
-        if snapshot.written is not None:
-            return store.commit_in_place(name, snapshot.step)
         self._adopt(store)
         stage = store.stage(name)
         try:

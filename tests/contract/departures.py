@@ -140,9 +140,9 @@ DEPARTURES: dict[str, Departure] = {
         "it appears when the Supervisor is made",
     ),
     "operations_for_iterators": Departure(
-        "the state of a saveable iterator is copied at a step boundary, and needs an operation that serialises it",
+        "the state is copied at a step boundary: iterators are serialised, large tensors copied, by the graph itself",
         "adds none",
-        "adds one SerializeTensor for each saveable iterator before the graph is finalised",
+        "adds a SerializeTensor for each saveable iterator, and a DeepCopy for each tensor of 64 KB or more",
     ),
     "ctrl_c": Departure(
         "a person who stops a run wants to go on with it later",

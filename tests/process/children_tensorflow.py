@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -207,7 +208,21 @@ def _stuck(sv: Any, session: Any, model: Model, blocking: Any) -> None:
     _never_asks(sv, session, model, blocking)
 
 
+def _forks(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    """A worker process of the program's own is ended while training goes on."""
+    _step(session, model)
+    worker = os.fork()
+    if worker == 0:
+        while True:
+            signal.pause()
+    os.kill(worker, signal.SIGTERM)
+    _, status = os.waitpid(worker, 0)
+    _step(session, model)
+    report("worker ended", by=os.WTERMSIG(status), stops=sv.should_stop())
+
+
 _LOOPS = {
+    "forks": _forks,
     "never asks": _never_asks,
     "swallows": _swallows,
     "asks": _asks,

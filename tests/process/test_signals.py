@@ -43,6 +43,17 @@ def assert_all_steps_saved(child: Child, logdir: Path, threads: int = 1) -> None
 
 
 class TestSigterm:
+    def test_of_a_forked_worker_ends_the_worker_and_nothing_else(
+        self, tensorflow_children: Zygote, tmp_path: Path
+    ) -> None:
+        child = start(tensorflow_children, tmp_path, "forks")
+
+        assert child.wait(QUICKLY_SECS) == 0, child.output
+        (ended,) = child.reports("worker ended")
+        assert ended["by"] == signal.SIGTERM
+        assert not ended["stops"]
+        assert newest_saved(tmp_path) == 2
+
     @pytest.mark.parametrize(
         ("loop", "threads"),
         [("never asks", 1), ("swallows", 1), ("asks", 1), ("fed", 1), ("threads", 3), ("threads that never ask", 4)],

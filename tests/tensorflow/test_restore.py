@@ -167,7 +167,7 @@ def started(logdir: Path) -> list[Any]:
     """The values that a run begins with."""
     with tf.Graph().as_default():
         variables = model(**SHAPES)
-        supervisor = Supervisor(logdir=str(logdir), save_model_secs=0, save_summaries_secs=0)
+        supervisor = Supervisor(logdir=str(logdir), save_model_secs=3600, save_at_end=False, save_summaries_secs=0)
         with supervisor.managed_session() as session:
             return [np.unique(value).tolist() for value in session.run(variables)]
 

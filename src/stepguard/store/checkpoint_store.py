@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
@@ -63,6 +66,10 @@ class CheckpointStore:
     def basename(self) -> str:
         """What the names of the checkpoints begin with."""
         return self._layout.basename
+
+    def step_of(self, name: str) -> int | None:
+        """Return the step in a name, None if it has none. Raises ValueError if it is no name of this store."""
+        return self._layout.step_of(name)
 
     def name(self, step: int | None) -> str:
         """Return the name of the checkpoint of a step; None: of a program that counts none."""
@@ -145,11 +152,24 @@ class CheckpointStore:
         files.write_atomic(self._layout.manifest(name), manifest.to_json())
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
 
+    def holds(self, path: str) -> bool:
+        """Whether there are files of a checkpoint at ``path`` that `commit_in_place` can commit."""
+        place, name = os.path.split(path)
+        if not self._layout.is_name(name) or os.path.realpath(place or os.curdir) != os.path.realpath(self.root):
+            return False
+        return any(self._layout.may_hold(one.name, name) for one in self._layout.entries())
+
     def uncommit(self, name: str) -> None:
         """Remove the manifest of a checkpoint whose files are about to be written over by a program's own saver."""
         if os.path.lexists(self._layout.manifest(name)):
             files.remove(self._layout.manifest(name))
             files.fsync_dir(self.root)
+
+    def follow_removals(self, names: Iterable[str]) -> None:
+        """Remove the manifests of those of ``names`` whose files a program's own saver has removed."""
+        for name in names:
+            if self._layout.present(name) == [self._layout.manifest(name).name]:
+                self.uncommit(name)
 
     def _staged(self, stage: Path, name: str) -> list[Path]:
         """The staged entries in the order in which they become visible: the entry file last."""
@@ -231,14 +251,32 @@ class CheckpointStore:
         # A time in the future means that the clock was set back: waiting for it could keep nothing for years.
         return stored if stored is not None and stored <= self._opened_at else self._opened_at
 
+    def point_to(self, checkpoint: Checkpoint) -> None:
+        """Have the state file name ``checkpoint`` as the newest, after those that it names were moved away."""
+        if checkpoint.root != self.root:
+            return
+        kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
+        state = statefile.read(self.root)
+        try:
+            statefile.write(
+                self.root,
+                checkpoint.name,
+                [*kept, checkpoint.name],
+                last_preserved=None if state is None else state.last_preserved,
+                relative_paths=self.relative_paths,
+            )
+        except OSError as error:
+            _log.warning("%s: could not be written: %s", self.root / statefile.FILE_NAME, error)
+
     # --- reading ---
 
     def candidates(self) -> list[Checkpoint]:
-        """Return what may be a checkpoint, newest first (by step, then time), without opening any file.
+        """Return what may be a checkpoint, newest first: by step, then time; one that a program has gone back to comes
+        before later steps that it has left behind.
 
         A missing directory has none. One that is just being replaced is found as it was before.
         """
-        return self._layout.candidates()
+        return recovery.newest_first(self._layout)
 
     def read_manifest(self, checkpoint: Checkpoint) -> Manifest | None:
         """Return the manifest of a checkpoint, None if it has none.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage
 from stepguard.store.layout import Layout
@@ -31,6 +31,31 @@ class Search:
     good: Checkpoint | None
     damaged: tuple[Damage, ...]
     unreadable: OSError | None
+
+
+def newest_first(layout: Layout) -> list[Checkpoint]:
+    """Return what may be a checkpoint, newest first: by step, then time.
+
+    A program that went back to an older step, and has saved since, goes on from there: its checkpoint is the one that
+    was committed last, and the state file says so too. Either alone proves nothing: state files are left behind, and
+    clocks are set back.
+    """
+    found = layout.candidates()
+    state = statefile.read(layout.root) if len(found) > 1 else None
+    if state is None or state.newest == found[0].name:
+        return found
+    named = next((one for one in found if one.name == state.newest), None)
+    if named is None or _committed_at(layout, named) <= _committed_at(layout, found[0]):
+        return found
+    return [named, *(one for one in found if one is not named)]
+
+
+def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
+    try:
+        manifest = verification.read_manifest(layout.within(checkpoint.root), checkpoint.name)
+    except (CheckpointError, OSError):
+        manifest = None
+    return checkpoint.time if manifest is None else manifest.time
 
 
 def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None) -> Search:
@@ -112,7 +137,7 @@ def _candidates(layout: Layout) -> list[Checkpoint]:
 
     A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
     """
-    found = layout.candidates()
+    found = newest_first(layout)
     state = statefile.read(layout.root) if not found else None
     if state is None or state.path.parent in (Path(), layout.root):
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError
+from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
@@ -35,12 +36,38 @@ def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
     if manifest is None:
         _verify_unmanifested(layout, checkpoint.name)
         return replace(checkpoint, is_committed=False, manifest=None)
-    # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
-    for record in manifest.files:
-        _verify_size(layout.root / record.name, record)
-    for record in manifest.files:
-        _verify_digest(layout.root / record.name, record)
+    try:
+        # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
+        for record in manifest.files:
+            _verify_size(layout.root / record.name, record)
+        for record in manifest.files:
+            _verify_digest(layout.root / record.name, record)
+    except CheckpointCorruptError:
+        if not _was_written_over(layout, manifest):
+            raise
+        _verify_unmanifested(layout, checkpoint.name)
+        return replace(checkpoint, is_committed=False, manifest=None)
     return replace(checkpoint, step=manifest.step, time=manifest.time, is_committed=True, manifest=manifest)
+
+
+def _was_written_over(layout: Layout, manifest: Manifest) -> bool:
+    """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint.
+
+    All of it is then newer than its manifest, and the state file, which they write last, newer still; damage is not
+    like that, nor are files that were copied over it. Their checksums are then the proof that is left.
+    """
+    if layout.entry_suffix is None:
+        return False
+    names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    try:
+        committed = layout.manifest(manifest.name).stat().st_mtime_ns
+        written = [(layout.root / name).stat().st_mtime_ns for name in names]
+        stated = (layout.root / statefile.FILE_NAME).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    state = statefile.read(layout.root)
+    is_listed = state is not None and manifest.name in (state.newest, *state.names)
+    return is_listed and committed < min(written) and max(written) <= stated
 
 
 def size_of(path: Path) -> int | None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.install import install
+from stepguard.tensorflow.peers import ModelWaitTimeoutError
+from stepguard.tensorflow.retry import is_lost_peer, retry_on_lost_peer
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.supervisor import Supervisor
 
-__all__ = ["Coordinator", "SessionManager", "Supervisor", "install"]
+__all__ = [
+    "Coordinator",
+    "ModelWaitTimeoutError",
+    "SessionManager",
+    "Supervisor",
+    "install",
+    "is_lost_peer",
+    "retry_on_lost_peer",
+]

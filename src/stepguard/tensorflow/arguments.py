@@ -14,15 +14,21 @@ from stepguard.tensorflow.defaults import is_default
 _v1 = tf.compat.v1
 
 _FETCHES = ("ready_op", "ready_for_local_init_op", "init_op", "local_init_op", "summary_op", "global_step")
-_SECONDS = ("save_summaries_secs", "save_model_secs", "recovery_wait_secs", "stop_grace_secs", "max_unprotected_secs")
+_SECONDS = (
+    "save_summaries_secs",
+    "save_model_secs",
+    "recovery_wait_secs",
+    "stop_grace_secs",
+    "max_unprotected_secs",
+    "peer_timeout_secs",
+)
 _CALLS = {
     "saver": ("save", "restore"),
-    "session_manager": ("prepare_session", "wait_for_session"),
     "summary_writer": ("add_summary", "add_session_log", "close", "reopen"),
 }
 
 
-def check(**given: Any) -> None:
+def check(*, is_chief: bool, **given: Any) -> None:
     """Check the types and values of the Supervisor's arguments.
 
     Raises:
@@ -36,10 +42,13 @@ def check(**given: Any) -> None:
     _check_global_step(given["global_step"])
     for name in _SECONDS:
         _check_seconds(name, given[name])
-    for name, methods in _CALLS.items():
+    calls = {**_CALLS, "session_manager": ("prepare_session",) if is_chief else ("wait_for_session",)}
+    for name, methods in calls.items():
         value = given[name]
         if value is None or (is_default(value) and name != "session_manager"):
             continue
+        if name == "summary_writer" and not is_chief:
+            continue  # Only the chief has one.
         lacking = [method for method in methods if not callable(getattr(value, method, None))]
         if lacking:
             raise _wrong_type(name, f"an object with the methods {', '.join(methods)}", value)
@@ -107,12 +116,14 @@ def _check_global_step(value: Any) -> None:
 
 
 def _check_seconds(name: str, value: Any) -> None:
-    if value is None and name.startswith("save_"):
+    if value is None and (name.startswith("save_") or name == "peer_timeout_secs"):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong_type(name, "a number of seconds", value)
     if math.isnan(value) or value < 0:
         raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
+    if math.isinf(value) and name.startswith("save_"):
+        raise ValueError(f"{name}: expected a finite number of seconds, found {value}; 0 or None means never")
 
 
 def _check_logdir(logdir: Any) -> None:

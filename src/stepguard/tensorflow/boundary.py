@@ -49,6 +49,11 @@ class Boundary:
         """The number of runs that may have changed the saved state, so far."""
         return sum(list(self._done.values()))
 
+    @property
+    def longest_secs(self) -> float:
+        """The length of the longest step so far, in seconds."""
+        return self._longest_secs
+
     def enter(self, fetches: Any) -> None:
         """A step begins: wait while a service holds the boundary.
 
@@ -122,15 +127,15 @@ class Boundary:
     def hold(self, what: str, *, patience_secs: float | None = None, at_most_secs: float = math.inf) -> Iterator[None]:
         """Keep steps from starting; the block runs when none is under way.
 
-        The steps that run now have ``patience_secs`` to end: by default a multiple of the longest step seen, so that
-        only one is given up on that waits for something, usually for another step. After ``at_most_secs`` inside the
-        block steps go on in spite of it: for a block that may itself wait for what only a step provides.
+        The steps that run now have a multiple of the longest step seen to end, so that only one is given up on that
+        waits for something, usually for another step; and never more than ``patience_secs``. After ``at_most_secs``
+        inside the block steps go on in spite of it: for a block that may itself wait for what only a step provides.
 
         Raises:
             NoBoundaryError: the steps did not end in time; new ones go on.
         """
-        if patience_secs is None:
-            patience_secs = min(max(_PATIENCE_SECS, 3 * self._longest_secs), _LONGEST_PATIENCE_SECS)
+        longest_secs = _LONGEST_PATIENCE_SECS if patience_secs is None else patience_secs
+        patience_secs = min(max(_PATIENCE_SECS, 3 * self._longest_secs), longest_secs)
         mine = _Hold(get_ident())
         try:
             self._wait_for_no_step(mine, what, patience_secs)

@@ -18,6 +18,7 @@ from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
 from stepguard.tensorflow.defaults import Model
 from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.restore import ENGINE
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
@@ -59,7 +60,7 @@ class TensorFlowEngine:
         logdir: str | None,
         save_path: str | None,
         init_fn: Any,
-        uncommit: Callable[[str], None],
+        program_saves: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -69,7 +70,7 @@ class TensorFlowEngine:
         self._logdir = logdir
         self._save_path = save_path
         self._init_fn = init_fn
-        self._uncommit = uncommit
+        self._program_saves = program_saves
         self._kinds: RunKinds | None = None
         self._exported_meta: tuple[int, bytes] | None = None
         self._saves: dict[str, bool] = {}
@@ -134,7 +135,7 @@ class TensorFlowEngine:
         if global_step is None:
             return None
         with self._model.graph.as_default():
-            return as_step(session.run(global_step))
+            return as_step(session.read(global_step) if isinstance(session, Session) else session.run(global_step))
 
     def step_name(self) -> str:
         """The name of the operation that holds the global step."""
@@ -146,8 +147,9 @@ class TensorFlowEngine:
             if self._kinds is None:
                 graph = self._model.graph
                 saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
-                self._kinds = RunKinds(graph, saved if self._plan is None else self._plan.fetches)
-            session.watch(Boundary(self._kinds), before_close, self._before_save)
+                saved = saved if self._plan is None else list(self._plan.fetches)
+                self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
+            session.watch(Boundary(self._kinds), before_close, self._around_save)
 
     def stop_at_boundary(self, session: Any) -> None:
         """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
@@ -171,6 +173,13 @@ class TensorFlowEngine:
         # Steps may be done by others, on shared parameter servers, and by means that pass `run` by.
         return (None if boundary is None else boundary.steps, step)
 
+    def settle(self, session: Any, timeout_secs: float) -> None:
+        """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
+        boundary = _boundary(session)
+        if self._model.global_step is None or boundary is None or session.is_local:
+            return
+        wait_for_standstill(lambda: self.step(session), boundary.longest_secs, timeout_secs)
+
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
         boundary = _boundary(session)
@@ -180,9 +189,9 @@ class TensorFlowEngine:
 
     def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
         """Fetch what the saver would save; or, where only the saver knows, have it save."""
-        # What a remote session returns would cross the network; its saver writes where the variables are.
-        if self._plan is not None and isinstance(session, Session) and session.is_local:
-            return self._plan.take(session.run, self._model.global_step)
+        # A sharded saver writes where the variables are; any other brings them here, which a fetch does as well.
+        if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
+            return self._plan.take(session.read, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
@@ -234,17 +243,19 @@ class TensorFlowEngine:
                 self._exported_meta = (graph.version, self._model.saver.export_meta_graph().SerializeToString())
         return self._exported_meta[1]
 
-    def _before_save(self, fetches: str, feed_dict: Any) -> None:
-        """The program runs the save operation of a Saver: what it writes over is committed no longer.
-
-        It stays a checkpoint like one that TensorFlow's own tools wrote, and its saver prunes it.
+    @contextmanager
+    def _around_save(self, fetches: str, feed_dict: Any) -> Iterator[None]:
+        """The program runs an operation by its name. If that is the save operation of a Saver, our own saves wait
+        meanwhile, and what it writes over is committed no longer: it is a checkpoint like one that TensorFlow's own
+        tools wrote, and its saver prunes it.
         """
-        if not feed_dict or not self._save_path or "://" in self._save_path or not self._is_save(fetches):
-            return
-        place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
-        for path in feed_dict.values():
-            if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
-                self._uncommit(os.path.basename(path))
+        with contextlib.ExitStack() as saving:
+            if feed_dict and self._save_path and "://" not in self._save_path and self._is_save(fetches):
+                place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
+                for path in feed_dict.values():
+                    if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
+                        saving.enter_context(self._program_saves(os.path.basename(path)))
+            yield
 
     def _is_save(self, fetches: str) -> bool:
         """Whether the run of an operation or tensor of that name writes a checkpoint, by any Saver."""

@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import logging
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import tensorflow as tf
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow.fit import check_fits
 
@@ -23,31 +25,24 @@ _v1 = tf.compat.v1
 ENGINE = "tensorflow"
 ENTRY_SUFFIX = ".index"
 
-# What restoring raises when the bytes are wrong; whether names, types and shapes fit was looked at before. It counts
-# as damage only where no manifest has proven the bytes good.
-_DAMAGE = (
-    tf.errors.DataLossError,
-    tf.errors.InternalError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.NotFoundError,
-    tf.errors.OutOfRangeError,
-    tf.errors.UnimplementedError,
-    # How the reader's own bindings say OutOfRange, Unimplemented and InvalidArgument.
-    IndexError,
-    NotImplementedError,
-    ValueError,
-)
-
 
 class Restorer:
     """Restores the newest good checkpoint of a directory.
 
-    ``store`` is the chief's own: damaged checkpoints are moved out of its way. Without one, or for another directory,
-    nothing is moved: a reader never touches what a chief may be writing.
+    ``store`` is the supervisor's own: damaged checkpoints are moved out of its way, if ``hold()``, a context, says
+    that no other process is the chief of the logdir meanwhile. Otherwise nothing is moved: a reader never touches what
+    a chief may be writing.
     """
 
-    def __init__(self, store: CheckpointStore | None = None, *, start_over_when_all_damaged: bool = False) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore | None = None,
+        *,
+        hold: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
+        start_over_when_all_damaged: bool = False,
+    ) -> None:
         self._store = store
+        self._hold = hold
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
@@ -87,41 +82,74 @@ class Restorer:
     def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
         def attempt(checkpoint: Checkpoint) -> None:
             path = str(checkpoint.path)
-            if checkpoint.manifest is not None:
-                self.restore_file(session, saver, path)
-                return
             try:
                 self.restore_file(session, saver, path)
             except CheckpointMismatchError:
-                # It could be read, and is for another model: also a NotFoundError, or one of the others below.
+                # It could be read, and is for another model: also a NotFoundError, for one.
                 raise
-            except (*_DAMAGE, tf.errors.OpError) as error:
-                # The reader of checkpoints raises a plain OpError for what TensorFlow has no name for.
-                if not isinstance(error, _DAMAGE) and type(error) is not tf.errors.OpError:
+            except Exception as error:
+                if checkpoint.manifest is not None:
+                    # Proven good: unless it was pruned since, this is an error of the program.
+                    store.verify(checkpoint)
                     raise
-                raise CheckpointCorruptError(f"{path}: {_cause(error)}", path=checkpoint.path) from error
+                damage = _damage(path)
+                if damage is None:
+                    raise
+                raise CheckpointCorruptError(f"{path}: {_cause(damage)}", path=checkpoint.path) from error
 
         try:
-            recovery = store.newest_good(attempt=attempt, quarantine=is_ours)
+            recovery = store.newest_good(attempt=attempt, quarantine=False)
+            # A saver of the program's own knows itself which files it needs: it is asked with the state file's path.
+            if recovery.checkpoint is None and recovery.damaged and isinstance(saver, _v1.train.Saver):
+                raise NoGoodCheckpointError(
+                    f"{store.root}: {recovery.message()} To start over from step 0, use another logdir, or move the "
+                    f"file {statefile.FILE_NAME!r} away",
+                    path=store.root,
+                )
         except NoGoodCheckpointError as error:
             if not (is_ours and self._start_over_when_all_damaged):
                 raise
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            with contextlib.suppress(FileNotFoundError):
-                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
-                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
-            _log.warning("starting over, as asked for: %s", error)
+            self._start_over(store, error)
             return False
-        if recovery.checkpoint is None:
+        good = recovery.checkpoint
+        if good is None:
             return False
         if recovery.damaged:
+            recovery = self._quarantine(store, recovery) if is_ours else recovery
             _log.warning("%s", recovery.message())
-        _log.info("restored %s", recovery.checkpoint.path)
+        _log.info("restored %s", good.path)
         owned = store.listed_by_state()
         store.adopt(owned)
         _tell_saver(saver, [(str(one.path), one.time) for one in owned])
         return True
+
+    def _quarantine(self, store: CheckpointStore, recovery: Recovery) -> Recovery:
+        with self._hold() as may_move:
+            if not may_move:
+                return recovery
+            present = {(one.root, one.name) for one in store.candidates()}
+            damaged = [
+                # What is only named by the state file is not there to be moved.
+                store.quarantine(one.checkpoint, one.reason)
+                if (one.checkpoint.root, one.checkpoint.name) in present
+                else one
+                for one in recovery.damaged
+            ]
+            if recovery.checkpoint is not None:
+                store.point_to(recovery.checkpoint)
+        return Recovery(recovery.checkpoint, tuple(damaged))
+
+    def _start_over(self, store: CheckpointStore, error: NoGoodCheckpointError) -> None:
+        with self._hold() as may_move:
+            if not may_move:
+                raise error
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            with contextlib.suppress(FileNotFoundError):
+                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
+                files.make_dirs(store.root / QUARANTINE)
+                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
+        _log.warning("starting over, as asked for: %s", error)
 
     def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
         """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""
@@ -130,7 +158,9 @@ class Restorer:
             return False
         for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
             for place in (path, os.path.join(directory, os.path.basename(path))):
-                if tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
+                # A saver of the program's own knows itself which files it needs.
+                is_own = place == path and not isinstance(saver, _v1.train.Saver)
+                if is_own or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
                     self.restore_file(session, saver, place)
                     _log.info("restored %s", place)
                     _tell_saver(saver, [(one, 0.0) for one in state.all_model_checkpoint_paths])
@@ -148,8 +178,11 @@ def _basenames(directory: str) -> list[str]:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    present = {_without_step(name[: -len(ENTRY_SUFFIX)]) for name in names if name.endswith(ENTRY_SUFFIX)}
-    found.update(dict.fromkeys(sorted(present, key=lambda name: (name != "model.ckpt", name))))
+    entries = [name[: -len(ENTRY_SUFFIX)] for name in names if name.endswith(ENTRY_SUFFIX)]
+    # Without a step it may be any model that somebody has put there.
+    numbered = {_without_step(name) for name in entries if _without_step(name) != name}
+    usual = {name for name in entries if name == "model.ckpt"}
+    found.update(dict.fromkeys(sorted(numbered | usual, key=lambda name: (name != "model.ckpt", name))))
     return [name for name in found if name and not name.startswith(".")]
 
 
@@ -164,6 +197,26 @@ def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
         saver.set_last_checkpoints_with_time(kept)
     elif hasattr(saver, "recover_last_checkpoints"):
         saver.recover_last_checkpoints([path for path, _ in kept])
+
+
+def _damage(path: str) -> Exception | None:
+    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
+
+    ``None`` if each tensor can be read: what failed was then not the checkpoint.
+    """
+    try:
+        reader = _v1.train.NewCheckpointReader(path)
+        types = reader.get_variable_to_dtype_map()
+    except Exception as error:  # noqa: BLE001 - the reader raises whatever it likes for an index that is not one
+        return error
+    for name, dtype in types.items():
+        if dtype == tf.variant:
+            continue  # No array can hold it, so this reader cannot prove it.
+        try:
+            reader.get_tensor(name)
+        except Exception as error:  # noqa: BLE001 - as above
+            return error
+    return None
 
 
 def _cause(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -25,18 +26,21 @@ class Session(tf.compat.v1.Session):
         self.is_local = not target
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
-        self._before_save: Callable[[str, Any], None] | None = None
+        self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
         super().__init__(target, graph=graph, config=config)
 
     def watch(
-        self, boundary: Boundary, before_close: Callable[[], None], before_save: Callable[[str, Any], None]
+        self,
+        boundary: Boundary,
+        before_close: Callable[[], None],
+        around_save: Callable[[str, Any], AbstractContextManager[None]],
     ) -> None:
         """Mark the steps in ``boundary``.
 
-        ``before_close()`` is called when the program closes the session itself, and ``before_save(fetches, feeds)``
-        before each run that is asked for by a name: that is how a Saver runs its save operation.
+        ``before_close()`` is called when the program closes the session itself, and each run that is asked for by a
+        name is done inside ``around_save(name, feeds)``: that is how a Saver runs its operations.
         """
-        self._before_save = before_save
+        self._around_save = around_save
         self._boundary = boundary
         self._before_close = before_close
 
@@ -44,7 +48,7 @@ class Session(tf.compat.v1.Session):
         """Be TensorFlow's session and nothing more again."""
         self._boundary = None
         self._before_close = None
-        self._before_save = None
+        self._around_save = None
 
     @property
     def boundary(self) -> Boundary | None:
@@ -56,8 +60,12 @@ class Session(tf.compat.v1.Session):
         boundary = self._boundary
         if boundary is None:
             return super().run(fetches, feed_dict, options, run_metadata)
-        if type(fetches) is str and (before_save := self._before_save) is not None:
-            before_save(fetches, feed_dict)
+        if type(fetches) is str and (around_save := self._around_save) is not None:
+            with around_save(fetches, feed_dict):
+                return self._run_marked(boundary, fetches, feed_dict, options, run_metadata)
+        return self._run_marked(boundary, fetches, feed_dict, options, run_metadata)
+
+    def _run_marked(self, boundary: Boundary, fetches: Any, feed_dict: Any, options: Any, run_metadata: Any) -> Any:
         if not boundary.is_step(fetches):
             boundary.pass_by(fetches)
             return super().run(fetches, feed_dict, options, run_metadata)
@@ -66,6 +74,10 @@ class Session(tf.compat.v1.Session):
             return super().run(fetches, feed_dict, options, run_metadata)
         finally:
             boundary.leave()
+
+    def read(self, fetches: Any) -> Any:
+        """Run ``fetches``, which change nothing, whatever the boundary says: for those who hold it."""
+        return super().run(fetches)
 
     def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
         """Continue a partial run. The boundary may fall between two parts of one."""

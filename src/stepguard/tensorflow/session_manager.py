@@ -13,6 +13,8 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import ModelNotReadyError
+from stepguard.tensorflow import peers
+from stepguard.tensorflow.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.restore import Restorer
 from stepguard.tensorflow.session import Session
 
@@ -24,6 +26,10 @@ _v1 = tf.compat.v1
 _FIRST_WAIT_SECS = 0.05
 _WAIT_GROWTH = 1.5
 _LONGEST_WAIT_SECS = 1.0
+
+PEER_TIMEOUT_SECS = 60.0
+# A server that was lost while somebody waits for the model is waited for like the model itself.
+_LOST_WHILE_WAITING = (tf.errors.AbortedError, tf.errors.UnavailableError)
 
 
 class SessionManager:
@@ -40,6 +46,9 @@ class SessionManager:
         local_init_feed_dict: feeds for running ``local_init_op``.
         restorer: how a checkpoint directory is searched and restored. Keyword only.
         wait_for_stop: ``wait_for_stop(timeout_secs)`` ends a wait when it returns true. Keyword only.
+        peer_timeout_secs: how long a task that the graph needs may be silent, in seconds, before a session on a remote
+            master counts as lost; ``None`` waits for ever. Keyword only.
+        on_lost: called with the error of a session that is lost, by a thread of its own. Keyword only.
 
     Raises:
         ValueError: ``ready_for_local_init_op`` without ``local_init_op``.
@@ -57,6 +66,8 @@ class SessionManager:
         *,
         restorer: Restorer | None = None,
         wait_for_stop: Callable[[float], bool] | None = None,
+        peer_timeout_secs: float | None = PEER_TIMEOUT_SECS,
+        on_lost: Callable[[BaseException], object] | None = None,
     ) -> None:
         if ready_for_local_init_op is not None and local_init_op is None:
             raise ValueError(
@@ -72,6 +83,8 @@ class SessionManager:
         self._local_init_feed_dict = local_init_feed_dict
         self._restorer = Restorer() if restorer is None else restorer
         self._wait_for_stop = threading.Event().wait if wait_for_stop is None else wait_for_stop
+        self._peer_timeout_secs = peer_timeout_secs
+        self._on_lost = on_lost
 
     def prepare_session(
         self,
@@ -107,7 +120,7 @@ class SessionManager:
         except BaseException:
             _close(session)
             raise
-        return session
+        return _prepared(session)
 
     def recover_session(
         self,
@@ -130,7 +143,7 @@ class SessionManager:
         try:
             problem = self._run_local_init(session)
             if not is_recovered:
-                return session, False
+                return _prepared(session), False
             problem = problem or self._not_ready(session, self._ready_op)
         except BaseException:
             _close(session)
@@ -138,8 +151,8 @@ class SessionManager:
         source = checkpoint_dir or checkpoint_filename_with_path
         if problem is not None:
             _log.warning("restoring from %s did not make the model ready: %s", source, problem)
-            return session, False
-        return session, True
+            return _prepared(session), False
+        return _prepared(session), True
 
     def wait_for_session(self, master: str, config: Any = None, max_wait_secs: float | None = math.inf) -> Session:
         """A session, once another process has made the model ready.
@@ -149,30 +162,64 @@ class SessionManager:
         Raises:
             tf.errors.DeadlineExceededError: the model was not ready in time; the message says what is missing.
         """
-        began = time.monotonic()
         waits = _Waits(self._recovery_wait_secs, max_wait_secs)
         while True:
-            session = Session(master, graph=self._graph, config=config)
+            session = self._open(master, config, waits)
             try:
-                problem = self._run_local_init(session) or self._not_ready(session, self._ready_op)
+                problem = self._is_ready_problem(session)
             except BaseException:
                 _close(session)
                 raise
             if problem is None:
-                return session
+                self._contacted(session)
+                return _prepared(session)
             _close(session)
             wait_secs = waits.next()
             if wait_secs is None:
-                raise tf.errors.DeadlineExceededError(
-                    None,
-                    None,
-                    f"the model on {master or 'this process'!r} was not ready after {time.monotonic() - began:.1f} s "
-                    f"(max_wait_secs={max_wait_secs}): {problem}. It waits for the chief to initialise or restore it: "
-                    f"is the chief running, with the same graph?",
+                raise waits.timeout(
+                    f"the model on {_shown(master)}",
+                    f"{problem}. It waits for the chief to initialise or restore it: is the chief running, with the "
+                    "same graph?",
                 )
             _log.info("waiting for the chief to make the model ready: %s", problem)
             if self._wait_for_stop(wait_secs):
                 raise tf.errors.CancelledError(None, None, f"a stop was requested while waiting: {problem}")
+
+    def _open(self, master: str, config: Any, waits: _Waits) -> Session:
+        """A session that gives up what it waits for when a stop is requested, or when the time is over."""
+        session = open_session(master, graph=self._graph, config=config)
+
+        def give_up() -> BaseException | None:
+            if self._wait_for_stop(0):
+                return tf.errors.CancelledError(None, None, f"a stop was requested while waiting for {_shown(master)}")
+            if waits.are_over:
+                needed = ", ".join(peers.tasks_of(self._graph))
+                return waits.timeout(_shown(master), f"no answer from {needed or 'its servers'}: are they all running?")
+            return None
+
+        if isinstance(session, RemoteSession):
+            session.give_up = give_up
+        return session
+
+    def _contacted(self, session: Session) -> None:
+        """All servers have answered: from here on a silent one is noticed, and work may take its time until a stop."""
+        if isinstance(session, RemoteSession):
+            session.watch_peers(self._peer_timeout_secs, self._on_lost)
+            session.give_up = self._stopped
+
+    def _stopped(self) -> BaseException | None:
+        if self._wait_for_stop(0):
+            return tf.errors.CancelledError(None, None, "a stop was requested while the model was made ready")
+        return None
+
+    def _is_ready_problem(self, session: Session) -> str | None:
+        """What a worker has to wait for; a server that was lost meanwhile comes back as one without a model."""
+        try:
+            return self._run_local_init(session) or self._not_ready(session, self._ready_op)
+        except _LOST_WHILE_WAITING as error:
+            if not isinstance(session, RemoteSession):
+                raise
+            return f"{type(error).__name__}: {error.message.strip().splitlines()[0]}"
 
     def _recover(
         self,
@@ -189,11 +236,15 @@ class SessionManager:
                 "expected either checkpoint_dir or checkpoint_filename_with_path, found both: "
                 f"{checkpoint_dir!r} and {checkpoint_file!r}"
             )
-        session = Session(master, graph=self._graph, config=config)
+        waits = _Waits(self._recovery_wait_secs, max_wait_secs)
+        session = self._open(master, config, waits)
         try:
             if master and self._lives(session):
                 _log.info("the model on %s is initialised: going on with it", master)
+                self._contacted(session)
                 return session, True
+            self._contacted(session)
+            waits.begin_again()
             if not saver:
                 return session, False
             if checkpoint_file:
@@ -201,7 +252,6 @@ class SessionManager:
                 return session, True
             if not checkpoint_dir:
                 return session, False
-            waits = _Waits(self._recovery_wait_secs, max_wait_secs)
             while not self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir)):
                 wait_secs = waits.next() if wait_for_checkpoint else None
                 if wait_secs is None:
@@ -280,17 +330,45 @@ class _Waits:
 
     def __init__(self, longest_secs: float, max_wait_secs: float | None) -> None:
         self._longest_secs = min(longest_secs, _LONGEST_WAIT_SECS)
+        self._max_wait_secs = math.inf if max_wait_secs is None else max_wait_secs
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Start the time and the quick checks anew: what is waited for now is another thing."""
         self._next_secs = min(_FIRST_WAIT_SECS, self._longest_secs)
-        self._deadline = time.monotonic() + (math.inf if max_wait_secs is None else max_wait_secs)
+        self._began = time.monotonic()
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self._began + self._max_wait_secs
+
+    def timeout(self, what: str, problem: str) -> BaseException:
+        """The error of a wait that has taken too long."""
+        return peers.ModelWaitTimeoutError(
+            f"{what} was not ready after {time.monotonic() - self._began:.1f} s (max_wait_secs="
+            f"{self._max_wait_secs:g}): {problem}"
+        )
 
     def next(self) -> float | None:
         """Seconds to wait now; ``None`` when the time is over."""
-        remaining = self._deadline - time.monotonic()
+        remaining = self._began + self._max_wait_secs - time.monotonic()
         if remaining <= 0:
             return None
         wait_secs = min(self._next_secs, remaining)
         self._next_secs = min(self._next_secs * _WAIT_GROWTH, self._longest_secs)
         return wait_secs
+
+
+def _prepared(session: Session) -> Session:
+    """The session as the program gets it: from here on its runs take as long as they take."""
+    if isinstance(session, RemoteSession):
+        session.give_up = None
+    return session
+
+
+def _shown(master: str) -> str:
+    return repr(master or "this process")
 
 
 def _close(session: Session) -> None:

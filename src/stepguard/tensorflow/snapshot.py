@@ -14,6 +14,9 @@ from stepguard.tensorflow.bundle import BundleTensor
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
+# A master that is another process answers in one message, and protocol buffers end at 2 GiB.
+_LARGEST_MESSAGE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSnapshot:
@@ -53,6 +56,8 @@ class SavePlan:
     encoded: frozenset[int]
     copied: frozenset[int]
     shards: tuple[int, ...]
+    is_central: bool = True
+    """Whether the save operation brings all tensors to one place, and one message may carry them."""
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
         """Fetch everything in one run. ``run`` is a ``Session.run`` that is not held up by the boundary."""
@@ -96,7 +101,8 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
     encoded: set[int] = set()
     copied: set[int] = set()
     shards: list[int] = []
-    for shard, operation in enumerate(save_operations(saved)):
+    operations = save_operations(saved)
+    for shard, operation in enumerate(operations):
         _, names_tensor, slices_tensor, *tensors = operation.inputs
         operation_names = tf.get_static_value(names_tensor)
         operation_slices = tf.get_static_value(slices_tensor)
@@ -118,7 +124,21 @@ def plan(saver: Any, graph: Any) -> SavePlan | None:
             shards.append(shard)
     if not fetches:
         return None
-    return SavePlan(tuple(names), tuple(slices), tuple(fetches), frozenset(encoded), frozenset(copied), tuple(shards))
+    is_central = all(tf.DeviceSpec.from_string(operation.device or "").job is None for operation in operations)
+    is_central = is_central and sum(map(_static_bytes, fetches)) <= _LARGEST_MESSAGE_BYTES
+    return SavePlan(
+        tuple(names),
+        tuple(slices),
+        tuple(fetches),
+        frozenset(encoded),
+        frozenset(copied),
+        tuple(shards),
+        is_central,
+    )
+
+
+def _static_bytes(tensor: Any) -> int:
+    return (tensor.shape.num_elements() or 0) * int(tensor.dtype.base_dtype.size)
 
 
 def save_operations(saved: Any) -> list[Any]:

@@ -18,8 +18,9 @@ from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
+from stepguard.tensorflow.remote_session import RemoteSession
 from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
-from stepguard.tensorflow.session_manager import SessionManager
+from stepguard.tensorflow.session_manager import PEER_TIMEOUT_SECS, SessionManager
 from stepguard.tensorflow.snapshot import as_step, plan
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Supervisor(CoreSupervisor[Any]):
             and an end by that signal; a handler of the program's own is left alone in any case.
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, since it throws the run away.
+        peer_timeout_secs: how long a server that the graph needs may be silent, in seconds, before the session counts
+            as lost and its runs raise UnavailableError; ``None`` waits for ever. For remote masters.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -99,6 +102,7 @@ class Supervisor(CoreSupervisor[Any]):
         max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
         stop_on_sigterm: bool = True,
         start_over_when_all_damaged: bool = False,
+        peer_timeout_secs: float | None = PEER_TIMEOUT_SECS,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -108,6 +112,7 @@ class Supervisor(CoreSupervisor[Any]):
             )
         graph = _v1.get_default_graph() if graph is None else graph
         arguments.check(
+            is_chief=bool(is_chief),
             graph=graph,
             ready_op=ready_op,
             ready_for_local_init_op=ready_for_local_init_op,
@@ -129,6 +134,7 @@ class Supervisor(CoreSupervisor[Any]):
             local_init_run_options=local_init_run_options,
             save_model_steps=save_model_steps,
             max_unprotected_secs=max_unprotected_secs,
+            peer_timeout_secs=peer_timeout_secs,
         )
         model = defaults.resolve(
             graph,
@@ -167,8 +173,14 @@ class Supervisor(CoreSupervisor[Any]):
                 graph=graph,
                 recovery_wait_secs=recovery_wait_secs,
                 local_init_run_options=local_init_run_options,
-                restorer=Restorer(store, start_over_when_all_damaged=start_over_when_all_damaged),
+                restorer=Restorer(
+                    store,
+                    hold=self._holding_logdir,
+                    start_over_when_all_damaged=start_over_when_all_damaged,
+                ),
                 wait_for_stop=coord.wait_for_stop,
+                peer_timeout_secs=peer_timeout_secs,
+                on_lost=self._report,
             )
         self._session_manager = session_manager
         events = None if writer is None else TensorFlowEvents(writer)
@@ -182,7 +194,7 @@ class Supervisor(CoreSupervisor[Any]):
             logdir=logdir,
             save_path=self._save_path,
             init_fn=init_fn,
-            uncommit=self._uncommit,
+            program_saves=self._program_saves,
         )
         super().__init__(
             self._tensorflow,
@@ -344,6 +356,8 @@ class Supervisor(CoreSupervisor[Any]):
             )
         if queue_runners is None:
             queue_runners = self._model.graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
+        if isinstance(sess, RemoteSession):
+            sess = sess.for_queue_runners(self._coord.should_stop)
         threads: list[threading.Thread] = []
         for runner in queue_runners:
             threads.extend(runner.create_threads(sess, coord=self._coord, daemon=True, start=True))

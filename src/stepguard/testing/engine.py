@@ -168,6 +168,9 @@ class FakeEngine:
         """Each step changes the state."""
         return session.step
 
+    def settle(self, session: FakeSession, timeout_secs: float) -> None:
+        """Nobody else trains this model."""
+
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:

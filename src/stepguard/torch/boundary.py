@@ -85,7 +85,7 @@ class Boundary:
 
     @contextmanager
     def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """A block in which no step runs; the one that runs now has ``patience_secs`` to end.
+        """A block in which no step runs; the one that runs now has at most ``patience_secs`` to end.
 
         Raises:
             NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
@@ -98,7 +98,9 @@ class Boundary:
                 self._give_back()
 
     def _take(self, what: str, patience_secs: float | None) -> None:
-        patience = max(_PATIENCE_SECS, 3 * self._longest_secs) if patience_secs is None else patience_secs
+        patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
+        if patience_secs is not None:
+            patience = min(patience, patience_secs)
         self._turn = threading.Event()
         if not self._lock.acquire(timeout=patience):
             began = self._began

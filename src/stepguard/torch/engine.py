@@ -166,6 +166,9 @@ class TorchEngine:
         """The number of steps done in this session."""
         return session.boundary.steps
 
+    def settle(self, session: Session, timeout_secs: float) -> None:
+        """Nothing: the processes meet at each boundary, and so at the last."""
+
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""

@@ -1,0 +1,78 @@
+"""The tasks of a cluster that one graph needs, and the masters that a session can be opened on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import tensorflow as tf
+
+_v1 = tf.compat.v1
+
+LOCAL = "local"
+
+# What a run raises when a server that it needs was lost: it died, was started again, or was cut off. A call that was
+# cancelled or took too long is what remains of a run whose server is gone.
+LOST_PEER_TYPES = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+
+_local_server: Any = None
+_local_server_guard = threading.Lock()
+
+
+class ModelWaitTimeoutError(tf.errors.DeadlineExceededError):
+    """The model, or the servers that hold it, were not ready in ``max_wait_secs``: nobody is lost, nobody came."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, None, message)
+
+
+def tasks_of(graph: Any) -> tuple[str, ...]:
+    """The tasks that the operations of ``graph`` name, as ``/job:ps/task:0``, or ``/job:ps`` where any will do."""
+    found = set()
+    for device in {operation.device for operation in graph.get_operations()}:
+        spec = tf.DeviceSpec.from_string(device or "")
+        if spec.job is not None:
+            found.add(f"/job:{spec.job}" + ("" if spec.task is None else f"/task:{spec.task}"))
+    return tuple(sorted(found))
+
+
+def narrowed(config: Any, graph: Any) -> Any:
+    """``config`` with device filters for the tasks that ``graph`` needs, unless the program has chosen its own.
+
+    Without them a session waits for every server of the cluster, so that a task that comes back stands still until
+    the last of the others is there too, even one that it has nothing to do with.
+    """
+    if config is not None and not isinstance(config, _v1.ConfigProto):
+        # The session itself says best what is wrong with it.
+        return config
+    tasks = tasks_of(graph)
+    if not tasks or (config is not None and config.device_filters):
+        return config
+    narrow = _v1.ConfigProto()
+    if config is not None:
+        narrow.CopyFrom(config)
+    narrow.device_filters.extend(tasks)
+    return narrow
+
+
+def local_master() -> str:
+    """The address of this process's own server, which is started when it is first asked for."""
+    global _local_server  # noqa: PLW0603 - one server for the process: TensorFlow cannot stop one
+    with _local_server_guard:
+        if _local_server is None:
+            _local_server = tf.distribute.Server.create_local_server()
+        return str(_local_server.target)
+
+
+def isolated(config: Any) -> Any:
+    """``config`` with variables that belong to one session alone, as they do in a session without a server."""
+    alone = _v1.ConfigProto()
+    if config is not None:
+        alone.CopyFrom(config)
+    alone.isolate_session_state = True
+    return alone

@@ -1,0 +1,61 @@
+"""The end of a run: nobody is stranded, nobody hangs, and the chief saves the last step."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+def test_a_chief_that_finishes_first_leaves_the_workers_to_finish(cluster):
+    cluster.serve()
+    chief = cluster.train(0, steps=100)
+    worker = cluster.train(1, steps=500)
+    assert chief.join() == 0, chief.story()
+    assert cluster.saved_steps()[-1] >= 100
+    assert worker.join() == 0, worker.story()
+    assert worker.step >= 500
+    assert not worker.reports("lost")
+
+
+def test_workers_that_finish_first_leave_the_chief_to_save_the_last_step(cluster):
+    cluster.serve()
+    chief = cluster.train(0, steps=400, supervisor={"save_model_secs": 600})
+    worker = cluster.train(1, steps=100)
+    assert worker.join() == 0, worker.story()
+    assert chief.join() == 0, chief.story()
+    assert cluster.saved_steps()[-1] == chief.step >= 400
+    reader = tf.train.load_checkpoint(str(cluster.logdir))
+    assert reader.get_tensor("global_step") == chief.step
+    assert set(reader.get_tensor("w0")) == {float(chief.step)}
+
+
+def test_the_last_steps_of_the_workers_are_in_the_last_checkpoint(cluster):
+    """They all stop at the same step: the chief waits a moment for those that are still under way."""
+    cluster.serve()
+    chief = cluster.train(0, steps=300, supervisor={"save_model_secs": 600})
+    worker = cluster.train(1, steps=300, step_secs=0.02)
+    for task in (chief, worker):
+        assert task.join() == 0, task.story()
+    assert cluster.saved_steps()[-1] == max(chief.step, worker.step)
+
+
+def test_a_task_ends_in_time_when_its_server_died_for_good(cluster):
+    cluster.serve()
+    chief = cluster.train(0, retry=False)
+    worker = cluster.train(1, retry=False)
+    worker.wait_for_step(50)
+    cluster.ps[0].kill()
+    for task in (chief, worker):
+        assert task.join(15) == 1, task.story()
+        assert task.reports("failed")[0]["type"] in ("UnavailableError", "AbortedError")
+
+
+def test_a_task_ends_in_time_when_its_server_is_silent_for_good(cluster):
+    cluster.serve()
+    bound = {"peer_timeout_secs": 1}
+    chief = cluster.train(0, retry=False, supervisor=bound)
+    worker = cluster.train(1, retry=False, supervisor=bound)
+    worker.wait_for_step(50)
+    cluster.ps[0].freeze()
+    for task in (chief, worker):
+        assert task.join(15) == 1, task.story()
+        assert task.reports("failed")[0]["type"] == "UnavailableError"

@@ -1,0 +1,251 @@
+"""What programs do that a supervisor must bear: savers, evaluators and steps that are not its own, slow input."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from graphs import committed, counting_step, wait_until
+
+from stepguard.errors import StopRequested
+from stepguard.store import CheckpointStore
+from stepguard.tensorflow import SessionManager, Supervisor
+from stepguard.tensorflow import engine as engine_module
+
+v1 = tf.compat.v1
+
+
+def train(logdir: Path, steps: int, **options: Any) -> int:
+    """A run of so many steps in a graph of its own; the step that it began at."""
+    with tf.Graph().as_default():
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(logdir), save_summaries_secs=0, **{"save_model_secs": 3600, **options})
+        with supervisor.managed_session() as session:
+            began = int(session.run(v1.train.get_global_step()))
+            for _ in range(steps):
+                session.run(step)
+    return began
+
+
+class TestLongSteps:
+    def test_one_at_the_time_of_a_summary_does_not_end_the_run(self, graph, tmp_path, monkeypatch):
+        monkeypatch.setattr(engine_module, "_SUMMARY_PATIENCE_SECS", 0.05)
+        step = counting_step()
+        queue = v1.FIFOQueue(1, tf.float32, shapes=[()])
+        w = v1.global_variables()[0]
+        train_on_input, put = w.assign_add(tf.fill([2], queue.dequeue())), queue.enqueue(1.0)
+        v1.summary.scalar("w", w[0])
+        written = threading.Event()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_summaries_secs=0.05)
+        write = supervisor._tensorflow_events.summary
+        supervisor._tensorflow_events.summary = lambda *summary: (write(*summary), written.set())
+
+        with ThreadPoolExecutor(1) as pool, supervisor.managed_session() as session:
+            session.run(step)
+            training = pool.submit(session.run, train_on_input)
+            wait_until(lambda: session.boundary._running, "the step")
+            written.clear()
+            wait_until(written.is_set, "a summary while the step goes on")
+            assert not supervisor.should_stop()
+            session.run(put)
+            training.result(20)
+
+
+class TestStepsOfOthers:
+    def test_on_a_shared_server_make_a_checkpoint_due(self, graph, tmp_path):
+        step = counting_step()
+        server = v1.train.Server.create_local_server()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0.05)
+        with supervisor.managed_session(server.target), v1.Session(server.target, graph=graph) as other:
+            wait_until(lambda: committed(tmp_path) == [0], "the first checkpoint")
+            for _ in range(3):
+                other.run(step)
+            wait_until(lambda: committed(tmp_path)[-1] == 3, "a checkpoint of the other's steps")
+
+
+class TestSaversOfTheProgramsOwn:
+    def test_may_name_their_files_as_they_like(self, graph, tmp_path):
+        class Npz:
+            saver_def = None
+
+            def __init__(self) -> None:
+                self.restored: list[str] = []
+
+            def save(self, session: Any, path: str, global_step: Any = None) -> str:
+                prefix = f"{path}-{session.run(global_step)}"
+                np.savez(f"{prefix}.tar.npz", w=session.run("w:0"))
+                v1.train.update_checkpoint_state(os.path.dirname(path), prefix)
+                return prefix
+
+            def restore(self, session: Any, path: str) -> None:
+                self.restored.append(path)
+                session.run(v1.global_variables_initializer())
+
+        saver, step = Npz(), counting_step()
+        initializer = v1.global_variables_initializer()
+        saver.restore = lambda session, path: (saver.restored.append(path), session.run(initializer))
+        for _ in range(2):
+            supervisor = Supervisor(logdir=str(tmp_path), saver=saver, init_op=initializer, save_summaries_secs=0)
+            with supervisor.managed_session() as session:
+                session.run(step)
+            graph._unsafe_unfinalize()
+
+        assert saver.restored == [str(tmp_path / "model.ckpt-1")]
+
+    def test_that_write_over_a_committed_step_leave_a_good_checkpoint(self, graph, tmp_path, caplog):
+        step, own = counting_step(), v1.train.Saver()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_model_steps=1)
+        with supervisor.managed_session() as session:
+            session.run(step)
+            wait_until(lambda: committed(tmp_path) == [1], "the checkpoint")
+            own.save(session, supervisor.save_path, global_step=v1.train.get_global_step())
+
+        assert train(tmp_path, 0) == 1
+        assert "damaged" not in caplog.text
+
+
+class TestGoingBack:
+    def test_to_an_older_step_is_where_the_next_run_goes_on(self, tmp_path):
+        train(tmp_path, 5)
+        train(tmp_path, 5)
+        with tf.Graph().as_default():
+            step = counting_step()
+            supervisor = Supervisor(logdir=str(tmp_path), save_summaries_secs=0)
+            with supervisor.managed_session() as session:
+                supervisor.saver.restore(session, str(tmp_path / "model.ckpt-5"))
+                session.run(step)
+
+        assert train(tmp_path, 0) == 6
+
+
+class TestEvaluators:
+    def test_move_nothing_while_the_chief_lives(self, tmp_path, caplog):
+        train(tmp_path, 1)
+        train(tmp_path, 1)
+        damaged = tmp_path / "model.ckpt-2.data-00000-of-00001"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+
+        def chief(held: Any, done: Any) -> None:
+            with CheckpointStore(tmp_path).acquire():
+                held.set()
+                done.wait(20)
+
+        context = multiprocessing.get_context("fork")
+        hold = context.Event(), context.Event()
+        process = context.Process(target=chief, args=hold)
+        process.start()
+        try:
+            assert hold[0].wait(20)
+            assert train(tmp_path, 0, save_model_secs=0) == 1
+        finally:
+            hold[1].set()
+            process.join(20)
+
+        assert damaged.exists()
+        assert train(tmp_path, 0, save_model_secs=0) == 1
+        assert not damaged.exists()
+        assert (tmp_path / "quarantine" / "model.ckpt-2").is_dir()
+
+    def test_services_that_are_started_by_hand_make_a_chief(self, graph, tmp_path):
+        counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), save_summaries_secs=0)
+        with supervisor.managed_session(start_standard_services=False) as session:
+            assert supervisor._hold is None
+            supervisor.start_standard_services(session)
+            assert supervisor._hold is not None
+
+
+class TestErrorsOfTheProgram:
+    def test_are_no_damage_of_a_checkpoint(self, tmp_path):
+        with tf.Graph().as_default():
+            step = counting_step()
+            with v1.Session() as session:
+                session.run(v1.global_variables_initializer())
+                session.run(step)
+                v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=1)
+        with tf.Graph().as_default(), tf.device("/gpu:7"):
+            counting_step()
+            supervisor = Supervisor(logdir=str(tmp_path), start_over_when_all_damaged=True)
+            with pytest.raises(tf.errors.InvalidArgumentError, match="device"), supervisor.managed_session():
+                pass
+
+        assert train(tmp_path, 0) == 1
+
+
+class TestStopping:
+    def test_at_a_boundary_in_a_thread_of_the_programs_own_is_a_clean_end(self, graph, tmp_path):
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=3600)
+
+        def work(session: Any) -> None:
+            with contextlib.suppress(StopRequested), supervisor.stop_on_exception():
+                while True:
+                    session.run(step)
+
+        with supervisor.managed_session() as session:
+            thread = threading.Thread(target=work, args=(session,))
+            supervisor.coord.register_thread(thread)
+            thread.start()
+            wait_until(lambda: session.boundary.steps > 3, "some steps")
+            supervisor._engine.stop_at_boundary(session)
+            thread.join(20)
+
+        assert committed(tmp_path)[-1] > 3
+
+    def test_reaches_a_loop_of_the_main_thread_that_only_reads(self, graph, tmp_path):
+        counting_step()
+        value = v1.global_variables()[0].read_value()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0)
+        with supervisor.managed_session() as session:
+            supervisor._engine.stop_at_boundary(session)
+            with pytest.raises(StopRequested):
+                session.run(value)
+
+    def test_with_no_grace_at_all_still_saves_the_last_step(self, tmp_path):
+        train(tmp_path, 3, stop_grace_secs=0)
+        assert committed(tmp_path)[-1] == 3
+
+    def test_may_be_waited_for_without_limit(self, tmp_path):
+        train(tmp_path, 3, stop_grace_secs=float("inf"))
+        assert committed(tmp_path)[-1] == 3
+
+
+class TestNames:
+    def test_a_session_manager_alone_takes_no_model_that_somebody_has_put_there(self, graph, tmp_path):
+        counting_step()
+        with v1.Session() as session:
+            session.run(v1.global_variables_initializer())
+            v1.train.Saver().save(session, str(tmp_path / "pretrained"), write_state=False)
+        manager = SessionManager()
+        session, restored = manager.recover_session("", saver=v1.train.Saver(), checkpoint_dir=str(tmp_path))
+        session.close()
+
+        assert not restored
+
+    def test_a_string_may_end_in_zero_bytes(self, graph, tmp_path):
+        name = v1.get_variable("name", initializer=b"ab\0\0")
+        rename = name.assign(b"cd\0\0")
+        with Supervisor(logdir=str(tmp_path)).managed_session() as session:
+            session.run(rename)
+
+        reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
+        assert reader.get_tensor("name") == b"cd\0\0"
+
+
+def test_the_files_of_a_run_that_are_gone_are_missed(tmp_path, caplog):
+    train(tmp_path, 2)
+    for path in tmp_path.glob("model.ckpt*"):
+        path.unlink()
+    from stepguard.errors import NoGoodCheckpointError
+
+    with caplog.at_level(logging.WARNING), pytest.raises(NoGoodCheckpointError, match="there is no file of it"):
+        train(tmp_path, 0)
