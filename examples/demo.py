@@ -1,6 +1,7 @@
 """Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept.
 
-This program only starts, kills and watches ``single_program.py``, in a process of its own, as you would.
+This program only starts, kills and watches the training program, in a process of its own, as you would:
+``single_program.py``, or with ``--engine=torch`` ``torch/digits.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAM = Path(__file__).with_name("single_program.py")
+PROGRAMS = {
+    "tensorflow": Path(__file__).with_name("single_program.py"),
+    "torch": Path(__file__).with_name("torch") / "digits.py",
+}
 ENOUGH_ACCURACY = 0.95
 
 
@@ -24,13 +28,14 @@ def main() -> None:
     parser.add_argument(
         "--logdir", type=Path, default=Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), help="default: %(default)s"
     )
+    parser.add_argument("--engine", choices=sorted(PROGRAMS), default="tensorflow", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     args = parser.parse_args()
     if args.logdir.exists():
         sys.exit(f"{args.logdir} exists: the demo starts from nothing; give it a --logdir of its own")
 
-    command = [sys.executable, str(PROGRAM), f"--logdir={args.logdir}"]
+    command = [sys.executable, str(PROGRAMS[args.engine]), f"--logdir={args.logdir}"]
     command += [f"--steps={args.steps}", f"--batch-size={args.batch_size}"]
 
     print("A classifier learns handwritten digits under Stepguard. Half-way it is killed.\n")

@@ -16,13 +16,14 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("programs", "programs_fake", "programs_tensorflow")
+pytest.register_assert_rewrite("programs", "programs_fake", "programs_tensorflow", "programs_torch")
 
 from programs import EngineUnderTest, Gate, wait_until  # noqa: E402
 
 ENGINES = {
     "fake": ("programs_fake", "FakeUnderTest"),
     "tensorflow": ("programs_tensorflow", "TensorFlowUnderTest"),
+    "torch": ("programs_torch", "TorchUnderTest"),
 }
 
 _ready: dict[str, EngineUnderTest] = {}

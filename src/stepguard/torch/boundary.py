@@ -1,0 +1,126 @@
+"""Where one training step ends and the next has not begun."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stepguard.errors import NoBoundaryError, StopRequested
+
+# How long a boundary may be waited for, if steps are not longer than that themselves.
+_PATIENCE_SECS = 5.0
+
+
+class Boundary:
+    """Lets one step run at a time, and a service in between two of them.
+
+    A step calls :meth:`enter` and :meth:`leave` in one thread; a service holds the boundary in :meth:`hold`.
+    """
+
+    def __init__(self) -> None:
+        # Taken while a step runs, and while the boundary is held.
+        self._lock = threading.Lock()
+        # The lock is not fair: a loop that gives it back and takes it again would never let a service in. A service
+        # that waits is here, and the next step waits until it has had its turn.
+        self._turn: threading.Event | None = None
+        self._holding = threading.Lock()
+        self._stepping: int | None = None
+        self._began = 0.0
+        self._longest_secs = 0.0
+        self._on_due: Callable[[], int] | None = None
+        self._due_at = -1
+        self._is_torn = False
+        self.steps = 0
+        # Set once, by any thread: no step begins after it.
+        self.must_stop = False
+
+    def enter(self) -> None:
+        """A step begins in this thread: wait while a service holds the boundary."""
+        turn = self._turn
+        if turn is not None:
+            turn.wait()
+        self._lock.acquire()
+        self._stepping = threading.get_ident()
+        self._began = time.monotonic()
+
+    def check_stop(self) -> None:
+        """Raise StopRequested if no further step may begin."""
+        if self.must_stop:
+            raise StopRequested("stopped before the next step: SIGTERM was received")
+
+    def leave(self, *, is_done: bool = True) -> None:
+        """The step of this thread has ended; ``is_done`` says whether it is to be counted."""
+        if self._stepping != threading.get_ident():
+            return
+        if is_done:
+            self.steps += 1
+        lasted = time.monotonic() - self._began
+        if lasted > self._longest_secs:
+            self._longest_secs = lasted
+        self._stepping = None
+        self._lock.release()
+        if is_done and self.steps == self._due_at and self._on_due is not None:
+            self._due_at = self.steps + max(1, self._on_due())
+
+    def leave_torn(self) -> None:
+        """The step was left half-way by an error, so that the state is that of no step."""
+        self._is_torn = True
+        self.leave(is_done=False)
+
+    def mark_torn(self) -> None:
+        """The step of this thread is being left half-way."""
+        self._is_torn = True
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread is in the middle of a step."""
+        return self._stepping == threading.get_ident()
+
+    def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
+        """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
+        self._on_due = callback
+        self._due_at = self.steps + max(1, steps)
+
+    @contextmanager
+    def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
+        """A block in which no step runs; the one that runs now has at most ``patience_secs`` to end.
+
+        Raises:
+            NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
+        """
+        with self._holding:
+            self._take(what, patience_secs)
+            try:
+                yield
+            finally:
+                self._give_back()
+
+    def _take(self, what: str, patience_secs: float | None) -> None:
+        patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
+        if patience_secs is not None:
+            patience = min(patience, patience_secs)
+        self._turn = threading.Event()
+        if not self._lock.acquire(timeout=patience):
+            began = self._began
+            self._end_turn()
+            raise NoBoundaryError(
+                f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
+                f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
+            )
+        if self._is_torn:
+            self._give_back()
+            raise NoBoundaryError(
+                f"no step boundary for {what}: a step was left half-way by an error, and what the model holds now "
+                f"belongs to no step. The checkpoint before it is good"
+            )
+
+    def _give_back(self) -> None:
+        self._lock.release()
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.set()

@@ -1,0 +1,251 @@
+"""PyTorch programs, as the core sees them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepguard import files
+from stepguard.coordinator import Coordinator
+from stepguard.torch import random_states
+from stepguard.torch.events import TorchEvents
+from stepguard.torch.format import PROCESS, SUFFIX, write_file
+from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
+from stepguard.torch.restore import Restorer
+from stepguard.torch.session import Session
+from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSnapshot:
+    """The state of one step in the memory of the host: that of the program by name, and of each process by rank."""
+
+    step: int
+    states: Mapping[str, Any]
+    processes: Mapping[int, Mapping[str, Any]]
+    nbytes: int
+    copies: CopyStreams
+    written: str | None = None
+
+
+class TorchEngine:
+    """The engine over the objects that a program saves. Threads: see :class:`stepguard.engine.Engine`."""
+
+    storage_error_types: tuple[type[BaseException], ...] = ()
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        *,
+        restorer: Restorer | None,
+        events: TorchEvents | None,
+        basename: str,
+        summaries: Callable[[], Mapping[str, Any]] | None,
+        init_fn: Callable[[], object] | None,
+        coord: Coordinator,
+        stop_grace_secs: float,
+    ) -> None:
+        self.name = "torch"
+        self._components = components
+        self._restorer = restorer
+        self._events = events
+        self._basename = basename
+        self._summaries = summaries
+        self._init_fn = init_fn
+        self._coord = coord
+        self._stop_grace_secs = stop_grace_secs
+        self._rank, self._processes = world()
+        self._shared = shared_store() if self._processes > 1 else None
+        self._sessions = 0
+        self._peers: Peers | None = None
+        self._peer_states: Mapping[int, Any] = {}
+        self._memory = HostMemory()
+
+    # --- the session ---
+
+    def prepare(self) -> Session:
+        """A session that goes on from the newest good checkpoint; without one, from the model as it is."""
+        gate = None if self._shared is None else Gate()
+        session = Session(self._coord.should_stop, self.write_summary, gate=gate, processes=self._processes)
+        self._sessions += 1
+        if not self._is_restored(session) and self._init_fn is not None:
+            self._init_fn()
+        if gate is not None:
+            self._meet_peers(session, gate)
+        session.hold_interrupts()
+        return session
+
+    def _is_restored(self, session: Session) -> bool:
+        if self._shared is None or self._rank == 0:
+            name = None if self._restorer is None else self._restorer.restore_newest(session)
+            if self._shared is not None:
+                announce(self._shared, self._sessions, name)
+        else:
+            name = announced(self._shared, self._sessions, self._coord.should_stop)
+            if name is not None and self._restorer is not None:
+                self._restorer.restore_named(session, name, self._rank)
+        return name is not None
+
+    def _meet_peers(self, session: Session, gate: Gate) -> None:
+        def process_state() -> Any:
+            with session.boundary.hold("a checkpoint"):
+                return session.process_state()
+
+        self._peers = Peers(
+            torch.distributed.PrefixStore(f"session/{self._sessions}", self._shared),
+            self._rank,
+            self._processes,
+            gate,
+            steps_done=lambda: session.boundary.steps,
+            process_state=process_state,
+            wait_for_stop=self._coord.wait_for_stop,
+            should_stop=self._coord.should_stop,
+            request_stop=self._coord.request_stop,
+            has_failed=self._has_failed,
+        )
+        self._peers.start()
+
+    def is_open(self, session: Session) -> bool:
+        """Whether the session can still run."""
+        return session.is_open
+
+    def close(self, session: Session) -> None:
+        """Close the session."""
+        session.unwatch()
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close(self._stop_grace_secs)
+        session.close()
+
+    def _has_failed(self) -> bool:
+        if not self._coord.should_stop():
+            return False
+        try:
+            self._coord.raise_requested_exception()
+        except BaseException:  # noqa: BLE001 - the coordinator raises it to whoever has to know
+            return True
+        return False
+
+    # --- steps ---
+
+    def step(self, session: Session) -> int:
+        """The steps done."""
+        return session.global_step
+
+    def step_name(self) -> str:
+        """The name of the step-rate curve's counter, the same as TensorFlow's."""
+        return "global_step"
+
+    def watch(self, session: Session, before_close: Callable[[], None]) -> None:
+        """A session marks its steps from the beginning; this only tells it whom to call."""
+        session.watch(before_close)
+
+    def stop_at_boundary(self, session: Session) -> None:
+        """``steps`` ends at the next boundary, and ``step`` raises there."""
+        if self._peers is None:
+            session.boundary.must_stop = True
+        # Else the request that came with this one is passed on, and all of them stop after the same step.
+
+    def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
+        """Count the steps of the session."""
+        if self._peers is not None:
+            # It meets the others, and they may need the next step of this process to come there.
+            callback = _InBackground(session, callback)
+        session.boundary.call_after_steps(steps, callback)
+
+    def progress(self, session: Session) -> object:
+        """The number of steps done in this session."""
+        return session.boundary.steps
+
+    def settle(self, session: Session, timeout_secs: float) -> None:
+        """Nothing: the processes meet at each boundary, and so at the last."""
+
+    @contextmanager
+    def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
+        """Hold the steps back: of all processes after the same step, where there are several."""
+        session.finish_step()
+        with ExitStack() as stack:
+            if self._peers is not None:
+                self._peer_states = stack.enter_context(self._peers.meeting(what))
+            stack.enter_context(session.boundary.hold(what, patience_secs))
+            yield
+
+    # --- checkpoints ---
+
+    def snapshot(self, session: Session) -> TorchSnapshot:
+        """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
+        copies = CopyStreams(session.training_streams)
+        with torch.no_grad():
+            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
+            processes = {0: self._memory.copy("process", session.process_state(), copies), **self._peer_states}
+            copies.close()
+        return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
+
+    def checkpoint_name(self, step: int | None) -> str:
+        """``model.ckpt-1200``."""
+        return f"{self._basename}-{step}"
+
+    def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
+        """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads."""
+        snapshot.copies.finish()
+        files.make_dir(stage / name)
+        written = {f"{name}/{part}{SUFFIX}": state for part, state in snapshot.states.items()}
+        for rank, process in snapshot.processes.items():
+            written[f"{name}/{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
+        return {path: write_file(stage / path, state) for path, state in written.items()}
+
+    def kept_checkpoints(self) -> Sequence[str]:
+        """PyTorch keeps no list of its own."""
+        return ()
+
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
+        """PyTorch keeps no list of its own."""
+
+    # --- summaries ---
+
+    def summarise(self, session: Session) -> None:
+        """Evaluate the program's summary function between two steps, without moving the random states."""
+        if self._summaries is None or self._events is None:
+            return
+        with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
+            values, step = self._summaries(), session.global_step
+        _log.info("recording summary at step %d", step)
+        self._events.summary(values, step)
+
+    def write_summary(self, values: Mapping[str, Any], step: int) -> None:
+        """Values that the program has computed itself. Any thread."""
+        if self._events is not None:
+            self._events.summary(values, step)
+
+
+class _InBackground:
+    """Calls ``callback`` in a thread of its own, and looks at each step whether it is done."""
+
+    def __init__(self, session: Session, callback: Callable[[], int]) -> None:
+        self._session = session
+        self._callback = callback
+        self._thread: threading.Thread | None = None
+        self._next_at = 0
+
+    def __call__(self) -> int:
+        steps = self._session.boundary.steps
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._call, args=(steps,), name="stepguard-save", daemon=True)
+            self._thread.start()
+            return 1
+        if self._thread.is_alive():
+            return 1
+        self._thread = None
+        return max(1, self._next_at - steps)
+
+    def _call(self, steps: int) -> None:
+        self._next_at = steps + self._callback()

@@ -1,0 +1,50 @@
+"""The files of a checkpoint: ``NAME/model.pt`` and its kin, each of which PyTorch reads without Stepguard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepguard import files
+
+SUFFIX = ".pt"
+PROCESS = "process-"
+"""Before the rank: the file with the step, and the random states and positions in the data of one process."""
+
+# One block stays in the cache of a core from its digest to its write.
+_BLOCK_BYTES = 1 << 20
+
+
+def is_process(name: str) -> bool:
+    """Whether a file of that name, without its suffix, is ours and not one of the program's state."""
+    return name.startswith(PROCESS) and name[len(PROCESS) :].isdigit()
+
+
+def write_file(path: Path, state: Any) -> tuple[int, str]:
+    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest."""
+    with files.NewFile(path) as file:
+        torch.save(state, _Blocks(file))
+    return file.size, file.digest
+
+
+def read_file(path: Path) -> Any:
+    """Read it. No code from the file is run, and what only code could restore is an error."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Blocks:
+    """What ``torch.save`` needs of a file. It writes a whole tensor at once."""
+
+    def __init__(self, file: files.NewFile) -> None:
+        self._file = file
+
+    def write(self, block: Any) -> int:
+        view = memoryview(block)
+        for begin in range(0, len(view), _BLOCK_BYTES):
+            self._file.write(view[begin : begin + _BLOCK_BYTES])
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: there is no buffer."""

@@ -1,0 +1,106 @@
+"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.torch import random_states
+from stepguard.torch.format import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.session import Session, describe_positions
+from stepguard.torch.state import Component, Misfit
+
+_log = logging.getLogger(__name__)
+
+
+class Restorer:
+    """Restores the newest good checkpoint of a store into the objects of the program."""
+
+    def __init__(
+        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
+    ) -> None:
+        self._store = store
+        self._components = components
+        self._start_over_when_all_damaged = start_over_when_all_damaged
+
+    def restore_newest(self, session: Session) -> str | None:
+        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
+
+        Raises:
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
+        """
+        store = self._store
+        try:
+            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
+        except NoGoodCheckpointError as error:
+            if not self._start_over_when_all_damaged:
+                raise
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            _log.warning("starting over, as asked for: %s", error)
+            return None
+        if recovery.checkpoint is None:
+            return None
+        if recovery.damaged:
+            _log.warning("%s", recovery.message())
+        _log.info("restored %s", recovery.checkpoint.path)
+        store.adopt(store.listed_by_state())
+        return recovery.checkpoint.name
+
+    def restore_named(self, session: Session, name: str, rank: int) -> None:
+        """Restore the checkpoint that the chief has verified and restored.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            FileNotFoundError: this process does not see the chief's logdir.
+        """
+        path = self._store.root / name
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
+            )
+        self._load(path, session, rank)
+
+    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
+        self._load(checkpoint.path, session, 0)
+
+    def _load(self, path: Path, session: Session, rank: int) -> None:
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes.get(f"{PROCESS}{rank}", processes[f"{PROCESS}0"]))
+        if f"{PROCESS}{rank}" not in processes:
+            # There are more processes than before: the streams of this one begin as the program has seeded them.
+            process["random"] = random_states.capture()
+        states = self._fitting(path, saved)
+        for component in self._components:
+            component.load(states[component.name])
+        session.restore_process_state(process, process["global_step"])
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
+
+    def _fitting(self, path: Path, saved: dict[str, Path]) -> dict[str, Any]:
+        """All that the checkpoint holds, once it is sure that it can be put in place."""
+        names = [component.name for component in self._components]
+        misfit = Misfit(
+            missing=[name for name in names if name not in saved],
+            unexpected=[name for name in saved if name not in names],
+        )
+        states = {}
+        for component in self._components:
+            if component.name in saved:
+                states[component.name] = read_file(saved[component.name])
+                misfit.add(component.misfit(states[component.name]))
+        if misfit:
+            raise CheckpointMismatchError(
+                f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
+                f"or use another logdir; a part of it can be loaded with torch.load({str(path)!r} + '/<name>.pt')",
+                path=path,
+                missing=misfit.missing,
+                unexpected=misfit.unexpected,
+                reshaped=misfit.reshaped,
+            )
+        return states

@@ -1,0 +1,257 @@
+"""What the ``with`` block gets: the handle that counts steps and knows where one ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from stepguard.errors import StopRequested
+from stepguard.torch import random_states
+from stepguard.torch.boundary import Boundary
+from stepguard.torch.feeds import Feed, feed_of
+from stepguard.torch.interrupts import InterruptHold
+from stepguard.torch.peers import Gate
+
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """A run of a PyTorch program, from its start or restart to its stop.
+
+    ``global_step`` is the number of steps that are done: inside the first step it is 0. Steps are run by
+    :meth:`steps`, or one by one by :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        should_stop: Callable[[], bool],
+        write_summary: Callable[[Mapping[str, Any], int], None],
+        *,
+        gate: Gate | None = None,
+        processes: int = 1,
+    ) -> None:
+        self.global_step = 0
+        self.boundary = Boundary()
+        self._should_stop = should_stop
+        # Where the processes of one training wait for each other; none when there is only one.
+        self._gate = gate
+        self._processes = processes
+        self._write_summary = write_summary
+        self._feeds: list[Feed] = []
+        self._feed_of_step: Feed | None = None
+        # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
+        self._positions: list[Mapping[str, Any]] = []
+        self._random: dict[str, Any] | None = None
+        self._interrupts = InterruptHold(self.boundary)
+        self._before_close: Callable[[], None] | None = None
+        self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.is_open = True
+
+    def steps(
+        self,
+        loader: Any = None,
+        *,
+        max_steps: int | None = None,
+        epochs: int | None = None,
+        resume_data: bool = True,
+    ) -> Iterator[Any]:
+        """The batches of ``loader``, one for each training step; without a loader the numbers of the steps.
+
+        The body of the loop is the step. It counts as done when the next one is asked for, and when the body is left
+        by ``break``. The iterator ends when a stop was requested, at ``max_steps`` and after ``epochs``; with neither
+        of the two it begins one epoch after the other.
+
+        Args:
+            loader: a DataLoader, a loader with ``state_dict``, or anything to iterate over.
+            max_steps: the global step to end at; steps done before a restart count.
+            epochs: how many epochs over this loader to make in all; those before a restart count.
+            resume_data: whether a restarted run goes on with the batch after the last that was seen. With ``False``
+                it begins a new epoch, for a loader that has changed.
+
+        Raises:
+            CheckpointMismatchError: the checkpoint was saved with another loader.
+        """
+        self._check_open()
+        _check_count("max_steps", max_steps)
+        _check_count("epochs", epochs)
+        if loader is None:
+            if epochs is not None:
+                raise ValueError("steps: epochs are those of a loader, and none was given")
+            feed = None
+        else:
+            feed = self._feed(loader, resume_data)
+            if epochs is None and not feed.is_repeatable:
+                epochs = 1
+        return self._steps(feed, max_steps, epochs)
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        """One training step, for a loop of the program's own::
+
+            while not sv.should_stop():
+                with sess.step():
+                    train(next(batches))
+
+        Gives the number of the step. Steps of several threads are run one after the other.
+
+        Raises:
+            StopRequested: SIGTERM was received; ``managed_session`` ends it.
+        """
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
+            raise StopRequested("stopped before the next step, as the other processes do")
+        self._enter()
+        try:
+            self.boundary.check_stop()
+        except BaseException:
+            self.boundary.leave(is_done=False)
+            raise
+        try:
+            yield self.global_step
+        except StopIteration:
+            # The input ended, so there is no batch that the step could have trained with.
+            self.boundary.leave(is_done=False)
+            raise
+        except BaseException:
+            self.boundary.leave_torn()
+            raise
+        self.finish_step()
+
+    def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Write values to the event log, as curves over the global step; nothing where there is no log."""
+        self._write_summary(values, self.global_step if step is None else step)
+
+    @property
+    def epoch(self) -> int:
+        """The complete epochs over the loader that was used last."""
+        return self._feeds[-1].epoch if self._feeds else 0
+
+    def close(self) -> None:
+        """End the session; a supervisor that still watches it saves the last step first."""
+        before_close, self._before_close = self._before_close, None
+        if before_close is not None:
+            before_close()
+        if not self.is_open:
+            return
+        self.is_open = False
+        for feed in self._feeds:
+            feed.close()
+        self._interrupts.finish()
+
+    # --- for the engine ---
+
+    def watch(self, before_close: Callable[[], None]) -> None:
+        """Call ``before_close()`` when the program closes the session itself."""
+        self._before_close = before_close
+
+    def unwatch(self) -> None:
+        """Close without a call back."""
+        self._before_close = None
+
+    def hold_interrupts(self) -> None:
+        """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
+        self._interrupts.start()
+
+    def process_state(self) -> dict[str, Any]:
+        """What belongs to this process rather than to the model: random states and positions. At a boundary."""
+        positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
+        positions += self._positions[len(positions) :]
+        return {"random": random_states.capture() if self._random is None else self._random, "loaders": positions}
+
+    def restore_process_state(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on where the process that saved ``state`` was."""
+        self.global_step = step
+        self._positions = list(state["loaders"])
+        # Once now, for whoever draws before the first step, and again in front of that: what is drawn before it, to
+        # build things that the restored run need not build again, must not move the streams.
+        self._random = state["random"]
+        random_states.restore(self._random)
+
+    @property
+    def training_streams(self) -> Mapping[torch.device, torch.cuda.Stream]:
+        """The CUDA streams on which the last step was run."""
+        return self._training_streams
+
+    def finish_step(self) -> None:
+        """The step of this thread, if it is in one, is done: its body was left, or asks for a save."""
+        if not self.boundary.is_mine:
+            return
+        feed, self._feed_of_step = self._feed_of_step, None
+        if feed is not None:
+            feed.consumed()
+        self.global_step += 1
+        if torch.cuda.is_initialized():
+            stream = torch.cuda.current_stream()
+            self._training_streams[stream.device] = stream
+        self.boundary.leave()
+        self._interrupts.raise_if_held()
+
+    # --- inside ---
+
+    def _feed(self, loader: Any, resume_data: bool) -> Feed:
+        for feed in self._feeds:
+            if feed.loader is loader:
+                return feed
+        feed = feed_of(loader)
+        # Loaders have no names: the second one of this run is the second one of the run before.
+        number = len(self._feeds)
+        if number < len(self._positions) and resume_data:
+            feed.resume(self._positions[number], self._processes)
+        self._feeds.append(feed)
+        return feed
+
+    def _steps(self, feed: Feed | None, max_steps: int | None, epochs: int | None) -> Iterator[Any]:
+        boundary = self.boundary
+        while not self._must_end(max_steps):
+            if self._gate is not None and not self._gate.begin(boundary.steps):
+                return
+            self._enter()
+            self._feed_of_step = feed
+            try:
+                batch = self.global_step if feed is None else feed.next(epochs)
+            except StopIteration:
+                boundary.leave(is_done=False)
+                return
+            except BaseException as error:
+                boundary.leave_torn()
+                self._interrupts.raise_if_held(error)
+                raise
+            try:
+                yield batch
+            finally:
+                # Also when the body is left by `break`: it has trained with this batch.
+                self.finish_step()
+
+    def _must_end(self, max_steps: int | None) -> bool:
+        # Of several processes none ends by itself: the gate closes for all of them after the same step.
+        if self._gate is None and (self._should_stop() or self.boundary.must_stop):
+            return True
+        return max_steps is not None and self.global_step >= max_steps
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise RuntimeError("this session is closed: run steps inside `with sv.managed_session() as sess:`")
+
+    def _enter(self) -> None:
+        self._check_open()
+        if self.boundary.is_mine:
+            raise RuntimeError("a step was begun inside a step: end the outer one first, or use one loop over steps()")
+        self.boundary.enter()
+        if self._random is not None:
+            random_states.restore(self._random)
+            self._random = None
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"steps: expected {name} to be a number or None, found {type(value).__name__}: {value!r:.80}")
+    if value is not None and value < 0:
+        raise ValueError(f"steps: expected {name} >= 0, found {value}")
+
+
+def describe_positions(positions: Sequence[Mapping[str, Any]]) -> str:
+    """Where a run goes on in its data, for the log."""
+    return "; ".join(f"epoch {one['epoch']}, batch {one['batches']}" for one in positions) or "no loader yet"

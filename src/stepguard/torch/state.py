@@ -1,0 +1,316 @@
+"""What a program saves: objects by name, whether each can be saved, and whether a saved state fits it."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepguard.torch.format import is_process
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Component:
+    """One named object of the program's state. Everything here is for a thread that holds the boundary."""
+
+    def __init__(self, name: str, holder: Any) -> None:
+        self.name = name
+        self._holder = _unwrapped(holder)
+
+    def state(self) -> Any:
+        """The state as it is now: tensors that training goes on changing, in dictionaries and lists."""
+        holder = self._holder
+        if isinstance(holder, torch.Generator):
+            return {"state": holder.get_state()}
+        if isinstance(holder, random.Random):
+            return {"state": holder.getstate()}
+        if _is_numpy_generator(holder):
+            return dict(holder.bit_generator.state)
+        return holder.state_dict()
+
+    def load(self, state: Any) -> None:
+        """Put a saved state in place."""
+        holder = self._holder
+        if isinstance(holder, torch.Generator):
+            holder.set_state(state["state"])
+        elif isinstance(holder, random.Random):
+            holder.setstate(state["state"])
+        elif _is_numpy_generator(holder):
+            holder.bit_generator.state = state
+        else:
+            holder.load_state_dict(state)
+
+    def misfit(self, saved: Any) -> Misfit:
+        """What keeps ``saved`` from being loaded; nothing is changed."""
+        found = Misfit()
+        live = self.state()
+        if isinstance(self._holder, torch.optim.Optimizer):
+            _compare_groups(self.name, live, saved, found)
+        elif isinstance(live, Mapping) and isinstance(saved, Mapping):
+            # An object of another kind may itself accept a state of an older version, with fewer keys or more.
+            if isinstance(self._holder, nn.Module):
+                found.missing += [f"{self.name}.{key}" for key in live if key not in saved]
+                found.unexpected += [f"{self.name}.{key}" for key in saved if key not in live]
+            _compare_shapes(self.name, live, saved, found)
+        return found
+
+
+@dataclass(slots=True)
+class Misfit:
+    """What the model has and the checkpoint lacks, the reverse, and what has another shape in each of them."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+    def add(self, other: Misfit) -> None:
+        """Take over what another one has found."""
+        self.missing += other.missing
+        self.unexpected += other.unexpected
+        self.reshaped.update(other.reshaped)
+
+    def __str__(self) -> str:
+        """The differences, the first few of each kind by name."""
+        parts = []
+        if self.missing:
+            parts.append(f"the program has {_some(self.missing)}, and the checkpoint does not")
+        if self.unexpected:
+            parts.append(f"the checkpoint holds {_some(self.unexpected)}, and the program does not")
+        if self.reshaped:
+            pairs = [f"{name} (expected {has}, found {held})" for name, (has, held) in self.reshaped.items()]
+            parts.append(f"of another shape: {_some(pairs)}")
+        return "; ".join(parts)
+
+
+def components(state: Mapping[Any, Any]) -> list[Component]:
+    """The named objects of the program, each of which has been asked for its state once.
+
+    Raises:
+        TypeError, ValueError: one of them cannot be saved; the message names it, and the place in it.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f'state: expected a dictionary such as {{"model": model, "optimizer": optimizer}}, found '
+            f"{type(state).__name__}"
+        )
+    if not state:
+        raise ValueError("state: expected at least one object to save, found an empty dictionary")
+    found = []
+    for name, holder in state.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or is_process(name):
+            raise ValueError(
+                f"state: expected names of letters, digits, '_', '-' and '.' (they become file names), and none like "
+                f"'process-0', found {name!r}"
+            )
+        if not _is_saveable(holder):
+            raise TypeError(
+                f"state[{name!r}]: expected an object with state_dict and load_state_dict, found "
+                f"{type(holder).__name__}; plain values go in stepguard.torch.Values(...)"
+            )
+        component = Component(name, holder)
+        check_saveable(name, component.state())
+        found.append(component)
+    return found
+
+
+def check_saveable(path: str, value: Any) -> None:
+    """Look at every part of a state.
+
+    Raises:
+        TypeError: a part is of a type that only code from the file could bring back; the message names it.
+    """
+    for place, part in leaves(path, value):
+        if isinstance(part, torch.Tensor):
+            if part.is_meta:
+                raise TypeError(f"{place}: this tensor is on the meta device: it has a shape and no values to save")
+        elif not (type(part) in _PLAIN or _is_numpy_scalar(part)):
+            hint = "; torch.from_numpy(array) can be saved" if type(part).__name__ == "ndarray" else ""
+            raise TypeError(
+                f"{place}: expected a tensor, a number, a string, or a dictionary, list or tuple of them, found "
+                f"{type(part).__module__}.{type(part).__qualname__}, which could be restored only by running code "
+                f"from the file{hint}"
+            )
+
+
+def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a nested state that are no containers, each with its place."""
+    if type(value) in (dict, OrderedDict):
+        for key, part in value.items():
+            if type(key) not in _PLAIN and type(key) is not tuple:
+                yield f"{path}.{key!r} (the key)", key
+            yield from leaves(f"{path}.{key}", part)
+    elif type(value) in (list, tuple):
+        for index, part in enumerate(value):
+            yield from leaves(f"{path}[{index}]", part)
+    else:
+        yield path, value
+
+
+class HostMemory:
+    """Copies of states in the memory of the host, which are used again by the next copy of a state of that form."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, name: str, state: Any, streams: CopyStreams) -> Any:
+        """A copy of ``state`` that nothing will change until the next call for ``name``.
+
+        Raises:
+            TypeError: a part cannot be saved.
+        """
+        # Tied weights are one tensor under several names, and stay so in the copy.
+        seen: dict[tuple[Any, ...], torch.Tensor] = {}
+        return self._copied(name, state, seen, streams)
+
+    def _copied(self, path: str, value: Any, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copied_tensor(path, value.detach(), seen, streams)
+        if type(value) is dict:
+            return {key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()}
+        if type(value) is OrderedDict:
+            copied = OrderedDict(
+                (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
+            )
+            # nn.Module.state_dict notes here which version of each module wrote it.
+            copied.__dict__.update(value.__dict__)
+            return copied
+        if type(value) in (list, tuple):
+            return type(value)(self._copied(f"{path}[{n}]", part, seen, streams) for n, part in enumerate(value))
+        if _is_numpy_scalar(value):
+            return value.item()
+        check_saveable(path, value)
+        return value
+
+    def _copied_tensor(
+        self, path: str, tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams
+    ) -> torch.Tensor:
+        if tensor.is_meta:
+            check_saveable(path, tensor)
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            streams.finish()
+            return tensor.cpu().clone()
+        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and identity in seen:
+            return seen[identity]
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[path] = buffer
+        if tensor.is_cuda:
+            with torch.cuda.stream(streams.side(tensor.device)):
+                buffer.copy_(tensor, non_blocking=True)
+        else:
+            buffer.copy_(tensor)
+        seen[identity] = buffer
+        return buffer
+
+
+class CopyStreams:
+    """The CUDA streams on which one snapshot is copied beside the training.
+
+    ``training`` are the streams on which steps run, one for each device that was seen. The copies begin after the
+    last step, the next step begins after the copies; neither makes the host wait.
+    """
+
+    def __init__(self, training: Mapping[torch.device, torch.cuda.Stream]) -> None:
+        self._training = training
+        self._sides: dict[torch.device, torch.cuda.Stream] = {}
+        self._copied: list[torch.cuda.Event] = []
+
+    def side(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream for the copies from ``device``."""
+        if device not in self._sides:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(self._trained_on(device))
+            self._sides[device] = side
+        return self._sides[device]
+
+    def close(self) -> None:
+        """All copies have been asked for: the next step waits for them on the device."""
+        for device, side in self._sides.items():
+            self._copied.append(side.record_event())
+            self._trained_on(device).wait_stream(side)
+
+    def finish(self) -> None:
+        """Wait until the copies are complete."""
+        for device in self._sides:
+            self._trained_on(device).synchronize()
+        for event in self._copied:
+            event.synchronize()
+
+    def _trained_on(self, device: torch.device) -> torch.cuda.Stream:
+        stream = self._training.get(device)
+        return torch.cuda.default_stream(device) if stream is None else stream
+
+
+def nbytes(value: Any) -> int:
+    """The size of the tensors in a nested state, in bytes; each tensor once."""
+    tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:
+    """An optimizer knows its parameters by their order only, so their number in each group has to agree."""
+    has, held = live.get("param_groups", []), saved.get("param_groups", [])
+    if len(has) != len(held):
+        found.reshaped[f"{name}.param_groups"] = (f"{len(has)} groups", f"{len(held)} groups")
+        return
+    for index, (one, other) in enumerate(zip(has, held, strict=True)):
+        place = f"{name}.param_groups[{index}]"
+        if len(one["params"]) != len(other["params"]):
+            found.reshaped[place] = (f"{len(one['params'])} parameters", f"{len(other['params'])} parameters")
+        # Without momentum, or with other betas: another optimizer.
+        found.missing += [f"{place}.{key}" for key in one if key not in other]
+        found.unexpected += [f"{place}.{key}" for key in other if key not in one and key != "param_names"]
+
+
+def _compare_shapes(path: str, live: Any, saved: Any, found: Misfit) -> None:
+    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
+        if live.shape != saved.shape:
+            found.reshaped[path] = (str(list(live.shape)), str(list(saved.shape)))
+    elif isinstance(live, Mapping) and isinstance(saved, Mapping):
+        for key in live:
+            if key in saved:
+                _compare_shapes(f"{path}.{key}", live[key], saved[key], found)
+
+
+def _is_saveable(holder: Any) -> bool:
+    if isinstance(holder, (torch.Generator, random.Random)) or _is_numpy_generator(holder):
+        return True
+    return callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
+
+
+def _unwrapped(holder: Any) -> Any:
+    """The module inside those that only run it in another way: its names are the same with and without them."""
+    while isinstance(holder, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(holder, "_orig_mod"):
+        holder = holder._orig_mod if hasattr(holder, "_orig_mod") else holder.module
+    return holder
+
+
+def _is_numpy_generator(holder: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(holder, numpy.random.Generator)
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

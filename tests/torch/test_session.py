@@ -1,0 +1,197 @@
+"""Steps: what counts as one, when the loop ends, and what is said when it is used in a wrong way."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+from training import BATCH, ITEMS, Training
+
+from stepguard.errors import NoBoundaryError
+from stepguard.store import CheckpointStore
+from stepguard.torch import Supervisor
+
+
+def supervisor(logdir=None, **options):
+    return Supervisor({"model": nn.Linear(1, 1)}, logdir, **{"save_summaries_secs": 0, **options})
+
+
+def committed(logdir):
+    return sorted(one.step for one in CheckpointStore(logdir).candidates())
+
+
+def test_without_a_loader_the_numbers_of_the_steps_are_given(tmp_path):
+    for begin, end in ((0, 4), (4, 6)):
+        with supervisor(tmp_path).managed_session() as session:
+            assert list(session.steps(max_steps=end)) == list(range(begin, end))
+            assert session.global_step == end
+
+
+def test_inside_a_step_the_global_step_is_the_number_of_those_done():
+    with supervisor().managed_session() as session:
+        assert [(step, session.global_step) for step in session.steps(max_steps=3)] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_step_that_is_left_by_break_is_done(tmp_path):
+    with supervisor(tmp_path).managed_session() as session:
+        for step in session.steps():
+            if step == 2:
+                break
+        assert session.global_step == 3
+
+    assert max(committed(tmp_path)) == 3
+
+
+def test_a_stop_that_was_requested_ends_the_loop_after_the_step():
+    sv = supervisor()
+    with sv.managed_session() as session:
+        for step in session.steps():
+            if step == 2:
+                sv.request_stop()
+        assert session.global_step == 3
+
+
+def test_stop_inside_a_step_saves_that_step(tmp_path):
+    sv = supervisor(tmp_path, save_model_secs=3600)
+    with sv.managed_session() as session:
+        for step in session.steps():
+            if step == 2:
+                sv.stop()
+
+    assert max(committed(tmp_path)) == 3
+
+
+def test_an_error_inside_a_step_of_ones_own_loop_saves_nothing_of_it(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt), supervisor(tmp_path).managed_session() as session:
+        with session.step():
+            pass
+        with session.step():
+            raise KeyboardInterrupt
+
+    assert set(committed(tmp_path)) <= {0, 1}
+    assert "a step was left half-way" in caplog.text
+
+
+def test_the_end_of_the_input_in_a_loop_of_ones_own_is_a_clean_end(tmp_path):
+    batches = iter(range(3))
+    with supervisor(tmp_path).managed_session() as session:
+        while True:
+            with session.step():
+                next(batches)
+
+    assert max(committed(tmp_path)) == 3
+
+
+def test_a_step_inside_a_step_is_refused():
+    with supervisor().managed_session() as session, session.step(), pytest.raises(RuntimeError, match="inside a step"):
+        session.step().__enter__()
+
+
+def test_a_second_session_at_once_is_refused(tmp_path):
+    sv = supervisor(tmp_path)
+    with sv.managed_session(), pytest.raises(RuntimeError, match="still runs"):
+        sv.prepare_or_wait_for_session()
+    with sv.managed_session():
+        pass
+
+
+def test_a_closed_session_is_refused():
+    with supervisor().managed_session() as session:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        session.steps()
+    with pytest.raises(RuntimeError, match="closed"), session.step():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"max_steps": -1}, ValueError, "max_steps >= 0"),
+        ({"max_steps": 1.5}, TypeError, "max_steps"),
+        ({"epochs": 1}, ValueError, "none was given"),
+        ({"loader": 5}, TypeError, "expected a loader"),
+    ],
+)
+def test_wrong_arguments_of_steps_are_named(arguments, error, text):
+    with supervisor().managed_session() as session, pytest.raises(error, match=text):
+        session.steps(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"save_model_secs": -1}, ValueError, "save_model_secs"),
+        ({"save_model_steps": 0}, ValueError, "save_model_steps"),
+        ({"summaries": {"loss": 1}}, TypeError, "summaries"),
+        ({"summary_writer": 3}, TypeError, "summary_writer"),
+        ({"logdir": 3}, TypeError, "logdir"),
+        ({"max_to_keep": -1}, ValueError, "max_to_keep"),
+    ],
+)
+def test_wrong_arguments_of_the_supervisor_are_named(arguments, error, text):
+    with pytest.raises(error, match=text):
+        supervisor(**arguments)
+
+
+def test_a_checkpoint_waits_for_the_step_and_the_step_for_the_copy(tmp_path):
+    training = Training(tmp_path, save_model_secs=0.002)
+    with training.sv.managed_session() as session:
+        for batch in session.steps(training.loader, epochs=6):
+            training.step(batch)
+            time.sleep(0.003)
+    steps = -(-ITEMS // BATCH) * 6
+
+    for step in committed(tmp_path):
+        saved = torch.load(tmp_path / f"model.ckpt-{step}" / "scheduler.pt", weights_only=True)
+        counted = torch.load(tmp_path / f"model.ckpt-{step}" / "model.pt", weights_only=True)["1.num_batches_tracked"]
+        assert saved["last_epoch"] == step
+        assert int(counted) == step
+    assert max(committed(tmp_path)) == steps
+
+
+def test_a_step_that_does_not_end_is_named():
+    from stepguard.torch import boundary
+
+    one = boundary.Boundary()
+    one.enter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boundary, "_PATIENCE_SECS", 0.05)
+        errors = []
+
+        def hold():
+            try:
+                with one.hold("a checkpoint"):
+                    pass
+            except NoBoundaryError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        thread.join()
+    one.leave()
+    assert "no step boundary for a checkpoint: step 1 of this session" in str(errors[0])
+    # Steps go on after it.
+    one.enter()
+    one.leave()
+
+
+def test_a_failed_save_draws_nothing_from_the_program(tmp_path):
+    """The waiting times between retries are random, too."""
+    import errno
+
+    whole = Training(tmp_path / "whole").train(20)
+    training = Training(tmp_path / "failing", save_model_secs=0.01)
+    original, failures = training.sv._engine.write, [OSError(errno.EIO, "broken")]
+
+    def write(*arguments):
+        if failures:
+            raise failures.pop()
+        return original(*arguments)
+
+    training.sv._engine.write = write
+    assert training.train(20).outcome() == whole.outcome()
+    assert failures == []

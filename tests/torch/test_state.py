@@ -1,0 +1,232 @@
+"""What can be saved, how it is copied, and what is said when a checkpoint does not fit."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from training import Training
+
+from stepguard.errors import CheckpointMismatchError
+from stepguard.torch import Supervisor, Values
+from stepguard.torch.state import CopyStreams, HostMemory
+
+
+def run(state, logdir, steps=1):
+    with Supervisor(state, logdir).managed_session() as session:
+        for _ in session.steps(max_steps=steps):
+            pass
+
+
+class Holder:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+@dataclass
+class Odd:
+    number: int = 3
+
+
+class TestStateThatCannotBeSaved:
+    @pytest.mark.parametrize(
+        ("state", "named"),
+        [
+            ({"inner": {"list": [1, Odd()]}}, r"thing\.inner\.list\[1\].*Odd"),
+            ({"call": len}, r"thing\.call.*builtin_function"),
+            ({"weights": torch.empty(3, device="meta")}, r"thing\.weights.*meta"),
+            ({Odd: 1}, r"key"),
+        ],
+    )
+    def test_is_named_when_the_supervisor_is_made(self, state, named, tmp_path):
+        with pytest.raises(TypeError, match=named):
+            Supervisor({"thing": Holder(state)}, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_and_came_later_stops_the_run_and_is_named(self, tmp_path):
+        values = Values(best=0)
+        sv = Supervisor({"values": values}, tmp_path)
+        with pytest.raises(TypeError, match=r"values\.best.*Odd"), sv.managed_session() as session:
+            for _ in session.steps(max_steps=1):
+                values.best = Odd()
+
+    @pytest.mark.parametrize(
+        ("state", "error"),
+        [
+            ({}, "at least one object"),
+            (nn.Linear(1, 1), "a dictionary"),
+            ({"a/b": nn.Linear(1, 1)}, "names of letters"),
+            ({"process-0": nn.Linear(1, 1)}, "names of letters"),
+            ({"rate": 0.1}, r"state\['rate'\].*Values"),
+        ],
+    )
+    def test_what_is_no_state_at_all_is_refused(self, state, error):
+        with pytest.raises((TypeError, ValueError), match=error):
+            Supervisor(state)
+
+
+class TestACheckpointThatDoesNotFit:
+    def save(self, tmp_path):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        run({"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}, tmp_path)
+
+    def restore(self, tmp_path, model, **others):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(CheckpointMismatchError) as caught:
+            run({"model": model, **others}, tmp_path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        return caught.value
+
+    def test_names_what_has_another_shape(self, tmp_path):
+        self.save(tmp_path)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+        error = self.restore(tmp_path, model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+        assert error.reshaped == {"model.1.weight": ("[4, 3]", "[1, 3]"), "model.1.bias": ("[4]", "[1]")}
+        assert "model.1.weight (expected [4, 3], found [1, 3])" in str(error)
+
+    def test_names_what_is_missing_and_what_is_too_much(self, tmp_path):
+        self.save(tmp_path)
+        model = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 1)))
+        error = self.restore(tmp_path, model, scheduler=Values())
+
+        assert error.missing == (
+            "scheduler",
+            "model.first.weight",
+            "model.first.bias",
+            "model.second.weight",
+            "model.second.bias",
+        )
+        assert error.unexpected == ("optimizer", "model.0.weight", "model.0.bias", "model.1.weight", "model.1.bias")
+
+    def test_names_another_optimizer(self, tmp_path):
+        self.save(tmp_path)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        error = self.restore(tmp_path, model, optimizer=torch.optim.Adam(model.parameters()))
+
+        assert "optimizer.param_groups[0].betas" in error.missing
+        assert "optimizer.param_groups[0].momentum" in error.unexpected
+
+    def test_names_an_optimizer_of_another_number_of_parameters(self, tmp_path):
+        self.save(tmp_path)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        error = self.restore(tmp_path, model, optimizer=torch.optim.SGD(model[0].parameters(), 0.1))
+
+        assert error.reshaped == {"optimizer.param_groups[0]": ("2 parameters", "4 parameters")}
+
+
+class TestWhatIsRestored:
+    def test_plain_values_and_generators(self, tmp_path):
+        def build():
+            import numpy as np
+
+            return {
+                "values": Values(number=1, text="a", nested={"list": [1, (2.5, None)]}, tensor=torch.arange(3)),
+                "noise": torch.Generator().manual_seed(7),
+                "order": random.Random(8),
+                "draws": np.random.default_rng(9),
+            }
+
+        def draw(state):
+            return torch.rand(2, generator=state["noise"]).tolist(), state["order"].random(), state["draws"].random()
+
+        first, second = build(), build()
+        draw(first)
+        first["values"].number = 2
+        run(first, tmp_path)
+        run(second, tmp_path, steps=2)
+
+        assert second["values"].number == 2
+        assert second["values"].nested == {"list": [1, (2.5, None)]}
+        assert second["values"].tensor.tolist() == [0, 1, 2]
+        assert draw(second) == draw(first)
+
+    def test_tied_weights_stay_tied_and_are_saved_once(self, tmp_path):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = nn.Linear(300, 300, bias=False)
+                self.outside = nn.Linear(300, 300, bias=False)
+                self.outside.weight = self.inside.weight
+
+        first, second = Tied(), Tied()
+        run({"model": first}, tmp_path)
+        run({"model": second}, tmp_path, steps=2)
+
+        assert (tmp_path / "model.ckpt-1" / "model.pt").stat().st_size < 1.1 * 300 * 300 * 4
+        assert torch.equal(first.inside.weight, second.inside.weight)
+        assert second.outside.weight is second.inside.weight
+
+    def test_the_files_are_read_by_pytorch_alone(self, tmp_path):
+        training = Training(tmp_path).train(3)
+        saved = torch.load(tmp_path / "model.ckpt-3" / "model.pt", weights_only=True)
+
+        training.model.load_state_dict(saved)
+        assert torch.load(tmp_path / "model.ckpt-3" / "process-0.pt", weights_only=True)["global_step"] == 3
+
+    def test_no_code_from_a_file_is_run(self, tmp_path):
+        """A file whose digest is right, by somebody who can write to the logdir."""
+        from stepguard import files
+        from stepguard.store import CheckpointStore
+
+        Training(tmp_path).train(1)
+        trap = tmp_path / "sprung"
+
+        class Trap:
+            def __reduce__(self):
+                return (open, (str(trap), "w"))
+
+        torch.save(Trap(), tmp_path / "model.ckpt-1" / "model.pt")
+        store = CheckpointStore(tmp_path, engine="torch")
+        store.commit_in_place("model.ckpt-1", 1)
+        assert files.digest(tmp_path / "model.ckpt-1" / "model.pt")
+
+        with pytest.raises(Exception, match=r"[Ww]eights.only"):
+            Training(tmp_path).train(2)
+        assert not trap.exists()
+
+
+class TestHostMemory:
+    def test_is_used_again_and_holds_what_was_copied(self):
+        memory, streams = HostMemory(), CopyStreams({})
+        live = {"a": torch.ones(4), "b": [torch.zeros(2, 2).t(), 5]}
+        first = memory.copy("x", live, streams)
+        live["a"] += 1
+        assert first["a"].tolist() == [1.0] * 4
+        second = memory.copy("x", live, streams)
+
+        assert second["a"].data_ptr() == first["a"].data_ptr()
+        assert second["a"].tolist() == [2.0] * 4
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.eye(3).to_sparse(),
+            torch.ones(2, dtype=torch.bfloat16),
+            torch.ones(1, dtype=torch.float8_e4m3fn),
+            torch.ones(3).expand(2, 3),
+            torch.empty(0),
+            torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        ],
+        ids=str,
+    )
+    def test_takes_every_kind_of_tensor(self, tensor):
+        copied = HostMemory().copy("x", {"t": tensor}, CopyStreams({}))
+        buffer = io.BytesIO()
+        torch.save(copied, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=True)["t"]
+
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded.to_dense().float(), tensor.to_dense().float())
