@@ -178,4 +178,4 @@ def test_the_program_in_the_readme_runs_as_it_stands(tmp_path):
     )
     assert "at step 0" in ended.stdout
     assert re.search(r"x = 3\.0", ended.stdout)
-    assert 5000 in saved_steps(tmp_path / "runs" / "first")
+    assert 50_000 in saved_steps(tmp_path / "runs" / "first")

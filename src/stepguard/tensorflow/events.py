@@ -26,20 +26,28 @@ def open_writer(logdir: str) -> Any:
 class TensorFlowEvents:
     """The event log over a ``tf.compat.v1.summary.FileWriter`` or anything that has its methods."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, *, is_ours: bool) -> None:
         self.writer = writer
+        self._is_ours = is_ours
         self._graph_is_in = False
         self._is_open = True
 
     def started(self, step: int) -> None:
         """The session log record START."""
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.START), step)
+        self._flush()
 
     def checkpointed(self, step: int | None, path: str) -> None:
         """The session log record CHECKPOINT, with the prefix that was really written."""
         if step is not None:
             record = _v1.SessionLog(status=_v1.SessionLog.CHECKPOINT, checkpoint_path=path)
             self.writer.add_session_log(record, step)
+            self._flush()
+
+    def _flush(self) -> None:
+        # What SIGKILL finds in memory is lost. A writer of the program's own is flushed when the program wants it.
+        if self._is_ours:
+            self.writer.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""

@@ -149,7 +149,11 @@ class Restorer:
                 # In a copied logdir it may still name good ones elsewhere, which are not this run's.
                 files.make_dirs(store.root / QUARANTINE)
                 files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
-        _log.warning("starting over, as asked for: %s", error)
+        _log.warning(
+            "none of the checkpoints in %s is good: they are in %s now, and training starts over, as asked for",
+            store.root,
+            store.root / QUARANTINE,
+        )
 
     def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
         """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""

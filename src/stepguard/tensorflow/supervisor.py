@@ -183,7 +183,7 @@ class Supervisor(CoreSupervisor[Any]):
                 on_lost=self._report,
             )
         self._session_manager = session_manager
-        events = None if writer is None else TensorFlowEvents(writer)
+        events = None if writer is None else TensorFlowEvents(writer, is_ours=defaults.is_default(summary_writer))
         self._tensorflow_events = events
         self._tensorflow = TensorFlowEngine(
             model,
