@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -26,6 +29,8 @@ MAX_UNPROTECTED_SECS = 1800.0
 
 # Also with a grace period of 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
+# How long a process that ends without having stopped its run waits for the threads of that run.
+_EXIT_SECS = 2.0
 
 
 class Supervisor(Generic[SessionT]):
@@ -145,6 +150,7 @@ class Supervisor(Generic[SessionT]):
         thread is one of those that :meth:`stop` waits for.
         """
         looper = LooperThread(self._coord, timer_interval_secs, target=target, args=args, kwargs=kwargs)
+        self._is_running()
         looper.start()
         return looper
 
@@ -199,6 +205,7 @@ class Supervisor(Generic[SessionT]):
             if self._save_model_steps:
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
+        self._is_running()
         for thread in threads:
             thread.start()
         return threads
@@ -292,6 +299,7 @@ class Supervisor(Generic[SessionT]):
             Exception: the first error that was reported while the run lasted; later ones are its notes.
             RuntimeError: threads did not stop in time.
         """
+        _unstopped.discard(self)
         self._coord.request_stop()
         try:
             try:
@@ -358,10 +366,48 @@ class Supervisor(Generic[SessionT]):
                 "a checkpoint was still being written when the time to stop was over; the one before it is good"
             )
 
+    def _is_running(self) -> None:
+        _watch_exit(os.getpid())
+        _unstopped.add(self)
+
+    def _end_with_process(self, deadline: float) -> None:
+        """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
+        self._coord.request_stop()
+        if self._checkpointer is not None:
+            # The session is closed when it is collected, too late for a thread that would save it.
+            self._checkpointer.close()
+            self._checkpointer = None
+        if self._writer is not None:
+            self._writer.close(max(0.0, deadline - time.monotonic()))
+        try:
+            self._coord.join(stop_grace_period_secs=max(0.0, deadline - time.monotonic()), ignore_live_threads=True)
+        except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
+            _log.error("the program ended without stop(), which would have raised: %s: %s", type(error).__name__, error)
+
     def _leave_logdir(self) -> None:
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
+
+
+_unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_exit(pid: int) -> None:
+    """A daemon thread that comes back from native code while the interpreter goes is ended by force, and C++ takes that
+    for an error of the program: it aborts.
+    """
+    atexit.register(_end_unstopped, pid)
+
+
+def _end_unstopped(pid: int) -> None:
+    # The threads of a forked child's parent are not its own.
+    if os.getpid() != pid:
+        return
+    deadline = time.monotonic() + _EXIT_SECS
+    for supervisor in list(_unstopped):
+        supervisor._end_with_process(deadline)
 
 
 class _ManagedSession(AbstractContextManager[SessionT]):

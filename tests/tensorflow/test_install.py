@@ -109,7 +109,9 @@ NEVER_STOPPED = """
     store = CheckpointStore(logdir)
     while not any(one.is_committed and one.step == 5 for one in store.candidates()):
         time.sleep(0.01)
-    sv.loop(0.01, session.run, args=[step])
+    # Threads that are in TensorFlow all the time: one that is when the interpreter goes makes C++ abort.
+    for _ in range(4):
+        sv.loop(None, session.run, args=[step])
     time.sleep(0.1)
     print(time.time(), flush=True)
     if way == "exit":
