@@ -21,6 +21,8 @@ CORE = [
     "engine",
     "errors",
     "files",
+    "heartbeat",
+    "ledger",
     "looper",
     "services",
     "signals",

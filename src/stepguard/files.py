@@ -116,6 +116,36 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def write_volatile(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader sees the old content or the new one; a power loss may leave either, or none."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write(aside, content, durable=False)
+        os.replace(aside, path)
+    except BaseException:
+        remove_quietly(aside)
+        raise
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append whole lines, durably, to a file that several processes append to; created if it is missing.
+
+    What a writer that was killed has left of its last line is closed by a line end first: it is a bad line of its own,
+    and those after it are whole.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            lines = b"\n" + lines
+        # In one call: the kernel lets no other writer in between, and the rest of a short write is retried as a whole.
+        if os.write(descriptor, lines) < len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class NewFile:
     """A file of any size that is digested while it is written, so that nobody has to read it again for that.
 

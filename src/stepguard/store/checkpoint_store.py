@@ -60,6 +60,7 @@ class CheckpointStore:
         self._clock = clock
         self._opened_at = clock()
         self._newest_good: str | None = None
+        self.last_recovery: Recovery | None = None
         self._was_acquired = False
 
     @property
@@ -311,6 +312,7 @@ class CheckpointStore:
         with checksums, answer for bytes that are gone, counts as damage, and only once another one could be read.
         """
         found = recovery.search(self._layout, attempt)
+        self.last_recovery = None
         missing = recovery.missing_by_state(self._layout, found)
         lost = [] if missing is None else [missing]
         if found.good is None:
@@ -318,12 +320,14 @@ class CheckpointStore:
                 raise found.unreadable
             if found.damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
                 raise recovery.no_good_error(self._layout, [*lost, *found.damaged])
-            return Recovery(None, tuple(lost))
+            self.last_recovery = Recovery(None, tuple(lost))
+            return self.last_recovery
         self._newest_good = found.good.name
         damaged = found.damaged
         if quarantine:
             damaged = tuple(self.quarantine(one.checkpoint, one.reason) for one in damaged)
-        return Recovery(found.good, (*lost, *damaged))
+        self.last_recovery = Recovery(found.good, (*lost, *damaged))
+        return self.last_recovery
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
         """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; say where it is now.

@@ -1,0 +1,135 @@
+"""Signs of life: ``heartbeats/<role>.json`` in the logdir, written anew every two seconds by each process of a run.
+
+A process that is gone leaves its last one behind, which says how far it had come; one that hangs with the interpreter's
+lock held, or was stopped, writes no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stepguard import files
+
+DIR_NAME = "heartbeats"
+INTERVAL_SECS = 2.0
+# So long may a heartbeat be late before its process counts as gone or stuck: a busy machine, a slow network disk.
+LATE_SECS = 10.0
+
+
+@dataclass(slots=True)
+class Heartbeat:
+    """What a process of a run says of itself. Times are Unix seconds; ``None`` is what it does not know.
+
+    ``phase`` is "preparing", "training", "stopping" or "stopped"; ``reason``, of one that has stopped, "finished",
+    "sigterm", "interrupt", "exit" or "error". ``boundary_time`` is when it was last seen that a step had ended, and
+    ``stacks`` the file with the stacks of a hang that is going on.
+    """
+
+    role: str
+    engine: str = ""
+    pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=socket.gethostname)
+    process_start: int | None = field(default_factory=lambda: process_start(os.getpid()))
+    started: float = field(default_factory=time.time)
+    time: float = 0.0
+    phase: str = "preparing"
+    reason: str | None = None
+    first_step: int | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    steps_per_sec: float | None = None
+    boundary_time: float | None = None
+    # name, step, time, bytes, secs (to write it), stall_secs (that training waited for it)
+    last_checkpoint: dict[str, Any] | None = None
+    restarts: int = 0
+    save_failures: int = 0
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+    stacks: str | None = None
+    metrics_url: str | None = None
+
+
+def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
+    """Leave a sign of life. Raises OSError."""
+    path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
+    if not path.parent.is_dir():
+        files.make_dirs(path.parent)
+    heartbeat.time = time.time()
+    files.write_volatile(path, json.dumps(asdict(heartbeat)).encode())
+
+
+def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
+    """The newest heartbeat of each process that ever ran for this logdir, the chief's first."""
+    try:
+        names = sorted(os.listdir(Path(logdir) / DIR_NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in names:
+        if name.endswith(".json") and not name.startswith("."):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found.append(_heartbeat(json.loads(files.read_bytes(Path(logdir) / DIR_NAME / name))))
+    return sorted(found, key=lambda one: (one.role != "chief", one.role))
+
+
+def read_one(logdir: str | os.PathLike[str], role: str) -> Heartbeat | None:
+    """The newest heartbeat of one role."""
+    return next((one for one in read(logdir) if one.role == role), None)
+
+
+def state(heartbeat: Heartbeat, now: float | None = None) -> str:
+    """What is known of the process now: "alive", "stopped", "dead", or "silent".
+
+    "stopped" has said so itself. "dead" was found to be gone, which only its own host can see. "silent" has given no
+    sign for longer than ``LATE_SECS``: it hangs, or was stopped by a signal, or its host cannot be reached.
+    """
+    if heartbeat.phase == "stopped":
+        return "stopped"
+    if heartbeat.host == socket.gethostname() and not is_running(heartbeat.pid, heartbeat.process_start):
+        return "dead"
+    age_secs = (time.time() if now is None else now) - heartbeat.time
+    return "alive" if age_secs <= LATE_SECS else "silent"
+
+
+def is_running(pid: int, started: int | None) -> bool:
+    """Whether the process ``pid`` of this host still runs, and is the one that was started at ``started``."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    now_started = process_start(pid)
+    # A zombie has ended; only its parent has not asked yet.
+    if _stat(pid)[:1] == ["Z"]:
+        return False
+    return started is None or now_started is None or started == now_started
+
+
+def process_start(pid: int) -> int | None:
+    """When a process of this host was started, in ticks since the boot; ``None`` where the system does not say."""
+    stat = _stat(pid)
+    return int(stat[19]) if len(stat) > 19 else None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of proc(5)'s stat from the third on: state, parent ..."""
+    try:
+        content = Path(f"/proc/{pid}/stat").read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return []
+    # The name, in parentheses, may hold anything.
+    return content.rpartition(")")[2].split()
+
+
+def _heartbeat(content: Mapping[str, Any]) -> Heartbeat:
+    known = {one.name for one in fields(Heartbeat)}
+    return Heartbeat(**{name: value for name, value in content.items() if name in known})

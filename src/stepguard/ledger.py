@@ -1,0 +1,113 @@
+"""The ledger of a logdir: ``run.jsonl``, one line for each thing that happened to the run, never changed again.
+
+Every line is a JSON object with ``event``, ``time`` (Unix seconds), ``pid``, ``host`` and ``role`` (``chief``,
+``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Events are only ever added to that
+list, and fields to an event: who reads a ledger passes over those that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stepguard import files
+
+_log = logging.getLogger(__name__)
+
+FILE_NAME = "run.jsonl"
+
+# What a full disk makes wait; the oldest of it is given up first.
+_MOST_WAITING = 1000
+
+
+class Ledger:
+    """Appends to the ledger of one logdir. Any thread; other processes may append at the same time.
+
+    A run never fails for its ledger: what cannot be written is kept in memory and written with the next event, and the
+    first failure of a row is logged.
+    """
+
+    def __init__(self, logdir: str | os.PathLike[str], *, role: str) -> None:
+        self.path = Path(logdir) / FILE_NAME
+        self._role = role
+        self._host = socket.gethostname()
+        self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
+        self._is_failing = False
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add one line. Durable when this returns, unless the disk fails."""
+        line = {
+            "event": event,
+            "time": round(time.time(), 3),
+            "pid": os.getpid(),
+            "host": self._host,
+            "role": self._role,
+            **fields,
+        }
+        failure = None
+        with self._lock:
+            self._waiting = [*self._waiting, encode(line)][-_MOST_WAITING:]
+            try:
+                files.make_dirs(self.path.parent)
+                files.append_lines(self.path, b"".join(self._waiting))
+                self._waiting = []
+                self._is_failing = False
+            except OSError as error:
+                if not self._is_failing:
+                    failure = error
+                self._is_failing = True
+        if failure is not None:
+            _log.warning("%s: the ledger could not be written (%s); its lines wait for the next", self.path, failure)
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    """One line of the ledger. Numbers that are not finite, which JSON has no words for, become their names."""
+    return json.dumps(_plain(line), allow_nan=False, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+
+
+def read(logdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The events of a logdir, in the order in which they were written; none where there is no ledger.
+
+    A line that a kill has cut short, or that is damaged, is passed over.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    try:
+        content = files.read_bytes(Path(logdir) / FILE_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return list(_events(content.split(b"\n")))
+
+
+def _events(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+            yield event
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
