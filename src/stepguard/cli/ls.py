@@ -10,10 +10,8 @@ import click
 
 from stepguard.cli import output
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.survey import DAMAGED, GOOD, Survey, Surveyed, survey
-from stepguard.cli.table import Column, print_table
-
-_COLOURS = {GOOD: "green", DAMAGED: "red"}
+from stepguard.cli.survey import Survey, Surveyed, survey
+from stepguard.cli.table import STATE, Column, print_table
 
 _COLUMNS = (
     Column(" "),
@@ -21,7 +19,7 @@ _COLUMNS = (
     Column("AGE", align_right=True),
     Column("SIZE", align_right=True),
     Column("ENGINE"),
-    Column("STATE", style=lambda state: _COLOURS.get(state, "yellow")),
+    STATE,
     Column("NAME", shrink=True),
 )
 
@@ -88,7 +86,7 @@ def _print(found: Survey) -> None:
     else:
         click.echo(f"{output.printable(str(found.root))}: no checkpoints")
     for name in found.missing:
-        click.echo(f"the file 'checkpoint' names {output.printable(name)} as the newest, and there is no file of it")
+        click.echo(output.missing_newest(name))
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
 

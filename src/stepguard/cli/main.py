@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from stepguard import __version__
-from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE
+from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
-_COMMANDS = ("ls",)
+_COMMANDS = ("ls", "verify", "prune", "show", "diff")
 """Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
 
 # What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
@@ -46,18 +46,6 @@ class Commands(click.Group):
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
             raise Failure(_described(error), NOT_DONE) from error
-
-
-class Failure(click.ClickException):
-    """The end of a command by an error: one line on stderr."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
-
-    def show(self, file: Any = None) -> None:
-        """Print the line."""
-        click.echo(f"stepguard: {self.format_message()}", file=file, err=file is None)
 
 
 def _described(error: OSError) -> str:

@@ -45,9 +45,26 @@ def size(count: int) -> str:
     return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"
 
 
+def number(value: int | float | None) -> str:
+    """A number in a column: integers whole, others with six digits; "-" for None."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """The shape of a tensor as "784x10", "scalar" for none."""
+    return "x".join(map(str, sizes)) if sizes else "scalar"
+
+
 def counted(count: int, noun: str) -> str:
     """A number and a noun: ``"1 file"``, ``"2 files"``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def missing_newest(name: str) -> str:
+    """The line about a checkpoint that is gone."""
+    return f"the file 'checkpoint' names {printable(name)} as the newest, and there is no file of it"
 
 
 def _escaped(character: str) -> str:

@@ -79,11 +79,28 @@ def survey(root: Path) -> Survey:
     listed: set[str] = set()
     for basename in basenames(kinds):
         layout = Layout(root, basename, ENTRY_SUFFIX)
-        of_basename = _surveyed(layout, kinds)
+        of_basename = _surveyed(layout)
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
     unfinished = _unfinished(root, kinds, listed)
     return Survey(root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE))
+
+
+def survey_one(root: Path, name: str) -> Surveyed:
+    """Look at one checkpoint, also at one that was never committed."""
+    basename, step = split_name(name)
+    layout = Layout(root, basename, ENTRY_SUFFIX)
+    times = [status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status]
+    is_committed = _stat(layout.manifest(name)) is not None
+    if times:
+        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), layout.present(name))
+        if found is not None:
+            return found
+    present = [name]
+    checkpoint = Checkpoint(root, name, step, _newest_time(root, present), False)
+    engine = _engine_of_files(root, name, present)
+    reason = "it has no manifest: Stepguard has never committed it"
+    return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
 
 
 def basenames(names: Iterable[str]) -> list[str]:
@@ -115,13 +132,14 @@ def look(layout: Layout, candidate: Checkpoint, present: Sequence[str]) -> Surve
     """The state of one checkpoint by names and sizes; None if it has gone meanwhile. ``present`` are its files."""
     place = layout.within(candidate.root)
     found = None
-    for _ in range(_LOOKS):
+    for number in range(_LOOKS):
         before = identity(place, candidate.name)
         if before is None:
             return None
         found = _looked(place, candidate, present)
-        if found.state != DAMAGED or identity(place, candidate.name) == before:
+        if found.state != DAMAGED or (number > 0 and identity(place, candidate.name) == before):
             return found
+        # What was listed a moment ago may have been saved, or removed, since.
         present = place.present(candidate.name)
     return found
 
@@ -131,16 +149,14 @@ def identity(place: Layout, name: str) -> tuple[int, int] | None:
     checkpoint takes its manifest away first.
     """
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        return status.st_ino, status.st_mtime_ns
+        status = _stat(path)
+        if status is not None:
+            return status.st_ino, status.st_mtime_ns
     return None
 
 
-def _surveyed(layout: Layout, names: Iterable[str]) -> list[Surveyed]:
-    files = _by_checkpoint(layout, names)
+def _surveyed(layout: Layout) -> list[Surveyed]:
+    files = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
         inside = candidate.root == layout.root
@@ -149,16 +165,6 @@ def _surveyed(layout: Layout, names: Iterable[str]) -> list[Surveyed]:
         if one is not None:
             found.append(one)
     return found
-
-
-def _by_checkpoint(layout: Layout, names: Iterable[str]) -> dict[str, list[str]]:
-    """The file names of each checkpoint of a basename, from one listing."""
-    files: dict[str, list[str]] = {}
-    for name in names:
-        if name.startswith(layout.basename):
-            stem, _, _ = name[len(layout.basename) :].partition(".")
-            files.setdefault(layout.basename + stem, []).append(name)
-    return files
 
 
 def _looked(place: Layout, candidate: Checkpoint, present: Sequence[str]) -> Surveyed:
@@ -230,10 +236,9 @@ def _missing(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> tuple[s
     state = statefile.read(root)
     if state is None or state.path.parent not in (Path(), root, root.absolute()) or state.newest in listed:
         return ()
-    # It may have been committed since the directory was listed, or name the file of another tool.
-    if any(one.startswith(state.newest) for one in (*kinds, *os.listdir(root))):
-        return ()
-    return (state.newest,)
+    # It may have been committed since the directory was listed, or be the file of another tool.
+    is_there = any(one.startswith(state.newest) for one in (*kinds, *os.listdir(root)))
+    return () if is_there or statefile.read(root) != state else (state.newest,)
 
 
 def _engine_by_files(place: Layout, name: str) -> str:
@@ -248,6 +253,13 @@ def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
     if any(one == name + ENTRY_SUFFIX or _DATA.fullmatch(one) for one in inside):
         return "tensorflow"
     return "torch" if name in inside else UNKNOWN_ENGINE
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _listdir(path: Path) -> list[str]:

@@ -27,6 +27,12 @@ class Column:
     style: Callable[[str], str | None] = field(default=lambda _: None)
 
 
+_COLOURS = {"good": "green", "damaged": "red"}
+
+STATE = Column("STATE", style=lambda state: _COLOURS.get(state, "yellow"))
+"""The state of a checkpoint."""
+
+
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of printable cells under the titles of their columns."""
     widths = [max(map(cell_len, cells)) for cells in zip([one.title for one in columns], *rows, strict=True)]
