@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
+from stepguard.cli import output
 from stepguard.cli.survey import ENTRY_SUFFIX, Surveyed, survey, survey_one
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 LOGDIR = click.Path(exists=True, file_okay=False, path_type=Path)
 """A directory that exists."""
@@ -35,24 +40,24 @@ class Target:
         raise click.UsageError(f"{self.path}: expected a checkpoint, found none that a restart could take")
 
 
-class TargetType(click.ParamType):
-    """A logdir or a checkpoint: its directory, its prefix as TensorFlow has it, or one of its files."""
+def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
+    """An argument that is a logdir or a checkpoint: its directory, its TensorFlow prefix, or one of its files.
 
-    name = "path"
+    A path that is neither is a mistake in the arguments.
+    """
+    return click.argument(name, metavar=metavar, callback=lambda _context, _argument, value: _target(value))
 
-    def convert(self, value: str | Target, param: click.Parameter | None, ctx: click.Context | None) -> Target:
-        """Find out which of them it is; a usage error if it is neither."""
-        if isinstance(value, Target):
-            return value
-        path = Path(value)
-        match = _OF_A_FILE.fullmatch(path.name)
-        if match is not None and not path.is_dir():
-            path = path.with_name(match.group(1))
-        if _is_checkpoint(path):
-            return Target(Path(value), path.parent, path.name)
-        if path.is_dir():
-            return Target(Path(value), path, None)
-        self.fail(f"{value}: there is neither a logdir nor a checkpoint of that name", param, ctx)
+
+def _target(value: str) -> Target:
+    path = Path(value)
+    match = _OF_A_FILE.fullmatch(path.name)
+    if match is not None and not path.is_dir():
+        path = path.with_name(match.group(1))
+    if _is_checkpoint(path):
+        return Target(Path(value), path.parent, path.name)
+    if path.is_dir():
+        return Target(Path(value), path, None)
+    raise click.BadParameter(f"{output.printable(value)}: there is neither a logdir nor a checkpoint of that name")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -62,6 +67,3 @@ def _is_checkpoint(path: Path) -> bool:
         return path.suffix in (".pt", ".pth")
     # A directory without a manifest may still hold what PyTorch has written.
     return path.is_dir() and any(path.glob("*.pt")) and not any(path.glob("*" + MANIFEST_SUFFIX))
-
-
-TARGET = TargetType()

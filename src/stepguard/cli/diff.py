@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from stepguard.cli import engines, output
-from stepguard.cli.arguments import TARGET, Target
+from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
 from stepguard.cli.progress import reading
 from stepguard.cli.statistics import Difference, compare
@@ -48,8 +48,8 @@ Examples:
   stepguard diff runs/a runs/b --json | jq '.changes[] | select(.kind == "shape")'
 """,
 )
-@click.argument("a", type=TARGET)
-@click.argument("b", type=TARGET)
+@target_argument("a", "A")
+@target_argument("b", "B")
 @output.json_option
 @click.pass_context
 def command(ctx: click.Context, a: Target, b: Target, as_json: bool) -> None:
@@ -107,8 +107,9 @@ def _change(one: SavedTensor, other: SavedTensor) -> Change | None:
     difference = compare(left, right)
     if not difference.changed:
         return None
-    values = [None, None] if one.shape else [_value(left), _value(right)]
-    return Change(name, "values", *values, difference)
+    if one.shape:
+        return Change(name, "values", difference=difference)
+    return Change(name, "values", _value(left), _value(right), difference)
 
 
 def _value(array: Any) -> str:
@@ -125,7 +126,7 @@ def _print(changes: list[Change], equal: int) -> None:
         print_table(_COLUMNS, list(_rows(changes)))
         click.echo(f"{output.counted(len(changes), 'difference')}, {equal:,} equal")
     else:
-        click.echo(f"equal: {output.counted(equal, 'tensor or value')}")
+        click.echo(f"equal: {equal:,} tensors and values")
 
 
 def _rows(changes: list[Change]) -> Iterator[tuple[str, ...]]:
@@ -134,4 +135,9 @@ def _rows(changes: list[Change]) -> Iterator[tuple[str, ...]]:
         if one.difference is not None:
             found = one.difference
             numbers = (f"{found.changed}/{found.count}", output.number(found.absolute), output.number(found.relative))
-        yield (one.kind, output.printable(one.name), *(output.printable(form or "-") for form in (one.a, one.b)), *numbers)
+        yield (
+            one.kind,
+            output.printable(one.name),
+            *(output.printable(form or "-") for form in (one.a, one.b)),
+            *numbers,
+        )

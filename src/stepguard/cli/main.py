@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from stepguard import __version__
 from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events")
 """Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
 
 # What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
@@ -85,4 +86,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command that the arguments name. Ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the encoding of the terminal has not all characters, the others are shown as escapes.
+            stream.reconfigure(errors="backslashreplace")
     cli(prog_name="stepguard")

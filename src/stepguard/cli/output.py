@@ -45,7 +45,7 @@ def size(count: int) -> str:
     return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"
 
 
-def number(value: int | float | None) -> str:
+def number(value: float | None) -> str:
     """A number in a column: integers whole, others with six digits; "-" for None."""
     if value is None:
         return "-"

@@ -10,7 +10,6 @@ from pathlib import Path
 from stepguard.cli import engines
 from stepguard.cli.exits import Failure
 from stepguard.cli.survey import DAMAGED, ENTRY_SUFFIX, GOOD, UNVERIFIED, Surveyed, identity, look
-from stepguard.errors import CheckpointCorruptError
 from stepguard.store import verification
 from stepguard.store.layout import Layout
 
@@ -65,8 +64,7 @@ def _proof(place: Layout, found: Surveyed, on_block: Callable[[int], None] | Non
         return _unmanifested(found)
     damages: list[tuple[Path | None, str]] = []
     try:
-        for damage in verification.damages(place, manifest, on_block=on_block):
-            damages.append((damage.path, str(damage)))
+        damages.extend((one.path, str(one)) for one in verification.damages(place, manifest, on_block=on_block))
     except OSError as error:
         if error.errno != errno.EIO:
             raise

@@ -94,7 +94,8 @@ def _plan(
             FINDING,
         )
     sound = [one for one in found if one.state != DAMAGED]
-    kept, removed = [], []
+    kept: list[Surveyed] = []
+    removed: list[Surveyed] = []
     for number, one in enumerate(sound):
         is_kept = number <= sound.index(newest_good) or (keep_last is not None and number < keep_last)
         step = one.checkpoint.step

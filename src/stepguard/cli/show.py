@@ -7,12 +7,15 @@ from typing import Any
 import click
 
 from stepguard.cli import engines, output
-from stepguard.cli.arguments import TARGET, Target
+from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.progress import reading
 from stepguard.cli.statistics import Statistics, describe
 from stepguard.cli.survey import DAMAGED, INCOMPLETE, Surveyed
 from stepguard.cli.table import Column, print_table
 from stepguard.tensors import SavedTensor
+
+# A list of more numbers than this is told by its length.
+_SHORT = 8
 
 _COLUMNS = (
     Column("NAME", shrink=True),
@@ -36,7 +39,7 @@ Examples:
   stepguard show runs/digits --json | jq -r '.tensors[] | select(.nan > 0).name'
 """,
 )
-@click.argument("target", type=TARGET, metavar="CHECKPOINT")
+@target_argument("target", "CHECKPOINT")
 @click.option("--all", "with_values", is_flag=True, help="Also numbers and strings that are saved beside the tensors.")
 @output.json_option
 def command(target: Target, with_values: bool, as_json: bool) -> None:
@@ -51,8 +54,7 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
     with reading("reading", one.size) as on_block:
         for tensor in engines.read_tensors(one):
             if with_values or not tensor.is_plain:
-                array = None if tensor.read is None else tensor.read()
-                rows.append((tensor, array if _is_single(tensor) else None, None if array is None else describe(array)))
+                rows.append(_read(tensor))
             else:
                 rows.append((tensor, None, None))
             on_block(tensor.nbytes or 0)
@@ -109,7 +111,7 @@ def _print(one: Surveyed, rows: list[_Row], *, with_values: bool) -> None:
         print_table(_COLUMNS, [_cells(tensor, found) for tensor, _, found in tensors])
     if with_values and values:
         columns = (Column("NAME", shrink=True), Column("TYPE"), Column("VALUE", shrink=True))
-        print_table(columns, [(output.printable(one.name), one.dtype, _shown(one, array)) for one, array, _ in values])
+        print_table(columns, [(output.printable(one.name), one.dtype, _shown(array)) for one, array, _ in values])
     total = output.size(sum(tensor.nbytes or 0 for tensor, _, _ in tensors))
     hint = "" if with_values or not values else " (--all shows them)"
     more = f", and {output.counted(len(values), 'value')} beside them{hint}" if values else ""
@@ -130,18 +132,20 @@ def _cells(tensor: SavedTensor, found: Statistics | None) -> tuple[str, ...]:
     return (output.printable(tensor.name), tensor.dtype, output.shape(tensor.shape), size, *numbers)
 
 
-def _is_single(tensor: SavedTensor) -> bool:
-    return tensor.is_plain and tensor.shape == ()
+def _read(tensor: SavedTensor) -> _Row:
+    """A plain value is kept as it is, and of a tensor only what is said about it."""
+    array = None if tensor.read is None else tensor.read()
+    if tensor.is_plain:
+        return tensor, array, None
+    return tensor, None, None if array is None else describe(array)
+
+
+def _shown(array: Any) -> str:
+    if array.size > _SHORT:
+        return output.counted(array.size, "number")
+    return output.printable(str(_value(array)))
 
 
 def _value(array: Any) -> Any:
-    if array is None:
-        return None
-    value = array.item()
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _shown(tensor: SavedTensor, array: Any) -> str:
-    if array is None:
-        return f"{output.counted(tensor.shape[0], 'number')}" if tensor.shape else "-"
-    return output.printable(str(_value(array)))
+    value = array.tolist()
+    return value if isinstance(value, (bool, int, float, str, list)) else str(value)

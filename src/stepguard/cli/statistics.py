@@ -72,7 +72,7 @@ def compare(one: Any, other: Any) -> Difference:
             changed += sum(a != b for a, b in zip(left.tolist(), right.tolist(), strict=True))
             continue
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            same = (left == right) | ((left != left) & (right != right))  # noqa: PLR0124 - a NaN is not itself
+            same = (left == right) | ((left != left) & (right != right))
             left, right = left[~same], right[~same]
             if not left.size:
                 continue
@@ -114,8 +114,8 @@ def _magnitude(array: Any) -> Any:
 
 
 def _largest(values: list[Any]) -> Any:
-    return next((one for one in values if one != one), None) or max(values)  # noqa: PLR0124 - a NaN is not itself
+    return next((one for one in values if one != one), None) or max(values)
 
 
-def _number(value: Any) -> int | float:
-    return int(value) if isinstance(value, bool) else value  # type: ignore[no-any-return]
+def _number(value: float) -> int | float:
+    return int(value) if isinstance(value, bool) else value

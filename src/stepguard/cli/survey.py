@@ -90,7 +90,9 @@ def survey_one(root: Path, name: str) -> Surveyed:
     """Look at one checkpoint, also at one that was never committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
-    times = [status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status]
+    times = [
+        status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status
+    ]
     is_committed = _stat(layout.manifest(name)) is not None
     if times:
         found = look(layout, Checkpoint(root, name, step, times[0], is_committed), layout.present(name))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stepguard.cli import output
-from stepguard.cli.arguments import TARGET, Target
+from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
 from stepguard.cli.progress import reading
 from stepguard.cli.proof import Proof, prove
@@ -36,7 +36,7 @@ Examples:
   stepguard verify runs/digits --json | jq -r '.checkpoints[].damage[].file'
 """,
 )
-@click.argument("target", type=TARGET, metavar="LOGDIR|CHECKPOINT")
+@target_argument("target", "LOGDIR|CHECKPOINT")
 @output.json_option
 @click.pass_context
 def command(ctx: click.Context, target: Target, as_json: bool) -> None:
@@ -92,9 +92,7 @@ def _json(proof: Proof) -> dict[str, Any]:
         "engine": one.engine,
         "state": one.state,
         "reasons": list(one.reasons),
-        "damage": [
-            {"file": None if path is None else str(path), "reason": reason} for path, reason in proof.damages
-        ],
+        "damage": [{"file": None if path is None else str(path), "reason": reason} for path, reason in proof.damages],
         "readable": proof.is_readable,
     }
 
