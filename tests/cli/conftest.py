@@ -47,7 +47,9 @@ def tensorflow_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             v1.get_variable("nothing", initializer=tf.zeros([0, 3]))
             v1.get_variable("broken", initializer=tf.constant([1.0, float("nan"), float("-inf")]))
             train = v1.assign_add(step, 1)
-            sv = Supervisor(logdir=str(logdir), save_model_secs=0, save_at_end=True, save_summaries_secs=0, summary_op=None)
+            sv = Supervisor(
+                logdir=str(logdir), save_model_secs=0, save_at_end=True, save_summaries_secs=0, summary_op=None
+            )
             with sv.managed_session() as sess:
                 while sess.run(step) < last:
                     sess.run(train)

@@ -7,7 +7,9 @@ from pathlib import Path
 from stepguard.store import CheckpointStore
 
 
-def commit(root: Path, *steps: int, basename: str = "model.ckpt", entry_suffix: str | None = ".index") -> CheckpointStore:
+def commit(
+    root: Path, *steps: int, basename: str = "model.ckpt", entry_suffix: str | None = ".index"
+) -> CheckpointStore:
     """Commit checkpoints of small files, as TensorFlow's are or, without an entry suffix, as PyTorch's are."""
     engine = "torch" if entry_suffix is None else "tensorflow"
     store = CheckpointStore(root, basename=basename, engine=engine, entry_suffix=entry_suffix)

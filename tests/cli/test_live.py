@@ -37,14 +37,16 @@ while True:
 """
 
 
-def test_nothing_is_called_damaged_and_nothing_fails(tmp_path, stepguard):
+def test_nothing_is_called_damaged_and_nothing_fails(tmp_path, stepguard, monkeypatch):
+    # Between two renames of a commit TensorFlow would be asked to read these files, and they are made up.
+    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.tensors", None)
     seen = Counter()
     for suffix in (".index", ""):
         logdir = tmp_path / f"run{suffix}"
         with subprocess.Popen([sys.executable, "-c", WRITER, str(logdir), suffix], stdout=subprocess.PIPE) as writer:
             try:
                 assert writer.stdout.readline() == b"first\n"
-                until = time.monotonic() + 2
+                until = time.monotonic() + 1
                 while time.monotonic() < until:
                     for command in ("ls", "verify"):
                         shown = stepguard(command, logdir, "--json")
@@ -61,5 +63,5 @@ def test_nothing_is_called_damaged_and_nothing_fails(tmp_path, stepguard):
                 assert writer.poll() is None, "the writer has failed"
             finally:
                 writer.kill()
-    assert seen["ls", "good"] > 20
-    assert seen["verify", "good"] > 20
+    assert seen["ls", "good"] > 5
+    assert seen["verify", "good"] > 5

@@ -18,7 +18,6 @@ from stepguard.cli.proof import prove
 from stepguard.cli.survey import DAMAGED, ENTRY_SUFFIX, GOOD, Surveyed, survey
 from stepguard.store import CheckpointStore
 
-
 _LOOKS = 10
 
 
