@@ -1,4 +1,7 @@
-"""A small DistributedDataParallel run for ``torchrun``, each process of which notes the batches that it has seen."""
+"""A small run for ``torchrun``, each process of which notes the batches that it has seen.
+
+The model is wrapped in DistributedDataParallel (ddp), or sharded by fully_shard (fsdp), or left alone (none).
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
+    parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
     args = parser.parse_args()
 
@@ -36,7 +40,7 @@ def main() -> None:
     random.seed(rank)
     np.random.seed(rank)
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
-    model = DistributedDataParallel(net)
+    model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
@@ -49,6 +53,7 @@ def main() -> None:
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
+        args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
         for index, inputs, targets in session.steps(loader, max_steps=args.steps):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
@@ -58,9 +63,28 @@ def main() -> None:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
             if f"{rank}:{session.global_step}" in args.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())).hexdigest()
-    args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{session.global_step} {digest} {random.random()}")
+    outcome = f"{session.global_step} {digest(net, optimizer)}"
+    args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
     dist.destroy_process_group()
+
+
+def wrapped(net: torch.nn.Module, how: str) -> torch.nn.Module:
+    if how == "ddp":
+        return DistributedDataParallel(net)
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net[0])
+        fully_shard(net)
+    return net
+
+
+def digest(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of the weights and all that the optimizer keeps, whole, whatever part of it this process has."""
+    tensors = list(net.state_dict().values())
+    tensors += [one for state in optimizer.state_dict()["state"].values() for one in state.values()]
+    whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole)).hexdigest()
 
 
 if __name__ == "__main__":

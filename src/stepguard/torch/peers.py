@@ -26,12 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepguard.errors import NoBoundaryError
+from stepguard.errors import CheckpointError, NoBoundaryError
+from stepguard.torch.exchange import Exchange
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECS = 0.01
 _PATIENCE_SECS = 30.0
+# How long a process that has failed waits for the parts of the others, who may have ended too.
+_FAREWELL_SECS = 5.0
 
 _supervisors = 0
 
@@ -99,7 +102,8 @@ class Peers:
     """What one process has to do with the others during one session.
 
     ``steps_done`` tells how far this process is, ``process_state`` what it has to add to a checkpoint; the latter is
-    called while no step runs. Threads: ``start`` and ``close`` by the thread of the session, the others by any.
+    called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
+    called in a thread that writes. Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Peers:
         should_stop: Callable[[], bool],
         request_stop: Callable[[], object],
         has_failed: Callable[[], bool],
+        write_part: Callable[[Exchange, str], None],
     ) -> None:
         self._store = store
         self._rank = rank
@@ -126,8 +131,12 @@ class Peers:
         self._should_stop = should_stop
         self._request_stop = request_stop
         self._has_failed = has_failed
-        self._rounds = 0
+        self._write_part = write_part
+        self._messages = 0
+        self._message_lock = threading.Lock()
         self._round_lock = threading.Lock()
+        self._writing: threading.Thread | None = None
+        self._failed_at: float | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -153,6 +162,10 @@ class Peers:
             with contextlib.suppress(dist.DistError, RuntimeError):
                 while not self._store.check(["over"]) and time.monotonic() < deadline and not self._has_failed():
                     time.sleep(_LOOK_SECS)
+        writing = self._writing
+        if writing is not None:
+            # This process has failed, or the chief has: a part that is being written may complete a checkpoint.
+            writing.join(min(timeout_secs, _FAREWELL_SECS))
         self._gate.open_until(math.inf)
         self._closing.set()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -168,10 +181,8 @@ class Peers:
             NoBoundaryError: a process did not answer in time.
         """
         with self._round_lock:
-            self._rounds += 1
-            key = f"round/{self._rounds}"
             begun = self._gate.pause()
-            self._store.set(key, b"last" if is_last else b"save")
+            key = self._send("last" if is_last else "save")
             try:
                 target = max([begun, *(int(self._get(f"{key}/begun/{rank}", what)) for rank in self._others())])
                 self._store.set(f"{key}/target", str(target).encode())
@@ -182,6 +193,18 @@ class Peers:
                 self._store.set(f"{key}/done", b"1")
                 if not self._gate.is_last:
                     self._gate.open_until(math.inf)
+
+    def exchange(self, place: str) -> Exchange:
+        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
+        return self._exchange(self._send("write", place))
+
+    def _send(self, kind: str, *content: str) -> str:
+        """Tell all others, who take one message after the other; the beginning of the keys of their answers."""
+        with self._message_lock:
+            self._messages += 1
+            key = f"message/{self._messages}"
+            self._store.set(key, json.dumps([kind, *content]).encode())
+        return key
 
     def _lead(self) -> None:
         """Settle the last step when any process is asked to stop."""
@@ -214,20 +237,32 @@ class Peers:
             if self._should_stop() and not has_asked:
                 self._store.set("stop", b"1")
                 has_asked = True
-            if self._store.check([f"round/{number}"]):
-                self._take_part(f"round/{number}")
+            if self._store.check([f"message/{number}"]):
+                self._obey(f"message/{number}")
                 number += 1
             else:
                 self._closing.wait(_LOOK_SECS)
 
-    def _take_part(self, key: str) -> None:
-        is_last = self._store.get(key) == b"last"
+    def _obey(self, key: str) -> None:
+        kind, *content = json.loads(bytes(self._store.get(key)))
+        if kind == "write":
+            # In a thread of its own: the next message may be a stop.
+            arguments = (self._exchange(key), *content)
+            self._writing = threading.Thread(
+                target=self._write_part, args=arguments, name="stepguard-writer", daemon=True
+            )
+            self._writing.start()
+        else:
+            self._take_part(key, is_last=kind == "last")
+
+    def _take_part(self, key: str, *, is_last: bool) -> None:
         self._store.set(f"{key}/begun/{self._rank}", str(self._gate.pause()).encode())
         try:
             target = int(self._get(f"{key}/target", "a checkpoint"))
             self._gate.open_until(target, is_last=is_last)
             self._await_step(target, "a checkpoint")
-            self._store.set(f"{key}/state/{self._rank}", _saved(self._process_state()))
+            # Nothing is saved at a stop itself, and the memory for it may still be being written.
+            self._store.set(f"{key}/state/{self._rank}", _saved({} if is_last else self._process_state()))
             self._get(f"{key}/done", "a checkpoint")
         except NoBoundaryError as error:
             _log.warning("a round of the chief was left: %s", error)
@@ -237,6 +272,20 @@ class Peers:
             self._gate.open_until(math.inf)
 
     # --- both ---
+
+    def _exchange(self, key: str) -> Exchange:
+        return Exchange(dist.PrefixStore(key, self._store), self._rank, self._size, self._check_alive)
+
+    def _check_alive(self, what: str) -> None:
+        """A write may take any time, as long as all are there."""
+        if self._closing.is_set():
+            raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
+        if not self._has_failed():
+            self._failed_at = None
+        elif self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() > self._failed_at + _FAREWELL_SECS:
+            raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
     def _await_step(self, target: int, what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECS

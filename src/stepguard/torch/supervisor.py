@@ -122,6 +122,7 @@ class Supervisor(CoreSupervisor[Session]):
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
             parts,
+            root=None if found is None else found.root,
             restorer=restorer,
             events=events,
             basename=checkpoint_basename,
