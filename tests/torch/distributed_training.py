@@ -6,6 +6,7 @@ The model is wrapped in DistributedDataParallel (ddp), or sharded by fully_shard
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import random
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
+    parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -39,7 +41,9 @@ def main() -> None:
     torch.manual_seed(rank)
     random.seed(rank)
     np.random.seed(rank)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
+    if args.full_disk == rank:
+        fill_disk_once()
+    net = network()
     model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = Augmented()
@@ -63,9 +67,28 @@ def main() -> None:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
             if f"{rank}:{session.global_step}" in args.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-    outcome = f"{session.global_step} {digest(net, optimizer)}"
-    args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
+    # Not after SIGTERM, which ends one process: to put the weights together takes all.
+    if session.global_step == args.steps:
+        outcome = f"{session.global_step} {digest(net, optimizer)}"
+        args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
     dist.destroy_process_group()
+
+
+def network() -> torch.nn.Sequential:
+    """Its last layer is too small for two processes: one of them has nothing of it."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
+
+
+def fill_disk_once() -> None:
+    from stepguard.torch import sharded
+
+    write_part = sharded.write_part
+
+    def fail(*_: object) -> None:
+        sharded.write_part = write_part
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sharded.write_part = fail
 
 
 def wrapped(net: torch.nn.Module, how: str) -> torch.nn.Module:

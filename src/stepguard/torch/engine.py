@@ -74,14 +74,18 @@ class TorchEngine:
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
         self._peers: Peers | None = None
+        self._is_met = False
         self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
         self._part: tuple[Mapping[str, Any], CopyStreams] = {}, CopyStreams({})
 
     # --- the session ---
 
-    def prepare(self) -> Session:
-        """A session that goes on from the newest good checkpoint; without one, from the model as it is."""
+    def prepare(self, meets_every: int | None = None) -> Session:
+        """A session that goes on from the newest good checkpoint; without one, from the model as it is.
+
+        Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
+        """
         gate = None if self._shared is None else Gate()
         session = Session(self._coord.should_stop, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
@@ -89,6 +93,9 @@ class TorchEngine:
             self._init_fn()
         if gate is not None:
             self._meet_peers(session, gate)
+            self._is_met = meets_every is not None
+            if meets_every is not None and self._rank > 0:
+                gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
         return session
 
@@ -167,7 +174,10 @@ class TorchEngine:
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
-        if self._peers is not None:
+        peers = self._peers
+        if peers is not None and self._is_met:
+            callback = _Passing(peers, callback)
+        elif peers is not None:
             # It meets the others, and they may need the next step of this process to come there.
             callback = _InBackground(session, callback)
         session.boundary.call_after_steps(steps, callback)
@@ -271,6 +281,20 @@ class TorchEngine:
         """Values that the program has computed itself. Any thread."""
         if self._events is not None:
             self._events.summary(values, step)
+
+
+class _Passing:
+    """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
+
+    def __init__(self, peers: Peers, callback: Callable[[], int]) -> None:
+        self._peers = peers
+        self._callback = callback
+
+    def __call__(self) -> int:
+        try:
+            return self._callback()
+        finally:
+            self._peers.passed()
 
 
 class _InBackground:

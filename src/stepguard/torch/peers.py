@@ -3,7 +3,8 @@
 The processes of ``torchrun`` run the same steps, but not at the same moment: when one of them stands at the boundary
 after step 10, another may be in the middle of step 11, and wait there for the first to take part in its all-reduce. So
 nobody can be told to stop where he is. Instead the chief opens a round: every process begins no further step and says
-how many it has begun; the largest of these numbers is one that all can reach, and there they meet.
+how many it has begun; the largest of these numbers is one that all can reach, and there they meet. Checkpoints every so
+many steps need no round to agree on one: there each process waits by itself until the chief has saved, or has not.
 
 All of this goes through the key-value store of ``torch.distributed``. No collective operation is used, so that nothing
 comes between those of the training, and a step costs one comparison.
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,16 +70,38 @@ class Gate:
         self._begun = 0
         self._limit = math.inf
         self._is_last = False
+        self._meets_at = math.inf
+        self._every = math.inf
+        self._is_awaiting_chief = False
 
     def begin(self, steps_done: int) -> bool:
         """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may."""
         with self._changed:
-            while steps_done >= self._limit:
-                if self._is_last:
+            while steps_done >= min(self._limit, self._meets_at):
+                if steps_done >= self._limit and self._is_last:
                     return False
+                self._is_awaiting_chief = steps_done >= self._meets_at
                 self._changed.wait()
+            self._is_awaiting_chief = False
             self._begun = steps_done + 1
             return True
+
+    def meet_chief(self, first: int, every: int) -> None:
+        """Let no step begin after ``first`` steps, and after each ``every`` more, until the chief has passed there."""
+        with self._changed:
+            self._meets_at, self._every = first, every
+
+    @property
+    def is_awaiting_chief(self) -> bool:
+        """Whether a step waits for the chief."""
+        return self._is_awaiting_chief
+
+    def chief_passed(self, steps: int) -> None:
+        """The chief has done ``steps``, and what it does after them."""
+        with self._changed:
+            if steps >= self._meets_at:
+                self._meets_at += self._every * ((steps - self._meets_at) // self._every + 1)
+            self._changed.notify_all()
 
     def pause(self) -> int:
         """Let no further step begin; how many have."""
@@ -194,6 +218,10 @@ class Peers:
                 if not self._gate.is_last:
                     self._gate.open_until(math.inf)
 
+    def passed(self) -> None:
+        """The chief has done what it does at this boundary: the others need not wait for it here."""
+        self._store.set("passed", str(self._steps_done()).encode())
+
     def exchange(self, place: str) -> Exchange:
         """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
         return self._exchange(self._send("write", place))
@@ -240,8 +268,17 @@ class Peers:
             if self._store.check([f"message/{number}"]):
                 self._obey(f"message/{number}")
                 number += 1
+            elif self._gate.is_awaiting_chief:
+                self._look_for_chief()
+                self._closing.wait(_LOOK_SECS / 5)
             else:
                 self._closing.wait(_LOOK_SECS)
+
+    def _look_for_chief(self) -> None:
+        if self._store.check(["over"]):
+            self._gate.chief_passed(sys.maxsize)
+        elif self._store.check(["passed"]):
+            self._gate.chief_passed(int(self._store.get("passed")))
 
     def _obey(self, key: str) -> None:
         kind, *content = json.loads(bytes(self._store.get(key)))

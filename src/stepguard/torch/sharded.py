@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError
+from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.torch import unpickling
 from stepguard.torch.format import Blocks
 from stepguard.torch.shards import Shard, name_of, parts
@@ -120,6 +120,7 @@ class ShardedFiles:
         """Fill the tensors of ``targets``, each with the part that it is of the tensor of that name.
 
         Raises:
+            CheckpointError: a file holds something that could run code.
             CheckpointCorruptError: a tensor is missing, or has another shape than the rest of the checkpoint says.
         """
         items = []
@@ -136,7 +137,14 @@ class ShardedFiles:
             items += create_read_items_for_chunk_list(name, stored, target.__create_chunk_list__())
         reader = FileSystemReader(self._directory)
         reader.set_up_storage_reader(self._metadata, False)
-        reader.read_data(LoadPlan(items), _Targets(targets)).wait()
+        try:
+            reader.read_data(LoadPlan(items), _Targets(targets)).wait()
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self._directory}: expected tensors in the files of torch.distributed.checkpoint, found what could "
+                f"run code: nothing of it was used ({error})",
+                path=self._directory,
+            ) from error
 
 
 class _Targets(DefaultLoadPlanner):

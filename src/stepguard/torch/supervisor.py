@@ -132,6 +132,8 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=stop_grace_secs,
         )
         self._session: Session | None = None
+        # Known to all processes, and not to the chief only.
+        self._saves_every = save_model_steps if everyones_root is not None else None
         super().__init__(
             self._torch,
             coord=coord,
@@ -171,7 +173,8 @@ class Supervisor(CoreSupervisor[Session]):
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
         """
         self._check_alone()
-        session = self._open_session(self._torch.prepare, start_standard_services)
+        meets_every = self._saves_every if start_standard_services else None
+        session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
         return session
 
