@@ -40,16 +40,28 @@ def began(logdir: Path, processes: int) -> list[str]:
     return [logdir.with_suffix(f".began-{rank}").read_text() for rank in range(processes)]
 
 
-def terminate_one(logdir: Path, rank: int, *arguments: str) -> list[str]:
-    """Send SIGTERM to one of two processes, in the middle of the training; what each wrote to its stderr."""
+def start_two(logdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two processes without torchrun, which takes as long to start as one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for each in range(2):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(each), "WORLD_SIZE": "2"}
-        command = [sys.executable, str(PROGRAM), f"--logdir={logdir}", "--steps=100000", *arguments]
+    for rank in range(2):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(PROGRAM), f"--logdir={logdir}", *arguments]
         processes.append(subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def run_two(logdir: Path, *arguments: str) -> None:
+    processes = start_two(logdir, *arguments)
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def terminate_one(logdir: Path, rank: int, *arguments: str) -> list[str]:
+    """Send SIGTERM to one of two processes, in the middle of the training; what each wrote to its stderr."""
+    processes = start_two(logdir, "--steps=100000", *arguments)
     deadline = time.monotonic() + 60
     while not all(logdir.with_suffix(f".seen-{each}").exists() for each in range(2)) or not steps_saved(logdir):
         assert time.monotonic() < deadline

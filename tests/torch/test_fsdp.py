@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_training import digest, network, wrapped
-from launch import began, outcomes, seen, steps_saved, terminate_one, torchrun
+from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, torchrun
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -115,7 +115,7 @@ class TestAnotherNumberOfProcesses:
     @pytest.mark.parametrize("wrap", ["none", "fsdp"])
     def test_one_then_two(self, wrap, tmp_path, alone):
         _, ended = train(tmp_path / "run", 3, wrap=wrap)
-        torchrun(tmp_path / "run", 2, "--steps=4", "--wrap=fsdp")
+        run_two(tmp_path / "run", "--steps=4", "--wrap=fsdp")
 
         assert began(tmp_path / "run", 2) == [f"3 {ended}"] * 2
 
