@@ -57,7 +57,8 @@ def shared_store() -> Any:
     _supervisors += 1
     # torchrun keeps its store when it starts the processes again, with all that the earlier ones have said in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # A client of our own: a wait on the one that the process group uses would hold that up.
+    # A client of our own: a wait on the one that the process group uses would hold that up. There is no public way to
+    # the store that fits every init_method; to open another one would take an address, and a collective operation.
     store = dist.distributed_c10d._get_default_store().clone()
     return dist.PrefixStore(f"stepguard/{attempt}/{_supervisors}", store)
 
