@@ -256,8 +256,8 @@ class TorchEngine:
             copies.finish()
             return held
 
-        if self._root is not None:
-            write_mine(exchange, self._rank, self._root / place, states)
+        # Without a logdir of its own it does not see the chief's, and says so.
+        write_mine(exchange, self._rank, (self._root or Path()) / place, states)
 
     def kept_checkpoints(self) -> Sequence[str]:
         """PyTorch keeps no list of its own."""
