@@ -29,8 +29,18 @@ def write_file(path: Path, state: Any) -> tuple[int, str]:
     return file.size, file.digest
 
 
-def read_file(path: Path) -> Any:
-    """Read it. No code from the file is run, and what only code could restore is an error."""
+def read_file(path: Path, *, mapped: bool = False) -> Any:
+    """Read it. No code from the file is run, and what only code could restore is an error.
+
+    With ``mapped`` the tensors are those of the file, and not in memory until they are used: that is for one that was
+    just read to its end, since a disk that fails under it would end the process. Nobody may keep them.
+    """
+    if mapped:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # A filesystem that maps no files, or another error, which reading then raises again.
+            pass
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -76,13 +76,14 @@ class Restorer:
         if f"{PROCESS}{rank}" not in processes:
             # There are more processes than before: the streams of this one begin as the program has seeded them.
             process["random"] = random_states.capture()
-        states = self._fitting(path, saved)
+        # Rank 0 has just verified these files, and with that read them.
+        states = self._fitting(path, saved, mapped=rank == 0)
         for component in self._components:
             component.load(states[component.name])
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
 
-    def _fitting(self, path: Path, saved: dict[str, Path]) -> dict[str, Any]:
+    def _fitting(self, path: Path, saved: dict[str, Path], *, mapped: bool) -> dict[str, Any]:
         """All that the checkpoint holds, once it is sure that it can be put in place."""
         names = [component.name for component in self._components]
         misfit = Misfit(
@@ -92,7 +93,7 @@ class Restorer:
         states = {}
         for component in self._components:
             if component.name in saved:
-                states[component.name] = read_file(saved[component.name])
+                states[component.name] = read_file(saved[component.name], mapped=mapped)
                 misfit.add(component.misfit(states[component.name]))
         if misfit:
             raise CheckpointMismatchError(
