@@ -115,9 +115,10 @@ def test_opening_the_log_draws_nothing_from_the_program(tmp_path, monkeypatch):
     random.seed(1)
     torch.manual_seed(1)
     expected = (random.random(), torch.rand(()))
+    model = nn.Linear(1, 1)
     random.seed(1)
     torch.manual_seed(1)
-    supervisor(tmp_path)
+    Supervisor({"model": model}, tmp_path)
 
     assert (random.random(), torch.rand(())) == expected
 
