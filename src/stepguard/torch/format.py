@@ -23,9 +23,20 @@ def is_process(name: str) -> bool:
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:
-    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest."""
+    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     with files.NewFile(path) as file:
-        torch.save(state, _Blocks(file))
+        blocks = _Blocks(file)
+        try:
+            torch.save(state, blocks)
+        except RuntimeError as error:
+            if blocks.error is None:
+                raise
+            # PyTorch ends its archive all the same, and then complains about that instead.
+            raise blocks.error from error
     return file.size, file.digest
 
 
@@ -49,11 +60,16 @@ class _Blocks:
 
     def __init__(self, file: files.NewFile) -> None:
         self._file = file
+        self.error: OSError | None = None
 
     def write(self, block: Any) -> int:
         view = memoryview(block)
-        for begin in range(0, len(view), _BLOCK_BYTES):
-            self._file.write(view[begin : begin + _BLOCK_BYTES])
+        try:
+            for begin in range(0, len(view), _BLOCK_BYTES):
+                self._file.write(view[begin : begin + _BLOCK_BYTES])
+        except OSError as error:
+            self.error = self.error or error
+            raise
         return len(view)
 
     def flush(self) -> None:
