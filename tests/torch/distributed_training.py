@@ -38,10 +38,11 @@ def main() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
     model = DistributedDataParallel(net)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
     sv = Supervisor(
-        {"model": model, "optimizer": optimizer},
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
         args.logdir,
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
@@ -53,6 +54,7 @@ def main() -> None:
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
+            scheduler.step()
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
