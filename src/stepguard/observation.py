@@ -128,6 +128,8 @@ class Observer:
             self.now.restarts = restarts(ledger.read(self._logdir), self._role)
         self._append(
             "start",
+            # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
+            durable=False,
             engine=self._engine.name,
             argv=list(sys.orig_argv),
             version=__version__,
@@ -242,7 +244,7 @@ class Observer:
         now = self.now
         checkpoint = None if recovery is None else recovery.checkpoint
         if recovery is None or checkpoint is None:
-            self._append("fresh", step=now.step)
+            self._append("fresh", durable=False, step=now.step)
             return
         previous = self._previous
         lost = None
@@ -259,6 +261,7 @@ class Observer:
         }
         self._append(
             "restore",
+            durable=False,
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
@@ -270,7 +273,8 @@ class Observer:
                 for one in recovery.damaged
             ],
         )
-        if lost:
+        # What was damaged has been said already, with what it costs.
+        if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
         if recovery.damaged:
             self.now.warnings = [*self.now.warnings, recovery.message()][-_WARNINGS_KEPT:]

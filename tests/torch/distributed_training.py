@@ -46,10 +46,11 @@ def main() -> None:
     net = network()
     model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
     sv = Supervisor(
-        {"model": model, "optimizer": optimizer},
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
         args.logdir,
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
@@ -62,6 +63,7 @@ def main() -> None:
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
+            scheduler.step()
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 import sys
@@ -40,8 +41,14 @@ class Component:
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
-        """Put a saved state in place."""
+        """Put a saved state in place. Its tensors may be those of a mapped file: none of them is kept."""
         holder = self._holder
+        if isinstance(holder, nn.Module):
+            # It copies into the tensors that it has, or nearly always does.
+            holder.load_state_dict(state)
+            if not _shares_memory(holder.state_dict(), state):
+                return
+        state = copy.deepcopy(state)
         if isinstance(holder, torch.Generator):
             holder.set_state(state["state"])
         elif isinstance(holder, random.Random):
@@ -279,6 +286,19 @@ def nbytes(value: Any) -> int:
     """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
     tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _shares_memory(state: Any, other: Any) -> bool:
+    addresses = set(_addresses(other))
+    return any(address in addresses for address in _addresses(state))
+
+
+def _addresses(state: Any) -> Iterator[int]:
+    for _, part in leaves("", state):
+        # A DTensor has been put together from copies.
+        is_plain = isinstance(part, torch.Tensor) and not is_dtensor(part)
+        if is_plain and part.layout is torch.strided and part.numel():
+            yield part.untyped_storage().data_ptr()
 
 
 def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:
