@@ -73,6 +73,8 @@ def main() -> None:
     if session.global_step == args.steps:
         outcome = f"{session.global_step} {digest(net, optimizer)}"
         args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
+        # Else the first to end may close its connections while another still reads from them.
+        dist.barrier()
     dist.destroy_process_group()
 
 
