@@ -22,6 +22,8 @@ CORE = [
     "errors",
     "files",
     "heartbeat",
+    "history",
+    "launched",
     "ledger",
     "looper",
     "services",
