@@ -105,6 +105,19 @@ def survey_one(root: Path, name: str) -> Surveyed:
     return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
 
 
+def newest_good(root: Path) -> Surveyed | None:
+    """The newest of the good ones in a logdir, without a look at those that are older. Raises OSError."""
+    newest = None
+    for basename in basenames(os.listdir(root)):
+        layout = Layout(root, basename, ENTRY_SUFFIX)
+        for candidate in recovery.newest_first(layout):
+            found = look(layout, candidate, layout.within(candidate.root).present(candidate.name))
+            if found is not None and found.state == GOOD:
+                newest = found if newest is None or found.checkpoint.time > newest.checkpoint.time else newest
+                break
+    return newest
+
+
 def basenames(names: Iterable[str]) -> list[str]:
     """What the names of the checkpoints among the file names begin with, sorted."""
     names = names if isinstance(names, Mapping) else set(names)
