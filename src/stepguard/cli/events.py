@@ -18,8 +18,9 @@ from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.event_files import Curve, event_files, read_curves
 from stepguard.cli.exits import NOT_DONE, Failure
 from stepguard.cli.plot import plotted
-from stepguard.cli.table import Column, print_table
+from stepguard.cli.table import Column, print_table, warning
 
+_MOST_DRAWN = 100  # below each other: a picture has a largest height
 _PLOT_LINES = 10
 _PLOT_COLUMNS = 80
 
@@ -31,7 +32,7 @@ _COLUMNS = (
     Column("VALUE", align_right=True),
     Column("MIN", align_right=True),
     Column("MAX", align_right=True),
-    Column("NOT FINITE", align_right=True, style=lambda count: None if count == "0" else "red"),
+    Column("NOT FINITE", align_right=True, hide=True, style=warning),
 )
 
 _OUT = click.Path(dir_okay=False, writable=True, path_type=Path, allow_dash=True)
@@ -149,6 +150,8 @@ def _csv(curves: Sequence[Curve]) -> bytes:
 
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
+    if len(curves) > _MOST_DRAWN:
+        raise Failure(f"--png: expected at most {_MOST_DRAWN} curves, found {len(curves)}: choose with --tag", NOT_DONE)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

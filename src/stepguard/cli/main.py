@@ -73,7 +73,7 @@ Exit codes, of every command:
   0    fine
   1    a finding: damaged, different, refused
   2    a mistake in the arguments
-  3    it could not be done: no permission, an unknown format, a missing package
+  3    not possible: no permission, unknown format, missing package
   141  the reader of a pipe has gone away (as `head` does)
 
 With --json a command prints one JSON document on stdout, and nothing else.

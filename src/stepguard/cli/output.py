@@ -48,10 +48,10 @@ def size(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number in a column: integers whole, others with six digits; "-" for None."""
+    """A number in a column: integers whole, others with three digits; "-" for None."""
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:

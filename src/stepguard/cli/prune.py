@@ -18,6 +18,8 @@ from stepguard.cli.proof import prove
 from stepguard.cli.survey import DAMAGED, ENTRY_SUFFIX, GOOD, Surveyed, survey
 from stepguard.store import CheckpointStore
 
+_LOOKS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -75,18 +77,32 @@ def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
 
 
 def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[Plan]:
+    found: list[Plan | None] = []
+    for _ in range(_LOOKS):
+        found = [
+            _plan(logdir, basename, group, keep_last, keep_every) for basename, group in _by_basename(logdir).items()
+        ]
+        if None not in found:
+            break
+    return [plan for plan in found if plan is not None]
+
+
+def _by_basename(logdir: Path) -> dict[str, list[Surveyed]]:
     groups: dict[str, list[Surveyed]] = {}
     for one in survey(logdir).found:
         # What is just being replaced is left to the chief.
         if one.is_candidate and one.checkpoint.root == logdir:
             groups.setdefault(one.basename, []).append(one)
-    return [_plan(logdir, basename, found, keep_last, keep_every) for basename, found in groups.items()]
+    return groups
 
 
 def _plan(
     logdir: Path, basename: str, found: Sequence[Surveyed], keep_last: int | None, keep_every: int | None
-) -> Plan:
+) -> Plan | None:
+    """What to do; None if a training has pruned all of them while they were read: there are newer ones then."""
     found, newest_good = _proven(found)
+    if not found:
+        return None
     if newest_good is None:
         raise Failure(
             f"{logdir}: expected a good checkpoint {basename}-*, found none among {len(found)}: nothing was removed; "

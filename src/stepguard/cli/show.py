@@ -11,7 +11,7 @@ from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.progress import reading
 from stepguard.cli.statistics import Statistics, describe
 from stepguard.cli.survey import DAMAGED, INCOMPLETE, Surveyed
-from stepguard.cli.table import Column, print_table
+from stepguard.cli.table import Column, print_table, warning
 from stepguard.tensors import SavedTensor
 
 # A list of more numbers than this is told by its length.
@@ -25,8 +25,8 @@ _COLUMNS = (
     Column("MIN", align_right=True),
     Column("MAX", align_right=True),
     Column("MEAN", align_right=True),
-    Column("NAN", align_right=True, style=lambda count: None if count in ("0", "-") else "red"),
-    Column("INF", align_right=True, style=lambda count: None if count in ("0", "-") else "red"),
+    Column("NAN", align_right=True, hide=True, style=warning),
+    Column("INF", align_right=True, hide=True, style=warning),
 )
 
 

@@ -204,7 +204,9 @@ def _looked(place: Layout, candidate: Checkpoint, present: Sequence[str]) -> Sur
         verification.verify_unmanifested(place, candidate.name, present)
     except CheckpointCorruptError as error:
         return replace(unknown, state=DAMAGED, reasons=(str(error),))
-    return replace(unknown, reasons=("it has no manifest",))
+    # Between two renames of a commit it looks like this too.
+    unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
+    return replace(unknown, reasons=(f"it has no manifest{unfinished}",))
 
 
 def _committed(one: Surveyed, manifest: Manifest) -> Surveyed:

@@ -14,17 +14,27 @@ import click
 from rich.cells import cell_len, set_cell_size
 
 _GAP = "  "
-_SHORTEST = 6
+_NOTHING = ("0", "-")
+_SHORTEST = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``style`` gives the colour of a cell by click's name; of those that may ``shrink``, the widest does first."""
+    """``style`` gives the colour of a cell by click's name; of those that may ``shrink``, the widest does first.
+
+    ``hide`` leaves a column that says nothing out of a terminal, where room is short; it is there where it is piped.
+    """
 
     title: str
     align_right: bool = False
     shrink: bool = False
+    hide: bool = False
     style: Callable[[str], str | None] = field(default=lambda _: None)
+
+
+def warning(count: str) -> str | None:
+    """The colour of a count that had better be 0."""
+    return None if count in _NOTHING else "red"
 
 
 _COLOURS = {"good": "green", "damaged": "red"}
@@ -35,8 +45,11 @@ STATE = Column("STATE", style=lambda state: _COLOURS.get(state, "yellow"))
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of printable cells under the titles of their columns."""
-    widths = [max(map(cell_len, cells)) for cells in zip([one.title for one in columns], *rows, strict=True)]
     is_terminal = sys.stdout.isatty()
+    if is_terminal:
+        shown = [n for n, one in enumerate(columns) if not (one.hide and all(row[n] in _NOTHING for row in rows))]
+        columns, rows = [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+    widths = [max(map(cell_len, cells)) for cells in zip([one.title for one in columns], *rows, strict=True)]
     if is_terminal:
         _fit(widths, columns, shutil.get_terminal_size().columns)
     lines = [_line(columns, widths, [one.title for one in columns], is_title=True)]

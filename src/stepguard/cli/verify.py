@@ -15,7 +15,7 @@ from stepguard.cli.proof import Proof, prove
 from stepguard.cli.survey import DAMAGED, GOOD, INCOMPLETE, Surveyed, survey, survey_one
 from stepguard.cli.table import STATE, Column, print_table
 
-_LOOKS = 3
+_LOOKS = 10
 
 _COLUMNS = (
     STATE,

@@ -88,6 +88,8 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     if layout.entry_suffix is None:
         return False
     names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    if not names:
+        return False  # It is of another framework.
     try:
         committed = layout.manifest(manifest.name).stat().st_mtime_ns
         written = [(layout.root / name).stat().st_mtime_ns for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import pickle
 from collections.abc import Iterator, Mapping
@@ -54,7 +55,10 @@ def _load(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: expected a file that can be read without running code from it, found: {reason}", path=path
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        # EINVAL: the end of the file was sought before its beginning.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointCorruptError(
             f"{path}: expected a file that torch.save wrote, found one that cannot be read: {reason}", path=path
