@@ -200,14 +200,13 @@ class _Reader:
         self._lost_steps += lost or 0
         made = self._saved.get(_text(event.get("checkpoint")))
         if made is None:
-            made_at = event.get("checkpoint_time")
-            made = self._now if not _is_number(made_at) else self._now - max(0.0, event["time"] - made_at)
+            made_at = _number(event.get("checkpoint_time"))
+            made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, run: _Run, event: Mapping[str, Any]) -> None:
-        secs = event.get("secs")
+    def _on_checkpoint(self, _: _Run, event: Mapping[str, Any]) -> None:
         # What was done while it was being written is not in it.
-        moment = self._now - (max(0.0, secs) if _is_number(secs) else 0.0)
+        moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
     def _on_return(self, run: _Run, event: Mapping[str, Any]) -> None:
@@ -218,8 +217,8 @@ class _Reader:
         self._lost.append((self._saved.get(to_step, began), self._now))
 
     def _on_hang(self, run: _Run, event: Mapping[str, Any]) -> None:
-        secs = event.get("secs")
-        if event.get("ended") is True and _is_number(secs):
+        secs = _number(event.get("secs"))
+        if event.get("ended") is True and secs is not None:
             run.hung = self._now - max(0.0, secs)
 
     def _on_stop(self, run: _Run, event: Mapping[str, Any]) -> None:
@@ -233,9 +232,9 @@ class _Reader:
             run.first_step = _integer(event.get("step"))
         before = next((one for one in reversed(self._runs) if one is not run and one.trained is not None), None)
         if before is not None:
-            previous_time = event.get("previous_time")
-            if _is_number(previous_time) and before.reason is None:
-                before.alive_at(float(previous_time))
+            previous_time = _number(event.get("previous_time"))
+            if previous_time is not None and before.reason is None:
+                before.alive_at(previous_time)
                 before.end = min(before.end, run.begin)
             before.came_to(event.get("previous_step"))
         return before
@@ -267,9 +266,7 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
-    return [
-        (max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])
-    ]
+    return [(max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])]
 
 
 def _length(spans: Iterable[_Span]) -> float:
@@ -284,5 +281,5 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

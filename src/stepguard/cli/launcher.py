@@ -236,7 +236,9 @@ class Launcher:
             done = output.counted(self._restarts.done, "restart")
             self._say(f"not started again after {done}, which is what --max-restarts allows: {ended.failure}")
         if ended.lines:
-            self._say("the last lines of the failure:\n" + "\n".join(f"  {output.printable(one)}" for one in ended.lines))
+            self._say(
+                "the last lines of the failure:\n" + "\n".join(f"  {output.printable(one)}" for one in ended.lines)
+            )
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
     def _is_back(self, restart: Restart, ended: Ended) -> bool:

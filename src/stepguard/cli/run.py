@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stepguard import history, ledger
+from stepguard import heartbeat, history, ledger
 from stepguard.cli import output
 from stepguard.cli.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.restarts import Restarts
@@ -31,7 +31,11 @@ Exit codes:
 """,
 )
 @click.option(
-    "--max-restarts", type=click.IntRange(min=0), default=100, show_default=True, help="Start it again so often at most."
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Start it again so often at most.",
 )
 @click.option(
     "--logdir",
@@ -98,7 +102,7 @@ def _summary(exit_code: int, restarts: int, logdirs: list[Path], began: float) -
     lines = [f"{ending} after {output.duration(time.time() - began)}, {output.counted(restarts, 'restart')}"]
     for logdir in logdirs:
         events = [one for one in ledger.read(logdir) if one["time"] >= began - 0.001]
-        found = history.of(events)
+        found = history.of(events, heartbeat.read_one(logdir, history.CHIEF))
         if found.attempts:
             lines.append(f"{output.printable(str(logdir))}: {output.accounted(found)}")
     return "\n  ".join(lines)

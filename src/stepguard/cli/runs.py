@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import heartbeat, history, launched, ledger
-from stepguard.cli.survey import newest_good
+from stepguard.cli.survey import newest
 from stepguard.ledger import Ledger
 
 _Event = dict[str, Any]
@@ -54,7 +54,9 @@ class Runs:
 
     def has_progressed(self, since: float) -> bool:
         """Whether the start at ``since`` came to a step, or saved a checkpoint, that no start before it had."""
-        return any([self._has_progressed(logdir, since) for logdir in self._ledgers])
+        # Of all of them, since each is remembered for the next start.
+        progressed = [self._has_progressed(logdir, since) for logdir in self._ledgers]
+        return any(progressed)
 
     def stop(self, since: float) -> _Event | None:
         """The last stop since then: of a chief, if one has told of it, and of one with an error, if there is one."""
@@ -99,7 +101,7 @@ def _read(logdir: Path) -> list[_Event]:
 
 def _checkpoint_step(logdir: Path) -> int | None:
     with contextlib.suppress(OSError):
-        found = newest_good(logdir)
+        _, found = newest(logdir)
         return None if found is None else found.checkpoint.step
     return None
 

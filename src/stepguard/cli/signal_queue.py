@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
@@ -50,7 +49,7 @@ class SignalQueue:
 
     def take(self, timeout_secs: float) -> Received | None:
         """The next signal; None when none came in time."""
-        if sys.platform == "linux":
+        if hasattr(signal, "sigtimedwait"):
             info = signal.sigtimedwait(self._taken, max(0.0, timeout_secs))
             return None if info is None else Received(info.si_signo, info.si_code > 0)
         return self._take_elsewhere(timeout_secs)
