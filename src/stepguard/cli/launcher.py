@@ -17,7 +17,7 @@ from stepguard.cli.processes import Processes, send
 from stepguard.cli.relay import Relay
 from stepguard.cli.restarts import CRASH_LOOP, SAME_FAILURES, Failure, GiveUp, Restart, Restarts
 from stepguard.cli.runs import Runs
-from stepguard.cli.signal_queue import STOPS, Received, SignalQueue
+from stepguard.cli.signal_queue import STOPS, SignalQueue
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
@@ -141,20 +141,25 @@ class Launcher:
                 continue
             if received.number == signal.SIGWINCH:
                 relay.resized()
-            elif received.number in STOPS and self._is_second(received):
-                self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
-                self._processes.kill_all(relay.pid)
+            elif received.number in STOPS and not self._is_first_request():
+                if self._is_second_request():
+                    self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
+                    self._processes.kill_all(relay.pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
                 # What the terminal sends has reached the program already.
                 send(pid, received.number)
         return code
 
-    def _is_second(self, received: Received) -> bool:
-        now = time.monotonic()
-        if self._stop_asked is None:
-            self._stop_asked = now
+    def _is_first_request(self) -> bool:
+        """Whether the request to stop that came just now is the first; it is noted."""
+        if self._stop_asked is not None:
             return False
-        return now - self._stop_asked > _ONE_REQUEST_SECS
+        self._stop_asked = time.monotonic()
+        return True
+
+    def _is_second_request(self) -> bool:
+        """Whether a request that is not the first is more than its echo: the program would end at once by that."""
+        return self._stop_asked is not None and time.monotonic() - self._stop_asked > _ONE_REQUEST_SECS
 
     def _end_the_rest(self, relay: Relay) -> None:
         """What the program has left behind gets SIGTERM too, once, and then SIGKILL: two of a run would be too many."""
@@ -165,8 +170,8 @@ class Launcher:
                 send(pid, signal.SIGTERM)
             asked.update(orphans)
             received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - time.monotonic())))
-            is_second = received is not None and received.number in STOPS and self._is_second(received)
-            if is_second or time.monotonic() >= deadline:
+            is_request = received is not None and received.number in STOPS and not self._is_first_request()
+            if (is_request and self._is_second_request()) or time.monotonic() >= deadline:
                 self._say("processes that the program has left behind are killed")
                 self._processes.kill_all(relay.pid)
                 return
@@ -177,7 +182,7 @@ class Launcher:
         while self._processes.ending(relay.pid) is None and (left := deadline - time.monotonic()) > 0:
             received = self._signals.take(min(left, 0.1))
             if received is not None and received.number in STOPS:
-                self._is_second(received)
+                self._is_first_request()
         relay.close()
 
     def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> Ended:
