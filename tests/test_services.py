@@ -24,9 +24,13 @@ class RecordingWriter:
         self.skipped = 0
         self.drains = True
 
-    def submit(self, snapshot: Any) -> bool:
+    def submit(self, snapshot: Any, stall_secs: float) -> bool:
+        assert stall_secs >= 0
         self.steps.append(snapshot.step)
         return True
+
+    def warn(self, message: str) -> None:
+        logging.getLogger("stepguard.writer").warning("%s", message)
 
     def drain(self, timeout_secs: float) -> bool:
         return self.drains

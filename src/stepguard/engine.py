@@ -75,6 +75,9 @@ class Engine(Protocol[_SessionT_contra]):
     def step_name(self) -> str:
         """What the program calls its step counter: the step-rate curve is named after it."""
 
+    def total_steps(self, session: _SessionT_contra) -> int | None:
+        """The step that the program trains to, where its session knows; for those who watch the run. Any thread."""
+
     def watch(self, session: _SessionT_contra, before_close: Callable[[], None]) -> None:
         """Mark the step boundaries of ``session`` from now on.
 

@@ -57,11 +57,16 @@ class Heartbeat:
     metrics_url: str | None = None
 
 
+def prepare(logdir: str | os.PathLike[str]) -> None:
+    """Make the directory for the heartbeats, once: one that is gone later, with its mount, must not be made again on
+    the disk below. Raises OSError.
+    """
+    files.make_dirs(Path(logdir) / DIR_NAME)
+
+
 def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
-    """Leave a sign of life. Raises OSError."""
+    """Leave a sign of life in a directory that :func:`prepare` has made. Raises OSError."""
     path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
-    if not path.parent.is_dir():
-        files.make_dirs(path.parent)
     heartbeat.time = time.time()
     files.write_volatile(path, json.dumps(asdict(heartbeat)).encode())
 
@@ -78,6 +83,18 @@ def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
             with contextlib.suppress(OSError, ValueError, TypeError):
                 found.append(_heartbeat(json.loads(files.read_bytes(Path(logdir) / DIR_NAME / name))))
     return sorted(found, key=lambda one: (one.role != "chief", one.role))
+
+
+def forget_the_gone(logdir: str | os.PathLike[str], role: str) -> None:
+    """Remove the heartbeats of processes that have ended, but for those of ``role``: a new run begins."""
+    for one in read(logdir):
+        if one.role != role and state(one) in ("stopped", "dead"):
+            forget(logdir, one.role)
+
+
+def forget(logdir: str | os.PathLike[str], role: str) -> None:
+    """Remove the heartbeat of one role."""
+    files.remove_quietly(Path(logdir) / DIR_NAME / f"{role}.json")
 
 
 def read_one(logdir: str | os.PathLike[str], role: str) -> Heartbeat | None:

@@ -57,7 +57,6 @@ class Ledger:
         with self._lock:
             self._waiting = [*self._waiting, encode(line)][-_MOST_WAITING:]
             try:
-                files.make_dirs(self.path.parent)
                 files.append_lines(self.path, b"".join(self._waiting))
                 self._waiting = []
                 self._is_failing = False

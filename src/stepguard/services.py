@@ -67,15 +67,14 @@ class Checkpointer:
             if not self._writer.busy and self._save("a checkpoint", None):
                 return
         except NoBoundaryError as error:
-            _log.warning("checkpoint skipped: %s", error)
+            self._writer.warn(f"checkpoint skipped: {error}")
             return
         self._writer.skipped += 1
         # While it retries, the writer itself says what is wrong. Else 1, 2, 4, 8 ...: not a line for each.
         if not self._writer.retrying and self._writer.skipped & (self._writer.skipped - 1) == 0:
-            _log.warning(
-                "a checkpoint was due while the last one was still being written: skipped (%d so far); "
-                "save less often, or to a faster disk",
-                self._writer.skipped,
+            self._writer.warn(
+                f"a checkpoint was due while the last one was still being written: skipped ({self._writer.skipped} so "
+                f"far); save less often, or to a faster disk"
             )
 
     def save_last(self, timeout_secs: float) -> None:
@@ -93,7 +92,7 @@ class Checkpointer:
                 self._save("the last checkpoint", max(0.0, deadline - time.monotonic()))
             except NoBoundaryError as error:
                 # A thread that no stop reaches is in the way; the run itself has ended well.
-                _log.warning("the last steps are not saved: %s", error)
+                self._writer.warn(f"the last steps are not saved: {error}")
         if not self._writer.drain(max(0.0, deadline - time.monotonic())):
             raise SaveFailedError(
                 f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
@@ -107,8 +106,10 @@ class Checkpointer:
     def _save(self, what: str, patience_secs: float | None) -> bool:
         with self._engine.at_boundary(self._session, what, patience_secs):
             progress = self._engine.progress(self._session)
+            began = time.monotonic()
             snapshot = self._engine.snapshot(self._session)
-        if not self._writer.submit(snapshot):
+            stall_secs = time.monotonic() - began
+        if not self._writer.submit(snapshot, stall_secs):
             return False
         self._saved_progress = progress
         self._is_saved = True

@@ -18,6 +18,7 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import LogdirInUseError, StopRequested, add_note
 from stepguard.looper import LooperThread
+from stepguard.observation import Observation, Observer
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
 from stepguard.store import CheckpointStore, LogdirHold
@@ -55,6 +56,9 @@ class Supervisor(Generic[SessionT]):
         stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
         max_unprotected_secs: how long, in seconds, saves may fail before that stops the run.
         stop_on_sigterm: whether ``managed_session`` stops at the next step boundary when SIGTERM comes.
+        observation: how the run is watched; by default with a ledger and a heartbeat in the logdir, and nothing more.
+        watched_logdir: where those are written, also by a worker, which has no ``logdir``; by default ``logdir``.
+        role: what a worker is called there.
     """
 
     def __init__(
@@ -75,6 +79,9 @@ class Supervisor(Generic[SessionT]):
         stop_grace_secs: float,
         max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
         stop_on_sigterm: bool = True,
+        observation: Observation | None = None,
+        watched_logdir: str | None = None,
+        role: str = "worker",
     ) -> None:
         self._engine = engine
         self._coord = coord
@@ -93,6 +100,15 @@ class Supervisor(Generic[SessionT]):
         self._stop_on_sigterm = stop_on_sigterm
         # Held by whoever writes a checkpoint: the writer, or the program itself.
         self._one_save = threading.Lock()
+        self._observer = Observer(
+            engine,
+            logdir=watched_logdir or logdir,
+            is_chief=is_chief,
+            options=Observation() if observation is None else observation,
+        )
+        self._worker_role = role
+        # What `stop` records as the end of a run without an error.
+        self._stop_reason = "finished"
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
@@ -176,6 +192,7 @@ class Supervisor(Generic[SessionT]):
             )
         if self._store is not None and self._saves():
             self._become_chief(self._store)
+        self._observer.begin(self._role())
         step = self._engine.step(sess)
         if step is not None and self._events is not None:
             self._events.started(step)
@@ -198,6 +215,7 @@ class Supervisor(Generic[SessionT]):
                     self._report,
                     one_save=self._one_save,
                     max_unprotected_secs=self._max_unprotected_secs,
+                    observer=self._observer,
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
@@ -206,9 +224,16 @@ class Supervisor(Generic[SessionT]):
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
         self._is_running()
+        self._observer.session_ready(sess, None if self._store is None else self._store.last_recovery)
         for thread in threads:
             thread.start()
         return threads
+
+    def _role(self) -> str:
+        if not self._is_chief:
+            return self._worker_role
+        # An evaluator is a chief too, in a logdir where another one trains.
+        return "chief" if self._hold is not None or self._store is None else f"process-{os.getpid()}"
 
     def _is_newest_saved(self, step: int | None) -> bool:
         """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
@@ -226,14 +251,16 @@ class Supervisor(Generic[SessionT]):
     def _open_session(self, prepare: Callable[[], SessionT], start_standard_services: bool) -> SessionT:
         """A prepared session with its services running. What failed is closed again before the error leaves."""
         self._coord.clear_stop()
+        self._stop_reason = "finished"
         if self._events is not None:
             self._events.reopen()
-        if start_standard_services and self._is_chief and self._store is not None and self._saves():
-            self._become_chief(self._store)
         try:
+            if start_standard_services:
+                self._begin_observation()
             session = prepare()
-        except BaseException:
+        except BaseException as error:
             self._leave_logdir()
+            self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
         try:
             self._engine.watch(session, self._save_before_close)
@@ -242,10 +269,20 @@ class Supervisor(Generic[SessionT]):
                     self.start_standard_services(session)
                 else:
                     _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+                    self._observer.session_ready(session, None)
+            elif start_standard_services:
+                self._observer.session_ready(session, None)
         except BaseException:
             self._give_up(session)
             raise
         return session
+
+    def _begin_observation(self) -> None:
+        if self._store is not None:
+            self._store.last_recovery = None
+            if self._is_chief and self._saves():
+                self._become_chief(self._store)
+        self._observer.begin(self._role())
 
     def _saves(self) -> bool:
         return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
@@ -301,6 +338,7 @@ class Supervisor(Generic[SessionT]):
         """
         _unstopped.discard(self)
         self._coord.request_stop()
+        self._observer.stopping()
         try:
             try:
                 self._coord.join(
@@ -310,6 +348,11 @@ class Supervisor(Generic[SessionT]):
                 self._finish_saving()
             # A last checkpoint that could not be written is an error of the run like any other.
             self._coord.raise_requested_exception()
+        except BaseException as error:
+            self._observer.end("error", error)
+            raise
+        else:
+            self._observer.end(self._stop_reason)
         finally:
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
@@ -379,10 +422,13 @@ class Supervisor(Generic[SessionT]):
             self._checkpointer = None
         if self._writer is not None:
             self._writer.close(max(0.0, deadline - time.monotonic()))
+        failure = None
         try:
             self._coord.join(stop_grace_period_secs=max(0.0, deadline - time.monotonic()), ignore_live_threads=True)
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
+            failure = error
             _log.error("the program ended without stop(), which would have raised: %s: %s", type(error).__name__, error)
+        self._observer.end("exit" if failure is None else "error", failure)
 
     def _leave_logdir(self) -> None:
         hold, self._hold = self._hold, None
@@ -443,8 +489,11 @@ class _ManagedSession(AbstractContextManager[SessionT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if self._sigterm.received:
+            self._supervisor._stop_reason = "sigterm"
         if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C, sys.exit: the program is told that it is over by this very error.
+            self._supervisor._stop_reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "exit"
             self._end_quietly(error)
             return False
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import SaveFailedError
+from stepguard.observation import Observer
 from stepguard.store import Checkpoint, CheckpointStore
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class CheckpointWriter:
         one_save: threading.Lock | None = None,
         max_unprotected_secs: float,
         first_retry_secs: float = _FIRST_RETRY_SECS,
+        observer: Observer | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -61,6 +63,7 @@ class CheckpointWriter:
         self._one_save = threading.Lock() if one_save is None else one_save
         self._max_unprotected_secs = max_unprotected_secs
         self._first_retry_secs = first_retry_secs
+        self._observer = observer
         self._wake = threading.Condition(threading.Lock())
         self._waiting: Snapshot | None = None
         self._busy = False
@@ -70,15 +73,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._last_bytes = 0
         self._taken_at = 0.0
+        self._stall_secs = 0.0
         self.skipped = 0
 
-    def submit(self, snapshot: Snapshot) -> bool:
-        """Have ``snapshot`` written; ``False`` while another one is. Any thread."""
+    def submit(self, snapshot: Snapshot, stall_secs: float = 0.0) -> bool:
+        """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is."""
         with self._wake:
             if self._busy:
                 return False
             self._waiting = snapshot
             self._taken_at = time.time()
+            self._stall_secs = stall_secs
             self._busy = True
             # The deadline of an earlier drain was for an earlier snapshot.
             self._gives_up_at = None
@@ -98,6 +103,12 @@ class CheckpointWriter:
     def retrying(self) -> bool:
         """Whether the last try to write the snapshot at hand has failed."""
         return self._retrying
+
+    def warn(self, message: str) -> None:
+        """Log what the user should know of the saving of this run, and have it kept. Any thread."""
+        _log.warning("%s", message)
+        if self._observer is not None:
+            self._observer.warn(message)
 
     def drain(self, timeout_secs: float) -> bool:
         """Wait until nothing is being written; ``False`` if that takes longer than ``timeout_secs``.
@@ -161,15 +172,15 @@ class CheckpointWriter:
                         f"checkpoints before it are as they were; make room or repair the disk, and start again",
                         path=None if self._store is None else self._store.root,
                     ) from error
-                _log.warning(
-                    "saving step %s failed (%s); training goes on unprotected since %.1f s, next try in %.1f s",
-                    snapshot.step,
-                    error,
-                    unprotected_secs,
-                    wait_secs,
+                message = (
+                    f"saving step {snapshot.step} failed ({error}); training goes on unprotected since "
+                    f"{unprotected_secs:.1f} s, next try in {wait_secs:.1f} s"
                 )
+                _log.warning("%s", message)
+                if self._observer is not None:
+                    self._observer.save_failed(message)
             delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
-        self._record(snapshot.step, path, time.monotonic() - tried_at)
+        self._record(snapshot, path, time.monotonic() - tried_at)
         if self._store is not None and snapshot.written is None:
             self._prune(self._store)
 
@@ -185,18 +196,21 @@ class CheckpointWriter:
             # A stop does not shorten the retries to none: the disk has until its deadline to come back.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at
 
-    def _record(self, step: int | None, path: str, seconds: float) -> None:
+    def _record(self, snapshot: Snapshot, path: str, seconds: float) -> None:
         """The step is durable: nothing that fails in here has it written again."""
         if self._events is not None:
-            self._events.checkpointed(step, path)
-        _log.info("saved step %s to %s in %.2f s", step, path, seconds)
+            self._events.checkpointed(snapshot.step, path)
+        _log.info("saved step %s to %s in %.2f s", snapshot.step, path, seconds)
+        if self._observer is not None:
+            nbytes = self._last_bytes or snapshot.nbytes
+            self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, seconds, self._stall_secs)
 
     def _prune(self, store: CheckpointStore) -> None:
         try:
             store.prune()
         except OSError as error:
             # The step is saved all the same; the next save tries again.
-            _log.warning("an old checkpoint could not be removed: %s", error)
+            self.warn(f"an old checkpoint could not be removed: {error}")
 
     def _make_durable(self, snapshot: Snapshot) -> str:
         store, written = self._store, snapshot.written

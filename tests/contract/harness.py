@@ -28,8 +28,8 @@ v1 = tf.compat.v1
 DEADLINE_SECS = 20.0
 
 # What stands in a logdir of ours and not in one of TensorFlow's: departure "our-files".
-_OUR_FILES = (".manifest.json", ".stepguard.lock")
-_OUR_FOLDERS = ("quarantine",)
+_OUR_FILES = (".manifest.json", ".stepguard.lock", "run.jsonl")
+_OUR_FOLDERS = ("quarantine", "heartbeats/")
 
 
 @dataclass(frozen=True)

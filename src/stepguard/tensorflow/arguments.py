@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import os
@@ -75,6 +76,16 @@ def check(*, is_chief: bool, **given: Any) -> None:
         if steps < 1:
             raise ValueError(f"save_model_steps: expected a number of steps >= 1, or None, found {steps}")
     _check_logdir(given["logdir"])
+
+
+def worker_role() -> str:
+    """What a worker is called where the run is watched: by its index in ``TF_CONFIG``, else by its process."""
+    try:
+        task = json.loads(os.environ.get("TF_CONFIG", ""))["task"]
+        kind, index = str(task["type"]), int(task["index"])
+    except (ValueError, KeyError, TypeError):
+        return f"worker-{os.getpid()}"
+    return f"{kind if kind.isalnum() else 'worker'}-{index}"
 
 
 def check_devices(graph: Any) -> None:

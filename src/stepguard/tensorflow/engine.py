@@ -137,6 +137,9 @@ class TensorFlowEngine:
         with self._model.graph.as_default():
             return as_step(session.read(global_step) if isinstance(session, Session) else session.run(global_step))
 
+    def total_steps(self, session: Any) -> None:
+        """A graph does not say how often it will be run."""
+
     def step_name(self) -> str:
         """The name of the operation that holds the global step."""
         return str(self._model.global_step.op.name)

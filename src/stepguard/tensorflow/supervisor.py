@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.observation import Observation
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -66,6 +67,14 @@ class Supervisor(CoreSupervisor[Any]):
             that is an error, since it throws the run away.
         peer_timeout_secs: how long a server that the graph needs may be silent, in seconds, before the session counts
             as lost and its runs raise UnavailableError; ``None`` waits for ever. For remote masters.
+        progress: whether to show a progress line where standard error is a terminal.
+        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
+            stopped there.
+        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
+            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
+        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
+        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
+        metrics_host: the address to serve it on; by default this machine alone can reach it.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -103,6 +112,12 @@ class Supervisor(CoreSupervisor[Any]):
         stop_on_sigterm: bool = True,
         start_over_when_all_damaged: bool = False,
         peer_timeout_secs: float | None = PEER_TIMEOUT_SECS,
+        progress: bool = False,
+        total_steps: int | None = None,
+        hang_secs: float | None = None,
+        end_on_hang: bool = False,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -148,7 +163,8 @@ class Supervisor(CoreSupervisor[Any]):
             global_step=global_step,
         )
         self._model = model
-        logdir = os.fspath(logdir) if is_chief and logdir else None
+        watched_logdir = os.fspath(logdir) if logdir else None
+        logdir = watched_logdir if is_chief else None
         self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
         saves_model = bool(model.saver) and self._save_path is not None
         coord = Coordinator()
@@ -212,6 +228,16 @@ class Supervisor(CoreSupervisor[Any]):
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
             stop_on_sigterm=stop_on_sigterm,
+            observation=Observation(
+                progress=progress,
+                total_steps=total_steps,
+                hang_secs=hang_secs,
+                end_on_hang=end_on_hang,
+                metrics_port=metrics_port,
+                metrics_host=metrics_host,
+            ),
+            watched_logdir=watched_logdir,
+            role=arguments.worker_role(),
         )
         # From here on the graph must not change: every session, thread and checkpoint relies on it.
         graph.finalize()

@@ -17,6 +17,7 @@ from typing import Any
 from stepguard.coordinator import Coordinator
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
+from stepguard.observation import Observation
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
 
@@ -152,6 +153,9 @@ class FakeEngine:
         """The name of the counter."""
         return "global_step"
 
+    def total_steps(self, session: FakeSession) -> None:
+        """Nobody knows."""
+
     def watch(self, session: FakeSession, before_close: Callable[[], None]) -> None:
         """The session's own lock marks its steps already."""
         session.before_close = before_close
@@ -241,6 +245,12 @@ class FakeSupervisor(Supervisor[FakeSession]):
         stop_on_sigterm: bool = True,
         size: int = 64,
         engine: FakeEngine | None = None,
+        progress: bool = False,
+        total_steps: int | None = None,
+        hang_secs: float | None = None,
+        end_on_hang: bool = False,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
     ) -> None:
         store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
         self.engine = FakeEngine(size=size) if engine is None else engine
@@ -262,6 +272,14 @@ class FakeSupervisor(Supervisor[FakeSession]):
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
             stop_on_sigterm=stop_on_sigterm,
+            observation=Observation(
+                progress=progress,
+                total_steps=total_steps,
+                hang_secs=hang_secs,
+                end_on_hang=end_on_hang,
+                metrics_port=metrics_port,
+                metrics_host=metrics_host,
+            ),
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:

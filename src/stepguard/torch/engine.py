@@ -145,6 +145,10 @@ class TorchEngine:
         """The name of the step-rate curve's counter, the same as TensorFlow's."""
         return "global_step"
 
+    def total_steps(self, session: Session) -> int | None:
+        """What ``steps`` was given as ``max_steps``."""
+        return session.total_steps
+
     def watch(self, session: Session, before_close: Callable[[], None]) -> None:
         """A session marks its steps from the beginning; this only tells it whom to call."""
         session.watch(before_close)

@@ -35,6 +35,8 @@ class Session:
         processes: int = 1,
     ) -> None:
         self.global_step = 0
+        # Of the loop that runs now, if it knows.
+        self.total_steps: int | None = None
         self.boundary = Boundary()
         self._should_stop = should_stop
         # Where the processes of one training wait for each other; none when there is only one.
@@ -86,6 +88,7 @@ class Session:
             feed = self._feed(loader, resume_data)
             if epochs is None and not feed.is_repeatable:
                 epochs = 1
+        self.total_steps = max_steps
         return self._steps(feed, max_steps, epochs)
 
     @contextmanager

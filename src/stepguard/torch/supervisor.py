@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.coordinator import Coordinator
+from stepguard.observation import Observation
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -56,6 +57,14 @@ class Supervisor(CoreSupervisor[Session]):
             and an end by that signal; a handler of the program's own is left alone in any case.
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, since it throws the run away.
+        progress: whether to show a progress line where standard error is a terminal.
+        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
+            stopped there. By default what ``steps`` was given as ``max_steps``.
+        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
+            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
+        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
+        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
+        metrics_host: the address to serve it on; by default this machine alone can reach it.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, or a part of the state cannot be saved; the
@@ -82,6 +91,12 @@ class Supervisor(CoreSupervisor[Session]):
         max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
         stop_on_sigterm: bool = True,
         start_over_when_all_damaged: bool = False,
+        progress: bool = False,
+        total_steps: int | None = None,
+        hang_secs: float | None = None,
+        end_on_hang: bool = False,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
     ) -> None:
         arguments.check(
             logdir=logdir,
@@ -147,6 +162,16 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
             stop_on_sigterm=stop_on_sigterm,
+            observation=Observation(
+                progress=progress,
+                total_steps=total_steps,
+                hang_secs=hang_secs,
+                end_on_hang=end_on_hang,
+                metrics_port=metrics_port,
+                metrics_host=metrics_host,
+            ),
+            watched_logdir=everyones_root,
+            role=f"worker-{world()[0]}",
         )
 
     @property

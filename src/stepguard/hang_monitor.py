@@ -1,0 +1,127 @@
+"""The process beside a training process that sees it hang, also while no Python runs in there.
+
+Run as a script, with the standard library only: ``hang_monitor.py DESCRIPTOR PID SIGNAL SECS ENDS STACKS LEDGER HEAD``.
+Bytes come in at the descriptor: ``.`` for a step boundary, ``w`` for "I have warned myself". When there is none for
+SECS, the signal makes the process write its stacks to the file STACKS, the hang goes into the LEDGER, whose line begins
+with the JSON object HEAD, and, with ENDS of 1, the process is killed. It ends when its parent has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+BOUNDARY = b"."
+WARNED = b"w"
+# So often is looked whether the parent is still there: what it has forked may hold the other end open.
+_LOOK_SECS = 1.0
+# The parent writes its stacks, and says that it has warned, if any Python runs there.
+_STACKS_SECS = 2.0
+
+
+class Monitor:
+    """Waits for boundaries; Unix only."""
+
+    def __init__(
+        self, descriptor: int, pid: int, number: int, secs: float, ends: bool, stacks: str, ledger: str, head: str
+    ) -> None:
+        self._descriptor = descriptor
+        self._pid = pid
+        self._signal = number
+        self._secs = secs
+        self._ends = ends
+        self._stacks = stacks
+        self._ledger = ledger
+        self._head = json.loads(head)
+
+    def run(self) -> None:
+        """Watch until the parent has ended, or closes its end."""
+        last = time.monotonic()
+        reported = False
+        while True:
+            left_secs = _LOOK_SECS if reported else last + self._secs - time.monotonic()
+            came = self._read(min(max(left_secs, 0.0), _LOOK_SECS))
+            if came == b"" or os.getppid() != self._pid:
+                return
+            if came is not None and BOUNDARY in came:
+                last = time.monotonic()
+                reported = False
+            elif not reported and time.monotonic() >= last + self._secs:
+                reported = True
+                if not self._report(time.monotonic() - last):
+                    return
+
+    def _read(self, timeout_secs: float) -> bytes | None:
+        """What came; ``None`` for nothing so far, empty when the other end was closed."""
+        ready, _, _ = select.select([self._descriptor], [], [], timeout_secs)
+        return os.read(self._descriptor, 4096) if ready else None
+
+    def _report(self, secs: float) -> bool:
+        """Have the stacks written; whether there is still anything to watch."""
+        ends = ", and ends it" if self._ends else ""
+        when = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        self._append(self._stacks, f"{when}: no step boundary for {secs:.1f} s in process {self._pid}\n")
+        try:
+            os.kill(self._pid, self._signal)
+        except ProcessLookupError:
+            return False
+        line = {**self._head, "time": round(time.time(), 3), "secs": round(secs, 1), "stacks": self._stacks}
+        self._append(self._ledger, json.dumps({**line, "ended": self._ends}) + "\n")
+        if not self._has_warned():
+            text = f"no step boundary for {secs:.1f} s in process {self._pid}: the stacks of its threads are in "
+            os.write(2, f"stepguard: {text}{self._stacks}{ends}\n".encode())
+        if self._ends and os.getppid() == self._pid:
+            self._wait_for_stacks()
+            os.kill(self._pid, signal.SIGKILL)
+            return False
+        return True
+
+    def _wait_for_stacks(self) -> None:
+        """Until no more comes, as far as can be seen from outside."""
+        deadline = time.monotonic() + _STACKS_SECS
+        size = -1
+        while time.monotonic() < deadline:
+            last, size = size, os.stat(self._stacks).st_size if os.path.exists(self._stacks) else 0
+            if last == size:
+                return
+            time.sleep(0.2)
+
+    def _has_warned(self) -> bool:
+        deadline = time.monotonic() + _STACKS_SECS
+        while (left_secs := deadline - time.monotonic()) > 0:
+            came = self._read(left_secs)
+            if came is not None and WARNED in came:
+                return True
+            if came == b"":
+                return False
+        return False
+
+    def _append(self, path: str, text: str) -> None:
+        if not path:
+            return
+        # A full disk must not keep the process from being ended.
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            os.write(2, f"stepguard: {path}: {error}\n".encode())
+
+
+def main(arguments: list[str]) -> None:
+    """Watch as the arguments say; they are our own, from ``hang_watch``."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Those are for the parent; whoever sends them to all must not take the watch away before it.
+        signal.signal(number, signal.SIG_IGN)
+    descriptor, pid, asking, secs, ends, stacks, ledger, head = arguments
+    Monitor(int(descriptor), int(pid), int(asking), float(secs), ends == "1", stacks, ledger, head).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
