@@ -177,7 +177,7 @@ def _process_lines(one: Process, found: Situation) -> list[_Line]:
     if beat.role == "chief" and found.steps_at_risk is not None and beat.phase != "stopped":
         lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
     if beat.save_failures:
-        lines.append(("  saving", f"{output.counted(beat.save_failures, 'try')[:-1]} failed", "yellow"))
+        lines.append(("  saving", output.counted(beat.save_failures, "failed save"), "yellow"))
     lines += [("  warning", output.printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]
     if beat.error:
         lines.append(("  error", output.printable(beat.error), "red"))
