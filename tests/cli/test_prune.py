@@ -147,3 +147,11 @@ def test_a_real_run_goes_on_after_it(torch_run, tmp_path, stepguard, document):
     assert stepguard("prune", logdir, "--keep-last", 1).exit_code == 0
     assert [one["step"] for one in document("verify", logdir)["checkpoints"]] == [4]
     assert stepguard("verify", logdir).exit_code == 0
+
+
+def test_the_store_itself_never_removes_the_newest_good_one(tmp_path):
+    store = commit(tmp_path, 1, 2)
+    newest, oldest = store.candidates()
+    with pytest.raises(ValueError, match="the newest good checkpoint is never removed"):
+        store.remove([oldest, newest], newest_good=newest)
+    assert kept(tmp_path) == [1, 2]

@@ -114,7 +114,7 @@ def _change(one: SavedTensor, other: SavedTensor) -> Change | None:
 
 def _value(array: Any) -> str:
     value = array.item()
-    return output.number(value) if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _form(tensor: SavedTensor) -> str:

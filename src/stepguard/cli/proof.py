@@ -46,7 +46,7 @@ def prove(one: Surveyed, *, on_block: Callable[[int], None] | None = None) -> Pr
         before = identity(place, name)
         if before is None:
             return None
-        found = look(place, one.checkpoint, place.present(name))
+        found = look(place, one.checkpoint, lambda: place.present(name))
         if found is None:
             return None
         try:

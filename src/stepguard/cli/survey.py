@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def survey_one(root: Path, name: str) -> Surveyed:
     ]
     is_committed = _stat(layout.manifest(name)) is not None
     if times:
-        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), layout.present(name))
+        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
         if found is not None:
             return found
     present = [name]
@@ -152,19 +152,23 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (name, None) if match is None else (match.group(1), int(match.group(2)))
 
 
-def look(layout: Layout, candidate: Checkpoint, present: Sequence[str]) -> Surveyed | None:
-    """The state of one checkpoint by names and sizes; None if it has gone meanwhile. ``present`` are its files."""
+def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed | None:
+    """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
+
+    ``present`` gives its files, and is asked only where there is no manifest.
+    """
     place = layout.within(candidate.root)
-    found = None
-    for number in range(_LOOKS):
+    found = _looked(place, candidate, present)
+    for _ in range(_LOOKS):
+        if found.state != DAMAGED:
+            break
+        # What was listed a moment ago may have been saved, or removed, since.
         before = identity(place, candidate.name)
         if before is None:
             return None
-        found = _looked(place, candidate, present)
-        if found.state != DAMAGED or (number > 0 and identity(place, candidate.name) == before):
-            return found
-        # What was listed a moment ago may have been saved, or removed, since.
-        present = place.present(candidate.name)
+        found = _looked(place, candidate, lambda: place.present(candidate.name))
+        if identity(place, candidate.name) == before:
+            break
     return found
 
 
@@ -183,44 +187,50 @@ def _surveyed(layout: Layout) -> list[Surveyed]:
     files = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
-        inside = candidate.root == layout.root
-        present = files.get(candidate.name, ()) if inside else layout.within(candidate.root).present(candidate.name)
-        one = look(layout, candidate, present)
+        if candidate.root == layout.root:
+            one = look(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
+        else:
+            one = look(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:
             found.append(one)
     return found
 
 
-def _looked(place: Layout, candidate: Checkpoint, present: Sequence[str]) -> Surveyed:
-    unknown = Surveyed(candidate, place.basename, UNVERIFIED, _engine_by_files(place, candidate.name), 0)
+def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed:
     try:
         manifest = verification.read_manifest(place, candidate.name)
     except CheckpointCorruptError as error:
-        return replace(unknown, state=DAMAGED, size=_bytes(place.root, present), reasons=(str(error),))
+        return _uncommitted(place, candidate, DAMAGED, present(), str(error))
     except CheckpointError as error:
-        return replace(unknown, size=_bytes(place.root, present), reasons=(str(error),))
+        return _uncommitted(place, candidate, UNVERIFIED, present(), str(error))
     except OSError as error:
         state = DAMAGED if error.errno == errno.EIO else UNVERIFIED
-        return replace(unknown, state=state, reasons=(f"the manifest could not be read: {error}",))
+        return _uncommitted(place, candidate, state, present(), f"the manifest could not be read: {error}")
     if manifest is not None:
         wrong = [damage for one in manifest.files if (damage := verification.size_damage(place, one)) is not None]
-        if not wrong:
-            return _committed(unknown, manifest)
-        if not verification.was_written_over(place, manifest):
-            return replace(_committed(unknown, manifest), state=DAMAGED, reasons=tuple(map(str, wrong)))
-    unknown = replace(unknown, size=_bytes(place.root, present))
+        if not wrong or not verification.was_written_over(place, manifest):
+            return _committed(place, candidate, manifest, wrong)
+    files = present()
     try:
-        verification.verify_unmanifested(place, candidate.name, present)
+        verification.verify_unmanifested(place, candidate.name, files)
     except CheckpointCorruptError as error:
-        return replace(unknown, state=DAMAGED, reasons=(str(error),))
+        return _uncommitted(place, candidate, DAMAGED, files, str(error))
     # Between two renames of a commit it looks like this too.
     unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
-    return replace(unknown, reasons=(f"it has no manifest{unfinished}",))
+    return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
 
 
-def _committed(one: Surveyed, manifest: Manifest) -> Surveyed:
-    checkpoint = replace(one.checkpoint, step=manifest.step, time=manifest.time, manifest=manifest)
-    return replace(one, checkpoint=checkpoint, state=GOOD, engine=manifest.engine, size=manifest.size)
+def _uncommitted(place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str) -> Surveyed:
+    engine = _engine_of_files(place.root, candidate.name, files)
+    return Surveyed(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
+
+
+def _committed(
+    place: Layout, candidate: Checkpoint, manifest: Manifest, wrong: Sequence[CheckpointCorruptError]
+) -> Surveyed:
+    checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
+    state = DAMAGED if wrong else GOOD
+    return Surveyed(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
 
 
 def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
@@ -265,10 +275,6 @@ def _missing(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> tuple[s
     # It may have been committed since the directory was listed, or be the file of another tool.
     is_there = any(one.startswith(state.newest) for one in (*kinds, *os.listdir(root)))
     return () if is_there or statefile.read(root) != state else (state.newest,)
-
-
-def _engine_by_files(place: Layout, name: str) -> str:
-    return _engine_of_files(place.root, name, [name] if (place.root / name).is_dir() else [name + ENTRY_SUFFIX])
 
 
 def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
