@@ -206,7 +206,7 @@ def test_the_metrics_and_failed_saves(tmp_path):
 def test_a_logdir_without_a_run(tmp_path):
     code, text = status(tmp_path)
     assert code == 0
-    assert "no heartbeat and no ledger" in text
+    assert "no heartbeat and no ledger: no process" in text
     assert "checkpoint  none" in text
     assert known(tmp_path)[1]["processes"] == []
     assert status(tmp_path / "missing")[0] == 2
