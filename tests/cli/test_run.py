@@ -1,12 +1,14 @@
 """`stepguard run` around real programs that end in every way, and real signals."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import select
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -338,7 +340,7 @@ def terminal(children):
         if pid == 0:
             os.execv(sys.executable, [sys.executable, "-m", "stepguard", "run", "--", *program])
         masters.append((pid, master))
-        termios.tcsetwinsize(master, (30, 91)) if hasattr(termios, "tcsetwinsize") else None
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 91, 0, 0))
         return pid, master
 
     yield start
