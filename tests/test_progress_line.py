@@ -15,7 +15,9 @@ import pytest
 from stepguard.progress_line import duration
 
 CHILD = """
-    import sys, time
+    import logging, sys, time
+    logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
+    logging.getLogger("stepguard").setLevel(logging.WARNING)
     from stepguard.testing import FakeSupervisor
     sv = FakeSupervisor(sys.argv[1], save_model_secs=0, save_model_steps=20, progress=True, total_steps=400)
     with sv.managed_session() as session:
@@ -24,6 +26,7 @@ CHILD = """
             time.sleep(0.01)
             if number == 150:
                 print("a line of the program")
+                logging.info("a line of its log")
 """
 
 
@@ -62,12 +65,16 @@ def test_shows_the_step_the_rate_the_time_left_and_the_last_checkpoint(tmp_path:
     step, saved = int(last.group(1)), int(last.group(4))
     assert 0 < saved <= step <= 300
     assert saved % 20 == 0
-    # What the program prints stands on a line of its own.
-    assert "a line of the program" in [line.strip() for line in re.split(r"[\r\n]+", shown)]
+    # What the program prints and logs ends its own line, and the progress line is erased before it.
+    assert "a line of the program\r\n" in shown
+    assert "LOG a line of its log\r\n" in shown
+    assert "ago LOG" not in shown
+    assert "None" not in shown
+    assert "step 300/400" in lines[-1]
 
 
 def test_is_silent_without_a_terminal(tmp_path: Path) -> None:
-    assert run(tmp_path, columns=None) == ("a line of the program\n", "")
+    assert run(tmp_path, columns=None) == ("a line of the program\n", "LOG a line of its log\n")
 
 
 @pytest.mark.parametrize(
