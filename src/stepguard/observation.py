@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard import __version__, heartbeat, ledger
+from stepguard import __version__, heartbeat, launched, ledger
 from stepguard.engine import Engine
 from stepguard.hang_watch import HangWatch
 from stepguard.heartbeat import Heartbeat
@@ -121,6 +121,7 @@ class Observer:
             _log.info("metrics are served at %s", self._metrics.url)
         if self._logdir is not None:
             self._make_room(self._logdir)
+            launched.announce(self._logdir)
             self._ledger = Ledger(self._logdir, role=role)
             self._previous = heartbeat.read_one(self._logdir, role)
             if role == "chief":
@@ -134,7 +135,7 @@ class Observer:
             argv=list(sys.orig_argv),
             version=__version__,
             restarts=self.now.restarts,
-            attempt=_attempt(),
+            attempt=launched.attempt(),
         )
         self._ended = threading.Event()
         self._beat()
@@ -243,10 +244,14 @@ class Observer:
     def _record_start(self, recovery: Recovery | None) -> None:
         now = self.now
         checkpoint = None if recovery is None else recovery.checkpoint
-        if recovery is None or checkpoint is None:
-            self._append("fresh", durable=False, step=now.step)
-            return
         previous = self._previous
+        before = {
+            "previous_step": None if previous is None else previous.step,
+            "previous_time": None if previous is None else previous.time,
+        }
+        if recovery is None or checkpoint is None:
+            self._append("fresh", durable=False, step=now.step, **before)
+            return
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
             lost = max(0, previous.step - now.step)
@@ -265,8 +270,7 @@ class Observer:
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
-            previous_step=None if previous is None else previous.step,
-            previous_time=None if previous is None else previous.time,
+            **before,
             lost_steps=lost,
             damaged=[
                 {"name": one.checkpoint.name, "reason": one.reason, "moved_to": one.moved_to}
@@ -391,11 +395,6 @@ def restarts(events: list[dict[str, Any]], role: str) -> int:
 def describe(error: BaseException) -> str:
     """The type and the first line of an error."""
     return f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
-
-
-def _attempt() -> int | None:
-    given = os.environ.get("STEPGUARD_ATTEMPT", "")
-    return int(given) if given.isdigit() else None
 
 
 def _check_steps(steps: object) -> None:

@@ -15,7 +15,7 @@ from stepguard import __version__
 from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
 """Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
 
 # What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
@@ -69,7 +69,7 @@ def _leave_the_pipe() -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
-Exit codes, of every command:
+Exit codes, of every command but `run`, which has those of its program:
   0    fine
   1    a finding: damaged, different, refused
   2    a mistake in the arguments

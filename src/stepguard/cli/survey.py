@@ -8,6 +8,7 @@ at again, and never taken for damaged.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,6 +104,29 @@ def survey_one(root: Path, name: str) -> Surveyed:
     engine = _engine_of_files(root, name, present)
     reason = "it has no manifest: Stepguard has never committed it"
     return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
+
+
+def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
+    """The newest checkpoint of a logdir, and the newest good one, without a look at the older ones. Raises OSError."""
+    first: list[Surveyed] = []
+    good: list[Surveyed] = []
+    for basename in basenames(os.listdir(root)):
+        layout = Layout(root, basename, ENTRY_SUFFIX)
+        of_basename = []
+        for candidate in recovery.newest_first(layout):
+            place = layout.within(candidate.root)
+            found = look(layout, candidate, functools.partial(place.present, candidate.name))
+            if found is not None:
+                of_basename.append(found)
+                if found.state == GOOD:
+                    good.append(found)
+                    break
+        first += of_basename[:1]
+    return max(first, key=_time, default=None), max(good, key=_time, default=None)
+
+
+def _time(one: Surveyed) -> float:
+    return one.checkpoint.time
 
 
 def basenames(names: Iterable[str]) -> list[str]:

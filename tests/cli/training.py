@@ -1,0 +1,36 @@
+"""A program that tests have the launcher start: a small run on the fake engine that ends as it is told.
+
+Usage: training.py LOGDIR WHAT [STEPS]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from stepguard.testing import FakeSupervisor
+
+
+def train(logdir: str, what: str, steps: int) -> None:
+    """Train on from where the run was, a step in 5 ms, and end as ``what`` says."""
+    if what == "ignore":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sv = FakeSupervisor(logdir, save_model_secs=None, save_model_steps=5, save_summaries_secs=None, total_steps=10**9)
+    with sv.managed_session() as session:
+        first = session.step
+        while session.step < steps and not sv.should_stop():
+            time.sleep(0.005)
+            session.run_step()
+            if what == "die" and session.step == first + 8:
+                # Once the checkpoint of five steps is there.
+                while not os.path.exists(f"{logdir}/model.ckpt-{first + 5}.manifest.json"):
+                    time.sleep(0.005)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "fail" and session.step == 7:
+                raise ValueError(f"step {session.step} cannot be done, {id(sv):#x}")
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 10**9)
