@@ -187,6 +187,21 @@ def test_sigterm_is_passed_on_and_the_last_step_is_saved(tmp_path, children):
     assert len(events(logdir, "launch")) == 1
 
 
+def test_sigterm_to_all_processes_of_a_job_is_one_request(tmp_path, children):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "train")
+    children.append(launcher)
+    beat = wait_until(lambda: is_training(logdir), "training")
+    assert beat
+    for _ in range(2):
+        os.kill(heartbeat.read_one(logdir, "chief").pid, signal.SIGTERM)
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher)[0] == 128 + signal.SIGTERM
+    (stop,) = events(logdir, "stop")
+    assert stop["reason"] == "sigterm"
+    assert newest(logdir).step == stop["step"]
+
+
 def test_two_requests_at_once_are_passed_on_as_one(children):
     # `timeout` sends it to the launcher, and to its group; a program under Stepguard ends at once by a second one.
     launcher = run(
