@@ -141,6 +141,9 @@ class StepTrigger:
         """Save if it is time; the number of steps until the next look."""
         try:
             step = self._engine.step(self._session)
+            if step is not None and self._next_step is not None and step < self._next_step - self._every_steps:
+                # The run went back, and comes to steps on the grid once more.
+                self._next_step = self._after(step)
             if step is not None and self._next_step is not None and step < self._next_step:
                 # Some runs do not count, or some were done before: not yet.
                 return self._next_step - step
@@ -173,6 +176,8 @@ class StepCounter:
         now = time.monotonic()
         steps, seconds = step - self._last_step, now - self._last_time
         self._last_step, self._last_time = step, now
+        if steps < 0:
+            return  # The run went back: how fast it was meanwhile is not known.
         rate = steps / seconds if seconds > 0 else float("inf")
         self._events.scalar(self._tag, rate, step)
         if self._reports_left > 0:
