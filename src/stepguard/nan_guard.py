@@ -45,11 +45,8 @@ class NanGuard:
     error. A snapshot that is not finite is never committed, nor one taken between a sight and what is done about it.
 
     Threads: :meth:`look`, :meth:`settle`, :meth:`mark` and :meth:`admits` by any; the others by whoever opens and stops
-    the session. ``on_error`` is called with the error of the run, and ``one_save`` is held while the session goes back,
-    so that no checkpoint is being committed meanwhile.
-
-    Raises:
-        ValueError: an option is none of those, or there is nothing that the run could return to.
+    the session. ``on_error`` is called with the error of the run, ``on_return`` at the boundary at which the session
+    was put back; ``one_save`` is held then, so that no checkpoint is being committed meanwhile.
     """
 
     def __init__(
@@ -64,8 +61,8 @@ class NanGuard:
         observer: Observer,
         one_save: threading.Lock,
         on_error: Callable[[BaseException], None],
+        on_return: Callable[[], None],
     ) -> None:
-        check_options(mode, most_returns)
         self._returns_left = most_returns if mode == RETURN else 0
         self._mode = mode
         self._most_returns = most_returns
@@ -76,6 +73,7 @@ class NanGuard:
         self._observer = observer
         self._one_save = one_save
         self._on_error = on_error
+        self._on_return = on_return
         self._lock = threading.Lock()
         self._session: Any = None
         self._sight: _Sight | None = None
@@ -255,6 +253,7 @@ class NanGuard:
         if self._events is not None and to_step is not None:
             # TensorBoard drops what was left behind of the curves.
             self._events.started(to_step)
+        self._on_return()
         with self._lock:
             self._returns_left -= 1
             self._generation += 1
@@ -273,16 +272,21 @@ class NanGuard:
         self._observer.returned(step=sight.step, to_step=to_step, reason=sight.text, number=number, message=message)
 
 
-def check_options(nan_guard: object, nan_returns: object) -> None:
-    """Check the two options that every engine's Supervisor has.
+def check_options(nan_guard: object, nan_returns: object, *, saves: bool) -> None:
+    """Check the two options that every engine's Supervisor has; ``saves`` says whether it commits checkpoints.
 
     Raises:
-        ValueError: the message names the one, what was expected and what was found.
+        ValueError: one is none of those there are, or there is nothing that the run could return to.
     """
     if nan_guard not in (None, STOP, RETURN):
         raise ValueError(f"nan_guard must be 'stop', 'return' or None, got {nan_guard!r}")
     if isinstance(nan_returns, bool) or not isinstance(nan_returns, int) or nan_returns < 1:
         raise ValueError(f"nan_returns must be a number of returns >= 1, got {nan_returns!r}")
+    if nan_guard == RETURN and not saves:
+        raise ValueError(
+            "nan_guard='return' needs checkpoints to return to: a chief with a logdir on this machine's file systems, "
+            "and save_model_secs, save_model_steps or save_at_end; use nan_guard='stop' without them"
+        )
 
 
 def _shown(step: int | None) -> str:

@@ -141,9 +141,6 @@ class StepTrigger:
         """Save if it is time; the number of steps until the next look."""
         try:
             step = self._engine.step(self._session)
-            if step is not None and self._next_step is not None and step < self._next_step - self._every_steps:
-                # The run went back, and comes to steps on the grid once more.
-                self._next_step = self._after(step)
             if step is not None and self._next_step is not None and step < self._next_step:
                 # Some runs do not count, or some were done before: not yet.
                 return self._next_step - step
@@ -152,6 +149,10 @@ class StepTrigger:
         except Exception as error:  # noqa: BLE001 - the program's own run has succeeded; the coordinator carries this
             self._on_error(error)
         return self._every_steps
+
+    def went_back(self) -> None:
+        """The run was put back to an earlier step, and comes to steps on the grid once more. At a boundary."""
+        self._next_step = self._after(self._engine.step(self._session))
 
     def _after(self, step: int | None) -> int | None:
         # On a grid from 0, so that a restarted run saves at the same steps.

@@ -18,7 +18,7 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import LogdirInUseError, StopRequested, add_note
 from stepguard.looper import LooperThread
-from stepguard.nan_guard import RETURN, NanGuard, check_options
+from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
@@ -120,17 +120,13 @@ class Supervisor(Generic[SessionT]):
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
+        self._step_trigger: StepTrigger | None = None
         self._guard = self._make_guard(nan_guard, nan_returns)
 
     def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
-        check_options(mode, most_returns)
+        check_options(mode, most_returns, saves=self._store is not None and self._saves())
         if mode is None:
             return None
-        if mode == RETURN and (self._store is None or not self._saves()):
-            raise ValueError(
-                "nan_guard='return' needs checkpoints to return to: a chief with a logdir on this machine's file "
-                "systems, and save_model_secs, save_model_steps or save_at_end; use nan_guard='stop' without them"
-            )
         return NanGuard(
             mode,
             most_returns,
@@ -141,7 +137,12 @@ class Supervisor(Generic[SessionT]):
             observer=self._observer,
             one_save=self._one_save,
             on_error=self._report,
+            on_return=self._went_back,
         )
+
+    def _went_back(self) -> None:
+        if self._step_trigger is not None:
+            self._step_trigger.went_back()
 
     @property
     def is_chief(self) -> bool:
@@ -254,6 +255,7 @@ class Supervisor(Generic[SessionT]):
             if self._save_model_steps:
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
+                self._step_trigger = trigger
         self._is_running()
         self._observer.session_ready(sess, None if self._store is None else self._store.last_recovery)
         for thread in threads:
@@ -439,6 +441,7 @@ class Supervisor(Generic[SessionT]):
             self._checkpointer.save_last(max(0.0, deadline - time.monotonic()))
 
     def _stop_writing(self, deadline: float) -> None:
+        self._step_trigger = None
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
             checkpointer.close()

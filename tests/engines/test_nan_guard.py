@@ -73,7 +73,7 @@ def test_without_the_guard_nothing_is_looked_at(engine, tmp_path):
 def test_a_state_that_is_not_finite_is_not_saved_and_stops_the_run(engine, tmp_path):
     program = engine.program(tmp_path, nan_guard="stop", **EVERY_FIFTH)
 
-    with pytest.raises(NonFiniteError, match="not finite at step 10: .*weight") as caught:  # noqa: SIM117
+    with pytest.raises(NonFiniteError, match=r"not finite at step 10: .*weight") as caught:  # noqa: SIM117
         with program.sv.managed_session() as session:
             train_to(program, session, 7, saved=5, engine=engine, logdir=tmp_path)
             program.spoil(session)
@@ -86,7 +86,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_stops_the_run(engine, tmp_p
 
 @pytest.mark.parametrize("mode", ["stop", "return"])
 def test_nor_is_it_saved_as_the_last(engine, mode, tmp_path):
-    program = engine.program(tmp_path, nan_guard=mode, save_summaries_secs=0)
+    program = engine.program(tmp_path, nan_guard=mode, save_model_secs=0, save_at_end=True)
 
     with pytest.raises(NonFiniteError, match="not finite at step 2"), program.sv.managed_session() as session:
         program.run_steps(session, 2)
@@ -130,7 +130,7 @@ def test_a_state_that_is_not_finite_takes_the_run_back_and_the_step_is_saved_whe
 def test_after_so_many_returns_the_run_stops_and_says_where_it_has_been(engine, tmp_path):
     program = engine.program(tmp_path, nan_guard="return", nan_returns=1, **EVERY_FIFTH)
 
-    with pytest.raises(NonFiniteError, match="returned 1 of at most 1 times.*nan at step 7: back to step 5"):  # noqa: SIM117
+    with pytest.raises(NonFiniteError, match=r"returned 1 of at most 1 times.*nan at step 7: back to step 5"):  # noqa: SIM117
         with program.sv.managed_session() as session:
             train_to(program, session, 7, saved=5, engine=engine, logdir=tmp_path)
             program.report(session, NAN)
@@ -172,7 +172,7 @@ def test_what_is_damaged_or_was_saved_spoilt_by_a_run_without_a_guard_is_not_ret
         assert guarded.values(session) == [guarded.step(session)] * 6 == [5] * 6
         guarded.run_step(session)
 
-    assert engine.saved(tmp_path)[6] == [6] * 6
+    assert engine.read(tmp_path / "model.ckpt-6") == [6] * 6
 
 
 @pytest.mark.parametrize(

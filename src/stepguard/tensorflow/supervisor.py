@@ -159,7 +159,6 @@ class Supervisor(CoreSupervisor[Any]):
             max_unprotected_secs=max_unprotected_secs,
             peer_timeout_secs=peer_timeout_secs,
         )
-        check_options(nan_guard, nan_returns)
         self._returns = nan_guard == RETURN
         model = defaults.resolve(
             graph,
@@ -180,7 +179,9 @@ class Supervisor(CoreSupervisor[Any]):
         coord = Coordinator()
         store = _open_store(self._save_path, model.saver) if saves_model else None
         save_plan = plan(model.saver, graph) if store is not None else None
-        if nan_guard is not None and saves_model and save_plan is None:
+        saves = bool(save_model_secs or save_model_steps or save_at_end)
+        check_options(nan_guard, nan_returns, saves=store is not None and saves)
+        if nan_guard is not None and saves_model and saves and save_plan is None:
             raise ValueError(
                 "nan_guard looks at the state before it is saved, and this saver writes by means of its own (a "
                 "subclass of Saver, an old format, or a place that only TensorFlow can reach): use a "

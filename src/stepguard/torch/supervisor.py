@@ -117,7 +117,6 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
         )
-        check_options(nan_guard, nan_returns)
         if nan_guard == RETURN and world()[1] > 1:
             raise ValueError(
                 f"nan_guard='return' is for a run of one process, and torch.distributed has {world()[1]}: use "
@@ -138,6 +137,8 @@ class Supervisor(CoreSupervisor[Session]):
                 keep_every_n_hours=keep_checkpoint_every_n_hours,
             )
         store = found if is_chief else None
+        saves = bool(save_model_secs or save_model_steps or save_at_end)
+        check_options(nan_guard, nan_returns, saves=store is not None and saves)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
             restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
