@@ -223,6 +223,8 @@ class NanGuard:
             try:
                 # In this order: the program's own saves hold the one when they come to a boundary.
                 with self._one_save, self._engine.at_boundary(self._session, "the return to a good checkpoint"):
+                    if self._coord.should_stop():
+                        return
                     checkpoint, to_step = self._put_back()
             except NoBoundaryError as error:
                 if time.monotonic() > deadline:
