@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
+    parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -46,6 +47,7 @@ def main() -> None:
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
+        nan_guard="stop" if args.nan else None,
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
@@ -53,6 +55,8 @@ def main() -> None:
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
+            if args.nan:
+                session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")

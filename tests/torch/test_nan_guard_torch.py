@@ -163,6 +163,7 @@ class TestWhatIsNotFinite:
         good[2, 1] = bad
         assert non_finite("a", {"x": [good.to(dtype)]}) == ["a.x[0]"]
 
+    @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
     def test_in_a_sparse_tensor(self):
         sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, NAN], (4,))
         assert non_finite("a", {"x": sparse, "y": torch.eye(2).to_sparse_csr()}) == ["a.x"]

@@ -20,11 +20,12 @@ PROGRAM = Path(__file__).with_name("distributed_training.py")
 pytestmark = pytest.mark.timeout(240)
 
 
-def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> None:
+def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def outcomes(logdir: Path, processes: int) -> list[str]:
@@ -67,6 +68,14 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
     assert steps_saved(logdir)[0] == steps + more
     items = [item for rank in range(max(before, after)) for batch in seen(logdir, rank).values() for item in batch]
     assert len(items) == len(set(items)), "an item of the epoch was seen twice"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_in_one_ends_all(rank, tmp_path):
+    said = torchrun(tmp_path / "run", 2, "--steps=100000", "--save-steps=5", f"--nan={rank}:12", fails=True)
+
+    assert "NonFiniteError: loss is nan at step 12" in said
+    assert max(steps_saved(tmp_path / "run")) <= 12
 
 
 def test_checkpoints_by_steps_are_met_for(tmp_path):
