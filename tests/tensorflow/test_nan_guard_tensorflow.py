@@ -117,6 +117,18 @@ def test_the_next_step_after_a_loss_that_is_not_finite_is_one_of_the_model_put_b
     assert starts == [0, 5]
 
 
+def test_what_the_program_has_saved_by_its_saver_is_not_returned_to(graph, tmp_path):
+    fed = Fed(tmp_path, nan_guard="return")
+    with fed.sv.managed_session() as session:
+        fed.steps_until_saved(session, 5)
+        fed.steps(session, 2)
+        fed.sv.saver.save(session, fed.sv.save_path, fed.sv.global_step)
+        assert tf.train.latest_checkpoint(tmp_path).endswith("-7")
+        fed.steps(session, 1, loss=NAN)
+        assert session.run(fed.sv.global_step) == 5
+        fed.steps(session, 1)
+
+
 def test_local_variables_and_the_program_s_feeds_go_on(graph, tmp_path):
     seen = v1.get_local_variable("seen", [], tf.int32, v1.zeros_initializer())
     count = seen.assign_add(1).op

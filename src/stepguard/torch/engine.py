@@ -15,6 +15,7 @@ import torch
 from stepguard import files
 from stepguard.coordinator import Coordinator
 from stepguard.engine import ValueWatch
+from stepguard.errors import NonFiniteError
 from stepguard.torch import random_states
 from stepguard.torch.events import TorchEvents, as_number
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
@@ -133,6 +134,9 @@ class TorchEngine:
             return False
         try:
             self._coord.raise_requested_exception()
+        except NonFiniteError:
+            # This process runs as well as ever, and can stop with the others after the same step.
+            return False
         except BaseException:  # noqa: BLE001 - the coordinator raises it to whoever has to know
             return True
         return False
