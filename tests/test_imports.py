@@ -29,6 +29,7 @@ CORE = [
     "ledger",
     "looper",
     "metrics",
+    "nan_guard",
     "observation",
     "progress_line",
     "services",

@@ -230,6 +230,11 @@ class Observer:
         self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
         self._append("warning", message=message)
 
+    def returned(self, *, step: int | None, to_step: int | None, reason: str, number: int, message: str) -> None:
+        """The run went back from ``step`` to ``to_step``, the ``number``-th time; ``message`` was logged already."""
+        self._append("return", step=step, to_step=to_step, reason=reason, number=number)
+        self.warn(message)
+
     # --- inside ---
 
     def _make_room(self, logdir: Path) -> None:
@@ -319,6 +324,9 @@ class Observer:
 
     def _measure(self, step: int) -> None:
         now = time.monotonic()
+        if self._rates and step < self._rates[-1][1]:
+            # The run went back: what was before tells nothing of its speed.
+            self._rates.clear()
         self._rates.append((now, step))
         while len(self._rates) > 2 and self._rates[0][0] < now - _RATE_SECS:
             self._rates.popleft()

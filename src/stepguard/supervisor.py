@@ -18,6 +18,7 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import LogdirInUseError, StopRequested, add_note
 from stepguard.looper import LooperThread
+from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
 from stepguard.signals import SigtermWatch, end_by_sigterm
@@ -59,6 +60,11 @@ class Supervisor(Generic[SessionT]):
         observation: how the run is watched; by default with a ledger and a heartbeat in the logdir, and nothing more.
         watched_logdir: where those are written, also by a worker, which has no ``logdir``; by default ``logdir``.
         role: what a worker is called there.
+        nan_guard: what happens when a number or a state is not finite: ``"stop"``, ``"return"``, or ``None``: nothing.
+        nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
+
+    Raises:
+        ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class Supervisor(Generic[SessionT]):
         observation: Observation | None = None,
         watched_logdir: str | None = None,
         role: str = "worker",
+        nan_guard: str | None = None,
+        nan_returns: int = 3,
     ) -> None:
         self._engine = engine
         self._coord = coord
@@ -112,6 +120,29 @@ class Supervisor(Generic[SessionT]):
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
+        self._step_trigger: StepTrigger | None = None
+        self._guard = self._make_guard(nan_guard, nan_returns)
+
+    def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
+        check_options(mode, most_returns, saves=self._store is not None and self._saves())
+        if mode is None:
+            return None
+        return NanGuard(
+            mode,
+            most_returns,
+            engine=self._engine,
+            coord=self._coord,
+            store=self._store,
+            events=self._events,
+            observer=self._observer,
+            one_save=self._one_save,
+            on_error=self._report,
+            on_return=self._went_back,
+        )
+
+    def _went_back(self) -> None:
+        if self._step_trigger is not None:
+            self._step_trigger.went_back()
 
     @property
     def is_chief(self) -> bool:
@@ -216,6 +247,7 @@ class Supervisor(Generic[SessionT]):
                     one_save=self._one_save,
                     max_unprotected_secs=self._max_unprotected_secs,
                     observer=self._observer,
+                    guard=self._guard,
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
@@ -223,6 +255,7 @@ class Supervisor(Generic[SessionT]):
             if self._save_model_steps:
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
+                self._step_trigger = trigger
         self._is_running()
         self._observer.session_ready(sess, None if self._store is None else self._store.last_recovery)
         for thread in threads:
@@ -264,6 +297,8 @@ class Supervisor(Generic[SessionT]):
             raise
         try:
             self._engine.watch(session, self._save_before_close)
+            if self._guard is not None:
+                self._guard.begin(session)
             if start_standard_services and self._is_chief:
                 if self._logdir:
                     self.start_standard_services(session)
@@ -311,6 +346,8 @@ class Supervisor(Generic[SessionT]):
     def _give_up(self, session: SessionT) -> None:
         """End what was begun for a session that could not be prepared; its error is on the way out."""
         self._coord.request_stop()
+        if self._guard is not None:
+            self._guard.end(was_asked=True)
         self._engine.close(session)
 
     def _supervised(
@@ -337,10 +374,13 @@ class Supervisor(Generic[SessionT]):
             RuntimeError: threads did not stop in time.
         """
         _unstopped.discard(self)
+        was_asked = self._coord.should_stop()
         self._coord.request_stop()
         self._observer.stopping()
         try:
             try:
+                if self._guard is not None:
+                    self._guard.end(was_asked=was_asked)
                 self._coord.join(
                     threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
                 )
@@ -380,6 +420,8 @@ class Supervisor(Generic[SessionT]):
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
+        if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
+            return
         try:
             self._save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
@@ -399,6 +441,7 @@ class Supervisor(Generic[SessionT]):
             self._checkpointer.save_last(max(0.0, deadline - time.monotonic()))
 
     def _stop_writing(self, deadline: float) -> None:
+        self._step_trigger = None
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
             checkpointer.close()
@@ -416,6 +459,8 @@ class Supervisor(Generic[SessionT]):
     def _end_with_process(self, deadline: float) -> None:
         """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
         self._coord.request_stop()
+        if self._guard is not None:
+            self._guard.end(was_asked=True)
         if self._checkpointer is not None:
             # The session is closed when it is collected, too late for a thread that would save it.
             self._checkpointer.close()

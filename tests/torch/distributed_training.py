@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
+    parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -55,6 +56,7 @@ def main() -> None:
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
+        nan_guard="stop" if args.nan else None,
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
@@ -64,6 +66,8 @@ def main() -> None:
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
             scheduler.step()
+            if args.nan:
+                session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")

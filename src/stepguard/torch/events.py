@@ -29,6 +29,11 @@ def open_writer(logdir: str) -> Any:
         return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
 
 
+def as_number(value: Any) -> float:
+    """A number, or a tensor of one element, as a number. One on a GPU is waited for."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 class TorchEvents:
     """The event log over a ``torch.utils.tensorboard.SummaryWriter``, or anything that has its methods."""
 
@@ -62,7 +67,7 @@ class TorchEvents:
     def summary(self, values: Mapping[str, Any], step: int) -> None:
         """One value of each of some curves: numbers, or tensors of one element."""
         for tag, value in values.items():
-            self.scalar(tag, value.item() if hasattr(value, "item") else float(value), step)
+            self.scalar(tag, as_number(value), step)
 
     def stopped(self) -> None:
         """The session log record STOP."""

@@ -67,6 +67,20 @@ class Restorer:
             )
         self._load(path, session, rank)
 
+    def return_to(self, path: Path, session: Session) -> None:
+        """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes[f"{PROCESS}0"])
+        states = self._fitting(path, saved, process.pop("sharded", {}), mapped=False)
+        for component in self._components:
+            component.put_back(states[component.name])
+        session.global_step = process["global_step"]
+
     def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
         self._load(checkpoint.path, session, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
 import sys
@@ -62,6 +63,16 @@ class Component:
         """How its tensors are spread over the processes."""
         groups = self._holder.param_groups if isinstance(self._holder, torch.optim.Optimizer) else ()
         return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+
+    def put_back(self, state: Any) -> None:
+        """Put a saved state in place, in the middle of a run: streams of random numbers go on, gradients are gone."""
+        holder = self._holder
+        if isinstance(holder, (torch.Generator, random.Random)) or _is_numpy_generator(holder):
+            return
+        self.load(state)
+        if isinstance(holder, nn.Module):
+            # What was accumulated for the step that is not done now may be what is wrong.
+            holder.zero_grad(set_to_none=True)
 
     def misfit(self, saved: Any) -> Misfit:
         """What keeps ``saved`` from being loaded; nothing is changed."""
@@ -180,6 +191,38 @@ def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(f"{path}[{index}]", part)
     else:
         yield path, value
+
+
+def non_finite(path: str, state: Any) -> list[str]:
+    """The places of what is NaN in a nested state in host memory, and of tensors that hold an infinity.
+
+    A plain number may be infinite: that is how schedulers, and the programs, write "none so far".
+    """
+    found = []
+    for place, part in leaves(path, state):
+        if isinstance(part, Shard):
+            part = part.local
+        if isinstance(part, torch.Tensor):
+            if not _is_finite(part):
+                found.append(place)
+        elif isinstance(part, float) and math.isnan(part):
+            found.append(place)
+    return found
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # There is no arithmetic in eight bits.
+    # One pass, and no copy of the state: both ends are NaN where anything is.
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 class HostMemory:
