@@ -192,6 +192,18 @@ class TestALoopThatEnds:
 
         assert committed(tmp_path) == []
 
+    def test_by_closing_its_session_does_not_go_back(self, tmp_path):
+        supervisor = guarded(tmp_path)
+        with pytest.raises(NonFiniteError, match="not finite at step 7: weight; the training loop had ended"):  # noqa: SIM117
+            with supervisor.managed_session() as session:
+                run_to_saved(supervisor, session, tmp_path, 5)
+                run_to(session, 7)
+                session.weight = NAN
+                session.close()
+
+        assert session.step == 7
+        assert committed(tmp_path) == [5]
+
 
 class TestASnapshot:
     def test_that_was_taken_after_the_number_is_not_committed(self, tmp_path):

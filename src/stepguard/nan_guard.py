@@ -207,6 +207,8 @@ class NanGuard:
     def _history_text(self) -> str:
         if self._mode == STOP:
             return ""
+        if self._returns_left:
+            return "the training loop had ended, so the run did not return to a good checkpoint"
         returned = f"the run has returned {len(self._history)} of at most {self._most_returns} times"
         return f"{returned} ({'; '.join(self._history)})" if self._history else returned
 
