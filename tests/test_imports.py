@@ -28,6 +28,7 @@ CORE = [
     "launched",
     "ledger",
     "looper",
+    "managed_session",
     "metrics",
     "nan_guard",
     "observation",

@@ -363,8 +363,8 @@ class Supervisor(CoreSupervisor[Any]):
             try:
                 with self._model.graph.as_default():
                     self.start_queue_runners(session)
-            except BaseException:
-                self._give_up(session)
+            except BaseException as error:
+                self._give_up(session, error)
                 raise
         return session
 
