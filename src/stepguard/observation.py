@@ -143,8 +143,8 @@ class Observer:
         self._thread.start()
 
     def session_ready(self, session: Any, step: int | None, recovery: Recovery | None) -> None:
-        """The session can run, from ``step`` on. ``recovery`` is what was found to restore; ``None`` in one who looks
-        for nothing. Quick: the program waits, and others train already.
+        """The session can run, from ``step`` on if that is known. ``recovery`` is what was found to restore; ``None``
+        in one who looks for nothing. Quick: the program waits, and others train already.
         """
         if self._thread is None:
             return
@@ -313,6 +313,8 @@ class Observer:
             has_moved = progress != self._progress_seen
             if has_moved or self.now.step is None:
                 self.now.step = self._engine.step(session)
+                if self.now.first_step is None:
+                    self.now.first_step = self.now.step
                 self.now.boundary_time = time.time()
                 self._progress_seen = progress
             if self._options.total_steps is None:

@@ -303,9 +303,9 @@ class Supervisor(Generic[SessionT]):
                     self.start_standard_services(session)
                 else:
                     _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
-                    self._observer.session_ready(session, self._engine.step(session), None)
+                    self._observer.session_ready(session, None, None)
             elif start_standard_services:
-                self._observer.session_ready(session, self._engine.step(session), None)
+                self._observer.session_ready(session, None, None)
         except BaseException as error:
             self._give_up(session, error)
             raise
