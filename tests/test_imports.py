@@ -33,11 +33,12 @@ CORE = [
     "signals",
     "store",
     "supervisor",
+    "tensors",
     "writer",
 ]
 
 
-@pytest.mark.parametrize("module", ["stepguard", *(f"stepguard.{name}" for name in CORE)])
+@pytest.mark.parametrize("module", ["stepguard", *(f"stepguard.{name}" for name in CORE), "stepguard.cli.main"])
 def test_no_framework_and_no_numpy_is_loaded_by(module):
     loaded = modules_after(f"import {module}")
     assert module in loaded
@@ -45,7 +46,7 @@ def test_no_framework_and_no_numpy_is_loaded_by(module):
 
 
 def test_no_engine_is_loaded_by_stepguard_itself():
-    engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.testing"}
+    engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.torch", "stepguard.testing"}
     assert modules_after("import stepguard") & engines == set()
 
 

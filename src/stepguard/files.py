@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,10 @@ def read_bytes(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def digest(path: Path) -> tuple[int, str]:
+def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tuple[int, str]:
     """Return the size in bytes and the digest (``"xxh3_128:<hex>"``) of a file, read to its end.
+
+    ``on_block`` is called after each block with its number of bytes.
 
     Read, not mapped: a file that is truncated, or a sector that fails, under a memory map kills the process with
     SIGBUS instead of raising an error.
@@ -263,6 +266,8 @@ def digest(path: Path) -> tuple[int, str]:
         while count := os.readv(descriptor, [view]):
             hasher.update(view[:count])
             size += count
+            if on_block is not None:
+                on_block(count)
     finally:
         os.close(descriptor)
     return size, f"{_DIGEST_KIND}:{hasher.hexdigest()}"

@@ -376,13 +376,41 @@ class CheckpointStore:
         doomed = self._retention.take_doomed({*protect, self._newest_good})
         for number, one in enumerate(doomed):
             try:
-                self._layout.remove(
-                    one.name, self._layout.present(one.name), manifest_to=self.root / (layouts.PRUNED + one.name)
-                )
+                self._take_away(one.name, self._layout.present(one.name))
             except OSError:
                 self._retention.put_back(doomed[number:])
                 raise
         return doomed
+
+    def remove(self, doomed: Iterable[Checkpoint], *, newest_good: Checkpoint) -> None:
+        """Remove these checkpoints, after the state file has ceased to name them.
+
+        Raises ValueError, and removes nothing, if ``newest_good``, which the caller has verified, is among them.
+        """
+        names = [one.name for one in doomed]
+        if newest_good.name in names:
+            raise ValueError(f"{newest_good.path}: the newest good checkpoint is never removed")
+        self._drop_from_state(set(names), newest_good.name)
+        files_of = self._layout.grouped()
+        for name in names:
+            self._take_away(name, self._layout.present(name, files_of.get(name, ())))
+
+    def _drop_from_state(self, names: set[str], newest_good: str) -> None:
+        state = statefile.read(self.root)
+        if state is None or not names & {state.newest, *state.names}:
+            return
+        newest = newest_good if state.newest in names else state.newest
+        kept = [one for one in state.names if one not in names]
+        statefile.write(
+            self.root.absolute(),
+            newest,
+            kept if newest in kept else [*kept, newest],
+            last_preserved=state.last_preserved,
+            relative_paths=not state.path.is_absolute(),
+        )
+
+    def _take_away(self, name: str, present: Sequence[str]) -> None:
+        self._layout.remove(name, present, manifest_to=self.root / (layouts.PRUNED + name))
 
     # --- the chief ---
 

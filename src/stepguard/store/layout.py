@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepguard import files
@@ -126,9 +126,20 @@ class Layout:
             return  # Pruned since it was listed.
         found[name] = Checkpoint(self.root, name, self.step_of(name), modified, is_manifest)
 
-    def present(self, name: str) -> list[str]:
+    def grouped(self) -> dict[str, list[str]]:
+        """Return, from one listing, the names in the directory by the checkpoint to which they may belong."""
+        groups: dict[str, list[str]] = {}
+        for entry in self.entries():
+            if entry.name.startswith(self.basename):
+                stem = entry.name[len(self.basename) :].partition(".")[0]
+                groups.setdefault(self.basename + stem, []).append(entry.name)
+        return groups
+
+    def present(self, name: str, among: Iterable[str] | None = None) -> list[str]:
         """Return the top-level names that belong to the checkpoint ``name``, sorted: its manifest, what that lists,
         and what TensorFlow's own tools would have written beside it.
+
+        ``among`` are the names to look at, where the directory was listed already.
         """
         path = self.manifest(name)
         listed: set[str] | None = set()
@@ -146,7 +157,8 @@ class Layout:
                 return True
             return self.may_hold(one, name) if listed is None else one in listed
 
-        return sorted(entry.name for entry in self.entries() if belongs(entry.name))
+        names = [entry.name for entry in self.entries()] if among is None else among
+        return sorted(one for one in names if belongs(one))
 
     def is_candidate(self, name: str, present: Sequence[str]) -> bool:
         """Whether a checkpoint with these files would be listed by `candidates`."""

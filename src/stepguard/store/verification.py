@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,23 +35,51 @@ def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
     """Prove a checkpoint good, and return it with its manifest. Raises as `CheckpointStore.verify` says."""
     manifest = read_manifest(layout, checkpoint.name)
     if manifest is None:
-        _verify_unmanifested(layout, checkpoint.name)
+        verify_unmanifested(layout, checkpoint.name, layout.present(checkpoint.name))
         return replace(checkpoint, is_committed=False, manifest=None)
     try:
-        # All sizes before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
-        for record in manifest.files:
-            _verify_size(layout.root / record.name, record)
-        for record in manifest.files:
-            _verify_digest(layout.root / record.name, record)
+        for damage in damages(layout, manifest):
+            raise damage
     except CheckpointCorruptError:
-        if not _was_written_over(layout, manifest):
+        if not was_written_over(layout, manifest):
             raise
-        _verify_unmanifested(layout, checkpoint.name)
+        verify_unmanifested(layout, checkpoint.name, layout.present(checkpoint.name))
         return replace(checkpoint, is_committed=False, manifest=None)
     return replace(checkpoint, step=manifest.step, time=manifest.time, is_committed=True, manifest=manifest)
 
 
-def _was_written_over(layout: Layout, manifest: Manifest) -> bool:
+def damages(
+    layout: Layout, manifest: Manifest, *, on_block: Callable[[int], None] | None = None
+) -> Iterator[CheckpointCorruptError]:
+    """Compare every file with the manifest, and yield an error for each that differs, unraised.
+
+    All sizes come before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
+    ``on_block`` is told how many bytes were read, again and again. Raises OSError if something could not be read.
+    """
+    right_size = []
+    for record in manifest.files:
+        damage = size_damage(layout, record)
+        if damage is None:
+            right_size.append(record)
+        else:
+            yield damage
+    for record in right_size:
+        damage = _digest_damage(layout, record, on_block)
+        if damage is not None:
+            yield damage
+
+
+def size_damage(layout: Layout, record: FileRecord) -> CheckpointCorruptError | None:
+    """Compare the size of one file with the manifest, without reading the file."""
+    path = layout.root / record.name
+    size = size_of(path)
+    if size == record.size:
+        return None
+    found = "none" if size is None else f"{size} bytes"
+    return CheckpointCorruptError(f"{path}: expected a file of {record.size} bytes, found {found}", path=path)
+
+
+def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint.
 
     All of it is then newer than its manifest, and the state file, which they write last, newer still; damage is not
@@ -59,6 +88,8 @@ def _was_written_over(layout: Layout, manifest: Manifest) -> bool:
     if layout.entry_suffix is None:
         return False
     names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    if not names:
+        return False  # It is of another framework.
     try:
         committed = layout.manifest(manifest.name).stat().st_mtime_ns
         written = [(layout.root / name).stat().st_mtime_ns for name in names]
@@ -79,24 +110,11 @@ def size_of(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _verify_size(path: Path, record: FileRecord) -> None:
-    size = size_of(path)
-    if size != record.size:
-        found = "none" if size is None else f"{size} bytes"
-        raise CheckpointCorruptError(f"{path}: expected a file of {record.size} bytes, found {found}", path=path)
+def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> None:
+    """Look whether the files of a checkpoint without a manifest, ``present``, are all there and not empty.
 
-
-def _verify_digest(path: Path, record: FileRecord) -> None:
-    try:
-        _, digest = files.digest(path)
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(f"{path}: expected a file, found none", path=path) from error
-    if digest != record.digest:
-        raise CheckpointCorruptError(f"{path}: expected the digest {record.digest}, found {digest}", path=path)
-
-
-def _verify_unmanifested(layout: Layout, name: str) -> None:
-    present = layout.present(name)
+    Raises CheckpointCorruptError.
+    """
     if not layout.is_candidate(name, present):
         path = layout.manifest(name)
         raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
@@ -108,3 +126,16 @@ def _verify_unmanifested(layout: Layout, name: str) -> None:
     if missing is not None:
         path = layout.root / missing
         raise CheckpointCorruptError(f"{path}: expected a file, found none", path=path)
+
+
+def _digest_damage(
+    layout: Layout, record: FileRecord, on_block: Callable[[int], None] | None
+) -> CheckpointCorruptError | None:
+    path = layout.root / record.name
+    try:
+        _, digest = files.digest(path, on_block=on_block)
+    except FileNotFoundError:
+        return CheckpointCorruptError(f"{path}: expected a file, found none", path=path)
+    if digest == record.digest:
+        return None
+    return CheckpointCorruptError(f"{path}: expected the digest {record.digest}, found {digest}", path=path)

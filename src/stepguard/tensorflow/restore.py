@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
+from stepguard.tensorflow import tensors
 from stepguard.tensorflow.fit import check_fits
 
 _log = logging.getLogger(__name__)
@@ -92,10 +92,10 @@ class Restorer:
                     # Proven good: unless it was pruned since, this is an error of the program.
                     store.verify(checkpoint)
                     raise
-                damage = _damage(path)
+                damage = tensors.damage(path)
                 if damage is None:
                     raise
-                raise CheckpointCorruptError(f"{path}: {_cause(damage)}", path=checkpoint.path) from error
+                raise CheckpointCorruptError(f"{path}: {tensors.cause(damage)}", path=checkpoint.path) from error
 
         try:
             recovery = store.newest_good(attempt=attempt, quarantine=False)
@@ -201,30 +201,3 @@ def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
         saver.set_last_checkpoints_with_time(kept)
     elif hasattr(saver, "recover_last_checkpoints"):
         saver.recover_last_checkpoints([path for path, _ in kept])
-
-
-def _damage(path: str) -> Exception | None:
-    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
-
-    ``None`` if each tensor can be read: what failed was then not the checkpoint.
-    """
-    try:
-        reader = _v1.train.NewCheckpointReader(path)
-        types = reader.get_variable_to_dtype_map()
-    except Exception as error:  # noqa: BLE001 - the reader raises whatever it likes for an index that is not one
-        return error
-    for name, dtype in types.items():
-        if dtype == tf.variant:
-            continue  # No array can hold it, so this reader cannot prove it.
-        try:
-            reader.get_tensor(name)
-        except Exception as error:  # noqa: BLE001 - as above
-            return error
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
-    lines = str(error).strip().splitlines() or [""]
-    behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
-    return f"{type(error).__name__}: {(behind_node or lines)[0]}"

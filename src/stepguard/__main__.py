@@ -1,0 +1,8 @@
+"""``python -m stepguard``: the command ``stepguard``, also where its script is not on the path."""
+
+from __future__ import annotations
+
+from stepguard.cli.main import main
+
+if __name__ == "__main__":
+    main()

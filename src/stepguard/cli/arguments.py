@@ -1,0 +1,69 @@
+"""The kinds of arguments that commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from stepguard.cli import output
+from stepguard.cli.survey import ENTRY_SUFFIX, Surveyed, survey, survey_one
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+LOGDIR = click.Path(exists=True, file_okay=False, path_type=Path)
+"""A directory that exists."""
+
+_OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_SUFFIX)}|\.data-\d+-of-\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``."""
+
+    path: Path
+    root: Path
+    name: str | None
+
+    def checkpoint(self) -> Surveyed:
+        """The checkpoint; of a logdir the one that a restart would take. Raises click.UsageError if there is none."""
+        if self.name is not None:
+            return survey_one(self.root, self.name)
+        for one in survey(self.root).found:
+            if one.is_next:
+                return one
+        raise click.UsageError(f"{self.path}: expected a checkpoint, found none that a restart could take")
+
+
+def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
+    """An argument that is a logdir or a checkpoint: its directory, its TensorFlow prefix, or one of its files.
+
+    A path that is neither is a mistake in the arguments.
+    """
+    return click.argument(name, metavar=metavar, callback=lambda _context, _argument, value: _target(value))
+
+
+def _target(value: str) -> Target:
+    path = Path(value)
+    match = _OF_A_FILE.fullmatch(path.name)
+    if match is not None and not path.is_dir():
+        path = path.with_name(match.group(1))
+    if _is_checkpoint(path):
+        return Target(Path(value), path.parent, path.name)
+    if path.is_dir():
+        return Target(Path(value), path, None)
+    raise click.BadParameter(f"{output.printable(value)}: there is neither a logdir nor a checkpoint of that name")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if any(path.with_name(path.name + suffix).is_file() for suffix in (MANIFEST_SUFFIX, ENTRY_SUFFIX)):
+        return True
+    if path.is_file():
+        return path.suffix in (".pt", ".pth")
+    # A directory without a manifest may still hold what PyTorch has written.
+    return path.is_dir() and any(path.glob("*.pt")) and not any(path.glob("*" + MANIFEST_SUFFIX))

@@ -1,0 +1,93 @@
+"""The entry point: the group of commands, each of which is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import os
+import sys
+from typing import Any
+
+import click
+
+from stepguard import __version__
+from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
+from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
+
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events")
+"""Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
+
+# What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
+_FINDINGS = (CheckpointCorruptError, NoGoodCheckpointError, LogdirInUseError)
+
+
+class Commands(click.Group):
+    """The commands by name, and how an error of any of them ends the process."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of `_COMMANDS`."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command; None if there is no such command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"stepguard.cli.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. What goes wrong becomes one line on stderr, and an exit code, and not a traceback."""
+        try:
+            return super().invoke(ctx)
+        except StepguardError as error:
+            raise Failure(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                _leave_the_pipe()
+                ctx.exit(READER_GONE)
+            raise Failure(_described(error), NOT_DONE) from error
+
+
+def _described(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def _leave_the_pipe() -> None:
+    # What is left in the buffer would raise once more when the interpreter flushes it at its end.
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Exit codes, of every command:
+  0    fine
+  1    a finding: damaged, different, refused
+  2    a mistake in the arguments
+  3    not possible: no permission, unknown format, missing package
+  141  the reader of a pipe has gone away (as `head` does)
+
+With --json a command prints one JSON document on stdout, and nothing else.
+""",
+)
+@click.version_option(__version__, package_name="stepguard", message="stepguard %(version)s")
+def cli() -> None:
+    """See and steer training runs: look at their checkpoints, prove them good, clean up."""
+
+
+def main() -> None:
+    """Run the command that the arguments name. Ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the encoding of the terminal has not all characters, the others are shown as escapes.
+            stream.reconfigure(errors="backslashreplace")
+    cli(prog_name="stepguard")

@@ -1,0 +1,306 @@
+"""What lies in a logdir, as far as names, sizes and manifests tell: the states that `ls` shows.
+
+One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
+second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
+at again, and never taken for damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
+from stepguard.store import layout as layouts
+from stepguard.store.layout import Layout
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
+GOOD = "good"
+"""The manifest is right, and every file that it names is there with its size. `verify` reads the bytes as well."""
+UNVERIFIED = "unverified"
+"""Complete by its names, and no manifest vouches for it: TensorFlow's own tools wrote it."""
+DAMAGED = "damaged"
+"""A file is missing, or empty, or of another size than was committed, or the manifest itself is damaged."""
+INCOMPLETE = "incomplete"
+"""Files that no commit record makes a checkpoint: it is just being written or removed, or a kill cut that short."""
+
+ENTRY_SUFFIX = ".index"
+UNKNOWN_ENGINE = "unknown"
+
+_DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
+_STEP = re.compile(r"(.+)-([0-9]+)")
+_LOOKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
+    a restart would take, as far as is known without reading the data.
+    """
+
+    checkpoint: Checkpoint
+    basename: str
+    state: str
+    engine: str
+    size: int
+    reasons: tuple[str, ...] = ()
+    is_next: bool = False
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether a restart would look at it."""
+        return self.state != INCOMPLETE
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
+
+    ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
+    what lies in quarantine.
+    """
+
+    root: Path
+    found: tuple[Surveyed, ...]
+    missing: tuple[str, ...]
+    quarantined: int
+
+
+def survey(root: Path) -> Survey:
+    """Look at a logdir. Raises OSError if it cannot be listed."""
+    with os.scandir(root) as entries:
+        kinds = {entry.name: entry.is_dir() for entry in entries}
+    found: list[Surveyed] = []
+    listed: set[str] = set()
+    for basename in basenames(kinds):
+        layout = Layout(root, basename, ENTRY_SUFFIX)
+        of_basename = _surveyed(layout)
+        listed.update(one.checkpoint.name for one in of_basename)
+        found += _marked(of_basename)
+    unfinished = _unfinished(root, kinds, listed)
+    return Survey(root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE))
+
+
+def survey_one(root: Path, name: str) -> Surveyed:
+    """Look at one checkpoint, also at one that was never committed."""
+    basename, step = split_name(name)
+    layout = Layout(root, basename, ENTRY_SUFFIX)
+    times = [
+        status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status
+    ]
+    is_committed = _stat(layout.manifest(name)) is not None
+    if times:
+        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
+        if found is not None:
+            return found
+    present = [name]
+    checkpoint = Checkpoint(root, name, step, _newest_time(root, present), False)
+    engine = _engine_of_files(root, name, present)
+    reason = "it has no manifest: Stepguard has never committed it"
+    return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
+
+
+def basenames(names: Iterable[str]) -> list[str]:
+    """What the names of the checkpoints among the file names begin with, sorted."""
+    names = names if isinstance(names, Mapping) else set(names)
+    found = set()
+    for name in names:
+        if name.startswith("."):
+            replaced = name[len(layouts.REPLACED) :] if name.startswith(layouts.REPLACED) else ""
+            if replaced and replaced + MANIFEST_SUFFIX not in names:
+                found.add(split_name(replaced)[0])
+        elif name.endswith(MANIFEST_SUFFIX):
+            found.add(split_name(name[: -len(MANIFEST_SUFFIX)])[0])
+        elif name.endswith(ENTRY_SUFFIX):
+            basename, step = split_name(name[: -len(ENTRY_SUFFIX)])
+            # Without a step it may be the index of anything.
+            if step is not None or basename == "model.ckpt" or f"{basename}.data-00000-of-00001" in names:
+                found.add(basename)
+    return sorted(one for one in found if one and not one.startswith("."))
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The basename and the step of a checkpoint's name."""
+    match = _STEP.fullmatch(name)
+    return (name, None) if match is None else (match.group(1), int(match.group(2)))
+
+
+def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed | None:
+    """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
+
+    ``present`` gives its files, and is asked only where there is no manifest.
+    """
+    place = layout.within(candidate.root)
+    found = _looked(place, candidate, present)
+    for _ in range(_LOOKS):
+        if found.state != DAMAGED:
+            break
+        # What was listed a moment ago may have been saved, or removed, since.
+        before = identity(place, candidate.name)
+        if before is None:
+            return None
+        found = _looked(place, candidate, lambda: place.present(candidate.name))
+        if identity(place, candidate.name) == before:
+            break
+    return found
+
+
+def identity(place: Layout, name: str) -> tuple[int, int] | None:
+    """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
+    checkpoint takes its manifest away first.
+    """
+    for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
+        status = _stat(path)
+        if status is not None:
+            return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _surveyed(layout: Layout) -> list[Surveyed]:
+    files = layout.grouped()
+    found = []
+    for candidate in recovery.newest_first(layout):
+        if candidate.root == layout.root:
+            one = look(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
+        else:
+            one = look(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed:
+    try:
+        manifest = verification.read_manifest(place, candidate.name)
+    except CheckpointCorruptError as error:
+        return _uncommitted(place, candidate, DAMAGED, present(), str(error))
+    except CheckpointError as error:
+        return _uncommitted(place, candidate, UNVERIFIED, present(), str(error))
+    except OSError as error:
+        state = DAMAGED if error.errno == errno.EIO else UNVERIFIED
+        return _uncommitted(place, candidate, state, present(), f"the manifest could not be read: {error}")
+    if manifest is not None:
+        wrong = [damage for one in manifest.files if (damage := verification.size_damage(place, one)) is not None]
+        if not wrong or not verification.was_written_over(place, manifest):
+            return _committed(place, candidate, manifest, wrong)
+    files = present()
+    try:
+        verification.verify_unmanifested(place, candidate.name, files)
+    except CheckpointCorruptError as error:
+        return _uncommitted(place, candidate, DAMAGED, files, str(error))
+    # Between two renames of a commit it looks like this too.
+    unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
+    return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
+
+
+def _uncommitted(place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str) -> Surveyed:
+    engine = _engine_of_files(place.root, candidate.name, files)
+    return Surveyed(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
+
+
+def _committed(
+    place: Layout, candidate: Checkpoint, manifest: Manifest, wrong: Sequence[CheckpointCorruptError]
+) -> Surveyed:
+    checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
+    state = DAMAGED if wrong else GOOD
+    return Surveyed(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
+
+
+def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
+    marked = list(found)
+    for number, one in enumerate(found):
+        if one.state in (GOOD, UNVERIFIED):
+            marked[number] = replace(one, is_next=True)
+            break
+    return marked
+
+
+def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[Surveyed]:
+    usual = {split_name(name)[0] for name in listed} | {"model.ckpt"}
+    found: dict[str, tuple[str, list[str]]] = {}
+    for entry, is_dir in kinds.items():
+        data = _DATA.fullmatch(entry)
+        if entry.startswith(layouts.STAGE):
+            name, reason = entry[len(layouts.STAGE) :], "it is being written, or a kill has cut that short"
+        elif entry.startswith(layouts.PRUNED):
+            name, reason = entry[len(layouts.PRUNED) :], "it is being removed, or a kill has cut that short"
+        elif data is not None:
+            name, reason = data.group(1), f"data without {data.group(1)}{ENTRY_SUFFIX}"
+        elif is_dir and split_name(entry)[0] in usual:
+            name, reason = entry, "files without a manifest: it was never committed"
+        else:
+            continue
+        if name and name not in listed:
+            found.setdefault(name, (reason, []))[1].append(entry)
+    rows = []
+    for name, (reason, entries) in found.items():
+        basename, step = split_name(name)
+        checkpoint = Checkpoint(root, name, step, _newest_time(root, entries), False)
+        engine = _engine_of_files(root, name, entries)
+        rows.append(Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, entries), (reason,)))
+    return sorted(rows, key=lambda one: (one.basename, -(one.checkpoint.step or 0)))
+
+
+def _missing(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> tuple[str, ...]:
+    state = statefile.read(root)
+    if state is None or state.path.parent not in (Path(), root, root.absolute()) or state.newest in listed:
+        return ()
+    # It may have been committed since the directory was listed, or be the file of another tool.
+    is_there = any(one.startswith(state.newest) for one in (*kinds, *os.listdir(root)))
+    return () if is_there or statefile.read(root) != state else (state.newest,)
+
+
+def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
+    inside = list(entries)
+    for entry in entries:
+        if entry.startswith(layouts.STAGE) and (root / entry).is_dir():
+            inside += _listdir(root / entry)
+    if any(one == name + ENTRY_SUFFIX or _DATA.fullmatch(one) for one in inside):
+        return "tensorflow"
+    return "torch" if name in inside else UNKNOWN_ENGINE
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _listdir(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _count(path: Path) -> int:
+    return len(_listdir(path))
+
+
+def _bytes(root: Path, entries: Iterable[str]) -> int:
+    return sum(_tree_bytes(root / entry) for entry in entries)
+
+
+def _tree_bytes(path: Path) -> int:
+    size = verification.size_of(path)
+    if size is not None:
+        return size
+    return sum(
+        verification.size_of(Path(directory, name)) or 0 for directory, _, names in os.walk(path) for name in names
+    )
+
+
+def _newest_time(root: Path, entries: Iterable[str]) -> float:
+    times = [0.0]
+    for entry in entries:
+        try:
+            times.append((root / entry).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times)

@@ -1,0 +1,65 @@
+"""The tensors of a TensorFlow checkpoint, without the program that saved it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stepguard.errors import CheckpointCorruptError
+from stepguard.tensors import SavedTensor
+
+
+def read_tensors(path: Path) -> Iterator[SavedTensor]:
+    """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read when it is asked for.
+
+    Raises CheckpointCorruptError if the index cannot be read.
+    """
+    try:
+        reader = tf.compat.v1.train.NewCheckpointReader(str(path))
+        shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    except Exception as error:  # the reader raises whatever it likes for an index that is not one
+        raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
+    for name in sorted(shapes):
+        dtype, shape = types[name], tuple(shapes[name])
+        # No array can hold a variant: the state of an iterator, for one.
+        read = None if dtype == tf.variant else functools.partial(_read, path, reader, name)
+        nbytes = None if dtype in (tf.string, tf.variant) else math.prod(shape) * dtype.size
+        yield SavedTensor(name, dtype.name, shape, nbytes, read)
+
+
+def damage(path: str) -> Exception | None:
+    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
+
+    None if each tensor can be read: what failed was then not the checkpoint.
+    """
+    try:
+        for tensor in read_tensors(Path(path)):
+            if tensor.read is not None:  # else this reader cannot prove it
+                tensor.read()
+    except CheckpointCorruptError as error:
+        return error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return None
+
+
+def cause(error: BaseException) -> str:
+    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
+    lines = str(error).strip().splitlines() or [""]
+    behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
+    return f"{type(error).__name__}: {(behind_node or lines)[0]}"
+
+
+def _read(path: Path, reader: Any, name: str) -> Any:
+    try:
+        array = np.asarray(reader.get_tensor(name))
+    except Exception as error:  # as above
+        raise CheckpointCorruptError(f"{path}: tensor {name}: {cause(error)}", path=path) from error
+    if array.dtype.fields:  # a quantised type: its integers
+        return array.view(array.dtype[0])
+    return array if array.dtype.kind in "biufcOSU" else array.astype(np.float32)

@@ -1,0 +1,24 @@
+"""What a checkpoint holds, one tensor at a time, in the same words for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor in a checkpoint, or, with ``is_plain``, a number, a string or a list of numbers beside the tensors.
+
+    ``nbytes`` is None for strings. ``read`` gives a NumPy
+    array of booleans, integers, floats, complex numbers or objects (strings); types that NumPy has not are widened to
+    float32. It is None for what no array can hold. It raises CheckpointCorruptError if the bytes are damaged.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int | None
+    read: Callable[[], Any] | None
+    is_plain: bool = False

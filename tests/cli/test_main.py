@@ -1,0 +1,62 @@
+"""The frame of the command: help, exit codes, errors in one line, and what it loads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from stepguard.cli.main import cli
+
+FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google", "tensorboard", "matplotlib"}
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(one) for one in arguments], catch_exceptions=False)
+
+
+def commands():
+    return cli.list_commands(None)
+
+
+def test_help_documents_the_exit_codes_and_names_every_command():
+    shown = run("--help")
+    assert shown.exit_code == 0
+    assert "Exit codes" in shown.output
+    for name in commands():
+        assert f"\n  {name} " in shown.output
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_help_of_every_command_has_examples(name):
+    shown = run(name, "--help")
+    assert shown.exit_code == 0
+    assert f"stepguard {name} " in shown.output.split("Examples:")[1]
+
+
+@pytest.mark.parametrize("arguments", [[], *([name, "--help"] for name in commands())], ids=str)
+def test_no_framework_and_no_numpy_is_loaded_by_help(arguments):
+    program = (
+        "import json, sys\n"
+        "from stepguard.cli.main import cli\n"
+        f"cli({[*arguments, '--help']!r}, standalone_mode=False)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(found.stdout.splitlines()[-1]))
+    assert "stepguard.cli.main" in loaded
+    assert loaded & FRAMEWORKS == set()
+
+
+def test_a_mistake_in_the_arguments_ends_with_2(tmp_path):
+    (tmp_path / "file").touch()
+    assert run("no-such-command").exit_code == 2
+    assert run("ls").exit_code == 2
+    assert run("ls", tmp_path / "missing").exit_code == 2
+    assert run("ls", tmp_path / "file").exit_code == 2
+
+
+def test_the_module_is_the_command():
+    ended = subprocess.run([sys.executable, "-m", "stepguard", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("stepguard 0.")
