@@ -24,6 +24,8 @@ CORE = [
     "hang_monitor",
     "hang_watch",
     "heartbeat",
+    "history",
+    "launched",
     "ledger",
     "looper",
     "metrics",

@@ -147,6 +147,8 @@ def _stat(pid: int) -> list[str]:
     return content.rpartition(")")[2].split()
 
 
-def _heartbeat(content: Mapping[str, Any]) -> Heartbeat:
+def _heartbeat(content: Any) -> Heartbeat:
+    if not isinstance(content, Mapping):
+        raise TypeError(f"expected an object, found {type(content).__name__}")
     known = {one.name for one in fields(Heartbeat)}
     return Heartbeat(**{name: value for name, value in content.items() if name in known})

@@ -15,7 +15,7 @@ from stepguard import __version__
 from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
 """Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
 
 # What the command was asked to look for, or why it refuses; every other error means that it could not do its work.

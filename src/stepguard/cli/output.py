@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from stepguard.history import History
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -60,6 +62,14 @@ def shape(sizes: tuple[int, ...]) -> str:
 def counted(count: int, noun: str) -> str:
     """A number and a noun: ``"1 file"``, ``"2 files"``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def accounted(found: History) -> str:
+    """What became of the time of a run."""
+    return (
+        f"productive {duration(found.productive_secs)}, replayed {duration(found.replayed_secs)}, "
+        f"down {duration(found.down_secs)}"
+    )
 
 
 def missing_newest(name: str) -> str:

@@ -105,6 +105,28 @@ def survey_one(root: Path, name: str) -> Surveyed:
     return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
 
 
+def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
+    """The newest checkpoint of a logdir, and the newest good one, without a look at the older ones. Raises OSError."""
+    first: list[Surveyed] = []
+    good: list[Surveyed] = []
+    for basename in basenames(os.listdir(root)):
+        layout = Layout(root, basename, ENTRY_SUFFIX)
+        of_basename = []
+        for candidate in recovery.newest_first(layout):
+            found = look(layout, candidate, layout.within(candidate.root).present(candidate.name))
+            if found is not None:
+                of_basename.append(found)
+                if found.state == GOOD:
+                    good.append(found)
+                    break
+        first += of_basename[:1]
+    return max(first, key=_time, default=None), max(good, key=_time, default=None)
+
+
+def _time(one: Surveyed) -> float:
+    return one.checkpoint.time
+
+
 def basenames(names: Iterable[str]) -> list[str]:
     """What the names of the checkpoints among the file names begin with, sorted."""
     names = names if isinstance(names, Mapping) else set(names)

@@ -1,0 +1,117 @@
+"""The processes of a program: its start, its end, and that of all that it has started.
+
+On Linux the launcher inherits the children of a parent that has ended, whatever session they are in, so that it finds
+and ends them; and it has its program get SIGTERM when it is killed itself. Elsewhere it knows the program alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
+_KILL_SECS = 10.0
+
+
+class Processes:
+    """Starts programs, one after the other, and reaps all children of this process."""
+
+    def __init__(self) -> None:
+        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+        if self._prctl is not None:
+            self._prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._ended: dict[int, int] = {}
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        stderr: int,
+        has_own_group: bool,
+        in_child: Callable[[], None],
+    ) -> int:
+        """Start a program; ``in_child`` is called in its process before. Returns its pid.
+
+        Raises:
+            OSError: there is no such program, or it cannot be executed.
+        """
+        launcher = os.getpid()
+
+        def prepare() -> None:
+            if has_own_group:
+                os.setpgid(0, 0)
+            if self._prctl is not None:
+                self._prctl(_SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+                if os.getppid() != launcher:
+                    os._exit(128 + signal.SIGTERM)
+            in_child()
+
+        process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
+        # Its end is found by `reap`, not by the object.
+        process.returncode = 0
+        return process.pid
+
+    def reap(self) -> None:
+        """Take note of all children that have ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended[pid] = os.waitstatus_to_exitcode(status)
+
+    def ending(self, pid: int) -> int | None:
+        """The exit code of a child, negative for the signal that ended it; None while it runs."""
+        self.reap()
+        return self._ended.get(pid)
+
+    def orphans(self, known: int) -> list[int]:
+        """The children that this process has inherited; ``known`` is none of them."""
+        self.reap()
+        return [pid for pid in _children().get(os.getpid(), []) if pid != known]
+
+    def kill_all(self, spared: int) -> None:
+        """SIGKILL for all that descends from this process, but ``spared``, until none is left."""
+        deadline = time.monotonic() + _KILL_SECS
+        while (alive := _descendants(os.getpid(), spared)) and time.monotonic() < deadline:
+            for pid in alive:
+                send(pid, signal.SIGKILL)
+            time.sleep(0.01)  # the kernel's turn; there is nothing to wait for besides a scan
+            self.reap()
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _descendants(root: int, spared: int) -> list[int]:
+    children = _children()
+    found = [pid for pid in children.get(root, []) if pid != spared]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _children() -> dict[int, list[int]]:
+    """The processes of this machine that have not ended, by their parent."""
+    found: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if state not in (b"Z", b"X"):
+            found.setdefault(int(parent), []).append(int(path.parent.name))
+    return found

@@ -1,0 +1,109 @@
+"""Standard error of a program, passed on at once, and its end kept for whoever asks why it failed.
+
+A process of its own passes it on: it lives until the last writer has closed the pipe, also when the launcher is killed.
+The program then still can say what it has to, and is not ended by a broken pipe while it saves its last step. Where
+standard error is a terminal the program gets one too, so that its progress line works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import re
+import select
+import termios
+import tty
+
+_KEPT_BYTES = 1 << 14
+_LENGTH_BYTES = 8
+_BLOCK_BYTES = 1 << 16
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
+
+
+class Relay:
+    """Passes on from ``writer``, a descriptor for the program's standard error, to ``target``."""
+
+    def __init__(self, target: int = 2) -> None:
+        self._kept = mmap.mmap(-1, _LENGTH_BYTES + _KEPT_BYTES)
+        self._terminal: int | None = None
+        is_terminal = os.isatty(target)
+        reader, self.writer = os.openpty() if is_terminal else os.pipe()
+        if is_terminal:
+            # The real one makes "\r\n" of "\n", and must not do it twice.
+            tty.setraw(self.writer)
+            _copy_size(target, self.writer)
+        self._target = target
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.writer)
+                self._run(reader)
+            finally:
+                os._exit(0)
+        if is_terminal:
+            self._terminal = reader
+        else:
+            os.close(reader)
+
+    def program_has_it(self) -> None:
+        """The program was started: only its copy of the descriptor counts from now on."""
+        os.close(self.writer)
+
+    def resized(self) -> None:
+        """The terminal has another size."""
+        if self._terminal is not None:
+            _copy_size(self._target, self._terminal)
+
+    def close(self) -> None:
+        """Give back the descriptors. What is still written is passed on."""
+        if self._terminal is not None:
+            os.close(self._terminal)
+            self._terminal = None
+
+    def last_lines(self) -> list[str]:
+        """The end of what was passed on, without blank lines, colours, and what a progress line has overwritten."""
+        length = int.from_bytes(self._kept[:_LENGTH_BYTES], "little")
+        text = self._kept[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
+        lines = (line.rstrip("\r").rpartition("\r")[2] for line in _ESCAPES.sub("", text).split("\n"))
+        return [line.rstrip() for line in lines if line.strip()]
+
+    def _run(self, reader: int) -> None:
+        # Away from the terminal's signals, and from the pipes that others wait for the end of. The signals that the
+        # launcher has blocked stay blocked.
+        os.setsid()
+        for descriptor in {0, 1} - {self._target}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        kept = b""
+        while block := _read(reader):
+            kept = (kept + block)[-_KEPT_BYTES:]
+            self._kept[_LENGTH_BYTES : _LENGTH_BYTES + len(kept)] = kept
+            self._kept[:_LENGTH_BYTES] = len(kept).to_bytes(_LENGTH_BYTES, "little")
+            _write(self._target, block)
+
+
+def _read(reader: int) -> bytes:
+    try:
+        return os.read(reader, _BLOCK_BYTES)
+    except OSError:
+        # What Linux answers for a terminal that nobody has open any more.
+        return b""
+
+
+def _write(target: int, block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        try:
+            view = view[os.write(target, view) :]
+        except BlockingIOError:
+            select.select([], [target], [])
+        except OSError:
+            # Nobody reads it any more: that is no reason to end the program.
+            return
+
+
+def _copy_size(source: int, target: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(target, termios.TIOCSWINSZ, fcntl.ioctl(source, termios.TIOCGWINSZ, b"\0" * 8))

@@ -1,0 +1,114 @@
+"""What the logdirs of a program say of one start of it: how far it came, how it stopped, and why."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from stepguard import heartbeat, history, launched, ledger
+from stepguard.cli.survey import newest
+from stepguard.ledger import Ledger
+
+_Event = dict[str, Any]
+
+
+class Runs:
+    """The logdirs that were given or announced, and the launcher's own lines in their ledgers."""
+
+    def __init__(self, given: Path | None, announcements: Path) -> None:
+        self._given = given
+        self._announcements = announcements
+        self._ledgers: dict[Path, Ledger] = {}
+        self._best: dict[Path, int | None] = {}
+        # Lines from before the first logdir was known.
+        self._waiting: list[tuple[str, _Event]] = []
+        if given is not None:
+            self.look()
+
+    @property
+    def logdirs(self) -> list[Path]:
+        """Those that are known, in the order in which they became known."""
+        return list(self._ledgers)
+
+    def look(self) -> None:
+        """Find out whether a process has announced its logdir meanwhile."""
+        found = launched.announced(self._announcements)
+        for logdir in found if self._given is None else [self._given.absolute(), *found]:
+            # One that is given may be made by the program only: a logdir that exists means something to some.
+            if logdir not in self._ledgers and logdir.is_dir():
+                self._ledgers[logdir] = Ledger(logdir, role=history.LAUNCHER)
+                self._best[logdir] = _checkpoint_step(logdir)
+        if self._ledgers:
+            waiting, self._waiting = self._waiting, []
+            for event, fields in waiting:
+                self._append(event, fields)
+
+    def tell(self, event: str, time: float, **fields: Any) -> None:
+        """Add a line to the ledgers, now or as soon as there is one."""
+        line = {"time": round(time, 3), **fields}
+        if self._ledgers:
+            self._append(event, line)
+        else:
+            self._waiting.append((event, line))
+
+    def has_progressed(self, since: float) -> bool:
+        """Whether the start at ``since`` came to a step, or saved a checkpoint, that no start before it had."""
+        # Of all of them, since each is remembered for the next start.
+        progressed = [self._has_progressed(logdir, since) for logdir in self._ledgers]
+        return any(progressed)
+
+    def stop(self, since: float) -> _Event | None:
+        """The last stop since then: of a chief, if one has told of it, and of one with an error, if there is one."""
+        stops = [one for one in self._since(since) if one["event"] == "stop"]
+        return max(
+            stops,
+            key=lambda one: (one.get("role") == history.CHIEF, bool(one.get("error")), one["time"]),
+            default=None,
+        )
+
+    def _append(self, event: str, fields: _Event) -> None:
+        for one in self._ledgers.values():
+            one.append(event, **fields)
+
+    def _has_progressed(self, logdir: Path, since: float) -> bool:
+        events = [one for one in _read(logdir) if one.get("role") != history.LAUNCHER]
+        began = [one for one in events if one["time"] >= since]
+        starts = [one for one in began if one["event"] in ("restore", "fresh")]
+        saved = [one.get("step") for one in began if one["event"] == "checkpoint"]
+        before = _highest(
+            self._best[logdir],
+            *(one.get("step") for one in events if one["time"] < since),
+            *(one.get(name) for one in starts for name in ("step", "previous_step")),
+        )
+        beats = [one.step for one in heartbeat.read(logdir) if one.time >= since]
+        after = _highest(*(one.get("step") for one in began), *beats, _checkpoint_step(logdir))
+        self._best[logdir] = _highest(before, after)
+        if _is_beyond(after, before):
+            return True
+        # After damage a run goes further back than it had been, and still comes on.
+        return _is_beyond(_highest(*saved), _highest(*(one.get("step") for one in starts)))
+
+    def _since(self, since: float) -> list[_Event]:
+        return [event for logdir in self._ledgers for event in _read(logdir) if event["time"] >= since]
+
+
+def _read(logdir: Path) -> list[_Event]:
+    with contextlib.suppress(OSError):
+        return ledger.read(logdir)
+    return []
+
+
+def _checkpoint_step(logdir: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        _, found = newest(logdir)
+        return None if found is None else found.checkpoint.step
+    return None
+
+
+def _highest(*steps: object) -> int | None:
+    return max((one for one in steps if isinstance(one, int)), default=None)
+
+
+def _is_beyond(after: int | None, before: int | None) -> bool:
+    return after is not None and (before is None or after > before)

@@ -1,0 +1,42 @@
+"""What `stepguard run` and the programs that it starts tell each other: through two variables of the environment.
+
+``STEPGUARD_ATTEMPT`` is the number of the start, from 1. ``STEPGUARD_LAUNCHER_DIR`` is a directory of the launcher,
+where each process of a run leaves the name of its logdir, so that the launcher finds ledger, heartbeats and
+checkpoints: whoever started the process in between, such as torchrun or a script, need not know of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from stepguard import files
+
+ATTEMPT = "STEPGUARD_ATTEMPT"
+LAUNCHER_DIR = "STEPGUARD_LAUNCHER_DIR"
+
+_SUFFIX = ".logdir"
+
+
+def attempt() -> int | None:
+    """The number of this start, from 1; ``None`` where no launcher has started this process."""
+    given = os.environ.get(ATTEMPT, "")
+    return int(given) if given.isascii() and given.isdigit() else None
+
+
+def announce(logdir: str | os.PathLike[str]) -> None:
+    """Tell the launcher, if there is one, the logdir of this process. A launcher that is gone is no error."""
+    directory = os.environ.get(LAUNCHER_DIR)
+    if directory:
+        with contextlib.suppress(OSError):
+            files.write_volatile(Path(directory) / f"{os.getpid()}{_SUFFIX}", os.fsencode(os.path.abspath(logdir)))
+
+
+def announced(directory: Path) -> list[Path]:
+    """The logdirs that were told so far, each once, sorted."""
+    found = set()
+    for path in directory.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            found.add(Path(os.fsdecode(files.read_bytes(path))))
+    return sorted(found)

@@ -1,0 +1,427 @@
+"""`stepguard run` around real programs that end in every way, and real signals."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from stepguard import heartbeat, ledger
+from stepguard.cli.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
+from stepguard.store import CheckpointStore
+
+SOON_SECS = 60.0
+TRAINING = [sys.executable, str(Path(__file__).with_name("training.py"))]
+
+
+def run(*arguments, options=(), **how):
+    """Start the launcher; delays are short unless the options say otherwise."""
+    command = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", *options, "--", *arguments]
+    piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(one) for one in command], **{**piped, **how})
+
+
+def ended(launcher):
+    """Its exit code, and what it and its program wrote to stdout and stderr."""
+    output, errors = launcher.communicate(timeout=SOON_SECS)
+    return launcher.returncode, output, errors
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + SOON_SECS
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {SOON_SECS:g} s"
+        time.sleep(0.01)
+    return found
+
+
+def is_training(logdir, role="chief"):
+    beat = heartbeat.read_one(logdir, role)
+    return beat if beat is not None and beat.phase == "training" and (beat.step or 0) > 0 else None
+
+
+def is_gone(pid):
+    return not heartbeat.is_running(pid, None)
+
+
+def newest(logdir):
+    return CheckpointStore(logdir).newest_good().checkpoint
+
+
+def events(logdir, *names):
+    return [one for one in ledger.read(logdir) if one["event"] in names]
+
+
+def counting(path, script):
+    """A program that counts its starts, and then runs a line of shell."""
+    return ["sh", "-c", f"echo x >> {shlex.quote(str(path))}; {script}"]
+
+
+def starts(path):
+    return len(path.read_text().split())
+
+
+@pytest.fixture
+def children():
+    """Processes that are gone at the end of the test, with all that they have started."""
+    started = []
+    yield started
+    for one in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
+        one.communicate()
+
+
+# --- what is started again ---
+
+
+def test_a_clean_end_is_the_end_and_the_streams_are_the_programs_own(tmp_path):
+    program = counting(tmp_path / "starts", "read line; echo got $line; echo $STEPGUARD_ATTEMPT >&2")
+    launcher = run(*program, stdin=subprocess.PIPE)
+    output, errors = launcher.communicate("a word\n", timeout=SOON_SECS)
+    assert launcher.returncode == 0
+    assert output == "got a word\n"
+    assert errors.splitlines()[0] == "1"
+    assert re.fullmatch(r"stepguard: ended well after \d+ s, 0 restarts", errors.splitlines()[1])
+    assert starts(tmp_path / "starts") == 1
+
+
+def test_a_crash_at_once_is_a_crash_loop_after_three_starts(tmp_path):
+    program = counting(tmp_path / "starts", "echo why >&2; echo Error: no disk $$ >&2; echo ===== >&2; exit 5")
+    code, _, errors = ended(run(*program, options=["--logdir", tmp_path]))
+    assert code == 70
+    assert starts(tmp_path / "starts") == 3
+    told = errors[errors.index("crash loop") :]
+    assert "3 starts in a row made no progress" in told
+    assert "  why\n  Error: no disk" in told
+    launches = events(tmp_path, "launch", "exit", "restart", "gave_up")
+    assert [one["event"] for one in launches] == ["launch", "exit", "restart"] * 2 + ["launch", "exit", "gave_up"]
+    assert {one["role"] for one in launches} == {"launcher"}
+    assert [one["attempt"] for one in launches if one["event"] == "launch"] == [1, 2, 3]
+    last = launches[-2]
+    assert (last["code"], last["signal"], last["progressed"]) == (5, None, False)
+    assert last["failure"].startswith("exit code 5: Error: no disk")
+    assert launches[-1]["reason"] == "crash loop"
+
+
+@pytest.mark.parametrize("code", [2, 126, 127])
+def test_a_mistake_in_the_arguments_is_not_tried_again(tmp_path, code):
+    program = counting(tmp_path / "starts", f"exit {code}")
+    assert ended(run(*program))[0] == code
+    assert starts(tmp_path / "starts") == 1
+
+
+def test_a_program_that_is_not_there_or_no_program(tmp_path):
+    code, _, errors = ended(run("no-such-program"))
+    assert code == 127
+    assert "no-such-program could not be started: No such file" in errors
+    (tmp_path / "text").write_text("text")
+    assert ended(run(tmp_path / "text"))[0] == 126
+    assert ended(run(options=["--grace-secs=1"]))[0] == 2
+
+
+def test_a_program_that_was_killed_is_started_again_and_the_last_exit_code_is_its_own(tmp_path):
+    program = counting(tmp_path / "starts", "kill -9 $$")
+    code, _, errors = ended(run(*program, options=["--max-restarts", "1"]))
+    assert code == 128 + signal.SIGKILL
+    assert starts(tmp_path / "starts") == 2
+    assert "not started again after 1 restart, which is what --max-restarts allows: SIGKILL" in errors
+
+
+def test_failures_that_differ_are_no_crash_loop(tmp_path):
+    program = counting(
+        tmp_path / "starts", "test $STEPGUARD_ATTEMPT = 4 && exit 0; exit $STEPGUARD_ATTEMPT$STEPGUARD_ATTEMPT"
+    )
+    assert ended(run(*program))[0] == 0
+    assert starts(tmp_path / "starts") == 4
+
+
+def test_crashes_with_progress_go_on_to_the_end(tmp_path):
+    logdir = tmp_path / "run"
+    code, _, errors = ended(run(*TRAINING, logdir, "die", 24))
+    assert code == 0, errors
+    assert newest(logdir).step == 24
+    assert [one["attempt"] for one in events(logdir, "start")] == [1, 2, 3, 4, 5]
+    assert [one["signal"] for one in events(logdir, "exit")] == ["SIGKILL"] * 4 + [None]
+    assert all(one["progressed"] for one in events(logdir, "exit"))
+    summary = errors[errors.index("ended well") :]
+    assert "4 restarts" in summary
+    assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
+
+
+def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):
+    logdir = tmp_path / "run"
+    code, _, errors = ended(run(*TRAINING, logdir, "fail"))
+    assert code == 70
+    assert [one["progressed"] for one in events(logdir, "exit")] == [True, False, False, False]
+    assert "exit code 1: ValueError: step 7 cannot be done" in errors[errors.index("crash loop") :]
+    assert newest(logdir).step == 5
+
+
+# --- requests to stop ---
+
+
+def test_sigterm_is_passed_on_and_the_last_step_is_saved(tmp_path, children):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "train")
+    children.append(launcher)
+    wait_until(lambda: is_training(logdir), "training")
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher)[0] == 128 + signal.SIGTERM
+    (stop,) = events(logdir, "stop")
+    assert stop["reason"] == "sigterm"
+    assert newest(logdir).step == stop["step"]
+    assert len(events(logdir, "launch")) == 1
+
+
+def test_two_requests_at_once_are_passed_on_as_one(children):
+    # `timeout` sends it to the launcher, and to its group; a program under Stepguard ends at once by a second one.
+    launcher = run(
+        "sh", "-c", "trap 'echo term' TERM; echo ready; for _ in 1 2 3 4 5 6 7 8; do sleep 0.05; done; exit 4"
+    )
+    children.append(launcher)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.stdout.readline() == "term\n"
+    launcher.send_signal(signal.SIGTERM)
+    code, output, _ = ended(launcher)
+    assert (code, output) == (4, "")
+
+
+def test_a_request_during_the_delay_ends_it_at_once(tmp_path, children):
+    launcher = run("sh", "-c", "exit 7", options=["--first-delay-secs", "1000", "--longest-delay-secs", "1000"])
+    children.append(launcher)
+    line = launcher.stderr.readline()
+    assert "restart 1 in" in line
+    launcher.send_signal(signal.SIGTERM)
+    code, _, errors = ended(launcher)
+    assert code == 7
+    assert "SIGTERM: not started again" in errors
+
+
+@pytest.mark.parametrize("what", ["ignore", "stopped"])
+def test_what_does_not_stop_is_killed_by_the_second_request_with_its_children(tmp_path, children, what):
+    logdir = tmp_path / "run"
+    grandchild = tmp_path / "grandchild"
+    script = f"setsid sleep 1000 & echo $! > {grandchild}; exec {shlex.join(TRAINING)} {logdir} {what}"
+    launcher = run("sh", "-c", script)
+    children.append(launcher)
+    beat = wait_until(lambda: is_training(logdir), "training")
+    if what == "stopped":
+        os.kill(beat.pid, signal.SIGSTOP)
+    sleeper = int(grandchild.read_text())
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(1.0)  # nothing is to happen, and two requests that are closer count as one
+    assert launcher.poll() is None
+    assert not is_gone(beat.pid)
+    launcher.send_signal(signal.SIGTERM)
+    code, _, errors = ended(launcher)
+    assert code == 128 + signal.SIGKILL
+    assert "a second SIGTERM" in errors
+    assert is_gone(beat.pid)
+    assert is_gone(sleeper)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "sigterm"), (signal.SIGINT, "interrupt")])
+def test_a_program_that_was_itself_asked_to_stop_is_not_started_again(tmp_path, children, number, reason):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "train")
+    children.append(launcher)
+    os.kill(wait_until(lambda: is_training(logdir), "training").pid, number)
+    code, _, errors = ended(launcher)
+    assert code == 128 + number
+    assert "it was asked to stop" in errors
+    assert [one["reason"] for one in events(logdir, "stop")] == [reason]
+
+
+def test_sigterm_that_was_no_clean_stop_is_a_crash(tmp_path):
+    program = counting(tmp_path / "starts", "kill -TERM $$")
+    assert ended(run(*program, options=["--max-restarts=1"]))[0] == 128 + signal.SIGTERM
+    assert starts(tmp_path / "starts") == 2
+
+
+def test_other_signals_are_passed_on(tmp_path, children):
+    launcher = run("sh", "-c", "trap 'echo usr1; exit 0' USR1; echo ready; while :; do sleep 0.05; done")
+    children.append(launcher)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(signal.SIGUSR1)
+    code, output, _ = ended(launcher)
+    assert (code, output) == (0, "usr1\n")
+
+
+def test_a_launcher_that_is_killed_leaves_no_run_behind(tmp_path, children):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "train")
+    children.append(launcher)
+    pid = wait_until(lambda: is_training(logdir), "training").pid
+    launcher.kill()
+    wait_until(lambda: is_gone(pid), "the end of the program")
+    (stop,) = events(logdir, "stop")
+    assert stop["reason"] == "sigterm"
+    assert newest(logdir).step == stop["step"]
+
+
+# --- several processes ---
+
+
+def replicas(tmp_path, end):
+    one, two = (shlex.join([*TRAINING, str(tmp_path / name), "train"]) for name in ("one", "two"))
+    return ["sh", "-c", f"{one} & {two} & {end}"]
+
+
+def test_replicas_of_a_script_are_stopped_cleanly_with_it(tmp_path, children):
+    launcher = run(*replicas(tmp_path, "wait"))
+    children.append(launcher)
+    both = [tmp_path / "one", tmp_path / "two"]
+    wait_until(lambda: all(map(is_training, both)), "training")
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher)[0] == 128 + signal.SIGTERM
+    for logdir in both:
+        (stop,) = events(logdir, "stop")
+        assert (stop["reason"], newest(logdir).step) == ("sigterm", stop["step"])
+        assert [one["event"] for one in events(logdir, "launch", "exit")] == ["launch", "exit"]
+
+
+def test_replicas_that_a_failed_script_left_behind_are_stopped_before_it_is_started_again(tmp_path, children):
+    # The first start fails once both train; the second ends well, with none of them.
+    script = replicas(tmp_path, "sleep 1000 & wait $!; exit 3")
+    script[2] = f"test $STEPGUARD_ATTEMPT = 2 && exit 0; {script[2]}"
+    launcher = run(*script)
+    children.append(launcher)
+    both = [tmp_path / "one", tmp_path / "two"]
+    beats = wait_until(lambda: all(map(is_training, both)) and [is_training(one) for one in both], "training")
+    (sleeper,) = (pid for pid in _family(launcher.pid) if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()[:5])
+    os.kill(sleeper, signal.SIGKILL)
+    code, _, errors = ended(launcher)
+    assert code == 0, errors
+    assert "progress: exit code 3" in errors
+    assert all(is_gone(one.pid) for one in beats)
+    assert [events(logdir, "stop")[0]["reason"] for logdir in both] == ["sigterm"] * 2
+
+
+def test_what_is_left_behind_and_ignores_sigterm_is_killed_after_its_grace(tmp_path):
+    pid = tmp_path / "pid"
+    script = f"(trap '' TERM; echo > {pid}-ready; exec sleep 1000) & echo $! > {pid}; "
+    script += f"while ! test -e {pid}-ready; do sleep 0.01; done; exit 3"
+    code, _, errors = ended(run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=0.2"]))
+    assert code == 3
+    assert "left behind are killed" in errors
+    assert is_gone(int(pid.read_text()))
+
+
+def _family(pid):
+    found = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [below for one in found for below in _family(one)]
+
+
+# --- in a terminal ---
+
+
+@pytest.fixture
+def terminal(children):
+    """Starts a launcher in the foreground of a terminal of 91 columns; gives the terminal's other end."""
+    masters = []
+
+    def start(*program):
+        pid, master = pty.fork()
+        if pid == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "stepguard", "run", "--", *program])
+        masters.append(master)
+        termios.tcsetwinsize(master, (30, 91)) if hasattr(termios, "tcsetwinsize") else None
+        return pid, master
+
+    yield start
+    for master in masters:
+        os.close(master)
+
+
+def _read_until(master, text):
+    seen = ""
+    while text not in seen:
+        ready, _, _ = select.select([master], [], [], SOON_SECS)
+        assert ready, f"{text!r} did not come: {seen}"
+        try:
+            seen += os.read(master, 4096).decode()
+        except OSError:
+            raise AssertionError(f"{text!r} did not come: {seen}") from None
+    return seen
+
+
+def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
+    program = (
+        "import os, signal, sys, time\n"
+        "count = 0\n"
+        "def counted(*_):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "signal.signal(signal.SIGINT, counted)\n"
+        "print('tty', [os.isatty(one) for one in (0, 1, 2)], os.get_terminal_size(2).columns, file=sys.stderr)\n"
+        "while not count: time.sleep(0.01)\n"
+        "time.sleep(0.8)\n"
+        "print('interrupts:', count, file=sys.stderr)\n"
+        "sys.exit(9)\n"
+    )
+    pid, master = terminal(sys.executable, "-c", program)
+    seen = _read_until(master, "tty [True, True, True] 91\r\n")
+    assert "\r\r\n" not in seen
+    os.write(master, b"\x03")
+    seen = _read_until(master, "restarts")
+    assert "interrupts: 1\r\n" in seen
+    assert "restart 1" not in seen
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+# --- the decision ---
+
+
+def decide(*failures, most=100, first=1.0, longest=300.0):
+    restarts = Restarts(most=most, first_delay_secs=first, longest_delay_secs=longest, uniform=lambda low, high: high)
+    return [restarts.after(Failure(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
+
+
+def test_the_delay_doubles_without_progress_and_begins_anew_with_it():
+    failures = [("exit code 1", word) for word in ("a", "b", "c", "d")]
+    delays = [
+        one.delay_secs for one in decide(*failures, ("exit code 1", "e", True), ("exit code 1", "f"), longest=5.0)
+    ]
+    assert delays == [1.0, 2.0, 4.0, 5.0, 1.0, 1.0]
+    many = [("exit code 1", "ab"[number % 2]) for number in range(2000)]
+    assert decide(*many, most=5000)[-1].delay_secs == 300.0
+
+
+def test_the_delay_is_shortened_by_up_to_a_half():
+    seen = []
+    restarts = Restarts(
+        most=9, first_delay_secs=8.0, longest_delay_secs=9.0, uniform=lambda *of: seen.append(of) or 0.5
+    )
+    assert restarts.after(Failure("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
+    assert seen == [(0.5, 1.0)]
+
+
+def test_three_same_failures_without_progress_are_a_crash_loop():
+    same = ("exit code 1", "ValueError: no")
+    assert decide(same, same, same)[-1] is CRASH_LOOP
+    assert decide(same, same, ("exit code 3", "ValueError: no"), same)[-1] != CRASH_LOOP
+    assert decide(same, same, (*same, True), same, same)[-1] != CRASH_LOOP
+    assert decide(same, same, (*same, True), same, same, same)[-1] is CRASH_LOOP
+
+
+def test_numbers_and_addresses_make_no_other_failure():
+    assert Failure("exit code 1", "at 0xdeadbeef, step 12").is_same(Failure("exit code 1", "at 0x1, step 9"))
+    assert not Failure("exit code 1", "no disk").is_same(Failure("exit code 1", "no memory"))
+    assert Failure("SIGKILL", "saved step 12").is_same(Failure("SIGKILL", "began"))
+
+
+def test_restarts_are_limited():
+    one, two = ("SIGKILL", "", True), ("SIGKILL", "", True)
+    assert decide(one, two, most=1) == [Restart(1, 1.0), NO_RESTARTS_LEFT]
+    assert decide(one, most=0) == [NO_RESTARTS_LEFT]

@@ -1,0 +1,126 @@
+"""Signs of life, and what is known of a process by the last one."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stepguard import files, heartbeat
+from stepguard.heartbeat import LATE_SECS, Heartbeat
+
+
+@pytest.fixture
+def sleeper():
+    """A process that waits, and is gone at the end."""
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def of(process, **fields):
+    """A heartbeat of another process, as it would be just now."""
+    known = {"pid": process.pid, "process_start": heartbeat.process_start(process.pid), "time": time.time()}
+    return Heartbeat("chief", **{**known, **fields})
+
+
+def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
+    written = Heartbeat("worker-1", engine="fake", step=5, warnings=["slow"], last_checkpoint={"step": 4})
+    heartbeat.write(tmp_path, written)
+    assert heartbeat.read(tmp_path) == [written]
+    assert written.time > 0
+    assert heartbeat.read_one(tmp_path, "worker-1") == written
+    assert heartbeat.read_one(tmp_path, "chief") is None
+
+
+def test_the_chief_is_the_first_of_all(tmp_path):
+    for role in ("a", "worker-1", "chief"):
+        heartbeat.write(tmp_path, Heartbeat(role))
+    assert [one.role for one in heartbeat.read(tmp_path)] == ["chief", "a", "worker-1"]
+
+
+def test_a_logdir_without_heartbeats_has_none(tmp_path):
+    assert heartbeat.read(tmp_path) == []
+    assert heartbeat.read(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"{", b"[]", b"{}", b'"chief"', b"null"])
+def test_a_damaged_heartbeat_is_passed_over(tmp_path, content):
+    heartbeat.write(tmp_path, Heartbeat("chief"))
+    (tmp_path / heartbeat.DIR_NAME / "worker-1.json").write_bytes(content)
+    assert [one.role for one in heartbeat.read(tmp_path)] == ["chief"]
+
+
+def test_fields_of_a_later_version_are_passed_over(tmp_path):
+    heartbeat.write(tmp_path, Heartbeat("chief", step=3))
+    path = tmp_path / heartbeat.DIR_NAME / "chief.json"
+    path.write_bytes(path.read_bytes().replace(b'"step"', b'"mood": "good", "step"'))
+    (found,) = heartbeat.read(tmp_path)
+    assert found.step == 3
+
+
+def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
+    class FullDisk:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def write(self, descriptor, content):
+            os.write(descriptor, bytes(content)[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heartbeat.write(tmp_path, Heartbeat("chief", step=3))
+    monkeypatch.setattr(files, "os", FullDisk())
+    with pytest.raises(OSError, match="space"):
+        heartbeat.write(tmp_path, Heartbeat("chief", step=4))
+    (found,) = heartbeat.read(tmp_path)
+    assert found.step == 3
+    assert os.listdir(tmp_path / heartbeat.DIR_NAME) == ["chief.json"]
+
+
+def test_a_process_that_writes_is_alive(sleeper):
+    assert heartbeat.state(of(sleeper)) == "alive"
+
+
+def test_a_process_that_writes_no_more_is_silent(sleeper):
+    assert heartbeat.state(of(sleeper, time=time.time() - LATE_SECS - 1)) == "silent"
+
+
+def test_a_process_that_was_killed_is_dead(sleeper):
+    beat = of(sleeper)
+    sleeper.kill()
+    sleeper.wait()
+    assert heartbeat.state(beat) == "dead"
+
+
+def test_a_process_that_nobody_waited_for_is_dead(sleeper):
+    beat = of(sleeper)
+    os.kill(sleeper.pid, signal.SIGKILL)
+    # Waited for without taking its end: it stays a zombie.
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(sleeper.pid, 0)
+    assert heartbeat.state(beat) == "dead"
+
+
+def test_another_process_of_the_same_pid_is_not_it(sleeper):
+    before = of(sleeper, process_start=heartbeat.process_start(sleeper.pid) - 1)
+    assert heartbeat.state(before) == "dead"
+
+
+def test_of_another_host_only_its_silence_is_seen(sleeper):
+    sleeper.kill()
+    sleeper.wait()
+    now = time.time()
+    there = of(sleeper, host="elsewhere", process_start=1, time=now)
+    assert heartbeat.state(there, now) == "alive"
+    assert heartbeat.state(there, now + LATE_SECS + 1) == "silent"
+
+
+def test_what_has_said_that_it_stopped_is_stopped(sleeper):
+    beat = of(sleeper, phase="stopped", reason="finished", time=0.0)
+    sleeper.kill()
+    sleeper.wait()
+    assert heartbeat.state(beat) == "stopped"
