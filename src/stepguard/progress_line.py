@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import Any
@@ -16,6 +17,7 @@ class ProgressLine:
         self._now = now
         self._progress: Any = None
         self._task: Any = None
+        self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def show(self) -> None:
         """Draw the line anew, if standard error is a terminal."""
@@ -34,9 +36,13 @@ class ProgressLine:
 
     def close(self) -> None:
         """Leave the line as it is now, and the terminal to the program."""
+        if self._progress is None:
+            return
+        self.show()
         progress, self._progress = self._progress, None
-        if progress is not None:
-            progress.stop()
+        for handler, stream in self._led_above:
+            handler.setStream(stream)
+        progress.stop()
 
     def _open(self) -> bool:
         stream = sys.stderr
@@ -55,9 +61,17 @@ class ProgressLine:
             auto_refresh=False,
             expand=bool(bar),
         )
-        self._task = self._progress.add_task("", total=None, rate="", left="", saved="")
+        self._task = self._progress.add_task("", total=self._now.total_steps, rate="", left="", saved="")
         self._progress.start()
+        self._lead_logs_above(stream)
         return True
+
+    def _lead_logs_above(self, terminal: Any) -> None:
+        """Rich takes care of what is written to sys.stderr; a handler keeps the stream that it was made with."""
+        for handler in [*logging.getLogger().handlers, *logging.getLogger("stepguard").handlers]:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
+                handler.setStream(sys.stderr)
+                self._led_above.append((handler, terminal))
 
 
 def duration(secs: float) -> str:

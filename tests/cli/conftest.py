@@ -59,10 +59,22 @@ def tensorflow_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def torch_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A logdir of PyTorch with the steps 2 and 4."""
-    torch = pytest.importorskip("torch")
-    from stepguard.torch import Supervisor, Values
+    pytest.importorskip("torch")
+    from tensorboard.summary.writer import event_file_writer
 
     logdir = tmp_path_factory.mktemp("torch")
+    with pytest.MonkeyPatch.context() as patch:
+        # Event files of one second are told apart by a counter of the process, and the tenth sorts before the ninth.
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+        _train(logdir)
+    return logdir
+
+
+def _train(logdir: Path) -> None:
+    import torch
+
+    from stepguard.torch import Supervisor, Values
+
     for last in (2, 4):
         model = torch.nn.Linear(3, 2)
         kinds = Values(
@@ -81,4 +93,3 @@ def torch_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 with torch.no_grad():
                     model.bias.fill_(step)
                 sess.summary({"loss": 1 / (step + 1)})
-    return logdir

@@ -1,8 +1,12 @@
-"""A small DistributedDataParallel run for ``torchrun``, each process of which notes the batches that it has seen."""
+"""A small run for ``torchrun``, each process of which notes the batches that it has seen.
+
+The model is wrapped in DistributedDataParallel (ddp), or sharded by fully_shard (fsdp), or left alone (none).
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import random
@@ -26,7 +30,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
+    parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
+    parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -35,8 +41,10 @@ def main() -> None:
     torch.manual_seed(rank)
     random.seed(rank)
     np.random.seed(rank)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
-    model = DistributedDataParallel(net)
+    if args.full_disk == rank:
+        fill_disk_once()
+    net = network()
+    model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
@@ -49,6 +57,7 @@ def main() -> None:
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
+        args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
         for index, inputs, targets in session.steps(loader, max_steps=args.steps):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
@@ -58,9 +67,47 @@ def main() -> None:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
             if f"{rank}:{session.global_step}" in args.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())).hexdigest()
-    args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{session.global_step} {digest} {random.random()}")
+    # Not after SIGTERM, which ends one process: to put the weights together takes all.
+    if session.global_step == args.steps:
+        outcome = f"{session.global_step} {digest(net, optimizer)}"
+        args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
     dist.destroy_process_group()
+
+
+def network() -> torch.nn.Sequential:
+    """Its last layer is too small for two processes: one of them has nothing of it."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
+
+
+def fill_disk_once() -> None:
+    from stepguard.torch import sharded
+
+    write_part = sharded.write_part
+
+    def fail(*_: object) -> None:
+        sharded.write_part = write_part
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sharded.write_part = fail
+
+
+def wrapped(net: torch.nn.Module, how: str) -> torch.nn.Module:
+    if how == "ddp":
+        return DistributedDataParallel(net)
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net[0])
+        fully_shard(net)
+    return net
+
+
+def digest(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of the weights and all that the optimizer keeps, whole, whatever part of it this process has."""
+    tensors = list(net.state_dict().values())
+    tensors += [one for state in optimizer.state_dict()["state"].values() for one in state.values()]
+    whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole)).hexdigest()
 
 
 if __name__ == "__main__":

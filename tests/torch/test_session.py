@@ -45,6 +45,28 @@ def test_a_step_that_is_left_by_break_is_done(tmp_path):
     assert max(committed(tmp_path)) == 3
 
 
+def test_a_step_that_is_left_by_an_error_is_not_saved_where_a_save_was_due(tmp_path):
+    sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=2)
+    with pytest.raises(ZeroDivisionError), sv.managed_session() as session:
+        for step in session.steps():
+            if step == 1:
+                raise ZeroDivisionError
+
+    assert committed(tmp_path) == []
+
+
+def test_what_was_due_after_a_break_is_saved_before_the_next_step(tmp_path):
+    sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=2, save_at_end=False)
+    with sv.managed_session() as session:
+        for step in session.steps():
+            if step == 1:
+                break
+        for _ in session.steps(max_steps=3):
+            pass
+
+    assert committed(tmp_path) == [2]
+
+
 def test_a_stop_that_was_requested_ends_the_loop_after_the_step():
     sv = supervisor()
     with sv.managed_session() as session:

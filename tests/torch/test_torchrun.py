@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
-
-from stepguard.store import CheckpointStore
-
-PROGRAM = Path(__file__).with_name("distributed_training.py")
+from launch import outcomes, seen, steps_saved, terminate_one, torchrun
 
 pytestmark = pytest.mark.timeout(240)
-
-
-def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
-
-
-def outcomes(logdir: Path, processes: int) -> list[str]:
-    return [logdir.with_suffix(f".outcome-{rank}").read_text() for rank in range(processes)]
-
-
-def seen(logdir: Path, rank: int) -> dict[int, list[int]]:
-    lines = logdir.with_suffix(f".seen-{rank}").read_text().splitlines()
-    return {int(step): json.loads(batch) for step, batch in (line.split(" ", 1) for line in lines)}
-
-
-def steps_saved(logdir: Path) -> list[int]:
-    return [one.step for one in CheckpointStore(logdir).candidates()]
 
 
 def test_one_killed_and_all_killed_change_nothing(tmp_path):
@@ -69,37 +37,17 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
     assert len(items) == len(set(items)), "an item of the epoch was seen twice"
 
 
-def test_checkpoints_by_steps_are_met_for(tmp_path):
-    torchrun(tmp_path / "run", 2, "--steps=30", "--save-steps=10")
+def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
+    torchrun(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--step-secs=0.3")
 
-    found = steps_saved(tmp_path / "run")
-    assert found[0] == 30
-    # They are taken at a step that all can still reach.
-    assert any(10 <= step < 20 for step in found)
-    assert any(20 <= step < 30 for step in found)
+    assert steps_saved(tmp_path / "run") == [12, 10, 5]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_of_one_stops_all_after_the_same_step(rank, tmp_path):
     logdir = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for each in range(2):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(each), "WORLD_SIZE": "2"}
-        command = [sys.executable, str(PROGRAM), f"--logdir={logdir}", "--steps=100000"]
-        processes.append(subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True))
-    deadline = time.monotonic() + 60
-    while not all(logdir.with_suffix(f".seen-{each}").exists() for each in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.5)
-    processes[rank].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    terminate_one(logdir, rank)
 
-    assert processes[rank].returncode == -signal.SIGTERM, errors
-    assert processes[1 - rank].returncode == 0, errors
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]
     assert steps_saved(logdir)[0] == last[0] + 1

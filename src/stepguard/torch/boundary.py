@@ -50,8 +50,11 @@ class Boundary:
         if self.must_stop:
             raise StopRequested("stopped before the next step: SIGTERM was received")
 
-    def leave(self, *, is_done: bool = True) -> None:
-        """The step of this thread has ended; ``is_done`` says whether it is to be counted."""
+    def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:
+        """The step of this thread has ended; ``is_done`` says whether it is to be counted.
+
+        Without ``calls_due`` what is due after it waits for :meth:`call_due`.
+        """
         if self._stepping != threading.get_ident():
             return
         if is_done:
@@ -61,7 +64,14 @@ class Boundary:
             self._longest_secs = lasted
         self._stepping = None
         self._lock.release()
-        if is_done and self.steps == self._due_at and self._on_due is not None:
+        if is_done and calls_due:
+            self.call_due()
+
+    def call_due(self) -> None:
+        """Do what is due after the last step, if that was not done."""
+        if self.steps == self._due_at and self._on_due is not None:
+            # Once, whichever thread comes first.
+            self._due_at = -1
             self._due_at = self.steps + max(1, self._on_due())
 
     def leave_torn(self) -> None:

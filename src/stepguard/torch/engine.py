@@ -16,10 +16,12 @@ from stepguard import files
 from stepguard.coordinator import Coordinator
 from stepguard.torch import random_states
 from stepguard.torch.events import TorchEvents
+from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
 from stepguard.torch.restore import Restorer
 from stepguard.torch.session import Session
+from stepguard.torch.shards import is_sharded, skeleton
 from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes
 
 _log = logging.getLogger(__name__)
@@ -27,7 +29,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and of each process by rank."""
+    """The state of one step in the memory of the host: that of the program by name, and of each process by rank.
+
+    Of sharded objects it holds the part of this process; the others have theirs.
+    """
 
     step: int
     states: Mapping[str, Any]
@@ -46,6 +51,7 @@ class TorchEngine:
         self,
         components: Sequence[Component],
         *,
+        root: Path | None,
         restorer: Restorer | None,
         events: TorchEvents | None,
         basename: str,
@@ -56,6 +62,7 @@ class TorchEngine:
     ) -> None:
         self.name = "torch"
         self._components = components
+        self._root = root
         self._restorer = restorer
         self._events = events
         self._basename = basename
@@ -67,13 +74,18 @@ class TorchEngine:
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
         self._peers: Peers | None = None
+        self._is_met = False
         self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
+        self._part: tuple[Mapping[str, Any], CopyStreams] = {}, CopyStreams({})
 
     # --- the session ---
 
-    def prepare(self) -> Session:
-        """A session that goes on from the newest good checkpoint; without one, from the model as it is."""
+    def prepare(self, meets_every: int | None = None) -> Session:
+        """A session that goes on from the newest good checkpoint; without one, from the model as it is.
+
+        Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
+        """
         gate = None if self._shared is None else Gate()
         session = Session(self._coord.should_stop, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
@@ -81,6 +93,9 @@ class TorchEngine:
             self._init_fn()
         if gate is not None:
             self._meet_peers(session, gate)
+            self._is_met = meets_every is not None
+            if meets_every is not None and self._rank > 0:
+                gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
         return session
 
@@ -98,6 +113,7 @@ class TorchEngine:
     def _meet_peers(self, session: Session, gate: Gate) -> None:
         def process_state() -> Any:
             with session.boundary.hold("a checkpoint"):
+                self._part = self._sharded_states(session)
                 return session.process_state()
 
         self._peers = Peers(
@@ -111,6 +127,7 @@ class TorchEngine:
             should_stop=self._coord.should_stop,
             request_stop=self._coord.request_stop,
             has_failed=self._has_failed,
+            write_part=self._write_part,
         )
         self._peers.start()
 
@@ -161,7 +178,10 @@ class TorchEngine:
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
-        if self._peers is not None:
+        peers = self._peers
+        if peers is not None and self._is_met:
+            callback = _Passing(peers, callback)
+        elif peers is not None:
             # It meets the others, and they may need the next step of this process to come there.
             callback = _InBackground(session, callback)
         session.boundary.call_after_steps(steps, callback)
@@ -194,18 +214,54 @@ class TorchEngine:
             copies.close()
         return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
 
+    def _sharded_states(self, session: Session) -> tuple[Mapping[str, Any], CopyStreams]:
+        """What a process that is not the chief has to write: its parts of the objects that are sharded."""
+        copies = CopyStreams(session.training_streams)
+        with torch.no_grad():
+            live = {one.name: one.state() for one in self._components}
+            states = {name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
+            copies.close()
+        return states, copies
+
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""
         return f"{self._basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
-        """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads."""
+        """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
+
+        Objects that are sharded lie in the files of ``torch.distributed.checkpoint``, to which every process writes.
+        """
         snapshot.copies.finish()
         files.make_dir(stage / name)
-        written = {f"{name}/{part}{SUFFIX}": state for part, state in snapshot.states.items()}
+        sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
+        written = {f"{part}{SUFFIX}": state for part, state in snapshot.states.items() if part not in sharded}
         for rank, process in snapshot.processes.items():
-            written[f"{name}/{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
-        return {path: write_file(stage / path, state) for path, state in written.items()}
+            written[f"{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
+        digests = {}
+        if sharded:
+            # Of what was put into those files: they lose which keys were numbers, and what was empty.
+            bare = {part: skeleton(part, state) for part, state in sharded.items()}
+            written[f"{PROCESS}0{SUFFIX}"]["sharded"] = bare
+            digests = self._write_sharded(sharded, stage / name)
+        digests |= {file: write_file(stage / name / file, state) for file, state in written.items()}
+        return {f"{name}/{file}": digest for file, digest in digests.items()}
+
+    def _write_sharded(self, states: Mapping[str, Any], directory: Path) -> dict[str, tuple[int, str]]:
+        if self._peers is None or self._root is None:
+            return write_all(None, directory, states)
+        return write_all(self._peers.exchange(directory.relative_to(self._root).as_posix()), directory, states)
+
+    def _write_part(self, exchange: Exchange, place: str) -> None:
+        """In a process that is not the chief. Its writer's thread."""
+
+        def states() -> Mapping[str, Any]:
+            held, copies = self._part
+            copies.finish()
+            return held
+
+        # Without a logdir of its own it does not see the chief's, and says so.
+        write_mine(exchange, self._rank, (self._root or Path()) / place, states)
 
     def kept_checkpoints(self) -> Sequence[str]:
         """PyTorch keeps no list of its own."""
@@ -229,6 +285,20 @@ class TorchEngine:
         """Values that the program has computed itself. Any thread."""
         if self._events is not None:
             self._events.summary(values, step)
+
+
+class _Passing:
+    """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
+
+    def __init__(self, peers: Peers, callback: Callable[[], int]) -> None:
+        self._peers = peers
+        self._callback = callback
+
+    def __call__(self) -> int:
+        try:
+            return self._callback()
+        finally:
+            self._peers.passed()
 
 
 class _InBackground:

@@ -25,7 +25,7 @@ def is_process(name: str) -> bool:
 def write_file(path: Path, state: Any) -> tuple[int, str]:
     """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest."""
     with files.NewFile(path) as file:
-        torch.save(state, _Blocks(file))
+        torch.save(state, Blocks(file))
     return file.size, file.digest
 
 
@@ -34,7 +34,7 @@ def read_file(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-class _Blocks:
+class Blocks:
     """What ``torch.save`` needs of a file. It writes a whole tensor at once."""
 
     def __init__(self, file: files.NewFile) -> None:

@@ -3,7 +3,8 @@
 The processes of ``torchrun`` run the same steps, but not at the same moment: when one of them stands at the boundary
 after step 10, another may be in the middle of step 11, and wait there for the first to take part in its all-reduce. So
 nobody can be told to stop where he is. Instead the chief opens a round: every process begins no further step and says
-how many it has begun; the largest of these numbers is one that all can reach, and there they meet.
+how many it has begun; the largest of these numbers is one that all can reach, and there they meet. Checkpoints every so
+many steps need no round to agree on one: there each process waits by itself until the chief has saved, or has not.
 
 All of this goes through the key-value store of ``torch.distributed``. No collective operation is used, so that nothing
 comes between those of the training, and a step costs one comparison.
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +28,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepguard.errors import NoBoundaryError
+from stepguard.errors import CheckpointError, NoBoundaryError
+from stepguard.torch.exchange import Exchange
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECS = 0.01
 _PATIENCE_SECS = 30.0
+# How long a process that has failed waits for the parts of the others, who may have ended too.
+_FAREWELL_SECS = 5.0
 
 _supervisors = 0
 
@@ -52,7 +57,8 @@ def shared_store() -> Any:
     _supervisors += 1
     # torchrun keeps its store when it starts the processes again, with all that the earlier ones have said in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # A client of our own: a wait on the one that the process group uses would hold that up.
+    # A client of our own: a wait on the one that the process group uses would hold that up. There is no public way to
+    # the store that fits every init_method; to open another one would take an address, and a collective operation.
     store = dist.distributed_c10d._get_default_store().clone()
     return dist.PrefixStore(f"stepguard/{attempt}/{_supervisors}", store)
 
@@ -65,16 +71,38 @@ class Gate:
         self._begun = 0
         self._limit = math.inf
         self._is_last = False
+        self._meets_at = math.inf
+        self._every = math.inf
+        self._is_awaiting_chief = False
 
     def begin(self, steps_done: int) -> bool:
         """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may."""
         with self._changed:
-            while steps_done >= self._limit:
-                if self._is_last:
+            while steps_done >= min(self._limit, self._meets_at):
+                if steps_done >= self._limit and self._is_last:
                     return False
+                self._is_awaiting_chief = steps_done >= self._meets_at
                 self._changed.wait()
+            self._is_awaiting_chief = False
             self._begun = steps_done + 1
             return True
+
+    def meet_chief(self, first: int, every: int) -> None:
+        """Let no step begin after ``first`` steps, and after each ``every`` more, until the chief has passed there."""
+        with self._changed:
+            self._meets_at, self._every = first, every
+
+    @property
+    def is_awaiting_chief(self) -> bool:
+        """Whether a step waits for the chief."""
+        return self._is_awaiting_chief
+
+    def chief_passed(self, steps: int) -> None:
+        """The chief has done ``steps``, and what it does after them."""
+        with self._changed:
+            if steps >= self._meets_at:
+                self._meets_at += self._every * ((steps - self._meets_at) // self._every + 1)
+            self._changed.notify_all()
 
     def pause(self) -> int:
         """Let no further step begin; how many have."""
@@ -99,7 +127,8 @@ class Peers:
     """What one process has to do with the others during one session.
 
     ``steps_done`` tells how far this process is, ``process_state`` what it has to add to a checkpoint; the latter is
-    called while no step runs. Threads: ``start`` and ``close`` by the thread of the session, the others by any.
+    called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
+    called in a thread that writes. Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
     def __init__(
@@ -115,6 +144,7 @@ class Peers:
         should_stop: Callable[[], bool],
         request_stop: Callable[[], object],
         has_failed: Callable[[], bool],
+        write_part: Callable[[Exchange, str], None],
     ) -> None:
         self._store = store
         self._rank = rank
@@ -126,8 +156,12 @@ class Peers:
         self._should_stop = should_stop
         self._request_stop = request_stop
         self._has_failed = has_failed
-        self._rounds = 0
+        self._write_part = write_part
+        self._messages = 0
+        self._message_lock = threading.Lock()
         self._round_lock = threading.Lock()
+        self._writing: threading.Thread | None = None
+        self._failed_at: float | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -153,6 +187,10 @@ class Peers:
             with contextlib.suppress(dist.DistError, RuntimeError):
                 while not self._store.check(["over"]) and time.monotonic() < deadline and not self._has_failed():
                     time.sleep(_LOOK_SECS)
+        writing = self._writing
+        if writing is not None:
+            # This process has failed, or the chief has: a part that is being written may complete a checkpoint.
+            writing.join(min(timeout_secs, _FAREWELL_SECS))
         self._gate.open_until(math.inf)
         self._closing.set()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -168,10 +206,8 @@ class Peers:
             NoBoundaryError: a process did not answer in time.
         """
         with self._round_lock:
-            self._rounds += 1
-            key = f"round/{self._rounds}"
             begun = self._gate.pause()
-            self._store.set(key, b"last" if is_last else b"save")
+            key = self._send("last" if is_last else "save")
             try:
                 target = max([begun, *(int(self._get(f"{key}/begun/{rank}", what)) for rank in self._others())])
                 self._store.set(f"{key}/target", str(target).encode())
@@ -182,6 +218,22 @@ class Peers:
                 self._store.set(f"{key}/done", b"1")
                 if not self._gate.is_last:
                     self._gate.open_until(math.inf)
+
+    def passed(self) -> None:
+        """The chief has done what it does at this boundary: the others need not wait for it here."""
+        self._store.set("passed", str(self._steps_done()).encode())
+
+    def exchange(self, place: str) -> Exchange:
+        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
+        return self._exchange(self._send("write", place))
+
+    def _send(self, kind: str, *content: str) -> str:
+        """Tell all others, who take one message after the other; the beginning of the keys of their answers."""
+        with self._message_lock:
+            self._messages += 1
+            key = f"message/{self._messages}"
+            self._store.set(key, json.dumps([kind, *content]).encode())
+        return key
 
     def _lead(self) -> None:
         """Settle the last step when any process is asked to stop."""
@@ -214,20 +266,41 @@ class Peers:
             if self._should_stop() and not has_asked:
                 self._store.set("stop", b"1")
                 has_asked = True
-            if self._store.check([f"round/{number}"]):
-                self._take_part(f"round/{number}")
+            if self._store.check([f"message/{number}"]):
+                self._obey(f"message/{number}")
                 number += 1
+            elif self._gate.is_awaiting_chief:
+                self._look_for_chief()
+                self._closing.wait(_LOOK_SECS / 5)
             else:
                 self._closing.wait(_LOOK_SECS)
 
-    def _take_part(self, key: str) -> None:
-        is_last = self._store.get(key) == b"last"
+    def _look_for_chief(self) -> None:
+        if self._store.check(["over"]):
+            self._gate.chief_passed(sys.maxsize)
+        elif self._store.check(["passed"]):
+            self._gate.chief_passed(int(self._store.get("passed")))
+
+    def _obey(self, key: str) -> None:
+        kind, *content = json.loads(bytes(self._store.get(key)))
+        if kind == "write":
+            # In a thread of its own: the next message may be a stop.
+            arguments = (self._exchange(key), *content)
+            self._writing = threading.Thread(
+                target=self._write_part, args=arguments, name="stepguard-writer", daemon=True
+            )
+            self._writing.start()
+        else:
+            self._take_part(key, is_last=kind == "last")
+
+    def _take_part(self, key: str, *, is_last: bool) -> None:
         self._store.set(f"{key}/begun/{self._rank}", str(self._gate.pause()).encode())
         try:
             target = int(self._get(f"{key}/target", "a checkpoint"))
             self._gate.open_until(target, is_last=is_last)
             self._await_step(target, "a checkpoint")
-            self._store.set(f"{key}/state/{self._rank}", _saved(self._process_state()))
+            # Nothing is saved at a stop itself, and the memory for it may still be being written.
+            self._store.set(f"{key}/state/{self._rank}", _saved({} if is_last else self._process_state()))
             self._get(f"{key}/done", "a checkpoint")
         except NoBoundaryError as error:
             _log.warning("a round of the chief was left: %s", error)
@@ -237,6 +310,20 @@ class Peers:
             self._gate.open_until(math.inf)
 
     # --- both ---
+
+    def _exchange(self, key: str) -> Exchange:
+        return Exchange(dist.PrefixStore(key, self._store), self._rank, self._size, self._check_alive)
+
+    def _check_alive(self, what: str) -> None:
+        """A write may take any time, as long as all are there."""
+        if self._closing.is_set():
+            raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
+        if not self._has_failed():
+            self._failed_at = None
+        elif self._failed_at is None:
+            self._failed_at = time.monotonic()
+        elif time.monotonic() > self._failed_at + _FAREWELL_SECS:
+            raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
     def _await_step(self, target: int, what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch import random_states
 from stepguard.torch.format import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.reshard import cut, read_sharded
 from stepguard.torch.session import Session, describe_positions
 from stepguard.torch.state import Component, Misfit
 
@@ -72,35 +73,52 @@ class Restorer:
     def _load(self, path: Path, session: Session, rank: int) -> None:
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
         processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
-        process = read_file(processes.get(f"{PROCESS}{rank}", processes[f"{PROCESS}0"]))
+        process = read_file(processes[f"{PROCESS}0"])
+        sharded = process.pop("sharded", {})
         if f"{PROCESS}{rank}" not in processes:
             # There are more processes than before: the streams of this one begin as the program has seeded them.
             process["random"] = random_states.capture()
-        states = self._fitting(path, saved)
+        elif rank:
+            process = read_file(processes[f"{PROCESS}{rank}"])
+        states = self._fitting(path, saved, sharded)
         for component in self._components:
-            component.load(states[component.name])
+            component.load(states.pop(component.name))
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
 
-    def _fitting(self, path: Path, saved: dict[str, Path]) -> dict[str, Any]:
+    def _fitting(self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any]) -> dict[str, Any]:
         """All that the checkpoint holds, once it is sure that it can be put in place."""
         names = [component.name for component in self._components]
+        held = [*saved, *sharded]
         misfit = Misfit(
-            missing=[name for name in names if name not in saved],
-            unexpected=[name for name in saved if name not in names],
+            missing=[name for name in names if name not in held],
+            unexpected=[name for name in held if name not in names],
         )
         states = {}
         for component in self._components:
-            if component.name in saved:
-                states[component.name] = read_file(saved[component.name])
+            if component.name in held:
+                # Of what is sharded these are the names and shapes.
+                whole = component.name in saved
+                states[component.name] = read_file(saved[component.name]) if whole else sharded[component.name]
                 misfit.add(component.misfit(states[component.name]))
         if misfit:
             raise CheckpointMismatchError(
                 f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
-                f"or use another logdir; a part of it can be loaded with torch.load({str(path)!r} + '/<name>.pt')",
+                f"or use another logdir; a part of it can be loaded with {_by_hand(path, sharded)}",
                 path=path,
                 missing=misfit.missing,
                 unexpected=misfit.unexpected,
                 reshaped=misfit.reshaped,
             )
+        layouts = {component.name: component.layouts() for component in self._components}
+        in_parts = {name: states[name] for name in names if name not in saved}
+        if in_parts:
+            states.update(read_sharded(path, in_parts, layouts))
+        states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
         return states
+
+
+def _by_hand(path: Path, sharded: Mapping[str, Any]) -> str:
+    if sharded:
+        return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
+    return f"torch.load({str(path)!r} + '/<name>.pt')"

@@ -104,6 +104,7 @@ class Session:
         Raises:
             StopRequested: SIGTERM was received; ``managed_session`` ends it.
         """
+        self.boundary.call_due()
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             raise StopRequested("stopped before the next step, as the other processes do")
         self._enter()
@@ -178,7 +179,7 @@ class Session:
         """The CUDA streams on which the last step was run."""
         return self._training_streams
 
-    def finish_step(self) -> None:
+    def finish_step(self, *, was_left: bool = False) -> None:
         """The step of this thread, if it is in one, is done: its body was left, or asks for a save."""
         if not self.boundary.is_mine:
             return
@@ -189,7 +190,7 @@ class Session:
         if torch.cuda.is_initialized():
             stream = torch.cuda.current_stream()
             self._training_streams[stream.device] = stream
-        self.boundary.leave()
+        self.boundary.leave(calls_due=not was_left)
         self._interrupts.raise_if_held()
 
     # --- inside ---
@@ -209,6 +210,7 @@ class Session:
     def _steps(self, feed: Feed | None, max_steps: int | None, epochs: int | None) -> Iterator[Any]:
         boundary = self.boundary
         while not self._must_end(max_steps):
+            boundary.call_due()
             if self._gate is not None and not self._gate.begin(boundary.steps):
                 return
             self._enter()
@@ -224,9 +226,12 @@ class Session:
                 raise
             try:
                 yield batch
-            finally:
-                # Also when the body is left by `break`: it has trained with this batch.
-                self.finish_step()
+            except GeneratorExit:
+                # The body was left: by `break`, and then it has trained with this batch, or by an error, and then there
+                # is nothing to save. Nobody can tell here; the next step, if there is one, is the proof of a `break`.
+                self.finish_step(was_left=True)
+                raise
+            self.finish_step()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from stepguard.torch.format import is_process
+from stepguard.torch.shards import Layouts, Shard, check_shardable, is_dtensor, is_sharded, shard_of
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -49,6 +50,11 @@ class Component:
             holder.bit_generator.state = state
         else:
             holder.load_state_dict(state)
+
+    def layouts(self) -> Layouts:
+        """How its tensors are spread over the processes."""
+        groups = self._holder.param_groups if isinstance(self._holder, torch.optim.Optimizer) else ()
+        return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
     def misfit(self, saved: Any) -> Misfit:
         """What keeps ``saved`` from being loaded; nothing is changed."""
@@ -121,8 +127,17 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
                 f"state[{name!r}]: expected an object with state_dict and load_state_dict, found "
                 f"{type(holder).__name__}; plain values go in stepguard.torch.Values(...)"
             )
+        if _gathers_state(holder):
+            raise TypeError(
+                f"state[{name!r}]: this model was wrapped by FullyShardedDataParallel, whose state_dict is a "
+                f"collective operation, and would come between those of the training; use "
+                f"torch.distributed.fsdp.fully_shard"
+            )
         component = Component(name, holder)
-        check_saveable(name, component.state())
+        live = component.state()
+        check_saveable(name, live)
+        if is_sharded(live):
+            check_shardable(name, live)
         found.append(component)
     return found
 
@@ -177,6 +192,9 @@ class HostMemory:
         return self._copied(name, state, seen, streams)
 
     def _copied(self, path: str, value: Any, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams) -> Any:
+        if is_dtensor(value):
+            local = value.detach().to_local()
+            return shard_of(value, self._copied_tensor(path, local, seen, streams))
         if isinstance(value, torch.Tensor):
             return self._copied_tensor(path, value.detach(), seen, streams)
         if type(value) is dict:
@@ -258,9 +276,9 @@ class CopyStreams:
 
 
 def nbytes(value: Any) -> int:
-    """The size of the tensors in a nested state, in bytes; each tensor once."""
-    tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
+    tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:
@@ -292,6 +310,14 @@ def _is_saveable(holder: Any) -> bool:
     if isinstance(holder, (torch.Generator, random.Random)) or _is_numpy_generator(holder):
         return True
     return callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
+
+
+def _gathers_state(holder: Any) -> bool:
+    if not isinstance(holder, nn.Module) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in holder.modules())
 
 
 def _unwrapped(holder: Any) -> Any:

@@ -137,6 +137,7 @@ class Supervisor(CoreSupervisor[Session]):
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
             parts,
+            root=None if found is None else found.root,
             restorer=restorer,
             events=events,
             basename=checkpoint_basename,
@@ -146,6 +147,8 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=stop_grace_secs,
         )
         self._session: Session | None = None
+        # Known to all processes, and not to the chief only.
+        self._saves_every = save_model_steps if everyones_root is not None else None
         super().__init__(
             self._torch,
             coord=coord,
@@ -195,7 +198,8 @@ class Supervisor(CoreSupervisor[Session]):
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
         """
         self._check_alone()
-        session = self._open_session(self._torch.prepare, start_standard_services)
+        meets_every = self._saves_every if start_standard_services else None
+        session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
         return session
 

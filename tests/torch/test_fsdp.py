@@ -1,0 +1,281 @@
+"""Models that are spread over the processes by fully_shard: all write their parts, and one checkpoint is committed."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import shutil
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_training import digest, network, wrapped
+from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, torchrun
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from stepguard.errors import CheckpointError, CheckpointMismatchError
+from stepguard.store import CheckpointStore
+from stepguard.torch import Supervisor
+from stepguard.torch.exchange import Exchange, write_all, write_mine
+from stepguard.torch.sharded import METADATA
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    # Of PyTorch's own tools, when they are used without a process group.
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of two processes that nobody disturbs."""
+    logdir = tmp_path_factory.mktemp("whole") / "run"
+    torchrun(logdir, 2, "--steps=24", "--wrap=fsdp", "--save-steps=4", "--step-secs=0.05")
+    return logdir
+
+
+@pytest.fixture
+def logdir(whole_run, tmp_path):
+    """A copy of its logdir."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def train(logdir, steps, net=None, wrap="none"):
+    """In this process alone; the digest of what was restored, and that at the end."""
+    net = network() if net is None else net
+    model = wrapped(net, wrap)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, save_summaries_secs=0)
+    with sv.managed_session() as session:
+        first = digest(net, optimizer)
+        for _ in session.steps(max_steps=steps):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    return first, digest(net, optimizer)
+
+
+def recommit(logdir, name):
+    """Somebody who can write to the logdir can also make the digests right."""
+    CheckpointStore(logdir, engine="torch").commit_in_place(name, int(name.rpartition("-")[2]))
+
+
+def test_one_killed_and_all_killed_change_nothing(whole_run, tmp_path):
+    killed = tmp_path / "killed"
+    options = ["--steps=24", "--wrap=fsdp", "--save-steps=3"]
+    for kills in (["--kill=1:10"], ["--kill=0:16", "--kill=1:16"]):
+        torchrun(killed, 2, *options, *kills, fails=True)
+    assert steps_saved(killed), "nothing was saved before the kills"
+    torchrun(killed, 2, *options)
+
+    assert outcomes(killed, 2) == outcomes(whole_run, 2)
+    for rank in range(2):
+        assert seen(killed, rank) == seen(whole_run, rank)
+
+
+def test_one_whose_disk_is_full_and_then_sigterm(tmp_path):
+    logdir = tmp_path / "run"
+    errors = terminate_one(logdir, 1, "--wrap=fsdp", "--full-disk=1")
+
+    assert "failed (rank 1 could not write its part" in errors[0].replace("[Errno 28] ", "")
+    last = [max(seen(logdir, each)) for each in range(2)]
+    assert last[0] == last[1]
+    assert steps_saved(logdir)[0] == last[0] + 1
+    store = CheckpointStore(logdir)
+    assert all(store.verify(one).is_committed for one in store.candidates())
+
+
+class TestAnotherNumberOfProcesses:
+    def digest_of(self, whole_run):
+        return outcomes(whole_run, 1)[0].split()[1]
+
+    def test_two_then_one_without_sharding(self, whole_run, logdir):
+        restored, _ = train(logdir, 25)
+
+        assert restored == self.digest_of(whole_run)
+        assert steps_saved(logdir)[0] == 25
+
+    def test_two_then_one_with_sharding(self, whole_run, logdir, alone):
+        restored, ended = train(logdir, 25, wrap="fsdp")
+
+        assert restored == self.digest_of(whole_run)
+        assert train(logdir, 25, wrap="fsdp")[0] == ended
+
+    @pytest.mark.parametrize("wrap", ["none", "fsdp"])
+    def test_one_then_two(self, wrap, tmp_path, alone):
+        _, ended = train(tmp_path / "run", 3, wrap=wrap)
+        run_two(tmp_path / "run", "--steps=4", "--wrap=fsdp")
+
+        assert began(tmp_path / "run", 2) == [f"3 {ended}"] * 2
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", ["flipped", "missing"])
+    def test_in_the_file_of_one_process_costs_steps_and_not_the_run(self, damage, logdir, caplog):
+        part = logdir / "model.ckpt-24" / "__1_0.distcp"
+        if damage == "flipped":
+            content = bytearray(part.read_bytes())
+            content[len(content) // 2] ^= 1
+            part.write_bytes(content)
+        else:
+            part.unlink()
+        before = steps_saved(logdir)[1]
+        net = network()
+        sv = Supervisor({"model": net, "optimizer": torch.optim.AdamW(net.parameters())}, logdir)
+        with sv.managed_session() as session:
+            assert session.global_step == before
+
+        assert "__1_0.distcp" in caplog.text
+        assert (logdir / "quarantine" / "model.ckpt-24").is_dir()
+
+
+class TestWhatIsRead:
+    def test_by_pytorch_alone(self, logdir, tmp_path):
+        path = logdir / "model.ckpt-24"
+        dcp_to_torch_save(path, tmp_path / "all.pt")
+        saved = torch.load(tmp_path / "all.pt", weights_only=True)
+        net = network()
+        state = {"model": net.state_dict()}
+        dcp.load(state, checkpoint_id=path)
+
+        assert set(saved) == {"model", "optimizer"}
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor, saved["model"][name])
+
+    def test_runs_no_code_from_the_metadata(self, logdir, tmp_path):
+        trap = tmp_path / "sprung"
+
+        class Trap:
+            def __reduce__(self):
+                return (open, (str(trap), "w"))
+
+        metadata = logdir / "model.ckpt-24" / METADATA
+        content = pickle.loads(metadata.read_bytes())
+        content.planner_data = Trap()
+        metadata.write_bytes(pickle.dumps(content))
+        recommit(logdir, "model.ckpt-24")
+
+        with pytest.raises(CheckpointError, match=r"\.metadata: .*found a reference to \w+\.open"):
+            train(logdir, 25)
+        assert not trap.exists()
+
+    def test_runs_no_code_from_a_part(self, logdir, tmp_path):
+        trap = tmp_path / "sprung"
+
+        class Trap:
+            def __reduce__(self):
+                return (open, (str(trap), "w"))
+
+        directory = logdir / "model.ckpt-24"
+        metadata = pickle.loads((directory / METADATA).read_bytes())
+        torch.save(Trap(), directory / "__0_0.distcp")
+        for place in metadata.storage_data.values():
+            place.relative_path, place.offset = "__0_0.distcp", 0
+            place.length = (directory / "__0_0.distcp").stat().st_size
+        (directory / METADATA).write_bytes(pickle.dumps(metadata))
+        recommit(logdir, "model.ckpt-24")
+
+        with pytest.raises(CheckpointError, match="could run code"):
+            train(logdir, 25)
+        assert not trap.exists()
+
+    def test_lies_beside_the_metadata(self, logdir):
+        metadata = logdir / "model.ckpt-24" / METADATA
+        content = pickle.loads(metadata.read_bytes())
+        next(iter(content.storage_data.values())).relative_path = "../model.ckpt-20/__0_0.distcp"
+        metadata.write_bytes(pickle.dumps(content))
+        recommit(logdir, "model.ckpt-24")
+        before = steps_saved(logdir)[1]
+        net = network()
+        sv = Supervisor({"model": net, "optimizer": torch.optim.AdamW(net.parameters())}, logdir)
+        with sv.managed_session() as session:
+            assert session.global_step == before
+
+
+class TestMisfit:
+    def test_is_named_and_nothing_is_changed(self, logdir, alone):
+        net = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.2), nn.Linear(16, 1, bias=False), nn.Linear(1, 1))
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        with pytest.raises(CheckpointMismatchError, match="Nothing was changed") as caught:
+            train(logdir, 25, net, wrap="fsdp")
+
+        assert caught.value.reshaped["model.0.weight"] == ("[16, 5]", "[16, 4]")
+        assert set(caught.value.missing) >= {"model.3.weight", "model.3.bias"}
+        assert caught.value.unexpected == ("model.2.bias",)
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor.full_tensor(), before[name])
+
+
+class TestStateThatCannotBeSaved:
+    def test_a_model_whose_state_is_a_collective_operation(self, alone, tmp_path):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+        nn.Module.__init__(model)
+        with pytest.raises(TypeError, match=r"state\['model'\].*fully_shard"):
+            Supervisor({"model": nn.Sequential(model)}, tmp_path)
+
+    def test_a_sum_that_was_not_made(self, alone, tmp_path):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Partial
+
+        model = nn.Linear(1, 1)
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 1), mesh, [Partial()]))
+        with pytest.raises(TypeError, match=r"model\.weight.*Partial"):
+            Supervisor({"model": model}, tmp_path)
+
+
+class TestExchange:
+    """Two processes as two threads: what the one says when the other cannot write."""
+
+    def write(self, directory, theirs, has_ended=False):
+        store = dist.HashStore()
+
+        def check_alive(what):
+            if has_ended:
+                raise CheckpointError(what)
+
+        states = {"model": {"weight": torch.ones(2)}}
+        chief = Exchange(store, 0, 2, check_alive)
+        other = Exchange(store, 1, 2, lambda _: None)
+        thread = threading.Thread(target=write_mine, args=(other, 1, theirs, lambda: states))
+        if not has_ended:
+            thread.start()
+        try:
+            return write_all(chief, directory, states)
+        finally:
+            if not has_ended:
+                thread.join(10)
+                assert not thread.is_alive()
+
+    def test_both_write(self, tmp_path):
+        written = self.write(tmp_path, tmp_path)
+
+        assert sorted(written) == ["__0_0.distcp", "__1_0.distcp"]
+        assert (tmp_path / METADATA).exists()
+
+    def test_one_does_not_see_the_directory(self, tmp_path):
+        with pytest.raises(OSError, match=r"rank 1 could not write its part.*same logdir") as caught:
+            self.write(tmp_path, tmp_path / "elsewhere")
+        assert caught.value.errno == errno.ENOENT
+        assert not (tmp_path / METADATA).exists()
+
+    def test_the_chief_itself_cannot_write(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            self.write(tmp_path / "nowhere", tmp_path)
+
+    def test_one_has_ended(self, tmp_path):
+        with pytest.raises(CheckpointError, match="has/1"):
+            self.write(tmp_path, tmp_path, has_ended=True)
