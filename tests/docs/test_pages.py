@@ -28,6 +28,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# Two frameworks are imported, on two cores.
+pytestmark = pytest.mark.timeout(300)
+
 # What no test runs, by page and a piece of its text. Python of it is compiled all the same.
 NOT_RUN = {
     ("docs/from-lightning.md", "trainer.fit("): "Lightning is not installed here: it is what the reader comes from",
@@ -80,7 +83,7 @@ def test_what_is_not_run_is_python_at_least():
 FIRST = {"tensorflow": "docs/start-tensorflow.md", "torch": "docs/start-pytorch.md"}
 
 
-# What is seen if the kill came some time after a checkpoint.
+# What is seen only if a heartbeat came between the last checkpoint and the kill.
 DEPENDS_ON_THE_MOMENT = (r"the run before had come to step \d+: \d+ steps are done again\n", r"; \d+ steps done again")
 
 
@@ -138,8 +141,7 @@ def test_a_start_page_shows_what_one_sees(started, monkeypatch):
         else:
             found = stepguard(block, command)
         for text in DEPENDS_ON_THE_MOMENT:
-            if not re.search(text, found):
-                output = re.sub(text, "", output)
+            found = re.sub(text, "", found)
         assert is_like(output, found), f"{block}: {command}\nexpected:\n{output}\nfound:\n{found}"
     assert not printed
 
