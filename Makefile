@@ -42,7 +42,7 @@ bench: $(VENV)/.ready-to-run  ## Measure against a bare session and TensorFlow's
 	@$(BIN)/python benchmarks/run.py
 
 docs: $(VENV)/.ready-to-develop  ## Build the documentation into site/
-	@$(BIN)/mkdocs build --quiet
+	@$(BIN)/mkdocs build --strict
 	@echo "Open site/index.html"
 
 docs-serve: $(VENV)/.ready-to-develop  ## Show the documentation while you write it

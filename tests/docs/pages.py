@@ -17,7 +17,7 @@ _TITLE = re.compile(r'title="([^"]*)"')
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code. ``before`` is what a comment above it lets run first; ``output`` what the page says it prints."""
+    """A block of code. ``before`` is what a comment above it has run first, ``output`` what the page says it prints."""
 
     page: str
     line: int

@@ -1,8 +1,8 @@
 """Run blocks of Python, each in a process of its own that has what takes seconds to import already.
 
-``run_blocks.py MODULES JOBS``: MODULES are imported before, as in ``a,b``; JOBS is a file with a JSON list of objects: ``name``, ``code``, ``folder`` to run in,
-``copies`` to make before, as pairs of paths. Writes a JSON list of what became of them to standard output: ``name``,
-``status``, ``out``, ``err``. The next block starts when the one before has ended.
+``run_blocks.py MODULES JOBS``: MODULES are imported before, as in ``a,b``; JOBS is a file with a JSON list of objects:
+``name``, ``code``, ``folder`` to run in, ``copies`` to make before, as pairs of paths. Writes a JSON list of what
+became of them to standard output: ``name``, ``status``, ``out``, ``err``. The next starts when the one before has ended.
 """
 
 from __future__ import annotations
