@@ -1,31 +1,42 @@
-"""What a checkpoint costs a PyTorch program: against a bare loop, torch.save and torch.distributed.checkpoint.
+"""What a checkpoint costs a PyTorch program: against a bare loop, torch.save, torch.distributed.checkpoint's
+async_save, Lightning and Ignite.
 
-All in one run, so that the ratios mean something on a busy machine too::
+All in one run and in turns, so that the ratios mean something on a busy machine too::
 
-    python benchmarks/torch_checkpoints.py --megabytes=200 --seconds=10
+    python benchmarks/torch_checkpoints.py --megabytes=200 --seconds=6 --rounds=3
+
+Lightning and Ignite are measured where they are installed: ``pip install 'stepguard[bench]'``.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
+import importlib.util
+import logging
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from common import print_table
 
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 
 SAVE_EVERY_SECS = 1.0
+PLAIN = "a plain write and fsync of the same bytes"
+# The packages of the peers that have to be installed.
+PACKAGES = {"Lightning": "lightning", "Ignite": "ignite"}
 
 
 class Program:
@@ -114,18 +125,133 @@ def with_dcp_async(program: Program, folder: Path, seconds: float) -> list[float
     return lengths
 
 
-def step_overhead(steps: int = 200_000) -> float:
-    """Seconds that a turn of `steps` costs, beyond that of a range."""
-    sv = Supervisor({"model": torch.nn.Linear(1, 1)}, save_summaries_secs=0)
-    with sv.managed_session() as session:
+class Turns:
+    """Stands where a framework wants batches, until the time is up; notes the length of each turn of its loop."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.lengths: list[float] = []
+
+    def __iter__(self) -> Iterator[int]:
+        end = time.perf_counter() + self._seconds
         began = time.perf_counter()
-        for _ in session.steps(max_steps=steps):
+        yield 0
+        while (now := time.perf_counter()) < end:
+            self.lengths.append(now - began)
+            began = now
+            yield len(self.lengths)
+
+
+def lightning_trainer(program: Program, folder: Path, *, counts_steps: bool = False, **options: Any) -> tuple[Any, Any]:
+    """A Trainer without its progress bar and loggers, and a module whose step is the program's.
+
+    Lightning saves nothing between two steps of its optimizer: with ``counts_steps`` there is one, of one number.
+    """
+    import lightning.pytorch as pl
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameters_of_program = program.model
+            self.number = torch.nn.Parameter(torch.zeros(1))
+            self.automatic_optimization = counts_steps
+
+        def training_step(self, *_: Any) -> Any:
+            program.step()
+            return self.number.sum() if counts_steps else None
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([self.number], 0.1) if counts_steps else None
+
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=1,
+        max_steps=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    return trainer, Module()
+
+
+def with_lightning(program: Program, folder: Path, seconds: float) -> list[float]:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saving = ModelCheckpoint(
+        dirpath=folder,
+        train_time_interval=dt.timedelta(seconds=SAVE_EVERY_SECS),
+        save_top_k=1,
+        save_on_train_epoch_end=False,
+    )
+    trainer, module = lightning_trainer(program, folder, counts_steps=True, callbacks=[saving])
+    turns = Turns(seconds)
+    trainer.fit(module, turns)
+    return turns.lengths
+
+
+def nothing(*_: Any) -> None:
+    """A step that does nothing."""
+
+
+def with_ignite(program: Program, folder: Path, seconds: float) -> list[float]:
+    from ignite.engine import Engine, Events
+    from ignite.handlers import Checkpoint, DiskSaver
+
+    trainer = Engine(lambda *_: program.step())
+    saving = Checkpoint({"model": program.model}, DiskSaver(str(folder), require_empty=False), n_saved=2)
+    after_step = every(SAVE_EVERY_SECS, lambda _: saving(trainer))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)
+    turns = Turns(seconds)
+    # It ends with its data: an epoch of a length that is never reached would begin them again.
+    trainer.run(turns, max_epochs=1)
+    return turns.lengths
+
+
+class Idle(Program):
+    """A step that does nothing."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+
+    def step(self) -> None:
+        """Nothing."""
+
+
+def step_overheads(names: Iterable[str], folder: Path, steps: int, rounds: int) -> dict[str, float]:
+    """Seconds that a turn of each loop takes beyond one of ``range``, without any checkpoint; medians."""
+
+    def bare_turns() -> None:
+        for _ in range(steps):
             pass
-        with_steps = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in range(steps):
-        pass
-    return (with_steps - (time.perf_counter() - began)) / steps
+
+    def ours() -> None:
+        sv = Supervisor({"model": torch.nn.Linear(1, 1)}, save_summaries_secs=0)
+        with sv.managed_session() as session:
+            for _ in session.steps(max_steps=steps):
+                pass
+
+    def lightning() -> None:
+        trainer, module = lightning_trainer(Idle(), folder, enable_checkpointing=False)
+        trainer.fit(module, range(steps))
+
+    def ignite() -> None:
+        from ignite.engine import Engine
+
+        Engine(nothing).run(range(steps), max_epochs=1)
+
+    loops = {"bare loop": bare_turns, "stepguard": ours, "Lightning": lightning, "Ignite": ignite}
+    taken: dict[str, list[float]] = {name: [] for name in loops if name in names}
+    for _ in range(rounds):
+        for name, times in taken.items():
+            began = time.perf_counter()
+            loops[name]()
+            times.append((time.perf_counter() - began) / steps)
+    bare_secs = statistics.median(taken["bare loop"])
+    return {name: statistics.median(times) - bare_secs for name, times in taken.items() if name != "bare loop"}
 
 
 def copy_secs(program: Program) -> float:
@@ -149,31 +275,76 @@ def plain_write_secs(folder: Path, size: int) -> float:
     return took
 
 
-def durable(program: Program, folder: Path) -> tuple[float, float, float]:
-    """Seconds for one durable save of ours, for a verified restore of ours, and for torch.load of the same file."""
-    sv = Supervisor(
-        {"model": program.model}, folder, save_model_secs=0, save_model_steps=1, save_summaries_secs=0, max_to_keep=1
-    )
-    with sv.managed_session() as session:
+def durable_write_secs(program: Program, folder: Path, turn: int) -> dict[str, float]:
+    """From a state in memory to the moment at which no crash can lose it, for each way of writing it.
+
+    Each turn begins with another one: the first finds the memory for its files colder than those after it.
+    """
+    state = program.model.state_dict()
+
+    def ours(place: Path) -> float:
+        sv = Supervisor({"model": program.model}, place, save_model_secs=0, save_at_end=False, save_summaries_secs=0)
+        with sv.managed_session() as session:
+            engine: Any = sv._engine
+            store = CheckpointStore(place, engine="torch")
+            snapshot = engine.snapshot(session)
+            began = time.perf_counter()
+            stage = store.stage("model.ckpt-0")
+            store.commit("model.ckpt-0", 0, digests=engine.write(snapshot, stage, "model.ckpt-0"))
+            return time.perf_counter() - began
+
+    def synced_torch_save(place: Path) -> float:
+        place.mkdir()
+        began = time.perf_counter()
+        with open(place / "w.pt", "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        return time.perf_counter() - began
+
+    def synced_dcp(place: Path) -> float:
+        began = time.perf_counter()
+        # Its writer fsyncs each file (`sync_files`), though not the directory.
+        dcp.save(dict(state), checkpoint_id=place)
+        return time.perf_counter() - began
+
+    def plain(place: Path) -> float:
+        place.mkdir()
+        return plain_write_secs(place, sum(tensor.nbytes for tensor in state.values()))
+
+    ways = {PLAIN: plain, "stepguard": ours, "torch.save and fsync": synced_torch_save, "dcp.save": synced_dcp}
+    taken = {}
+    first = turn % len(ways)
+    for name in [*list(ways)[first:], *list(ways)[:first]]:
+        taken[name] = ways[name](folder / "durable")
+        shutil.rmtree(folder / "durable")
+    return taken
+
+
+def restore_secs(program: Program, folder: Path) -> dict[str, float]:
+    """From files to the parameters of the program: ours with the verification of every byte, the others without."""
+    place = folder / "restored"
+    with Supervisor({"model": program.model}, place, save_model_secs=0, save_at_end=True).managed_session() as session:
         for _ in session.steps(max_steps=1):
             pass
-        # The first save takes the memory that later ones use again.
-        while not CheckpointStore(folder).candidates():
-            time.sleep(0.01)
-        for _ in session.steps(max_steps=2):
-            began = time.perf_counter()
-        sv.stop()
-        saved = time.perf_counter() - began
-    checkpoint = CheckpointStore(folder).candidates()[0]
+    path = CheckpointStore(place).candidates()[0].path / "model.pt"
+    sv = Supervisor({"model": program.model}, place, save_model_secs=0, save_summaries_secs=0)
     began = time.perf_counter()
-    with Supervisor({"model": program.model}, folder, save_model_secs=0, save_summaries_secs=0).managed_session():
-        restored = time.perf_counter() - began
+    with sv.managed_session():
+        ours = time.perf_counter() - began
     began = time.perf_counter()
-    program.model.load_state_dict(torch.load(checkpoint.path / "model.pt", weights_only=True))
-    return saved, restored, time.perf_counter() - began
+    program.model.load_state_dict(torch.load(path, weights_only=True))
+    loaded = time.perf_counter() - began
+    dcp.save(program.model.state_dict(), checkpoint_id=place / "dcp")
+    began = time.perf_counter()
+    state = program.model.state_dict()
+    dcp.load(state, checkpoint_id=place / "dcp")
+    program.model.load_state_dict(state)
+    distributed = time.perf_counter() - began
+    shutil.rmtree(place)
+    return {"stepguard": ours, "torch.load": loaded, "dcp.load": distributed}
 
 
-def damaged(folder: Path) -> dict[str, dict[str, str]]:
+def damaged(names: Iterable[str], folder: Path) -> dict[str, dict[str, str]]:
     """What a restore does after a flipped byte in the middle, and after the newest file was cut in half."""
 
     def damage(path: Path, kind: str) -> None:
@@ -210,60 +381,154 @@ def damaged(folder: Path) -> dict[str, dict[str, str]]:
         same = all(torch.equal(weights[name], loaded[name]) for name in weights)
         return "loads it right" if same else "loads the wrong values, and says nothing"
 
+    def lightning(place: Path, kind: str) -> str:
+        place.mkdir()
+        program = Idle()
+        program.model = torch.nn.Linear(300, 300)  # type: ignore[assignment]
+        trainer, module = lightning_trainer(program, place, enable_checkpointing=False)
+        trainer.fit(module, range(1))
+        for number in (1, 2):
+            trainer.save_checkpoint(place / f"{number}.ckpt")
+        weights = {name: tensor.clone() for name, tensor in program.model.state_dict().items()}
+        damage(place / "2.ckpt", kind)
+        for tensor in program.model.parameters():
+            tensor.data.zero_()
+        trainer, module = lightning_trainer(program, place, enable_checkpointing=False)
+        trainer.fit(module, range(2), ckpt_path=place / "2.ckpt")
+        same = all(torch.equal(weights[name], tensor) for name, tensor in program.model.state_dict().items())
+        return "loads it right" if same else "loads the wrong values, and says nothing"
+
+    def ignite(place: Path, kind: str) -> str:
+        from ignite.engine import Engine
+        from ignite.handlers import Checkpoint, DiskSaver
+
+        model = torch.nn.Linear(300, 300)
+        trainer = Engine(nothing)
+        saving = Checkpoint({"model": model}, DiskSaver(str(place)), n_saved=2)
+        for epoch in (1, 2):
+            trainer.state.iteration = epoch
+            saving(trainer)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        newest = place / str(saving.last_checkpoint)
+        damage(newest, kind)
+        Checkpoint.load_objects({"model": model}, str(newest))
+        same = all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+        return "loads it right" if same else "loads the wrong values, and says nothing"
+
+    attempts = {
+        "stepguard": ours,
+        "torch.save": torch_save,
+        "dcp.async_save": distributed,
+        "Lightning": lightning,
+        "Ignite": ignite,
+    }
     outcomes: dict[str, dict[str, str]] = {}
-    for name, attempt in {"stepguard": ours, "torch.save": torch_save, "dcp": distributed}.items():
+    for name, attempt in attempts.items():
+        if name not in names:
+            continue
         for kind in ("flipped byte", "cut in half"):
             try:
                 outcome = attempt(folder / f"{name}-{kind.split()[0]}", kind)
             except BaseException as error:  # noqa: BLE001 - dcp raises none that is an Exception; it is what is measured
-                outcome = f"raises {type(error).__name__}"
+                outcome = f"raises {type(error).__name__}, and stops"
             outcomes.setdefault(name, {})[kind] = outcome
     return outcomes
+
+
+def installed() -> list[str]:
+    """The peers that can be measured here; says which cannot."""
+    names = list(LOOPS)
+    for name, package in PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"NOT MEASURED: {name} is not installed (pip install 'stepguard[bench]')\n")
+            names.remove(name)
+    return names
+
+
+LOOPS: dict[str, Callable[[Program, Path, float], list[float]]] = {
+    "bare loop": bare,
+    "stepguard": with_stepguard,
+    "torch.save": with_torch_save,
+    "dcp.async_save": with_dcp_async,
+    "Lightning": with_lightning,
+    "Ignite": with_ignite,
+}
+
+
+def compare_training(names: list[str], program: Program, folder: Path, args: argparse.Namespace) -> None:
+    """The steps of each program while it saves every second; in turns, medians of the rounds."""
+    copies, taken = [], {name: [] for name in names}  # type: ignore[var-annotated]
+    for _ in range(args.rounds):
+        copies.append(copy_secs(program))
+        for name in names:
+            (folder / "loop").mkdir()
+            lengths = sorted(LOOPS[name](program, folder / "loop", args.seconds))
+            taken[name].append(
+                (len(lengths), statistics.median(lengths), lengths[int(0.99 * len(lengths))], lengths[-1])
+            )
+            # What saves nothing has short steps.
+            saved = sum(path.stat().st_size for path in (folder / "loop").rglob("*") if path.is_file())
+            if name != "bare loop" and saved < args.megabytes * 1_000_000:
+                sys.exit(f"{name}: expected a checkpoint of {args.megabytes} MB, found {saved} bytes")
+            shutil.rmtree(folder / "loop")
+    copy = statistics.median(copies)
+    normal = statistics.median(one[1] for one in taken["bare loop"])
+    rows = []
+    for name, rounds in taken.items():
+        count, median, late, longest = (statistics.median(one[index] for one in rounds) for index in range(4))
+        rows.append([name, int(count), median * 1e3, late * 1e3, longest * 1e3, (longest - normal) / copy])
+    print(
+        f"A step of {normal * 1e3:.1f} ms, {args.megabytes} MB saved every second; milliseconds, medians of the rounds."
+    )
+    print(f"One fresh copy of the state takes {copy * 1e3:.0f} ms.\n")
+    print_table(
+        ["", "steps", "median step", "99th percentile", "longest", "longest less a normal one, in fresh copies"], rows
+    )
+
+
+def compare_files(program: Program, folder: Path, args: argparse.Namespace) -> None:
+    """Writing and reading, in turns: medians, and the medians of the ratios within a turn."""
+    turns = [(durable_write_secs(program, folder, turn), restore_secs(program, folder)) for turn in range(args.repeats)]
+    middle = statistics.median
+    rows = []
+    for name in (PLAIN, *(one for one in turns[0][0] if one != PLAIN)):
+        ratios = [one[0][PLAIN] / one[0][name] for one in turns]
+        rows.append([name, middle(one[0][name] for one in turns) * 1e3, middle(ratios)])
+    print_table(["a durable write", "ms", "speed / a plain write's"], rows)
+    rows = []
+    for name in turns[0][1]:
+        ratios = [one[1][name] / one[1]["torch.load"] for one in turns]
+        rows.append([name, middle(one[1][name] for one in turns) * 1e3, middle(ratios)])
+    print_table(["a restore", "ms", "time / torch.load's"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each of the programs")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each of the programs, in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7, help="of the durable writes and the restores")
     parser.add_argument("--step-secs", type=float, default=0.02)
+    parser.add_argument("--steps", type=int, default=20_000, help="for the time added to each")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("stepguard").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-
+    names = installed()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
+        overheads = step_overheads(names, folder, args.steps, args.rounds)
+        print_table(["time added to each step", "us"], [[name, secs * 1e6] for name, secs in overheads.items()])
         program = Program(args.megabytes, args.step_secs)
-        print(f"time added per step     {step_overhead() * 1e6:.2f} us")
-        copy = statistics.median(copy_secs(program) for _ in range(3))
-        print(f"one fresh copy          {copy * 1e3:.0f} ms for {args.megabytes} MB")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for title, run in {
-            "bare": bare,
-            "stepguard": with_stepguard,
-            "torch.save": with_torch_save,
-            "dcp.async_save": with_dcp_async,
-        }.items():
-            (folder / title).mkdir()
-            lengths = run(program, folder / title, args.seconds)
-            ordered = sorted(lengths)
-            # The first save takes the memory that later ones use again.
-            later = sorted(lengths[len(lengths) // 4 :])
-            print(
-                f"{title:16} steps {len(lengths):5d}   median {statistics.median(lengths) * 1e3:6.1f} ms   "
-                f"99% {ordered[int(len(ordered) * 0.99)] * 1e3:7.1f} ms   longest {ordered[-1] * 1e3:7.1f} ms   "
-                f"longest of the last 3/4 {later[-1] * 1e3:7.1f} ms"
-            )
-            shutil.rmtree(folder / title)
-        writes = [plain_write_secs(folder, args.megabytes * 1_000_000) for _ in range(3)]
-        plain = statistics.median(writes)
-        rounds = [durable(program, folder / f"durable{number}") for number in range(3)]
-        saved, restored, loaded = (statistics.median(one[index] for one in rounds) for index in range(3))
-        print(f"durable write   {saved:.2f} s; plain write and fsync {plain:.2f} s: {plain / saved:.2f} of its speed")
-        print(f"verified restore {restored:.2f} s; torch.load {loaded:.2f} s: {restored / loaded:.2f}")
-        for name_, outcomes in damaged(folder).items():
-            for kind, outcome in outcomes.items():
-                print(f"{name_:16} {kind:14} {outcome}")
+        compare_training(names, program, folder, args)
+        compare_files(program, folder, args)
+        outcomes = damaged(names, folder)
+        kinds = ["flipped byte", "cut in half"]
+        print_table(
+            ["newest checkpoint", *kinds], [[one, *(found[kind] for kind in kinds)] for one, found in outcomes.items()]
+        )
         dist.destroy_process_group()
 
 

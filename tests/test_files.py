@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -134,4 +135,36 @@ def test_no_descriptor_is_left_open_by_an_error(tmp_path: Path, monkeypatch: pyt
             call(tmp_path / "file" if call is not files.fsync_dir else tmp_path)
     with pytest.raises(OSError, match="Input/output"):
         files.write_durable(tmp_path / "other", b"x")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    began = threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        began.set()
+
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(files, "os", OsWith(fdatasync=fdatasync))
+    content = os.urandom(1000)
+    with files.NewFile(tmp_path / "file") as file:
+        for begin in range(0, 1000, 50):
+            file.write(content[begin : begin + 50])
+            if file.size >= 100:
+                assert began.wait(30)
+    assert synced[0] < 1000
+    assert (tmp_path / "file").read_bytes() == content
+    assert (file.size, file.digest) == files.digest(tmp_path / "file")
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_what_the_disk_answers_to_that_is_raised(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(files, "os", OsWith(fdatasync=failing(errno.EIO)))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input/output"), files.NewFile(tmp_path / "file") as file:
+        for _ in range(blocks):
+            file.write(b"x" * 200)
     assert len(os.listdir("/proc/self/fd")) == before

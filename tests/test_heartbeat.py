@@ -22,25 +22,32 @@ def sleeper():
     process.communicate()
 
 
+@pytest.fixture
+def logdir(tmp_path):
+    """A logdir that the chief has prepared."""
+    heartbeat.prepare(tmp_path)
+    return tmp_path
+
+
 def of(process, **fields):
     """A heartbeat of another process, as it would be just now."""
     known = {"pid": process.pid, "process_start": heartbeat.process_start(process.pid), "time": time.time()}
     return Heartbeat("chief", **{**known, **fields})
 
 
-def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
+def test_a_heartbeat_is_read_as_it_was_written(logdir):
     written = Heartbeat("worker-1", engine="fake", step=5, warnings=["slow"], last_checkpoint={"step": 4})
-    heartbeat.write(tmp_path, written)
-    assert heartbeat.read(tmp_path) == [written]
+    heartbeat.write(logdir, written)
+    assert heartbeat.read(logdir) == [written]
     assert written.time > 0
-    assert heartbeat.read_one(tmp_path, "worker-1") == written
-    assert heartbeat.read_one(tmp_path, "chief") is None
+    assert heartbeat.read_one(logdir, "worker-1") == written
+    assert heartbeat.read_one(logdir, "chief") is None
 
 
-def test_the_chief_is_the_first_of_all(tmp_path):
+def test_the_chief_is_the_first_of_all(logdir):
     for role in ("a", "worker-1", "chief"):
-        heartbeat.write(tmp_path, Heartbeat(role))
-    assert [one.role for one in heartbeat.read(tmp_path)] == ["chief", "a", "worker-1"]
+        heartbeat.write(logdir, Heartbeat(role))
+    assert [one.role for one in heartbeat.read(logdir)] == ["chief", "a", "worker-1"]
 
 
 def test_a_logdir_without_heartbeats_has_none(tmp_path):
@@ -49,21 +56,21 @@ def test_a_logdir_without_heartbeats_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"{", b"[]", b"{}", b'"chief"', b"null"])
-def test_a_damaged_heartbeat_is_passed_over(tmp_path, content):
-    heartbeat.write(tmp_path, Heartbeat("chief"))
-    (tmp_path / heartbeat.DIR_NAME / "worker-1.json").write_bytes(content)
-    assert [one.role for one in heartbeat.read(tmp_path)] == ["chief"]
+def test_a_damaged_heartbeat_is_passed_over(logdir, content):
+    heartbeat.write(logdir, Heartbeat("chief"))
+    (logdir / heartbeat.DIR_NAME / "worker-1.json").write_bytes(content)
+    assert [one.role for one in heartbeat.read(logdir)] == ["chief"]
 
 
-def test_fields_of_a_later_version_are_passed_over(tmp_path):
-    heartbeat.write(tmp_path, Heartbeat("chief", step=3))
-    path = tmp_path / heartbeat.DIR_NAME / "chief.json"
+def test_fields_of_a_later_version_are_passed_over(logdir):
+    heartbeat.write(logdir, Heartbeat("chief", step=3))
+    path = logdir / heartbeat.DIR_NAME / "chief.json"
     path.write_bytes(path.read_bytes().replace(b'"step"', b'"mood": "good", "step"'))
-    (found,) = heartbeat.read(tmp_path)
+    (found,) = heartbeat.read(logdir)
     assert found.step == 3
 
 
-def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_leaves_the_one_before(logdir, monkeypatch):
     class FullDisk:
         def __getattr__(self, name):
             return getattr(os, name)
@@ -72,13 +79,23 @@ def test_a_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
             os.write(descriptor, bytes(content)[:10])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    heartbeat.write(tmp_path, Heartbeat("chief", step=3))
+    heartbeat.write(logdir, Heartbeat("chief", step=3))
     monkeypatch.setattr(files, "os", FullDisk())
     with pytest.raises(OSError, match="space"):
-        heartbeat.write(tmp_path, Heartbeat("chief", step=4))
-    (found,) = heartbeat.read(tmp_path)
+        heartbeat.write(logdir, Heartbeat("chief", step=4))
+    (found,) = heartbeat.read(logdir)
     assert found.step == 3
-    assert os.listdir(tmp_path / heartbeat.DIR_NAME) == ["chief.json"]
+    assert os.listdir(logdir / heartbeat.DIR_NAME) == ["chief.json"]
+
+
+def test_a_new_chief_forgets_the_others_that_are_gone(logdir, sleeper):
+    for role, process_start in (("chief", 1), ("worker-1", 1), ("worker-2", heartbeat.process_start(sleeper.pid))):
+        beat = of(sleeper, process_start=process_start)
+        beat.role = role
+        heartbeat.write(logdir, beat)
+    heartbeat.write(logdir, Heartbeat("worker-3", host="elsewhere", phase="stopped"))
+    heartbeat.forget_the_gone(logdir, "chief")
+    assert [one.role for one in heartbeat.read(logdir)] == ["chief", "worker-2"]
 
 
 def test_a_process_that_writes_is_alive(sleeper):

@@ -267,6 +267,18 @@ class TestTheStepRate:
 
         assert events.records == [("global_step/sec", 1.0, 1001)]
 
+    def test_of_a_run_that_went_back_is_written_from_the_next_call_on(self, engine, session, events, clock):
+        session.step = 10
+        counter = StepCounter(engine, session, events)
+        session.step = 4
+        clock.now += 1
+        counter()
+        session.run_step()
+        clock.now += 1
+        counter()
+
+        assert events.records == [("global_step/sec", 1.0, 5)]
+
     def test_in_no_time_is_infinite_and_no_error(self, engine, session, events, clock):
         counter = StepCounter(engine, session, events)
         session.run_step()

@@ -53,6 +53,16 @@ class EventLog(Protocol):
         """Make the log writable again after :meth:`close`; nothing when it is open."""
 
 
+class ValueWatch(Protocol):
+    """Who looks at the numbers that a program computes. Any thread."""
+
+    def look(self, values: Mapping[str, float], step: int | None = None) -> bool:
+        """Look at numbers by their names, of ``step`` or of the session's; whether one of them is not finite."""
+
+    def settle(self) -> None:
+        """Wait until what :meth:`look` has found is dealt with; only between two steps of the calling thread."""
+
+
 class Engine(Protocol[_SessionT_contra]):
     """One framework, as the core sees it.
 
@@ -84,6 +94,13 @@ class Engine(Protocol[_SessionT_contra]):
         ``before_close`` is called once, when the program itself closes the session, if that is not for an error.
         """
 
+    def watch_values(self, session: _SessionT_contra, watch: ValueWatch) -> None:
+        """Show ``watch`` every number that the program summarises, and those that its steps return, from now on.
+
+        A thread of the training calls ``watch.settle()`` before it begins the step after one that was not finite. A
+        session for which this was never called pays nothing for it.
+        """
+
     def stop_at_boundary(self, session: _SessionT_contra) -> None:
         """Have the next step raise ``StopRequested`` in place of being done. Any thread."""
 
@@ -112,6 +129,15 @@ class Engine(Protocol[_SessionT_contra]):
 
     def snapshot(self, session: _SessionT_contra) -> Snapshot:
         """Copy the state. Called inside :meth:`at_boundary`: training waits for this, so it is fast."""
+
+    def non_finite(self, snapshot: Snapshot) -> Sequence[str]:
+        """The names of the parts of ``snapshot`` that hold NaN or infinity. Writer thread, or inside a boundary."""
+
+    def return_to(self, session: _SessionT_contra, path: Path) -> None:
+        """Put what the checkpoint at ``path`` holds back into the session that runs; inside :meth:`at_boundary`.
+
+        The random states and the position in the data are left as they are: the same batches would do the same again.
+        """
 
     def checkpoint_name(self, step: int | None) -> str:
         """The name of the checkpoint of ``step``, for example ``model.ckpt-1200``."""

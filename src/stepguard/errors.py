@@ -10,7 +10,8 @@
     │   └── SaveFailedError            saving failed for longer than the run may be unprotected
     ├── LogdirInUseError               another live process is the chief of this logdir
     ├── ModelNotReadyError             the model was not fully initialised (also a RuntimeError)
-    └── NoBoundaryError                no step ended in time, so the training state could not be read
+    ├── NoBoundaryError                no step ended in time, so the training state could not be read
+    └── NonFiniteError                 the NaN guard has stopped the run
 
     StopRequested                      a SystemExit: leaves a loop at the step boundary after SIGTERM
 
@@ -85,6 +86,17 @@ class LogdirInUseError(StepguardError):
 
 class ModelNotReadyError(StepguardError, RuntimeError):
     """The model was restored or initialised, and something in it still has no value."""
+
+
+class NonFiniteError(StepguardError):
+    """The NaN guard has stopped the run: ``names`` says what was not finite (numbers, or parts of the state), and
+    ``step`` when.
+    """
+
+    def __init__(self, message: str, *, step: int | None, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.names = tuple(names)
 
 
 class NoBoundaryError(StepguardError):

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _log = logging.getLogger(__name__)
 # Reads of this size keep the disk busy and the GIL free (both os.readinto and xxhash release it), and two of them
 # fit into the cache of a core.
 _BLOCK_BYTES = 1 << 20
+
+# How much is written before the disk is asked to begin with it.
+_WRITEBACK_BYTES = 16 << 20
 
 _DIGEST_KIND = "xxh3_128"
 
@@ -128,8 +132,8 @@ def write_volatile(path: Path, content: bytes) -> None:
         raise
 
 
-def append_lines(path: Path, lines: bytes) -> None:
-    """Append whole lines, durably, to a file that several processes append to; created if it is missing.
+def append_lines(path: Path, lines: bytes, *, durable: bool) -> None:
+    """Append whole lines to a file that several processes append to; created if it is missing.
 
     What a writer that was killed has left of its last line is closed by a line end first: it is a bad line of its own,
     and those after it are whole.
@@ -142,7 +146,8 @@ def append_lines(path: Path, lines: bytes) -> None:
         # In one call: the kernel lets no other writer in between, and the rest of a short write is retried as a whole.
         if os.write(descriptor, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
-        os.fsync(descriptor)
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -150,7 +155,9 @@ def append_lines(path: Path, lines: bytes) -> None:
 class NewFile:
     """A file of any size that is digested while it is written, so that nobody has to read it again for that.
 
-    Use it as a context manager. It is not durable: `fsync_file` or `fsync_tree` come after it.
+    Use it as a context manager. It is not durable: `fsync_file` or `fsync_tree` come after it. What is written goes to
+    the disk meanwhile, so that they have little left to wait for; what the disk answers to that is raised by a later
+    `write`, or at the end of the block.
     """
 
     def __init__(self, path: Path) -> None:
@@ -160,12 +167,20 @@ class NewFile:
         self.size = 0
         self._hasher = xxhash.xxh3_128()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._writeback: _Writeback | None = None
+        self._writeback_began_at = 0
 
     def __enter__(self) -> NewFile:  # noqa: PYI034 - typing.Self came with Python 3.11
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: object, *_: object) -> None:
+        writeback, self._writeback = self._writeback, None
+        if writeback is not None:
+            # Before the close: its descriptor could be that of another file by then.
+            writeback.wait()
         os.close(self._descriptor)
+        if writeback is not None and error_type is None:
+            writeback.raise_error()
 
     @property
     def digest(self) -> str:
@@ -180,6 +195,50 @@ class NewFile:
             count = os.write(self._descriptor, view)
             view = view[count:]
             self.size += count
+        if self.size - self._writeback_began_at >= _WRITEBACK_BYTES:
+            self._begin_writeback()
+
+    def _begin_writeback(self) -> None:
+        if self._writeback is not None:
+            if self._writeback.is_running:
+                return
+            # The kernel reports a failed page once: to the first that asks, and so never to the fsync of the commit.
+            self._writeback.raise_error()
+        self._writeback = _Writeback(self._descriptor)
+        self._writeback_began_at = self.size
+
+
+class _Writeback:
+    """One ``fdatasync`` in a thread of its own, from its construction on."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="stepguard-writeback", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            # Where there is none (macOS, Windows), the fsync of the commit does all of it.
+            getattr(os, "fdatasync", _nothing)(self._descriptor)
+        except OSError as error:
+            self._error = error
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def raise_error(self) -> None:
+        """Only after it has ended."""
+        if self._error is not None:
+            raise self._error
+
+
+def _nothing(descriptor: int) -> None:
+    """Stand in for a call that this system does not have."""
 
 
 def move(source: Path, target: Path) -> None:

@@ -43,8 +43,8 @@ class Ledger:
         self._waiting: list[bytes] = []
         self._is_failing = False
 
-    def append(self, event: str, **fields: Any) -> None:
-        """Add one line. Durable when this returns, unless the disk fails."""
+    def append(self, event: str, *, durable: bool = True, **fields: Any) -> None:
+        """Add one line, unless the disk fails: a kill does not undo it, and if it is ``durable`` no power loss."""
         line = {
             "event": event,
             "time": round(time.time(), 3),
@@ -57,7 +57,7 @@ class Ledger:
         with self._lock:
             self._waiting = [*self._waiting, encode(line)][-_MOST_WAITING:]
             try:
-                files.append_lines(self.path, b"".join(self._waiting))
+                files.append_lines(self.path, b"".join(self._waiting), durable=durable)
                 self._waiting = []
                 self._is_failing = False
             except OSError as error:

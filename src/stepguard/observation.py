@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard import __version__, heartbeat, ledger
+from stepguard import __version__, heartbeat, launched, ledger
 from stepguard.engine import Engine
 from stepguard.hang_watch import HangWatch
 from stepguard.heartbeat import Heartbeat
@@ -121,6 +121,7 @@ class Observer:
             _log.info("metrics are served at %s", self._metrics.url)
         if self._logdir is not None:
             self._make_room(self._logdir)
+            launched.announce(self._logdir)
             self._ledger = Ledger(self._logdir, role=role)
             self._previous = heartbeat.read_one(self._logdir, role)
             if role == "chief":
@@ -128,11 +129,13 @@ class Observer:
             self.now.restarts = restarts(ledger.read(self._logdir), self._role)
         self._append(
             "start",
+            # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
+            durable=False,
             engine=self._engine.name,
             argv=list(sys.orig_argv),
             version=__version__,
             restarts=self.now.restarts,
-            attempt=_attempt(),
+            attempt=launched.attempt(),
         )
         self._ended = threading.Event()
         self._beat()
@@ -227,6 +230,11 @@ class Observer:
         self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
         self._append("warning", message=message)
 
+    def returned(self, *, step: int | None, to_step: int | None, reason: str, number: int, message: str) -> None:
+        """The run went back from ``step`` to ``to_step``, the ``number``-th time; ``message`` was logged already."""
+        self._append("return", step=step, to_step=to_step, reason=reason, number=number)
+        self.warn(message)
+
     # --- inside ---
 
     def _make_room(self, logdir: Path) -> None:
@@ -241,10 +249,14 @@ class Observer:
     def _record_start(self, recovery: Recovery | None) -> None:
         now = self.now
         checkpoint = None if recovery is None else recovery.checkpoint
-        if recovery is None or checkpoint is None:
-            self._append("fresh", step=now.step)
-            return
         previous = self._previous
+        before = {
+            "previous_step": None if previous is None else previous.step,
+            "previous_time": None if previous is None else previous.time,
+        }
+        if recovery is None or checkpoint is None:
+            self._append("fresh", durable=False, step=now.step, **before)
+            return
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
             lost = max(0, previous.step - now.step)
@@ -259,18 +271,19 @@ class Observer:
         }
         self._append(
             "restore",
+            durable=False,
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
-            previous_step=None if previous is None else previous.step,
-            previous_time=None if previous is None else previous.time,
+            **before,
             lost_steps=lost,
             damaged=[
                 {"name": one.checkpoint.name, "reason": one.reason, "moved_to": one.moved_to}
                 for one in recovery.damaged
             ],
         )
-        if lost:
+        # What was damaged has been said already, with what it costs.
+        if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
         if recovery.damaged:
             self.now.warnings = [*self.now.warnings, recovery.message()][-_WARNINGS_KEPT:]
@@ -311,6 +324,9 @@ class Observer:
 
     def _measure(self, step: int) -> None:
         now = time.monotonic()
+        if self._rates and step < self._rates[-1][1]:
+            # The run went back: what was before tells nothing of its speed.
+            self._rates.clear()
         self._rates.append((now, step))
         while len(self._rates) > 2 and self._rates[0][0] < now - _RATE_SECS:
             self._rates.popleft()
@@ -387,11 +403,6 @@ def restarts(events: list[dict[str, Any]], role: str) -> int:
 def describe(error: BaseException) -> str:
     """The type and the first line of an error."""
     return f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
-
-
-def _attempt() -> int | None:
-    given = os.environ.get("STEPGUARD_ATTEMPT", "")
-    return int(given) if given.isdigit() else None
 
 
 def _check_steps(steps: object) -> None:

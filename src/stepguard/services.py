@@ -150,6 +150,10 @@ class StepTrigger:
             self._on_error(error)
         return self._every_steps
 
+    def went_back(self) -> None:
+        """The run was put back to an earlier step, and comes to steps on the grid once more. At a boundary."""
+        self._next_step = self._after(self._engine.step(self._session))
+
     def _after(self, step: int | None) -> int | None:
         # On a grid from 0, so that a restarted run saves at the same steps.
         return None if step is None else (step // self._every_steps + 1) * self._every_steps
@@ -173,6 +177,8 @@ class StepCounter:
         now = time.monotonic()
         steps, seconds = step - self._last_step, now - self._last_time
         self._last_step, self._last_time = step, now
+        if steps < 0:
+            return  # The run went back: how fast it was meanwhile is not known.
         rate = steps / seconds if seconds > 0 else float("inf")
         self._events.scalar(self._tag, rate, step)
         if self._reports_left > 0:

@@ -14,11 +14,17 @@ import signal
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import FrameType
 
+from stepguard import launched
+
 _log = logging.getLogger(__name__)
+
+# So long after the first, a second SIGTERM under a launcher is the same one.
+_ECHO_SECS = 0.5
 
 
 class SigtermWatch:
@@ -31,6 +37,7 @@ class SigtermWatch:
     def __init__(self, on_sigterm: Callable[[], None]) -> None:
         self._on_sigterm = on_sigterm
         self._received = 0
+        self._first_at = 0.0
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._thread: threading.Thread | None = None
 
@@ -95,8 +102,13 @@ class SigtermWatch:
                     self._sigterm()
 
     def _sigterm(self) -> None:
+        now = time.monotonic()
+        if self._received and now < self._first_at + _ECHO_SECS and launched.attempt() is not None:
+            # Who signals all processes of a job signals the launcher too, and that passes it on.
+            return
         self._received += 1
         if self._received == 1:
+            self._first_at = now
             _log.warning("SIGTERM: stopping at the next step boundary; a second one ends the process at once")
             self._on_sigterm()
         else:

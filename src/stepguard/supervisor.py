@@ -11,16 +11,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import LogdirInUseError, StopRequested, add_note
+from stepguard.errors import LogdirInUseError
 from stepguard.looper import LooperThread
+from stepguard.managed_session import ManagedSession, Run
+from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
 from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
-from stepguard.signals import SigtermWatch, end_by_sigterm
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.writer import CheckpointWriter
 
@@ -59,6 +59,11 @@ class Supervisor(Generic[SessionT]):
         observation: how the run is watched; by default with a ledger and a heartbeat in the logdir, and nothing more.
         watched_logdir: where those are written, also by a worker, which has no ``logdir``; by default ``logdir``.
         role: what a worker is called there.
+        nan_guard: what happens when a number or a state is not finite: ``"stop"``, ``"return"``, or ``None``: nothing.
+        nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
+
+    Raises:
+        ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Supervisor(Generic[SessionT]):
         observation: Observation | None = None,
         watched_logdir: str | None = None,
         role: str = "worker",
+        nan_guard: str | None = None,
+        nan_returns: int = 3,
     ) -> None:
         self._engine = engine
         self._coord = coord
@@ -112,6 +119,29 @@ class Supervisor(Generic[SessionT]):
         self._hold: LogdirHold | None = None
         self._writer: CheckpointWriter | None = None
         self._checkpointer: Checkpointer | None = None
+        self._step_trigger: StepTrigger | None = None
+        self._guard = self._make_guard(nan_guard, nan_returns)
+
+    def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
+        check_options(mode, most_returns, saves=self._store is not None and self._saves())
+        if mode is None:
+            return None
+        return NanGuard(
+            mode,
+            most_returns,
+            engine=self._engine,
+            coord=self._coord,
+            store=self._store,
+            events=self._events,
+            observer=self._observer,
+            one_save=self._one_save,
+            on_error=self._report,
+            on_return=self._went_back,
+        )
+
+    def _went_back(self) -> None:
+        if self._step_trigger is not None:
+            self._step_trigger.went_back()
 
     @property
     def is_chief(self) -> bool:
@@ -216,6 +246,7 @@ class Supervisor(Generic[SessionT]):
                     one_save=self._one_save,
                     max_unprotected_secs=self._max_unprotected_secs,
                     observer=self._observer,
+                    guard=self._guard,
                 )
             self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
             if self._save_model_secs:
@@ -223,6 +254,7 @@ class Supervisor(Generic[SessionT]):
             if self._save_model_steps:
                 trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
                 self._engine.call_after_steps(sess, 1, trigger)
+                self._step_trigger = trigger
         self._is_running()
         self._observer.session_ready(sess, None if self._store is None else self._store.last_recovery)
         for thread in threads:
@@ -264,6 +296,8 @@ class Supervisor(Generic[SessionT]):
             raise
         try:
             self._engine.watch(session, self._save_before_close)
+            if self._guard is not None:
+                self._guard.begin(session)
             if start_standard_services and self._is_chief:
                 if self._logdir:
                     self.start_standard_services(session)
@@ -272,8 +306,8 @@ class Supervisor(Generic[SessionT]):
                     self._observer.session_ready(session, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None)
-        except BaseException:
-            self._give_up(session)
+        except BaseException as error:
+            self._give_up(session, error)
             raise
         return session
 
@@ -308,16 +342,34 @@ class Supervisor(Generic[SessionT]):
             for leftover in store.sweep():
                 _log.info("removed %s, left behind by a run that was killed", leftover)
 
-    def _give_up(self, session: SessionT) -> None:
-        """End what was begun for a session that could not be prepared; its error is on the way out."""
+    def _give_up(self, session: SessionT, error: BaseException) -> None:
+        """End what was begun for a session that could not be prepared; ``error`` is on its way out."""
         self._coord.request_stop()
+        if self._guard is not None:
+            self._guard.end(was_asked=True)
         self._engine.close(session)
+        self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
 
     def _supervised(
         self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
     ) -> AbstractContextManager[SessionT]:
         """The context that a training loop lives in."""
-        return _ManagedSession(self, open_session, close_summary_writer)
+        return ManagedSession(
+            Run(
+                open=open_session,
+                request_stop=self.request_stop,
+                stop_at_boundary=self._engine.stop_at_boundary,
+                note_end=self._note_end,
+                save=self._save_before_close,
+                stop=lambda: self.stop(close_summary_writer=close_summary_writer),
+                close=self._engine.close,
+                grace_secs=self._stop_grace_secs,
+                stops_on_sigterm=self._stop_on_sigterm,
+            )
+        )
+
+    def _note_end(self, reason: str) -> None:
+        self._stop_reason = reason
 
     def stop(
         self,
@@ -337,10 +389,13 @@ class Supervisor(Generic[SessionT]):
             RuntimeError: threads did not stop in time.
         """
         _unstopped.discard(self)
+        was_asked = self._coord.should_stop()
         self._coord.request_stop()
         self._observer.stopping()
         try:
             try:
+                if self._guard is not None:
+                    self._guard.end(was_asked=was_asked)
                 self._coord.join(
                     threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
                 )
@@ -380,6 +435,8 @@ class Supervisor(Generic[SessionT]):
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
+        if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
+            return
         try:
             self._save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
@@ -399,6 +456,7 @@ class Supervisor(Generic[SessionT]):
             self._checkpointer.save_last(max(0.0, deadline - time.monotonic()))
 
     def _stop_writing(self, deadline: float) -> None:
+        self._step_trigger = None
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
             checkpointer.close()
@@ -416,6 +474,8 @@ class Supervisor(Generic[SessionT]):
     def _end_with_process(self, deadline: float) -> None:
         """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
         self._coord.request_stop()
+        if self._guard is not None:
+            self._guard.end(was_asked=True)
         if self._checkpointer is not None:
             # The session is closed when it is collected, too late for a thread that would save it.
             self._checkpointer.close()
@@ -454,108 +514,3 @@ def _end_unstopped(pid: int) -> None:
     deadline = time.monotonic() + _EXIT_SECS
     for supervisor in list(_unstopped):
         supervisor._end_with_process(deadline)
-
-
-class _ManagedSession(AbstractContextManager[SessionT]):
-    """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed."""
-
-    def __init__(
-        self, supervisor: Supervisor[SessionT], open_session: Callable[[], SessionT], close_summary_writer: bool
-    ) -> None:
-        self._supervisor = supervisor
-        self._open_session = open_session
-        self._close_summary_writer = close_summary_writer
-        self._session: SessionT | None = None
-        self._sigterm = SigtermWatch(self._on_sigterm)
-        self._left = threading.Event()
-        self._patience: threading.Thread | None = None
-
-    def __enter__(self) -> SessionT:
-        if self._supervisor._stop_on_sigterm:
-            self._sigterm.start()
-        try:
-            self._session = self._open_session()
-            if self._sigterm.received:
-                # The preparation began by clearing the stop flag, perhaps after the signal had set it.
-                self._stop_at_boundary()
-        except BaseException as error:
-            # An error of the preparation is raised as itself, whatever its type means while a run lasts.
-            self._end_quietly(error)
-            if self._sigterm.received and isinstance(error, Exception):
-                end_by_sigterm()
-            raise
-        return self._session
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if self._sigterm.received:
-            self._supervisor._stop_reason = "sigterm"
-        if error is not None and not isinstance(error, (Exception, StopRequested)):
-            # Ctrl-C, sys.exit: the program is told that it is over by this very error.
-            self._supervisor._stop_reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "exit"
-            self._end_quietly(error)
-            return False
-        try:
-            try:
-                if isinstance(error, Exception):
-                    self._supervisor.request_stop(error)
-            finally:
-                # request_stop raises `error` at once when the program has stopped the run itself.
-                self._end()
-        except BaseException as raised:
-            if raised is error:
-                return False
-            raise
-        if self._sigterm.received:
-            end_by_sigterm()
-        # What the coordinator took for the end of the input, with no error after it, ends here.
-        return True
-
-    def _on_sigterm(self) -> None:
-        self._stop_at_boundary()
-        patience = threading.Thread(target=self._lose_patience, name="stepguard-sigterm-grace", daemon=True)
-        patience.start()
-        # Started first: the main thread may be leaving the block just now, and joins what it finds here.
-        self._patience = patience
-
-    def _lose_patience(self) -> None:
-        """A loop that waits in native code for input that never comes reaches no boundary: end its wait."""
-        grace_secs = self._supervisor._stop_grace_secs
-        if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
-            return
-        session = self._session
-        if session is None:
-            return
-        _log.warning("the training loop goes on %g s after SIGTERM: its session is saved and closed", grace_secs)
-        self._supervisor._save_before_close()
-        self._supervisor._engine.close(session)
-
-    def _stop_at_boundary(self) -> None:
-        self._supervisor.request_stop()
-        session = self._session
-        if session is not None:
-            self._supervisor._engine.stop_at_boundary(session)
-
-    def _end(self) -> None:
-        self._left.set()
-        patience = self._patience
-        if patience is not None:
-            # It may be saving the last step just now.
-            patience.join()
-        try:
-            self._supervisor.stop(close_summary_writer=self._close_summary_writer)
-        finally:
-            try:
-                if self._session is not None:
-                    self._supervisor._engine.close(self._session)
-                    self._session = None
-            finally:
-                self._sigterm.finish()
-
-    def _end_quietly(self, error: BaseException) -> None:
-        try:
-            self._end()
-        except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
-            if later is not error:
-                add_note(error, f"while stopping: {type(later).__name__}: {later}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import SaveFailedError
+from stepguard.nan_guard import NanGuard
 from stepguard.observation import Observer
 from stepguard.store import Checkpoint, CheckpointStore
 
@@ -37,7 +38,8 @@ class CheckpointWriter:
     without success it is an error of the run.
 
     ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
-    then written the snapshot itself, and there is nothing left to commit.
+    then written the snapshot itself, and there is nothing left to commit. What ``guard`` does not admit is not
+    committed; where the framework has written it already, it is put into quarantine.
 
     Threads: :meth:`submit`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything else happens
     on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
@@ -54,6 +56,7 @@ class CheckpointWriter:
         max_unprotected_secs: float,
         first_retry_secs: float = _FIRST_RETRY_SECS,
         observer: Observer | None = None,
+        guard: NanGuard | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -64,6 +67,8 @@ class CheckpointWriter:
         self._max_unprotected_secs = max_unprotected_secs
         self._first_retry_secs = first_retry_secs
         self._observer = observer
+        self._guard = guard
+        self._mark: int | None = None
         self._wake = threading.Condition(threading.Lock())
         self._waiting: Snapshot | None = None
         self._busy = False
@@ -84,6 +89,7 @@ class CheckpointWriter:
             self._waiting = snapshot
             self._taken_at = time.time()
             self._stall_secs = stall_secs
+            self._mark = None if self._guard is None else self._guard.mark()
             self._busy = True
             # The deadline of an earlier drain was for an earlier snapshot.
             self._gives_up_at = None
@@ -157,6 +163,9 @@ class CheckpointWriter:
             tried_at = time.monotonic()
             try:
                 with self._one_save:
+                    if self._guard is not None and not self._guard.admits(snapshot, self._mark):
+                        self._reject(snapshot)
+                        return
                     path = self._make_durable(snapshot)
                 break
             except self._storage_errors as error:
@@ -231,6 +240,19 @@ class CheckpointWriter:
                     "%s was saved by the program's own saver, in files of its own: no manifest is written", written
                 )
         return written
+
+    def _reject(self, snapshot: Snapshot) -> None:
+        """Keep a later start from a checkpoint that was written already, and is not to be."""
+        store, written = self._store, snapshot.written
+        if written is None or store is None or not store.holds(written):
+            return
+        name = os.path.basename(written)
+        for one in store.candidates():
+            if one.name == name:
+                store.quarantine(one, "the NaN guard was on, and this step or one shortly before it was not finite")
+        good = next((one for one in store.candidates() if one.is_committed), None)
+        if good is not None:
+            store.point_to(good)
 
     def _commit(self, store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
         name = self._engine.checkpoint_name(snapshot.step)

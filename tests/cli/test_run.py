@@ -1,12 +1,14 @@
 """`stepguard run` around real programs that end in every way, and real signals."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import select
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -17,7 +19,9 @@ import pytest
 
 from stepguard import heartbeat, ledger
 from stepguard.cli.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
+from stepguard.cli.runs import Runs
 from stepguard.store import CheckpointStore
+from stepguard.testing import FakeSupervisor
 
 SOON_SECS = 60.0
 TRAINING = [sys.executable, str(Path(__file__).with_name("training.py"))]
@@ -183,6 +187,21 @@ def test_sigterm_is_passed_on_and_the_last_step_is_saved(tmp_path, children):
     assert len(events(logdir, "launch")) == 1
 
 
+def test_sigterm_to_all_processes_of_a_job_is_one_request(tmp_path, children):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "train")
+    children.append(launcher)
+    beat = wait_until(lambda: is_training(logdir), "training")
+    assert beat
+    for _ in range(2):
+        os.kill(heartbeat.read_one(logdir, "chief").pid, signal.SIGTERM)
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher)[0] == 128 + signal.SIGTERM
+    (stop,) = events(logdir, "stop")
+    assert stop["reason"] == "sigterm"
+    assert newest(logdir).step == stop["step"]
+
+
 def test_two_requests_at_once_are_passed_on_as_one(children):
     # `timeout` sends it to the launcher, and to its group; a program under Stepguard ends at once by a second one.
     launcher = run(
@@ -335,12 +354,16 @@ def terminal(children):
         pid, master = pty.fork()
         if pid == 0:
             os.execv(sys.executable, [sys.executable, "-m", "stepguard", "run", "--", *program])
-        masters.append(master)
-        termios.tcsetwinsize(master, (30, 91)) if hasattr(termios, "tcsetwinsize") else None
+        masters.append((pid, master))
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 91, 0, 0))
         return pid, master
 
     yield start
-    for master in masters:
+    for pid, master in masters:
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         os.close(master)
 
 
@@ -366,6 +389,7 @@ def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
         "signal.signal(signal.SIGINT, counted)\n"
         "print('tty', [os.isatty(one) for one in (0, 1, 2)], os.get_terminal_size(2).columns, file=sys.stderr)\n"
         "while not count: time.sleep(0.01)\n"
+        "print('interrupted', file=sys.stderr)\n"
         "time.sleep(0.8)\n"
         "print('interrupts:', count, file=sys.stderr)\n"
         "sys.exit(9)\n"
@@ -373,7 +397,11 @@ def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
     pid, master = terminal(sys.executable, "-c", program)
     seen = _read_until(master, "tty [True, True, True] 91\r\n")
     assert "\r\r\n" not in seen
+    # Two that come at the same moment are one to the kernel: so the launcher takes its own a little later.
+    os.kill(pid, signal.SIGSTOP)
     os.write(master, b"\x03")
+    _read_until(master, "interrupted")
+    os.kill(pid, signal.SIGCONT)
     seen = _read_until(master, "restarts")
     assert "interrupts: 1\r\n" in seen
     assert "restart 1" not in seen
@@ -425,3 +453,69 @@ def test_restarts_are_limited():
     one, two = ("SIGKILL", "", True), ("SIGKILL", "", True)
     assert decide(one, two, most=1) == [Restart(1, 1.0), NO_RESTARTS_LEFT]
     assert decide(one, most=0) == [NO_RESTARTS_LEFT]
+
+
+# --- progress ---
+
+
+def runs(tmp_path, logdir):
+    """What the launcher sees of a logdir that was announced after the start."""
+    announcements = tmp_path / "announcements"
+    announcements.mkdir()
+    found = Runs(None, announcements)
+    (announcements / "1.logdir").write_text(str(logdir))
+    found.look()
+    return found
+
+
+def test_checkpoints_that_were_there_before_are_no_progress(tmp_path):
+    with FakeSupervisor(str(tmp_path / "run")).managed_session() as session:
+        session.run_step()
+    began = time.time() + 0.001
+    found = runs(tmp_path, tmp_path / "run")
+    assert not found.has_progressed(began)
+    book = ledger.Ledger(tmp_path / "run", role="chief")
+    wait_until(lambda: time.time() > began + 0.001, "a moment")
+    book.append("restore", step=1, previous_step=1)
+    assert not found.has_progressed(began)
+    book.append("checkpoint", step=2)
+    assert found.has_progressed(began)
+    assert not found.has_progressed(time.time() + 1)
+
+
+def test_a_checkpoint_whose_line_in_the_ledger_is_missing_is_progress(tmp_path):
+    began = time.time() - 0.001
+    with FakeSupervisor(str(tmp_path / "run")).managed_session() as session:
+        session.run_step()
+    book = tmp_path / "run" / ledger.FILE_NAME
+    book.write_bytes(b"".join(line for line in book.read_bytes().splitlines(True) if b'"fresh"' in line))
+    (tmp_path / "run" / heartbeat.DIR_NAME / "chief.json").unlink()
+    assert runs(tmp_path, tmp_path / "run").has_progressed(began)
+
+
+def test_a_run_that_damage_has_thrown_back_makes_progress_below_where_it_was(tmp_path):
+    logdir = tmp_path / "run"
+    logdir.mkdir()
+    book = ledger.Ledger(logdir, role="chief")
+    book.append("checkpoint", step=500)
+    began = time.time() + 0.001
+    wait_until(lambda: time.time() > began + 0.001, "a moment")
+    book.append("restore", step=50, previous_step=500)
+    found = runs(tmp_path, logdir)
+    assert not found.has_progressed(began)
+    book.append("checkpoint", step=60)
+    assert found.has_progressed(began)
+
+
+def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_path):
+    def save(step):
+        (tmp_path / f"model.ckpt-{step}.data-00000-of-00001").write_bytes(b"x")
+        (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"x")
+
+    save(7)
+    given = Runs(tmp_path, tmp_path / "nothing-announced")
+    began = time.time() - 0.001
+    assert not given.has_progressed(began)
+    save(9)
+    assert given.has_progressed(began)
+    assert not given.has_progressed(began)

@@ -1,7 +1,8 @@
 """What the suite asks of every engine: a small program under its Supervisor, and a look into its checkpoints.
 
 A program trains a model of ``size`` integers. One step raises each of them by one, so that in every state that
-belongs to one step all of them equal the step, and a state that mixes two shows it.
+belongs to one step all of them equal the step, and a state that mixes two shows it. Beside them is a ``weight`` that no
+step changes, for :meth:`Program.spoil`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ class Program(ABC):
     @abstractmethod
     def fail_prepare(self, error: BaseException) -> None:
         """Have the next preparation of a session raise ``error``, when the session was made already if there is one."""
+
+    @abstractmethod
+    def report(self, session: Any, number: float) -> None:
+        """Have the program compute a number, "loss", that its Supervisor gets to see. Not inside a step."""
+
+    @abstractmethod
+    def spoil(self, session: Any) -> None:
+        """Make a part of the saved state, "weight", NaN: one that steps leave alone."""
 
     def open_session(self) -> Any:
         """A prepared session with its services running."""

@@ -24,6 +24,12 @@ class FakeProgram(Program):
     def step(self, session: Any) -> int:
         return int(session.step)
 
+    def report(self, session: Any, number: float) -> None:
+        session.report(number)
+
+    def spoil(self, session: Any) -> None:
+        session.weight = float("nan")
+
     def fail_prepare(self, error: BaseException) -> None:
         self.sv.engine.fail_prepare = error
 

@@ -29,6 +29,8 @@ class TensorFlowProgram(Program):
                 self._train = self._step.assign_add(1).op
             self._values = [variable.read_value() for variable in variables]
             v1.summary.scalar("first", variables[0])
+            weight = v1.get_variable("weight", [], tf.float32, v1.zeros_initializer())
+            self._spoil = weight.assign(float("nan")).op
             self.sv = Supervisor(logdir=logdir, init_fn=self._on_init, **options)
 
     def _on_init(self, session: Any) -> None:
@@ -43,6 +45,12 @@ class TensorFlowProgram(Program):
 
     def step(self, session: Any) -> int:
         return int(session.run(self._step))
+
+    def report(self, session: Any, number: float) -> None:
+        self.sv.summary_computed(session, v1.Summary(value=[v1.Summary.Value(tag="loss", simple_value=number)]))
+
+    def spoil(self, session: Any) -> None:
+        session.run(self._spoil)
 
     def fail_prepare(self, error: BaseException) -> None:
         self._prepare_error = error

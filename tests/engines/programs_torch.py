@@ -22,8 +22,9 @@ class TorchProgram(Program):
     def __init__(self, logdir: Path | str | None, *, size: int, **options: Any) -> None:
         self._prepare_error: BaseException | None = None
         self._model = Integers(size)
+        self._weight = torch.nn.Linear(1, 1)
         self.sv = Supervisor(
-            {"model": self._model},
+            {"model": self._model, "weight": self._weight},
             logdir=logdir,
             init_fn=self._on_init,
             summaries=lambda: {"first": self._model.v000},
@@ -34,7 +35,7 @@ class TorchProgram(Program):
         if self._prepare_error is not None:
             raise self._prepare_error
         # The model is the program's own, and may have been trained by an earlier run: this is what begins anew.
-        for value in self._model.buffers():
+        for value in (*self._model.buffers(), self._weight.bias.data):
             value.zero_()
 
     def run_step(self, session: Any) -> None:
@@ -47,6 +48,13 @@ class TorchProgram(Program):
 
     def step(self, session: Any) -> int:
         return int(session.global_step)
+
+    def report(self, session: Any, number: float) -> None:
+        session.summary({"loss": torch.tensor(number)})
+
+    def spoil(self, session: Any) -> None:
+        with torch.no_grad():
+            self._weight.bias.fill_(float("nan"))
 
     def fail_prepare(self, error: BaseException | None) -> None:
         self._prepare_error = error

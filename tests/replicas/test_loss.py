@@ -6,6 +6,13 @@ import time
 
 import pytest
 
+from stepguard import ledger
+
+
+def restored_step(cluster):
+    """The step that the last session was restored at; until its program can look, a worker may have trained."""
+    return [one["step"] for one in ledger.read(cluster.logdir) if one["event"] == "restore"][-1]
+
 
 def test_a_killed_chief_joins_the_live_model_and_does_not_roll_it_back(cluster):
     cluster.serve()
@@ -56,7 +63,7 @@ def test_a_killed_parameter_server_costs_the_steps_since_the_last_commit(cluster
     assert committed >= saved
     cluster.ps[0].restart()
     restored = chief.wait_for("session", after=killed)
-    assert restored["step"] == committed
+    assert restored["step"] >= restored_step(cluster) == committed
     assert worker.wait_for("session", after=killed)["step"] >= committed
     steps = [line["step"] for line in worker.reports("step") if line["time"] > restored["time"]]
     worker.wait_for_step(committed + 50)
@@ -77,7 +84,7 @@ def test_a_worker_does_not_initialise_what_the_chief_will_restore(cluster):
     assert len(worker.reports("session")) == 1
     chief.restart()
     restored = chief.wait_for("session")
-    assert restored["step"] == committed
+    assert restored["step"] >= restored_step(cluster) == committed
     assert worker.wait_for("session", after=restored["time"] - 1)["step"] >= committed
 
 
@@ -90,7 +97,9 @@ def test_everything_killed_at_once_resumes_from_the_newest_commit(cluster):
     committed = cluster.saved_steps()[-1]
     for task in cluster.tasks:
         task.restart()
-    assert cluster.chief.wait_for("session")["step"] == committed
+    # Before the chief can look, its worker may have trained.
+    assert cluster.chief.wait_for("session")["step"] >= committed
+    assert restored_step(cluster) == committed
     assert cluster.workers[1].wait_for_step(committed + 10)
 
 

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
+    parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -46,14 +47,16 @@ def main() -> None:
     net = network()
     model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
     sv = Supervisor(
-        {"model": model, "optimizer": optimizer},
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
         args.logdir,
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
+        nan_guard="stop" if args.nan else None,
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
@@ -62,6 +65,9 @@ def main() -> None:
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
+            scheduler.step()
+            if args.nan:
+                session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
@@ -71,6 +77,8 @@ def main() -> None:
     if session.global_step == args.steps:
         outcome = f"{session.global_step} {digest(net, optimizer)}"
         args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
+        # Else the first to end may close its connections while another still reads from them.
+        dist.barrier()
     dist.destroy_process_group()
 
 

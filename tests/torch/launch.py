@@ -16,11 +16,12 @@ from stepguard.store import CheckpointStore
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 
 
-def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> None:
+def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def outcomes(logdir: Path, processes: int) -> list[str]:

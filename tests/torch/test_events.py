@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,6 +102,25 @@ def test_the_programs_own_writer_is_used(tmp_path):
     assert [step for step, _ in curve(tmp_path / "curves", "loss")] == [0, 1]
     assert [step for step, _ in curve(tmp_path / "curves", "mine")] == [0, 1]
     assert list((tmp_path / "run").glob("events.*")) == []
+
+
+def test_opening_the_log_draws_nothing_from_the_program(tmp_path, monkeypatch):
+    def drawing(**options):
+        """As the import of TensorFlow does, which the first writer of a process brings along."""
+        random.random()
+        torch.rand(())
+        return SummaryWriter(**options)
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", drawing)
+    random.seed(1)
+    torch.manual_seed(1)
+    expected = (random.random(), torch.rand(()))
+    model = nn.Linear(1, 1)
+    random.seed(1)
+    torch.manual_seed(1)
+    Supervisor({"model": model}, tmp_path)
+
+    assert (random.random(), torch.rand(())) == expected
 
 
 def test_a_second_run_of_one_supervisor_opens_the_log_again(tmp_path):

@@ -51,18 +51,26 @@ def alone():
     dist.destroy_process_group()
 
 
+def program_state(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
 def train(logdir, steps, net=None, wrap="none"):
     """In this process alone; the digest of what was restored, and that at the end."""
     net = network() if net is None else net
     model = wrapped(net, wrap)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, save_summaries_secs=0)
+    state = program_state(model)
+    optimizer, scheduler = state["optimizer"], state["scheduler"]
+    sv = Supervisor(state, logdir, save_summaries_secs=0)
     with sv.managed_session() as session:
         first = digest(net, optimizer)
         for _ in session.steps(max_steps=steps):
             optimizer.zero_grad()
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
+            scheduler.step()
     return first, digest(net, optimizer)
 
 
@@ -132,7 +140,7 @@ class TestDamage:
             part.unlink()
         before = steps_saved(logdir)[1]
         net = network()
-        sv = Supervisor({"model": net, "optimizer": torch.optim.AdamW(net.parameters())}, logdir)
+        sv = Supervisor(program_state(net), logdir)
         with sv.managed_session() as session:
             assert session.global_step == before
 
@@ -198,7 +206,7 @@ class TestWhatIsRead:
         recommit(logdir, "model.ckpt-24")
         before = steps_saved(logdir)[1]
         net = network()
-        sv = Supervisor({"model": net, "optimizer": torch.optim.AdamW(net.parameters())}, logdir)
+        sv = Supervisor(program_state(net), logdir)
         with sv.managed_session() as session:
             assert session.global_step == before
 

@@ -93,6 +93,27 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert [path.name for path in killed.glob("quarantine")] == []
 
 
+def test_stopped_and_continued_it_is_only_later(tmp_path):
+    chance = random.Random(5)
+    short = ("--step-secs=0.004", "--steps=200", "--workers=2")
+    expected = Run(tmp_path / "whole", *short, "--save-secs=0").outcome()
+    run = Run(tmp_path / "stopped", *short, "--save-secs=0.02")
+    process = psutil.Process(run.process.pid)
+    wait_until(lambda: Path(f"{tmp_path / 'stopped'}.seen").exists())
+    for _ in range(6):
+        run.kill(signal.SIGSTOP)
+        wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+        steps = len(history(tmp_path / "stopped"))
+        time.sleep(0.05)  # how long it is stopped
+        assert len(history(tmp_path / "stopped")) == steps < 200
+        run.kill(signal.SIGCONT)
+        time.sleep(chance.uniform(0.01, 0.08))
+
+    assert run.outcome() == expected
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+    assert CheckpointStore(tmp_path / "stopped").newest_good(quarantine=False).checkpoint.step == 200
+
+
 def test_sigterm_stops_at_a_step_saves_it_and_ends_as_the_signal_asks(tmp_path):
     run = Run(tmp_path / "run", "--steps=100000", "--save-secs=3600", "--workers=2")
     time.sleep(0.5)
@@ -146,3 +167,10 @@ def wait_for(text: str, run: Run) -> None:
     while text not in run.output.read_text():
         assert time.monotonic() < deadline, run.output.read_text()
         time.sleep(0.01)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

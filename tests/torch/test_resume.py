@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 from training import BATCH, ITEMS, Augmented, Training, plain
 
 from stepguard.errors import CheckpointMismatchError
@@ -49,6 +50,8 @@ LOADERS = {
     "a batch sampler without batches": lambda: DataLoader(
         plain(), batch_size=None, sampler=BatchSampler(RandomSampler(range(ITEMS)), BATCH, drop_last=False)
     ),
+    "torchdata's": lambda: StatefulDataLoader(plain(), BATCH, shuffle=True),
+    "torchdata's with workers": lambda: StatefulDataLoader(plain(), BATCH, shuffle=True, num_workers=2),
     "an iterable dataset": lambda: DataLoader(Numbers(), BATCH),
     "an iterable dataset and a worker": lambda: DataLoader(Numbers(), BATCH, num_workers=1),
     "a list of batches": lambda: list(DataLoader(plain(), BATCH)),
@@ -161,7 +164,7 @@ def test_what_is_drawn_before_the_first_step_does_not_change_the_run(tmp_path):
 
 class TestALoaderOfItsOwnState:
     class Counting:
-        """What torchdata's StatefulDataLoader is to us: it knows itself where it is."""
+        """It knows itself where it is, as torchdata's StatefulDataLoader does, and is nothing else that we know."""
 
         def __init__(self):
             self.data = Augmented()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +232,54 @@ class TestHostMemory:
 
         assert loaded.dtype == tensor.dtype
         assert torch.equal(loaded.to_dense().float(), tensor.to_dense().float())
+
+
+class TestNothingOfAFileIsKept:
+    """The tensors that are read are those of a mapped file, which is pruned, or may be damaged, later."""
+
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kept", torch.zeros(1000))
+
+        def _load_from_state_dict(self, state, prefix, *_):
+            self.kept = state[prefix + "kept"]
+
+    def mapped(self):
+        return {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines()}
+
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+    @pytest.mark.parametrize("kind", ["a module", "an optimizer", "values"])
+    def test_by(self, kind, tmp_path):
+        def build():
+            module = self.Keeping()
+            linear = nn.Linear(50, 50)
+            optimizer = torch.optim.Adam(linear.parameters())
+            return {
+                "a module": {"module": module},
+                "an optimizer": {"model": linear, "optimizer": optimizer},
+                "values": {"values": Values(tensor=torch.zeros(1000))},
+            }[kind]
+
+        first = build()
+        if kind == "an optimizer":
+            first["model"](torch.ones(50)).sum().backward()
+            first["optimizer"].step()
+        run(first, tmp_path)
+        second = build()
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            from stepguard.torch import restore
+
+            def read_file(path, **options):
+                state = original(path, **options)
+                seen.extend(name for name in self.mapped() if name.endswith(".pt"))
+                return state
+
+            original = restore.read_file
+            patch.setattr(restore, "read_file", read_file)
+            run(second, tmp_path, steps=2)
+
+        assert seen, "the files are not mapped any more: this test is without meaning"
+        gc.collect()
+        assert [name for name in self.mapped() if name.endswith(".pt")] == []

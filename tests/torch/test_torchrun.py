@@ -37,6 +37,15 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
     assert len(items) == len(set(items)), "an item of the epoch was seen twice"
 
 
+def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
+    said = torchrun(tmp_path / "run", 2, "--steps=100000", "--save-steps=5", "--nan=1:12", fails=True)
+
+    assert "NonFiniteError: loss is nan at step 12" in said
+    # After the same step: nobody was left waiting for the others.
+    assert "stopping without the others" not in said
+    assert "a round of the chief was left" not in said
+
+
 def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
     torchrun(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--step-secs=0.3")
 

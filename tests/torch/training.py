@@ -1,4 +1,5 @@
-"""A small training run that uses all that must be resumed: shuffling, augmentation in workers, dropout, a scheduler.
+"""A small training run that uses all that must be resumed: shuffling, augmentation in workers, dropout, a
+scheduler, a scaler of gradients.
 
 ``main`` trains in a process of its own, to be killed by a test.
 """
@@ -64,11 +65,14 @@ class Training:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimizer, T_0=17)
+        # It changes every few steps, and in a long run also loses one to an overflow.
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         self.progress = Values(lowest=float("inf"), seen=0)
         self.loader = DataLoader(Augmented(), BATCH, shuffle=True) if loader is None else loader()
         options = {"save_summaries_secs": 0, "save_model_secs": 3600, **options}
         state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.sv = Supervisor({**state, "progress": self.progress}, logdir, **options)
+        state |= {"progress": self.progress, "scaler": self.scaler}
+        self.sv = Supervisor(state, logdir, **options)
         self.batches: list[list[int]] = []
         self.began_at = -1
         self._outcome: tuple[Any, ...] | None = None
@@ -78,8 +82,9 @@ class Training:
         self.batches.append(index.tolist() if index.dim() else [int(index)])
         loss = torch.nn.functional.mse_loss(self.model(inputs.reshape(-1, 4)), targets.reshape(-1, 1))
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.scheduler.step()
         self.progress.lowest = min(self.progress.lowest, loss.item())
         self.progress.seen += len(self.batches[-1])
@@ -108,7 +113,8 @@ class Training:
             for tensor in state.values():
                 digest.update(tensor.numpy().tobytes())
         drawn = (random.random(), float(torch.rand(())), float(np.random.rand()))
-        return digest.hexdigest(), self.scheduler.get_last_lr(), vars(self.progress), drawn
+        scale = self.scaler.state_dict()
+        return digest.hexdigest(), self.scheduler.get_last_lr(), vars(self.progress), scale, drawn
 
 
 def main(arguments: list[str] | None = None) -> None:

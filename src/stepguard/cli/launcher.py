@@ -18,6 +18,7 @@ from stepguard.cli.relay import Relay
 from stepguard.cli.restarts import CRASH_LOOP, SAME_FAILURES, Failure, GiveUp, Restart, Restarts
 from stepguard.cli.runs import Runs
 from stepguard.cli.signal_queue import STOPS, SignalQueue
+from stepguard.history import History
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
@@ -79,6 +80,8 @@ class Launcher:
         self._stop_asked: float | None = None
         self._stopped_by: str | None = None
         self._attempt = 0
+        # The ledger's times are rounded.
+        self._began = time.time() - 0.001
 
     def run(self) -> int:
         """The exit code: the program's own last one, 128 + n for signal n, or `CRASH_LOOP_EXIT`."""
@@ -93,10 +96,9 @@ class Launcher:
                 if (exit_code := self._exit_code(ended)) is not None:
                     return exit_code
 
-    @property
-    def logdirs(self) -> list[Path]:
-        """The logdirs of the program that became known."""
-        return self._runs.logdirs
+    def histories(self) -> list[tuple[Path, History]]:
+        """What became of the time since `run` began, for each logdir that became known."""
+        return self._runs.histories(self._began)
 
     # --- one start ---
 
@@ -144,7 +146,7 @@ class Launcher:
             elif received.number in STOPS and not self._is_first_request():
                 if self._is_second_request():
                     self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
-                    self._processes.kill_all(relay.pid)
+                    self._processes.kill_all(relay.pid, pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
                 # What the terminal sends has reached the program already.
                 send(pid, received.number)
@@ -187,7 +189,6 @@ class Launcher:
 
     def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> Ended:
         self._runs.look()
-        # The ledger's times are rounded.
         since = began - 0.001
         stop = self._runs.stop(since)
         error = None if stop is None else stop.get("error")

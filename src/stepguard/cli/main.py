@@ -69,7 +69,7 @@ def _leave_the_pipe() -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
-Exit codes, of every command:
+Exit codes, of every command but `run`, which has those of its program:
   0    fine
   1    a finding: damaged, different, refused
   2    a mistake in the arguments

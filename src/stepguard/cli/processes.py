@@ -80,8 +80,12 @@ class Processes:
         self.reap()
         return [pid for pid in _children().get(os.getpid(), []) if pid != known]
 
-    def kill_all(self, spared: int) -> None:
-        """SIGKILL for all that descends from this process, but ``spared``, until none is left."""
+    def kill_all(self, spared: int, program: int | None = None) -> None:
+        """SIGKILL for ``program`` and all that descends from this process, but ``spared``, until none is left."""
+        if program is not None:
+            # Where what descends from it cannot be found, its group can, if it has one of its own.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                (os.killpg if os.getpgid(program) == program else os.kill)(program, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_SECS
         while (alive := _descendants(os.getpid(), spared)) and time.monotonic() < deadline:
             for pid in alive:

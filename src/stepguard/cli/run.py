@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from stepguard import heartbeat, history, ledger
 from stepguard.cli import output
 from stepguard.cli.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.restarts import Restarts
+from stepguard.history import History
 
 
 @click.command(
@@ -88,7 +88,7 @@ def command(
     restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)
     launcher = Launcher(program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say)
     exit_code = launcher.run()
-    _say(_summary(exit_code, restarts.done, launcher.logdirs, began))
+    _say(_summary(exit_code, restarts.done, time.time() - began, launcher.histories()))
     context.exit(exit_code)
 
 
@@ -97,12 +97,8 @@ def _say(line: str) -> None:
     click.echo(f"stepguard: {line}", err=True)
 
 
-def _summary(exit_code: int, restarts: int, logdirs: list[Path], began: float) -> str:
+def _summary(exit_code: int, restarts: int, secs: float, histories: list[tuple[Path, History]]) -> str:
     ending = "ended well" if exit_code == 0 else f"ended with exit code {exit_code}"
-    lines = [f"{ending} after {output.duration(time.time() - began)}, {output.counted(restarts, 'restart')}"]
-    for logdir in logdirs:
-        events = [one for one in ledger.read(logdir) if one["time"] >= began - 0.001]
-        found = history.of(events, heartbeat.read_one(logdir, history.CHIEF))
-        if found.attempts:
-            lines.append(f"{output.printable(str(logdir))}: {output.accounted(found)}")
+    lines = [f"{ending} after {output.duration(secs)}, {output.counted(restarts, 'restart')}"]
+    lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
     return "\n  ".join(lines)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 from stepguard import heartbeat, history, launched, ledger
-from stepguard.cli.survey import newest
+from stepguard.cli.survey import DAMAGED, newest
+from stepguard.heartbeat import Heartbeat
+from stepguard.history import History
 from stepguard.ledger import Ledger
 
 _Event = dict[str, Any]
@@ -25,20 +28,16 @@ class Runs:
         self._waiting: list[tuple[str, _Event]] = []
         if given is not None:
             self.look()
-
-    @property
-    def logdirs(self) -> list[Path]:
-        """Those that are known, in the order in which they became known."""
-        return list(self._ledgers)
+            # Of an announced one its own ledger tells what was there before: it may have trained since.
+            self._best = {logdir: _checkpoint(logdir)[0] for logdir in self._ledgers}
 
     def look(self) -> None:
         """Find out whether a process has announced its logdir meanwhile."""
         found = launched.announced(self._announcements)
         for logdir in found if self._given is None else [self._given.absolute(), *found]:
             # One that is given may be made by the program only: a logdir that exists means something to some.
-            if logdir not in self._ledgers and logdir.is_dir():
+            if logdir not in self._ledgers and os.path.isdir(logdir):
                 self._ledgers[logdir] = Ledger(logdir, role=history.LAUNCHER)
-                self._best[logdir] = _checkpoint_step(logdir)
         if self._ledgers:
             waiting, self._waiting = self._waiting, []
             for event, fields in waiting:
@@ -77,20 +76,37 @@ class Runs:
         starts = [one for one in began if one["event"] in ("restore", "fresh")]
         saved = [one.get("step") for one in began if one["event"] == "checkpoint"]
         before = _highest(
-            self._best[logdir],
+            self._best.get(logdir),
             *(one.get("step") for one in events if one["time"] < since),
             *(one.get(name) for one in starts for name in ("step", "previous_step")),
         )
-        beats = [one.step for one in heartbeat.read(logdir) if one.time >= since]
-        after = _highest(*(one.get("step") for one in began), *beats, _checkpoint_step(logdir))
+        beats = [one.step for one in _beats(logdir) if one.time >= since]
+        newest_step, newest_time = _checkpoint(logdir)
+        after = _highest(*(one.get("step") for one in began), *beats, newest_step)
         self._best[logdir] = _highest(before, after)
+        if before is None:
+            # It came to no session, or counts no steps.
+            return newest_time >= since
         if _is_beyond(after, before):
             return True
         # After damage a run goes further back than it had been, and still comes on.
         return _is_beyond(_highest(*saved), _highest(*(one.get("step") for one in starts)))
 
+    def histories(self, since: float) -> list[tuple[Path, History]]:
+        """What became of the time since then, for each logdir whose chief has told of itself."""
+        found = []
+        for logdir in self._ledgers:
+            chief = next((one for one in _beats(logdir) if one.role == history.CHIEF), None)
+            became = history.of([one for one in _read(logdir) if one["time"] >= since], chief)
+            if became.attempts:
+                found.append((logdir, became))
+        return found
+
     def _since(self, since: float) -> list[_Event]:
         return [event for logdir in self._ledgers for event in _read(logdir) if event["time"] >= since]
+
+
+# What cannot be read is no reason to leave a program alone.
 
 
 def _read(logdir: Path) -> list[_Event]:
@@ -99,11 +115,19 @@ def _read(logdir: Path) -> list[_Event]:
     return []
 
 
-def _checkpoint_step(logdir: Path) -> int | None:
+def _beats(logdir: Path) -> list[Heartbeat]:
     with contextlib.suppress(OSError):
-        _, found = newest(logdir)
-        return None if found is None else found.checkpoint.step
-    return None
+        return heartbeat.read(logdir)
+    return []
+
+
+def _checkpoint(logdir: Path) -> tuple[int | None, float]:
+    """Step and time of the newest that is not damaged; the beginning of time if there is none."""
+    with contextlib.suppress(OSError):
+        for found in newest(logdir):
+            if found is not None and found.state != DAMAGED:
+                return found.checkpoint.step, found.checkpoint.time
+    return None, 0.0
 
 
 def _highest(*steps: object) -> int | None:

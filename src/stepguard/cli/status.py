@@ -17,6 +17,7 @@ from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
 from stepguard.cli.situation import Launcher, Process, Situation, document, look
 from stepguard.cli.survey import GOOD, Surveyed
+from stepguard.history import CHIEF
 
 _LOOK_SECS = 1.0
 # A look at a large logdir on a slow disk must not keep that disk busy.
@@ -174,10 +175,11 @@ def _process_lines(one: Process, found: Situation) -> list[_Line]:
         ("  process", f"{where}; started {started} ago, last sign of life {output.duration(one.age_secs)} ago", None)
     )
     lines.append(("  step", _progress(one), None))
-    if beat.role == "chief" and found.steps_at_risk is not None and beat.phase != "stopped":
+    is_told = beat.phase != "stopped" or bool(found.steps_at_risk)
+    if beat.role == CHIEF and found.steps_at_risk is not None and is_told:
         lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
     if beat.save_failures:
-        lines.append(("  saving", f"{output.counted(beat.save_failures, 'try')[:-1]} failed", "yellow"))
+        lines.append(("  saving", output.counted(beat.save_failures, "failed save"), "yellow"))
     lines += [("  warning", output.printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]
     if beat.error:
         lines.append(("  error", output.printable(beat.error), "red"))
@@ -196,11 +198,8 @@ def _left_behind(one: Process) -> list[_Line]:
 def _run_lines(found: Situation) -> list[_Line]:
     lines: list[_Line] = []
     if not found.processes:
-        told = (
-            "and no heartbeat" if found.has_ledger else "no heartbeat and no ledger: no run of Stepguard has begun here"
-        )
-        told = "no process has told of itself" if found.has_ledger else told
-        lines.append(("run", told, None))
+        missing = "no heartbeat" if found.has_ledger else "no heartbeat and no ledger"
+        lines.append(("run", f"{missing}: no process has told of itself", None))
     newest, good = found.newest, found.newest_good
     lines.append(("checkpoint", _checkpoint(newest, found.now), None if newest is None or newest is good else "yellow"))
     if newest is not None and (good is None or good.checkpoint.name != newest.checkpoint.name):

@@ -8,6 +8,7 @@ at again, and never taken for damaged.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,7 +114,8 @@ def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
         layout = Layout(root, basename, ENTRY_SUFFIX)
         of_basename = []
         for candidate in recovery.newest_first(layout):
-            found = look(layout, candidate, layout.within(candidate.root).present(candidate.name))
+            place = layout.within(candidate.root)
+            found = look(layout, candidate, functools.partial(place.present, candidate.name))
             if found is not None:
                 of_basename.append(found)
                 if found.state == GOOD:

@@ -12,14 +12,16 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.engine import ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
 from stepguard.tensorflow.defaults import Model
 from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.numbers import is_finite, of_summary
 from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
-from stepguard.tensorflow.restore import ENGINE
+from stepguard.tensorflow.restore import ENGINE, Restorer
 from stepguard.tensorflow.runs import RunKinds
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
@@ -72,6 +74,7 @@ class TensorFlowEngine:
         self._init_fn = init_fn
         self._program_saves = program_saves
         self._kinds: RunKinds | None = None
+        self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
         self._saves: dict[str, bool] = {}
 
@@ -154,6 +157,14 @@ class TensorFlowEngine:
                 self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
             session.watch(Boundary(self._kinds), before_close, self._around_save)
 
+    def watch_values(self, session: Any, watch: ValueWatch) -> None:
+        """Show it what is summarised, and the scalars that steps return; of a session of another kind, the former."""
+        self._watch = watch
+        if isinstance(session, Session):
+            session.watch_values(watch)
+        else:
+            _log.warning("this session does not mark its steps: what they return is not looked at by the NaN guard")
+
     def stop_at_boundary(self, session: Any) -> None:
         """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
         boundary = _boundary(session)
@@ -203,6 +214,21 @@ class TensorFlowEngine:
         # The saver has read the step itself, and steps may have been done since: its file name has the right one.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
+
+    def non_finite(self, snapshot: Any) -> Sequence[str]:
+        """Variables, slots of optimizers among them, with NaN or infinity."""
+        if isinstance(snapshot, WrittenSnapshot):
+            reader = _v1.train.NewCheckpointReader(snapshot.written)
+            types = reader.get_variable_to_dtype_map()
+            floats = [name for name, dtype in types.items() if dtype.is_floating or dtype.is_complex]
+            return [name for name in sorted(floats) if not is_finite(reader.get_tensor(name))]
+        if self._plan is None:
+            raise AssertionError("a snapshot without a plan was written by its saver")
+        return self._plan.non_finite(snapshot)
+
+    def return_to(self, session: Any, path: Path) -> None:
+        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
+        Restorer().restore_file(session.unmarked(), self._model.saver, str(path))
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
@@ -284,7 +310,14 @@ class TensorFlowEngine:
                 summary, step = session.run([model.summary_op, model.global_step])
                 step = as_step(step)
         _log.info("recording summary at step %s", step)
-        events.summary(summary, step)
+        self.write_summary(summary, step)
+
+    def write_summary(self, summary: Any, step: int | None) -> None:
+        """A Summary proto, or one serialised, into the event log. Any thread."""
+        if self._events is not None:
+            self._events.summary(summary, step)
+        if self._watch is not None:
+            self._watch.look(of_summary(summary), step)
 
     @contextmanager
     def _summary_boundary(self, session: Any) -> Iterator[None]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.engine import ValueWatch
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
+from stepguard.tensorflow.numbers import of_run
 
 
 class Session(tf.compat.v1.Session):
@@ -49,6 +51,38 @@ class Session(tf.compat.v1.Session):
         self._boundary = None
         self._before_close = None
         self._around_save = None
+        self._unwatch_values()
+
+    def watch_values(self, watch: ValueWatch) -> None:
+        """Show ``watch`` the scalars that each step returns.
+
+        The methods of this one object are replaced, so that a session that nobody watches pays nothing at its steps.
+        """
+        self._unwatch_values()
+        run, partial_run, make_callable = self.run, self.partial_run, self.make_callable
+
+        def looked_at(fetches: Any, result: Any) -> Any:
+            boundary = self._boundary
+            if boundary is not None and boundary.is_step(fetches) and watch.look(of_run(fetches, result)):
+                watch.settle()
+            return result
+
+        def watched_run(fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
+            return looked_at(fetches, run(fetches, feed_dict, options, run_metadata))
+
+        def watched_partial_run(handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
+            return looked_at(fetches, partial_run(handle, fetches, feed_dict))
+
+        def watched_make_callable(fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Any:
+            function = make_callable(fetches, feed_list, accept_options)
+            # With feeds it is one that calls `run`, which looks already.
+            return function if feed_list else lambda *args, **kwargs: looked_at(fetches, function(*args, **kwargs))
+
+        self.__dict__.update(run=watched_run, partial_run=watched_partial_run, make_callable=watched_make_callable)
+
+    def _unwatch_values(self) -> None:
+        for name in ("run", "partial_run", "make_callable"):
+            self.__dict__.pop(name, None)
 
     @property
     def boundary(self) -> Boundary | None:
@@ -86,6 +120,10 @@ class Session(tf.compat.v1.Session):
     def read(self, fetches: Any) -> Any:
         """Run ``fetches``, which change nothing, whatever the boundary says: for those who hold it."""
         return super().run(fetches)
+
+    def unmarked(self) -> UnmarkedSession:
+        """This session, for those who hold the boundary and change what is saved."""
+        return UnmarkedSession(self.graph, super().run)
 
     def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
         """Continue a partial run. The boundary may fall between two parts of one."""
@@ -130,4 +168,13 @@ class Session(tf.compat.v1.Session):
         before_close, self._before_close = self._before_close, None
         if before_close is not None:
             before_close()
+        self._unwatch_values()
         super().close()
+
+
+class UnmarkedSession:
+    """What a Saver needs of a session; its runs are no steps."""
+
+    def __init__(self, graph: Any, run: Callable[..., Any]) -> None:
+        self.graph = graph
+        self.run = run

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.tensorflow.bundle import BundleTensor
+from stepguard.tensorflow.numbers import is_finite
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
@@ -69,6 +70,15 @@ class SavePlan:
                 for index, value in enumerate(fetched)
             ),
         )
+
+    def non_finite(self, snapshot: TensorSnapshot) -> list[str]:
+        """The names of the tensors of ``snapshot`` that hold NaN or infinity."""
+        return [
+            self.names[index]
+            for index, array in enumerate(snapshot.tensors)
+            if (dtype := self.fetches[index].dtype.base_dtype).is_floating or dtype.is_complex
+            if not is_finite(array)
+        ]
 
     def sharded(self, snapshot: TensorSnapshot) -> list[list[BundleTensor]]:
         """What the shards of a checkpoint of ``snapshot`` consist of."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.nan_guard import RETURN, check_options
 from stepguard.observation import Observation
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
@@ -21,6 +22,7 @@ from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.remote_session import RemoteSession
 from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
+from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import PEER_TIMEOUT_SECS, SessionManager
 from stepguard.tensorflow.snapshot import as_step, plan
 
@@ -75,6 +77,10 @@ class Supervisor(CoreSupervisor[Any]):
         end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
         metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
         metrics_host: the address to serve it on; by default this machine alone can reach it.
+        nan_guard: what happens when a loss, a summary or the state to be saved is not finite: ``"stop"`` ends the run
+            with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to the newest good checkpoint,
+            and goes on with the data that comes next, in a run of one process. ``None`` looks at nothing.
+        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -118,6 +124,8 @@ class Supervisor(CoreSupervisor[Any]):
         end_on_hang: bool = False,
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
+        nan_guard: str | None = None,
+        nan_returns: int = 3,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -151,6 +159,7 @@ class Supervisor(CoreSupervisor[Any]):
             max_unprotected_secs=max_unprotected_secs,
             peer_timeout_secs=peer_timeout_secs,
         )
+        self._returns = nan_guard == RETURN
         model = defaults.resolve(
             graph,
             ready_op=ready_op,
@@ -170,6 +179,14 @@ class Supervisor(CoreSupervisor[Any]):
         coord = Coordinator()
         store = _open_store(self._save_path, model.saver) if saves_model else None
         save_plan = plan(model.saver, graph) if store is not None else None
+        saves = bool(save_model_secs or save_model_steps or save_at_end)
+        check_options(nan_guard, nan_returns, saves=store is not None and saves)
+        if nan_guard is not None and saves_model and saves and save_plan is None:
+            raise ValueError(
+                "nan_guard looks at the state before it is saved, and this saver writes by means of its own (a "
+                "subclass of Saver, an old format, or a place that only TensorFlow can reach): use a "
+                "tf.compat.v1.train.Saver and a logdir on this machine's file systems, saver=None, or nan_guard=None"
+            )
         with graph.as_default():
             meta_graph = _v1.train.export_meta_graph(
                 graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(model.saver, "saver_def", None)
@@ -236,6 +253,8 @@ class Supervisor(CoreSupervisor[Any]):
                 metrics_port=metrics_port,
                 metrics_host=metrics_host,
             ),
+            nan_guard=nan_guard,
+            nan_returns=nan_returns,
             watched_logdir=watched_logdir,
             role=arguments.worker_role(),
         )
@@ -314,26 +333,38 @@ class Supervisor(CoreSupervisor[Any]):
             start_standard_services: whether to start the services and the queue runners.
 
         Raises:
-            RuntimeError: the model could not be made ready.
+            RuntimeError: the model could not be made ready; or ``nan_guard="return"`` and it is shared with others.
             tf.errors.DeadlineExceededError: a worker has waited ``max_wait_secs`` for its chief.
         """
+        if self._returns and master:
+            raise RuntimeError(
+                f"nan_guard='return' is for a model in this process, and the master is {master!r}: others may train "
+                f"the same model; use nan_guard='stop', and start the run again from its newest checkpoint"
+            )
 
         def prepare() -> Any:
-            return self._tensorflow.prepare(
+            session = self._tensorflow.prepare(
                 is_chief=self._is_chief,
                 master=master,
                 config=config,
                 wait_for_checkpoint=wait_for_checkpoint,
                 max_wait_secs=max_wait_secs,
             )
+            if self._returns and not isinstance(session, Session):
+                session.close()
+                raise RuntimeError(
+                    f"nan_guard='return' needs to know the step boundaries, and a {type(session).__name__} of the "
+                    f"program's own session manager does not mark them; use nan_guard='stop'"
+                )
+            return session
 
         session = self._open_session(prepare, start_standard_services)
         if start_standard_services:
             try:
                 with self._model.graph.as_default():
                     self.start_queue_runners(session)
-            except BaseException:
-                self._give_up(session)
+            except BaseException as error:
+                self._give_up(session, error)
                 raise
         return session
 
@@ -413,7 +444,7 @@ class Supervisor(CoreSupervisor[Any]):
             )
         if global_step is None:
             global_step = self._engine.step(sess)
-        self._tensorflow_events.summary(summary, None if global_step is None else as_step(global_step))
+        self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
 
     # --- the contract's second spelling ---
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordinator import Coordinator
+from stepguard.engine import ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
 from stepguard.observation import Observation
@@ -28,10 +30,18 @@ _STATE_FILE = "state.json"
 
 
 class FakeSession:
-    """A model of integers. A step raises each of them by one, slowly enough for a torn snapshot to be seen."""
+    """A model of integers. A step raises each of them by one, slowly enough for a torn snapshot to be seen.
+
+    Besides these it has a ``weight``, which steps leave alone, and a ``loss``, which each of them reports: either may
+    be made NaN.
+    """
 
     def __init__(self, size: int) -> None:
         self.values = [0] * size
+        self.weight = 0.0
+        self.loss = 0.0
+        self.returns = 0
+        self.watch: ValueWatch | None = None
         self.step = 0
         self.boundary = threading.RLock()
         self.is_open = True
@@ -58,15 +68,22 @@ class FakeSession:
         self.due_in -= 1
         if self.on_due is not None and self.due_in <= 0:
             self.due_in = self.on_due()
+        self.report(self.loss)
+
+    def report(self, loss: float) -> None:
+        """A number that the program has computed; between two steps."""
+        if self.watch is not None and self.watch.look({"loss": loss}):
+            self.watch.settle()
 
 
 @dataclass(frozen=True, slots=True)
 class FakeSnapshot:
-    """The integers of one step."""
+    """The integers of one step, and the weight."""
 
     step: int
     values: tuple[int, ...]
     written: str | None = None
+    weight: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -138,12 +155,15 @@ class FakeEngine:
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
         """Take over the integers of a checkpoint."""
-        state = json.loads((checkpoint.path / _STATE_FILE).read_text())
+        self._read(session, checkpoint.path)
+
+    def _read(self, session: FakeSession, path: Path) -> None:
+        state = json.loads((path / _STATE_FILE).read_text())
         if len(state["values"]) != self.size:
             raise CheckpointMismatchError(
-                f"{checkpoint.path}: expected {self.size} values, found {len(state['values'])}", path=checkpoint.path
+                f"{path}: expected {self.size} values, found {len(state['values'])}", path=path
             )
-        session.step, session.values = state["step"], state["values"]
+        session.step, session.values, session.weight = state["step"], state["values"], state.get("weight", 0.0)
 
     def step(self, session: FakeSession) -> int:
         """The steps done."""
@@ -160,6 +180,10 @@ class FakeEngine:
         """The session's own lock marks its steps already."""
         session.before_close = before_close
 
+    def watch_values(self, session: FakeSession, watch: ValueWatch) -> None:
+        """The session reports its loss."""
+        session.watch = watch
+
     def stop_at_boundary(self, session: FakeSession) -> None:
         """The next step raises."""
         session.must_stop = True
@@ -169,8 +193,8 @@ class FakeEngine:
         session.due_in, session.on_due = steps, callback
 
     def progress(self, session: FakeSession) -> object:
-        """Each step changes the state."""
-        return session.step
+        """Each step changes the state, and so does each return."""
+        return session.step, session.returns
 
     def settle(self, session: FakeSession, timeout_secs: float) -> None:
         """Nobody else trains this model."""
@@ -189,7 +213,16 @@ class FakeEngine:
 
     def snapshot(self, session: FakeSession) -> FakeSnapshot:
         """Copy the integers."""
-        return FakeSnapshot(session.step, tuple(session.values))
+        return FakeSnapshot(session.step, tuple(session.values), weight=session.weight)
+
+    def non_finite(self, snapshot: Any) -> Sequence[str]:
+        """The weight alone can be."""
+        return () if math.isfinite(snapshot.weight) else ("weight",)
+
+    def return_to(self, session: FakeSession, path: Path) -> None:
+        """Take over the integers of a checkpoint, as at a start."""
+        self._read(session, path)
+        session.returns += 1
 
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-<step>``."""
@@ -200,7 +233,7 @@ class FakeEngine:
         if self.fail_writes:
             raise self.fail_writes.pop(0)
         (stage / name).mkdir()
-        state = {"step": snapshot.step, "values": list(snapshot.values)}
+        state = {"step": snapshot.step, "values": list(snapshot.values), "weight": snapshot.weight}
         with NewFile(stage / name / _STATE_FILE) as file:
             file.write(json.dumps(state).encode())
         return {f"{name}/{_STATE_FILE}": (file.size, file.digest)}
@@ -251,6 +284,8 @@ class FakeSupervisor(Supervisor[FakeSession]):
         end_on_hang: bool = False,
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
+        nan_guard: str | None = None,
+        nan_returns: int = 3,
     ) -> None:
         store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
         self.engine = FakeEngine(size=size) if engine is None else engine
@@ -280,6 +315,8 @@ class FakeSupervisor(Supervisor[FakeSession]):
                 metrics_port=metrics_port,
                 metrics_host=metrics_host,
             ),
+            nan_guard=nan_guard,
+            nan_returns=nan_returns,
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:

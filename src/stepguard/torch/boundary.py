@@ -48,7 +48,7 @@ class Boundary:
     def check_stop(self) -> None:
         """Raise StopRequested if no further step may begin."""
         if self.must_stop:
-            raise StopRequested("stopped before the next step: SIGTERM was received")
+            raise StopRequested("stopped before the next step: the run was asked to stop")
 
     def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:
         """The step of this thread has ended; ``is_done`` says whether it is to be counted.

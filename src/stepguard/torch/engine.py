@@ -14,15 +14,17 @@ import torch
 
 from stepguard import files
 from stepguard.coordinator import Coordinator
+from stepguard.engine import ValueWatch
+from stepguard.errors import NonFiniteError
 from stepguard.torch import random_states
-from stepguard.torch.events import TorchEvents
+from stepguard.torch.events import TorchEvents, as_number
 from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
 from stepguard.torch.restore import Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.shards import is_sharded, skeleton
-from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes
+from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes, non_finite
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class TorchEngine:
         self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
         self._part: tuple[Mapping[str, Any], CopyStreams] = {}, CopyStreams({})
+        self._watch: ValueWatch | None = None
 
     # --- the session ---
 
@@ -148,6 +151,9 @@ class TorchEngine:
             return False
         try:
             self._coord.raise_requested_exception()
+        except NonFiniteError:
+            # This process runs as well as ever, and can stop with the others after the same step.
+            return False
         except BaseException:  # noqa: BLE001 - the coordinator raises it to whoever has to know
             return True
         return False
@@ -169,6 +175,11 @@ class TorchEngine:
     def watch(self, session: Session, before_close: Callable[[], None]) -> None:
         """A session marks its steps from the beginning; this only tells it whom to call."""
         session.watch(before_close)
+
+    def watch_values(self, session: Session, watch: ValueWatch) -> None:
+        """Show it what is summarised; a step returns no numbers."""
+        self._watch = watch
+        session.watch_values(watch)
 
     def stop_at_boundary(self, session: Session) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""
@@ -223,6 +234,20 @@ class TorchEngine:
             copies.close()
         return states, copies
 
+    def non_finite(self, snapshot: Any) -> Sequence[str]:
+        """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
+        snapshot.copies.finish()
+        return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
+
+    def return_to(self, session: Session, path: Path) -> None:
+        """Load the state into the objects of the program."""
+        if self._restorer is None:
+            raise AssertionError("a session without a logdir has no checkpoint to return to")
+        _synchronize()
+        self._restorer.return_to(path, session)
+        # The training runs on streams of its own threads.
+        _synchronize()
+
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""
         return f"{self._basename}-{step}"
@@ -258,6 +283,8 @@ class TorchEngine:
         def states() -> Mapping[str, Any]:
             held, copies = self._part
             copies.finish()
+            if self._watch is not None:
+                _check_finite(held)
             return held
 
         # Without a logdir of its own it does not see the chief's, and says so.
@@ -279,12 +306,29 @@ class TorchEngine:
         with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
-        self._events.summary(values, step)
+        self.write_summary(values, step)
 
     def write_summary(self, values: Mapping[str, Any], step: int) -> None:
         """Values that the program has computed itself. Any thread."""
+        if self._watch is not None:
+            values = {name: as_number(value) for name, value in values.items()}
         if self._events is not None:
             self._events.summary(values, step)
+        if self._watch is not None:
+            self._watch.look(values, step)
+
+
+def _check_finite(states: Mapping[str, Any]) -> None:
+    """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
+    names = [place for name, state in states.items() for place in non_finite(name, state)]
+    if names:
+        raise NonFiniteError(f"the state to be saved is not finite: {', '.join(names[:5])}", step=None, names=names)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
 
 
 class _Passing:

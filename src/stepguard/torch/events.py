@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from stepguard.torch import random_states
+
 _log = logging.getLogger(__name__)
 
 _opened = itertools.count()
@@ -15,13 +17,21 @@ _opened = itertools.count()
 
 def open_writer(logdir: str) -> Any:
     """A SummaryWriter for ``logdir``; ``None``, with a warning, where the tensorboard package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        _log.warning("no summaries are written: %s; pip install tensorboard", error)
-        return None
-    # The names of event files count whole seconds: the suffix keeps two of them apart.
-    return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+    # Its import draws random numbers (so does TensorFlow's, which it loads where there is one), and a program that has
+    # seeded its streams before would train otherwise than without a supervisor.
+    with random_states.preserved():
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            _log.warning("no summaries are written: %s; pip install tensorboard", error)
+            return None
+        # The names of event files count whole seconds: the suffix keeps two of them apart.
+        return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+
+
+def as_number(value: Any) -> float:
+    """A number, or a tensor of one element, as a number. One on a GPU is waited for."""
+    return float(value.item() if hasattr(value, "item") else value)
 
 
 class TorchEvents:
@@ -57,7 +67,7 @@ class TorchEvents:
     def summary(self, values: Mapping[str, Any], step: int) -> None:
         """One value of each of some curves: numbers, or tensors of one element."""
         for tag, value in values.items():
-            self.scalar(tag, value.item() if hasattr(value, "item") else float(value), step)
+            self.scalar(tag, as_number(value), step)
 
     def stopped(self) -> None:
         """The session log record STOP."""

@@ -255,6 +255,13 @@ class StatefulFeed(Feed):
         if "state" in position:
             self.loader.load_state_dict(position["state"])
 
+    def close(self) -> None:
+        """Also let go of the iterator that torchdata's loader keeps."""
+        super().close()
+        if isinstance(self.loader, DataLoader):
+            # Left to the garbage collector, in a cycle, it waits for each of its workers in vain, five seconds.
+            self.loader._iterator = None
+
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
         if not skip:
             return iter(self.loader)

@@ -23,27 +23,58 @@ def is_process(name: str) -> bool:
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:
-    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest."""
+    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     with files.NewFile(path) as file:
-        torch.save(state, Blocks(file))
+        append(file, state)
     return file.size, file.digest
 
 
-def read_file(path: Path) -> Any:
-    """Read it. No code from the file is run, and what only code could restore is an error."""
+def append(file: files.NewFile, state: Any) -> None:
+    """Append one archive of ``torch.save``. Raises OSError: the disk is full, or fails."""
+    blocks = _Blocks(file)
+    try:
+        torch.save(state, blocks)
+    except RuntimeError as error:
+        if blocks.error is None:
+            raise
+        # PyTorch ends its archive all the same, and then complains about that instead.
+        raise blocks.error from error
+
+
+def read_file(path: Path, *, mapped: bool = False) -> Any:
+    """Read it. No code from the file is run, and what only code could restore is an error.
+
+    With ``mapped`` the tensors are those of the file, and not in memory until they are used: that is for one that was
+    just read to its end, since a disk that fails under it would end the process. Nobody may keep them.
+    """
+    if mapped:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # A filesystem that maps no files, or another error, which reading then raises again.
+            pass
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-class Blocks:
+class _Blocks:
     """What ``torch.save`` needs of a file. It writes a whole tensor at once."""
 
     def __init__(self, file: files.NewFile) -> None:
         self._file = file
+        self.error: OSError | None = None
 
     def write(self, block: Any) -> int:
         view = memoryview(block)
-        for begin in range(0, len(view), _BLOCK_BYTES):
-            self._file.write(view[begin : begin + _BLOCK_BYTES])
+        try:
+            for begin in range(0, len(view), _BLOCK_BYTES):
+                self._file.write(view[begin : begin + _BLOCK_BYTES])
+        except OSError as error:
+            self.error = self.error or error
+            raise
         return len(view)
 
     def flush(self) -> None:

@@ -67,6 +67,20 @@ class Restorer:
             )
         self._load(path, session, rank)
 
+    def return_to(self, path: Path, session: Session) -> None:
+        """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes[f"{PROCESS}0"])
+        states = self._fitting(path, saved, process.pop("sharded", {}), mapped=False)
+        for component in self._components:
+            component.put_back(states[component.name])
+        session.global_step = process["global_step"]
+
     def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
         self._load(checkpoint.path, session, 0)
 
@@ -80,13 +94,16 @@ class Restorer:
             process["random"] = random_states.capture()
         elif rank:
             process = read_file(processes[f"{PROCESS}{rank}"])
-        states = self._fitting(path, saved, sharded)
+        # Rank 0 has just verified these files, and with that read them.
+        states = self._fitting(path, saved, sharded, mapped=rank == 0)
         for component in self._components:
             component.load(states.pop(component.name))
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
 
-    def _fitting(self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any]) -> dict[str, Any]:
+    def _fitting(
+        self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any], *, mapped: bool
+    ) -> dict[str, Any]:
         """All that the checkpoint holds, once it is sure that it can be put in place."""
         names = [component.name for component in self._components]
         held = [*saved, *sharded]
@@ -99,7 +116,9 @@ class Restorer:
             if component.name in held:
                 # Of what is sharded these are the names and shapes.
                 whole = component.name in saved
-                states[component.name] = read_file(saved[component.name]) if whole else sharded[component.name]
+                states[component.name] = (
+                    read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
+                )
                 misfit.add(component.misfit(states[component.name]))
         if misfit:
             raise CheckpointMismatchError(

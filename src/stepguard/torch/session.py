@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stepguard.engine import ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.torch import random_states
 from stepguard.torch.boundary import Boundary
@@ -50,6 +51,7 @@ class Session:
         self._random: dict[str, Any] | None = None
         self._interrupts = InterruptHold(self.boundary)
         self._before_close: Callable[[], None] | None = None
+        self._watch: ValueWatch | None = None
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
         self.is_open = True
 
@@ -102,8 +104,9 @@ class Session:
         Gives the number of the step. Steps of several threads are run one after the other.
 
         Raises:
-            StopRequested: SIGTERM was received; ``managed_session`` ends it.
+            StopRequested: the run is to stop at this boundary, after SIGTERM for one; ``managed_session`` ends it.
         """
+        self._settle()
         self.boundary.call_due()
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             raise StopRequested("stopped before the next step, as the other processes do")
@@ -151,9 +154,14 @@ class Session:
         """Call ``before_close()`` when the program closes the session itself."""
         self._before_close = before_close
 
+    def watch_values(self, watch: ValueWatch) -> None:
+        """Wait, between two steps, for what ``watch`` does about numbers that are not finite."""
+        self._watch = watch
+
     def unwatch(self) -> None:
         """Close without a call back."""
         self._before_close = None
+        self._watch = None
 
     def hold_interrupts(self) -> None:
         """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
@@ -209,7 +217,11 @@ class Session:
 
     def _steps(self, feed: Feed | None, max_steps: int | None, epochs: int | None) -> Iterator[Any]:
         boundary = self.boundary
-        while not self._must_end(max_steps):
+        while True:
+            # First: it may put the session back, and there are steps to be done again.
+            self._settle()
+            if self._must_end(max_steps):
+                return
             boundary.call_due()
             if self._gate is not None and not self._gate.begin(boundary.steps):
                 return
@@ -232,6 +244,10 @@ class Session:
                 self.finish_step(was_left=True)
                 raise
             self.finish_step()
+
+    def _settle(self) -> None:
+        if self._watch is not None and not self.boundary.is_mine:
+            self._watch.settle()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.

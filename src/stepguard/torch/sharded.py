@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.torch import unpickling
-from stepguard.torch.format import Blocks
+from stepguard.torch.format import append
 from stepguard.torch.shards import Shard, name_of, parts
 
 METADATA = ".metadata"
@@ -87,7 +87,7 @@ def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> P
             if item.type == WriteItemType.BYTE_IO:
                 file.write(data.getbuffer())
             else:
-                torch.save(data, Blocks(file))
+                append(file, data)
             length = file.size - begin
             results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
         return Part(results, name, file.size, file.digest)

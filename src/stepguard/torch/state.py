@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import re
 import sys
@@ -40,8 +42,14 @@ class Component:
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
-        """Put a saved state in place."""
+        """Put a saved state in place. Its tensors may be those of a mapped file: none of them is kept."""
         holder = self._holder
+        if isinstance(holder, nn.Module):
+            # It copies into the tensors that it has, or nearly always does.
+            holder.load_state_dict(state)
+            if not _shares_memory(holder.state_dict(), state):
+                return
+        state = copy.deepcopy(state)
         if isinstance(holder, torch.Generator):
             holder.set_state(state["state"])
         elif isinstance(holder, random.Random):
@@ -55,6 +63,16 @@ class Component:
         """How its tensors are spread over the processes."""
         groups = self._holder.param_groups if isinstance(self._holder, torch.optim.Optimizer) else ()
         return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+
+    def put_back(self, state: Any) -> None:
+        """Put a saved state in place, in the middle of a run: streams of random numbers go on, gradients are gone."""
+        holder = self._holder
+        if isinstance(holder, (torch.Generator, random.Random)) or _is_numpy_generator(holder):
+            return
+        self.load(state)
+        if isinstance(holder, nn.Module):
+            # What was accumulated for the step that is not done now may be what is wrong.
+            holder.zero_grad(set_to_none=True)
 
     def misfit(self, saved: Any) -> Misfit:
         """What keeps ``saved`` from being loaded; nothing is changed."""
@@ -175,6 +193,38 @@ def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def non_finite(path: str, state: Any) -> list[str]:
+    """The places of what is NaN in a nested state in host memory, and of tensors that hold an infinity.
+
+    A plain number may be infinite: that is how schedulers, and the programs, write "none so far".
+    """
+    found = []
+    for place, part in leaves(path, state):
+        if isinstance(part, Shard):
+            part = part.local
+        if isinstance(part, torch.Tensor):
+            if not _is_finite(part):
+                found.append(place)
+        elif isinstance(part, float) and math.isnan(part):
+            found.append(place)
+    return found
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # There is no arithmetic in eight bits.
+    # One pass, and no copy of the state: both ends are NaN where anything is.
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
+
+
 class HostMemory:
     """Copies of states in the memory of the host, which are used again by the next copy of a state of that form."""
 
@@ -279,6 +329,19 @@ def nbytes(value: Any) -> int:
     """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
     tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _shares_memory(state: Any, other: Any) -> bool:
+    addresses = set(_addresses(other))
+    return any(address in addresses for address in _addresses(state))
+
+
+def _addresses(state: Any) -> Iterator[int]:
+    for _, part in leaves("", state):
+        # A DTensor has been put together from copies.
+        is_plain = isinstance(part, torch.Tensor) and not is_dtensor(part)
+        if is_plain and part.layout is torch.strided and part.numel():
+            yield part.untyped_storage().data_ptr()
 
 
 def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:

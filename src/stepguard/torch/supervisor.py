@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.coordinator import Coordinator
+from stepguard.nan_guard import RETURN, check_options
 from stepguard.observation import Observation
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
@@ -65,6 +66,10 @@ class Supervisor(CoreSupervisor[Session]):
         end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
         metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
         metrics_host: the address to serve it on; by default this machine alone can reach it.
+        nan_guard: what happens when a loss, a summary or the state to be saved is not finite: ``"stop"`` ends the run
+            with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to the newest good checkpoint,
+            and goes on with the data that comes next, in a run of one process. ``None`` looks at nothing.
+        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, or a part of the state cannot be saved; the
@@ -97,6 +102,8 @@ class Supervisor(CoreSupervisor[Session]):
         end_on_hang: bool = False,
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
+        nan_guard: str | None = None,
+        nan_returns: int = 3,
     ) -> None:
         arguments.check(
             logdir=logdir,
@@ -110,6 +117,11 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
         )
+        if nan_guard == RETURN and world()[1] > 1:
+            raise ValueError(
+                f"nan_guard='return' is for a run of one process, and torch.distributed has {world()[1]}: use "
+                f"nan_guard='stop', and have a launcher start the run again from its newest checkpoint"
+            )
         parts = components(state)
         if is_chief is None:
             is_chief = world()[0] == 0
@@ -125,6 +137,8 @@ class Supervisor(CoreSupervisor[Session]):
                 keep_every_n_hours=keep_checkpoint_every_n_hours,
             )
         store = found if is_chief else None
+        saves = bool(save_model_secs or save_model_steps or save_at_end)
+        check_options(nan_guard, nan_returns, saves=store is not None and saves)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
             restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
@@ -173,6 +187,8 @@ class Supervisor(CoreSupervisor[Session]):
                 metrics_port=metrics_port,
                 metrics_host=metrics_host,
             ),
+            nan_guard=nan_guard,
+            nan_returns=nan_returns,
             watched_logdir=everyones_root,
             role=f"worker-{world()[0]}",
         )
@@ -237,7 +253,7 @@ class Supervisor(CoreSupervisor[Session]):
                 f"summary_computed: expected numbers by the names of their curves, found "
                 f"{type(summary).__name__}: {summary!r:.80}"
             )
-        self._torch_events.summary(summary, sess.global_step if global_step is None else global_step)
+        self._torch.write_summary(summary, sess.global_step if global_step is None else global_step)
 
     def _check_alone(self) -> None:
         """A second session would be restored over the model that the first one trains."""

@@ -1,0 +1,137 @@
+"""The context that a training loop lives in: it opens the session, and ends the run whichever way the block is left."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic
+
+from stepguard.engine import SessionT
+from stepguard.errors import StopRequested, add_note
+from stepguard.signals import SigtermWatch, end_by_sigterm
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run(Generic[SessionT]):
+    """What a managed session asks of its supervisor.
+
+    ``stop`` stops the services and saves the last step, ``save`` saves it while they still run, and ``note_end`` says
+    why the run ends, where that is not for an error. ``grace_secs`` is how long a loop may go on after SIGTERM.
+    """
+
+    open: Callable[[], SessionT]
+    request_stop: Callable[[BaseException | None], None]
+    stop_at_boundary: Callable[[SessionT], None]
+    note_end: Callable[[str], None]
+    save: Callable[[], None]
+    stop: Callable[[], None]
+    close: Callable[[SessionT], None]
+    grace_secs: float
+    stops_on_sigterm: bool
+
+
+class ManagedSession(AbstractContextManager[SessionT]):
+    """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed."""
+
+    def __init__(self, run: Run[SessionT]) -> None:
+        self._run = run
+        self._session: SessionT | None = None
+        self._sigterm = SigtermWatch(self._on_sigterm)
+        self._left = threading.Event()
+        self._patience: threading.Thread | None = None
+
+    def __enter__(self) -> SessionT:
+        if self._run.stops_on_sigterm:
+            self._sigterm.start()
+        try:
+            self._session = self._run.open()
+            if self._sigterm.received:
+                # The preparation began by clearing the stop flag, perhaps after the signal had set it.
+                self._stop_at_boundary()
+        except BaseException as error:
+            # An error of the preparation is raised as itself, whatever its type means while a run lasts.
+            self._end_quietly(error)
+            if self._sigterm.received and isinstance(error, Exception):
+                end_by_sigterm()
+            raise
+        return self._session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if self._sigterm.received:
+            self._run.note_end("sigterm")
+        if error is not None and not isinstance(error, (Exception, StopRequested)):
+            # Ctrl-C, sys.exit: the program is told that it is over by this very error.
+            self._run.note_end("interrupt" if isinstance(error, KeyboardInterrupt) else "exit")
+            self._end_quietly(error)
+            return False
+        try:
+            try:
+                if isinstance(error, Exception):
+                    self._run.request_stop(error)
+            finally:
+                # request_stop raises `error` at once when the program has stopped the run itself.
+                self._end()
+        except BaseException as raised:
+            if raised is error:
+                return False
+            raise
+        if self._sigterm.received:
+            end_by_sigterm()
+        # What the coordinator took for the end of the input, with no error after it, ends here.
+        return True
+
+    def _on_sigterm(self) -> None:
+        self._stop_at_boundary()
+        patience = threading.Thread(target=self._lose_patience, name="stepguard-sigterm-grace", daemon=True)
+        patience.start()
+        # Started first: the main thread may be leaving the block just now, and joins what it finds here.
+        self._patience = patience
+
+    def _lose_patience(self) -> None:
+        """A loop that waits in native code for input that never comes reaches no boundary: end its wait."""
+        grace_secs = self._run.grace_secs
+        if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
+            return
+        session = self._session
+        if session is None:
+            return
+        _log.warning("the training loop goes on %g s after SIGTERM: its session is saved and closed", grace_secs)
+        self._run.save()
+        self._run.close(session)
+
+    def _stop_at_boundary(self) -> None:
+        self._run.request_stop(None)
+        session = self._session
+        if session is not None:
+            self._run.stop_at_boundary(session)
+
+    def _end(self) -> None:
+        self._left.set()
+        patience = self._patience
+        if patience is not None:
+            # It may be saving the last step just now.
+            patience.join()
+        try:
+            self._run.stop()
+        finally:
+            try:
+                if self._session is not None:
+                    self._run.close(self._session)
+                    self._session = None
+            finally:
+                self._sigterm.finish()
+
+    def _end_quietly(self, error: BaseException) -> None:
+        try:
+            self._end()
+        except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
+            if later is not error:
+                add_note(error, f"while stopping: {type(later).__name__}: {later}")
