@@ -92,7 +92,7 @@ def plain(text: str) -> list[str]:
     """Lines without what differs from run to run: numbers with their units, times, hosts, the width of columns. Equal
     lines that follow each other are one.
     """
-    text = re.sub(r"\bon [\w.-]+, ", "on HOST, ", text)
+    text = re.sub(r"\bon [\w.-]+(?=[,:])", "on HOST", text)
     text = re.sub(r"(?<![.\w])[0-9a-f]{16,}\b", "#", text)
     text = re.sub(r"(?<![\w-])-?\d[\d,.:]*(e[-+]?\d+)?( ?(s|min|h|d|B|KiB|MiB|GiB)\b)?", "#", text)
     text = re.sub(r"\d+", "#", text)

@@ -2,7 +2,7 @@
 
 ``run_blocks.py MODULES JOBS``: MODULES are imported before, as in ``a,b``; JOBS is a file with a JSON list of objects:
 ``name``, ``code``, ``folder`` to run in, ``copies`` to make before, as pairs of paths. Writes a JSON list of what
-became of them to standard output: ``name``, ``status``, ``out``, ``err``. The next starts when the one before has ended.
+became of them to standard output: ``name``, ``status``, ``out``, ``err``. The next starts when one has ended.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ import yaml
 from click.testing import CliRunner
 from pages import ALL, ROOT, Block, blocks, is_like, is_printed
 
-from stepguard import heartbeat
+from stepguard import heartbeat, ledger
 from stepguard.cli.main import cli
+from stepguard.ledger import Ledger
+from stepguard.store import CheckpointStore
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -273,6 +275,10 @@ def test_a_command_shows_what_the_page_shows(ran, tmp_path, monkeypatch, page):
     if page == "docs/cli.md":
         damage(tmp_path / "runs" / "digits")
     for block, command, output in consoles(page):
+        scene = SCENES.get((page, command))
+        if scene is not None:
+            shutil.rmtree("runs/digits")
+            scene()
         found = stepguard(block, command)
         assert is_like(output, found), f"{block}: {command}\nexpected:\n{output}\nfound:\n{found}"
 
@@ -343,9 +349,12 @@ def test_yaml_and_json_can_be_read():
 # --- what the pages list ---
 
 
-def test_each_event_of_the_ledger_and_its_fields_are_documented():
+def test_each_event_of_the_ledger_and_its_fields_are_documented(ran):
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)", section("docs/files.md", "The ledger"), re.MULTILINE))
-    for event, fields in appended_events().items():
+    events = appended_events()
+    for line in ledger.read(ran["world"]["folder"] / "runs" / "digits"):
+        events[line["event"]].update(line.keys() - {"event", "time", "pid", "host", "role"})
+    for event, fields in events.items():
         assert event in rows, f"docs/files.md does not list the event {event!r}"
         missing = {field for field in fields if f"`{field}`" not in rows[event]}
         assert not missing, f"docs/files.md: the event {event!r} has the fields {missing} too"
@@ -364,7 +373,9 @@ def appended_events() -> dict[str, set[str]]:
                 case ast.Call(
                     func=ast.Attribute(attr="append" | "_append" | "tell"), args=[ast.Constant(str(event)), *_]
                 ) if node.keywords:
-                    events.setdefault(event, set()).update(one.arg for one in node.keywords if one.arg)
+                    events.setdefault(event, set()).update(
+                        one.arg for one in node.keywords if one.arg not in (None, "durable")
+                    )
     return events
 
 
@@ -405,10 +416,78 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
     assert "save_model_steps" in (tmp_path / "reference" / "torch.html").read_text()
 
 
+def two_processes_under_a_launcher() -> None:
+    """A run that lives, was killed once and failed once, and is behind what it had saved last."""
+    logdir = Path("runs/digits").absolute()
+    store = CheckpointStore(logdir, engine="torch")
+    stage = store.stage("model.ckpt-12000")
+    (stage / "model.ckpt-12000").mkdir()
+    (stage / "model.ckpt-12000" / "model.pt").write_bytes(b"weights")
+    store.commit("model.ckpt-12000", 12_000)
+    heartbeat.prepare(logdir)
+    for role in ("chief", "worker-1"):
+        now = heartbeat.Heartbeat(role, engine="torch", phase="training", first_step=0, step=12_400)
+        now.total_steps, now.steps_per_sec, now.boundary_time = 50_000, 35.2, time.time()
+        heartbeat.write(logdir, now)
+    told = {role: Ledger(logdir, role=role) for role in ("chief", "launcher")}
+    for attempt, lost in ((1, None), (2, 235), (3, 75)):
+        told["launcher"].append(
+            "launch",
+            attempt=attempt,
+            argv=["train.py"],
+            child_pid=os.getpid(),
+            process_start=heartbeat.process_start(os.getpid()),
+        )
+        told["chief"].append("start", engine="torch", attempt=attempt)
+        if lost is None:
+            told["chief"].append("fresh", step=0)
+        else:
+            told["chief"].append("restore", step=275, checkpoint="model.ckpt-275", lost_steps=lost)
+        if attempt < 3:
+            told["chief"].append("stop", reason="error", step=350, error="ValueError: bad batch 350")
+            told["launcher"].append("exit", attempt=attempt, child_pid=os.getpid(), code=1)
+
+
+def a_program_that_fails_once() -> None:
+    Path("train.py").write_text(FAILS_ONCE)
+
+
+FAILS_ONCE = """
+from pathlib import Path
+from stepguard.testing import FakeSupervisor
+
+is_first = not Path("runs/digits").exists()
+for stop in (275, 350):
+    sv = FakeSupervisor("runs/digits", save_model_secs=None, save_at_end=True, save_summaries_secs=None)
+    with sv.managed_session() as sess:
+        while sess.step < stop:
+            sess.run_step()
+        if is_first and stop == 350:
+            raise ValueError("bad batch 350")
+"""
+
+# What lies in runs/digits before a command of a page that shows a run at work.
+SCENES = {
+    ("docs/cli.md", "stepguard status runs/digits"): two_processes_under_a_launcher,
+    ("docs/cli.md", "stepguard run -- python train.py --batch-size 64"): a_program_that_fails_once,
+}
+
+
 def stepguard(block: Block, command: str) -> str:
     """What a command prints, here. It must be possible, whatever it finds."""
     words = shlex.split(command)
     assert words[0] == "stepguard", f"{block}: nothing here runs {command!r}"
+    if words[1] == "run":
+        # It has signals and children of its own.
+        ran = subprocess.run(
+            [sys.executable, "-m", *words],
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
+        return ran.stdout.replace(f"{Path.cwd()}/", "")
     result = CliRunner().invoke(cli, words[1:], catch_exceptions=False)
     assert result.exit_code in (0, 1), f"{block}: {command}\n{result.output}"
     return result.output
