@@ -26,7 +26,7 @@ demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill two of th
 	@$(BIN)/python examples/demo_replicas.py
 
 test: lint  ## The whole gate: format, lint, types, imports, tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(VENV)/.ready-to-develop
 	$(BIN)/ruff format --check .

@@ -276,6 +276,7 @@ class TestOthersThanTheChief:
     def test_one_who_only_reads_the_logdir_does_not_speak_for_the_chief(self, tmp_path: Path) -> None:
         with FakeSupervisor(str(tmp_path)).managed_session() as session:
             session.run_step()
+            wait_until(lambda: chief(tmp_path).phase == "training", "the heartbeat of a training")
             train(tmp_path, 0, save_at_end=False)
             beats = heartbeat.read(tmp_path)
 

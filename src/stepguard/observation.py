@@ -142,13 +142,17 @@ class Observer:
         self._thread = threading.Thread(target=self._watch, args=(self._ended,), name="stepguard-observer", daemon=True)
         self._thread.start()
 
-    def session_ready(self, session: Any, recovery: Recovery | None) -> None:
-        """The session can run. ``recovery`` is what was found to restore; ``None`` where nothing is looked for."""
+    def session_ready(self, session: Any, step: int | None, recovery: Recovery | None) -> None:
+        """The session can run, from ``step`` on. ``recovery`` is what was found to restore; ``None`` in one who looks
+        for nothing. Quick: the program waits, and others train already.
+        """
         if self._thread is None:
             return
-        self._look(session)
         now = self.now
-        now.first_step = now.step
+        now.first_step = now.step = step
+        now.boundary_time = time.time()
+        if step is not None:
+            self._measure(step)
         self._record_start(recovery)
         if self._options.hang_secs is not None and self._logdir is not None:
             self._hang = HangWatch(
@@ -165,7 +169,6 @@ class Observer:
         now.phase = "training"
         # Last: from now on the observer's thread uses all of the above.
         self._session = session
-        self._beat()
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """The run has stopped: ``finished``, ``sigterm``, ``interrupt``, ``exit`` or ``error``."""

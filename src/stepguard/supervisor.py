@@ -256,7 +256,7 @@ class Supervisor(Generic[SessionT]):
                 self._engine.call_after_steps(sess, 1, trigger)
                 self._step_trigger = trigger
         self._is_running()
-        self._observer.session_ready(sess, None if self._store is None else self._store.last_recovery)
+        self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
         for thread in threads:
             thread.start()
         return threads
@@ -303,9 +303,9 @@ class Supervisor(Generic[SessionT]):
                     self.start_standard_services(session)
                 else:
                     _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
-                    self._observer.session_ready(session, None)
+                    self._observer.session_ready(session, self._engine.step(session), None)
             elif start_standard_services:
-                self._observer.session_ready(session, None)
+                self._observer.session_ready(session, self._engine.step(session), None)
         except BaseException as error:
             self._give_up(session, error)
             raise

@@ -519,3 +519,16 @@ def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_p
     save(9)
     assert given.has_progressed(began)
     assert not given.has_progressed(began)
+
+
+def test_a_logdir_that_is_made_known_late_is_told_all(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    told = Runs(None, tmp_path)
+    told.tell("launch", 1.0, attempt=1)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.logdir").write_text(str(tmp_path / name))
+        told.look()
+    told.tell("exit", 2.0, attempt=1)
+    for name in ("one", "two"):
+        assert [(one["event"], one["time"]) for one in ledger.read(tmp_path / name)] == [("launch", 1.0), ("exit", 2.0)]

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+from stepguard import ledger
+
 HERE = Path(__file__).resolve().parent
 SOON_SECS = 60.0
 
@@ -248,3 +250,8 @@ class Cluster:
         for task in self.tasks:
             if task.is_alive():
                 task.kill()
+
+
+def restored_step(cluster: Cluster) -> int:
+    """The step that the last session was restored at; until its program can look, a worker may have trained."""
+    return [one["step"] for one in ledger.read(cluster.logdir) if one["event"] == "restore"][-1]

@@ -5,13 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-
-from stepguard import ledger
-
-
-def restored_step(cluster):
-    """The step that the last session was restored at; until its program can look, a worker may have trained."""
-    return [one["step"] for one in ledger.read(cluster.logdir) if one["event"] == "restore"][-1]
+from cluster import restored_step
 
 
 def test_a_killed_chief_joins_the_live_model_and_does_not_roll_it_back(cluster):

@@ -24,8 +24,8 @@ class Runs:
         self._announcements = announcements
         self._ledgers: dict[Path, Ledger] = {}
         self._best: dict[Path, int | None] = {}
-        # Lines from before the first logdir was known.
-        self._waiting: list[tuple[str, _Event]] = []
+        # All lines so far: for a logdir that is not known yet.
+        self._told: list[tuple[str, _Event]] = []
         if given is not None:
             self.look()
             # Of an announced one its own ledger tells what was there before: it may have trained since.
@@ -38,18 +38,15 @@ class Runs:
             # One that is given may be made by the program only: a logdir that exists means something to some.
             if logdir not in self._ledgers and os.path.isdir(logdir):
                 self._ledgers[logdir] = Ledger(logdir, role=history.LAUNCHER)
-        if self._ledgers:
-            waiting, self._waiting = self._waiting, []
-            for event, fields in waiting:
-                self._append(event, fields)
+                for event, line in self._told:
+                    self._ledgers[logdir].append(event, **line)
 
     def tell(self, event: str, time: float, **fields: Any) -> None:
-        """Add a line to the ledgers, now or as soon as there is one."""
+        """Add a line to each ledger, now or as soon as it is known."""
         line = {"time": round(time, 3), **fields}
-        if self._ledgers:
-            self._append(event, line)
-        else:
-            self._waiting.append((event, line))
+        self._told.append((event, line))
+        for one in self._ledgers.values():
+            one.append(event, **line)
 
     def has_progressed(self, since: float) -> bool:
         """Whether the start at ``since`` came to a step, or saved a checkpoint, that no start before it had."""
@@ -65,10 +62,6 @@ class Runs:
             key=lambda one: (one.get("role") == history.CHIEF, bool(one.get("error")), one["time"]),
             default=None,
         )
-
-    def _append(self, event: str, fields: _Event) -> None:
-        for one in self._ledgers.values():
-            one.append(event, **fields)
 
     def _has_progressed(self, logdir: Path, since: float) -> bool:
         events = [one for one in _read(logdir) if one.get("role") != history.LAUNCHER]
