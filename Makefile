@@ -10,8 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_ENABLE_ONEDNN_OPTS ?= 0
 
+# The theme advertises its successor at each build.
+export NO_MKDOCS_2_WARNING ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-replicas test lint format bench clean
+.PHONY: help demo demo-replicas test lint format bench docs docs-serve clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -38,8 +41,15 @@ format: $(VENV)/.ready-to-develop  ## Format the code and repair what the linter
 bench: $(VENV)/.ready-to-run  ## Measure against a bare session and TensorFlow's own supervisors
 	@$(BIN)/python benchmarks/run.py
 
+docs: $(VENV)/.ready-to-develop  ## Build the documentation into site/
+	@$(BIN)/mkdocs build --strict
+	@echo "Open site/index.html"
+
+docs-serve: $(VENV)/.ready-to-develop  ## Show the documentation while you write it
+	@$(BIN)/mkdocs serve
+
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) runs site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship venv without ensurepip: there the pip outside puts a pip inside.
@@ -59,5 +69,5 @@ $(VENV)/.ready-to-run: pyproject.toml | $(BIN)/python
 
 $(VENV)/.ready-to-develop: pyproject.toml | $(VENV)/.ready-to-run
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) install --editable '.[tensorflow-cpu,dev]'
+	@$(PIP) install --editable '.[tensorflow-cpu,dev,docs]'
 	@touch $@

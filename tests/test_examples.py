@@ -166,16 +166,3 @@ def test_the_demo_fails_loudly_when_nothing_was_restored(tmp_path):
         demo.run_and_kill(forgetful, tmp_path, half=10)
     with pytest.raises(SystemExit, match=f"exit status -{signal.SIGKILL.value}"):
         demo.run_again([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
-
-
-def test_the_program_in_the_readme_runs_as_it_stands(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    program = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    assert len(program.strip().splitlines()) <= 15
-    (tmp_path / "first.py").write_text(program)
-    ended = subprocess.run(
-        [sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
-    )
-    assert "at step 0" in ended.stdout
-    assert re.search(r"x = 3\.0", ended.stdout)
-    assert 50_000 in saved_steps(tmp_path / "runs" / "first")

@@ -28,7 +28,8 @@ class LooperThread(threading.Thread):
       coord: what asks the thread to stop, and receives its exception.
       timer_interval_secs: seconds from one call to the next. None or 0: call again and again, without a pause.
       target: the function to call. None is for subclasses that override `run_loop`.
-      args, kwargs: its arguments.
+      args: its positional arguments.
+      kwargs: its keyword arguments.
       name: the thread's name; by default it says what is called.
       clock: returns monotonic seconds; for tests.
 
