@@ -141,12 +141,30 @@ def test_a_hang_that_ends_is_reported_once_by_the_log_and_the_run_goes_on(start)
     assert heartbeat.read(child.logdir)[0].stacks is None
 
 
-def test_a_process_that_is_stopped_by_a_signal_hangs_too(start) -> None:
-    child = start("asleep")
+def test_a_process_that_is_suspended_does_not_hang(start) -> None:
+    child = start("asleep", hang_secs=0.5, end_on_hang=True)
+    (monitor,) = child.monitors()
     child.process.send_signal(signal.SIGSTOP)
+    # It looks once in half a second, and is blocked between two looks.
+    before = monitor.num_ctx_switches().voluntary
+    wait_until(lambda: monitor.num_ctx_switches().voluntary >= before + 4, "four looks")
+    (child.logdir / "wake").touch()
+    child.process.send_signal(signal.SIGCONT)
 
-    wait_until(child.hangs, "the ledger's line")
-    wait_until(lambda: "stepguard: no step boundary" in child.errors.read_text(), "the warning of the monitor")
+    assert child.process.wait(SOON_SECS) == 0, child.errors.read_text()
+    assert child.hangs() == []
+
+
+def test_what_follows_the_last_step_does_not_hang(start) -> None:
+    # Such as the evaluation of the model: the three steps were all.
+    child = start("asleep", hang_secs=0.5, end_on_hang=True, total_steps=3)
+    (monitor,) = child.monitors()
+    before = monitor.num_ctx_switches().voluntary
+    wait_until(lambda: monitor.num_ctx_switches().voluntary >= before + 12, "looks for longer than a hang")
+    (child.logdir / "wake").touch()
+
+    assert child.process.wait(SOON_SECS) == 0, child.errors.read_text()
+    assert child.hangs() == []
 
 
 def test_the_monitor_goes_with_a_process_that_is_killed(start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import urllib.request
@@ -96,6 +97,36 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     # And nothing is held by the attempt.
     with supervisor(tmp_path).managed_session():
         read(url_of(tmp_path))
+
+
+def test_of_several_processes_on_a_host_the_chief_has_the_port(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with FakeSupervisor(str(tmp_path), metrics_port=port).managed_session():
+        with FakeSupervisor(str(tmp_path), is_chief=False, metrics_port=port).managed_session():
+            pass
+        assert read(f"http://127.0.0.1:{port}/metrics")["stepguard_step"] == 0
+
+
+def test_a_child_that_outlives_the_run_does_not_keep_the_port(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with supervisor(tmp_path).managed_session():
+        url = url_of(tmp_path)
+        child = os.fork()
+        if not child:
+            os.close(writer)
+            os.read(reader, 1)  # until the test is over
+            os._exit(0)
+    try:
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", int(url.split(":")[2].split("/")[0])))
+            again.listen()
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(child, 0)
 
 
 def test_without_the_package_say_how_to_get_it(tmp_path: Path, monkeypatch) -> None:

@@ -256,6 +256,42 @@ class TestAProcess:
             == max(one["step"] for one in events(tmp_path, "checkpoint"))
         )
 
+    @pytest.mark.parametrize("how", ["sys.exit(3)", "raise ZeroDivisionError", "os.kill(os.getpid(), 15)"])
+    def test_that_is_forked_inside_the_block_ends_and_leaves_the_run_to_its_parent(self, tmp_path: Path, how) -> None:
+        program = f"""
+            import os, signal, sys, time
+            from stepguard.testing import FakeSupervisor
+            sv = FakeSupervisor(sys.argv[1], save_model_secs=0.01, metrics_port=0, hang_secs=100)
+            with sv.managed_session() as session:
+                for number in range(60):
+                    session.run_step()
+                    if number == 30:
+                        child = os.fork()
+                        if not child:
+                            {how}
+                        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(ended)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SOON_SECS, check=True)
+
+        assert ended.stdout == {"sys": "3\n", "rai": "1\n", "os.": "-15\n"}[how[:3]], ended.stderr
+        assert [(one["reason"], one["step"]) for one in events(tmp_path, "stop")] == [("finished", 60)]
+        assert {one["pid"] for one in events(tmp_path)} == {events(tmp_path, "start")[0]["pid"]}
+
+    def test_that_was_killed_had_come_to_its_newest_checkpoint_at_least(self, tmp_path: Path, start) -> None:
+        child = start(save_model_secs=0, save_model_steps=10)
+        child.wait_for_steps(50)
+        child.end(signal.SIGKILL)
+        saved = max(one["step"] for one in events(tmp_path, "checkpoint"))
+        (tmp_path / f"model.ckpt-{saved}" / "state.json").write_bytes(b"{}")
+
+        train(tmp_path, 0)
+
+        (restored,) = events(tmp_path, "restore")
+        assert restored["previous_step"] >= saved
+        assert restored["lost_steps"] == restored["previous_step"] - restored["step"] >= 10
+
 
 class TestOthersThanTheChief:
     def test_a_worker_writes_nothing_where_no_chief_watches(self, tmp_path: Path) -> None:

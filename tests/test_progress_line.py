@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stepguard import ledger
 from stepguard.progress_line import duration
 
 CHILD = """
@@ -73,8 +74,30 @@ def test_shows_the_step_the_rate_the_time_left_and_the_last_checkpoint(tmp_path:
     assert "step 300/400" in lines[-1]
 
 
+def test_what_is_printed_into_a_file_goes_there(tmp_path: Path) -> None:
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", textwrap.dedent(CHILD).replace("range(300)", "range(152)"), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+
+    assert process.communicate(timeout=60)[0] == "a line of the program\n"
+    os.close(master)
+
+
 def test_is_silent_without_a_terminal(tmp_path: Path) -> None:
     assert run(tmp_path, columns=None) == ("a line of the program\n", "LOG a line of its log\n")
+
+
+def test_a_terminal_that_goes_away_is_no_end_of_the_run(tmp_path: Path) -> None:
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", textwrap.dedent(CHILD).replace("INFO", "CRITICAL"), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    os.read(master, 1)
+    os.close(master)
+
+    assert process.wait(60) == 0
+    assert [one["reason"] for one in ledger.read(tmp_path) if one["event"] == "stop"] == ["finished"]
 
 
 @pytest.mark.parametrize(

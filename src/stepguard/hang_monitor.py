@@ -50,6 +50,9 @@ class Monitor:
             if came is not None and BOUNDARY in came:
                 last = time.monotonic()
                 reported = False
+            elif self._is_stopped():
+                # By Ctrl-Z, or by a scheduler that suspends jobs: it goes on later, and has as long again then.
+                last = time.monotonic()
             elif not reported and time.monotonic() >= last + self._secs:
                 reported = True
                 if not self._report(time.monotonic() - last):
@@ -59,6 +62,14 @@ class Monitor:
         """What came; ``None`` for nothing so far, empty when the other end was closed."""
         ready, _, _ = select.select([self._descriptor], [], [], timeout_secs)
         return os.read(self._descriptor, 4096) if ready else None
+
+    def _is_stopped(self) -> bool:
+        try:
+            with open(f"/proc/{self._pid}/stat", "rb") as stat:
+                # After the name, which is in parentheses and may hold anything.
+                return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+        except (OSError, IndexError):
+            return False
 
     def _report(self, secs: float) -> bool:
         """Have the stacks written; whether there is still anything to watch."""

@@ -74,6 +74,8 @@ class HangWatch:
                 [sys.executable, "-I", "-S", hang_monitor.__file__, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Where the program has none, descriptor 2 may be any file that it has opened since.
+                stderr=None if sys.stderr is not None else subprocess.DEVNULL,
                 pass_fds=[reader],
                 start_new_session=True,
             )

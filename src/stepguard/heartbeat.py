@@ -86,9 +86,9 @@ def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
 
 
 def forget_the_gone(logdir: str | os.PathLike[str], role: str) -> None:
-    """Remove the heartbeats of processes that have ended, but for those of ``role``: a new run begins."""
+    """Remove the heartbeats of processes that have ended, but for those of ``role`` and the chief: a new run begins."""
     for one in read(logdir):
-        if one.role != role and state(one) in ("stopped", "dead"):
+        if one.role not in (role, "chief") and state(one) in ("stopped", "dead"):
             forget(logdir, one.role)
 
 

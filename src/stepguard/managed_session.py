@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -44,9 +45,11 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._session: SessionT | None = None
         self._sigterm = SigtermWatch(self._on_sigterm)
         self._left = threading.Event()
+        self._pid = os.getpid()
         self._patience: threading.Thread | None = None
 
     def __enter__(self) -> SessionT:
+        self._pid = os.getpid()
         if self._run.stops_on_sigterm:
             self._sigterm.start()
         try:
@@ -65,6 +68,9 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if os.getpid() != self._pid:
+            # A child that was forked inside the block: the run is its parent's, and so are the threads that end it.
+            return False
         if self._sigterm.received:
             self._run.note_end("sigterm")
         if error is not None and not isinstance(error, (Exception, StopRequested)):

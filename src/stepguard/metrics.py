@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +50,29 @@ class MetricsServer:
                 f"metrics_port={port}: {host}:{port} cannot be served ({error.strerror or error}); choose another "
                 f"port, or 0 for a free one",
             ) from error
+        _servers.add(self)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
         """Serve no longer."""
+        _servers.discard(self)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+# A child that outlives the process must not keep its port.
+_servers: weakref.WeakSet[MetricsServer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for server in list(_servers):
+        server._server.socket.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class _Collector:

@@ -113,7 +113,8 @@ class Observer:
         self._rates.clear()
         self.now = Heartbeat(self._role, engine=self._engine.name, total_steps=self._options.total_steps)
         self.totals = Totals()
-        if self._options.metrics_port is not None:
+        # One port of a host is for one process: a worker serves only what it can choose itself.
+        if self._options.metrics_port is not None and (self._is_chief or not self._options.metrics_port):
             self._metrics = MetricsServer(
                 self.now, self.totals, host=self._options.metrics_host, port=self._options.metrics_port
             )
@@ -123,10 +124,11 @@ class Observer:
             self._make_room(self._logdir)
             launched.announce(self._logdir)
             self._ledger = Ledger(self._logdir, role=role)
-            self._previous = heartbeat.read_one(self._logdir, role)
-            if role == "chief":
+            events = ledger.read(self._logdir)
+            self._previous = _reached(heartbeat.read_one(self._logdir, role), events)
+            if self._is_chief:
                 heartbeat.forget_the_gone(self._logdir, role)
-            self.now.restarts = restarts(ledger.read(self._logdir), self._role)
+            self.now.restarts = restarts(events, self._role)
         self._append(
             "start",
             # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
@@ -180,15 +182,7 @@ class Observer:
         session, self._session = self._session, None
         if session is not None:
             self._look(session)
-        if self._hang is not None:
-            self._hang.finish()
-            self._hang = None
-        if self._line is not None:
-            self._line.close()
-            self._line = None
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._close_views()
         now = self.now
         now.phase, now.reason = "stopped", reason
         now.metrics_url = None
@@ -196,9 +190,20 @@ class Observer:
             now.error = describe(error)
         self._append("stop", reason=reason, step=now.step, error=now.error)
         self._beat()
-        if self._logdir is not None and self._role == f"process-{now.pid}":
-            # Nobody waits for it, and the next one has another name.
+        is_passing = self._role == f"process-{now.pid}"
+        # The chief speaks for the run; where there is none, this one does, until the next comes.
+        if self._logdir is not None and is_passing and heartbeat.read_one(self._logdir, "chief") is not None:
             heartbeat.forget(self._logdir, self._role)
+
+    def _close_views(self) -> None:
+        hang, line, metrics = self._hang, self._line, self._metrics
+        self._hang = self._line = self._metrics = None
+        for close in (hang and hang.finish, line and line.close, metrics and metrics.close):
+            try:
+                if close:
+                    close()
+            except Exception as error:  # noqa: BLE001 - a run that has ended well does not fail for how it was watched
+                _log.warning("%s", describe(error))
 
     def stopping(self) -> None:
         """The loop is over: what follows has no step boundaries, and is no hang."""
@@ -343,8 +348,8 @@ class Observer:
         hang = self._hang
         if hang is None:
             return
-        if self.now.phase != "training":
-            # Saving the last step, or waiting for threads, has limits of its own.
+        if self.now.phase != "training" or self._has_come_to_the_end():
+            # What comes after the last step is none; saving it, or waiting for threads, has limits of its own.
             hang.beat()
         elif hang.reported() and self.now.stacks is None:
             self.now.stacks = os.fspath(hang.stacks)
@@ -357,6 +362,10 @@ class Observer:
         elif self.now.stacks is not None and time.time() - (self.now.boundary_time or 0.0) < _LOOK_SECS:
             _log.warning("steps are done again, after a hang")
             self.now.stacks = None
+
+    def _has_come_to_the_end(self) -> bool:
+        step, total = self.now.step, self.now.total_steps
+        return step is not None and total is not None and step >= total
 
     def _beat(self) -> None:
         if not self._may_write():
@@ -388,6 +397,17 @@ class Observer:
     def _may_write(self) -> bool:
         """A worker leaves nothing in a logdir but beside the heartbeat of its chief."""
         return self._logdir is not None and (self._is_chief or (self._logdir / heartbeat.DIR_NAME).is_dir())
+
+
+def _reached(beat: Heartbeat | None, events: list[dict[str, Any]]) -> Heartbeat | None:
+    """How far the run of a heartbeat has come: its checkpoints may be newer than that."""
+    if beat is None:
+        return None
+    own = [one for one in events if one.get("pid") == beat.pid and one.get("role") == beat.role]
+    steps = [one.get("step") for one in own if one["time"] >= beat.started and one["event"] in ("checkpoint", "stop")]
+    beat.step = max((one for one in [beat.step, *steps] if isinstance(one, int)), default=None)
+    beat.time = max([beat.time, *(one["time"] for one in own)])
+    return beat
 
 
 def restarts(events: list[dict[str, Any]], role: str) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
 from typing import Any
 
 from stepguard.heartbeat import Heartbeat
+
+_log = logging.getLogger(__name__)
 
 
 class ProgressLine:
@@ -17,10 +20,22 @@ class ProgressLine:
         self._now = now
         self._progress: Any = None
         self._task: Any = None
+        self._has_gone = False
         self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def show(self) -> None:
-        """Draw the line anew, if standard error is a terminal."""
+        """Draw the line anew, if standard error is a terminal. Nothing any more once the terminal has gone away."""
+        if self._has_gone:
+            return
+        try:
+            self._draw()
+        except OSError as error:
+            # EIO: somebody has closed the window. The training is not to end for that.
+            _log.debug("the terminal has gone away: %s", error)
+            self._has_gone = True
+            self._give_back()
+
+    def _draw(self) -> None:
         if self._progress is None and not self._open():
             return
         now = self._now
@@ -39,10 +54,17 @@ class ProgressLine:
         if self._progress is None:
             return
         self.show()
+        self._give_back()
+
+    def _give_back(self) -> None:
         progress, self._progress = self._progress, None
+        if progress is None:
+            return
         for handler, stream in self._led_above:
             handler.setStream(stream)
-        progress.stop()
+        # It gives back the standard streams, whatever the terminal answers.
+        with contextlib.suppress(OSError):
+            progress.stop()
 
     def _open(self) -> bool:
         stream = sys.stderr
@@ -59,6 +81,8 @@ class ProgressLine:
             TextColumn("{task.fields[rate]}{task.fields[left]}{task.fields[saved]}"),
             console=Console(file=stream),
             auto_refresh=False,
+            # What goes into a file or a pipe goes there.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
             expand=bool(bar),
         )
         self._task = self._progress.add_task("", total=self._now.total_steps, rate="", left="", saved="")

@@ -114,6 +114,7 @@ class Supervisor(Generic[SessionT]):
             options=Observation() if observation is None else observation,
         )
         self._worker_role = role
+        self._pid = os.getpid()
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
         self._hold: LogdirHold | None = None
@@ -283,6 +284,7 @@ class Supervisor(Generic[SessionT]):
     def _open_session(self, prepare: Callable[[], SessionT], start_standard_services: bool) -> SessionT:
         """A prepared session with its services running. What failed is closed again before the error leaves."""
         self._coord.clear_stop()
+        self._pid = os.getpid()
         self._stop_reason = "finished"
         if self._events is not None:
             self._events.reopen()
@@ -388,6 +390,8 @@ class Supervisor(Generic[SessionT]):
             Exception: the first error that was reported while the run lasted; later ones are its notes.
             RuntimeError: threads did not stop in time.
         """
+        if self._is_of_parent():
+            return
         _unstopped.discard(self)
         was_asked = self._coord.should_stop()
         self._coord.request_stop()
@@ -435,6 +439,8 @@ class Supervisor(Generic[SessionT]):
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
+        if self._is_of_parent():
+            return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
         try:
@@ -466,6 +472,10 @@ class Supervisor(Generic[SessionT]):
             _log.warning(
                 "a checkpoint was still being written when the time to stop was over; the one before it is good"
             )
+
+    def _is_of_parent(self) -> bool:
+        """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
+        return os.getpid() != self._pid
 
     def _is_running(self) -> None:
         _watch_exit(os.getpid())

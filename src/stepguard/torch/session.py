@@ -221,6 +221,7 @@ class Session:
             # First: it may put the session back, and there are steps to be done again.
             self._settle()
             if self._must_end(max_steps):
+                self._end_loop()
                 return
             boundary.call_due()
             if self._gate is not None and not self._gate.begin(boundary.steps):
@@ -231,6 +232,7 @@ class Session:
                 batch = self.global_step if feed is None else feed.next(epochs)
             except StopIteration:
                 boundary.leave(is_done=False)
+                self._end_loop()
                 return
             except BaseException as error:
                 boundary.leave_torn()
@@ -248,6 +250,11 @@ class Session:
     def _settle(self) -> None:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
+
+    def _end_loop(self) -> None:
+        """What follows, such as an evaluation, is no step that hangs."""
+        if not self._should_stop():
+            self.total_steps = self.global_step
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.
