@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -235,3 +237,20 @@ def _then(first: Callable[..., Any], second: Callable[[], Any]) -> Callable[...,
         second()
 
     return call
+
+
+def test_a_relative_logdir_that_means_another_place_now_is_warned_of(tmp_path, monkeypatch, caplog):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sv = FakeSupervisor("run")
+    monkeypatch.chdir(tmp_path / "there")
+
+    with caplog.at_level(logging.WARNING, "stepguard"), sv.managed_session() as session:
+        session.run_step()
+
+    (warning,) = caplog.messages
+    assert str(tmp_path / "there" / "run") in warning
+    assert (tmp_path / "there" / "run" / "run.jsonl").exists()
+    assert (tmp_path / "there" / "run" / "model.ckpt-1.manifest.json").exists()
+    assert os.listdir(tmp_path / "here") == []

@@ -79,7 +79,8 @@ class Observer:
         self._engine = engine
         self._options = options
         # A place that only the framework can reach has neither.
-        self._logdir = None if logdir is None or "://" in logdir else Path(logdir).absolute()
+        self._place = None if logdir is None or "://" in logdir else logdir
+        self._logdir: Path | None = None
         self._is_chief = is_chief
         self._ledger: Ledger | None = None
         self._start: dict[str, Any] | None = None
@@ -109,6 +110,8 @@ class Observer:
         if self._thread is not None:
             return
         self._role = role
+        # Relative to where the program is now, as its checkpoints are; from here on it stays.
+        self._logdir = None if self._place is None else Path(self._place).absolute()
         self._progress_seen = None
         self._rates.clear()
         self.now = Heartbeat(self._role, engine=self._engine.name, total_steps=self._options.total_steps)

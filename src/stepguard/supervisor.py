@@ -114,6 +114,7 @@ class Supervisor(Generic[SessionT]):
             options=Observation() if observation is None else observation,
         )
         self._worker_role = role
+        self._built_in = os.getcwd()
         self._pid = os.getpid()
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
@@ -284,6 +285,7 @@ class Supervisor(Generic[SessionT]):
     def _open_session(self, prepare: Callable[[], SessionT], start_standard_services: bool) -> SessionT:
         """A prepared session with its services running. What failed is closed again before the error leaves."""
         self._coord.clear_stop()
+        self._warn_of_another_directory()
         self._pid = os.getpid()
         self._stop_reason = "finished"
         if self._events is not None:
@@ -312,6 +314,17 @@ class Supervisor(Generic[SessionT]):
             self._give_up(session, error)
             raise
         return session
+
+    def _warn_of_another_directory(self) -> None:
+        logdir, here = self._logdir, os.getcwd()
+        if logdir and "://" not in logdir and not os.path.isabs(logdir) and here != self._built_in:
+            _log.warning(
+                "the logdir %r is relative, and the working directory was %s when the supervisor was built: what is "
+                "restored and saved from now on is in %s. Pass an absolute logdir",
+                logdir,
+                self._built_in,
+                os.path.join(here, logdir),
+            )
 
     def _begin_observation(self) -> None:
         if self._store is not None:
