@@ -120,6 +120,13 @@ def test_the_process_is_ended_if_that_is_asked_for(start) -> None:
     assert "in hang_in_c" in child.stacks.read_text()
     assert child.hangs()[0]["ended"] is True
     assert "and ends it" in child.errors.read_text()
+    command = [sys.executable, "-m", "stepguard", "status", str(child.logdir), "--json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 1, said.stderr
+    (process,) = json.loads(said.stdout)["processes"]
+    assert process["state"] == "dead"
+    assert "ended by its hang watch" in process["error"]
+    assert process["stacks"] == str(child.stacks)
     wait_until(lambda: not monitor.is_running() or monitor.status() == psutil.STATUS_ZOMBIE, "the monitor's end")
 
 

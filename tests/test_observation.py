@@ -307,7 +307,7 @@ class TestOthersThanTheChief:
 
         assert [one.role for one in beats] == ["chief", "worker"]
         assert (beats[1].phase, beats[1].step) == ("stopped", 2)
-        assert [one["event"] for one in events(tmp_path) if one["role"] == "worker"] == ["start", "fresh", "stop"]
+        assert [one["event"] for one in events(tmp_path) if one["role"] == "worker"] == ["start", "stop"]
 
     def test_one_who_only_reads_the_logdir_does_not_speak_for_the_chief(self, tmp_path: Path) -> None:
         with FakeSupervisor(str(tmp_path)).managed_session() as session:

@@ -265,6 +265,9 @@ class Observer:
             "previous_step": None if previous is None else previous.step,
             "previous_time": None if previous is None else previous.time,
         }
+        if recovery is None and not self._is_chief:
+            # A worker takes what its chief has restored.
+            return
         if recovery is None or checkpoint is None:
             self._append("fresh", durable=False, step=now.step, **before)
             return

@@ -449,6 +449,9 @@ class Supervisor(Generic[SessionT]):
             if self._store is not None:
                 self._store.uncommit(name)
             yield
+            if self._store is not None:
+                # Its saver removes what is too many by its own count, and knows nothing of manifests.
+                self._store.follow_removals([one.name for one in self._store.candidates()])
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""

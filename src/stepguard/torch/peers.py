@@ -74,6 +74,7 @@ class Gate:
         self._meets_at = math.inf
         self._every = math.inf
         self._is_awaiting_chief = False
+        self._has_ended = False
 
     def begin(self, steps_done: int) -> bool:
         """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may."""
@@ -84,8 +85,20 @@ class Gate:
                 self._is_awaiting_chief = steps_done >= self._meets_at
                 self._changed.wait()
             self._is_awaiting_chief = False
+            self._has_ended = False
             self._begun = steps_done + 1
             return True
+
+    def end(self, steps_done: int) -> None:
+        """There was no input for the step that had begun: the loop ends after ``steps_done``, as those of all others."""
+        with self._changed:
+            self._begun = steps_done
+            self._has_ended = True
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step will follow those that are done."""
+        return self._has_ended
 
     def meet_chief(self, first: int, every: int) -> None:
         """Let no step begin after ``first`` steps, and after each ``every`` more, until the chief has passed there."""
@@ -327,7 +340,7 @@ class Peers:
 
     def _await_step(self, target: int, what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECS
-        while self._steps_done() < target:
+        while self._steps_done() < target and not self._gate.has_ended:
             self._check_time(deadline, f"{what}: step {target} of this session is still under way in rank {self._rank}")
             self._closing.wait(_LOOK_SECS / 5)
 

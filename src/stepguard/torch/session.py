@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ class Session:
             feed = self._feed(loader, resume_data)
             if epochs is None and not feed.is_repeatable:
                 epochs = 1
-        self.total_steps = max_steps
+        self.total_steps = _total_steps(loader, max_steps, epochs)
         return self._steps(feed, max_steps, epochs)
 
     @contextmanager
@@ -121,6 +122,7 @@ class Session:
         except StopIteration:
             # The input ended, so there is no batch that the step could have trained with.
             self.boundary.leave(is_done=False)
+            self._end_loop()
             raise
         except BaseException:
             self.boundary.leave_torn()
@@ -133,8 +135,10 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """The complete epochs over the loader that was used last."""
-        return self._feeds[-1].epoch if self._feeds else 0
+        """The complete epochs over the loader that was used last; before that, those of the run that was restored."""
+        if self._feeds:
+            return self._feeds[-1].epoch
+        return int(self._positions[-1]["epoch"]) if self._positions else 0
 
     def close(self) -> None:
         """End the session; a supervisor that still watches it saves the last step first."""
@@ -252,7 +256,9 @@ class Session:
             self._watch.settle()
 
     def _end_loop(self) -> None:
-        """What follows, such as an evaluation, is no step that hangs."""
+        """What follows, such as an evaluation, is no step that hangs, nor one that the others could wait for."""
+        if self._gate is not None:
+            self._gate.end(self.boundary.steps)
         if not self._should_stop():
             self.total_steps = self.global_step
 
@@ -274,6 +280,16 @@ class Session:
         if self._random is not None:
             random_states.restore(self._random)
             self._random = None
+
+
+def _total_steps(loader: Any, max_steps: int | None, epochs: int | None) -> int | None:
+    """The step that a loop ends at, if it is the only one of the run; ``None`` if nobody knows."""
+    in_epochs = None
+    if epochs is not None:
+        # An iterable data set may have no length, or say so only when asked.
+        with contextlib.suppress(TypeError, NotImplementedError):
+            in_epochs = epochs * len(loader)
+    return min((one for one in (max_steps, in_epochs) if one is not None), default=None)
 
 
 def _check_count(name: str, value: Any) -> None:
