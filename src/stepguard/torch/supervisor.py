@@ -143,9 +143,10 @@ class Supervisor(CoreSupervisor[Session]):
         if found is not None and (is_chief or world()[1] > 1):
             restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
         self._save_path = None if root is None else os.path.join(root, checkpoint_basename)
+        is_own = False
         if summary_writer is None and root is not None:
-            summary_writer = open_writer(root)
-        events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer)
+            summary_writer, is_own = open_writer(root), True
+        events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer, is_own=is_own)
         self._torch_events = events
         # What `next(batches)` raises in a loop of the program's own when there are no more.
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
