@@ -125,7 +125,8 @@ class Supervisor(CoreSupervisor[Session]):
         parts = components(state)
         if is_chief is None:
             is_chief = world()[0] == 0
-        everyones_root = os.fspath(logdir) if logdir else None
+        # A program may change its directory while it trains.
+        everyones_root = os.path.abspath(logdir) if logdir else None
         root = everyones_root if is_chief else None
         found = None
         if everyones_root is not None:
