@@ -79,6 +79,9 @@ class Engine(Protocol[_SessionT_contra]):
     storage_error_types: tuple[type[BaseException], ...]
     """What the framework raises when the disk fails it, besides ``OSError``."""
 
+    can_return: bool
+    """Whether :meth:`return_to` puts back all that trains: not so when several processes train one model."""
+
     def step(self, session: _SessionT_contra) -> int | None:
         """The number of steps done, or ``None`` when the program counts none. Any thread."""
 

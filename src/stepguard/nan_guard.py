@@ -182,18 +182,9 @@ class NanGuard:
         """The run is to stop, with what was seen as its error."""
         sight = self._sight
         assert sight is not None
-        newest = None
-        if self._store is not None:
-            with contextlib.suppress(OSError):
-                newest = next((one for one in self._store.candidates() if one.is_committed), None)
-        saved = (
-            "There is no checkpoint to go on from"
-            if newest is None
-            else f"The newest checkpoint is {newest.path} (step {_shown(newest.step)})"
-        )
-        hint = ", or pass nan_guard='return' to go back and on by itself" if self._mode == STOP else ""
+        hint = ", or pass nan_guard='return' to go back and on by itself" if self._may_advise_return() else ""
         error = NonFiniteError(
-            f"{sight.text}{'; ' if why else ''}{why}. {saved}; nothing later is saved. Look at the step that made it "
+            f"{sight.text}{'; ' if why else ''}{why}. {self._saved_text()}Look at the step that made it "
             f"(the data, the learning rate), and start again{hint}",
             step=sight.step,
             names=sight.names,
@@ -203,6 +194,20 @@ class NanGuard:
         # A loop that never asks whether to stop ends as well.
         if self._session is not None:
             self._engine.stop_at_boundary(self._session)
+
+    def _may_advise_return(self) -> bool:
+        return self._mode == STOP and self._store is not None and self._engine.can_return
+
+    def _saved_text(self) -> str:
+        """What there is to go on from, as far as this process knows: one that saves nothing itself does not."""
+        if self._store is None:
+            return ""
+        newest = None
+        with contextlib.suppress(OSError):
+            newest = next((one for one in self._store.candidates() if one.is_committed), None)
+        if newest is None:
+            return "There is no checkpoint to go on from; nothing later is saved. "
+        return f"The newest checkpoint is {newest.path} (step {_shown(newest.step)}); nothing later is saved. "
 
     def _history_text(self) -> str:
         if self._mode == STOP:

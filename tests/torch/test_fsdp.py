@@ -16,7 +16,7 @@ from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, t
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from stepguard.errors import CheckpointError, CheckpointMismatchError
+from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 from stepguard.torch.exchange import Exchange, write_all, write_mine
@@ -248,7 +248,7 @@ class TestStateThatCannotBeSaved:
 class TestExchange:
     """Two processes as two threads: what the one says when the other cannot write."""
 
-    def write(self, directory, theirs, has_ended=False):
+    def write(self, directory, theirs, has_ended=False, take=None):
         store = dist.HashStore()
 
         def check_alive(what):
@@ -258,7 +258,7 @@ class TestExchange:
         states = {"model": {"weight": torch.ones(2)}}
         chief = Exchange(store, 0, 2, check_alive)
         other = Exchange(store, 1, 2, lambda _: None)
-        thread = threading.Thread(target=write_mine, args=(other, 1, theirs, lambda: states))
+        thread = threading.Thread(target=write_mine, args=(other, 1, theirs, take or (lambda: states)))
         if not has_ended:
             thread.start()
         try:
@@ -283,6 +283,15 @@ class TestExchange:
     def test_the_chief_itself_cannot_write(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             self.write(tmp_path / "nowhere", tmp_path)
+
+    def test_the_state_of_one_is_not_finite(self, tmp_path):
+        def take():
+            raise NonFiniteError("the state is not finite: model.weight", step=7, names=["model.weight"])
+
+        with pytest.raises(NonFiniteError, match=r"rank 1: the state is not finite: model\.weight") as caught:
+            self.write(tmp_path, tmp_path, take=take)
+        assert (caught.value.step, caught.value.names) == (7, ("model.weight",))
+        assert not (tmp_path / METADATA).exists()
 
     def test_one_has_ended(self, tmp_path):
         with pytest.raises(CheckpointError, match="has/1"):

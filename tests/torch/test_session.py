@@ -217,3 +217,23 @@ def test_a_failed_save_draws_nothing_from_the_program(tmp_path):
     training.sv._engine.write = write
     assert training.train(20).outcome() == whole.outcome()
     assert failures == []
+
+
+def test_a_program_may_change_its_directory(tmp_path, monkeypatch):
+    """All that a run leaves lies where the logdir was when the Supervisor was built."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    sv = Supervisor({"model": torch.nn.Linear(1, 1)}, "run", save_model_secs=0, save_model_steps=2)
+    monkeypatch.chdir(elsewhere)
+    with sv.managed_session() as session:
+        for step in session.steps(max_steps=4):
+            if step == 2:
+                monkeypatch.chdir(tmp_path)
+            session.summary({"loss": step})
+    monkeypatch.chdir(elsewhere)
+
+    assert list(elsewhere.iterdir()) == []
+    assert sv.save_path == str(tmp_path / "run" / "model.ckpt")
+    assert {one.step for one in CheckpointStore(tmp_path / "run").candidates()} >= {4}
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1

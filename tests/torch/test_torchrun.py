@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from launch import outcomes, seen, steps_saved, terminate_one, torchrun
 
+from stepguard import ledger
+
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -38,9 +40,20 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
-    said = torchrun(tmp_path / "run", 2, "--steps=100000", "--save-steps=5", "--nan=1:12", fails=True)
+    logdir = tmp_path / "run"
+    # The step after which the chief would save.
+    said = torchrun(logdir, 2, "--steps=100000", "--save-steps=5", "--nan=1:14", fails=True)
 
-    assert "NonFiniteError: loss is nan at step 12" in said
+    assert "NonFiniteError: loss is nan at step 14" in said
+    assert steps_saved(logdir) == [10, 5]
+    ends = {line["role"]: line for line in ledger.read(logdir) if line["event"] == "stop"}
+    for role in ("chief", "worker-1"):
+        assert ends[role]["reason"] == "error"
+        assert "loss is nan at step 14" in ends[role]["error"]
+    assert "rank 1" in ends["chief"]["error"]
+    assert ends["chief"]["step"] == ends["worker-1"]["step"]
+    assert "no checkpoint" not in said
+    assert "nan_guard='return'" not in said
     # After the same step: nobody was left waiting for the others.
     assert "stopping without the others" not in said
     assert "a round of the chief was left" not in said

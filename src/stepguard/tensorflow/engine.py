@@ -44,6 +44,7 @@ class TensorFlowEngine:
     """
 
     name = ENGINE
+    can_return = True
     storage_error_types: tuple[type[BaseException], ...] = (
         tf.errors.InternalError,
         tf.errors.PermissionDeniedError,

@@ -128,6 +128,7 @@ class FakeEngine:
 
     name = ENGINE
     storage_error_types: tuple[type[BaseException], ...] = ()
+    can_return = True
 
     def __init__(self, store: CheckpointStore | None = None, *, size: int = 64) -> None:
         self.store = store

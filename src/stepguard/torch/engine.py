@@ -73,6 +73,7 @@ class TorchEngine:
         self._coord = coord
         self._stop_grace_secs = stop_grace_secs
         self._rank, self._processes = world()
+        self.can_return = self._processes == 1
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
         self._peers: Peers | None = None
@@ -128,8 +129,8 @@ class TorchEngine:
             process_state=process_state,
             wait_for_stop=self._coord.wait_for_stop,
             should_stop=self._coord.should_stop,
-            request_stop=self._coord.request_stop,
-            has_failed=self._has_failed,
+            request_stop=self._request_stop,
+            error=self._error,
             write_part=self._write_part,
         )
         self._peers.start()
@@ -146,17 +147,20 @@ class TorchEngine:
             peers.close(self._stop_grace_secs)
         session.close()
 
-    def _has_failed(self) -> bool:
-        if not self._coord.should_stop():
-            return False
+    def _request_stop(self, error: BaseException | None) -> None:
+        try:
+            self._coord.request_stop(error)
+        except NonFiniteError:
+            # After a join the coordinator raises it here too: the thread of the session has ended before it was known.
+            _log.debug("the run had ended when another process told of its sight", exc_info=True)
+
+    def _error(self) -> BaseException | None:
+        """What the run stops for."""
         try:
             self._coord.raise_requested_exception()
-        except NonFiniteError:
-            # This process runs as well as ever, and can stop with the others after the same step.
-            return False
-        except BaseException:  # noqa: BLE001 - the coordinator raises it to whoever has to know
-            return True
-        return False
+        except BaseException as error:  # noqa: BLE001 - the coordinator raises it to whoever has to know
+            return error
+        return None
 
     # --- steps ---
 

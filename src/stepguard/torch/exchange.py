@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointError
+from stepguard.errors import CheckpointError, NonFiniteError
 from stepguard.torch import unpickling
 
 _log = logging.getLogger(__name__)
 
 _LOOK_SECS = 0.005
+# In place of the number of an error of the operating system.
+_NON_FINITE = -1
 
 
 class Exchange:
@@ -44,6 +46,7 @@ class Exchange:
         """What the others say, in the order of their ranks, once all have said it.
 
         Raises:
+            NonFiniteError: the state of one of them is not finite.
             OSError: one of them could not write.
             CheckpointError: one of them has failed in another way, or will not answer any more.
         """
@@ -52,6 +55,9 @@ class Exchange:
         for rank, (code, answer) in enumerate(answers, start=1):
             if code is None:
                 continue
+            if code == _NON_FINITE:
+                text, step, names = answer
+                raise NonFiniteError(f"rank {rank}: {text}", step=step, names=names)
             message = f"rank {rank} could not write its part: {answer}"
             raise OSError(code, message) if code else CheckpointError(message)
         return [answer for _, answer in answers]
@@ -65,7 +71,7 @@ class Exchange:
     # --- the others ---
 
     def answer(self, what: str, content: Any, error_code: int | None = None) -> None:
-        """Tell the chief; with an ``error_code`` the text of an error: 0, or that of the operating system."""
+        """Tell the chief; with an ``error_code`` of an error: its text, or what a NonFiniteError is made of."""
         self._store.set(f"{what}/{self._rank}", pickle.dumps((error_code, content)))
 
     def receive(self, what: str) -> Any:
@@ -88,6 +94,7 @@ def write_all(exchange: Exchange | None, directory: Path, states: Mapping[str, A
     """Have every process write its part into ``directory``; sizes and digests of the files, by name. The chief.
 
     Raises:
+        NonFiniteError: the state of one of the others is not finite.
         OSError: one of the processes could not write. All of them have then stopped writing.
         CheckpointError: one of them has failed in another way, or will not answer any more.
     """
@@ -142,15 +149,21 @@ def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[
         files.fsync_dir(directory)
         exchange.answer("part", (part.results, part.name, part.size, part.digest))
     except OSError as error:
-        _answer_error(exchange, asked, error, error.errno or errno.EIO)
+        _answer_error(exchange, asked, error, error.errno or errno.EIO, _described(error))
+    except NonFiniteError as error:
+        _answer_error(exchange, asked, error, _NON_FINITE, (str(error), error.step, error.names))
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-        _answer_error(exchange, asked, error, 0)
+        _answer_error(exchange, asked, error, 0, _described(error))
 
 
-def _answer_error(exchange: Exchange, asked: str, error: Exception, code: int) -> None:
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _answer_error(exchange: Exchange, asked: str, error: Exception, code: int, content: Any) -> None:
     _log.warning("the part of this process was not written (process %d): %s", os.getpid(), error)
     try:
-        exchange.answer(asked, f"{type(error).__name__}: {error}", code)
+        exchange.answer(asked, content, code)
     except RuntimeError:
         # The store has ended with the process that has it, and torchrun is about to end this one.
         _log.debug("the chief could not be told", exc_info=True)

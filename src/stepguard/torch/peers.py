@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepguard.errors import CheckpointError, NoBoundaryError
+from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError
 from stepguard.torch.exchange import Exchange
 
 _log = logging.getLogger(__name__)
@@ -141,7 +141,9 @@ class Peers:
 
     ``steps_done`` tells how far this process is, ``process_state`` what it has to add to a checkpoint; the latter is
     called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
-    called in a thread that writes. Threads: ``start`` and ``close`` by the thread of the session, the others by any.
+    called in a thread that writes. ``error`` is the one that this process stops for, if any; a
+    :class:`stepguard.NonFiniteError` is told to the others, who stop after the same step and for the same error.
+    Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
     def __init__(
@@ -155,8 +157,8 @@ class Peers:
         process_state: Callable[[], Any],
         wait_for_stop: Callable[[float], object],
         should_stop: Callable[[], bool],
-        request_stop: Callable[[], object],
-        has_failed: Callable[[], bool],
+        request_stop: Callable[[BaseException | None], object],
+        error: Callable[[], BaseException | None],
         write_part: Callable[[Exchange, str], None],
     ) -> None:
         self._store = store
@@ -168,9 +170,10 @@ class Peers:
         self._wait_for_stop = wait_for_stop
         self._should_stop = should_stop
         self._request_stop = request_stop
-        self._has_failed = has_failed
+        self._error = error
         self._write_part = write_part
         self._messages = 0
+        self._is_sight_shared = False
         self._message_lock = threading.Lock()
         self._round_lock = threading.Lock()
         self._writing: threading.Thread | None = None
@@ -224,12 +227,17 @@ class Peers:
             try:
                 target = max([begun, *(int(self._get(f"{key}/begun/{rank}", what)) for rank in self._others())])
                 self._store.set(f"{key}/target", str(target).encode())
-                self._gate.open_until(target, is_last=is_last)
+                self._gate.open_until(target)
                 self._await_step(target, what)
-                yield {rank: _loaded(self._get(f"{key}/state/{rank}", what)) for rank in self._others()}
+                states = {rank: _loaded(self._get(f"{key}/state/{rank}", what)) for rank in self._others()}
+                # Each has told before its state what it has seen until here.
+                sight = self._share_sight()
+                if sight is not None and not is_last:
+                    raise NoBoundaryError(f"{what} is not taken: {sight}")
+                yield states
             finally:
                 self._store.set(f"{key}/done", b"1")
-                if not self._gate.is_last:
+                if not is_last and not self._gate.is_last:
                     self._gate.open_until(math.inf)
 
     def passed(self) -> None:
@@ -253,7 +261,7 @@ class Peers:
         while not self._closing.is_set():
             if self._should_stop() or self._store.check(["stop"]):
                 self._settle_last_step()
-                self._request_stop()
+                self._request_stop(None)
                 return
             self._wait_for_stop(_LOOK_SECS)
 
@@ -265,7 +273,9 @@ class Peers:
                     return
         except NoBoundaryError as error:
             _log.warning("stopping without the others: %s", error)
-        self._gate.open_until(self._steps_done(), is_last=True)
+        finally:
+            # Only now: who leaves its loop has to know whether the run has ended well.
+            self._gate.open_until(self._steps_done(), is_last=True)
 
     def _others(self) -> range:
         return range(1, self._size)
@@ -277,6 +287,7 @@ class Peers:
         has_asked = False
         while not self._closing.is_set():
             if self._should_stop() and not has_asked:
+                self._share_sight()
                 self._store.set("stop", b"1")
                 has_asked = True
             if self._store.check([f"message/{number}"]):
@@ -310,19 +321,45 @@ class Peers:
         self._store.set(f"{key}/begun/{self._rank}", str(self._gate.pause()).encode())
         try:
             target = int(self._get(f"{key}/target", "a checkpoint"))
-            self._gate.open_until(target, is_last=is_last)
+            self._gate.open_until(target)
             self._await_step(target, "a checkpoint")
+            self._share_sight()
             # Nothing is saved at a stop itself, and the memory for it may still be being written.
             self._store.set(f"{key}/state/{self._rank}", _saved({} if is_last else self._process_state()))
             self._get(f"{key}/done", "a checkpoint")
+            self._share_sight()
         except NoBoundaryError as error:
             _log.warning("a round of the chief was left: %s", error)
-        if is_last:
-            self._request_stop()
-        elif not self._gate.is_last:
+        finally:
+            if is_last:
+                # Not before: who leaves its loop has to know whether the run has ended well.
+                self._request_stop(None)
+                self._gate.open_until(self._steps_done(), is_last=True)
+        if not is_last and not self._gate.is_last:
             self._gate.open_until(math.inf)
 
     # --- both ---
+
+    def _has_failed(self) -> bool:
+        """Not so after a sight of the NaN guard: this process runs as well as ever, and can stop with the others."""
+        return not isinstance(self._error(), (NonFiniteError, type(None)))
+
+    def _share_sight(self) -> NonFiniteError | None:
+        """Tell the others what this process has seen that is not finite, or stop for what one of them has."""
+        own = self._error()
+        if isinstance(own, NonFiniteError):
+            if not self._is_sight_shared:
+                self._is_sight_shared = True
+                content = [f"rank {self._rank}: {own}", own.step, own.names]
+                self._store.set("sight", json.dumps(content).encode())
+            return own
+        if not self._store.check(["sight"]):
+            return None
+        text, step, names = json.loads(bytes(self._store.get("sight")))
+        theirs = NonFiniteError(text, step=step, names=names)
+        self._is_sight_shared = True
+        self._request_stop(theirs)
+        return theirs
 
     def _exchange(self, key: str) -> Exchange:
         return Exchange(dist.PrefixStore(key, self._store), self._rank, self._size, self._check_alive)

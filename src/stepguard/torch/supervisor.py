@@ -125,7 +125,8 @@ class Supervisor(CoreSupervisor[Session]):
         parts = components(state)
         if is_chief is None:
             is_chief = world()[0] == 0
-        everyones_root = os.fspath(logdir) if logdir else None
+        # A program may change its directory while it trains.
+        everyones_root = os.path.abspath(logdir) if logdir else None
         root = everyones_root if is_chief else None
         found = None
         if everyones_root is not None:
@@ -143,9 +144,10 @@ class Supervisor(CoreSupervisor[Session]):
         if found is not None and (is_chief or world()[1] > 1):
             restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
         self._save_path = None if root is None else os.path.join(root, checkpoint_basename)
+        is_own = False
         if summary_writer is None and root is not None:
-            summary_writer = open_writer(root)
-        events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer)
+            summary_writer, is_own = open_writer(root), True
+        events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer, is_own=is_own)
         self._torch_events = events
         # What `next(batches)` raises in a loop of the program's own when there are no more.
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
