@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--logdir", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
@@ -61,7 +62,7 @@ def main() -> None:
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
-        for index, inputs, targets in session.steps(loader, max_steps=args.steps):
+        for index, inputs, targets in session.steps(loader, max_steps=args.steps, epochs=args.epochs):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()

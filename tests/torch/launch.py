@@ -54,10 +54,11 @@ def start_two(logdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def run_two(logdir: Path, *arguments: str) -> None:
+def run_two(logdir: Path, *arguments: str) -> list[str]:
     processes = start_two(logdir, *arguments)
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+    return errors
 
 
 def terminate_one(logdir: Path, rank: int, *arguments: str) -> list[str]:

@@ -142,3 +142,17 @@ def test_summary_computed_says_what_it_needs(tmp_path):
     sv = supervisor(tmp_path)
     with sv.managed_session() as session, pytest.raises(TypeError, match="by the names"):
         sv.summary_computed(session, 3)
+
+
+def test_what_was_summarised_before_a_checkpoint_is_on_disk_with_it(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    sv = Supervisor({"model": model}, tmp_path, save_model_secs=0, save_model_steps=5, save_summaries_secs=0)
+    with sv.managed_session() as session:
+        for step in session.steps(max_steps=6):
+            session.summary({"loss": 1.0 / (step + 1)})
+            if step == 5:
+                sv._writer.drain(30)
+                # As after SIGKILL: nothing of what the writer still holds.
+                (path,) = tmp_path.glob("events.out.tfevents.*")
+                found = path.read_bytes().count(b"loss")
+    assert found >= 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launch import outcomes, seen, steps_saved, terminate_one, torchrun
+from launch import outcomes, run_two, seen, steps_saved, terminate_one, torchrun
 
 from stepguard import ledger
 
@@ -73,3 +73,11 @@ def test_sigterm_of_one_stops_all_after_the_same_step(rank, tmp_path):
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]
     assert steps_saved(logdir)[0] == last[0] + 1
+
+
+def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
+    # The step that had no batch any more is none that the others have to come to.
+    errors = run_two(tmp_path / "run", "--steps=100000", "--epochs=1")
+
+    assert not [line for text in errors for line in text.splitlines() if "stopping" in line or "round of" in line]
+    assert len({len(seen(tmp_path / "run", rank)) for rank in range(2)}) == 1

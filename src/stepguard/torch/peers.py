@@ -90,7 +90,7 @@ class Gate:
             return True
 
     def end(self, steps_done: int) -> None:
-        """There was no input for the step that had begun: the loop ends after ``steps_done``, as those of all others."""
+        """There was no input for the step that had begun: the loop ends after ``steps_done``, as all others do."""
         with self._changed:
             self._begun = steps_done
             self._has_ended = True
