@@ -11,16 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from distributed_training import digest, network, wrapped
 from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, torchrun
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from stepguard.cli.main import cli
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.sharded import METADATA
+from stepguard.torch.tensors import read_tensors
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -160,6 +163,27 @@ class TestWhatIsRead:
         assert set(saved) == {"model", "optimizer"}
         for name, tensor in net.state_dict().items():
             assert torch.equal(tensor, saved["model"][name])
+
+    def test_by_the_command(self, logdir):
+        path = logdir / "model.ckpt-24"
+        net = network()
+        dcp.load({"model": net.state_dict()}, checkpoint_id=path)
+
+        tensors = {one.name: one for one in read_tensors(path)}
+        for name, tensor in net.state_dict().items():
+            found = tensors[f"model.{name}"]
+            assert (found.shape, found.nbytes) == (tuple(tensor.shape), tensor.numel() * 4)
+            assert (found.read() == tensor.numpy()).all()
+        assert tensors["optimizer.param_groups[0].weight_decay"].read() == 0.01
+        assert tensors["process-0.global_step"].read() == 24
+        assert not [name for name in tensors if "sharded" in name]
+        pairs = ([str(path), str(logdir / one)] for one in (path.name, "model.ckpt-16"))
+        same, other = (CliRunner().invoke(cli, ["diff", *pair]) for pair in pairs)
+        assert (same.exit_code, other.exit_code) == (0, 1), same.output + other.output
+        (path / "__1_0.distcp").write_bytes(b"")
+        shown = CliRunner().invoke(cli, ["show", str(path)])
+        assert shown.exit_code in (1, 3)
+        assert "Traceback" not in shown.output
 
     def test_runs_no_code_from_the_metadata(self, logdir, tmp_path):
         trap = tmp_path / "sprung"

@@ -29,7 +29,7 @@ from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.torch import unpickling
 from stepguard.torch.format import append
-from stepguard.torch.shards import Shard, name_of, parts
+from stepguard.torch.shards import Shard, name_of, parts, whole
 
 METADATA = ".metadata"
 
@@ -115,6 +115,21 @@ class ShardedFiles:
         if not _is_sound(metadata):
             raise CheckpointCorruptError(f"{path}: expected the metadata of a checkpoint in {directory}", path=path)
         self._metadata = metadata
+
+    def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Size and type of each tensor, by name. What else is in the files is left alone: it is pickled."""
+        stored = self._metadata.state_dict_metadata
+        return {
+            name: (one.size, one.properties.dtype)
+            for name, one in stored.items()
+            if isinstance(one, TensorStorageMetadata)
+        }
+
+    def read_whole(self, name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor, put together. Raises as :meth:`read`."""
+        tensor = torch.empty(size, dtype=dtype)
+        self.read({name: Shard(tensor, size, [whole(size)])})
+        return tensor
 
     def read(self, targets: Mapping[str, Shard]) -> None:
         """Fill the tensors of ``targets``, each with the part that it is of the tensor of that name.

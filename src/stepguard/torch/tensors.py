@@ -14,7 +14,9 @@ import torch
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.tensors import SavedTensor
-from stepguard.torch.format import SUFFIX
+from stepguard.torch.format import SUFFIX, is_process
+
+METADATA = ".metadata"
 
 _NUMBERS = (bool, int, float, complex)
 
@@ -29,9 +31,38 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     """
     if path.is_file():
         yield from _leaves("", _load(path))
-        return
-    for part in sorted(path.iterdir()):
-        yield from _part(part)
+    elif (path / METADATA).is_file():
+        yield from _sharded(path)
+    else:
+        for part in sorted(path.iterdir()):
+            yield from _part(part)
+
+
+def _sharded(path: Path) -> Iterator[SavedTensor]:
+    """A checkpoint in the format of ``torch.distributed.checkpoint``, with Stepguard's own files, if it has any."""
+    from stepguard.torch.sharded import ShardedFiles
+
+    sharded = ShardedFiles(path)
+    stored = sharded.tensors()
+    for part in sorted(path.glob(f"*{SUFFIX}")):
+        state = _load(part)
+        # How the sharded objects were nested, with their plain values, and tensors without content.
+        skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
+        yield from _leaves(part.stem, state)
+        for name, skeleton in skeletons.items():
+            yield from (one for one in _leaves(name, skeleton) if one.read is not None)
+    for name, (size, dtype) in sorted(stored.items()):
+        nbytes = size.numel() * dtype.itemsize
+        read = functools.partial(_put_together, sharded, name, size, dtype)
+        yield SavedTensor(name, str(dtype).removeprefix("torch."), tuple(size), nbytes, read)
+
+
+def _put_together(sharded: Any, name: str, size: torch.Size, dtype: torch.dtype) -> Any:
+    try:
+        return _array(sharded.read_whole(name, size, dtype))
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointCorruptError(f"{name}: cannot be read from its parts: {reason}") from error
 
 
 def _part(path: Path) -> Iterator[SavedTensor]:
@@ -41,8 +72,7 @@ def _part(path: Path) -> Iterator[SavedTensor]:
         return
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
-        f"{'a directory' if path.is_dir() else 'another file'}; of sharded checkpoints (torch.distributed.checkpoint) "
-        f"the tensors cannot be read yet",
+        f"{'a directory' if path.is_dir() else 'another file'}",
         path=path,
     )
 
@@ -76,7 +106,8 @@ def _leaves(name: str, value: Any) -> Iterator[SavedTensor]:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         nbytes = value.numel() * value.element_size()
-        yield SavedTensor(name, dtype, tuple(value.shape), nbytes, functools.partial(_array, value.detach()))
+        read = None if value.is_meta else functools.partial(_array, value.detach())
+        yield SavedTensor(name, dtype, tuple(value.shape), nbytes, read)
     elif isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(f"{name}.{key}" if name else str(key), part)
