@@ -29,6 +29,8 @@ _LOOK_SECS = 1.0
 # Over so long is the step rate measured.
 _RATE_SECS = 30.0
 _WARNINGS_KEPT = 5
+# So long may the last lines take: within the time that a process that ends has for all of its threads.
+_FAREWELL_SECS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ class Observer:
         self._line: ProgressLine | None = None
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
+        self._reason = "finished"
+        self._error: BaseException | None = None
         self._writing = threading.Lock()
         self._heartbeat_failed = False
         self.totals = Totals()
@@ -180,17 +184,26 @@ class Observer:
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        self._reason, self._error = reason, error
         self._ended.set()
-        thread.join()
+        # It writes the last lines, and may have to wait for a disk that hangs: a run does not.
+        thread.join(_FAREWELL_SECS)
+        if thread.is_alive():
+            _log.warning("%s: ledger and heartbeat could not be ended in %g s", self._logdir, _FAREWELL_SECS)
+        self._close_views()
+
+    def _take_leave(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             self._look(session)
-        self._close_views()
-        now = self.now
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
+        now, reason = self.now, self._reason
         now.phase, now.reason = "stopped", reason
         now.metrics_url = None
-        if error is not None:
-            now.error = describe(error)
+        if self._error is not None:
+            now.error, self._error = describe(self._error), None
         self._append("stop", reason=reason, step=now.step, error=now.error)
         self._beat()
         is_passing = self._role == f"process-{now.pid}"
@@ -199,9 +212,9 @@ class Observer:
             heartbeat.forget(self._logdir, self._role)
 
     def _close_views(self) -> None:
-        hang, line, metrics = self._hang, self._line, self._metrics
-        self._hang = self._line = self._metrics = None
-        for close in (hang and hang.finish, line and line.close, metrics and metrics.close):
+        hang, metrics = self._hang, self._metrics
+        self._hang = self._metrics = None
+        for close in (hang and hang.finish, metrics and metrics.close):
             try:
                 if close:
                     close()
@@ -316,6 +329,7 @@ class Observer:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + heartbeat.INTERVAL_SECS
                 self._beat()
+        self._take_leave()
 
     def _look(self, session: Any) -> None:
         """How far the session is now."""
