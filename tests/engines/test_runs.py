@@ -43,7 +43,8 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_not_from_another(engine, t
     for steps in (2, 9, 1):
         engine.program(tmp_path).train(steps)
 
-    assert engine.committed(tmp_path) == [2, 11, 12] or engine.committed(tmp_path) == [0, 2, 11, 12]
+    # The last of each; the first tick of the timer may have come at any step.
+    assert {2, 11, 12} <= set(engine.committed(tmp_path))
     assert engine.program(tmp_path).train(0) == 12
 
 
