@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from stepguard import heartbeat, ledger
-from stepguard.observation import Observation, restarts
+from stepguard.observation import Observation
 from stepguard.testing import FakeSupervisor
 
 SOON_SECS = 30.0
@@ -329,19 +329,14 @@ class TestOthersThanTheChief:
         assert [one.role for one in heartbeat.read(tmp_path)] == ["chief"]
 
 
-def test_restarts_are_starts_after_an_end_that_was_not_wanted() -> None:
-    def life(*kinds: str) -> list[dict[str, Any]]:
-        return [
-            {"event": "start" if kind == "start" else "stop", "reason": kind, "role": "chief", "time": 0.0}
-            for kind in kinds
-        ]
+def test_what_an_earlier_run_has_left_and_nobody_can_read_is_no_end_of_a_run(tmp_path: Path, caplog) -> None:
+    (tmp_path / "run.jsonl").mkdir()
 
-    assert restarts([], "chief") == 0
-    assert restarts(life("start", "finished"), "chief") == 0
-    assert restarts(life("start", "sigterm", "start", "interrupt", "start", "exit"), "chief") == 0
-    assert restarts(life("start"), "chief") == 1
-    assert restarts(life("start", "start", "error", "start", "finished"), "chief") == 2
-    assert restarts(life("start", "start"), "worker") == 0
+    with caplog.at_level(logging.WARNING, "stepguard"):
+        train(tmp_path, 2)
+
+    assert "cannot be read" in caplog.text
+    assert (tmp_path / "model.ckpt-2.manifest.json").exists()
 
 
 @pytest.mark.parametrize(

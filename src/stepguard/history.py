@@ -18,7 +18,7 @@ still for a moment, and nothing is ever negative.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stepguard.heartbeat import Heartbeat
@@ -73,6 +73,24 @@ def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, ro
         elif event.get("role") == role:
             reader.read(event)
     return reader.history(last)
+
+
+def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
+    """A heartbeat with what its process, and its hang watch, have put into the ledger, which may be newer."""
+    own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
+    own = [one for one in own if one["time"] >= last.started]
+    steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
+    found = replace(
+        last,
+        step=max((one for one in steps if isinstance(one, int)), default=None),
+        # The watch's line is no sign of life of the process that it watches.
+        time=max([last.time, *(one["time"] for one in own if one["event"] != "hang")]),
+    )
+    ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
+    if ended and found.phase != "stopped":
+        found.stacks = str(ended[-1].get("stacks"))
+        found.error = found.error or f"ended by its hang watch: no step boundary for {ended[-1].get('secs')} s"
+    return found
 
 
 class _Run:

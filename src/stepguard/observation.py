@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard import __version__, heartbeat, launched, ledger
+from stepguard import __version__, heartbeat, history, launched, ledger
 from stepguard.engine import Engine
 from stepguard.hang_watch import HangWatch
 from stepguard.heartbeat import Heartbeat
@@ -29,7 +30,7 @@ _LOOK_SECS = 1.0
 # Over so long is the step rate measured.
 _RATE_SECS = 30.0
 _WARNINGS_KEPT = 5
-# So long may the last lines take: within the time that a process that ends has for all of its threads.
+# So long, at most, are the last lines waited for.
 _FAREWELL_SECS = 2.0
 
 
@@ -87,6 +88,7 @@ class Observer:
         self._ledger: Ledger | None = None
         self._start: dict[str, Any] | None = None
         self._role = ""
+        self._is_passing = False
         self._previous: Heartbeat | None = None
         self._session: Any = None
         self._progress_seen: object = None
@@ -105,8 +107,10 @@ class Observer:
 
     # --- the life of the run ---
 
-    def begin(self, role: str) -> None:
+    def begin(self, role: str, *, is_passing: bool = False) -> None:
         """A session is going to be prepared by this process as ``role``. The second call in a row does nothing.
+
+        ``is_passing`` is an evaluator, say: it looks into the logdir of a chief, and its heartbeat ends with it.
 
         Raises:
             ModuleNotFoundError, OSError: the metrics cannot be served.
@@ -114,6 +118,7 @@ class Observer:
         if self._thread is not None:
             return
         self._role = role
+        self._is_passing = is_passing
         # Relative to where the program is now, as its checkpoints are; from here on it stays.
         self._logdir = None if self._place is None else Path(self._place).absolute()
         self._progress_seen = None
@@ -131,11 +136,7 @@ class Observer:
             self._make_room(self._logdir)
             launched.announce(self._logdir)
             self._ledger = Ledger(self._logdir, role=role)
-            events = ledger.read(self._logdir)
-            self._previous = _reached(heartbeat.read_one(self._logdir, role), events)
-            if self._is_chief:
-                heartbeat.forget_the_gone(self._logdir, role)
-            self.now.restarts = restarts(events, self._role)
+            self._read_the_run_before(self._logdir)
         self._append(
             "start",
             # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
@@ -179,7 +180,7 @@ class Observer:
         # Last: from now on the observer's thread uses all of the above.
         self._session = session
 
-    def end(self, reason: str, error: BaseException | None = None) -> None:
+    def end(self, reason: str, error: BaseException | None = None, *, within_secs: float = _FAREWELL_SECS) -> None:
         """The run has stopped: ``finished``, ``sigterm``, ``interrupt``, ``exit`` or ``error``."""
         thread, self._thread = self._thread, None
         if thread is None:
@@ -187,9 +188,9 @@ class Observer:
         self._reason, self._error = reason, error
         self._ended.set()
         # It writes the last lines, and may have to wait for a disk that hangs: a run does not.
-        thread.join(_FAREWELL_SECS)
+        thread.join(within_secs)
         if thread.is_alive():
-            _log.warning("%s: ledger and heartbeat could not be ended in %g s", self._logdir, _FAREWELL_SECS)
+            _log.warning("%s: ledger and heartbeat could not be ended in %.1f s", self._logdir, within_secs)
         self._close_views()
 
     def _take_leave(self) -> None:
@@ -206,10 +207,11 @@ class Observer:
             now.error, self._error = describe(self._error), None
         self._append("stop", reason=reason, step=now.step, error=now.error)
         self._beat()
-        is_passing = self._role == f"process-{now.pid}"
-        # The chief speaks for the run; where there is none, this one does, until the next comes.
-        if self._logdir is not None and is_passing and heartbeat.read_one(self._logdir, "chief") is not None:
-            heartbeat.forget(self._logdir, self._role)
+        if self._is_passing and self._logdir is not None:
+            # The chief speaks for the run; where there is none, this one does, until the next comes.
+            with contextlib.suppress(OSError):
+                if heartbeat.read_one(self._logdir, history.CHIEF) is not None:
+                    heartbeat.forget(self._logdir, self._role)
 
     def _close_views(self) -> None:
         hang, metrics = self._hang, self._metrics
@@ -269,6 +271,20 @@ class Observer:
         except OSError as error:
             # The first checkpoint will say the same, and try again.
             _log.debug("%s: no place for heartbeats: %s", logdir, error)
+
+    def _read_the_run_before(self, logdir: Path) -> None:
+        """A run never fails for what an earlier one has left to be read here."""
+        self._previous = None
+        try:
+            events, last = ledger.read(logdir), heartbeat.read_one(logdir, self._role)
+            if self._is_chief:
+                heartbeat.forget_the_gone(logdir, self._role)
+        except OSError as error:
+            _log.warning("%s: what the run before says of itself cannot be read: %s", logdir, error)
+            return
+        self._previous = None if last is None else history.completed(last, events)
+        mine = {"event": "start", "time": self.now.started, "pid": self.now.pid, "host": self.now.host}
+        self.now.restarts = history.of([*events, {**mine, "role": self._role}], role=self._role).restarts
 
     def _record_start(self, recovery: Recovery | None) -> None:
         now = self.now
@@ -417,32 +433,6 @@ class Observer:
     def _may_write(self) -> bool:
         """A worker leaves nothing in a logdir but beside the heartbeat of its chief."""
         return self._logdir is not None and (self._is_chief or (self._logdir / heartbeat.DIR_NAME).is_dir())
-
-
-def _reached(beat: Heartbeat | None, events: list[dict[str, Any]]) -> Heartbeat | None:
-    """How far the run of a heartbeat has come: its checkpoints may be newer than that."""
-    if beat is None:
-        return None
-    own = [one for one in events if one.get("pid") == beat.pid and one.get("role") == beat.role]
-    steps = [one.get("step") for one in own if one["time"] >= beat.started and one["event"] in ("checkpoint", "stop")]
-    beat.step = max((one for one in [beat.step, *steps] if isinstance(one, int)), default=None)
-    beat.time = max([beat.time, *(one["time"] for one in own)])
-    return beat
-
-
-def restarts(events: list[dict[str, Any]], role: str) -> int:
-    """How many starts of ``role`` came after a start that never stopped, or stopped with an error."""
-    count = 0
-    is_open = False
-    for event in events:
-        if event.get("role") != role:
-            continue
-        if event["event"] == "start":
-            count += is_open
-            is_open = True
-        elif event["event"] == "stop":
-            is_open = event.get("reason") == "error"
-    return count + is_open
 
 
 def describe(error: BaseException) -> str:

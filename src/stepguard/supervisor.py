@@ -30,8 +30,10 @@ MAX_UNPROTECTED_SECS = 1800.0
 
 # Also with a grace period of 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
-# How long a process that ends without having stopped its run waits for the threads of that run.
+# How long a process that ends without having stopped its run waits for the threads of that run; where a disk hangs, its
+# last lines get a moment more.
 _EXIT_SECS = 2.0
+_LAST_LINES_SECS = 0.5
 
 
 class Supervisor(Generic[SessionT]):
@@ -224,7 +226,7 @@ class Supervisor(Generic[SessionT]):
             )
         if self._store is not None and self._saves():
             self._become_chief(self._store)
-        self._observer.begin(self._role())
+        self._observe()
         step = self._engine.step(sess)
         if step is not None and self._events is not None:
             self._events.started(step)
@@ -263,11 +265,12 @@ class Supervisor(Generic[SessionT]):
             thread.start()
         return threads
 
-    def _role(self) -> str:
-        if not self._is_chief:
-            return self._worker_role
+    def _observe(self) -> None:
+        """Begin to tell of this run, if that has not begun."""
         # An evaluator is a chief too, in a logdir where another one trains.
-        return "chief" if self._hold is not None or self._store is None else f"process-{os.getpid()}"
+        is_passing = self._is_chief and self._store is not None and self._hold is None
+        role = f"process-{os.getpid()}" if is_passing else "chief" if self._is_chief else self._worker_role
+        self._observer.begin(role, is_passing=is_passing)
 
     def _is_newest_saved(self, step: int | None) -> bool:
         """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
@@ -331,7 +334,7 @@ class Supervisor(Generic[SessionT]):
             self._store.last_recovery = None
             if self._is_chief and self._saves():
                 self._become_chief(self._store)
-        self._observer.begin(self._role())
+        self._observe()
 
     def _saves(self) -> bool:
         return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
@@ -514,7 +517,11 @@ class Supervisor(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
             _log.error("the program ended without stop(), which would have raised: %s: %s", type(error).__name__, error)
-        self._observer.end("exit" if failure is None else "error", failure)
+        self._observer.end(
+            "exit" if failure is None else "error",
+            failure,
+            within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
+        )
 
     def _leave_logdir(self) -> None:
         hold, self._hold = self._hold, None

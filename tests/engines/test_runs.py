@@ -43,8 +43,9 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_not_from_another(engine, t
     for steps in (2, 9, 1):
         engine.program(tmp_path).train(steps)
 
-    # The last of each; the first tick of the timer may have come at any step.
-    assert {2, 11, 12} <= set(engine.committed(tmp_path))
+    # The last of each, and where the timer's first tick found the new model; it comes once in such a short run.
+    others = set(engine.committed(tmp_path)) ^ {2, 11, 12}
+    assert others in (set(), {0}, {1})
     assert engine.program(tmp_path).train(0) == 12
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 from test_signals import newest_saved
 from zygote import Zygote
 
-WITHIN_SECS = 5.0
+# Far less than the hour for which a disk hangs here, and more than the interpreter takes to clear up on a busy machine.
+WITHIN_SECS = 30.0
 
 STATUS = {"returns": 0, "sys.exit": 3, "an error": 1}
 
@@ -20,12 +20,8 @@ def test_a_process_that_never_stops_its_supervisor_ends_at_once(
 ) -> None:
     child = tensorflow_children.start("ends", logdir=str(tmp_path), way=way, managed=False, call_secs=0.02)
     child.wait_for("ending")
-    began = time.monotonic()
 
-    status = child.wait(WITHIN_SECS)
-
-    assert status == STATUS[way], child.output
-    assert time.monotonic() - began < WITHIN_SECS
+    assert child.wait(WITHIN_SECS) == STATUS[way], child.output
     assert newest_saved(tmp_path) >= child.reports("saved")[-1]["step"]
 
 
@@ -67,6 +63,5 @@ def test_a_managed_run_whose_disk_hangs_ends_within_its_grace_period(
     child = tensorflow_children.start("hangs", logdir=str(tmp_path), managed=True, stop_grace_secs=1)
     child.wait_for("ending")
 
-    # The wait for the save, and that for the writer to end.
-    assert child.wait(2 + WITHIN_SECS) == 1, child.output
+    assert child.wait(WITHIN_SECS) == 1, child.output
     assert "SaveFailedError" in child.output

@@ -85,7 +85,7 @@ def look(logdir: Path) -> Situation:
     """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
     now = time.time()
     events = ledger.read(logdir)
-    beats = [_completed(one, events) for one in heartbeat.read(logdir)]
+    beats = [history.completed(one, events) for one in heartbeat.read(logdir)]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return Situation(
@@ -99,19 +99,6 @@ def look(logdir: Path) -> Situation:
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
     )
-
-
-def _completed(beat: Heartbeat, events: list[dict[str, Any]]) -> Heartbeat:
-    """A heartbeat with what its process, and its hang watch, have put into the ledger since."""
-    own = [one for one in events if (one.get("pid"), one.get("role")) == (beat.pid, beat.role)]
-    own = [one for one in own if one["time"] >= beat.started]
-    steps = [one.get("step") for one in own if one["event"] in ("checkpoint", "stop")]
-    beat.step = max((one for one in [beat.step, *steps] if isinstance(one, int)), default=None)
-    ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
-    if ended and beat.phase != "stopped":
-        beat.stacks = str(ended[-1].get("stacks"))
-        beat.error = beat.error or f"ended by its hang watch: no step boundary for {ended[-1].get('secs')} s"
-    return beat
 
 
 def document(found: Situation) -> dict[str, Any]:
