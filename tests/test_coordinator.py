@@ -21,7 +21,7 @@ import pytest
 from stepguard.coordinator import Coordinator
 
 # More than anything here takes, and less than anyone would wait.
-SOON_SECS = 5.0
+SOON_SECS = 30.0
 
 
 class BoomError(Exception):
@@ -449,7 +449,7 @@ def test_join_returns_as_soon_as_the_last_thread_has_ended(
         coord.request_stop()
     coord.join(working)
     # TensorFlow's looks once a second.
-    assert time.monotonic() - max(ended_at) < 0.2
+    assert time.monotonic() - max(ended_at) < 0.9
     assert len(ended_at) == 3
 
 
@@ -472,7 +472,7 @@ def test_join_waits_without_limit_until_a_stop_is_requested(coord: Coordinator, 
     coord.request_stop()
     joining.join(SOON_SECS)
     assert "stubborn" in str(errors[0])
-    assert 0.05 <= ended_at[0] - requested_at < 0.5
+    assert 0.05 <= ended_at[0] - requested_at < SOON_SECS
 
 
 def test_a_stop_long_ago_leaves_the_whole_grace_period_to_join(coord: Coordinator, threads: Threads) -> None:
@@ -493,8 +493,8 @@ def test_all_threads_share_one_deadline(coord: Coordinator, threads: Threads) ->
     coord.request_stop()
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="stubborn-0, stubborn-1, stubborn-2, stubborn-3, stubborn-4"):
-        coord.join(working, stop_grace_period_secs=0.2)
-    assert 0.15 < time.monotonic() - began < 0.6
+        coord.join(working, stop_grace_period_secs=0.5)
+    assert 0.45 < time.monotonic() - began < 5 * 0.45
     assert coord.joined
 
 

@@ -18,7 +18,7 @@ from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, FakeSession, FakeSupervisor
 from stepguard.testing.engine import FakeSnapshot
 
-SOON_SECS = 10.0
+SOON_SECS = 30.0
 NAN = math.nan
 
 

@@ -16,7 +16,7 @@ from stepguard.looper import LooperThread
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
-SOON_SECS = 10.0
+SOON_SECS = 30.0
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -20,7 +20,7 @@ from stepguard.testing import FakeEngine, RecordedEvents
 from stepguard.testing.engine import FakeSnapshot
 from stepguard.writer import CheckpointWriter
 
-SOON_SECS = 10.0
+SOON_SECS = 30.0
 
 
 def disk_error() -> OSError:

@@ -19,7 +19,7 @@ import tensorflow as tf
 import stepguard.coordinator
 import stepguard.looper
 
-SOON_SECS = 10.0
+SOON_SECS = 30.0
 TheirCoordinator = tf.train.Coordinator
 TheirLooper = tf.compat.v1.train.LooperThread
 
@@ -575,7 +575,7 @@ def test_departure_a_finished_thread_is_noticed_at_once() -> None:
         coord.join([started(work)])
         late_secs.append(time.monotonic() - ended_at[0])
     assert late_secs[0] > 0.5
-    assert late_secs[1] < 0.4
+    assert late_secs[1] < 0.8
 
 
 def test_departure_a_live_registered_thread_is_not_forgotten_by_join(hold: threading.Event) -> None:
@@ -674,13 +674,13 @@ def test_departure_missed_ticks_are_skipped() -> None:
         def work(coord: Any = coord, calls: list[float] = calls) -> None:
             calls.append(time.monotonic())
             if len(calls) == 1:
-                time.sleep(0.9)
+                time.sleep(1.8)
             if len(calls) == 4:
                 coord.request_stop()
 
-        looper_kind.loop(coord, 0.2, work)
+        looper_kind.loop(coord, 0.4, work)
         coord.join()
         bursts.append(calls[3] - calls[1])
     # Calls two, three and four: at once, or on three ticks.
-    assert bursts[0] < 0.2
-    assert bursts[1] > 0.3
+    assert bursts[0] < 0.4
+    assert bursts[1] > 0.6

@@ -45,7 +45,7 @@ def test_a_task_ends_in_time_when_its_server_died_for_good(cluster):
     worker.wait_for_step(50)
     cluster.ps[0].kill()
     for task in (chief, worker):
-        assert task.join(15) == 1, task.story()
+        assert task.join(30) == 1, task.story()
         assert task.reports("failed")[0]["type"] in ("UnavailableError", "AbortedError")
 
 
@@ -57,5 +57,5 @@ def test_a_task_ends_in_time_when_its_server_is_silent_for_good(cluster):
     worker.wait_for_step(50)
     cluster.ps[0].freeze()
     for task in (chief, worker):
-        assert task.join(15) == 1, task.story()
+        assert task.join(30) == 1, task.story()
         assert task.reports("failed")[0]["type"] == "UnavailableError"

@@ -246,7 +246,7 @@ class TestAStepThatDoesNotEnd:
         with pytest.raises(NoBoundaryError, match=r"a checkpoint.*the_stuck_run"), boundary.hold("a checkpoint"):
             raise AssertionError("there is no boundary")
 
-        assert 0.2 <= time.monotonic() - began < 5
+        assert 0.2 <= time.monotonic() - began < 20
         stuck.end()
 
     def test_is_not_in_the_way_of_other_steps_any_more(self, boundary, threads):
