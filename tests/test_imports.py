@@ -33,6 +33,7 @@ CORE = [
     "nan_guard",
     "observation",
     "progress_line",
+    "saving",
     "services",
     "signals",
     "store",

@@ -42,7 +42,7 @@ def test_tell_of_steps_and_checkpoints(tmp_path: Path) -> None:
         before = read(url_of(tmp_path))
         for _ in range(5):
             session.run_step()
-        sv._checkpointer.save_last(30)  # what the fifth step began is written now
+        sv._saving.checkpointer.save_last(30)  # what the fifth step began is written now
         sv._observer._look(session)
         after = read(url_of(tmp_path))
 

@@ -45,7 +45,7 @@ def committed(logdir: Path) -> list[int | None]:
 
 def run_to_saved(supervisor: FakeSupervisor, session: FakeSession, logdir: Path, step: int) -> None:
     run_to(session, step)
-    wait_until(lambda: step in committed(logdir) and not supervisor._writer.busy)
+    wait_until(lambda: step in committed(logdir) and not supervisor._saving.writer.busy)
 
 
 class TestAReturn:
@@ -105,10 +105,10 @@ class TestAReturn:
             run_to_saved(supervisor, session, tmp_path, 5)
             supervisor.engine.fail_writes = [OSError(5, "not now")]
             run_to(session, 10)
-            wait_until(lambda: supervisor._writer.retrying)
+            wait_until(lambda: supervisor._saving.writer.retrying)
             session.report(NAN)
             assert session.step == 5
-            wait_until(lambda: not supervisor._writer.busy)
+            wait_until(lambda: not supervisor._saving.writer.busy)
             session.run_step()
 
         assert committed(tmp_path) == [5, 6]
@@ -211,7 +211,7 @@ class TestASnapshot:
         with pytest.raises(NonFiniteError), supervisor.managed_session() as session:
             run_to(session, 3)
             session.report(NAN)
-            supervisor._checkpointer()
+            supervisor._saving.checkpointer()
 
         assert committed(tmp_path) == []
 

@@ -136,10 +136,10 @@ class TestTheChief:
     def test_holds_the_logdir_while_the_run_lasts(self, tmp_path, monkeypatch):
         supervisor = FakeSupervisor(str(tmp_path))
         with supervisor.managed_session():
-            assert supervisor._hold is not None
-            assert supervisor._hold.is_locked
+            assert supervisor._saving.holds_logdir
+            assert supervisor._saving._hold.is_locked
 
-        assert supervisor._hold is None
+        assert not supervisor._saving.holds_logdir
 
     def test_gives_the_logdir_back_after_a_failure(self, tmp_path):
         supervisor = FakeSupervisor(str(tmp_path))
@@ -147,7 +147,7 @@ class TestTheChief:
         with pytest.raises(ZeroDivisionError), supervisor.managed_session():
             pass
 
-        assert supervisor._hold is None
+        assert not supervisor._saving.holds_logdir
 
     def test_of_another_process_is_named_and_nothing_is_touched(self, tmp_path, monkeypatch):
         error = LogdirInUseError("in use", logdir=tmp_path, host="elsewhere", pid=1, since=0.0)
@@ -163,7 +163,7 @@ class TestTheChief:
     def test_that_saves_nothing_needs_no_lock(self, tmp_path):
         supervisor = FakeSupervisor(str(tmp_path), save_model_secs=0)
         with supervisor.managed_session():
-            assert supervisor._hold is None
+            assert not supervisor._saving.holds_logdir
 
     def test_sweeps_what_a_killed_one_left_behind(self, tmp_path):
         (tmp_path / ".stage-model.ckpt-7").mkdir()
@@ -174,7 +174,7 @@ class TestTheChief:
         worker = FakeSupervisor(str(tmp_path), is_chief=False)
         with worker.managed_session() as session:
             session.run_step()
-            assert worker._hold is None
+            assert not worker._saving.holds_logdir
 
         assert [path for path in tmp_path.iterdir() if "model.ckpt" in path.name] == []
 

@@ -9,20 +9,19 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import LogdirInUseError
 from stepguard.looper import LooperThread
 from stepguard.managed_session import ManagedSession, Run
 from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
-from stepguard.services import Checkpointer, StepCounter, StepTrigger, WhileOpen
-from stepguard.store import CheckpointStore, LogdirHold
-from stepguard.writer import CheckpointWriter
+from stepguard.saving import Saving
+from stepguard.services import StepCounter, WhileOpen
+from stepguard.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +50,12 @@ class Supervisor(Generic[SessionT]):
         events: the event log, or ``None``.
         has_summaries: whether the program has summaries to compute.
         saves_model: whether there is anything to save, and a place for it.
-        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none.
+        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none. Of this and the next two a worker
+            does nothing.
         save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
         save_model_steps: steps between checkpoints; ``None`` takes none by steps.
-        save_at_end: whether the last step is saved when the run ends without an error.
+        save_at_end: whether the last step is saved when the run ends without an error; by default if it is saved at
+            all while it lasts.
         stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
         max_unprotected_secs: how long, in seconds, saves may fail before that stops the run.
         stop_on_sigterm: whether ``managed_session`` stops at the next step boundary when SIGTERM comes.
@@ -82,7 +83,7 @@ class Supervisor(Generic[SessionT]):
         save_summaries_secs: float | None,
         save_model_secs: float | None,
         save_model_steps: int | None = None,
-        save_at_end: bool,
+        save_at_end: bool | None = None,
         stop_grace_secs: float,
         max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
         stop_on_sigterm: bool = True,
@@ -99,35 +100,36 @@ class Supervisor(Generic[SessionT]):
         self._store = store
         self._events = events
         self._has_summaries = has_summaries
-        self._saves_model = saves_model
-        self._save_summaries_secs = save_summaries_secs
-        self._save_model_secs = save_model_secs
-        self._save_model_steps = save_model_steps
-        self._save_at_end = save_at_end
+        self._save_summaries_secs = save_summaries_secs if is_chief else None
         self._stop_grace_secs = stop_grace_secs
-        self._max_unprotected_secs = max_unprotected_secs
         self._stop_on_sigterm = stop_on_sigterm
-        # Held by whoever writes a checkpoint: the writer, or the program itself.
-        self._one_save = threading.Lock()
         self._observer = Observer(
             engine,
             logdir=watched_logdir or logdir,
             is_chief=is_chief,
             options=Observation() if observation is None else observation,
         )
+        self._saving = Saving(
+            engine,
+            store=store,
+            events=events,
+            observer=self._observer,
+            saves_model=saves_model,
+            every_secs=save_model_secs if is_chief else None,
+            every_steps=save_model_steps if is_chief else None,
+            at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
+            max_unprotected_secs=max_unprotected_secs,
+            on_error=self._report,
+        )
         self._worker_role = role
         self._built_in = os.getcwd()
         self._pid = os.getpid()
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
-        self._hold: LogdirHold | None = None
-        self._writer: CheckpointWriter | None = None
-        self._checkpointer: Checkpointer | None = None
-        self._step_trigger: StepTrigger | None = None
         self._guard = self._make_guard(nan_guard, nan_returns)
 
     def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
-        check_options(mode, most_returns, saves=self._store is not None and self._saves())
+        check_options(mode, most_returns, saves=self._store is not None and self._saving.is_on)
         if mode is None:
             return None
         return NanGuard(
@@ -138,14 +140,10 @@ class Supervisor(Generic[SessionT]):
             store=self._store,
             events=self._events,
             observer=self._observer,
-            one_save=self._one_save,
+            one_save=self._saving.one_save,
             on_error=self._report,
-            on_return=self._went_back,
+            on_return=self._saving.went_back,
         )
-
-    def _went_back(self) -> None:
-        if self._step_trigger is not None:
-            self._step_trigger.went_back()
 
     @property
     def is_chief(self) -> bool:
@@ -165,7 +163,7 @@ class Supervisor(Generic[SessionT]):
     @property
     def save_model_secs(self) -> float | None:
         """Seconds between timed checkpoints; ``None`` in a worker."""
-        return self._save_model_secs
+        return self._saving.every_secs
 
     # --- the stop flag ---
 
@@ -224,8 +222,7 @@ class Supervisor(Generic[SessionT]):
                 "start_standard_services: expected a logdir for checkpoints and summaries, found none; pass logdir= "
                 "to the Supervisor, or start_standard_services=False to the call that prepares the session"
             )
-        if self._store is not None and self._saves():
-            self._become_chief(self._store)
+        self._saving.claim_logdir()
         self._observe()
         step = self._engine.step(sess)
         if step is not None and self._events is not None:
@@ -238,27 +235,11 @@ class Supervisor(Generic[SessionT]):
             if step is not None:
                 counter = StepCounter(self._engine, sess, self._events)
                 threads.append(self._service("step-counter", self._save_summaries_secs, sess, counter))
-        if self._saves():
+        if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
-            # A second session shares the writer of one that was not stopped: nobody would end the first one's.
-            if self._writer is None:
-                self._writer = CheckpointWriter(
-                    self._engine,
-                    self._store,
-                    self._events,
-                    self._report,
-                    one_save=self._one_save,
-                    max_unprotected_secs=self._max_unprotected_secs,
-                    observer=self._observer,
-                    guard=self._guard,
-                )
-            self._checkpointer = Checkpointer(self._engine, sess, self._writer, is_saved=self._is_newest_saved(step))
-            if self._save_model_secs:
-                threads.append(self._service("checkpoint", self._save_model_secs, sess, self._checkpointer))
-            if self._save_model_steps:
-                trigger = StepTrigger(self._engine, sess, self._checkpointer, self._save_model_steps, self._report)
-                self._engine.call_after_steps(sess, 1, trigger)
-                self._step_trigger = trigger
+            checkpointer = self._saving.start(sess, step, self._guard)
+            if self._saving.every_secs:
+                threads.append(self._service("checkpoint", self._saving.every_secs, sess, checkpointer))
         self._is_running()
         self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
         for thread in threads:
@@ -268,14 +249,9 @@ class Supervisor(Generic[SessionT]):
     def _observe(self) -> None:
         """Begin to tell of this run, if that has not begun."""
         # An evaluator is a chief too, in a logdir where another one trains.
-        is_passing = self._is_chief and self._store is not None and self._hold is None
+        is_passing = self._is_chief and self._store is not None and not self._saving.holds_logdir
         role = f"process-{os.getpid()}" if is_passing else "chief" if self._is_chief else self._worker_role
         self._observer.begin(role, is_passing=is_passing)
-
-    def _is_newest_saved(self, step: int | None) -> bool:
-        """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
-        newest = self._store.candidates()[:1] if self._store is not None else []
-        return any(one.is_committed and one.name == self._engine.checkpoint_name(step) for one in newest)
 
     def _service(
         self, name: str, interval_secs: float, session: SessionT, service: Callable[[], object]
@@ -298,7 +274,7 @@ class Supervisor(Generic[SessionT]):
                 self._begin_observation()
             session = prepare()
         except BaseException as error:
-            self._leave_logdir()
+            self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
         try:
@@ -332,33 +308,9 @@ class Supervisor(Generic[SessionT]):
     def _begin_observation(self) -> None:
         if self._store is not None:
             self._store.last_recovery = None
-            if self._is_chief and self._saves():
-                self._become_chief(self._store)
+        if self._is_chief:
+            self._saving.claim_logdir()
         self._observe()
-
-    def _saves(self) -> bool:
-        return self._saves_model and bool(self._save_model_secs or self._save_model_steps or self._save_at_end)
-
-    @contextmanager
-    def _holding_logdir(self) -> Iterator[bool]:
-        """Whether no other process is the chief of the logdir as long as the block lasts."""
-        if self._store is None or self._hold is not None:
-            yield self._hold is not None
-            return
-        try:
-            hold = self._store.acquire()
-        except (LogdirInUseError, OSError) as error:
-            _log.debug("not the chief of this logdir: %s", error)
-            yield False
-            return
-        with hold:
-            yield True
-
-    def _become_chief(self, store: CheckpointStore) -> None:
-        if self._hold is None:
-            self._hold = store.acquire()
-            for leftover in store.sweep():
-                _log.info("removed %s, left behind by a run that was killed", leftover)
 
     def _give_up(self, session: SessionT, error: BaseException) -> None:
         """End what was begun for a session that could not be prepared; ``error`` is on its way out."""
@@ -440,21 +392,13 @@ class Supervisor(Generic[SessionT]):
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
-                self._save_last(deadline)
+                self._saving.save_last(deadline)
         finally:
-            self._stop_writing(deadline)
-            self._leave_logdir()
-
-    @contextmanager
-    def _program_saves(self, name: str) -> Iterator[None]:
-        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
-        with self._one_save:
-            if self._store is not None:
-                self._store.uncommit(name)
-            yield
-            if self._store is not None:
-                # Its saver removes what is too many by its own count, and knows nothing of manifests.
-                self._store.follow_removals([one.name for one in self._store.candidates()])
+            if not self._saving.stop(deadline):
+                _log.warning(
+                    "a checkpoint was still being written when the time to stop was over; the one before it is good"
+                )
+            self._saving.leave_logdir()
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
@@ -463,7 +407,7 @@ class Supervisor(Generic[SessionT]):
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
         try:
-            self._save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
+            self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._report(error)
 
@@ -475,22 +419,6 @@ class Supervisor(Generic[SessionT]):
             # After a join the coordinator raises in the thread that reports as well.
             if raised is not error:
                 raise
-
-    def _save_last(self, deadline: float) -> None:
-        if self._checkpointer is not None and self._save_at_end:
-            self._checkpointer.save_last(max(0.0, deadline - time.monotonic()))
-
-    def _stop_writing(self, deadline: float) -> None:
-        self._step_trigger = None
-        checkpointer, self._checkpointer = self._checkpointer, None
-        if checkpointer is not None:
-            checkpointer.close()
-        writer, self._writer = self._writer, None
-        # A snapshot that is being written holds a good step, whatever else went wrong.
-        if writer is not None and not writer.close(max(0.0, deadline - time.monotonic())):
-            _log.warning(
-                "a checkpoint was still being written when the time to stop was over; the one before it is good"
-            )
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
@@ -505,12 +433,8 @@ class Supervisor(Generic[SessionT]):
         self._coord.request_stop()
         if self._guard is not None:
             self._guard.end(was_asked=True)
-        if self._checkpointer is not None:
-            # The session is closed when it is collected, too late for a thread that would save it.
-            self._checkpointer.close()
-            self._checkpointer = None
-        if self._writer is not None:
-            self._writer.close(max(0.0, deadline - time.monotonic()))
+        # The session is closed when it is collected, too late for a thread that would save it.
+        self._saving.stop(deadline)
         failure = None
         try:
             self._coord.join(stop_grace_period_secs=max(0.0, deadline - time.monotonic()), ignore_live_threads=True)
@@ -522,11 +446,6 @@ class Supervisor(Generic[SessionT]):
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
-
-    def _leave_logdir(self) -> None:
-        hold, self._hold = self._hold, None
-        if hold is not None:
-            hold.release()
 
 
 _unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()

@@ -78,7 +78,8 @@ class Program(ABC):
     def wait_until_saved(self, step: int, engine: EngineUnderTest, logdir: Path) -> None:
         """Wait until ``step`` is committed, and until what comes after a commit is done as well."""
         wait_until(
-            lambda: step in engine.committed(logdir) and not self.sv._writer.busy, f"the checkpoint of step {step}"
+            lambda: step in engine.committed(logdir) and not self.sv._saving.writer.busy,
+            f"the checkpoint of step {step}",
         )
 
     # The one place where the suite reaches behind the Supervisor's own door: the engine is what an engine's author

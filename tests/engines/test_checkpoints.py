@@ -173,7 +173,7 @@ class TestWhenTheyAreTaken:
         program = engine.program(tmp_path, save_model_secs=0.01)
         with program.sv.managed_session():
             looked = threading.Event()
-            program.sv.loop(0.2, lambda: program.sv._checkpointer() or looked.set())
+            program.sv.loop(0.2, lambda: program.sv._saving.checkpointer() or looked.set())
             assert looked.wait(20)
 
         assert _manifest_times(tmp_path) == before

@@ -218,6 +218,6 @@ class TestAWorker:
     def test_does_not_become_the_chief_of_the_logdir(self, engine, tmp_path):
         worker = engine.program(tmp_path / "of-the-chief", is_chief=False)
 
-        assert worker.sv._hold is None
+        assert not worker.sv._saving.holds_logdir
         assert not worker.sv.is_chief
         assert not (tmp_path / "of-the-chief").exists()

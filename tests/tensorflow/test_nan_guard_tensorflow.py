@@ -39,7 +39,7 @@ class Fed:
 
     def steps_until_saved(self, session: Any, step: int) -> None:
         self.steps(session, step - int(session.run(self.sv.global_step)))
-        wait_until(lambda: step in committed(self.logdir) and not self.sv._writer.busy, f"checkpoint {step}")
+        wait_until(lambda: step in committed(self.logdir) and not self.sv._saving.writer.busy, f"checkpoint {step}")
 
 
 def fetches(fed: Fed) -> dict[str, Any]:

@@ -159,9 +159,9 @@ class TestEvaluators:
         counting_step()
         supervisor = Supervisor(logdir=str(tmp_path), save_summaries_secs=0)
         with supervisor.managed_session(start_standard_services=False) as session:
-            assert supervisor._hold is None
+            assert not supervisor._saving.holds_logdir
             supervisor.start_standard_services(session)
-            assert supervisor._hold is not None
+            assert supervisor._saving.holds_logdir
 
 
 class TestErrorsOfTheProgram:

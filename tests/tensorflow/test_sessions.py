@@ -41,7 +41,8 @@ class TestBlockedThreads:
             for number in range(1, 4):
                 session.run(step)
                 wait_until(
-                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._writer.busy, "a checkpoint"
+                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._saving.writer.busy,
+                    "a checkpoint",
                 )
             assert not any(one.done() for one in blocked)
             session.run(cancel)
@@ -129,7 +130,8 @@ class TestBlockedThreads:
             for number in range(1, 3):
                 session.run(step)
                 wait_until(
-                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._writer.busy, "a checkpoint"
+                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._saving.writer.busy,
+                    "a checkpoint",
                 )
             session.run(close)
 

@@ -301,7 +301,8 @@ class TestOurCheckpointsAreOrdinaryOnes:
             for number in range(1, 5):
                 session.run(step)
                 wait_until(
-                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._writer.busy, "a checkpoint"
+                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._saving.writer.busy,
+                    "a checkpoint",
                 )
 
         assert sorted(path.name for path in tmp_path.glob("*.index")) == [

@@ -151,7 +151,7 @@ def test_what_was_summarised_before_a_checkpoint_is_on_disk_with_it(tmp_path):
         for step in session.steps(max_steps=6):
             session.summary({"loss": 1.0 / (step + 1)})
             if step == 5:
-                sv._writer.drain(30)
+                sv._saving.writer.drain(30)
                 # As after SIGKILL: nothing of what the writer still holds.
                 (path,) = tmp_path.glob("events.out.tfevents.*")
                 found = path.read_bytes().count(b"loss")

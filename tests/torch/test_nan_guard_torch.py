@@ -54,7 +54,7 @@ class Line:
         session.summary({"loss": loss})
 
     def wait_until_saved(self) -> None:
-        assert self.sv._writer.drain(20)
+        assert self.sv._saving.writer.drain(20)
 
 
 def committed(logdir: Path) -> list[int | None]:

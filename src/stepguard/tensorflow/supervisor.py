@@ -208,7 +208,7 @@ class Supervisor(CoreSupervisor[Any]):
                 local_init_run_options=local_init_run_options,
                 restorer=Restorer(
                     store,
-                    hold=self._holding_logdir,
+                    hold=lambda: self._saving.holding_logdir(),  # noqa: PLW0108 - there is none yet
                     start_over_when_all_damaged=start_over_when_all_damaged,
                 ),
                 wait_for_stop=coord.wait_for_stop,
@@ -227,7 +227,7 @@ class Supervisor(CoreSupervisor[Any]):
             logdir=logdir,
             save_path=self._save_path,
             init_fn=init_fn,
-            program_saves=self._program_saves,
+            program_saves=lambda name: self._saving.program_saves(name),  # noqa: PLW0108 - there is none yet
         )
         super().__init__(
             self._tensorflow,
@@ -238,10 +238,10 @@ class Supervisor(CoreSupervisor[Any]):
             events=events,
             has_summaries=model.summary_op is not None,
             saves_model=saves_model,
-            save_summaries_secs=save_summaries_secs if is_chief else None,
-            save_model_secs=save_model_secs if is_chief else None,
-            save_model_steps=save_model_steps if is_chief else None,
-            save_at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            save_model_steps=save_model_steps,
+            save_at_end=save_at_end,
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
             stop_on_sigterm=stop_on_sigterm,

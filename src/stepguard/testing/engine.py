@@ -304,7 +304,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             save_summaries_secs=save_summaries_secs,
             save_model_secs=save_model_secs,
             save_model_steps=save_model_steps,
-            save_at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
+            save_at_end=save_at_end,
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
             stop_on_sigterm=stop_on_sigterm,
