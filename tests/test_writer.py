@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stepguard.errors import SaveFailedError
+from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, RecordedEvents
 from stepguard.testing.engine import FakeSnapshot
@@ -57,6 +57,14 @@ class Rig:
 
     def stages(self) -> list[str]:
         return [path.name for path in self.store.root.iterdir() if path.name.startswith(".stage")]
+
+
+def written(rig: Rig, step: int) -> FakeSnapshot:
+    """A snapshot that its framework has written itself."""
+    path = rig.store.root / f"model.ckpt-{step}"
+    path.mkdir()
+    (path / "state.json").write_text("{}")
+    return FakeSnapshot(step, (step,), written=str(path))
 
 
 @pytest.fixture
@@ -248,6 +256,62 @@ class TestAFailingDisk:
         assert rig.steps() == [3]
         assert writer.close(SOON_SECS)
 
+    def test_that_fails_its_framework_has_a_new_snapshot_taken_later(self, rig, caplog):
+        rig.store.root.mkdir()
+        failures = [disk_error()]
+
+        def take() -> tuple[FakeSnapshot, float]:
+            if failures:
+                raise failures.pop()
+            return written(rig, 8), 0.25
+
+        with caplog.at_level(logging.WARNING, "stepguard"):
+            assert rig.writer.retake(take, disk_error())
+            assert not rig.writer.retake(take, disk_error())
+            assert rig.writer.drain(SOON_SECS)
+
+        assert rig.steps() == [8]
+        assert rig.errors == []
+        warnings = [record.getMessage() for record in caplog.records]
+        assert len(warnings) == 2
+        assert all("saving a checkpoint failed" in one and "the disk is on fire" in one for one in warnings)
+
+    def test_that_fails_the_commit_of_what_its_framework_has_written_has_it_written_again(self, rig, monkeypatch):
+        rig.store.root.mkdir()
+        commit_in_place = rig.store.commit_in_place
+        monkeypatch.setattr(rig.store, "commit_in_place", _raising_once(disk_error(), commit_in_place))
+
+        rig.writer.submit(written(rig, 7), 0.0, lambda: (written(rig, 8), 0.0))
+        assert rig.writer.drain(SOON_SECS)
+
+        assert [one.step for one in rig.store.candidates() if one.is_committed] == [8]
+        assert rig.errors == []
+
+    def test_that_no_boundary_follows_is_tried_again_when_the_next_checkpoint_is_due(self, rig, caplog):
+        def take() -> tuple[FakeSnapshot, float]:
+            raise NoBoundaryError("a step is in the way")
+
+        assert rig.writer.retake(take, disk_error())
+        assert rig.writer.drain(SOON_SECS)
+        rig.save(9)
+
+        assert "checkpoint skipped: a step is in the way" in caplog.text
+        assert rig.errors == []
+        assert rig.steps() == [9]
+
+    def test_that_never_takes_what_its_framework_writes_is_an_error_of_the_run(self, make_rig):
+        rig = make_rig(max_unprotected_secs=0.05)
+
+        def take() -> tuple[FakeSnapshot, float]:
+            raise disk_error()
+
+        rig.writer.retake(take, disk_error())
+        assert rig.writer.drain(SOON_SECS)
+
+        (error,) = rig.errors
+        assert isinstance(error, SaveFailedError)
+        assert isinstance(error.__cause__, OSError)
+
     def test_in_pruning_does_not_have_a_good_checkpoint_written_again(self, rig, monkeypatch):
         monkeypatch.setattr(rig.store, "prune", _raising_once(disk_error()))
 
@@ -341,12 +405,12 @@ class _Gate:
         self._opened.set()
 
 
-def _raising_once(error: Exception) -> Callable[[], list[Any]]:
+def _raising_once(error: Exception, then: Callable[..., Any] = list) -> Callable[..., Any]:
     errors = [error]
 
-    def call() -> list[Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
         if errors:
             raise errors.pop()
-        return []
+        return then(*arguments, **named)
 
     return call

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stepguard.engine import Engine, EventLog
+from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.writer import CheckpointWriter
 
@@ -104,16 +104,27 @@ class Checkpointer:
         self._is_closed = True
 
     def _save(self, what: str, patience_secs: float | None) -> bool:
+        """Take a snapshot, and give it to the writer; ``False`` if that has one already."""
+        saved = self._saved_progress, self._is_saved
+        try:
+            snapshot, stall_secs = self._take(what, patience_secs)
+        except self._writer.storage_errors as error:
+            # The framework has to write it itself, and could not.
+            return self._writer.retake(lambda: self._take(what, None), error)
+        if self._writer.submit(snapshot, stall_secs, lambda: self._take(what, None)):
+            return True
+        self._saved_progress, self._is_saved = saved
+        return False
+
+    def _take(self, what: str, patience_secs: float | None) -> tuple[Snapshot, float]:
+        """A snapshot, and the seconds that training waited for it. Also in the writer's thread."""
         with self._engine.at_boundary(self._session, what, patience_secs):
             progress = self._engine.progress(self._session)
             began = time.monotonic()
             snapshot = self._engine.snapshot(self._session)
             stall_secs = time.monotonic() - began
-        if not self._writer.submit(snapshot, stall_secs):
-            return False
-        self._saved_progress = progress
-        self._is_saved = True
-        return True
+        self._saved_progress, self._is_saved = progress, True
+        return snapshot, stall_secs
 
 
 class StepTrigger:

@@ -11,10 +11,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
-from stepguard.errors import SaveFailedError
+from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.nan_guard import NanGuard
 from stepguard.observation import Observer
 from stepguard.store import Checkpoint, CheckpointStore
@@ -28,6 +29,24 @@ _SPARE_BYTES = 1 << 20
 # A generator of our own: to draw from the program's would change what it draws next.
 _jitter = random.Random()
 
+# Takes a snapshot at a step boundary; with the seconds that training waited for it.
+Take = Callable[[], tuple[Snapshot, float]]
+
+
+@dataclass(slots=True)
+class _Order:
+    """One snapshot to be made durable; ``None`` when it has to be taken, after taking it has failed with ``error``."""
+
+    snapshot: Snapshot | None
+    stall_secs: float = 0.0
+    take: Take | None = None
+    error: BaseException | None = None
+
+    @property
+    def what(self) -> str:
+        """Its name in messages."""
+        return "a checkpoint" if self.snapshot is None else f"step {self.snapshot.step}"
+
 
 class CheckpointWriter:
     """Writes, commits and records one snapshot at a time.
@@ -35,14 +54,14 @@ class CheckpointWriter:
     ``one_save`` is held during each try: others that write checkpoints to the same place hold it too.
 
     A save that the disk fails is tried again, ever less often, while training goes on; after ``max_unprotected_secs``
-    without success it is an error of the run.
+    without success it is an error of the run. Where the framework writes the snapshot itself, a new one is taken then.
 
     ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
     then written the snapshot itself, and there is nothing left to commit. What ``guard`` does not admit is not
     committed; where the framework has written it already, it is put into quarantine.
 
-    Threads: :meth:`submit`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything else happens
-    on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
+    Threads: :meth:`submit`, :meth:`retake`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything
+    else happens on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
     """
 
     def __init__(
@@ -61,7 +80,7 @@ class CheckpointWriter:
         self._engine = engine
         self._store = store
         self._events = events
-        self._storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
+        self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
         self._on_error = on_error
         self._one_save = threading.Lock() if one_save is None else one_save
         self._max_unprotected_secs = max_unprotected_secs
@@ -70,7 +89,7 @@ class CheckpointWriter:
         self._guard = guard
         self._mark: int | None = None
         self._wake = threading.Condition(threading.Lock())
-        self._waiting: Snapshot | None = None
+        self._waiting: _Order | None = None
         self._busy = False
         self._retrying = False
         self._closing = False
@@ -78,18 +97,25 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._last_bytes = 0
         self._taken_at = 0.0
-        self._stall_secs = 0.0
         self.skipped = 0
 
-    def submit(self, snapshot: Snapshot, stall_secs: float = 0.0) -> bool:
-        """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is."""
+    def submit(self, snapshot: Snapshot, stall_secs: float = 0.0, take: Take | None = None) -> bool:
+        """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is.
+
+        ``take`` takes another one in its place, should what its framework has written not last.
+        """
+        return self._accept(_Order(snapshot, stall_secs, take))
+
+    def retake(self, take: Take, error: BaseException) -> bool:
+        """The framework could not write a snapshot for ``error``, one of the `storage_errors`: have it taken again."""
+        return self._accept(_Order(None, take=take, error=error))
+
+    def _accept(self, order: _Order) -> bool:
         with self._wake:
             if self._busy:
                 return False
-            self._waiting = snapshot
-            self._taken_at = time.time()
-            self._stall_secs = stall_secs
-            self._mark = None if self._guard is None else self._guard.mark()
+            self._waiting = order
+            self._note_moment()
             self._busy = True
             # The deadline of an earlier drain was for an earlier snapshot.
             self._gives_up_at = None
@@ -99,6 +125,11 @@ class CheckpointWriter:
                 self._thread = threading.Thread(target=self._run, name="stepguard-writer", daemon=True)
                 self._thread.start()
             return True
+
+    def _note_moment(self) -> None:
+        """A snapshot was just taken."""
+        self._taken_at = time.time()
+        self._mark = None if self._guard is None else self._guard.mark()
 
     @property
     def busy(self) -> bool:
@@ -141,57 +172,73 @@ class CheckpointWriter:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting is not None or self._closing)
-                snapshot, self._waiting = self._waiting, None
-            if snapshot is None:
+                order, self._waiting = self._waiting, None
+            if order is None:
                 return
             try:
-                self._write_with_retries(snapshot)
+                self._write_with_retries(order)
+            except NoBoundaryError as error:
+                self.warn(f"checkpoint skipped: {error}")
             except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator carries it on
                 self._on_error(error)
             finally:
-                del snapshot
+                del order
                 self._retrying = False
                 with self._wake:
                     self._busy = False
                     self._wake.notify_all()
 
-    def _write_with_retries(self, snapshot: Snapshot) -> None:
+    def _write_with_retries(self, order: _Order) -> None:
         began = time.monotonic()
         delay_secs = self._first_retry_secs
         while True:
             gives_up_at = self._gives_up_at
             tried_at = time.monotonic()
             try:
+                snapshot = self._taken(order)
                 with self._one_save:
                     if self._guard is not None and not self._guard.admits(snapshot, self._mark):
                         self._reject(snapshot)
                         return
                     path = self._make_durable(snapshot)
                 break
-            except self._storage_errors as error:
-                if snapshot.written is not None:
-                    raise
+            except self.storage_errors as error:
+                what = order.what
+                if order.take is not None and order.snapshot is not None and order.snapshot.written is not None:
+                    # What the framework has written is not to be relied upon.
+                    order.snapshot = None
                 self._retrying = True
                 unprotected_secs = time.monotonic() - began
                 # Jitter: many runs on one failing file system must not all come back at the same moment.
                 wait_secs = delay_secs * _jitter.uniform(0.75, 1.25)
                 if not self._may_wait(wait_secs, unprotected_secs, gives_up_at):
                     raise SaveFailedError(
-                        f"saving step {snapshot.step} has failed for {unprotected_secs:.1f} s: {error}. The "
+                        f"saving {what} has failed for {unprotected_secs:.1f} s: {error}. The "
                         f"checkpoints before it are as they were; make room or repair the disk, and start again",
                         path=None if self._store is None else self._store.root,
                     ) from error
                 message = (
-                    f"saving step {snapshot.step} failed ({error}); training goes on unprotected since "
+                    f"saving {what} failed ({error}); training goes on unprotected since "
                     f"{unprotected_secs:.1f} s, next try in {wait_secs:.1f} s"
                 )
                 _log.warning("%s", message)
                 if self._observer is not None:
                     self._observer.save_failed(message)
             delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
-        self._record(snapshot, path, time.monotonic() - tried_at)
+        self._record(snapshot, path, time.monotonic() - tried_at, order.stall_secs)
         if self._store is not None and snapshot.written is None:
             self._prune(self._store)
+
+    def _taken(self, order: _Order) -> Snapshot:
+        """The snapshot, taken now if need be. Raises what taking it has met, at first what it had met already."""
+        error, order.error = order.error, None
+        if error is not None:
+            raise error
+        if order.snapshot is None:
+            assert order.take is not None
+            order.snapshot, order.stall_secs = order.take()
+            self._note_moment()
+        return order.snapshot
 
     def _may_wait(self, wait_secs: float, unprotected_secs: float, gave_up_at: float | None) -> bool:
         """Wait until the next try; ``False`` when there is to be none.
@@ -205,14 +252,14 @@ class CheckpointWriter:
             # A stop does not shorten the retries to none: the disk has until its deadline to come back.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at
 
-    def _record(self, snapshot: Snapshot, path: str, seconds: float) -> None:
+    def _record(self, snapshot: Snapshot, path: str, seconds: float, stall_secs: float) -> None:
         """The step is durable: nothing that fails in here has it written again."""
         if self._events is not None:
             self._events.checkpointed(snapshot.step, path)
         _log.info("saved step %s to %s in %.2f s", snapshot.step, path, seconds)
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
-            self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, seconds, self._stall_secs)
+            self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, seconds, stall_secs)
 
     def _prune(self, store: CheckpointStore) -> None:
         try:

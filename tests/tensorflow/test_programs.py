@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -100,6 +101,47 @@ class TestSaversOfTheProgramsOwn:
             graph._unsafe_unfinalize()
 
         assert saver.restored == [str(tmp_path / "model.ckpt-1")]
+
+    @pytest.mark.parametrize("failures", [1, 2])
+    def test_that_find_the_disk_full_are_asked_again_and_training_goes_on(self, graph, tmp_path, caplog, failures):
+        class Own(v1.train.Saver):
+            def save(self, *arguments: Any, **named: Any) -> Any:
+                if len(tried) < failures:
+                    tried.append("full")
+                    raise OSError(errno.ENOSPC, "no room for what this saver writes")
+                return super().save(*arguments, **named)
+
+        tried: list[str] = []
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_model_steps=5)
+        with supervisor.managed_session() as session:
+            for _ in range(5):
+                session.run(step)
+            wait_until(lambda: len(tried) == failures or committed(tmp_path), "the first try")
+            session.run(step)
+            wait_until(lambda: committed(tmp_path), "the checkpoint of a later try")
+            session.run(step)
+
+        assert caplog.text.count("no room for what this saver writes") == failures
+        assert train(tmp_path, 0) == 7
+
+    def test_that_find_the_disk_full_at_the_end_have_the_time_to_stop_for_it(self, graph, tmp_path):
+        class Own(v1.train.Saver):
+            def save(self, *arguments: Any, **named: Any) -> Any:
+                if not tried:
+                    tried.append("full")
+                    raise OSError(errno.ENOSPC, "no room for what this saver writes")
+                return super().save(*arguments, **named)
+
+        tried: list[str] = []
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_at_end=True)
+        with supervisor.managed_session() as session:
+            for _ in range(3):
+                session.run(step)
+
+        assert tried
+        assert committed(tmp_path) == [3]
 
     def test_that_write_over_a_committed_step_leave_a_good_checkpoint(self, graph, tmp_path, caplog):
         step, own = counting_step(), v1.train.Saver()
