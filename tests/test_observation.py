@@ -359,3 +359,8 @@ def test_an_option_that_makes_no_sense_is_named_at_construction(options: dict[st
         Observation(**options)
     with pytest.raises(ValueError, match=named):
         FakeSupervisor(**options)
+
+
+def test_hangs_that_leave_no_trace_are_not_watched_for() -> None:
+    with pytest.raises(ValueError, match="hang_secs needs a logdir on this machine"):
+        FakeSupervisor(hang_secs=5)

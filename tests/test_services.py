@@ -24,9 +24,16 @@ class RecordingWriter:
         self.skipped = 0
         self.drains = True
 
-    def submit(self, snapshot: Any, stall_secs: float) -> bool:
+    storage_errors = (OSError,)
+
+    def submit(self, snapshot: Any, stall_secs: float, take: Any) -> bool:
         assert stall_secs >= 0
+        self.take = take
         self.steps.append(snapshot.step)
+        return True
+
+    def retake(self, take: Any, error: BaseException) -> bool:
+        self.take, self.error = take, error
         return True
 
     def warn(self, message: str) -> None:
@@ -136,6 +143,28 @@ class TestATimedCheckpoint:
 
         assert "checkpoint skipped: no boundary for a checkpoint" in caplog.text
         assert writer.steps == [1]
+
+    def test_is_taken_again_by_the_writer_when_its_framework_could_not_write_it(
+        self, checkpointer, engine, session, writer
+    ):
+        original, error = engine.snapshot, OSError("no room")
+        engine.snapshot = _raising(error)  # type: ignore[method-assign]
+        session.run_step()
+        checkpointer()
+        engine.snapshot = original  # type: ignore[method-assign]
+        session.run_step()
+        snapshot, stall_secs = writer.take()
+        checkpointer()
+
+        assert writer.error is error
+        assert (snapshot.step, stall_secs >= 0, writer.steps) == (2, True, [])
+
+    def test_is_taken_each_time_of_a_model_that_others_train(self, checkpointer, engine, writer):
+        engine.is_shared = lambda session: True  # type: ignore[method-assign]
+        checkpointer()
+        checkpointer()
+
+        assert writer.steps == [0, 0]
 
     def test_that_fails_is_taken_again_the_next_time(self, checkpointer, engine, session, writer):
         original = engine.snapshot

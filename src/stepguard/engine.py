@@ -116,6 +116,9 @@ class Engine(Protocol[_SessionT_contra]):
     def progress(self, session: _SessionT_contra) -> object:
         """A value that differs from an earlier one when a run in between may have changed the saved state."""
 
+    def is_shared(self, session: _SessionT_contra) -> bool:
+        """Whether others may change the saved state as well, in ways that `progress` does not see."""
+
     def settle(self, session: _SessionT_contra, timeout_secs: float) -> None:
         """Wait for the last steps of others who train the same model, before the last checkpoint; often for none."""
 

@@ -76,9 +76,16 @@ class Observer:
         logdir: where the ledger and the heartbeats go; ``None`` writes neither.
         is_chief: whether this process may create them; a worker adds to those of its chief only.
         options: what else is wanted.
+
+    Raises:
+        ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
 
     def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Observation) -> None:
+        if options.hang_secs is not None and (logdir is None or "://" in logdir):
+            raise ValueError(
+                f"hang_secs needs a logdir on this machine, for the stacks: expected a path, found {logdir!r}"
+            )
         self._engine = engine
         self._options = options
         # A place that only the framework can reach has neither.

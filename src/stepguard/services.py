@@ -61,7 +61,7 @@ class Checkpointer:
             self._saving.release()
 
     def _save_if_due(self) -> None:
-        if self._is_closed or (self._is_saved and self._engine.progress(self._session) == self._saved_progress):
+        if self._is_closed or not self._has_changed():
             return
         try:
             if not self._writer.busy and self._save("a checkpoint", None):
@@ -77,6 +77,12 @@ class Checkpointer:
                 f"far); save less often, or to a faster disk"
             )
 
+    def _has_changed(self) -> bool:
+        """Whether the state may differ from what was saved last."""
+        if not self._is_saved or self._engine.is_shared(self._session):
+            return True
+        return self._engine.progress(self._session) != self._saved_progress
+
     def save_last(self, timeout_secs: float) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until it is durable.
 
@@ -86,7 +92,8 @@ class Checkpointer:
         deadline = time.monotonic() + timeout_secs
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
             self._engine.settle(self._session, deadline - time.monotonic())
-            if self._engine.progress(self._session) == self._saved_progress:
+            is_shared = self._engine.is_shared(self._session)
+            if not is_shared and self._engine.progress(self._session) == self._saved_progress:
                 return
             try:
                 self._save("the last checkpoint", max(0.0, deadline - time.monotonic()))

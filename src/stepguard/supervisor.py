@@ -261,8 +261,13 @@ class Supervisor(Generic[SessionT]):
 
     # --- the life of a session ---
 
-    def _open_session(self, prepare: Callable[[], SessionT], start_standard_services: bool) -> SessionT:
-        """A prepared session with its services running. What failed is closed again before the error leaves."""
+    def _open_session(
+        self, prepare: Callable[[], SessionT], start_standard_services: bool, *, waits_for_another: bool = False
+    ) -> SessionT:
+        """A prepared session with its services running. What failed is closed again before the error leaves.
+
+        With ``waits_for_another`` the logdir is left, while the session is prepared, to the process that is waited for.
+        """
         self._coord.clear_stop()
         self._warn_of_another_directory()
         self._pid = os.getpid()
@@ -270,7 +275,7 @@ class Supervisor(Generic[SessionT]):
         if self._events is not None:
             self._events.reopen()
         try:
-            if start_standard_services:
+            if start_standard_services and not waits_for_another:
                 self._begin_observation()
             session = prepare()
         except BaseException as error:

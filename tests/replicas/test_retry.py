@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from stepguard.tensorflow import ModelWaitTimeoutError, is_lost_peer, retry_on_lost_peer
+from stepguard.tensorflow.peers import StoppedWhileWaitingError
 
 
 def lost(kind=tf.errors.UnavailableError):
@@ -39,7 +40,13 @@ def test_a_lost_server_is_tried_again(kind):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("mine"), lost(tf.errors.InvalidArgumentError), ModelWaitTimeoutError("x")]
+    "error",
+    [
+        ValueError("mine"),
+        lost(tf.errors.InvalidArgumentError),
+        ModelWaitTimeoutError("x"),
+        StoppedWhileWaitingError("x"),
+    ],
 )
 def test_any_other_error_is_passed_on(error):
     program = Program(error)

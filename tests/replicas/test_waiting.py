@@ -34,14 +34,14 @@ def test_waiting_for_a_chief_ends_at_once_when_a_stop_is_requested(cluster):
     cluster.serve()
     worker = cluster.train(1, retry=False, stop_after_secs=3)
     lost = worker.wait_for("lost")
-    assert lost["type"] == "CancelledError"
+    assert lost["type"] == "StoppedWhileWaitingError"
     assert 2.5 < lost["time"] - worker.wait_for("asked")["time"] < 3 + 15
 
 
 def test_waiting_for_a_server_ends_at_once_when_a_stop_is_requested(cluster):
     worker = cluster.train(1, retry=False, stop_after_secs=1.5)
     lost = worker.wait_for("lost")
-    assert lost["type"] == "CancelledError"
+    assert lost["type"] == "StoppedWhileWaitingError"
     assert lost["time"] - worker.wait_for("asked")["time"] < 1.5 + 15
     assert worker.join() == 1
 

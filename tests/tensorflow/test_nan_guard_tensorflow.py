@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from graphs import committed, counting_step, wait_until
+from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from stepguard import NonFiniteError
 from stepguard.store import CheckpointStore
@@ -64,16 +65,18 @@ def test_a_loss_that_a_step_returns_stops_the_run(graph, kind, tmp_path):
     assert committed(tmp_path) == []
 
 
-@pytest.mark.parametrize("has_feeds", [False, True])
-def test_so_does_one_that_a_callable_returns(graph, has_feeds, tmp_path):
+@pytest.mark.parametrize("way", ["without feeds", "with feeds", "as Keras does"])
+def test_so_does_one_that_a_callable_returns(graph, way, tmp_path):
     count = counting_step()
     given = v1.placeholder_with_default(tf.constant(NAN), [], name="given")
     with tf.control_dependencies([count]):
         loss = tf.identity(given, name="loss")
     sv = Supervisor(logdir=tmp_path, nan_guard="stop", save_model_secs=0)
     with pytest.raises(NonFiniteError, match="loss:0 is nan at step 1"), sv.managed_session() as session:
-        if has_feeds:
+        if way == "with feeds":
             session.make_callable([loss], [given])(NAN)
+        elif way == "as Keras does":
+            session._make_callable_from_options(CallableOptions(fetch=["loss:0"], target=[count.name]))()
         else:
             session.make_callable([loss])()
         while True:

@@ -72,6 +72,75 @@ class TestStepsOfOthers:
                 other.run(step)
             wait_until(lambda: committed(tmp_path)[-1] == 3, "a checkpoint of the other's steps")
 
+    def test_that_nobody_counts_are_saved_all_the_same(self, graph, tmp_path):
+        counting_step()
+        w = v1.global_variables()[0]
+        uncounted = w.assign_add([1.0, 1.0]).op
+        server = v1.train.Server.create_local_server()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=3600)
+        with supervisor.managed_session(server.target), v1.Session(server.target, graph=graph) as other:
+            for _ in range(3):
+                other.run(uncounted)
+
+        reader = tf.train.load_checkpoint(str(tmp_path / "model.ckpt-0"))
+        assert list(reader.get_tensor(w.op.name)) == [3.0, 3.0]
+
+
+class TestALivingModel:
+    def test_that_is_gone_on_with_has_its_old_checkpoints_pruned_as_ever(self, graph, tmp_path):
+        step = counting_step()
+        saver = v1.train.Saver(max_to_keep=2)
+        initializer = v1.global_variables_initializer()
+        server = v1.train.Server.create_local_server()
+        for _ in range(3):
+            supervisor = Supervisor(logdir=str(tmp_path), saver=saver, init_op=initializer, save_model_secs=3600)
+            with supervisor.managed_session(server.target) as session:
+                session.run(step)
+            graph._unsafe_unfinalize()
+            # As in another process, which knows nothing of what this one has saved.
+            saver.set_last_checkpoints([])
+
+        assert committed(tmp_path) == [2, 3]
+
+    def test_without_a_checkpoint_in_the_logdir_is_gone_on_with_and_said(self, graph, tmp_path, caplog):
+        step = counting_step()
+        server = v1.train.Server.create_local_server()
+        began = []
+        for name in ("first", "second"):
+            supervisor = Supervisor(logdir=str(tmp_path / name), save_model_secs=0)
+            with supervisor.managed_session(server.target) as session:
+                began.append(int(session.run(supervisor.global_step)))
+                session.run(step)
+            graph._unsafe_unfinalize()
+
+        assert began == [0, 1]
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert f"{tmp_path / 'second'} holds no checkpoint" in warning
+
+
+class TestSessionsOfAnotherKind:
+    @pytest.mark.parametrize("error", [None, ZeroDivisionError("of the block")])
+    def test_that_cannot_be_closed_change_nothing_of_how_a_run_ends(self, graph, tmp_path, caplog, error):
+        class Closing(v1.Session):
+            def close(self) -> None:
+                super().close()
+                raise RuntimeError("cannot be closed")
+
+        class Manager:
+            def prepare_session(self, *_: Any, init_op: Any, **__: Any) -> Closing:
+                session = Closing(graph=graph)
+                session.run(init_op)
+                return session
+
+        counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), session_manager=Manager(), save_model_secs=0)
+        expected = contextlib.nullcontext() if error is None else pytest.raises(ZeroDivisionError, match="of the block")
+        with expected, supervisor.managed_session():
+            if error is not None:
+                raise error
+
+        assert "cannot be closed" in caplog.text
+
 
 class TestSaversOfTheProgramsOwn:
     def test_may_name_their_files_as_they_like(self, graph, tmp_path):
@@ -196,6 +265,39 @@ class TestEvaluators:
         assert train(tmp_path, 0, save_model_secs=0) == 1
         assert not damaged.exists()
         assert (tmp_path / "quarantine" / "model.ckpt-2").is_dir()
+
+    def test_that_wait_for_the_first_checkpoint_leave_the_logdir_to_who_trains(self, tmp_path):
+        holds: list[bool] = []
+
+        def evaluate() -> int:
+            with tf.Graph().as_default():
+                counting_step()
+                supervisor = Supervisor(logdir=str(tmp_path), save_summaries_secs=0)
+
+                def wait_for_stop(secs: float) -> bool:
+                    holds.append(supervisor._saving.holds_logdir)
+                    return bool(supervisor.coord.wait_for_stop(secs))
+
+                supervisor.session_manager._wait_for_stop = wait_for_stop
+                with supervisor.prepare_or_wait_for_session(wait_for_checkpoint=True, max_wait_secs=60) as session:
+                    step = int(session.run(supervisor.global_step))
+                supervisor.stop()
+                return step
+
+        with ThreadPoolExecutor(1) as pool:
+            evaluation = pool.submit(evaluate)
+            wait_until(lambda: holds, "a check")
+            train(tmp_path, 4, save_model_secs=0, save_at_end=True)
+            assert evaluation.result(60) == 4
+        assert not any(holds)
+
+    def test_that_wait_in_vain_say_so(self, graph, tmp_path, caplog):
+        counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0)
+        supervisor.prepare_or_wait_for_session(wait_for_checkpoint=True, max_wait_secs=0.1).close()
+        supervisor.stop()
+
+        assert f"no checkpoint came to {tmp_path} within max_wait_secs=0.1" in caplog.text
 
     def test_services_that_are_started_by_hand_make_a_chief(self, graph, tmp_path):
         counting_step()

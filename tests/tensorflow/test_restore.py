@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
 v1 = tf.compat.v1
@@ -41,6 +42,28 @@ def write_ours(logdir: Path, steps: int, **shapes: Any) -> None:
         raise_step = step.assign_add(steps)
         with Supervisor(logdir=str(logdir), save_model_secs=0, save_at_end=True).managed_session() as session:
             session.run(raise_step)
+
+
+def save_by_hand(logdir: Path, name: str, steps: int) -> None:
+    """A run that does so many steps more, and that its program alone saves."""
+    with tf.Graph().as_default():
+        step, *_ = model(a=[1])
+        raise_step = step.assign_add(steps)
+        supervisor = Supervisor(logdir=str(logdir), save_model_secs=0)
+        with supervisor.managed_session() as session:
+            session.run(raise_step)
+            supervisor.saver.save(session, str(logdir / name), global_step=step)
+
+
+def steps_at_start(logdir: Path) -> int:
+    with tf.Graph().as_default():
+        step, *_ = model(a=[1])
+        with Supervisor(logdir=str(logdir), save_model_secs=0).managed_session() as session:
+            return int(session.run(step))
+
+
+def newest_path(logdir: Path) -> str:
+    return str(tf.train.latest_checkpoint(str(logdir)))
 
 
 def content(logdir: Path) -> dict[str, bytes]:
@@ -278,6 +301,69 @@ class TestWhereCheckpointsLie:
             step, *_ = model(a=[1])
             with Supervisor(logdir=str(tmp_path), checkpoint_basename="other").managed_session() as session:
                 assert session.run(step) == 3
+
+    def test_under_a_name_by_which_the_program_has_saved_what_is_newer(self, tmp_path, caplog):
+        write_ours(tmp_path, 20, a=[1])
+        save_by_hand(tmp_path, "mine", 10)
+
+        assert steps_at_start(tmp_path) == 30
+        assert "mine-30" in newest_path(tmp_path)
+
+        write_ours(tmp_path, 1, a=[1])
+        assert steps_at_start(tmp_path) == 31
+        assert not caplog.records
+
+    def test_under_a_name_by_which_the_program_has_saved_what_is_older(self, tmp_path):
+        write_ours(tmp_path, 20, a=[1])
+        with tf.Graph().as_default():
+            step, *_ = model(a=[1])
+            with v1.Session() as session:
+                session.run(v1.global_variables_initializer())
+                session.run(step.assign(5))
+                v1.train.Saver().save(session, str(tmp_path / "best"), global_step=step)
+
+        assert "best-5" in newest_path(tmp_path)
+        assert steps_at_start(tmp_path) == 20
+
+    def test_and_that_one_is_damaged(self, tmp_path, caplog):
+        write_ours(tmp_path, 20, a=[1])
+        save_by_hand(tmp_path, "mine", 10)
+        data = tmp_path / "mine-30.data-00000-of-00001"
+        data.write_bytes(data.read_bytes()[:-1])
+
+        assert steps_at_start(tmp_path) == 20
+        assert "mine-30" in caplog.text
+
+    def test_a_model_without_a_step_that_somebody_has_put_there_is_left_to_the_program(self, tmp_path, graph, caplog):
+        step, a = model(a=[1])
+        saver = v1.train.Saver([a])
+        with v1.Session() as session:
+            session.run(a.assign([7.0]))
+            saver.save(session, str(tmp_path / "model.ckpt"))
+        (tmp_path / "checkpoint").unlink()
+
+        def init_fn(session: Any) -> None:
+            saver.restore(session, str(tmp_path / "model.ckpt"))
+
+        with Supervisor(logdir=str(tmp_path), init_fn=init_fn).managed_session() as session:
+            assert (session.run(step), session.run(a)) == (0, [7.0])
+        assert "no state file names it" in caplog.text
+
+    def test_of_another_engine_are_no_damage(self, tmp_path, graph):
+        store = CheckpointStore(tmp_path, engine="torch")
+        stage = store.stage("model.ckpt-5")
+        (stage / "model.ckpt-5").mkdir()
+        (stage / "model.ckpt-5" / "model.pt").write_bytes(b"weights")
+        store.commit("model.ckpt-5", 5)
+        before = content(tmp_path)
+        model(a=[1])
+
+        with (
+            pytest.raises(CheckpointMismatchError, match=r"'tensorflow', found one of 'torch'.*another logdir"),
+            Supervisor(logdir=str(tmp_path)).managed_session(),
+        ):
+            pass
+        assert content(tmp_path) == before
 
     def test_in_a_relative_logdir(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from graphs import committed, counting_step, wait_until
+from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from stepguard.tensorflow import Supervisor
 from stepguard.tensorflow import boundary as boundary_module
@@ -141,7 +142,9 @@ class TestBlockedThreads:
 class TestWaysToRun:
     """Whatever way a program runs its steps, a checkpoint waits for their end."""
 
-    @pytest.mark.parametrize("way", ["run", "eval", "make_callable", "name", "partial_run", "options", "wrapper"])
+    @pytest.mark.parametrize(
+        "way", ["run", "eval", "make_callable", "as Keras does", "name", "partial_run", "options", "wrapper"]
+    )
     def test_each_is_counted_as_a_step(self, way, graph, tmp_path):
         fed = v1.placeholder_with_default(1.0, [], name="fed")
         w = v1.get_variable("w", [], tf.float32, v1.zeros_initializer(), use_resource=False)
@@ -156,6 +159,8 @@ class TestWaysToRun:
                 train.eval(session=session)
             elif way == "make_callable":
                 session.make_callable(train)()
+            elif way == "as Keras does":
+                session._make_callable_from_options(CallableOptions(target=["train"]))()
             elif way == "name":
                 session.run("train:0")
             elif way == "partial_run":

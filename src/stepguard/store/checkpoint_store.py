@@ -341,7 +341,7 @@ class CheckpointStore:
     def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Own these, oldest first, instead of what was owned so far: `prune` may remove them.
 
-        For those of an earlier run, as the Saver's ``recover_last_checkpoints``: see `listed_by_state`.
+        For those of an earlier run, as the Saver's ``recover_last_checkpoints``: see `adopt_earlier`.
         """
         self._retention.adopt([self._with_commit_time(one) for one in checkpoints if one.root == self.root])
 
@@ -365,6 +365,17 @@ class CheckpointStore:
             return []
         found = {one.name: one for one in self.candidates()}
         return [found[name] for name in state.names if name in found]
+
+    def adopt_earlier(self) -> list[Checkpoint]:
+        """Own what an earlier run owned, and return it, oldest first: what the state file lists, or, where that says
+        nothing, the newest of what was committed. Older ones may be those that stay for ever.
+        """
+        owned = self.listed_by_state()
+        if not owned:
+            committed = [one for one in self.candidates() if one.is_committed]
+            owned = committed[: self._retention.max_to_keep or None][::-1]
+        self.adopt(owned)
+        return owned
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
         """Remove what retention drops, and return it. To be called after a commit.

@@ -168,7 +168,8 @@ def _in_use(logdir: Path) -> LogdirInUseError:
     who = f"process {pid} on {host}" if pid is not None else "another process"
     when = f" since {time.strftime('%Y-%m-%d %H:%M:%S %z', time.localtime(since))}" if since is not None else ""
     return LogdirInUseError(
-        f"{logdir}: expected no other chief, found {who}{when}; stop it, or give this run another logdir",
+        f"{logdir}: expected no other chief, found {who}{when}; stop it, or give this run another logdir; "
+        f"one that only evaluates starts no services (start_standard_services=False)",
         logdir=logdir,
         host=host,
         pid=pid,

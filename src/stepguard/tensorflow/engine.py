@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +34,9 @@ _v1 = tf.compat.v1
 _SUMMARY_HOLD_SECS = 1.0
 # A summary is no reason to keep other threads from training for longer than this, when one is in a long step.
 _SUMMARY_PATIENCE_SECS = 1.0
+# How often a meta graph is exported once more while the program extends the graph.
+_EXPORTS = 20
+_EXPORT_PAUSE_SECS = 0.005
 
 
 class TensorFlowEngine:
@@ -130,6 +134,8 @@ class TensorFlowEngine:
             session.close()
         except tf.errors.OpError as error:
             _log.debug("closing the session: %s", error)
+        except Exception as error:  # noqa: BLE001 - of a session of another kind: the run has ended, well or not
+            _log.warning("closing the session: %s: %s", type(error).__name__, error)
 
     # --- steps ---
 
@@ -181,12 +187,13 @@ class TensorFlowEngine:
         boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Any) -> object:
-        """The runs that may have changed the state, and the global step; without any of it, something new each time."""
-        boundary, step = _boundary(session), self.step(session)
-        if step is None and (boundary is None or not session.is_local):
-            return object()
-        # Steps may be done by others, on shared parameter servers, and by means that pass `run` by.
-        return (None if boundary is None else boundary.steps, step)
+        """The runs that may have changed the state, and the global step, which others may count up as well."""
+        boundary = _boundary(session)
+        return (None if boundary is None else boundary.steps, self.step(session))
+
+    def is_shared(self, session: Any) -> bool:
+        """Of a model on a server, and where steps are not marked: not everybody counts the global step up."""
+        return _boundary(session) is None or not session.is_local
 
     def settle(self, session: Any, timeout_secs: float) -> None:
         """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
@@ -270,8 +277,17 @@ class TensorFlowEngine:
         graph = self._model.graph
         if self._exported_meta is None or self._exported_meta[0] != graph.version:
             with graph.as_default():
-                self._exported_meta = (graph.version, self._model.saver.export_meta_graph().SerializeToString())
+                self._exported_meta = (graph.version, self._export_meta())
         return self._exported_meta[1]
+
+    def _export_meta(self) -> bytes:
+        for _ in range(_EXPORTS):
+            try:
+                return bytes(self._model.saver.export_meta_graph().SerializeToString())
+            except KeyError:
+                # An operation that another thread is just adding is there by half.
+                time.sleep(_EXPORT_PAUSE_SECS)
+        return bytes(self._model.saver.export_meta_graph().SerializeToString())
 
     @contextmanager
     def _around_save(self, fetches: str, feed_dict: Any) -> Iterator[None]:

@@ -31,6 +31,13 @@ class ModelWaitTimeoutError(tf.errors.DeadlineExceededError):
         super().__init__(None, None, message)
 
 
+class StoppedWhileWaitingError(tf.errors.CancelledError):
+    """A stop was requested while the model, or its servers, were waited for: nobody is lost."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, None, message)
+
+
 def tasks_of(graph: Any) -> tuple[str, ...]:
     """The tasks that the operations of ``graph`` name, as ``/job:ps/task:0``, or ``/job:ps`` where any will do."""
     found = set()

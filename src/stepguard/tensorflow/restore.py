@@ -53,6 +53,8 @@ class Restorer:
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
         if self._store is not None:
+            if self._restore_named_newer(self._store, session, saver):
+                return True
             if self._restore_from(self._store, session, saver, is_ours=True):
                 return True
             if "://" not in directory and self._store.root.absolute() == Path(directory).absolute():
@@ -80,8 +82,18 @@ class Restorer:
             saver.restore(session, path)
 
     def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
+        if is_ours and self._holds_only_a_strangers(store, session):
+            return False
+
         def attempt(checkpoint: Checkpoint) -> None:
             path = str(checkpoint.path)
+            written_by = ENGINE if checkpoint.manifest is None else checkpoint.manifest.engine
+            if written_by != ENGINE:
+                raise CheckpointMismatchError(
+                    f"{path}: expected a checkpoint of the engine {ENGINE!r}, found one of {written_by!r}; give this "
+                    f"run another logdir",
+                    path=checkpoint.path,
+                )
             try:
                 self.restore_file(session, saver, path)
             except CheckpointMismatchError:
@@ -118,9 +130,54 @@ class Restorer:
             recovery = self._quarantine(store, recovery) if is_ours else recovery
             _log.warning("%s", recovery.message())
         _log.info("restored %s", good.path)
-        owned = store.listed_by_state()
-        store.adopt(owned)
-        _tell_saver(saver, [(str(one.path), one.time) for one in owned])
+        if self._store is not None:
+            # Also when it was found beside the supervisor's own: it is what was lost that counts.
+            self._store.last_recovery = recovery
+            store = self._store if self._store.candidates() else store
+        _own_earlier(store, saver)
+        return True
+
+    def go_on(self, saver: Any) -> None:
+        """The model lives, and nothing is restored: what an earlier run has saved of it is pruned as ever."""
+        if self._store is None:
+            return
+        if not self._store.candidates():
+            _log.warning(
+                "the model lives on its servers, and %s holds no checkpoint: training goes on with what lives there. "
+                "For a run from the beginning, start the servers anew",
+                self._store.root,
+            )
+        _own_earlier(self._store, saver)
+
+    def _restore_named_newer(self, own: CheckpointStore, session: Any, saver: Any) -> bool:
+        """Restore what the program has saved last under another name, if that is newer than what the supervisor has."""
+        state = statefile.read(own.root)
+        if state is None:
+            return False
+        basename, step = _without_step(state.newest), _step_of(state.newest)
+        newest = max((one.step for one in own.candidates() if one.step is not None), default=None)
+        if basename == own.basename or step is None or newest is None or step <= newest:
+            return False
+        store = CheckpointStore(own.root, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+        try:
+            return self._restore_from(store, session, saver, is_ours=False)
+        except NoGoodCheckpointError as error:
+            _log.warning("%s", error)
+            return False
+
+    def _holds_only_a_strangers(self, store: CheckpointStore, session: Any) -> bool:
+        """Whether all that is there is a model without a step that no run of this program has saved."""
+        found = store.candidates()
+        if _v1.train.get_global_step(session.graph) is None or len(found) != 1:
+            return False
+        one, listed = found[0], [listed.name for listed in store.listed_by_state()]
+        if one.step is not None or one.is_committed or one.name in listed:
+            return False
+        _log.warning(
+            "%s is not restored: it has no step, and no state file names it. To begin with what it holds, restore it "
+            "in init_fn; to go on with it, name it in a state file (tf.train.update_checkpoint_state)",
+            one.path,
+        )
         return True
 
     def _quarantine(self, store: CheckpointStore, recovery: Recovery) -> Recovery:
@@ -157,8 +214,8 @@ class Restorer:
 
     def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
         """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""
-        state = _v1.train.get_checkpoint_state(directory)
-        if state is None or not state.model_checkpoint_path:
+        state = _state_of(directory)
+        if state is None:
             return False
         for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
             for place in (path, os.path.join(directory, os.path.basename(path))):
@@ -175,8 +232,8 @@ class Restorer:
 def _basenames(directory: str) -> list[str]:
     """The basenames of the checkpoints in a directory; that of the state file first, then the usual one."""
     found: dict[str, None] = {}
-    state = _v1.train.get_checkpoint_state(directory)
-    if state is not None and state.model_checkpoint_path:
+    state = _state_of(directory)
+    if state is not None:
         found[_without_step(os.path.basename(state.model_checkpoint_path))] = None
     try:
         names = os.listdir(directory)
@@ -190,9 +247,26 @@ def _basenames(directory: str) -> list[str]:
     return [name for name in found if name and not name.startswith(".")]
 
 
+def _state_of(directory: str) -> Any:
+    try:
+        return _v1.train.get_checkpoint_state(directory)
+    except ValueError:
+        return None  # It is empty, say, and tells nothing.
+
+
 def _without_step(name: str) -> str:
     basename, dash, step = name.rpartition("-")
     return basename if dash and step.isdigit() else name
+
+
+def _step_of(name: str) -> int | None:
+    _, dash, step = name.rpartition("-")
+    return int(step) if dash and step.isdigit() else None
+
+
+def _own_earlier(store: CheckpointStore, saver: Any) -> None:
+    """Let retention go on where the run before has stopped: that of the store, and the saver's own."""
+    _tell_saver(saver, [(str(one.path), one.time) for one in store.adopt_earlier()])
 
 
 def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepguard.errors import add_note
-from stepguard.tensorflow.peers import LOST_PEER_TYPES, ModelWaitTimeoutError
+from stepguard.tensorflow.peers import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
 
 _log = logging.getLogger(__name__)
 
@@ -20,9 +20,11 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether ``error`` says that a server was lost, so that a new session may go on.
 
     These are AbortedError, CancelledError, DeadlineExceededError and UnavailableError of ``tf.errors``; not the
-    DeadlineExceededError of a worker that has waited ``max_wait_secs`` for its chief in vain.
+    DeadlineExceededError of a worker that has waited ``max_wait_secs`` for its chief in vain, and not the
+    CancelledError of one that was asked to stop meanwhile.
     """
-    return isinstance(error, LOST_PEER_TYPES) and not isinstance(error, ModelWaitTimeoutError)
+    waited = (ModelWaitTimeoutError, StoppedWhileWaitingError)
+    return isinstance(error, LOST_PEER_TYPES) and not isinstance(error, waited)
 
 
 def retry_on_lost_peer(

@@ -29,6 +29,8 @@ class Session(tf.compat.v1.Session):
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
         self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
+        # Shows the guard what a step that ran its first argument, and returned the last for the second, has returned.
+        self._look_at: Callable[[Any, Any, Any], Any] | None = None
         super().__init__(target, graph=graph, config=config)
 
     def watch(
@@ -61,11 +63,14 @@ class Session(tf.compat.v1.Session):
         self._unwatch_values()
         run, partial_run, make_callable = self.run, self.partial_run, self.make_callable
 
-        def looked_at(fetches: Any, result: Any) -> Any:
+        def look_at(needed: Any, fetches: Any, result: Any) -> Any:
             boundary = self._boundary
-            if boundary is not None and boundary.is_step(fetches) and watch.look(of_run(fetches, result)):
+            if boundary is not None and boundary.is_step(needed) and watch.look(of_run(fetches, result)):
                 watch.settle()
             return result
+
+        def looked_at(fetches: Any, result: Any) -> Any:
+            return look_at(fetches, fetches, result)
 
         def watched_run(fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
             return looked_at(fetches, run(fetches, feed_dict, options, run_metadata))
@@ -78,9 +83,11 @@ class Session(tf.compat.v1.Session):
             # With feeds it is one that calls `run`, which looks already.
             return function if feed_list else lambda *args, **kwargs: looked_at(fetches, function(*args, **kwargs))
 
+        self._look_at = look_at
         self.__dict__.update(run=watched_run, partial_run=watched_partial_run, make_callable=watched_make_callable)
 
     def _unwatch_values(self) -> None:
+        self._look_at = None
         for name in ("run", "partial_run", "make_callable"):
             self.__dict__.pop(name, None)
 
@@ -138,7 +145,26 @@ class Session(tf.compat.v1.Session):
 
     def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
         """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
-        function: Callable[..., Any] = super().make_callable(fetches, feed_list, accept_options)
+        return self._marked(fetches, super().make_callable(fetches, feed_list, accept_options))
+
+    def _make_callable_from_options(self, callable_options: Any) -> Callable[..., Any]:
+        """What Keras runs its steps with."""
+        fetched, needed = self._elements(callable_options)
+        function = self._marked(needed, super()._make_callable_from_options(callable_options))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            return result if self._look_at is None else self._look_at(needed, fetched, result)
+
+        return call
+
+    def _elements(self, options: Any) -> tuple[list[Any], list[Any]]:
+        """What a callable with these options returns, and all that it runs."""
+        fetched = [self.graph.as_graph_element(name) for name in options.fetch]
+        return fetched, [*fetched, *(self.graph.as_graph_element(name) for name in options.target)]
+
+    def _marked(self, fetches: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which runs ``fetches``, with its steps marked."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             boundary = self._boundary

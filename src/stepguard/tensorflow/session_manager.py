@@ -183,7 +183,7 @@ class SessionManager:
                 )
             _log.info("waiting for the chief to make the model ready: %s", problem)
             if self._wait_for_stop(wait_secs):
-                raise tf.errors.CancelledError(None, None, f"a stop was requested while waiting: {problem}")
+                raise peers.StoppedWhileWaitingError(f"a stop was requested while waiting: {problem}")
 
     def _open(self, master: str, config: Any, waits: _Waits) -> Session:
         """A session that gives up what it waits for when a stop is requested, or when the time is over."""
@@ -191,7 +191,7 @@ class SessionManager:
 
         def give_up() -> BaseException | None:
             if self._wait_for_stop(0):
-                return tf.errors.CancelledError(None, None, f"a stop was requested while waiting for {_shown(master)}")
+                return peers.StoppedWhileWaitingError(f"a stop was requested while waiting for {_shown(master)}")
             if waits.are_over:
                 needed = ", ".join(peers.tasks_of(self._graph))
                 return waits.timeout(_shown(master), f"no answer from {needed or 'its servers'}: are they all running?")
@@ -209,7 +209,7 @@ class SessionManager:
 
     def _stopped(self) -> BaseException | None:
         if self._wait_for_stop(0):
-            return tf.errors.CancelledError(None, None, "a stop was requested while the model was made ready")
+            return peers.StoppedWhileWaitingError("a stop was requested while the model was made ready")
         return None
 
     def _is_ready_problem(self, session: Session) -> str | None:
@@ -242,6 +242,8 @@ class SessionManager:
             if master and self._lives(session):
                 _log.info("the model on %s is initialised: going on with it", master)
                 self._contacted(session)
+                if checkpoint_dir:
+                    self._restorer.go_on(saver)
                 return session, True
             self._contacted(session)
             waits.begin_again()
@@ -255,6 +257,12 @@ class SessionManager:
             while not self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir)):
                 wait_secs = waits.next() if wait_for_checkpoint else None
                 if wait_secs is None:
+                    if wait_for_checkpoint:
+                        _log.warning(
+                            "no checkpoint came to %s within max_wait_secs=%g: the model is initialised",
+                            checkpoint_dir,
+                            max_wait_secs,
+                        )
                     return session, False
                 _log.info("waiting for a checkpoint in %s", checkpoint_dir)
                 if self._wait_for_stop(wait_secs):

@@ -358,7 +358,7 @@ class Supervisor(CoreSupervisor[Any]):
                 )
             return session
 
-        session = self._open_session(prepare, start_standard_services)
+        session = self._open_session(prepare, start_standard_services, waits_for_another=wait_for_checkpoint)
         if start_standard_services:
             try:
                 with self._model.graph.as_default():

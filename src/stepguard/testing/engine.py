@@ -151,7 +151,7 @@ class FakeEngine:
                 _log.warning("%s", recovery.message())
             if recovery.checkpoint is not None:
                 self.restore(session, recovery.checkpoint)
-                self.store.adopt(self.store.listed_by_state())
+                self.store.adopt_earlier()
         return session
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
@@ -196,6 +196,10 @@ class FakeEngine:
     def progress(self, session: FakeSession) -> object:
         """Each step changes the state, and so does each return."""
         return session.step, session.returns
+
+    def is_shared(self, session: FakeSession) -> bool:
+        """Nobody else has this model."""
+        return False
 
     def settle(self, session: FakeSession, timeout_secs: float) -> None:
         """Nobody else trains this model."""

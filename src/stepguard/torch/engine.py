@@ -205,6 +205,10 @@ class TorchEngine:
         """The number of steps done in this session."""
         return session.boundary.steps
 
+    def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
+        """No: the model is in this process."""
+        return False
+
     def settle(self, session: Session, timeout_secs: float) -> None:
         """Nothing: the processes meet at each boundary, and so at the last."""
 

@@ -50,7 +50,7 @@ class Restorer:
         if recovery.damaged:
             _log.warning("%s", recovery.message())
         _log.info("restored %s", recovery.checkpoint.path)
-        store.adopt(store.listed_by_state())
+        store.adopt_earlier()
         return recovery.checkpoint.name
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
