@@ -339,6 +339,20 @@ def test_what_an_earlier_run_has_left_and_nobody_can_read_is_no_end_of_a_run(tmp
     assert (tmp_path / "model.ckpt-2.manifest.json").exists()
 
 
+def test_a_heartbeat_of_wrong_types_is_no_end_of_a_run(tmp_path: Path) -> None:
+    heartbeat.prepare(tmp_path)
+    for role in ("chief", "worker-1"):
+        beat = tmp_path / heartbeat.DIR_NAME / f"{role}.json"
+        beat.write_text(json.dumps({"role": role, "time": None, "step": "abc"}))
+
+    train(tmp_path, 2)
+
+    assert (tmp_path / "model.ckpt-2.manifest.json").exists()
+    last = chief(tmp_path)
+    assert last is not None
+    assert last.step == 2
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
