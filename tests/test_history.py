@@ -204,6 +204,21 @@ def test_a_line_of_the_launcher_that_came_late_is_no_second_restart():
     assert story.of().restarts == 1
 
 
+def test_the_ledger_alone_tells_of_the_newest_start_of_a_role():
+    story = crashed_once().checkpoint(120, 900, pid=2).tell("start", 0, role="worker-1", pid=9, process_start=77)
+    chief = history.last_seen(story.events)
+    assert (chief.role, chief.pid, chief.host, chief.started, chief.time) == ("chief", 2, "here", 104.0, 120.0)
+    assert (chief.phase, chief.reason, chief.first_step, chief.step) == ("training", None, 600, 900)
+    assert chief.last_checkpoint["name"] == "model.ckpt-900"
+    story.stop(150, pid=2, reason="error", error="ValueError: no")
+    chief = history.last_seen(story.events)
+    assert (chief.phase, chief.reason, chief.error) == ("stopped", "error", "ValueError: no")
+    worker = history.last_seen(story.events, "worker-1")
+    assert (worker.phase, worker.process_start, worker.step) == ("preparing", 77, None)
+    assert history.last_seen(story.events, "worker-2") is None
+    assert history.last_seen([]) is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
     whole = crashed_once().tell("return", 130, pid=2, step=9, to_step=600).stop(150, pid=2, step=2000).events
@@ -221,3 +236,4 @@ def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
         found = history.of([wrong if one is event else one for one in whole])
         assert min(times(found)) >= 0.0
         json.dumps(found.attempts[0].last_step)
+        history.last_seen([wrong if one is event else one for one in whole])

@@ -26,6 +26,8 @@ from stepguard.heartbeat import Heartbeat
 CHIEF = "chief"
 LAUNCHER = "launcher"
 
+_OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
+
 _Span = tuple[float, float]
 
 
@@ -73,6 +75,39 @@ def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, ro
         elif event.get("role") == role:
             reader.read(event)
     return reader.history(last)
+
+
+def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
+    """What the ledger alone tells of the newest start of ``role``, in the form of its last heartbeat, which a power
+    loss may have emptied; None if it tells of no start. Its step is that of its last line.
+    """
+    own = [one for one in events if one.get("role") == role]
+    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    if not known:
+        return None
+    last = known[-1]
+    lines = [
+        one for one in own if one["time"] >= last.started and (one.get("pid"), one.get("host")) == (last.pid, last.host)
+    ]
+    start = next((one for one in lines if one["event"] == "start"), {})
+    has_trained = any(one["event"] in ("restore", "fresh") for one in lines)
+    saved = [one for one in lines if one["event"] == "checkpoint"]
+    return Heartbeat(
+        role,
+        engine=_text(start.get("engine")) or "",
+        pid=last.pid or 0,
+        host=last.host or "",
+        process_start=_integer(start.get("process_start")),
+        started=last.started,
+        time=last.ended,
+        phase="stopped" if last.reason else "training" if has_trained else "preparing",
+        reason=last.reason,
+        first_step=last.first_step,
+        step=last.last_step,
+        last_checkpoint={name: saved[-1].get(name) for name in _OF_A_CHECKPOINT} if saved else None,
+        restarts=_integer(start.get("restarts")) or 0,
+        error=last.error,
+    )
 
 
 def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
