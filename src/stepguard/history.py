@@ -124,8 +124,39 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
     ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
     if ended and found.phase != "stopped":
         found.stacks = str(ended[-1].get("stacks"))
-        found.error = found.error or f"ended by its hang watch: no step boundary for {ended[-1].get('secs')} s"
+        found.error = found.error or _hang(ended[-1])
     return found
+
+
+def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why the newest start ended of those that ended by an error, also when the run goes on since.
+
+    Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
+    where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
+    it was asked to stop is no error.
+    """
+    last: str | None = None
+    told_at: float | None = None
+    failure: str | None = None
+    for one in events:
+        event, is_launcher = one["event"], one.get("role") == LAUNCHER
+        if event == "launch" or (event == "start" and one.get("role") == CHIEF):
+            # The line of a launch may come late, and tell of a time before.
+            if told_at is not None and one["time"] > told_at:
+                told_at = None
+        elif event == "stop" and told_at is None and _text(one.get("error")):
+            last, told_at = _text(one.get("error")), one["time"]
+        elif event == "hang" and told_at is None and one.get("ended"):
+            last, told_at = _hang(one), one["time"]
+        elif event == "exit" and is_launcher:
+            failure = _text(one.get("failure"))
+        elif event in ("restart", "gave_up") and is_launcher and told_at is None:
+            last = failure or last
+    return last
+
+
+def _hang(event: Mapping[str, Any]) -> str:
+    return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
 
 
 class _Run:

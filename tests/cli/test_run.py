@@ -20,6 +20,7 @@ import pytest
 from stepguard import heartbeat, ledger
 from stepguard.cli.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
 from stepguard.cli.runs import Runs
+from stepguard.cli.situation import look
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
@@ -160,6 +161,8 @@ def test_crashes_with_progress_go_on_to_the_end(tmp_path):
     summary = errors[errors.index("ended well") :]
     assert "4 restarts" in summary
     assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
+    # A process that SIGKILL ended has told nothing of its end itself.
+    assert look(logdir).last_error.startswith("SIGKILL")
 
 
 def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):

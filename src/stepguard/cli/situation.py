@@ -57,7 +57,10 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known."""
+    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
+
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    """
 
     logdir: Path
     now: float
@@ -66,6 +69,7 @@ class Situation:
     newest_good: Surveyed | None
     steps_at_risk: int | None
     history: History
+    last_error: str | None
     launcher: Launcher | None
     has_ledger: bool
 
@@ -83,11 +87,6 @@ class Situation:
         if not present:
             return self.launcher is None or self.launcher.state != "gave up"
         return all(one.is_well for one in present)
-
-    @property
-    def last_error(self) -> str | None:
-        """The error of the newest start that stopped with one, also when the run goes on since."""
-        return next((one.error for one in reversed(self.history.attempts) if one.error), None)
 
 
 def look(logdir: Path) -> Situation:
@@ -110,6 +109,7 @@ def look(logdir: Path) -> Situation:
         newest_good=good,
         steps_at_risk=_at_risk(chief, good),
         history=history.of(events, chief),
+        last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
     )
