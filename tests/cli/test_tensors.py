@@ -90,6 +90,17 @@ def test_the_step_differs_between_two_checkpoints_of_a_run(engine, step_name, re
     assert not any("broken" in name or "half" in name for name in changes)
 
 
+def test_a_single_file_of_a_checkpoint_is_shown_without_a_state(torch_run, stepguard, document):
+    path = torch_run / "model.ckpt-4" / "model.pt"
+    shown = stepguard("show", path)
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[0] == f"{path}: no step, torch"
+    assert "never" not in shown.stdout
+    found = document("show", path)
+    assert (found["state"], sorted(by_name(found["tensors"]))) == (None, ["bias", "weight"])
+    assert document("show", torch_run / "model.ckpt-4")["state"] == "good"
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Write a state with torch.save, and return the file."""
