@@ -209,3 +209,18 @@ def test_an_engine_that_is_not_known_is_an_error(tmp_path, stepguard):
     refused = stepguard("show", tmp_path)
     assert refused.exit_code == 3
     assert "'abacus'" in refused.stderr
+
+
+@pytest.mark.parametrize("is_manifest_damaged", [False, True])
+def test_a_checkpoint_whose_directory_is_gone_is_a_finding(is_manifest_damaged, tmp_path, stepguard):
+    pytest.importorskip("torch")
+    commit(tmp_path, 1, entry_suffix=None)
+    path = tmp_path / "model.ckpt-1"
+    shutil.rmtree(path)
+    if is_manifest_damaged:
+        (tmp_path / "model.ckpt-1.manifest.json").write_bytes(b"{")
+    for arguments in (("show", path), ("diff", path, path)):
+        refused = stepguard(*arguments)
+        assert refused.exit_code == 1
+        assert "expected a manifest" in refused.stderr if is_manifest_damaged else "found none" in refused.stderr
+        assert f"`stepguard verify {path}` says more" in refused.stderr
