@@ -228,7 +228,8 @@ def test_a_killed_run_whose_heartbeat_is_lost_is_dead_as_its_ledger_tells(runnin
     assert (chief["role"], chief["state"], chief["from_ledger"], chief["pid"]) == ("chief", "dead", True, process.pid)
     last = [one for one in ledger.read(logdir) if one["event"] == "checkpoint"][-1]
     assert (chief["step"], chief["last_checkpoint"]["name"]) == (last["step"], last["name"])
-    assert found["steps_at_risk"] == last["step"] - found["good_checkpoint"]["step"]
+    # A newer one may have been committed just before its line was written.
+    assert found["steps_at_risk"] == max(0, last["step"] - found["good_checkpoint"]["step"])
     code, text = status(logdir)
     assert code == 1
     assert "chief       dead, training" in text
