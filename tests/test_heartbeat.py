@@ -1,6 +1,7 @@
 """Signs of life, and what is known of a process by the last one."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -60,6 +61,41 @@ def test_a_damaged_heartbeat_is_passed_over(logdir, content):
     heartbeat.write(logdir, Heartbeat("chief"))
     (logdir / heartbeat.DIR_NAME / "worker-1.json").write_bytes(content)
     assert [one.role for one in heartbeat.read(logdir)] == ["chief"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"time": None},
+        {"time": float("nan")},
+        {"time": 10**400},
+        {"started": "now"},
+        {"step": "abc"},
+        {"step": 4.5},
+        {"pid": None},
+        {"pid": True},
+        {"last_checkpoint": "model.ckpt-4"},
+        {"warnings": [1]},
+        {"error": []},
+    ],
+)
+def test_a_heartbeat_with_a_field_of_another_type_is_passed_over(logdir, wrong):
+    heartbeat.write(logdir, Heartbeat("chief", step=3))
+    heartbeat.write(logdir, Heartbeat("worker-1", step=3))
+    path = logdir / heartbeat.DIR_NAME / "worker-1.json"
+    assert [one.role for one in heartbeat.read(logdir)] == ["chief", "worker-1"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    assert [one.role for one in heartbeat.read(logdir)] == ["chief"]
+
+
+def test_times_without_a_fraction_are_times(logdir):
+    heartbeat.write(logdir, Heartbeat("chief", started=5))
+    (found,) = heartbeat.read(logdir)
+    assert found.started == 5
+
+
+def test_a_pid_that_no_process_can_have_is_dead(logdir):
+    assert heartbeat.state(Heartbeat("chief", pid=10**30, time=time.time())) == "dead"
 
 
 def test_fields_of_a_later_version_are_passed_over(logdir):

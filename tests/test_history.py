@@ -204,6 +204,60 @@ def test_a_line_of_the_launcher_that_came_late_is_no_second_restart():
     assert story.of().restarts == 1
 
 
+def test_the_ledger_alone_tells_of_the_newest_start_of_a_role():
+    story = crashed_once().checkpoint(120, 900, pid=2).tell("start", 0, role="worker-1", pid=9, process_start=77)
+    chief = history.last_seen(story.events)
+    assert (chief.role, chief.pid, chief.host, chief.started, chief.time) == ("chief", 2, "here", 104.0, 120.0)
+    assert (chief.phase, chief.reason, chief.first_step, chief.step) == ("training", None, 600, 900)
+    assert chief.last_checkpoint["name"] == "model.ckpt-900"
+    story.stop(150, pid=2, reason="error", error="ValueError: no")
+    chief = history.last_seen(story.events)
+    assert (chief.phase, chief.reason, chief.error) == ("stopped", "error", "ValueError: no")
+    worker = history.last_seen(story.events, "worker-1")
+    assert (worker.phase, worker.process_start, worker.step) == ("preparing", 77, None)
+    assert history.last_seen(story.events, "worker-2") is None
+    assert history.last_seen([]) is None
+
+
+def launched_and_failed(story, time, failure, then="restart", code=1):
+    story.tell("launch", time, role="launcher", pid=99, attempt=1)
+    story.tell("exit", time + 5, role="launcher", pid=99, code=code, failure=failure)
+    return story.tell(then, time + 5, role="launcher", pid=99, failure=failure) if then else story
+
+
+def test_the_last_error_is_that_of_the_newest_start_that_ended_by_one():
+    story = Story().start(0).stop(5, reason="error", error="ValueError: old")
+    assert history.last_error(story.events) == "ValueError: old"
+    story.start(10, pid=2).tell("hang", 60, pid=2, secs=40.0, ended=False)
+    assert history.last_error(story.events) == "ValueError: old"
+    story.tell("hang", 70, pid=2, secs=50.0, ended=True)
+    told = "ended by its hang watch: no step boundary for 50.0 s"
+    assert history.last_error(story.events) == told
+    # The launcher sees only how its watch ended it.
+    story.tell("exit", 71, role="launcher", pid=99, failure="SIGKILL").tell("restart", 71, role="launcher", pid=99)
+    assert history.last_error(story.events) == told
+    launched_and_failed(story.start(81, pid=3), 80, "SIGKILL: line")
+    assert history.last_error(story.events) == "SIGKILL: line"
+    story.start(90, pid=4).stop(95, pid=4)
+    assert history.last_error(story.events) == "SIGKILL: line"
+
+
+def test_of_one_start_the_first_error_is_the_last_error_and_what_follows_from_it_is_not():
+    story = Story().start(0).fresh(1).tell("stop", 5, role="worker-1", pid=2, reason="error", error="ValueError: bad")
+    story.stop(6, reason="error", error="RuntimeError: closed by peer")
+    # Of the first start the launcher's lines come once it knows where the ledger is.
+    launched_and_failed(story, -1, "exit code 1: ValueError: bad")
+    assert history.last_error(story.events) == "ValueError: bad"
+    launched_and_failed(story, 20, "exit code 3: no session", then="gave_up")
+    assert history.last_error(story.events) == "exit code 3: no session"
+
+
+def test_that_a_program_was_asked_to_stop_is_no_error():
+    story = launched_and_failed(Story().start(1).fresh(1).stop(4, reason="sigterm"), 0, "exit code 143", then=None)
+    assert history.last_error(story.events) is None
+    assert history.last_error([]) is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
     whole = crashed_once().tell("return", 130, pid=2, step=9, to_step=600).stop(150, pid=2, step=2000).events
@@ -221,3 +275,5 @@ def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
         found = history.of([wrong if one is event else one for one in whole])
         assert min(times(found)) >= 0.0
         json.dumps(found.attempts[0].last_step)
+        history.last_seen([wrong if one is event else one for one in whole])
+        history.last_error([wrong if one is event else one for one in whole])

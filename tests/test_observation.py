@@ -284,7 +284,10 @@ class TestAProcess:
         child.wait_for_steps(50)
         child.end(signal.SIGKILL)
         saved = max(one["step"] for one in events(tmp_path, "checkpoint"))
-        (tmp_path / f"model.ckpt-{saved}" / "state.json").write_bytes(b"{}")
+        # A newer one may have been committed just before its line was written.
+        for step in (saved, saved + 10):
+            if (tmp_path / f"model.ckpt-{step}").is_dir():
+                (tmp_path / f"model.ckpt-{step}" / "state.json").write_bytes(b"{}")
 
         train(tmp_path, 0)
 
@@ -337,6 +340,33 @@ def test_what_an_earlier_run_has_left_and_nobody_can_read_is_no_end_of_a_run(tmp
 
     assert "cannot be read" in caplog.text
     assert (tmp_path / "model.ckpt-2.manifest.json").exists()
+
+
+def test_without_a_heartbeat_the_ledger_tells_of_the_run_before(tmp_path: Path) -> None:
+    train(tmp_path, 5)
+    train(tmp_path, 5)
+    (tmp_path / heartbeat.DIR_NAME / "chief.json").write_bytes(b"")
+    (tmp_path / "model.ckpt-10" / "state.json").write_bytes(b"{}")
+
+    train(tmp_path, 1)
+
+    restored = events(tmp_path, "restore")[-1]
+    assert (restored["step"], restored["previous_step"], restored["lost_steps"]) == (5, 10, 5)
+    assert restored["previous_time"] == events(tmp_path, "stop")[1]["time"]
+
+
+def test_a_heartbeat_of_wrong_types_is_no_end_of_a_run(tmp_path: Path) -> None:
+    heartbeat.prepare(tmp_path)
+    for role in ("chief", "worker-1"):
+        beat = tmp_path / heartbeat.DIR_NAME / f"{role}.json"
+        beat.write_text(json.dumps({"role": role, "time": None, "step": "abc"}))
+
+    train(tmp_path, 2)
+
+    assert (tmp_path / "model.ckpt-2.manifest.json").exists()
+    last = chief(tmp_path)
+    assert last is not None
+    assert last.step == 2
 
 
 @pytest.mark.parametrize(

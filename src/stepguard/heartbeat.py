@@ -7,14 +7,17 @@ lock held, or was stopped, writes no more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from stepguard import files
 
@@ -72,7 +75,10 @@ def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
 
 
 def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
-    """The newest heartbeat of each process that ever ran for this logdir, the chief's first."""
+    """The newest heartbeat of each process that ever ran for this logdir, the chief's first.
+
+    One that is empty, as a power loss leaves it, or damaged, or has fields of other types is passed over.
+    """
     try:
         names = sorted(os.listdir(Path(logdir) / DIR_NAME))
     except (FileNotFoundError, NotADirectoryError):
@@ -80,7 +86,7 @@ def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
     found = []
     for name in names:
         if name.endswith(".json") and not name.startswith("."):
-            with contextlib.suppress(OSError, ValueError, TypeError):
+            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
                 found.append(_heartbeat(json.loads(files.read_bytes(Path(logdir) / DIR_NAME / name))))
     return sorted(found, key=lambda one: (one.role != "chief", one.role))
 
@@ -120,7 +126,7 @@ def is_running(pid: int, started: int | None) -> bool:
     """Whether the process ``pid`` of this host still runs, and is the one that was started at ``started``."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -150,5 +156,36 @@ def _stat(pid: int) -> list[str]:
 def _heartbeat(content: Any) -> Heartbeat:
     if not isinstance(content, Mapping):
         raise TypeError(f"expected an object, found {type(content).__name__}")
-    known = {one.name for one in fields(Heartbeat)}
-    return Heartbeat(**{name: value for name, value in content.items() if name in known})
+    types = _field_types()
+    known = {name: value for name, value in content.items() if name in types}
+    for name, value in known.items():
+        if not _is_of(value, types[name]):
+            raise TypeError(f"{name}: found {type(value).__name__}")
+    return Heartbeat(**known)
+
+
+@functools.cache
+def _field_types() -> dict[str, tuple[type, ...]]:
+    """What JSON may have for each field."""
+    found = {}
+    for name, hint in get_type_hints(Heartbeat).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        accepted = {get_origin(one) or one for one in kinds}
+        found[name] = tuple(accepted | {int} if float in accepted else accepted)
+    return found
+
+
+def _is_of(value: object, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, types):
+        return False
+    if isinstance(value, list):
+        return all(isinstance(one, str) for one in value)
+    # Times are added to and shown: an infinite one, or one that no float holds, could not be.
+    return not (float in types and isinstance(value, (int, float))) or _is_finite(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

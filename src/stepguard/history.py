@@ -26,6 +26,8 @@ from stepguard.heartbeat import Heartbeat
 CHIEF = "chief"
 LAUNCHER = "launcher"
 
+_OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
+
 _Span = tuple[float, float]
 
 
@@ -75,6 +77,39 @@ def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, ro
     return reader.history(last)
 
 
+def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
+    """What the ledger alone tells of the newest start of ``role``, in the form of its last heartbeat, which a power
+    loss may have emptied; None if it tells of no start. Its step is that of its last line.
+    """
+    own = [one for one in events if one.get("role") == role]
+    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    if not known:
+        return None
+    last = known[-1]
+    lines = [
+        one for one in own if one["time"] >= last.started and (one.get("pid"), one.get("host")) == (last.pid, last.host)
+    ]
+    start = next((one for one in lines if one["event"] == "start"), {})
+    has_trained = any(one["event"] in ("restore", "fresh") for one in lines)
+    saved = [one for one in lines if one["event"] == "checkpoint"]
+    return Heartbeat(
+        role,
+        engine=_text(start.get("engine")) or "",
+        pid=last.pid or 0,
+        host=last.host or "",
+        process_start=_integer(start.get("process_start")),
+        started=last.started,
+        time=last.ended,
+        phase="stopped" if last.reason else "training" if has_trained else "preparing",
+        reason=last.reason,
+        first_step=last.first_step,
+        step=last.last_step,
+        last_checkpoint={name: saved[-1].get(name) for name in _OF_A_CHECKPOINT} if saved else None,
+        restarts=_integer(start.get("restarts")) or 0,
+        error=last.error,
+    )
+
+
 def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
     """A heartbeat with what its process, and its hang watch, have put into the ledger, which may be newer."""
     own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
@@ -89,8 +124,39 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
     ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
     if ended and found.phase != "stopped":
         found.stacks = str(ended[-1].get("stacks"))
-        found.error = found.error or f"ended by its hang watch: no step boundary for {ended[-1].get('secs')} s"
+        found.error = found.error or _hang(ended[-1])
     return found
+
+
+def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why the newest start ended of those that ended by an error, also when the run goes on since.
+
+    Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
+    where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
+    it was asked to stop is no error.
+    """
+    last: str | None = None
+    told_at: float | None = None
+    failure: str | None = None
+    for one in events:
+        event, is_launcher = one["event"], one.get("role") == LAUNCHER
+        if event == "launch" or (event == "start" and one.get("role") == CHIEF):
+            # The line of a launch may come late, and tell of a time before.
+            if told_at is not None and one["time"] > told_at:
+                told_at = None
+        elif event == "stop" and told_at is None and _text(one.get("error")):
+            last, told_at = _text(one.get("error")), one["time"]
+        elif event == "hang" and told_at is None and one.get("ended"):
+            last, told_at = _hang(one), one["time"]
+        elif event == "exit" and is_launcher:
+            failure = _text(one.get("failure"))
+        elif event in ("restart", "gave_up") and is_launcher and told_at is None:
+            last = failure or last
+    return last
+
+
+def _hang(event: Mapping[str, Any]) -> str:
+    return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
 
 
 class _Run:

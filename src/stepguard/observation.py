@@ -152,6 +152,7 @@ class Observer:
             argv=list(sys.orig_argv),
             version=__version__,
             restarts=self.now.restarts,
+            process_start=self.now.process_start,
             attempt=launched.attempt(),
         )
         self._ended = threading.Event()
@@ -283,7 +284,8 @@ class Observer:
         """A run never fails for what an earlier one has left to be read here."""
         self._previous = None
         try:
-            events, last = ledger.read(logdir), heartbeat.read_one(logdir, self._role)
+            events = ledger.read(logdir)
+            last = heartbeat.read_one(logdir, self._role) or history.last_seen(events, self._role)
             if self._is_chief:
                 heartbeat.forget_the_gone(logdir, self._role)
         except OSError as error:

@@ -96,6 +96,13 @@ def test_a_picture_is_drawn(restarted, tmp_path, stepguard):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("options", [("--csv", "-", "--json"), ("--png", "-", "--json"), ("--csv", "-", "--png", "-")])
+def test_only_one_document_goes_to_stdout(options, restarted, stepguard):
+    refused = stepguard("events", restarted, *options)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert " and ".join(one for one in ("--csv -", "--png -", "--json") if one.split()[0] in options) in refused.stderr
+
+
 def test_without_matplotlib_the_error_says_what_to_install(restarted, tmp_path, stepguard, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused = stepguard("events", restarted, "--png", tmp_path / "scalars.png")

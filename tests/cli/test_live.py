@@ -1,10 +1,18 @@
 """Commands on a logdir that another process writes, replaces and prunes as fast as it can."""
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+
+import pytest
+from logdirs import commit
+
+from stepguard.cli import survey, verify
+from stepguard.store import recovery
 
 WRITER = """
 import sys
@@ -65,3 +73,67 @@ def test_nothing_is_called_damaged_and_nothing_fails(tmp_path, stepguard, monkey
                 writer.kill()
     assert seen["ls", "good"] > 5
     assert seen["verify", "good"] > 5
+
+
+@pytest.fixture
+def overtaking(tmp_path):
+    """A training that commits a new checkpoint and prunes all others, as often as it is told."""
+    steps = itertools.count(1)
+
+    def save():
+        step = next(steps)
+        commit(tmp_path, step, entry_suffix=None)
+        for manifest in tmp_path.glob("model.ckpt-*.manifest.json"):
+            name = manifest.name.partition(".manifest")[0]
+            if name != f"model.ckpt-{step}":
+                manifest.unlink()
+                shutil.rmtree(tmp_path / name)
+
+    save()
+    return save
+
+
+def first_of_all(times, action, function):
+    """The function, which does an action before it for so many times."""
+    left = iter(range(times))
+
+    def wrapped(*arguments, **options):
+        if next(left, None) is not None:
+            action()
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_a_training_that_prunes_all_that_was_listed_leaves_no_empty_logdir(
+    command, overtaking, tmp_path, stepguard, monkeypatch
+):
+    def newest_first(layout):
+        listed = list(recovery_newest_first(layout))
+        prune()
+        return iter(listed)
+
+    recovery_newest_first = recovery.newest_first
+    prune = first_of_all(20, overtaking, lambda: None)
+    monkeypatch.setattr(survey.recovery, "newest_first", newest_first)
+    shown = stepguard(command, tmp_path, "--json")
+    assert shown.exit_code == 0, shown.output
+    assert [one["state"] for one in json.loads(shown.stdout)["checkpoints"]] == ["good"]
+
+
+def test_a_training_that_prunes_all_that_is_being_read_is_read_again(overtaking, tmp_path, stepguard, monkeypatch):
+    monkeypatch.setattr(verify, "prove", first_of_all(20, overtaking, verify.prove))
+    shown = stepguard("verify", tmp_path, "--json")
+    assert shown.exit_code == 0, shown.output
+    assert [one["state"] for one in json.loads(shown.stdout)["checkpoints"]] == ["good"]
+
+
+@pytest.mark.parametrize("names", [[], ["run.jsonl", "model.ckpt-3.part"]])
+def test_a_logdir_without_checkpoints_is_told_at_once(names, tmp_path, stepguard, monkeypatch):
+    for module in (survey, verify):
+        monkeypatch.setattr(module, "_LOOK_SECS", 3600.0)
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert stepguard("ls", tmp_path).exit_code == 0
+    assert stepguard("verify", tmp_path).exit_code == 1

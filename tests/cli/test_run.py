@@ -20,6 +20,7 @@ import pytest
 from stepguard import heartbeat, ledger
 from stepguard.cli.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
 from stepguard.cli.runs import Runs
+from stepguard.cli.situation import look
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
@@ -160,6 +161,8 @@ def test_crashes_with_progress_go_on_to_the_end(tmp_path):
     summary = errors[errors.index("ended well") :]
     assert "4 restarts" in summary
     assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
+    # A process that SIGKILL ended has told nothing of its end itself.
+    assert look(logdir).last_error.startswith("SIGKILL")
 
 
 def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):
@@ -337,6 +340,23 @@ def test_what_is_left_behind_and_ignores_sigterm_is_killed_after_its_grace(tmp_p
     assert is_gone(int(pid.read_text()))
 
 
+def test_a_crash_loop_names_the_worker_that_failed_and_not_the_chief_that_lost_it(tmp_path):
+    logdir = tmp_path / "run"
+    chief, worker = (shlex.join([*TRAINING, str(logdir), what]) for what in ("lose the worker", "fail as worker"))
+    waits = f"while ! test -d {logdir}/{heartbeat.DIR_NAME}; do sleep 0.01; done"
+    code, _, errors = ended(
+        run("sh", "-c", f"{chief} & {waits}; {worker}; wait $!; exit 1", options=["--logdir", logdir])
+    )
+    assert code == 70
+    assert {one["error"] for one in events(logdir, "stop")} == {
+        "ValueError: bad batch",
+        "RuntimeError: connection closed by peer",
+    }
+    failures = [one["failure"] for one in events(logdir, "exit", "gave_up")]
+    assert set(failures) == {"exit code 1: ValueError: bad batch"}
+    assert "in the same way (exit code 1: ValueError: bad batch)" in errors
+
+
 def _family(pid):
     found = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return found + [below for one in found for below in _family(one)]
@@ -453,6 +473,34 @@ def test_restarts_are_limited():
     one, two = ("SIGKILL", "", True), ("SIGKILL", "", True)
     assert decide(one, two, most=1) == [Restart(1, 1.0), NO_RESTARTS_LEFT]
     assert decide(one, most=0) == [NO_RESTARTS_LEFT]
+
+
+# --- the cause ---
+
+
+def stopped(time, role, error):
+    return {"time": time, "role": role, "reason": "error", "error": error}
+
+
+def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
+    book = ledger.Ledger(tmp_path, role="chief")
+    for line in (
+        stopped(5.0, "worker-1", "before"),
+        stopped(12.0, "worker-2", "first, on a host whose clock is late"),
+        {"time": 11.0, "role": "worker-1", "reason": "sigterm", "error": None},
+        stopped(11.5, "chief", "what follows from it"),
+    ):
+        book.append("stop", **line)
+    found = Runs(tmp_path, tmp_path / "nothing-announced")
+    assert found.cause(10.0) == "first, on a host whose clock is late"
+    assert found.cause(0.0) == "before"
+    assert found.cause(20.0) is None
+    # torchrun has started all of them again, and then something else has failed.
+    for role in ("worker-1", "worker-2", "chief"):
+        book.append("start", time=13.0, role=role)
+    assert found.cause(10.0) is None
+    book.append("stop", **stopped(14.0, "chief", "last"))
+    assert found.cause(10.0) == "last"
 
 
 # --- progress ---

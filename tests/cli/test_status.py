@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stepguard import heartbeat
+from stepguard import heartbeat, ledger
 from stepguard.cli.main import cli
 from stepguard.heartbeat import Heartbeat
 from stepguard.ledger import Ledger
@@ -203,13 +203,45 @@ def test_the_metrics_and_failed_saves(tmp_path):
     assert "40 of 100 (40 %), 2 steps/s, 30 s left" in text
 
 
-def test_a_logdir_without_a_run(tmp_path):
+def test_a_logdir_without_a_run_is_not_well(tmp_path):
     code, text = status(tmp_path)
-    assert code == 0
-    assert "no heartbeat and no ledger: no process" in text
+    assert code == 1
+    assert "no heartbeat, no ledger and no checkpoint: nothing has run here" in text
     assert "checkpoint  none" in text
-    assert known(tmp_path)[1]["processes"] == []
+    code, found = known(tmp_path)
+    assert (code, found["well"], found["processes"]) == (1, False, [])
     assert status(tmp_path / "missing")[0] == 2
+
+
+@pytest.mark.parametrize("left", [b"", None])
+def test_a_killed_run_whose_heartbeat_is_lost_is_dead_as_its_ledger_tells(running, left):
+    logdir, process = running
+    process.kill()
+    process.wait()
+    beat = logdir / heartbeat.DIR_NAME / "chief.json"
+    beat.unlink()
+    if left is not None:
+        beat.write_bytes(left)
+    code, found = known(logdir)
+    assert (code, found["well"]) == (1, False)
+    (chief,) = found["processes"]
+    assert (chief["role"], chief["state"], chief["from_ledger"], chief["pid"]) == ("chief", "dead", True, process.pid)
+    last = [one for one in ledger.read(logdir) if one["event"] == "checkpoint"][-1]
+    assert (chief["step"], chief["last_checkpoint"]["name"]) == (last["step"], last["name"])
+    # A newer one may have been committed just before its line was written.
+    assert found["steps_at_risk"] == max(0, last["step"] - found["good_checkpoint"]["step"])
+    code, text = status(logdir)
+    assert code == 1
+    assert "chief       dead, training" in text
+    assert "none: this is what the ledger tells" in text
+
+
+def test_a_run_that_ended_well_is_well_without_its_heartbeat(tmp_path):
+    train(tmp_path, 12)
+    (tmp_path / heartbeat.DIR_NAME / "chief.json").unlink()
+    code, found = known(tmp_path)
+    assert (code, found["processes"][0]["state"], found["processes"][0]["reason"]) == (0, "stopped", "finished")
+    assert "stopped: finished" in status(tmp_path)[1]
 
 
 def test_a_logdir_of_other_tools_shows_what_its_checkpoints_tell(tmp_path):

@@ -90,6 +90,17 @@ def test_the_step_differs_between_two_checkpoints_of_a_run(engine, step_name, re
     assert not any("broken" in name or "half" in name for name in changes)
 
 
+def test_a_single_file_of_a_checkpoint_is_shown_without_a_state(torch_run, stepguard, document):
+    path = torch_run / "model.ckpt-4" / "model.pt"
+    shown = stepguard("show", path)
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[0] == f"{path}: no step, torch"
+    assert "never" not in shown.stdout
+    found = document("show", path)
+    assert (found["state"], sorted(by_name(found["tensors"]))) == (None, ["bias", "weight"])
+    assert document("show", torch_run / "model.ckpt-4")["state"] == "good"
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Write a state with torch.save, and return the file."""
@@ -198,3 +209,18 @@ def test_an_engine_that_is_not_known_is_an_error(tmp_path, stepguard):
     refused = stepguard("show", tmp_path)
     assert refused.exit_code == 3
     assert "'abacus'" in refused.stderr
+
+
+@pytest.mark.parametrize("is_manifest_damaged", [False, True])
+def test_a_checkpoint_whose_directory_is_gone_is_a_finding(is_manifest_damaged, tmp_path, stepguard):
+    pytest.importorskip("torch")
+    commit(tmp_path, 1, entry_suffix=None)
+    path = tmp_path / "model.ckpt-1"
+    shutil.rmtree(path)
+    if is_manifest_damaged:
+        (tmp_path / "model.ckpt-1.manifest.json").write_bytes(b"{")
+    for arguments in (("show", path), ("diff", path, path)):
+        refused = stepguard(*arguments)
+        assert refused.exit_code == 1
+        assert "expected a manifest" in refused.stderr if is_manifest_damaged else "found none" in refused.stderr
+        assert f"`stepguard verify {path}` says more" in refused.stderr

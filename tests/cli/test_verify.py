@@ -51,6 +51,22 @@ def test_a_directory_of_pytorch_is_a_checkpoint_and_no_logdir(tmp_path, stepguar
     assert stepguard("verify", tmp_path / "model.ckpt-1").exit_code == 1
 
 
+@pytest.mark.parametrize("file", ["model.pt", "__0_0.distcp"])
+def test_a_file_in_a_directory_of_pytorch_stands_for_its_checkpoint(file, tmp_path, stepguard, document, monkeypatch):
+    commit(tmp_path, 1, 2, entry_suffix=None)
+    path = tmp_path / "model.ckpt-2" / file
+    for step in (1, 2):
+        (tmp_path / f"model.ckpt-{step}" / "__0_0.distcp").write_bytes(b"beside")
+    assert stepguard("verify", path).exit_code == 0
+    (found,) = document("verify", path)["checkpoints"]
+    assert (found["name"], found["state"], found["path"]) == ("model.ckpt-2", "good", str(tmp_path / "model.ckpt-2"))
+    flip(tmp_path / "model.ckpt-2" / "model.pt")
+    assert stepguard("verify", path).exit_code == 1
+    assert stepguard("verify", tmp_path / "model.ckpt-2" / "other.pt").exit_code == 2
+    monkeypatch.chdir(tmp_path / "model.ckpt-1")
+    assert stepguard("verify", file).exit_code == 0
+
+
 def test_an_unfinished_save_is_no_damage_unless_it_is_asked_for(tmp_path, stepguard):
     commit(tmp_path, 1, entry_suffix=None)
     (tmp_path / "model.ckpt-2").mkdir()

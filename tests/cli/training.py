@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+from stepguard import ledger
 from stepguard.testing import FakeSupervisor
 
 
@@ -17,7 +18,14 @@ def train(logdir: str, what: str, steps: int) -> None:
     """Train on from where the run was, a step in 5 ms, and end as ``what`` says."""
     if what == "ignore":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sv = FakeSupervisor(logdir, save_model_secs=None, save_model_steps=5, save_summaries_secs=None, total_steps=10**9)
+    sv = FakeSupervisor(
+        logdir,
+        is_chief=what != "fail as worker",
+        save_model_secs=None,
+        save_model_steps=5,
+        save_summaries_secs=None,
+        total_steps=10**9,
+    )
     with sv.managed_session() as session:
         first = session.step
         while session.step < steps and not sv.should_stop():
@@ -28,8 +36,17 @@ def train(logdir: str, what: str, steps: int) -> None:
                 while not os.path.exists(f"{logdir}/model.ckpt-{first + 5}.manifest.json"):
                     time.sleep(0.005)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "fail as worker":
+                raise ValueError("bad batch")
+            if what == "lose the worker" and _has_lost_its_worker(logdir):
+                raise RuntimeError("connection closed by peer")
             if what == "fail" and session.step == 7:
                 raise ValueError(f"step {session.step} cannot be done, {id(sv):#x}")
+
+
+def _has_lost_its_worker(logdir: str) -> bool:
+    told = [one for one in ledger.read(logdir) if one["event"] in ("launch", "stop")]
+    return bool(told) and (told[-1]["event"], told[-1]["role"]) == ("stop", "worker")
 
 
 if __name__ == "__main__":

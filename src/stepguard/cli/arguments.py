@@ -24,14 +24,23 @@ _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``."""
+    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
+
+    ``file`` is the path of a single file of PyTorch, in a checkpoint or alone.
+    """
 
     path: Path
     root: Path
     name: str | None
+    file: Path | None = None
 
     def checkpoint(self) -> Surveyed:
-        """The checkpoint; of a logdir the one that a restart would take. Raises click.UsageError if there is none."""
+        """What is to be read: the single file, or the checkpoint; of a logdir the one that a restart would take.
+
+        Raises click.UsageError if there is none.
+        """
+        if self.file is not None:
+            return survey_one(self.file.parent, self.file.name)
         if self.name is not None:
             return survey_one(self.root, self.name)
         for one in survey(self.root).found:
@@ -50,11 +59,14 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 def _target(value: str) -> Target:
     path = Path(value)
+    holder = path.parent if path.parent.name else path.absolute().parent
+    if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():
+        return Target(path, holder.parent, holder.name, path if _is_single(path) else None)
     match = _OF_A_FILE.fullmatch(path.name)
     if match is not None and not path.is_dir():
         path = path.with_name(match.group(1))
     if _is_checkpoint(path):
-        return Target(Path(value), path.parent, path.name)
+        return Target(Path(value), path.parent, path.name, path if _is_single(path) else None)
     if path.is_dir():
         return Target(Path(value), path, None)
     raise click.BadParameter(f"{output.printable(value)}: there is neither a logdir nor a checkpoint of that name")
@@ -64,6 +76,11 @@ def _is_checkpoint(path: Path) -> bool:
     if any(path.with_name(path.name + suffix).is_file() for suffix in (MANIFEST_SUFFIX, ENTRY_SUFFIX)):
         return True
     if path.is_file():
-        return path.suffix in (".pt", ".pth")
+        return _is_single(path)
     # A directory without a manifest may still hold what PyTorch has written.
     return path.is_dir() and any(path.glob("*.pt")) and not any(path.glob("*" + MANIFEST_SUFFIX))
+
+
+def _is_single(path: Path) -> bool:
+    """Whether this is a file that can be shown by itself."""
+    return path.suffix in (".pt", ".pth") and path.is_file()

@@ -7,17 +7,23 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from stepguard.cli.exits import NOT_DONE, Failure
-from stepguard.cli.survey import Surveyed
+from stepguard.cli.exits import FINDING, NOT_DONE, Failure
+from stepguard.cli.survey import DAMAGED, UNKNOWN_ENGINE, Surveyed
 from stepguard.tensors import SavedTensor
 
 _ENGINES = ("tensorflow", "torch")
 
 
 def read_tensors(one: Surveyed) -> Iterator[SavedTensor]:
-    """The tensors of a checkpoint. Raises Failure where its framework is unknown or not installed."""
-    found: Iterator[SavedTensor] = _module(one).read_tensors(one.checkpoint.path)
-    return found
+    """The tensors of a checkpoint. Raises Failure where its framework is unknown or missing, or its files are gone."""
+    if one.state == DAMAGED and one.engine == UNKNOWN_ENGINE:
+        raise _damaged(one)
+    try:
+        yield from _module(one).read_tensors(one.checkpoint.path)
+    except FileNotFoundError as error:
+        if one.state != DAMAGED:
+            raise
+        raise _damaged(one) from error
 
 
 def tensorflow_damage(one: Surveyed) -> str | None:
@@ -28,6 +34,11 @@ def tensorflow_damage(one: Surveyed) -> str | None:
     module = _module(one)
     error = module.damage(str(one.checkpoint.path))
     return None if error is None else str(module.cause(error))
+
+
+def _damaged(one: Surveyed) -> Failure:
+    path = one.checkpoint.path
+    return Failure(f"{path}: damaged: {'; '.join(one.reasons)}; `stepguard verify {path}` says more", FINDING)
 
 
 def _module(one: Surveyed) -> Any:

@@ -65,8 +65,9 @@ def command(
     """Show the scalars in the event files of LOGDIR: how many, from which step to which, the last value, the extremes.
 
     They are those that TensorBoard shows: what a killed run had written for steps that were done again is left out.
-    With `--csv -` or `--png -` nothing else is printed.
+    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` can be given.
     """
+    _check_stdout(csv_path, png_path, as_json=as_json)
     curves = read_curves(logdir, tags)
     if csv_path is not None:
         _write(csv_path, _csv(curves))
@@ -80,6 +81,16 @@ def command(
         output.print_json({"logdir": str(logdir), "scalars": [_json(one) for one in curves]})
     else:
         _print(logdir, curves, has_plots=sys.stdout.isatty() if plot is None else plot)
+
+
+def _check_stdout(csv_path: Path | None, png_path: Path | None, *, as_json: bool) -> None:
+    """Only one of them can be read from there."""
+    wanted = [name for name, path in (("--csv -", csv_path), ("--png -", png_path)) if path == Path("-")]
+    wanted += ["--json"] if as_json else []
+    if len(wanted) > 1:
+        raise click.UsageError(
+            f"{' and '.join(wanted)}: expected one of them, since each writes to stdout; give a FILE instead of -"
+        )
 
 
 def _json(curve: Curve) -> dict[str, Any]:

@@ -191,8 +191,7 @@ class Launcher:
         self._runs.look()
         since = began - 0.001
         stop = self._runs.stop(since)
-        error = None if stop is None else stop.get("error")
-        why = error if isinstance(error, str) else next((one.strip() for one in reversed(lines) if _says(one)), "")
+        why = self._runs.cause(since) or next((one.strip() for one in reversed(lines) if _says(one)), "")
         failure = Failure(_ending(code), output.printable(why)[:500])
         ended = Ended(code, pid, secs, self._runs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
         self._runs.tell(

@@ -63,6 +63,14 @@ class Runs:
             default=None,
         )
 
+    def cause(self, since: float) -> str | None:
+        """The first error since then, of whichever process: those of the others follow from it, as a lost peer does.
+
+        What a process has failed of before it was started once more, by torchrun say, is not what ended the program.
+        """
+        firsts = [first for logdir in self._ledgers if (first := _first_error(_read(logdir), since)) is not None]
+        return min(firsts, key=lambda one: one["time"])["error"] if firsts else None
+
     def _has_progressed(self, logdir: Path, since: float) -> bool:
         events = [one for one in _read(logdir) if one.get("role") != history.LAUNCHER]
         began = [one for one in events if one["time"] >= since]
@@ -106,6 +114,19 @@ def _read(logdir: Path) -> list[_Event]:
     with contextlib.suppress(OSError):
         return ledger.read(logdir)
     return []
+
+
+def _first_error(events: list[_Event], since: float) -> _Event | None:
+    """The first stop by an error, in the order of the lines: the clocks of several hosts may differ."""
+    failed: dict[object, _Event] = {}
+    for one in events:
+        if one["time"] < since:
+            continue
+        if one["event"] == "start":
+            failed.pop(one.get("role"), None)
+        elif one["event"] == "stop" and isinstance(one.get("error"), str) and one["error"]:
+            failed.setdefault(one.get("role"), one)
+    return next(iter(failed.values()), None)
 
 
 def _beats(logdir: Path) -> list[Heartbeat]:

@@ -50,6 +50,8 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
     that is `stepguard verify`.
     """
     one = target.checkpoint()
+    # A single file is no checkpoint: it has no state.
+    state = one.state if target.file is None else None
     rows = []
     with reading("reading", one.size) as on_block:
         for tensor in engines.read_tensors(one):
@@ -59,20 +61,20 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
                 rows.append((tensor, None, None))
             on_block(tensor.nbytes or 0)
     if as_json:
-        output.print_json(_document(one, rows, with_values=with_values))
+        output.print_json(_document(one, state, rows, with_values=with_values))
     else:
-        _print(one, rows, with_values=with_values)
+        _print(one, state, rows, with_values=with_values)
 
 
 _Row = tuple[SavedTensor, Any, Statistics | None]
 
 
-def _document(one: Surveyed, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
+def _document(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
     document = {
         "checkpoint": str(one.checkpoint.path),
         "step": one.checkpoint.step,
         "engine": one.engine,
-        "state": one.state,
+        "state": state,
         "tensors": [_json(tensor, found) for tensor, _, found in rows if not tensor.is_plain],
     }
     if with_values:
@@ -98,11 +100,13 @@ def _json(tensor: SavedTensor, found: Statistics | None) -> dict[str, Any]:
     }
 
 
-def _print(one: Surveyed, rows: list[_Row], *, with_values: bool) -> None:
+def _print(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
     checkpoint = one.checkpoint
     step = "no step" if checkpoint.step is None else f"step {checkpoint.step}"
-    click.echo(f"{output.printable(str(checkpoint.path))}: {step}, {one.engine}, {one.state}")
-    if one.state in (DAMAGED, INCOMPLETE):
+    click.echo(
+        f"{output.printable(str(checkpoint.path))}: {', '.join((step, one.engine, *([state] if state else [])))}"
+    )
+    if state in (DAMAGED, INCOMPLETE):
         for reason in one.reasons:
             click.echo(output.printable(reason))
     tensors = [row for row in rows if not row[0].is_plain]

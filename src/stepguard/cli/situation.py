@@ -19,7 +19,8 @@ from stepguard.history import History
 class Process:
     """One process of the run.
 
-    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one.
+    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one,
+    and ``is_from_ledger`` that there is no heartbeat of it, and the ledger tells of it.
     """
 
     beat: Heartbeat
@@ -27,6 +28,7 @@ class Process:
     age_secs: float
     secs_left: float | None
     is_left_behind: bool
+    is_from_ledger: bool
 
     @property
     def hangs(self) -> bool:
@@ -55,7 +57,10 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known."""
+    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
+
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    """
 
     logdir: Path
     now: float
@@ -64,38 +69,47 @@ class Situation:
     newest_good: Surveyed | None
     steps_at_risk: int | None
     history: History
+    last_error: str | None
     launcher: Launcher | None
     has_ledger: bool
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell of: no process, no ledger and no checkpoint."""
+        return not self.processes and not self.has_ledger and self.newest is None
+
+    @property
     def is_well(self) -> bool:
-        """Whether all processes of the present start run, or stopped without an error."""
+        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        if self.is_empty:
+            return False
         present = [one for one in self.processes if not one.is_left_behind]
         if not present:
             return self.launcher is None or self.launcher.state != "gave up"
         return all(one.is_well for one in present)
-
-    @property
-    def last_error(self) -> str | None:
-        """The error of the newest start that stopped with one, also when the run goes on since."""
-        return next((one.error for one in reversed(self.history.attempts) if one.error), None)
 
 
 def look(logdir: Path) -> Situation:
     """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
     now = time.time()
     events = ledger.read(logdir)
-    beats = [history.completed(one, events) for one in heartbeat.read(logdir)]
+    beats = heartbeat.read(logdir)
+    roles = {one.role for one in beats}
+    # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
+    if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
+        beats = [told, *beats]
+    beats = [history.completed(one, events) for one in beats]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return Situation(
         logdir=logdir,
         now=now,
-        processes=tuple(_process(one, chief, now) for one in beats),
+        processes=tuple(_process(one, chief, now, is_from_ledger=one.role not in roles) for one in beats),
         newest=last,
         newest_good=good,
         steps_at_risk=_at_risk(chief, good),
         history=history.of(events, chief),
+        last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
     )
@@ -122,10 +136,10 @@ def document(found: Situation) -> dict[str, Any]:
     }
 
 
-def _process(beat: Heartbeat, chief: Heartbeat | None, now: float) -> Process:
+def _process(beat: Heartbeat, chief: Heartbeat | None, now: float, *, is_from_ledger: bool) -> Process:
     state = heartbeat.state(beat, now)
     is_left_behind = chief is not None and beat is not chief and state != "alive" and beat.time < chief.started
-    return Process(beat, state, max(0.0, now - beat.time), _secs_left(beat, state), is_left_behind)
+    return Process(beat, state, max(0.0, now - beat.time), _secs_left(beat, state), is_left_behind, is_from_ledger)
 
 
 def _secs_left(beat: Heartbeat, state: str) -> float | None:
@@ -172,6 +186,7 @@ def _process_document(one: Process) -> dict[str, Any]:
         "age_secs": one.age_secs,
         "secs_left": one.secs_left,
         "left_behind": one.is_left_behind,
+        "from_ledger": one.is_from_ledger,
     }
 
 

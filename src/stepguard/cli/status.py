@@ -41,7 +41,7 @@ Examples:
 \b
 Exit codes, besides those of every command:
   0    every process lives, or stopped without an error
-  1    one is dead, silent, hangs, or stopped with an error; with --follow always 0, at Ctrl-C
+  1    one is dead, silent, hangs, or stopped with an error, or nothing has run there; with --follow always 0, at Ctrl-C
 """,
 )
 @click.argument("logdir", type=LOGDIR)
@@ -174,6 +174,8 @@ def _process_lines(one: Process, found: Situation) -> list[_Line]:
     lines.append(
         ("  process", f"{where}; started {started} ago, last sign of life {output.duration(one.age_secs)} ago", None)
     )
+    if one.is_from_ledger:
+        lines.append(("  heartbeat", "none: this is what the ledger tells", "yellow"))
     lines.append(("  step", _progress(one), None))
     is_told = beat.phase != "stopped" or bool(found.steps_at_risk)
     if beat.role == CHIEF and found.steps_at_risk is not None and is_told:
@@ -197,7 +199,9 @@ def _left_behind(one: Process) -> list[_Line]:
 
 def _run_lines(found: Situation) -> list[_Line]:
     lines: list[_Line] = []
-    if not found.processes:
+    if found.is_empty:
+        lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
+    elif not found.processes:
         missing = "no heartbeat" if found.has_ledger else "no heartbeat and no ledger"
         lines.append(("run", f"{missing}: no process has told of itself", None))
     newest, good = found.newest, found.newest_good

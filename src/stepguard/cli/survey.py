@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ UNKNOWN_ENGINE = "unknown"
 _DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
 _STEP = re.compile(r"(.+)-([0-9]+)")
 _LOOKS = 3
+_LOOK_SECS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,26 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Look at a logdir. Raises OSError if it cannot be listed."""
+    """Look at a logdir. Raises OSError if it cannot be listed.
+
+    A training may prune all that was listed before it is looked at: it is listed again then, for a while.
+    """
+    deadline = time.monotonic() + _LOOK_SECS
+    kinds: Mapping[str, bool] = {}
+    while True:
+        before, kinds = kinds, _kinds(root)
+        found = _survey(root, kinds)
+        if any(one.is_candidate for one in found.found) or kinds == before or time.monotonic() >= deadline:
+            return found
+
+
+def _kinds(root: Path) -> dict[str, bool]:
+    """The names in a directory, and whether each is a directory itself."""
     with os.scandir(root) as entries:
-        kinds = {entry.name: entry.is_dir() for entry in entries}
+        return {entry.name: entry.is_dir() for entry in entries}
+
+
+def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
     found: list[Surveyed] = []
     listed: set[str] = set()
     for basename in basenames(kinds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from stepguard.cli.proof import Proof, prove
 from stepguard.cli.survey import DAMAGED, GOOD, INCOMPLETE, Surveyed, survey, survey_one
 from stepguard.cli.table import STATE, Column, print_table
 
-_LOOKS = 10
+_LOOK_SECS = 10.0
 
 _COLUMNS = (
     STATE,
@@ -62,14 +63,14 @@ def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...]]:
     """The proofs, and the names of what is gone."""
     if target.name is not None:
         return _proofs([survey_one(target.root, target.name)]), ()
-    for _ in range(_LOOKS):
+    deadline = time.monotonic() + _LOOK_SECS
+    while True:
         found = survey(target.root)
         candidates = [one for one in found.found if one.is_candidate]
         proofs = _proofs(candidates)
-        if proofs or not candidates:
-            break
-        # A training has pruned them all while they were read: there are newer ones now.
-    return proofs, found.missing
+        # A training may have pruned them all while they were read: there are newer ones then.
+        if proofs or not candidates or time.monotonic() >= deadline:
+            return proofs, found.missing
 
 
 def _proofs(found: list[Surveyed]) -> list[Proof]:
