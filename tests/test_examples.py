@@ -24,7 +24,7 @@ def run(program, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=250,
     )
     assert ended.returncode == 0, ended.stdout
     for noise in ("Traceback", "WARNING", "ERROR"):

@@ -31,7 +31,7 @@ else:
     import tomli as tomllib
 
 # Two frameworks are imported, on two cores.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 # What no test runs, by page and a piece of its text. Python of it is compiled all the same.
 NOT_RUN = {
@@ -131,7 +131,7 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     first = start(program)
     wait_for_a_checkpoint(first, program.parent / "runs" / "first")
     first.kill()
-    printed = [first.communicate(timeout=60)[0], start(program).communicate(timeout=100)[0]]
+    printed = [first.communicate(timeout=150)[0], start(program).communicate(timeout=200)[0]]
     return page, program.parent, printed
 
 
@@ -180,7 +180,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         processes.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
     found = {"world": {"folder": root / "world"}}
     for process in processes:
-        found.update({one["name"]: one for one in json.loads(process.communicate(timeout=110)[0])})
+        found.update({one["name"]: one for one in json.loads(process.communicate(timeout=250)[0])})
     return found
 
 

@@ -19,7 +19,7 @@ def run(program: str, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=480,
     )
     assert ended.returncode == 0, ended.stdout
     assert "Traceback" not in ended.stdout, ended.stdout
@@ -33,7 +33,7 @@ def test_the_program_of_a_cluster_runs_alone(tmp_path):
     assert re.search("begins at step 60[01]", run("replicas.py", f"--logdir={tmp_path}", "--steps=700"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_the_demo_loses_a_worker_the_chief_and_the_server_and_ends_well(tmp_path):
     printed = run("demo_replicas.py", f"--logdir={tmp_path}", "--steps=2000", "--sync-steps=600")
     assert printed.count("kill -9") == 6

@@ -156,7 +156,7 @@ class Folder:
             env={**os.environ, "LOGDIR": str(self.root / logdir), "FOLDER": str(self.root)},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
         self.ended_at[logdir] = time.time()
@@ -189,7 +189,7 @@ def results(folder: Folder) -> dict[str, subprocess.CompletedProcess[str]]:
         return {name: future.result() for name, future in started.items()}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 class TestAnUnchangedProgram:
     def test_runs_under_ours_from_a_file_and_ends_with_its_own_exit_code(self, results, folder):
         result = results["a file"]

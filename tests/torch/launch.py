@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("distributed_training.py")
 def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
@@ -56,7 +56,7 @@ def start_two(logdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
 
 def run_two(logdir: Path, *arguments: str) -> list[str]:
     processes = start_two(logdir, *arguments)
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     return errors
 
@@ -69,7 +69,7 @@ def terminate_one(logdir: Path, rank: int, *arguments: str) -> list[str]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     processes[rank].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=150)[1] for process in processes]
 
     assert processes[rank].returncode == -signal.SIGTERM, errors
     assert processes[1 - rank].returncode == 0, errors

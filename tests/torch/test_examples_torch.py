@@ -41,7 +41,7 @@ def run(program: Path, *arguments: str, launcher: tuple[str, ...] = ("-W", "erro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=250,
     )
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
@@ -60,7 +60,7 @@ def run_and_kill(program: Path, logdir: Path, *arguments: str, launcher: tuple[s
         time.sleep(0.02)
     training = psutil.Process(process.pid).children()[-1] if launcher else psutil.Process(process.pid)
     training.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=150)
     assert process.returncode == (1 if launcher else -signal.SIGKILL)
     return step
 
@@ -132,7 +132,7 @@ def test_the_program_in_the_manual_runs_as_it_stands(tmp_path):
             env=WITHOUT_TENSORFLOW,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=True,
         )
         assert expected in ended.stdout

@@ -26,7 +26,7 @@ from stepguard.torch.sharded import METADATA
 from stepguard.torch.tensors import read_tensors
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     # Of PyTorch's own tools, when they are used without a process group.
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]

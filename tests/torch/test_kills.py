@@ -77,7 +77,7 @@ def history(logdir: Path) -> dict[int, list[int]]:
     return {int(step): json.loads(batch) for step, batch in steps}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_twenty_kills_change_nothing(tmp_path):
     chance = random.Random(20)
     fast = ("--step-secs=0.004", f"--steps={STEPS}", "--workers=2")

@@ -7,7 +7,7 @@ from launch import outcomes, run_two, seen, steps_saved, terminate_one, torchrun
 
 from stepguard import ledger
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_one_killed_and_all_killed_change_nothing(tmp_path):
