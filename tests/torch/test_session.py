@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from training import BATCH, ITEMS, Training
 
-from stepguard.errors import NoBoundaryError
+from stepguard.errors import LogdirInUseError, NoBoundaryError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 
@@ -237,3 +237,18 @@ def test_a_program_may_change_its_directory(tmp_path, monkeypatch):
     assert sv.save_path == str(tmp_path / "run" / "model.ckpt")
     assert {one.step for one in CheckpointStore(tmp_path / "run").candidates()} >= {4}
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
+
+
+def test_another_session_that_saves_to_the_same_logdir_is_refused(tmp_path):
+    with supervisor(tmp_path).managed_session() as session:
+        with (
+            pytest.raises(LogdirInUseError, match="another Supervisor in this process"),
+            supervisor(tmp_path).managed_session(),
+        ):
+            pass
+        # One that only looks, and one that follows, are not.
+        with supervisor(tmp_path, save_model_secs=0).managed_session():
+            pass
+        list(session.steps(max_steps=2))
+    with supervisor(tmp_path).managed_session() as session:
+        assert session.global_step == 2

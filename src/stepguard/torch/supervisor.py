@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from stepguard.coordinator import Coordinator
+from stepguard.errors import LogdirInUseError
 from stepguard.nan_guard import RETURN, check_options
 from stepguard.observation import Observation
 from stepguard.store import CheckpointStore
@@ -212,6 +215,7 @@ class Supervisor(CoreSupervisor[Session]):
 
         Raises:
             RuntimeError: the session before this one still runs.
+            LogdirInUseError: another process, or another supervisor of this one, saves to the logdir.
             CheckpointMismatchError: the newest good checkpoint does not fit the program. Nothing was changed.
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
         """
@@ -219,6 +223,7 @@ class Supervisor(CoreSupervisor[Session]):
         meets_every = self._saves_every if start_standard_services else None
         session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
+        _with_sessions.add(self)
         return session
 
     def managed_session(
@@ -264,3 +269,21 @@ class Supervisor(CoreSupervisor[Session]):
                 "this supervisor has a session that still runs, and both would train the same model: leave its "
                 "`with` block first, or stop it with sv.stop(), or build a model and a Supervisor of its own for this"
             )
+        for other in list(_with_sessions):
+            if other is not self and other._saves_to(self._logdir) and self._saving.is_on:
+                raise LogdirInUseError(
+                    f"{self._logdir}: expected no other session that saves here, found one of another Supervisor in "
+                    f"this process: leave its `with` block first, or give this one another logdir",
+                    logdir=Path(str(self._logdir)),
+                    host=os.uname().nodename,
+                    pid=os.getpid(),
+                    since=None,
+                )
+
+    def _saves_to(self, logdir: str | None) -> bool:
+        """Whether a session of this supervisor runs that saves there."""
+        runs = self._session is not None and self._session.is_open and not self.should_stop()
+        return runs and self._saving.is_on and logdir is not None and logdir == self._logdir
+
+
+_with_sessions: weakref.WeakSet[Supervisor] = weakref.WeakSet()
