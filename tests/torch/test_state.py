@@ -15,6 +15,7 @@ from torch import nn
 from training import Training
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
 from stepguard.torch.state import CopyStreams, HostMemory
 
@@ -127,6 +128,21 @@ class TestACheckpointThatDoesNotFit:
 
         assert error.reshaped == {"optimizer.param_groups[0]": ("2 parameters", "4 parameters")}
 
+    def test_because_a_program_of_another_framework_wrote_it(self, tmp_path):
+        store = CheckpointStore(tmp_path, engine="tensorflow", entry_suffix=".index")
+        stage = store.stage("model.ckpt-7")
+        for suffix in (".index", ".data-00000-of-00001"):
+            (stage / f"model.ckpt-7{suffix}").write_bytes(b"weights")
+        store.commit("model.ckpt-7", 7)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+        error = self.restore(tmp_path, nn.Linear(2, 1))
+
+        assert "expected a checkpoint of the engine 'torch', found one of 'tensorflow'" in str(error)
+        assert "Use another logdir" in str(error)
+        assert error.path == tmp_path / "model.ckpt-7"
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
 
 class TestWhatIsRestored:
     def test_plain_values_and_generators(self, tmp_path):
@@ -180,7 +196,6 @@ class TestWhatIsRestored:
     def test_no_code_from_a_file_is_run(self, tmp_path):
         """A file whose digest is right, by somebody who can write to the logdir."""
         from stepguard import files
-        from stepguard.store import CheckpointStore
 
         Training(tmp_path).train(1)
         trap = tmp_path / "sprung"

@@ -21,7 +21,7 @@ from stepguard.torch.events import TorchEvents, as_number
 from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
-from stepguard.torch.restore import Restorer
+from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.shards import is_sharded, skeleton
 from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes, non_finite
@@ -62,7 +62,7 @@ class TorchEngine:
         coord: Coordinator,
         stop_grace_secs: float,
     ) -> None:
-        self.name = "torch"
+        self.name = ENGINE
         self._components = components
         self._root = root
         self._restorer = restorer

@@ -17,7 +17,7 @@ from stepguard.torch import arguments
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.peers import world
-from stepguard.torch.restore import Restorer
+from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.state import components
 
@@ -133,7 +133,7 @@ class Supervisor(CoreSupervisor[Session]):
             found = CheckpointStore(
                 everyones_root,
                 basename=checkpoint_basename,
-                engine="torch",
+                engine=ENGINE,
                 max_to_keep=max_to_keep,
                 keep_every_n_hours=keep_checkpoint_every_n_hours,
             )
