@@ -170,6 +170,16 @@ class TestWhatIsRestored:
         assert second["values"].tensor.tolist() == [0, 1, 2]
         assert draw(second) == draw(first)
 
+    def test_a_value_that_was_never_saved_keeps_what_the_program_gives_it_and_is_named(self, tmp_path, caplog):
+        run({"values": Values(lowest=1.0, dropped="saved")}, tmp_path)
+        extended = Values(lowest=9.0, patience=7, waits=3)
+        run({"values": extended}, tmp_path, steps=2)
+
+        assert vars(extended) == {"lowest": 1.0, "dropped": "saved", "patience": 7, "waits": 3}
+        warned = [record.getMessage() for record in caplog.records if record.name == "stepguard.torch.values"]
+        assert len(warned) == 1
+        assert warned[0].endswith("as the program has them: patience=7, waits=3")
+
     def test_tied_weights_stay_tied_and_are_saved_once(self, tmp_path):
         class Tied(nn.Module):
             def __init__(self):
