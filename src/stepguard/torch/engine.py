@@ -165,8 +165,8 @@ class TorchEngine:
     # --- steps ---
 
     def step(self, session: Session) -> int:
-        """The steps done."""
-        return session.global_step
+        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
+        return session.global_step - self._is_cut_short(session)
 
     def step_name(self) -> str:
         """The name of the step-rate curve's counter, the same as TensorFlow's."""
@@ -202,8 +202,12 @@ class TorchEngine:
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Session) -> object:
-        """The number of steps done in this session."""
-        return session.boundary.steps
+        """The number of steps done in this session, as in :meth:`step`."""
+        return session.boundary.steps - self._is_cut_short(session)
+
+    def _is_cut_short(self, session: Session) -> bool:
+        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C."""
+        return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
     def settle(self, session: Session, timeout_secs: float) -> None:
         """Nothing: the processes meet at each boundary, and so at the last."""
