@@ -17,7 +17,7 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.torch import random_states
-from stepguard.torch.events import TorchEvents, as_number
+from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
@@ -314,12 +314,18 @@ class TorchEngine:
         with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
-        self.write_summary(values, step)
+        self.write_summary(values, step, where="summaries")
 
-    def write_summary(self, values: Mapping[str, Any], step: int) -> None:
-        """Values that the program has computed itself. Any thread."""
-        if self._watch is not None:
-            values = {name: as_number(value) for name, value in values.items()}
+    def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
+        """Values that the program has computed itself, and given to ``where``. Any thread.
+
+        Raises:
+            TypeError: one of them is no number, or they are no dictionary.
+        """
+        check_values(values, where)
+        if self._watch is None and self._events is None:
+            return  # Nobody looks: what is on a GPU is not waited for.
+        values = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(values, step)
         if self._watch is not None:

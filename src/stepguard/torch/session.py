@@ -132,7 +132,11 @@ class Session:
         self.finish_step()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Write values to the event log, as curves over the global step; nothing where there is no log."""
+        """Write values to the event log, as curves over the global step; nothing where there is no log.
+
+        Raises:
+            TypeError: a value is no number, and no tensor of one element; the message names its curve.
+        """
         self._write_summary(values, self.global_step if step is None else step)
 
     @property
