@@ -206,7 +206,10 @@ class TorchEngine:
         return session.boundary.steps - self._is_cut_short(session)
 
     def _is_cut_short(self, session: Session) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C."""
+        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+
+        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        """
         return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
     def settle(self, session: Session, timeout_secs: float) -> None:
