@@ -35,9 +35,7 @@ pytestmark = pytest.mark.timeout(500)
 
 # What no test runs, by page and a piece of its text. Python of it is compiled all the same.
 NOT_RUN = {
-    ("docs/from-lightning.md", "trainer.fit("): "Lightning is not installed here: it is what the reader comes from",
-    ("docs/from-lightning.md", "old/last.ckpt"): "it needs a checkpoint that Lightning wrote",
-    ("docs/torch.md", "fully_shard(layer)"): "it needs GPUs; tests/torch/test_fsdp.py runs such programs on CPUs",
+    ("docs/from-lightning.md", "trainer.fit("): "the gate installs no Lightning: it is what the reader comes from",
     ("docs/from-supervisor.md", "-m package.train"): "a package of the reader's; -m is in tests/tensorflow",
 }
 

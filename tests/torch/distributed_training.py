@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
-    parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself")
+    parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself, once")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
             time.sleep(args.step_secs)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
-            if f"{rank}:{session.global_step}" in args.kill:
+            if f"{rank}:{session.global_step}" in args.kill and is_new(session.global_step, seen):
                 os.kill(os.getpid(), signal.SIGKILL)
     # Not after SIGTERM, which ends one process: to put the weights together takes all.
     if session.global_step == args.steps:
@@ -82,6 +82,10 @@ def main() -> None:
         # Else the first to end may close its connections while another still reads from them.
         dist.barrier()
     dist.destroy_process_group()
+
+
+def is_new(step: int, seen: Path) -> bool:
+    return sum(line.startswith(f"{step} ") for line in seen.read_text().splitlines()) == 1
 
 
 def network() -> torch.nn.Sequential:

@@ -17,11 +17,18 @@ PROGRAM = Path(__file__).with_name("distributed_training.py")
 
 
 def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
+    return run(*torchrun_command(logdir, processes, *arguments), fails=fails)
+
+
+def run(*command: str, fails: bool = False) -> str:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
+
+
+def torchrun_command(logdir: Path, processes: int, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*command, "--max-restarts=0", "--monitor-interval=0.1", str(PROGRAM), f"--logdir={logdir}", *arguments]
 
 
 def outcomes(logdir: Path, processes: int) -> list[str]:
@@ -56,7 +63,7 @@ def start_two(logdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
 
 def run_two(logdir: Path, *arguments: str) -> list[str]:
     processes = start_two(logdir, *arguments)
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     return errors
 

@@ -133,6 +133,31 @@ def test_a_second_run_of_one_supervisor_opens_the_log_again(tmp_path):
     assert [step for step, _ in curve(tmp_path, "loss")] == [0, 1, 2, 3]
 
 
+NO_NUMBERS = [
+    ({"fine": 1, "v": torch.ones(3)}, r"{where}: expected a number for the curve 'v', found a tensor of shape \[3\]"),
+    ({"loss": "abc"}, r"{where}: expected a number for the curve 'loss', found str: 'abc'"),
+    (torch.tensor(1.0), r"{where}: expected numbers by the names of their curves, found Tensor: tensor\(1\.\)"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), NO_NUMBERS, ids=["a vector", "a word", "no dictionary"])
+def test_what_is_no_number_is_named_with_its_curve(values, said, tmp_path):
+    sv = supervisor(tmp_path)
+    with sv.managed_session() as session:
+        with pytest.raises(TypeError, match=said.format(where="summary")):
+            session.summary(values)
+        with pytest.raises(TypeError, match=said.format(where="summary_computed")):
+            sv.summary_computed(session, values)
+
+
+@pytest.mark.parametrize(("values", "said"), NO_NUMBERS, ids=["a vector", "a word", "no dictionary"])
+def test_what_the_summary_function_returns_and_is_no_number_is_named_with_its_curve(values, said, tmp_path):
+    sv = supervisor(tmp_path, save_summaries_secs=0.01, summaries=lambda: values)
+    with pytest.raises(TypeError, match=said.format(where="summaries")), sv.managed_session() as session:
+        for _ in session.steps():
+            pass
+
+
 def test_summary_computed_says_what_it_needs(tmp_path):
     sv = supervisor(None)
     with sv.managed_session() as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from training import BATCH, ITEMS, Training
 
+from stepguard import ledger
 from stepguard.errors import LogdirInUseError, NoBoundaryError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
@@ -53,6 +55,34 @@ def test_a_step_that_is_left_by_an_error_is_not_saved_where_a_save_was_due(tmp_p
                 raise ZeroDivisionError
 
     assert committed(tmp_path) == []
+
+
+def test_a_step_that_is_left_by_an_error_is_not_done(tmp_path, caplog):
+    """The checkpoint of step 10 is the last complete one: the ledger says so, and nothing is done again."""
+    sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=10)
+    with pytest.raises(ZeroDivisionError), sv.managed_session() as session:
+        for step in session.steps():
+            if step == 10:
+                raise ZeroDivisionError
+    assert committed(tmp_path) == [10]
+    with supervisor(tmp_path).managed_session() as session:
+        assert session.global_step == 10
+
+    events = {line["event"]: line for line in ledger.read(tmp_path)[:-1]}
+    assert [line["step"] for line in ledger.read(tmp_path) if line["event"] == "stop"] == [10, 10]
+    assert events["restore"]["previous_step"] == 10
+    assert events["restore"]["lost_steps"] == 0
+    assert "done again" not in caplog.text
+
+
+def test_a_step_that_a_second_interrupt_cuts_in_two_is_not_done(tmp_path):
+    with pytest.raises(KeyboardInterrupt), supervisor(tmp_path).managed_session() as session:
+        for step in session.steps():
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    assert [line["step"] for line in ledger.read(tmp_path) if line["event"] == "stop"] == [2]
 
 
 def test_what_was_due_after_a_break_is_saved_before_the_next_step(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 from training import Training
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
 from stepguard.torch.state import CopyStreams, HostMemory
 
@@ -127,6 +128,76 @@ class TestACheckpointThatDoesNotFit:
 
         assert error.reshaped == {"optimizer.param_groups[0]": ("2 parameters", "4 parameters")}
 
+    @pytest.mark.parametrize(
+        ("kind", "kept"),
+        [(torch.optim.Adam, "exp_avg"), (torch.optim.RMSprop, "square_avg"), (torch.optim.Rprop, "prev")],
+    )
+    def test_names_what_an_optimizer_kept_for_parameters_in_another_order(self, kind, kept, tmp_path):
+        def build(order):
+            model = nn.Linear(2, 3)
+            return {"model": model, "optimizer": kind(list(model.parameters())[::order])}
+
+        first = build(1)
+        first["model"](torch.ones(2)).sum().backward()
+        first["optimizer"].step()
+        run(first, tmp_path)
+        run(build(1), tmp_path)
+        error = self.restore(tmp_path, **build(-1))
+
+        assert error.reshaped[f"optimizer.state[0].{kept}"] == ("[3]", "[3, 2]")
+        assert error.reshaped[f"optimizer.state[1].{kept}"] == ("[3, 2]", "[3]")
+        assert f"optimizer.state[0].{kept} (expected [3], found [3, 2])" in str(error)
+
+    def test_leaves_alone_what_an_optimizer_of_another_make_keeps_in_a_smaller_form(self, tmp_path):
+        class LowRank(torch.optim.SGD):
+            def step(self):
+                for parameter in self.param_groups[0]["params"]:
+                    self.state[parameter]["exp_avg"] = torch.ones(1)
+
+        def build():
+            model = nn.Linear(2, 3)
+            return {"model": model, "optimizer": LowRank(model.parameters(), 0.1)}
+
+        first, second = build(), build()
+        first["optimizer"].step()
+        run(first, tmp_path)
+        run(second, tmp_path, steps=2)
+
+        assert [kept["exp_avg"].tolist() for kept in second["optimizer"].state.values()] == [[1.0], [1.0]]
+
+    @pytest.mark.parametrize(
+        ("build", "kind"),
+        [
+            (torch.Generator, "Generator"),
+            (lambda: random.Random(1), "Random"),
+            (lambda: __import__("numpy").random.default_rng(1), "Generator"),
+            (lambda: torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), "SGD"),
+        ],
+        ids=["torch.Generator", "random.Random", "numpy.random.Generator", "an optimizer"],
+    )
+    def test_names_what_was_of_another_kind(self, build, kind, tmp_path):
+        model = nn.Linear(2, 1)
+        run({"model": model, "draws": Values(best=1, seen=2)}, tmp_path)
+        error = self.restore(tmp_path, nn.Linear(2, 1), draws=build())
+
+        assert error.reshaped == {"draws": (f"the state of a {kind}", "values named best, seen")}
+        assert "draws (expected the state of a" in str(error)
+
+    def test_because_a_program_of_another_framework_wrote_it(self, tmp_path):
+        store = CheckpointStore(tmp_path, engine="tensorflow", entry_suffix=".index")
+        stage = store.stage("model.ckpt-7")
+        for suffix in (".index", ".data-00000-of-00001"):
+            (stage / f"model.ckpt-7{suffix}").write_bytes(b"weights")
+        store.commit("model.ckpt-7", 7)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+        error = self.restore(tmp_path, nn.Linear(2, 1))
+
+        assert "expected a checkpoint of the engine 'torch', found one of 'tensorflow'" in str(error)
+        assert "Use another logdir" in str(error)
+        assert error.path == tmp_path / "model.ckpt-7"
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
 
 class TestWhatIsRestored:
     def test_plain_values_and_generators(self, tmp_path):
@@ -154,6 +225,16 @@ class TestWhatIsRestored:
         assert second["values"].tensor.tolist() == [0, 1, 2]
         assert draw(second) == draw(first)
 
+    def test_a_value_that_was_never_saved_keeps_what_the_program_gives_it_and_is_named(self, tmp_path, caplog):
+        run({"values": Values(lowest=1.0, dropped="saved")}, tmp_path)
+        extended = Values(lowest=9.0, patience=7, waits=3)
+        run({"values": extended}, tmp_path, steps=2)
+
+        assert vars(extended) == {"lowest": 1.0, "dropped": "saved", "patience": 7, "waits": 3}
+        warned = [record.getMessage() for record in caplog.records if record.name == "stepguard.torch.values"]
+        assert len(warned) == 1
+        assert warned[0].endswith("as the program has them: patience=7, waits=3")
+
     def test_tied_weights_stay_tied_and_are_saved_once(self, tmp_path):
         class Tied(nn.Module):
             def __init__(self):
@@ -180,7 +261,6 @@ class TestWhatIsRestored:
     def test_no_code_from_a_file_is_run(self, tmp_path):
         """A file whose digest is right, by somebody who can write to the logdir."""
         from stepguard import files
-        from stepguard.store import CheckpointStore
 
         Training(tmp_path).train(1)
         trap = tmp_path / "sprung"

@@ -84,6 +84,11 @@ class Boundary:
         self._is_torn = True
 
     @property
+    def is_torn(self) -> bool:
+        """Whether a step was left half-way: the state is that of none."""
+        return self._is_torn
+
+    @property
     def is_mine(self) -> bool:
         """Whether the calling thread is in the middle of a step."""
         return self._stepping == threading.get_ident()

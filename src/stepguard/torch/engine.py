@@ -17,11 +17,11 @@ from stepguard.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.torch import random_states
-from stepguard.torch.events import TorchEvents, as_number
+from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.exchange import Exchange, write_all, write_mine
 from stepguard.torch.format import PROCESS, SUFFIX, write_file
 from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
-from stepguard.torch.restore import Restorer
+from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.shards import is_sharded, skeleton
 from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes, non_finite
@@ -62,7 +62,7 @@ class TorchEngine:
         coord: Coordinator,
         stop_grace_secs: float,
     ) -> None:
-        self.name = "torch"
+        self.name = ENGINE
         self._components = components
         self._root = root
         self._restorer = restorer
@@ -165,8 +165,8 @@ class TorchEngine:
     # --- steps ---
 
     def step(self, session: Session) -> int:
-        """The steps done."""
-        return session.global_step
+        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
+        return session.global_step - self._is_cut_short(session)
 
     def step_name(self) -> str:
         """The name of the step-rate curve's counter, the same as TensorFlow's."""
@@ -202,8 +202,15 @@ class TorchEngine:
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Session) -> object:
-        """The number of steps done in this session."""
-        return session.boundary.steps
+        """The number of steps done in this session, as in :meth:`step`."""
+        return session.boundary.steps - self._is_cut_short(session)
+
+    def _is_cut_short(self, session: Session) -> bool:
+        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+
+        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        """
+        return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
     def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
         """No: the model is in this process."""
@@ -314,12 +321,18 @@ class TorchEngine:
         with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
-        self.write_summary(values, step)
+        self.write_summary(values, step, where="summaries")
 
-    def write_summary(self, values: Mapping[str, Any], step: int) -> None:
-        """Values that the program has computed itself. Any thread."""
-        if self._watch is not None:
-            values = {name: as_number(value) for name, value in values.items()}
+    def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
+        """Values that the program has computed itself, and given to ``where``. Any thread.
+
+        Raises:
+            TypeError: one of them is no number, or they are no dictionary.
+        """
+        check_values(values, where)
+        if self._watch is None and self._events is None:
+            return  # Nobody looks: what is on a GPU is not waited for.
+        values = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(values, step)
         if self._watch is not None:

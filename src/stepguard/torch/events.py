@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from stepguard.torch import random_states
 
 _log = logging.getLogger(__name__)
@@ -37,9 +39,35 @@ def open_writer(logdir: str) -> Any:
         return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
 
 
-def as_number(value: Any) -> float:
-    """A number, or a tensor of one element, as a number. One on a GPU is waited for."""
-    return float(value.item() if hasattr(value, "item") else value)
+def check_values(values: Any, where: str) -> None:
+    """Raises TypeError if ``values``, given to ``where``, are no numbers by the names of their curves."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{where}: expected numbers by the names of their curves, found {type(values).__name__}: {values!r:.80}"
+        )
+
+
+def as_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Numbers, or tensors of one element, as numbers. Those on a GPU are waited for.
+
+    Raises:
+        TypeError: one of them is none; the message names its curve, and ``where`` it was given.
+    """
+    return {tag: _as_number(tag, value, where) for tag, value in values.items()}
+
+
+def _as_number(tag: str, value: Any, where: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise TypeError(
+            f"{where}: expected a number for the curve {tag!r}, found a tensor of shape {list(value.shape)}; take its "
+            f"mean, say"
+        )
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
+        ) from error
 
 
 class TorchEvents:
@@ -86,10 +114,10 @@ class TorchEvents:
         """One value of one curve."""
         self._write(lambda: self.writer.add_scalar(tag, value, step))
 
-    def summary(self, values: Mapping[str, Any], step: int) -> None:
-        """One value of each of some curves: numbers, or tensors of one element."""
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """One value of each of some curves."""
         for tag, value in values.items():
-            self.scalar(tag, as_number(value), step)
+            self.scalar(tag, value, step)
 
     def stopped(self) -> None:
         """The session log record STOP."""

@@ -17,6 +17,9 @@ from stepguard.torch.state import Component, Misfit
 
 _log = logging.getLogger(__name__)
 
+ENGINE = "torch"
+"""What the manifests of this engine's checkpoints name."""
+
 
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
@@ -82,6 +85,7 @@ class Restorer:
         session.global_step = process["global_step"]
 
     def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
+        _check_engine(checkpoint)
         self._load(checkpoint.path, session, 0)
 
     def _load(self, path: Path, session: Session, rank: int) -> None:
@@ -135,6 +139,17 @@ class Restorer:
             states.update(read_sharded(path, in_parts, layouts))
         states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
         return states
+
+
+def _check_engine(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointMismatchError for one that another framework's program has left in this logdir."""
+    manifest = checkpoint.manifest
+    if manifest is not None and manifest.engine != ENGINE:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path}: expected a checkpoint of the engine {ENGINE!r}, found one of {manifest.engine!r}: "
+            f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
+            path=checkpoint.path,
+        )
 
 
 def _by_hand(path: Path, sharded: Mapping[str, Any]) -> str:

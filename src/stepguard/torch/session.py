@@ -55,6 +55,8 @@ class Session:
         self._watch: ValueWatch | None = None
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
         self.is_open = True
+        # Whether the loop's body was left in its last step: by `break`, or by an error that nobody knows of yet.
+        self.is_left = False
 
     def steps(
         self,
@@ -130,7 +132,11 @@ class Session:
         self.finish_step()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Write values to the event log, as curves over the global step; nothing where there is no log."""
+        """Write values to the event log, as curves over the global step; nothing where there is no log.
+
+        Raises:
+            TypeError: a value is no number, and no tensor of one element; the message names its curve.
+        """
         self._write_summary(values, self.global_step if step is None else step)
 
     @property
@@ -202,6 +208,7 @@ class Session:
         if torch.cuda.is_initialized():
             stream = torch.cuda.current_stream()
             self._training_streams[stream.device] = stream
+        self.is_left = was_left
         self.boundary.leave(calls_due=not was_left)
         self._interrupts.raise_if_held()
 
@@ -277,6 +284,7 @@ class Session:
         if self.boundary.is_mine:
             raise RuntimeError("a step was begun inside a step: end the outer one first, or use one loop over steps()")
         self.boundary.enter()
+        self.is_left = False
         if self._random is not None:
             random_states.restore(self._random)
             self._random = None

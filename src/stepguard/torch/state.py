@@ -20,6 +20,22 @@ from stepguard.torch.shards import Layouts, Shard, check_shardable, is_dtensor, 
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
+# What PyTorch's own optimizers keep in the shape of the parameter. Others may use the same names for what is smaller.
+_OF_PARAMETER_SHAPE = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "momentum_buffer",
+    "square_avg",
+    "grad_avg",
+    "acc_delta",
+    "sum",
+    "prev",
+    "step_size",
+    "ax",
+}
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -78,8 +94,12 @@ class Component:
         """What keeps ``saved`` from being loaded; nothing is changed."""
         found = Misfit()
         live = self.state()
-        if isinstance(self._holder, torch.optim.Optimizer):
+        if not self._is_of_this_kind(live, saved):
+            found.reshaped[self.name] = (f"the state of a {type(self._holder).__name__}", _described(saved))
+        elif isinstance(self._holder, torch.optim.Optimizer):
             _compare_groups(self.name, live, saved, found)
+            if not found and type(self._holder).step.__module__.startswith("torch.optim."):
+                _compare_parameters(self.name, self._holder, saved, found)
         elif isinstance(live, Mapping) and isinstance(saved, Mapping):
             # An object of another kind may itself accept a state of an older version, with fewer keys or more.
             if isinstance(self._holder, nn.Module):
@@ -88,10 +108,25 @@ class Component:
             _compare_shapes(self.name, live, saved, found)
         return found
 
+    def _is_of_this_kind(self, live: Any, saved: Any) -> bool:
+        """Whether ``saved`` may be the state of an object like this one, as far as its kind has a form of its own."""
+        holder = self._holder
+        if isinstance(live, Mapping) != isinstance(saved, Mapping):
+            return False
+        if isinstance(holder, torch.Generator):
+            return set(saved) == {"state"} and isinstance(saved["state"], torch.Tensor)
+        if isinstance(holder, random.Random):
+            return set(saved) == {"state"} and isinstance(saved["state"], tuple)
+        if _is_numpy_generator(holder):
+            return bool(saved.get("bit_generator") == live["bit_generator"])
+        if isinstance(holder, torch.optim.Optimizer):
+            return {"state", "param_groups"} <= set(saved)
+        return True
+
 
 @dataclass(slots=True)
 class Misfit:
-    """What the model has and the checkpoint lacks, the reverse, and what has another shape in each of them."""
+    """What the model has and the checkpoint lacks, the reverse, and what has another shape, or kind, in each."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -116,7 +151,7 @@ class Misfit:
             parts.append(f"the checkpoint holds {_some(self.unexpected)}, and the program does not")
         if self.reshaped:
             pairs = [f"{name} (expected {has}, found {held})" for name, (has, held) in self.reshaped.items()]
-            parts.append(f"of another shape: {_some(pairs)}")
+            parts.append(f"of another shape or kind: {_some(pairs)}")
         return "; ".join(parts)
 
 
@@ -357,6 +392,22 @@ def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:
         # Without momentum, or with other betas: another optimizer.
         found.missing += [f"{place}.{key}" for key in one if key not in other]
         found.unexpected += [f"{place}.{key}" for key in other if key not in one and key != "param_names"]
+
+
+def _compare_parameters(name: str, optimizer: torch.optim.Optimizer, saved: Any, found: Misfit) -> None:
+    """What was kept for a parameter is given to the one in its place: in another order it would be that of another."""
+    for group, held in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], held["params"], strict=True):
+            for key, part in saved["state"].get(number, {}).items():
+                if key in _OF_PARAMETER_SHAPE and isinstance(part, torch.Tensor) and part.shape != parameter.shape:
+                    pair = str(list(parameter.shape)), str(list(part.shape))
+                    found.reshaped[f"{name}.state[{number}].{key}"] = pair
+
+
+def _described(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return f"a {type(state).__name__}"
+    return f"values named {_some([str(key) for key in state])}" if state else "nothing"
 
 
 def _compare_shapes(path: str, live: Any, saved: Any, found: Misfit) -> None:

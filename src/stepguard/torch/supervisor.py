@@ -20,7 +20,7 @@ from stepguard.torch import arguments
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.peers import world
-from stepguard.torch.restore import Restorer
+from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
 from stepguard.torch.state import components
 
@@ -136,7 +136,7 @@ class Supervisor(CoreSupervisor[Session]):
             found = CheckpointStore(
                 everyones_root,
                 basename=checkpoint_basename,
-                engine="torch",
+                engine=ENGINE,
                 max_to_keep=max_to_keep,
                 keep_every_n_hours=keep_checkpoint_every_n_hours,
             )
@@ -247,7 +247,7 @@ class Supervisor(CoreSupervisor[Session]):
         """Write values that the program has computed itself: numbers by the names of their curves.
 
         Raises:
-            TypeError: ``summary`` is no dictionary.
+            TypeError: ``summary`` is no dictionary, or a value in it is no number.
             RuntimeError: there is no summary writer: no ``logdir``, or a worker.
         """
         if self._torch_events is None:
@@ -255,12 +255,8 @@ class Supervisor(CoreSupervisor[Session]):
                 "summary_computed: expected a summary writer, found none: it needs a chief with a logdir (or a "
                 "summary_writer)"
             )
-        if not isinstance(summary, Mapping):
-            raise TypeError(
-                f"summary_computed: expected numbers by the names of their curves, found "
-                f"{type(summary).__name__}: {summary!r:.80}"
-            )
-        self._torch.write_summary(summary, sess.global_step if global_step is None else global_step)
+        step = sess.global_step if global_step is None else global_step
+        self._torch.write_summary(summary, step, where="summary_computed")
 
     def _check_alone(self) -> None:
         """A second session would be restored over the model that the first one trains."""

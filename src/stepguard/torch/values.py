@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 class Values:
@@ -33,6 +36,13 @@ class Values:
         return dict(self.__dict__)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the values by those of ``state``."""
-        self.__dict__.clear()
+        """Take over the values of ``state``, also those that are not here.
+
+        Those that ``state`` lacks keep what the program has given them, with a warning that names them: the program
+        was extended after it had saved.
+        """
+        kept = [name for name in self.__dict__ if name not in state]
+        if kept:
+            shown = ", ".join(f"{name}={self.__dict__[name]!r:.80}" for name in kept)
+            _log.warning("values that the checkpoint does not have are kept as the program has them: %s", shown)
         self.__dict__.update(state)
