@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -181,3 +182,29 @@ def test_what_was_summarised_before_a_checkpoint_is_on_disk_with_it(tmp_path):
                 (path,) = tmp_path.glob("events.out.tfevents.*")
                 found = path.read_bytes().count(b"loss")
     assert found >= 5
+
+
+@pytest.mark.parametrize("way", ["max_steps", "break"])
+def test_no_summary_is_computed_after_a_loop(way, tmp_path):
+    """The program may be evaluating its model then, and a summary function puts it into another mode."""
+    computed, looks = [], []
+    sv = supervisor(tmp_path, save_summaries_secs=0.002, summaries=lambda: computed.append(1) or {"x": 1.0})
+    summarise = sv._engine.summarise
+
+    def look(session):
+        summarise(session)
+        looks.append(1)
+
+    sv._engine.summarise = look
+    with sv.managed_session() as session:
+        for end in (20, 40):
+            before = len(computed)
+            for _ in session.steps(max_steps=end if way == "max_steps" else None):
+                if way == "break" and len(computed) > before:
+                    break
+            after, looked = len(computed), len(looks)
+            deadline = time.monotonic() + 30
+            while len(looks) < looked + 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            assert len(computed) == after

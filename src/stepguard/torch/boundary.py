@@ -33,6 +33,8 @@ class Boundary:
         self._due_at = -1
         self._is_torn = False
         self.steps = 0
+        # Whether the program's loop over steps has ended: it may use the model for something else now.
+        self.is_resting = False
         # Set once, by any thread: no step begins after it.
         self.must_stop = False
 
@@ -44,6 +46,13 @@ class Boundary:
         self._lock.acquire()
         self._stepping = threading.get_ident()
         self._began = time.monotonic()
+        self.is_resting = False
+
+    def rest(self) -> None:
+        """No step follows for now. A service that holds the boundary is waited for."""
+        self.enter()
+        self.is_resting = True
+        self.leave(is_done=False)
 
     def check_stop(self) -> None:
         """Raise StopRequested if no further step may begin."""

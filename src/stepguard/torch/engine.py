@@ -315,10 +315,14 @@ class TorchEngine:
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
-        """Evaluate the program's summary function between two steps, without moving the random states."""
+        """Evaluate the program's summary function between two steps, without moving the random states. Not after the
+        last step of a loop: the program may be using the model itself, in another mode.
+        """
         if self._summaries is None or self._events is None:
             return
         with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
+            if session.boundary.is_resting:
+                return
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
         self.write_summary(values, step, where="summaries")

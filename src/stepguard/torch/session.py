@@ -236,6 +236,7 @@ class Session:
                 return
             boundary.call_due()
             if self._gate is not None and not self._gate.begin(boundary.steps):
+                boundary.rest()
                 return
             self._enter()
             self._feed_of_step = feed
@@ -254,7 +255,10 @@ class Session:
             except GeneratorExit:
                 # The body was left: by `break`, and then it has trained with this batch, or by an error, and then there
                 # is nothing to save. Nobody can tell here; the next step, if there is one, is the proof of a `break`.
+                is_mine = boundary.is_mine
                 self.finish_step(was_left=True)
+                if is_mine:  # And not the garbage collector's, in the thread of a service perhaps.
+                    boundary.rest()
                 raise
             self.finish_step()
 
@@ -268,6 +272,7 @@ class Session:
             self._gate.end(self.boundary.steps)
         if not self._should_stop():
             self.total_steps = self.global_step
+        self.boundary.rest()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.
