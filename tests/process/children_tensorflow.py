@@ -96,7 +96,7 @@ def signalled(logdir: str, *, loop: str, **options: Any) -> None:
     _handlers("before")
     with tf.Graph().as_default():
         blocking = _Input() if loop in ("blocked", "fed") else None
-        model, sv = build(logdir, threads=loop == "threads", **{"save_model_secs": 3600, **options})
+        model, sv = build(logdir, threads=loop.startswith("threads"), **{"save_model_secs": 3600, **options})
         try:
             with sv.managed_session() as session:
                 _handlers("inside")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from pathlib import Path
@@ -160,11 +159,6 @@ class TestCtrlC:
         child = start(tensorflow_children, tmp_path, loop)
 
         child.send(signal.SIGINT)
-        with contextlib.suppress(AssertionError):
-            child.wait(QUICKLY_SECS / 4)
-        if child.poll() is None:
-            # One that comes while the interpreter runs a callback of TensorFlow is dropped there: people press again.
-            child.send(signal.SIGINT)
 
         assert child.wait(QUICKLY_SECS) == -signal.SIGINT
         assert [one["by"] for one in child.reports("left")] == ["KeyboardInterrupt"]

@@ -187,6 +187,19 @@ class TestWaysToRun:
             with session.boundary.hold("a checkpoint"):
                 pass
 
+    def test_goes_on_where_ctrl_c_has_left_a_lock_of_tensorflows_locked(self, graph, tmp_path):
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True)
+
+        with ThreadPoolExecutor(1) as pool:
+            with supervisor.managed_session() as session:
+                graph._group_lock._ready.acquire()
+                pool.submit(session.run, step).result(20)
+                pool.submit(session.make_callable(step)).result(20)
+            graph._group_lock._ready.release()
+
+        assert newest_values(tmp_path)[0] == 2
+
     def test_the_session_is_the_default_one_in_its_block(self, graph, tmp_path):
         step = counting_step()
 

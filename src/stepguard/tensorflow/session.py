@@ -26,6 +26,8 @@ class Session(tf.compat.v1.Session):
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
         # Whether the variables live in this process, so that what a run returns is all in its memory.
         self.is_local = not target
+        # The version of the finalised graph that the session has; ``None`` while the graph may still grow.
+        self._extended_to: int | None = None
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
         self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
@@ -177,6 +179,15 @@ class Session(tf.compat.v1.Session):
                 boundary.leave()
 
         return call
+
+    def _extend_graph(self) -> None:
+        # TensorFlow does this before each run, inside a lock of the graph that stays locked for good when Ctrl-C comes
+        # while it is being taken: the next run, the one that saves the last step, would wait for ever.
+        graph = self.graph
+        version = graph.version if graph.finalized else None
+        if version is None or version != self._extended_to:
+            super()._extend_graph()
+            self._extended_to = version
 
     def __exit__(
         self,
