@@ -334,6 +334,18 @@ class TestWhereCheckpointsLie:
         assert steps_at_start(tmp_path) == 20
         assert "mine-30" in caplog.text
 
+    def test_and_that_one_is_another_models(self, tmp_path, caplog):
+        write_ours(tmp_path, 20, a=[1])
+        with tf.Graph().as_default():
+            step, *_ = model(b=[2])
+            with v1.Session() as session:
+                session.run(v1.global_variables_initializer())
+                session.run(step.assign(50))
+                v1.train.Saver().save(session, str(tmp_path / "other"), global_step=step)
+
+        assert steps_at_start(tmp_path) == 20
+        assert "the newest by the state file, other-50, is not gone on with" in caplog.text
+
     def test_a_model_without_a_step_that_somebody_has_put_there_is_left_to_the_program(self, tmp_path, graph, caplog):
         step, a = model(a=[1])
         saver = v1.train.Saver([a])

@@ -161,8 +161,9 @@ class Restorer:
         store = CheckpointStore(own.root, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
         try:
             return self._restore_from(store, session, saver, is_ours=False)
-        except NoGoodCheckpointError as error:
-            _log.warning("%s", error)
+        except (NoGoodCheckpointError, CheckpointMismatchError) as error:
+            # It may be another model's, and there is one of the supervisor's own.
+            _log.warning("the newest by the state file, %s, is not gone on with: %s", state.newest, error)
             return False
 
     def _holds_only_a_strangers(self, store: CheckpointStore, session: Any) -> bool:
