@@ -169,7 +169,7 @@ class Restorer:
     def _holds_only_a_strangers(self, store: CheckpointStore, session: Any) -> bool:
         """Whether all that is there is a model without a step that no run of this program has saved."""
         found = store.candidates()
-        if _v1.train.get_global_step(session.graph) is None or len(found) != 1:
+        if len(found) != 1 or not _counts_steps(session.graph):
             return False
         one, listed = found[0], [listed.name for listed in store.listed_by_state()]
         if one.step is not None or one.is_committed or one.name in listed:
@@ -246,6 +246,16 @@ def _basenames(directory: str) -> list[str]:
     usual = {name for name in entries if name == "model.ckpt"}
     found.update(dict.fromkeys(sorted(numbered | usual, key=lambda name: (name != "model.ckpt", name))))
     return [name for name in found if name and not name.startswith(".")]
+
+
+def _counts_steps(graph: Any) -> bool:
+    if graph.get_collection(_v1.GraphKeys.GLOBAL_STEP):
+        return True
+    try:
+        graph.get_operation_by_name("global_step")
+    except KeyError:
+        return False
+    return True
 
 
 def _state_of(directory: str) -> Any:
