@@ -223,7 +223,6 @@ class Supervisor(CoreSupervisor[Session]):
         meets_every = self._saves_every if start_standard_services else None
         session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
-        _with_sessions.add(self)
         return session
 
     def managed_session(
@@ -238,10 +237,14 @@ class Supervisor(CoreSupervisor[Session]):
             start_standard_services: whether to start the services: checkpoints, summaries, step rate.
             close_summary_writer: whether to close the summary writer at the end.
         """
-        return self._supervised(
-            lambda: self.prepare_or_wait_for_session(start_standard_services),
-            close_summary_writer=close_summary_writer,
-        )
+
+        def open_session() -> Session:
+            session = self.prepare_or_wait_for_session(start_standard_services)
+            # One that was opened by hand, and never stopped, is no obstacle: nobody may have it any more.
+            _in_a_block.add(self)
+            return session
+
+        return self._supervised(open_session, close_summary_writer=close_summary_writer)
 
     def summary_computed(self, sess: Session, summary: Mapping[str, Any], global_step: int | None = None) -> None:
         """Write values that the program has computed itself: numbers by the names of their curves.
@@ -265,7 +268,7 @@ class Supervisor(CoreSupervisor[Session]):
                 "this supervisor has a session that still runs, and both would train the same model: leave its "
                 "`with` block first, or stop it with sv.stop(), or build a model and a Supervisor of its own for this"
             )
-        for other in list(_with_sessions):
+        for other in list(_in_a_block):
             if other is not self and other._saves_to(self._logdir) and self._saving.is_on:
                 raise LogdirInUseError(
                     f"{self._logdir}: expected no other session that saves here, found one of another Supervisor in "
@@ -282,4 +285,4 @@ class Supervisor(CoreSupervisor[Session]):
         return runs and self._saving.is_on and logdir is not None and logdir == self._logdir
 
 
-_with_sessions: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+_in_a_block: weakref.WeakSet[Supervisor] = weakref.WeakSet()
