@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from functools import partial
@@ -46,10 +47,14 @@ class Chain:
         while True:
             child = self.start(how="die", at=at, **arguments)
             wait_until(partial(_is_over, child), "the kill, or a whole save")
-            if child.poll() is None:
-                child.kill()
-                return
+            has_survived = bool(child.reports("survived"))
+            if has_survived:
+                # Unless the calls of the next save have brought it there meanwhile.
+                with contextlib.suppress(ProcessLookupError):
+                    child.send(9)
             self.note_end(child)
+            if has_survived:
+                return
             at += 1
 
     def kill_at_random(self, times: int, chance: random.Random, longest_secs: float, **arguments: Any) -> None:
