@@ -12,7 +12,9 @@ import pytest
 from logdirs import commit
 
 from stepguard.cli import survey, verify
-from stepguard.store import recovery
+from stepguard.cli.survey import identity
+from stepguard.store import CheckpointStore, recovery
+from stepguard.store.layout import Layout
 
 WRITER = """
 import sys
@@ -137,3 +139,23 @@ def test_a_logdir_without_checkpoints_is_told_at_once(names, tmp_path, stepguard
         (tmp_path / name).write_bytes(b"x")
     assert stepguard("ls", tmp_path).exit_code == 0
     assert stepguard("verify", tmp_path).exit_code == 1
+
+
+def test_one_that_was_replaced_while_it_was_read_is_gone_and_not_damaged(tmp_path):
+    store = CheckpointStore(tmp_path, engine="torch")
+    for _ in range(2):
+        stage = store.stage("model.ckpt-3")
+        (stage / "model.ckpt-3").mkdir()
+        (stage / "model.ckpt-3" / "model.pt").write_bytes(b"weights")
+        store.commit("model.ckpt-3", 3)
+    # The one before, of which the replacement has removed the half so far.
+    kept = tmp_path / ".replaced-model.ckpt-3"
+    kept.mkdir()
+    (kept / "model.ckpt-3").mkdir()
+    shutil.copy(tmp_path / "model.ckpt-3.manifest.json", kept)
+
+    place = Layout(kept, "model.ckpt", ".index")
+    assert identity(Layout(tmp_path, "model.ckpt", ".index"), "model.ckpt-3") is not None
+    assert identity(place, "model.ckpt-3") is None
+    (tmp_path / "model.ckpt-3.manifest.json").unlink()
+    assert identity(place, "model.ckpt-3") is not None

@@ -195,8 +195,10 @@ def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[s
 
 def identity(place: Layout, name: str) -> tuple[int, int] | None:
     """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
-    checkpoint takes its manifest away first.
+    checkpoint takes its manifest away first. One that is kept while it is replaced is gone when the new one is there.
     """
+    if place.root.name.startswith(layouts.REPLACED) and identity(place.within(place.root.parent), name) is not None:
+        return None
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
         status = _stat(path)
         if status is not None:
