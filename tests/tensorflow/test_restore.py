@@ -24,7 +24,7 @@ def model(**shapes: Any) -> list[Any]:
     return [step, *(v1.get_variable(name, shape, initializer=v1.ones_initializer()) for name, shape in shapes.items())]
 
 
-def write_theirs(logdir: Path, steps: list[int], **shapes: Any) -> None:
+def write_theirs(logdir: Path, steps: list[int], name: str = "model.ckpt", **shapes: Any) -> None:
     """Checkpoints as TensorFlow's own Saver writes them, without manifests; every value is its step."""
     with tf.Graph().as_default():
         variables = model(**shapes)
@@ -33,7 +33,7 @@ def write_theirs(logdir: Path, steps: list[int], **shapes: Any) -> None:
             for step in steps:
                 for variable in variables:
                     session.run(variable.initializer, {variable.initial_value: np.full(variable.shape, step)})
-                saver.save(session, str(logdir / "model.ckpt"), global_step=step)
+                saver.save(session, str(logdir / name), global_step=step)
 
 
 def write_ours(logdir: Path, steps: int, **shapes: Any) -> None:
@@ -315,12 +315,7 @@ class TestWhereCheckpointsLie:
 
     def test_under_a_name_by_which_the_program_has_saved_what_is_older(self, tmp_path):
         write_ours(tmp_path, 20, a=[1])
-        with tf.Graph().as_default():
-            step, *_ = model(a=[1])
-            with v1.Session() as session:
-                session.run(v1.global_variables_initializer())
-                session.run(step.assign(5))
-                v1.train.Saver().save(session, str(tmp_path / "best"), global_step=step)
+        write_theirs(tmp_path, [5], name="best", a=[1])
 
         assert "best-5" in newest_path(tmp_path)
         assert steps_at_start(tmp_path) == 20
@@ -336,12 +331,7 @@ class TestWhereCheckpointsLie:
 
     def test_and_that_one_is_another_models(self, tmp_path, caplog):
         write_ours(tmp_path, 20, a=[1])
-        with tf.Graph().as_default():
-            step, *_ = model(b=[2])
-            with v1.Session() as session:
-                session.run(v1.global_variables_initializer())
-                session.run(step.assign(50))
-                v1.train.Saver().save(session, str(tmp_path / "other"), global_step=step)
+        write_theirs(tmp_path, [50], name="other", b=[2])
 
         assert steps_at_start(tmp_path) == 20
         assert "the newest by the state file, other-50, is not gone on with" in caplog.text
