@@ -194,8 +194,10 @@ class Peers:
             _log.debug("no word from the other processes: %s", error)
 
     def close(self, timeout_secs: float) -> None:
-        """Stop listening; a worker first waits until the chief has saved the last step."""
+        """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
         if self._rank == 0:
+            if self._should_stop():
+                self._join(timeout_secs)
             with contextlib.suppress(dist.DistError, RuntimeError):
                 self._store.set("over", b"1")
         elif not self._has_failed():
@@ -209,8 +211,11 @@ class Peers:
             writing.join(min(timeout_secs, _FAREWELL_SECS))
         self._gate.open_until(math.inf)
         self._closing.set()
+        self._join()
+
+    def _join(self, timeout_secs: float | None = None) -> None:
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_secs)
 
     # --- the chief ---
 
@@ -376,21 +381,23 @@ class Peers:
             raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
     def _await_step(self, target: int, what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while self._steps_done() < target and not self._gate.has_ended:
-            self._check_time(deadline, f"{what}: step {target} of this session is still under way in rank {self._rank}")
-            self._closing.wait(_LOOK_SECS / 5)
+        where = f"{what}: step {target} of this session is still under way in rank {self._rank}"
+        self._await(lambda: self._steps_done() >= target or self._gate.has_ended, where)
 
     def _get(self, key: str, what: str) -> bytes:
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while not self._store.check([key]):
-            self._check_time(deadline, f"{what}: no answer to {key}; a process may have ended")
-            self._closing.wait(_LOOK_SECS / 5)
+        self._await(lambda: self._store.check([key]), f"{what}: no answer to {key}; a process may have ended")
         return bytes(self._store.get(key))
 
-    def _check_time(self, deadline: float, text: str) -> None:
-        if self._closing.is_set() or self._has_failed() or time.monotonic() > deadline:
-            raise NoBoundaryError(f"no step boundary for {text}")
+    def _await(self, is_there: Callable[[], bool], text: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECS
+        while True:
+            # Asked first: what was there when this process closed has come in time.
+            is_over = self._closing.is_set() or self._has_failed() or time.monotonic() > deadline
+            if is_there():
+                return
+            if is_over:
+                raise NoBoundaryError(f"no step boundary for {text}")
+            self._closing.wait(_LOOK_SECS / 5)
 
 
 def announce(store: Any, number: int, restored: str | None) -> None:
