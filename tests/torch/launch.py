@@ -68,16 +68,16 @@ def run_two(logdir: Path, *arguments: str) -> list[str]:
     return errors
 
 
-def terminate_one(logdir: Path, rank: int, *arguments: str) -> list[str]:
-    """Send SIGTERM to one of two processes, in the middle of the training; what each wrote to its stderr."""
+def terminate_one(logdir: Path, rank: int, *arguments: str, by: signal.Signals = signal.SIGTERM) -> list[str]:
+    """Send a signal to one of two processes, in the middle of the training; what each wrote to its stderr."""
     processes = start_two(logdir, "--steps=100000", *arguments)
     deadline = time.monotonic() + 60
     while not all(logdir.with_suffix(f".seen-{each}").exists() for each in range(2)) or not steps_saved(logdir):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    processes[rank].send_signal(signal.SIGTERM)
+    processes[rank].send_signal(by)
     errors = [process.communicate(timeout=150)[1] for process in processes]
 
-    assert processes[rank].returncode == -signal.SIGTERM, errors
+    assert processes[rank].returncode == -by, errors
     assert processes[1 - rank].returncode == 0, errors
     return errors

@@ -85,6 +85,15 @@ def test_a_step_that_a_second_interrupt_cuts_in_two_is_not_done(tmp_path):
     assert [line["step"] for line in ledger.read(tmp_path) if line["event"] == "stop"] == [2]
 
 
+def test_an_interrupt_in_the_step_that_is_left_by_break_leaves_the_block(tmp_path):
+    with pytest.raises(KeyboardInterrupt), supervisor(tmp_path).managed_session() as session:
+        for _ in session.steps():
+            signal.raise_signal(signal.SIGINT)
+            break
+
+    assert max(committed(tmp_path)) == 1
+
+
 def test_what_was_due_after_a_break_is_saved_before_the_next_step(tmp_path):
     sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=2, save_at_end=False)
     with sv.managed_session() as session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 
 import pytest
@@ -70,11 +71,14 @@ def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
     assert steps_saved(tmp_path / "run") == [12, 10, 5]
 
 
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_of_one_stops_all_after_the_same_step(rank, tmp_path):
+def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     logdir = tmp_path / "run"
-    terminate_one(logdir, rank)
+    errors = terminate_one(logdir, rank, by=by)
 
+    assert ("KeyboardInterrupt" in errors[rank]) == (by == signal.SIGINT)
+    assert "stopping without the others" not in errors[0]
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]
     assert steps_saved(logdir)[0] == last[0] + 1

@@ -91,7 +91,13 @@ class TorchEngine:
         Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
         """
         gate = None if self._shared is None else Gate()
-        session = Session(self._coord.should_stop, self.write_summary, gate=gate, processes=self._processes)
+        session = Session(
+            self._coord.should_stop,
+            self.write_summary,
+            request_stop=self._coord.request_stop,
+            gate=gate,
+            processes=self._processes,
+        )
         self._sessions += 1
         if not self._is_restored(session) and self._init_fn is not None:
             self._init_fn()

@@ -33,6 +33,7 @@ class Session:
         should_stop: Callable[[], bool],
         write_summary: Callable[[Mapping[str, Any], int], None],
         *,
+        request_stop: Callable[[], object],
         gate: Gate | None = None,
         processes: int = 1,
     ) -> None:
@@ -41,6 +42,7 @@ class Session:
         self.total_steps: int | None = None
         self.boundary = Boundary()
         self._should_stop = should_stop
+        self._request_stop = request_stop
         # Where the processes of one training wait for each other; none when there is only one.
         self._gate = gate
         self._processes = processes
@@ -50,7 +52,7 @@ class Session:
         # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
-        self._interrupts = InterruptHold(self.boundary)
+        self._interrupts = InterruptHold(self.boundary, is_one_of_many=gate is not None)
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -111,9 +113,9 @@ class Session:
         """
         self._settle()
         self.boundary.call_due()
-        if self._gate is not None and not self._gate.begin(self.boundary.steps):
+        if not self._begin():
+            self._interrupts.raise_if_held()
             raise StopRequested("stopped before the next step, as the other processes do")
-        self._enter()
         try:
             self.boundary.check_stop()
         except BaseException:
@@ -210,7 +212,9 @@ class Session:
             self._training_streams[stream.device] = stream
         self.is_left = was_left
         self.boundary.leave(calls_due=not was_left)
-        self._interrupts.raise_if_held()
+        # Raised while a generator is closed, as after `break`, it would reach nobody: the end of the session raises it.
+        if self._gate is None and not was_left:
+            self._interrupts.raise_if_held()
 
     # --- inside ---
 
@@ -235,10 +239,10 @@ class Session:
                 self._end_loop()
                 return
             boundary.call_due()
-            if self._gate is not None and not self._gate.begin(boundary.steps):
+            if not self._begin():
                 boundary.rest()
+                self._interrupts.raise_if_held()
                 return
-            self._enter()
             self._feed_of_step = feed
             try:
                 batch = self.global_step if feed is None else feed.next(epochs)
@@ -273,6 +277,7 @@ class Session:
         if not self._should_stop():
             self.total_steps = self.global_step
         self.boundary.rest()
+        self._interrupts.raise_if_held()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.
@@ -283,6 +288,17 @@ class Session:
     def _check_open(self) -> None:
         if not self.is_open:
             raise RuntimeError("this session is closed: run steps inside `with sv.managed_session() as sess:`")
+
+    def _begin(self) -> bool:
+        """Enter the next step; ``False`` if none of the processes does."""
+        if self._gate is not None:
+            if self._interrupts.is_held:
+                # Raised when all have stopped: at one boundary, where the chief can save.
+                self._request_stop()
+            if not self._gate.begin(self.boundary.steps):
+                return False
+        self._enter()
+        return True
 
     def _enter(self) -> None:
         self._check_open()
