@@ -78,7 +78,8 @@ def test_a_worker_does_not_initialise_what_the_chief_will_restore(cluster):
     assert len(worker.reports("session")) == 1
     chief.restart()
     restored = chief.wait_for("session")
-    assert restored["step"] >= restored_step(cluster) == committed
+    # Newer where the chief was killed after it had written one, and before its manifest.
+    assert restored["step"] >= restored_step(cluster) >= committed
     assert worker.wait_for("session", after=restored["time"] - 1)["step"] >= committed
 
 
@@ -93,7 +94,7 @@ def test_everything_killed_at_once_resumes_from_the_newest_commit(cluster):
         task.restart()
     # Before the chief can look, its worker may have trained.
     assert cluster.chief.wait_for("session")["step"] >= committed
-    assert restored_step(cluster) == committed
+    assert restored_step(cluster) >= committed
     assert cluster.workers[1].wait_for_step(committed + 10)
 
 

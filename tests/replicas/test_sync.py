@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import tensorflow as tf
@@ -70,4 +71,7 @@ def test_a_killed_parameter_server_costs_the_steps_since_the_last_commit(cluster
     assert chief.wait_for("session", after=killed)["step"] >= restored_step(cluster) == committed
     worker.wait_for("session", after=killed)
     worker.wait_for_step(committed + 100)
-    assert all(line["weight"] == line["step"] or line["step"] < killed for line in worker.reports("step")[-3:]) or True
+    # A look while a step is being applied may be one off; of a torn checkpoint all would be.
+    assert (
+        statistics.mode(line["weight"] - line["step"] for line in worker.reports("step") if line["time"] > killed) == 0
+    )
