@@ -438,19 +438,23 @@ def test_joining_nothing_returns_at_once(coord: Coordinator) -> None:
 def test_join_returns_as_soon_as_the_last_thread_has_ended(
     coord: Coordinator, threads: Threads, requested: bool
 ) -> None:
-    ended_at: list[float] = []
+    late_secs: list[float] = []
+    for _ in range(3):
+        ended_at: list[float] = []
 
-    def work(secs: float) -> None:
-        threads.release.wait(secs)
-        ended_at.append(time.monotonic())
+        def work(secs: float, ended_at: list[float] = ended_at) -> None:
+            threads.release.wait(secs)
+            ended_at.append(time.monotonic())
 
-    working = [threads.start(work, secs) for secs in (0.15, 0.05, 0.1)]
-    if requested:
-        coord.request_stop()
-    coord.join(working)
-    # TensorFlow's looks once a second.
-    assert time.monotonic() - max(ended_at) < 0.9
-    assert len(ended_at) == 3
+        working = [threads.start(work, secs) for secs in (0.15, 0.05, 0.1)]
+        if requested:
+            coord.request_stop()
+        coord.join(working)
+        late_secs.append(time.monotonic() - max(ended_at))
+        assert len(ended_at) == 3
+        coord.clear_stop()
+    # TensorFlow's looks once a second. The soonest: a machine has pauses of its own.
+    assert min(late_secs) < 0.5
 
 
 def test_join_waits_without_limit_until_a_stop_is_requested(coord: Coordinator, threads: Threads) -> None:

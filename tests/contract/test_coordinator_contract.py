@@ -564,18 +564,18 @@ def test_departure_an_error_after_join_is_kept_and_stops() -> None:
 
 
 def test_departure_a_finished_thread_is_noticed_at_once() -> None:
-    late_secs = []
-    for coord in (TheirCoordinator(), OurCoordinator()):
+    def late_secs(coord: Any) -> float:
         ended_at: list[float] = []
 
-        def work(ended_at: list[float] = ended_at) -> None:
+        def work() -> None:
             time.sleep(0.1)
             ended_at.append(time.monotonic())
 
         coord.join([started(work)])
-        late_secs.append(time.monotonic() - ended_at[0])
-    assert late_secs[0] > 0.5
-    assert late_secs[1] < 0.8
+        return time.monotonic() - ended_at[0]
+
+    assert late_secs(TheirCoordinator()) > 0.5
+    assert min(late_secs(OurCoordinator()) for _ in range(3)) < 0.5, "a machine has pauses of its own"
 
 
 def test_departure_a_live_registered_thread_is_not_forgotten_by_join(hold: threading.Event) -> None:
