@@ -13,7 +13,7 @@ import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
-from stepguard.tensorflow import Supervisor
+from stepguard.tensorflow import SessionManager, Supervisor
 from stepguard.tensorflow import boundary as boundary_module
 
 v1 = tf.compat.v1
@@ -354,3 +354,21 @@ class TestManyThreads:
             assert reader.get_tensor("global_step") == number
             for index in range(count):
                 assert np.unique(reader.get_tensor(f"v{index}")).tolist() == [number]
+
+
+@pytest.mark.parametrize(("longest_secs", "waits"), [(0.1, [0.05, 0.075, 0.1, 0.1]), (0.01, [0.01] * 4)])
+def test_no_wait_between_two_checks_is_longer_than_it_may_be(graph, longest_secs, waits):
+    counting_step()
+    waited = []
+
+    def wait_for_stop(secs: float) -> bool:
+        waited.append(secs)
+        return len(waited) == 4
+
+    manager = SessionManager(
+        ready_op=v1.report_uninitialized_variables(), recovery_wait_secs=longest_secs, wait_for_stop=wait_for_stop
+    )
+    with pytest.raises(tf.errors.CancelledError, match="a stop was requested while waiting"):
+        manager.wait_for_session("", max_wait_secs=None)
+
+    assert waited == pytest.approx(waits)
