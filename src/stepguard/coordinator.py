@@ -58,6 +58,7 @@ class _Stop:
     """All that clear_stop resets, in one object, so that it is replaced in one assignment."""
 
     requested_at: float | None = None
+    main_thread_was_told: bool = False
     joined: bool = False
     failures: list[_Failure] = field(default_factory=list)
 
@@ -115,7 +116,22 @@ class Coordinator:
 
     def should_stop(self) -> bool:
         """True once a stop was requested. Cheap: made to be asked at every step."""
+        stop = self._stop
+        if stop.requested_at is None:
+            return False
+        # Who only looks, to do something about it for the main thread, has to look at stop_requested.
+        if threading.current_thread() is threading.main_thread():
+            stop.main_thread_was_told = True
+        return True
+
+    @property
+    def stop_requested(self) -> bool:
+        """The same, for a look that does not count as the main thread's question."""
         return self._stop.requested_at is not None
+
+    def main_thread_was_told(self) -> bool:
+        """Whether a stop was requested, and the main thread has asked for it: it ends by itself, in its own way."""
+        return self._stop.main_thread_was_told
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
         """Waits until a stop is requested, or for `timeout` seconds. True if it was requested."""
@@ -130,7 +146,8 @@ class Coordinator:
             # Asked again now that request_stop can see the waiter: a stop before this line released nobody.
             if self.should_stop():
                 return True
-            return waiter.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            waiter.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            return self.should_stop()
         finally:
             self._waiters.discard(waiter)
 

@@ -104,8 +104,11 @@ class Engine(Protocol[_SessionT_contra]):
         session for which this was never called pays nothing for it.
         """
 
-    def stop_at_boundary(self, session: _SessionT_contra) -> None:
-        """Have the next step raise ``StopRequested`` in place of being done. Any thread."""
+    def stop_at_boundary(self, session: _SessionT_contra, main_thread_was_told: Callable[[], bool]) -> None:
+        """Have the next step raise ``StopRequested`` in place of being done. Any thread.
+
+        Not in a main thread that was told to stop because it has asked: what it runs then is how it ends.
+        """
 
     def call_after_steps(self, session: _SessionT_contra, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.

@@ -86,6 +86,10 @@ class ManagedSession(AbstractContextManager[SessionT]):
                 # request_stop raises `error` at once when the program has stopped the run itself.
                 self._end()
         except BaseException as raised:
+            if self._sigterm.received and isinstance(raised, Exception):
+                # Not for the program to catch, and to go on: the process was told to end.
+                _log.error("ended by SIGTERM, and by an error, %s: %s", type(raised).__name__, raised, exc_info=raised)
+                end_by_sigterm()
             if raised is error:
                 return False
             raise

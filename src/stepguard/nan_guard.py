@@ -193,7 +193,7 @@ class NanGuard:
         self._on_error(error)
         # A loop that never asks whether to stop ends as well.
         if self._session is not None:
-            self._engine.stop_at_boundary(self._session)
+            self._engine.stop_at_boundary(self._session, self._coord.main_thread_was_told)
 
     def _may_advise_return(self) -> bool:
         return self._mode == STOP and self._store is not None and self._engine.can_return

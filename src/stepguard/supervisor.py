@@ -333,7 +333,7 @@ class Supervisor(Generic[SessionT]):
             Run(
                 open=open_session,
                 request_stop=self.request_stop,
-                stop_at_boundary=self._engine.stop_at_boundary,
+                stop_at_boundary=self._stop_at_boundary,
                 note_end=self._note_end,
                 save=self._save_before_close,
                 stop=lambda: self.stop(close_summary_writer=close_summary_writer),
@@ -342,6 +342,9 @@ class Supervisor(Generic[SessionT]):
                 stops_on_sigterm=self._stop_on_sigterm,
             )
         )
+
+    def _stop_at_boundary(self, session: SessionT) -> None:
+        self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
 
     def _note_end(self, reason: str) -> None:
         self._stop_reason = reason

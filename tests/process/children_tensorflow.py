@@ -164,6 +164,18 @@ def _asks(sv: Any, session: Any, model: Model, blocking: Any) -> None:
         _step(session, model)
 
 
+def _reads_at_the_end(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    _asks(sv, session, model, blocking)
+    report("read", step=model.step(session))
+    # And one more step, which is saved as well.
+    _step(session, model)
+
+
+def _fails_at_the_end(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    _asks(sv, session, model, blocking)
+    raise tf.errors.AbortedError(None, None, "a server was told to end as well")
+
+
 def _threads(sv: Any, session: Any, model: Model, blocking: Any) -> None:
     def train() -> None:
         with sv.stop_on_exception():
@@ -226,6 +238,8 @@ _LOOPS = {
     "never asks": _never_asks,
     "swallows": _swallows,
     "asks": _asks,
+    "reads at the end": _reads_at_the_end,
+    "fails at the end": _fails_at_the_end,
     "threads": _threads,
     "threads that never ask": _threads_that_never_ask,
     "fed": _fed,

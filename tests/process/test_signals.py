@@ -69,6 +69,26 @@ class TestSigterm:
         assert_all_steps_saved(child, tmp_path, threads)
         assert child.reports("swallowed") == []
 
+    def test_leaves_a_loop_that_asks_to_end_in_its_own_way(self, tensorflow_children: Zygote, tmp_path: Path) -> None:
+        child = start(tensorflow_children, tmp_path, "reads at the end")
+
+        child.send(signal.SIGTERM)
+
+        assert child.wait(QUICKLY_SECS) == -signal.SIGTERM, child.output
+        (read,) = child.reports("read")
+        assert newest_saved(tmp_path) == read["step"] + 1
+
+    def test_ends_a_run_that_an_error_ends_after_it(self, tensorflow_children: Zygote, tmp_path: Path) -> None:
+        child = start(tensorflow_children, tmp_path, "fails at the end")
+
+        child.send(signal.SIGTERM)
+
+        # A program that tries again after an AbortedError does not get this one.
+        assert child.wait(QUICKLY_SECS) == -signal.SIGTERM, child.output
+        assert child.reports("left") == []
+        (told,) = [one["text"] for one in child.reports("warning") if "ended by SIGTERM, and by" in one["text"]]
+        assert "AbortedError" in told
+
     def test_ends_a_run_whose_main_thread_waits_for_input_that_nobody_ends(
         self, tensorflow_children: Zygote, tmp_path: Path
     ) -> None:

@@ -340,7 +340,7 @@ class TestStopping:
             supervisor.coord.register_thread(thread)
             thread.start()
             wait_until(lambda: session.boundary.steps > 3, "some steps")
-            supervisor._engine.stop_at_boundary(session)
+            supervisor._engine.stop_at_boundary(session, supervisor.coord.main_thread_was_told)
             thread.join(20)
 
         assert committed(tmp_path)[-1] > 3
@@ -350,7 +350,7 @@ class TestStopping:
         value = v1.global_variables()[0].read_value()
         supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0)
         with supervisor.managed_session() as session:
-            supervisor._engine.stop_at_boundary(session)
+            supervisor._engine.stop_at_boundary(session, supervisor.coord.main_thread_was_told)
             with pytest.raises(StopRequested):
                 session.run(value)
 

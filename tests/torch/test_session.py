@@ -12,7 +12,7 @@ from torch import nn
 from training import BATCH, ITEMS, Training
 
 from stepguard import ledger
-from stepguard.errors import LogdirInUseError, NoBoundaryError
+from stepguard.errors import LogdirInUseError, NoBoundaryError, StopRequested
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 
@@ -113,6 +113,28 @@ def test_a_stop_that_was_requested_ends_the_loop_after_the_step():
             if step == 2:
                 sv.request_stop()
         assert session.global_step == 3
+
+
+def test_a_loop_that_follows_one_that_sigterm_has_ended_does_not_begin(tmp_path):
+    sv = supervisor(tmp_path)
+    with sv.managed_session() as session:
+        assert len(list(session.steps(max_steps=3))) == 3
+        sv._stop_at_boundary(session)
+        with pytest.raises(StopRequested):
+            session.steps(max_steps=5)
+
+
+def test_a_program_that_knows_of_the_stop_ends_in_its_own_way(tmp_path):
+    sv = supervisor(tmp_path)
+    with sv.managed_session() as session:
+        sv.request_stop()
+        sv._stop_at_boundary(session)
+        assert sv.should_stop()
+        with session.step():
+            pass
+        assert list(session.steps(max_steps=3)) == []
+
+    assert max(committed(tmp_path)) == 1
 
 
 def test_stop_inside_a_step_saves_that_step(tmp_path):

@@ -32,8 +32,9 @@ class Boundary:
 
     def __init__(self, kinds: RunKinds) -> None:
         self.is_step = kinds.changes_state
-        # Set once, by any thread: no step begins after it.
+        # Set once, by any thread: no step begins after it, but in a main thread that knows, and ends in its own way.
         self.must_stop = False
+        self._main_thread_was_told: Callable[[], bool] = lambda: False
         # The steps that run now: thread -> (what it fetches, when it began).
         self._running: dict[int, tuple[Any, float]] = {}
         # Steps done: thread -> number. Each thread writes its own, so that none is lost.
@@ -61,7 +62,7 @@ class Boundary:
             StopRequested: the run is to stop at this boundary.
         """
         if self.must_stop:
-            raise StopRequested(f"the run was asked to stop, and does at this boundary, before {describe(fetches)}")
+            self._stop_before(fetches)
         thread = get_ident()
         self._running[thread] = (fetches, monotonic())
         if self._hold is not None:
@@ -76,7 +77,17 @@ class Boundary:
             StopRequested: the run is to stop, and this is the main thread.
         """
         if self.must_stop and threading.current_thread() is threading.main_thread():
-            raise StopRequested(f"the run was asked to stop, and does before {describe(fetches)}")
+            self._stop_before(fetches)
+
+    def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
+        """Let no step begin, and nothing in the main thread, unless that was told to stop and ends by itself."""
+        self._main_thread_was_told = main_thread_was_told
+        self.must_stop = True
+
+    def _stop_before(self, fetches: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and self._main_thread_was_told():
+            return
+        raise StopRequested(f"the run was asked to stop, and does at this boundary, before {describe(fetches)}")
 
     def leave(self) -> None:
         """The step of this thread has ended."""

@@ -172,11 +172,11 @@ class TensorFlowEngine:
         else:
             _log.warning("this session does not mark its steps: what they return is not looked at by the NaN guard")
 
-    def stop_at_boundary(self, session: Any) -> None:
+    def stop_at_boundary(self, session: Any, main_thread_was_told: Callable[[], bool]) -> None:
         """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
         boundary = _boundary(session)
         if boundary is not None:
-            boundary.must_stop = True
+            boundary.stop(main_thread_was_told)
 
     def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
         """Count the runs that change the model. A session of another kind tells of none."""

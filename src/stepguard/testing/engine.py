@@ -45,7 +45,7 @@ class FakeSession:
         self.step = 0
         self.boundary = threading.RLock()
         self.is_open = True
-        self.must_stop = False
+        self.must_stop: Callable[[], bool] = lambda: False
         self.due_in = 0
         self.on_due: Callable[[], int] | None = None
         self.before_close: Callable[[], None] | None = None
@@ -60,7 +60,7 @@ class FakeSession:
     def run_step(self) -> None:
         """One training step."""
         with self.boundary:
-            if self.must_stop:
+            if self.must_stop():
                 raise StopRequested
             self.step += 1
             for index in range(len(self.values)):
@@ -185,9 +185,11 @@ class FakeEngine:
         """The session reports its loss."""
         session.watch = watch
 
-    def stop_at_boundary(self, session: FakeSession) -> None:
+    def stop_at_boundary(self, session: FakeSession, main_thread_was_told: Callable[[], bool]) -> None:
         """The next step raises."""
-        session.must_stop = True
+        session.must_stop = lambda: (
+            not (threading.current_thread() is threading.main_thread() and main_thread_was_told())
+        )
 
     def call_after_steps(self, session: FakeSession, steps: int, callback: Callable[[], int]) -> None:
         """Count steps down in the session."""

@@ -35,8 +35,9 @@ class Boundary:
         self.steps = 0
         # Whether the program's loop over steps has ended: it may use the model for something else now.
         self.is_resting = False
-        # Set once, by any thread: no step begins after it.
+        # Set once, by any thread: no step begins after it, but in a main thread that knows, and ends in its own way.
         self.must_stop = False
+        self._main_thread_was_told: Callable[[], bool] = lambda: False
 
     def enter(self) -> None:
         """A step begins in this thread: wait while a service holds the boundary."""
@@ -54,9 +55,15 @@ class Boundary:
         self.is_resting = True
         self.leave(is_done=False)
 
+    def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
+        """Let no step begin, unless this is the main thread, which was told to stop and ends by itself."""
+        self._main_thread_was_told = main_thread_was_told
+        self.must_stop = True
+
     def check_stop(self) -> None:
         """Raise StopRequested if no further step may begin."""
-        if self.must_stop:
+        is_told = threading.current_thread() is threading.main_thread() and self._main_thread_was_told()
+        if self.must_stop and not is_told:
             raise StopRequested("stopped before the next step: the run was asked to stop")
 
     def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:

@@ -91,13 +91,7 @@ class TorchEngine:
         Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
         """
         gate = None if self._shared is None else Gate()
-        session = Session(
-            self._coord.should_stop,
-            self.write_summary,
-            request_stop=self._coord.request_stop,
-            gate=gate,
-            processes=self._processes,
-        )
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
         if not self._is_restored(session) and self._init_fn is not None:
             self._init_fn()
@@ -191,10 +185,10 @@ class TorchEngine:
         self._watch = watch
         session.watch_values(watch)
 
-    def stop_at_boundary(self, session: Session) -> None:
+    def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""
         if self._peers is None:
-            session.boundary.must_stop = True
+            session.boundary.stop(main_thread_was_told)
         # Else the request that came with this one is passed on, and all of them stop after the same step.
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:

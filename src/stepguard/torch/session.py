@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stepguard.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.torch import random_states
@@ -30,10 +31,9 @@ class Session:
 
     def __init__(
         self,
-        should_stop: Callable[[], bool],
+        coord: Coordinator,
         write_summary: Callable[[Mapping[str, Any], int], None],
         *,
-        request_stop: Callable[[], object],
         gate: Gate | None = None,
         processes: int = 1,
     ) -> None:
@@ -41,8 +41,7 @@ class Session:
         # Of the loop that runs now, if it knows.
         self.total_steps: int | None = None
         self.boundary = Boundary()
-        self._should_stop = should_stop
-        self._request_stop = request_stop
+        self._coord = coord
         # Where the processes of one training wait for each other; none when there is only one.
         self._gate = gate
         self._processes = processes
@@ -83,8 +82,11 @@ class Session:
 
         Raises:
             CheckpointMismatchError: the checkpoint was saved with another loader.
+            StopRequested: an earlier loop has ended for SIGTERM; ``managed_session`` ends it. Not where the program has
+                asked ``should_stop()`` since, and so ends by itself.
         """
         self._check_open()
+        self._check_stop()
         _check_count("max_steps", max_steps)
         _check_count("epochs", epochs)
         if loader is None:
@@ -274,16 +276,21 @@ class Session:
         """What follows, such as an evaluation, is no step that hangs, nor one that the others could wait for."""
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
-        if not self._should_stop():
+        if not self._coord.stop_requested:
             self.total_steps = self.global_step
         self.boundary.rest()
         self._interrupts.raise_if_held()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.
-        if self._gate is None and (self._should_stop() or self.boundary.must_stop):
+        if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
+
+    def _check_stop(self) -> None:
+        self.boundary.check_stop()
+        if self._gate is not None and self._gate.is_last and not self._coord.main_thread_was_told():
+            raise StopRequested("stopped before the next loop, as the other processes do")
 
     def _check_open(self) -> None:
         if not self.is_open:
@@ -294,7 +301,7 @@ class Session:
         if self._gate is not None:
             if self._interrupts.is_held:
                 # Raised when all have stopped: at one boundary, where the chief can save.
-                self._request_stop()
+                self._coord.request_stop()
             if not self._gate.begin(self.boundary.steps):
                 return False
         self._enter()
