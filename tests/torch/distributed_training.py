@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
-from stepguard.torch import Supervisor
+from stepguard.torch import Session, Supervisor
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--logdir", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--loop-steps", type=int, help="the steps of one of many loops; rank 0 evaluates after each")
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
@@ -63,7 +65,7 @@ def main() -> None:
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
-        for index, inputs, targets in session.steps(loader, max_steps=args.steps, epochs=args.epochs):
+        for index, inputs, targets in batches(session, loader, args):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
@@ -82,6 +84,16 @@ def main() -> None:
         # Else the first to end may close its connections while another still reads from them.
         dist.barrier()
     dist.destroy_process_group()
+
+
+def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> Iterator[list[torch.Tensor]]:
+    if not args.loop_steps:
+        yield from session.steps(loader, max_steps=args.steps, epochs=args.epochs)
+    while args.loop_steps and session.global_step < args.steps:
+        yield from session.steps(loader, max_steps=session.global_step + args.loop_steps)
+        if dist.get_rank() == 0:
+            args.logdir.with_suffix(".evaluating").touch()
+            time.sleep(1)
 
 
 def is_new(step: int, seen: Path) -> bool:

@@ -72,7 +72,8 @@ def terminate_one(logdir: Path, rank: int, *arguments: str, by: signal.Signals =
     """Send a signal to one of two processes, in the middle of the training; what each wrote to its stderr."""
     processes = start_two(logdir, "--steps=100000", *arguments)
     deadline = time.monotonic() + 60
-    while not all(logdir.with_suffix(f".seen-{each}").exists() for each in range(2)) or not steps_saved(logdir):
+    awaited = [".seen-0", ".seen-1", *([".evaluating"] if "--loop-steps=5" in arguments else [])]
+    while not all(logdir.with_suffix(one).exists() for one in awaited) or not steps_saved(logdir):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     processes[rank].send_signal(by)

@@ -85,6 +85,38 @@ def test_a_step_that_a_second_interrupt_cuts_in_two_is_not_done(tmp_path):
     assert [line["step"] for line in ledger.read(tmp_path) if line["event"] == "stop"] == [2]
 
 
+@pytest.mark.parametrize("way", ["acquire", "release"])
+def test_an_interrupt_that_comes_with_the_lock_loses_no_step(way, tmp_path):
+    class Lock:
+        """Interrupts the main thread when it has just taken its third lock, or given it back."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.times = {"acquire": 0, "release": 0}
+
+        def acquire(self, **options: float) -> bool:
+            return self.lock.acquire(**options) and self.interrupt("acquire")
+
+        def release(self) -> None:
+            self.lock.release()
+            self.interrupt("release")
+
+        def interrupt(self, done: str) -> bool:
+            if threading.current_thread() is threading.main_thread():
+                self.times[done] += 1
+                if done == way and self.times[done] == 3:
+                    signal.raise_signal(signal.SIGINT)
+            return True
+
+    sv = supervisor(tmp_path, save_model_secs=0, save_at_end=True)
+    with pytest.raises(KeyboardInterrupt), sv.managed_session() as session:
+        session.boundary._lock = Lock()
+        for _ in session.steps():
+            pass
+
+    assert max(committed(tmp_path)) == 3
+
+
 def test_an_interrupt_in_the_step_that_is_left_by_break_leaves_the_block(tmp_path):
     with pytest.raises(KeyboardInterrupt), supervisor(tmp_path).managed_session() as session:
         for _ in session.steps():

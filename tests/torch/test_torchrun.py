@@ -84,6 +84,18 @@ def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     assert steps_saved(logdir)[0] == last[0] + 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_while_the_chief_evaluates_and_the_other_waits_in_the_next_step(rank, tmp_path):
+    logdir = tmp_path / "run"
+    errors = terminate_one(logdir, rank, "--loop-steps=5", by=signal.SIGINT)
+
+    assert "KeyboardInterrupt" in errors[rank]
+    assert "stopping without the others" not in errors[0]
+    last = [max(seen(logdir, each)) for each in range(2)]
+    assert last[0] == last[1]
+    assert steps_saved(logdir)[0] == last[0] + 1
+
+
 def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
     # The step that had no batch any more is none that the others have to come to.
     errors = run_two(tmp_path / "run", "--steps=100000", "--epochs=1")

@@ -27,6 +27,8 @@ class Boundary:
         self._turn: threading.Event | None = None
         self._holding = threading.Lock()
         self._stepping: int | None = None
+        # The threads that are taking the lock, or giving it back: an interrupt between two lines would leave it taken.
+        self._changing: set[int] = set()
         self._began = 0.0
         self._longest_secs = 0.0
         self._on_due: Callable[[], int] | None = None
@@ -41,11 +43,16 @@ class Boundary:
 
     def enter(self) -> None:
         """A step begins in this thread: wait while a service holds the boundary."""
-        turn = self._turn
-        if turn is not None:
-            turn.wait()
-        self._lock.acquire()
-        self._stepping = threading.get_ident()
+        me = threading.get_ident()
+        self._changing.add(me)
+        try:
+            turn = self._turn
+            if turn is not None:
+                turn.wait()
+            self._lock.acquire()
+            self._stepping = me
+        finally:
+            self._changing.discard(me)
         self._began = time.monotonic()
         self.is_resting = False
 
@@ -71,15 +78,20 @@ class Boundary:
 
         Without ``calls_due`` what is due after it waits for :meth:`call_due`.
         """
-        if self._stepping != threading.get_ident():
+        me = threading.get_ident()
+        if self._stepping != me:
             return
         if is_done:
             self.steps += 1
         lasted = time.monotonic() - self._began
         if lasted > self._longest_secs:
             self._longest_secs = lasted
-        self._stepping = None
-        self._lock.release()
+        self._changing.add(me)
+        try:
+            self._stepping = None
+            self._lock.release()
+        finally:
+            self._changing.discard(me)
         if is_done and calls_due:
             self.call_due()
 
@@ -109,6 +121,19 @@ class Boundary:
         """Whether the calling thread is in the middle of a step."""
         return self._stepping == threading.get_ident()
 
+    @property
+    def is_changing_hands(self) -> bool:
+        """Whether the calling thread is at the beginning or the end of a step or of a hold."""
+        return threading.get_ident() in self._changing
+
+    def check_whole(self, what: str) -> None:
+        """Raise NoBoundaryError, for ``what``, if a step was left half-way."""
+        if self._is_torn:
+            raise NoBoundaryError(
+                f"no step boundary for {what}: a step was left half-way by an error, and what the model holds now "
+                f"belongs to no step. The checkpoint before it is good"
+            )
+
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
         self._on_due = callback
@@ -121,12 +146,17 @@ class Boundary:
         Raises:
             NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
         """
+        me = threading.get_ident()
         with self._holding:
-            self._take(what, patience_secs)
+            self._changing.add(me)
             try:
-                yield
+                self._take(what, patience_secs)
+                try:
+                    yield
+                finally:
+                    self._give_back()
             finally:
-                self._give_back()
+                self._changing.discard(me)
 
     def _take(self, what: str, patience_secs: float | None) -> None:
         patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
@@ -140,12 +170,11 @@ class Boundary:
                 f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
                 f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
             )
-        if self._is_torn:
+        try:
+            self.check_whole(what)
+        except NoBoundaryError:
             self._give_back()
-            raise NoBoundaryError(
-                f"no step boundary for {what}: a step was left half-way by an error, and what the model holds now "
-                f"belongs to no step. The checkpoint before it is good"
-            )
+            raise
 
     def _give_back(self) -> None:
         self._lock.release()

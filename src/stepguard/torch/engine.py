@@ -131,6 +131,7 @@ class TorchEngine:
             should_stop=self._coord.should_stop,
             request_stop=self._request_stop,
             error=self._error,
+            is_impatient=lambda: session.is_impatient,
             write_part=self._write_part,
         )
         self._peers.start()
@@ -223,6 +224,8 @@ class TorchEngine:
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
         session.finish_step()
+        # Before the others are asked to come to it.
+        session.boundary.check_whole(what)
         with ExitStack() as stack:
             if self._peers is not None:
                 self._peer_states = stack.enter_context(self._peers.meeting(what))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from stepguard.torch.boundary import Boundary
@@ -15,13 +16,16 @@ _log = logging.getLogger(__name__)
 class InterruptHold:
     """Raises KeyboardInterrupt at the next boundary; at the second Ctrl-C at once. Main thread only.
 
-    A handler of the program's own is left alone. Between steps Ctrl-C is Python's own, but not in one of several
-    processes, ``is_one_of_many``, whose loop goes on: the others may have begun a step that takes all of them.
+    A handler of the program's own is left alone. Between steps Ctrl-C is Python's own. Not so in one of several
+    processes, which has a ``request_stop``: the others may have begun a step that takes all of them, so it is a request
+    to stop, and is raised after the step at which all of them do.
     """
 
-    def __init__(self, boundary: Boundary, *, is_one_of_many: bool) -> None:
+    def __init__(self, boundary: Boundary, request_stop: Callable[[], object] | None = None) -> None:
         self._boundary = boundary
-        self._is_one_of_many = is_one_of_many
+        self._request_stop = request_stop
+        # Whether a second one has come: nothing is waited for.
+        self.is_impatient = False
         self._is_installed = False
         self.is_held = False
 
@@ -49,14 +53,18 @@ class InterruptHold:
             raise KeyboardInterrupt from cause
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if (self._boundary.is_mine or self._is_awaited()) and not self.is_held:
+        boundary = self._boundary
+        if not self.is_held and self._request_stop is not None:
+            self.is_held = True
+            _log.warning("Ctrl-C: stopping after the step at which all processes can; a second one stops now")
+            self._request_stop()
+            return
+        if not self.is_held and (boundary.is_mine or boundary.is_changing_hands):
             self.is_held = True
             _log.warning("Ctrl-C: stopping at the end of this step; a second one stops now, and loses the step")
             return
-        if self._boundary.is_mine:
-            self._boundary.mark_torn()
+        if boundary.is_mine:
+            boundary.mark_torn()
+        self.is_impatient = self.is_held
         self.is_held = False
         signal.default_int_handler(number, frame)
-
-    def _is_awaited(self) -> bool:
-        return self._is_one_of_many and self._boundary.steps > 0 and not self._boundary.is_resting

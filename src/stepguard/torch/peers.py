@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_SECS = 0.01
 _PATIENCE_SECS = 30.0
+# After a second Ctrl-C, which is to end this process at once.
+_IMPATIENCE_SECS = 1.0
 # How long a process that has failed waits for the parts of the others, who may have ended too.
 _FAREWELL_SECS = 5.0
 
@@ -130,6 +132,14 @@ class Gate:
             self._is_last = self._is_last or is_last
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """Nobody will say any more how far this process may go: let it, unless the run is to end."""
+        with self._changed:
+            self._meets_at = math.inf
+            if not self._is_last:
+                self._limit = math.inf
+            self._changed.notify_all()
+
     @property
     def is_last(self) -> bool:
         """Whether the step at which the run ends is settled."""
@@ -143,6 +153,7 @@ class Peers:
     called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
     called in a thread that writes. ``error`` is the one that this process stops for, if any; a
     :class:`stepguard.NonFiniteError` is told to the others, who stop after the same step and for the same error.
+    ``is_impatient`` tells whether a second Ctrl-C has ended this process.
     Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
@@ -159,6 +170,7 @@ class Peers:
         should_stop: Callable[[], bool],
         request_stop: Callable[[BaseException | None], object],
         error: Callable[[], BaseException | None],
+        is_impatient: Callable[[], bool],
         write_part: Callable[[Exchange, str], None],
     ) -> None:
         self._store = store
@@ -171,6 +183,7 @@ class Peers:
         self._should_stop = should_stop
         self._request_stop = request_stop
         self._error = error
+        self._is_impatient = is_impatient
         self._write_part = write_part
         self._messages = 0
         self._is_sight_shared = False
@@ -192,6 +205,8 @@ class Peers:
         except (dist.DistError, RuntimeError) as error:
             # The store ends with the process that has it: the others have ended, or torchrun is about to end us.
             _log.debug("no word from the other processes: %s", error)
+            # What they would have to say is not waited for any longer: the next collective operation fails by itself.
+            self._gate.abandon()
 
     def close(self, timeout_secs: float) -> None:
         """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
@@ -200,6 +215,9 @@ class Peers:
                 self._join(timeout_secs)
             with contextlib.suppress(dist.DistError, RuntimeError):
                 self._store.set("over", b"1")
+        elif self._is_impatient():
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._store.set("left", str(self._rank).encode())
         elif not self._has_failed():
             deadline = time.monotonic() + timeout_secs
             with contextlib.suppress(dist.DistError, RuntimeError):
@@ -389,13 +407,17 @@ class Peers:
         return bytes(self._store.get(key))
 
     def _await(self, is_there: Callable[[], bool], text: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_SECS
+        began = time.monotonic()
         while True:
             # Asked first: what was there when this process closed has come in time.
-            is_over = self._closing.is_set() or self._has_failed() or time.monotonic() > deadline
+            patience_secs = _IMPATIENCE_SECS if self._is_impatient() else _PATIENCE_SECS
+            is_over = self._closing.is_set() or self._has_failed() or time.monotonic() > began + patience_secs
+            left = self._rank == 0 and self._store.check(["left"])
             if is_there():
                 return
-            if is_over:
+            if left:
+                text = f"{text}: rank {self._store.get('left').decode()} was left by a second Ctrl-C"
+            if is_over or left:
                 raise NoBoundaryError(f"no step boundary for {text}")
             self._closing.wait(_LOOK_SECS / 5)
 

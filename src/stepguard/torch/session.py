@@ -51,7 +51,7 @@ class Session:
         # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
-        self._interrupts = InterruptHold(self.boundary, is_one_of_many=gate is not None)
+        self._interrupts = InterruptHold(self.boundary, None if gate is None else coord.request_stop)
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -181,6 +181,11 @@ class Session:
         """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
         self._interrupts.start()
 
+    @property
+    def is_impatient(self) -> bool:
+        """Whether a second Ctrl-C has ended the run: nothing is waited for."""
+        return self._interrupts.is_impatient
+
     def process_state(self) -> dict[str, Any]:
         """What belongs to this process rather than to the model: random states and positions. At a boundary."""
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
@@ -298,12 +303,8 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if none of the processes does."""
-        if self._gate is not None:
-            if self._interrupts.is_held:
-                # Raised when all have stopped: at one boundary, where the chief can save.
-                self._coord.request_stop()
-            if not self._gate.begin(self.boundary.steps):
-                return False
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
+            return False
         self._enter()
         return True
 
