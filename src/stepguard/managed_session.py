@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -9,13 +10,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic
+from typing import Generic, ParamSpec, TypeVar
 
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note
 from stepguard.signals import SigtermWatch, end_by_sigterm
 
 _log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,10 @@ class Run(Generic[SessionT]):
 
 
 class ManagedSession(AbstractContextManager[SessionT]):
-    """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed."""
+    """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed.
+
+    As a decorator it does so for each call of the function.
+    """
 
     def __init__(self, run: Run[SessionT]) -> None:
         self._run = run
@@ -47,6 +54,17 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._left = threading.Event()
         self._pid = os.getpid()
         self._patience: threading.Thread | None = None
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T | None]:
+        """A function that runs in a session of its own; ``None`` where the end of the input, or a stop, ends it."""
+
+        @functools.wraps(function)
+        def supervised(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            with ManagedSession(self._run):
+                return function(*args, **kwargs)
+            return None
+
+        return supervised
 
     def __enter__(self) -> SessionT:
         self._pid = os.getpid()

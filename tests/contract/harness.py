@@ -310,7 +310,7 @@ def properties(sv: Any, logdir: str) -> dict[str, Any]:
     """Every property, in words."""
     words = {name: shown(getattr(sv, name), logdir) for name in PROPERTIES}
     words["coord"] = isinstance(sv.coord, tf.train.Coordinator)
-    words["session_manager"] = callable(sv.session_manager.prepare_session)
+    words["session_manager"] = isinstance(sv.session_manager, tf.compat.v1.train.SessionManager)
     return words
 
 

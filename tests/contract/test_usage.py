@@ -76,6 +76,20 @@ def test_several_supervisors_one_after_the_other_on_one_logdir(tmp_path):
     assert assert_same(scenario, tmp_path) == [0, 2, 4]
 
 
+def test_a_session_for_each_call_of_a_function(tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        sv = side.Supervisor(logdir=logdir, save_model_secs=0, save_summaries_secs=0)
+
+        @sv.managed_session()
+        def train(steps):
+            return steps, sv.should_stop()
+
+        return [train(2), sv.should_stop(), train(steps=3), train.__name__]
+
+    assert assert_same(scenario, tmp_path) == [(2, False), True, (3, False), "train"]
+
+
 def test_stop_and_save_inside_the_block(tmp_path):
     def scenario(side, logdir):
         model = counting_model()

@@ -32,6 +32,7 @@ PROGRAM = """
 
     assert __name__ == "__main__"
     assert sys.argv[1:] == ["--steps", "3"], sys.argv
+    assert os.path.isabs(__file__)
     assert "program" in os.path.relpath(sys.argv[0], os.environ["FOLDER"]), sys.argv
     ways = {
         "by alias": tf.compat.v1.train.Supervisor,

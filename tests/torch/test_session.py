@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 
@@ -73,6 +74,21 @@ def test_a_step_that_is_left_by_an_error_is_not_done(tmp_path, caplog):
     assert events["restore"]["previous_step"] == 10
     assert events["restore"]["lost_steps"] == 0
     assert "done again" not in caplog.text
+
+
+@pytest.mark.parametrize("way", ["steps", "step"])
+def test_a_step_that_ends_the_program_is_done(way, tmp_path):
+    with pytest.raises(SystemExit), supervisor(tmp_path, save_model_secs=3600).managed_session() as session:
+        if way == "steps":
+            for step in session.steps():
+                if step == 2:
+                    sys.exit(3)
+        for step in range(3):
+            with session.step():
+                if step == 2:
+                    sys.exit(3)
+
+    assert max(committed(tmp_path)) == 3
 
 
 def test_a_step_that_a_second_interrupt_cuts_in_two_is_not_done(tmp_path):

@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> int:
         sys.path.insert(0, os.getcwd())
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(program)))
+        # Absolute, as Python has it too: the program finds the files beside it also after a chdir.
+        program = os.path.abspath(program)
+        sys.path.insert(0, os.path.dirname(program))
         runpy.run_path(program, run_name="__main__")
     return 0
 

@@ -32,8 +32,10 @@ PEER_TIMEOUT_SECS = 60.0
 _LOST_WHILE_WAITING = (tf.errors.AbortedError, tf.errors.UnavailableError)
 
 
-class SessionManager:
+class SessionManager(tf.compat.v1.train.SessionManager):
     """Creates sessions and makes the model ready: TensorFlow's ``SessionManager``, for use alone or by a Supervisor.
+
+    Nothing of TensorFlow's own is used but its type, which programs may ask for.
 
     Args:
         local_init_op: operation run in every new session, for tables and local variables. ``None`` runs nothing.

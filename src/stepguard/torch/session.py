@@ -130,6 +130,10 @@ class Session:
             self.boundary.leave(is_done=False)
             self._end_loop()
             raise
+        except SystemExit:
+            # Like the `break` of a loop over steps(): who ends the program here has done what it wanted to.
+            self.finish_step(was_left=True)
+            raise
         except BaseException:
             self.boundary.leave_torn()
             raise
