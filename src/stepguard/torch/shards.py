@@ -8,7 +8,7 @@ dictionaries in them, are gone through; each tensor, and each other value, has i
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,8 @@ def mapped(path: Path, value: Any, change: Callable[[Path, Any], Any]) -> Any:
     if isinstance(value, Mapping):
         pairs = ((key, mapped((*path, str(key)), part, change)) for key, part in value.items())
         if type(value) is not OrderedDict:
-            return dict(pairs)
+            # Not of the pairs: a Counter would count them.
+            return Counter(dict(pairs)) if type(value) is Counter else dict(pairs)
         copied = OrderedDict(pairs)
         # nn.Module.state_dict notes here which version of each module wrote it.
         copied.__dict__.update(value.__dict__)

@@ -7,7 +7,7 @@ import math
 import random
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,7 +216,8 @@ def check_saveable(path: str, value: Any) -> None:
 
 def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a nested state that are no containers, each with its place."""
-    if type(value) in (dict, OrderedDict):
+    # MultiStepLR counts its milestones; PyTorch reads a Counter without running code since 2.4.
+    if type(value) in (dict, OrderedDict, Counter):
         for key, part in value.items():
             if type(key) not in _PLAIN and type(key) is not tuple:
                 yield f"{path}.{key!r} (the key)", key
@@ -282,8 +283,8 @@ class HostMemory:
             return shard_of(value, self._copied_tensor(path, local, seen, streams))
         if isinstance(value, torch.Tensor):
             return self._copied_tensor(path, value.detach(), seen, streams)
-        if type(value) is dict:
-            return {key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()}
+        if type(value) in (dict, Counter):
+            return type(value)({key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()})
         if type(value) is OrderedDict:
             copied = OrderedDict(
                 (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
