@@ -74,6 +74,11 @@ def check_shardable(name: str, state: Any) -> None:
             raise TypeError(f"{place}: two places of a state with sharded tensors have this name; rename one of them")
         if type(part) in (tuple, list) and any(is_dtensor(one) for one in part):
             raise TypeError(f"{place}: expected sharded tensors in dictionaries and lists, found a tuple of them")
+        if isinstance(part, torch.Tensor) and part.layout is not torch.strided:
+            raise TypeError(
+                f"{place}: expected dense tensors beside sharded ones, found one of the layout {part.layout}, which "
+                f"the format of sharded checkpoints has no room for; keep it in an object of its own"
+            )
         if is_dtensor(part) and any(placement.is_partial() for placement in part.placements):
             raise TypeError(
                 f"{place}: this tensor is a sum that was not made yet (placement Partial); call "
