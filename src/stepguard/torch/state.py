@@ -58,7 +58,7 @@ class Component:
         if isinstance(holder, random.Random):
             return {"state": holder.getstate()}
         if _is_numpy_generator(holder):
-            return dict(holder.bit_generator.state)
+            return _without_arrays(holder.bit_generator.state)
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
@@ -78,7 +78,7 @@ class Component:
         elif isinstance(holder, random.Random):
             holder.setstate(state["state"])
         elif _is_numpy_generator(holder):
-            holder.bit_generator.state = state
+            holder.bit_generator.state = _with_arrays(state, holder.bit_generator.state)
         else:
             holder.load_state_dict(state)
 
@@ -505,6 +505,24 @@ def _unwrapped(holder: Any) -> Any:
 def _is_numpy_generator(holder: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(holder, numpy.random.Generator)
+
+
+def _without_arrays(state: Any) -> Any:
+    """The state of a NumPy generator, with lists of numbers for the arrays that most of them keep."""
+    if isinstance(state, Mapping):
+        return {key: _without_arrays(part) for key, part in state.items()}
+    return state.tolist() if type(state).__name__ == "ndarray" else state
+
+
+def _with_arrays(state: Any, live: Any) -> Any:
+    """The reverse, with arrays where ``live``, the state of such a generator, has them."""
+    if isinstance(state, Mapping) and isinstance(live, Mapping):
+        return {key: _with_arrays(part, live.get(key)) for key, part in state.items()}
+    if type(live).__name__ != "ndarray":
+        return state
+    import numpy as np
+
+    return np.array(state, dtype=live.dtype)
 
 
 def _is_numpy_scalar(value: Any) -> bool:
