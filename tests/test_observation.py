@@ -154,6 +154,18 @@ class TestTheLedger:
         (stop,) = events(tmp_path, "stop")
         assert (stop["reason"], stop["error"], stop["step"]) == ("error", "ZeroDivisionError: on purpose", 1)
 
+    def test_tells_of_an_error_that_cannot_tell_its_message(self, tmp_path: Path, capfd) -> None:
+        class UnspeakableError(Exception):
+            def __str__(self) -> str:
+                raise ValueError("no message either")
+
+        with pytest.raises(UnspeakableError):
+            self.fail(tmp_path, UnspeakableError())
+
+        (stop,) = events(tmp_path, "stop")
+        assert (stop["reason"], stop["error"]) == ("error", "UnspeakableError (its __str__ raises ValueError)")
+        assert "Traceback" not in capfd.readouterr().err
+
     @pytest.mark.parametrize(("error", "reason"), [(KeyboardInterrupt, "interrupt"), (SystemExit, "exit")])
     def test_tells_who_ended_a_run(self, tmp_path: Path, error: type[BaseException], reason: str) -> None:
         with pytest.raises(error):

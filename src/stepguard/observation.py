@@ -16,6 +16,7 @@ from typing import Any
 
 from stepguard import __version__, heartbeat, history, launched, ledger
 from stepguard.engine import Engine
+from stepguard.errors import described
 from stepguard.hang_watch import HangWatch
 from stepguard.heartbeat import Heartbeat
 from stepguard.ledger import Ledger
@@ -446,7 +447,7 @@ class Observer:
 
 def describe(error: BaseException) -> str:
     """The type and the first line of an error."""
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
+    return described(error).split("\n", 1)[0][:500]
 
 
 def _check_steps(steps: object) -> None:

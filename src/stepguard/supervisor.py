@@ -15,6 +15,7 @@ from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.errors import described
 from stepguard.looper import LooperThread
 from stepguard.managed_session import ManagedSession, Run
 from stepguard.nan_guard import NanGuard, check_options
@@ -445,7 +446,7 @@ class Supervisor(Generic[SessionT]):
             self._coord.join(stop_grace_period_secs=max(0.0, deadline - time.monotonic()), ignore_live_threads=True)
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
-            _log.error("the program ended without stop(), which would have raised: %s: %s", type(error).__name__, error)
+            _log.error("the program ended without stop(), which would have raised: %s", described(error))
         self._observer.end(
             "exit" if failure is None else "error",
             failure,
