@@ -403,6 +403,18 @@ def test_an_option_that_makes_no_sense_is_named_at_construction(options: dict[st
         FakeSupervisor(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"progress": 3}, "progress must be True or False, got int: 3"),
+        ({"end_on_hang": "no"}, "end_on_hang must be True or False, got str: 'no'"),
+    ],
+)
+def test_a_switch_is_on_or_off_and_nothing_else(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Observation(**options)
+
+
 def test_hangs_that_leave_no_trace_are_not_watched_for() -> None:
     with pytest.raises(ValueError, match="hang_secs needs a logdir on this machine"):
         FakeSupervisor(hang_secs=5)

@@ -20,6 +20,7 @@ from stepguard.looper import LooperThread
 from stepguard.managed_session import ManagedSession, Run
 from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
+from stepguard.options import check_switch
 from stepguard.saving import Saving
 from stepguard.services import StepCounter, WhileOpen
 from stepguard.store import CheckpointStore
@@ -67,6 +68,7 @@ class Supervisor(Generic[SessionT]):
         nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
 
     Raises:
+        TypeError: a switch is neither on nor off.
         ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
     """
 
@@ -94,6 +96,8 @@ class Supervisor(Generic[SessionT]):
         nan_guard: str | None = None,
         nan_returns: int = 3,
     ) -> None:
+        check_switch("save_at_end", save_at_end, or_none=True)
+        check_switch("stop_on_sigterm", stop_on_sigterm)
         self._engine = engine
         self._coord = coord
         self._is_chief = is_chief
