@@ -32,6 +32,7 @@ CORE = [
     "metrics",
     "nan_guard",
     "observation",
+    "options",
     "progress_line",
     "saving",
     "services",

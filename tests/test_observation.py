@@ -154,6 +154,18 @@ class TestTheLedger:
         (stop,) = events(tmp_path, "stop")
         assert (stop["reason"], stop["error"], stop["step"]) == ("error", "ZeroDivisionError: on purpose", 1)
 
+    def test_tells_of_an_error_that_cannot_tell_its_message(self, tmp_path: Path, capfd) -> None:
+        class UnspeakableError(Exception):
+            def __str__(self) -> str:
+                raise ValueError("no message either")
+
+        with pytest.raises(UnspeakableError):
+            self.fail(tmp_path, UnspeakableError())
+
+        (stop,) = events(tmp_path, "stop")
+        assert (stop["reason"], stop["error"]) == ("error", "UnspeakableError (its __str__ raises ValueError)")
+        assert "Traceback" not in capfd.readouterr().err
+
     @pytest.mark.parametrize(("error", "reason"), [(KeyboardInterrupt, "interrupt"), (SystemExit, "exit")])
     def test_tells_who_ended_a_run(self, tmp_path: Path, error: type[BaseException], reason: str) -> None:
         with pytest.raises(error):
@@ -389,6 +401,18 @@ def test_an_option_that_makes_no_sense_is_named_at_construction(options: dict[st
         Observation(**options)
     with pytest.raises(ValueError, match=named):
         FakeSupervisor(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"progress": 3}, "progress must be True or False, got int: 3"),
+        ({"end_on_hang": "no"}, "end_on_hang must be True or False, got str: 'no'"),
+    ],
+)
+def test_a_switch_is_on_or_off_and_nothing_else(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Observation(**options)
 
 
 def test_hangs_that_leave_no_trace_are_not_watched_for() -> None:

@@ -30,6 +30,18 @@ def kinds(supervisor: FakeSupervisor) -> list[str]:
     return [record[0] for record in supervisor.events.records]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop_on_sigterm": None}, "stop_on_sigterm must be True or False, got NoneType: None"),
+        ({"save_at_end": "no"}, "save_at_end must be True, False or None, got str: 'no'"),
+    ],
+)
+def test_a_switch_is_on_or_off_and_nothing_else(options, message):
+    with pytest.raises(TypeError, match=message):
+        FakeSupervisor(**options)
+
+
 class TestTheEventLog:
     def test_begins_with_the_start_and_ends_with_the_stop(self, tmp_path):
         supervisor = FakeSupervisor(str(tmp_path))

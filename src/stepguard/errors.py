@@ -116,3 +116,12 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:
         error.__dict__.setdefault("__notes__", []).append(note)
+
+
+def described(error: BaseException) -> str:
+    """The type and the message of an error of any make; of one that cannot tell its message, the type."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception as raised:  # noqa: BLE001 - the code of a program: what is told of an error is no place to fail
+        return f"{kind} (its __str__ raises {type(raised).__name__})"

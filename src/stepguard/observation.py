@@ -16,10 +16,12 @@ from typing import Any
 
 from stepguard import __version__, heartbeat, history, launched, ledger
 from stepguard.engine import Engine
+from stepguard.errors import described
 from stepguard.hang_watch import HangWatch
 from stepguard.heartbeat import Heartbeat
 from stepguard.ledger import Ledger
 from stepguard.metrics import MetricsServer, Totals
+from stepguard.options import check_switch
 from stepguard.progress_line import ProgressLine
 from stepguard.store import Recovery
 
@@ -57,6 +59,8 @@ class Observation:
     metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
+        check_switch("progress", self.progress)
+        check_switch("end_on_hang", self.end_on_hang)
         _check_steps(self.total_steps)
         _check_secs(self.hang_secs)
         if self.end_on_hang and self.hang_secs is None:
@@ -446,7 +450,7 @@ class Observer:
 
 def describe(error: BaseException) -> str:
     """The type and the first line of an error."""
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
+    return described(error).split("\n", 1)[0][:500]
 
 
 def _check_steps(steps: object) -> None:

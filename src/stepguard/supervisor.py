@@ -15,10 +15,12 @@ from typing import Any, Generic
 
 from stepguard.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.errors import described
 from stepguard.looper import LooperThread
 from stepguard.managed_session import ManagedSession, Run
 from stepguard.nan_guard import NanGuard, check_options
 from stepguard.observation import Observation, Observer
+from stepguard.options import check_switch
 from stepguard.saving import Saving
 from stepguard.services import StepCounter, WhileOpen
 from stepguard.store import CheckpointStore
@@ -66,6 +68,7 @@ class Supervisor(Generic[SessionT]):
         nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
 
     Raises:
+        TypeError: a switch is neither on nor off.
         ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
     """
 
@@ -93,6 +96,8 @@ class Supervisor(Generic[SessionT]):
         nan_guard: str | None = None,
         nan_returns: int = 3,
     ) -> None:
+        check_switch("save_at_end", save_at_end, or_none=True)
+        check_switch("stop_on_sigterm", stop_on_sigterm)
         self._engine = engine
         self._coord = coord
         self._is_chief = is_chief
@@ -448,7 +453,7 @@ class Supervisor(Generic[SessionT]):
             self._coord.join(stop_grace_period_secs=max(0.0, deadline - time.monotonic()), ignore_live_threads=True)
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
-            _log.error("the program ended without stop(), which would have raised: %s: %s", type(error).__name__, error)
+            _log.error("the program ended without stop(), which would have raised: %s", described(error))
         self._observer.end(
             "exit" if failure is None else "error",
             failure,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -55,6 +56,23 @@ def test_a_mistake_in_the_arguments_ends_with_2(tmp_path):
     assert run("ls").exit_code == 2
     assert run("ls", tmp_path / "missing").exit_code == 2
     assert run("ls", tmp_path / "file").exit_code == 2
+
+
+def numbers_of_commands():
+    context = click.Context(cli)
+    for name in cli.list_commands(context):
+        for option in cli.get_command(context, name).params:
+            if isinstance(option.type, click.types.FloatParamType):
+                yield name, option.opts[0]
+
+
+@pytest.mark.parametrize(("command", "option"), list(numbers_of_commands()))
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e999"])
+def test_a_number_that_is_none_is_a_mistake(command, option, value):
+    refused = run(command, option, value, "--", "true")
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in refused.stderr
+    assert value == "-1" or "expected a finite number of seconds" in refused.stderr
 
 
 def test_the_module_is_the_command():

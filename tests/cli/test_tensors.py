@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 from logdirs import commit
@@ -140,6 +141,14 @@ def test_each_kind_of_difference_is_told(saved, stepguard, document):
         "relative": pytest.approx(1 / 3),
     }
     assert stepguard("diff", one, other).stdout.splitlines()[-1] == "6 differences, 1 equal"
+
+
+def test_a_count_is_shown_and_compared_like_a_dictionary(saved, document):
+    one = saved("a.pt", {"milestones": Counter([2, 4, 4])})
+    other = saved("b.pt", {"milestones": Counter([2, 4])})
+    shown = {name: value["value"] for name, value in by_name(document("show", one, "--all")["values"]).items()}
+    assert shown == {"milestones.2": 1, "milestones.4": 2}
+    assert list(by_name(document("diff", one, other)["changes"])) == ["milestones.4"]
 
 
 def test_a_file_that_only_code_could_read_is_refused_and_no_code_is_run(saved, tmp_path, stepguard):

@@ -268,6 +268,16 @@ class TestStateThatCannotBeSaved:
         with pytest.raises(TypeError, match=r"model\.weight.*Partial"):
             Supervisor({"model": model}, tmp_path)
 
+    def test_a_sparse_tensor_beside_sharded_ones(self, alone, tmp_path):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import distribute_tensor
+
+        model = nn.Linear(1, 1)
+        model.weight = nn.Parameter(distribute_tensor(torch.ones(1, 1), init_device_mesh("cpu", (1,))))
+        model.register_buffer("adjacency", torch.eye(2).to_sparse())
+        with pytest.raises(TypeError, match=r"model\.adjacency.*sparse_coo"):
+            Supervisor({"model": model}, tmp_path)
+
 
 class TestExchange:
     """Two processes as two threads: what the one says when the other cannot write."""

@@ -261,11 +261,20 @@ def test_wrong_arguments_of_steps_are_named(arguments, error, text):
         ({"summary_writer": 3}, TypeError, "summary_writer"),
         ({"logdir": 3}, TypeError, "logdir"),
         ({"max_to_keep": -1}, ValueError, "max_to_keep"),
+        ({"stop_on_sigterm": None}, TypeError, "stop_on_sigterm must be True or False, got NoneType: None"),
+        ({"save_at_end": "no"}, TypeError, "save_at_end must be True, False or None, got str: 'no'"),
+        ({"progress": 3}, TypeError, "progress must be True or False, got int: 3"),
     ],
 )
 def test_wrong_arguments_of_the_supervisor_are_named(arguments, error, text):
     with pytest.raises(error, match=text):
         supervisor(**arguments)
+
+
+def test_starting_over_is_not_asked_for_by_just_any_word(tmp_path):
+    with pytest.raises(TypeError, match="start_over_when_all_damaged must be True or False, got str: 'no'"):
+        supervisor(logdir=tmp_path, start_over_when_all_damaged="no")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_waits_for_the_step_and_the_step_for_the_copy(tmp_path):

@@ -26,6 +26,9 @@ def run(state, logdir, steps=1):
             pass
 
 
+PARTS = [torch.ones(2), torch.ones(3)]
+
+
 class Holder:
     def __init__(self, state):
         self.state = state
@@ -50,12 +53,29 @@ class TestStateThatCannotBeSaved:
             ({"call": len}, r"thing\.call.*builtin_function"),
             ({"weights": torch.empty(3, device="meta")}, r"thing\.weights.*meta"),
             ({Odd: 1}, r"key"),
+            ({"parts": torch.nested.nested_tensor(PARTS, layout=torch.jagged)}, r"thing\.parts.*nested.*unbind"),
         ],
     )
     def test_is_named_when_the_supervisor_is_made(self, state, named, tmp_path):
         with pytest.raises(TypeError, match=named):
             Supervisor({"thing": Holder(state)}, tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a layout that is not sparse either")
+    def test_is_named_if_it_is_of_a_layout_of_one_machine(self, tmp_path):
+        with pytest.raises(TypeError, match=r"thing\.packed\[0\].*_mkldnn.*to_dense"):
+            Supervisor({"thing": Holder({"packed": [torch.ones(2, 2).to_mkldnn()]})}, tmp_path)
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+    def test_is_named_also_if_pytorch_has_not_even_a_shape_for_it(self, tmp_path):
+        model = nn.Module()
+        model.register_buffer("parts", torch.nested.nested_tensor(PARTS))
+        with pytest.raises(TypeError, match=r"model\.parts.*nested"):
+            Supervisor({"model": model}, tmp_path)
+        with pytest.raises(TypeError, match=r"model\.weight.*lazy module.*run one batch"):
+            Supervisor({"model": nn.LazyLinear(3)}, tmp_path)
+        with pytest.raises(TypeError, match=r"model\.running_mean.*lazy module"):
+            Supervisor({"model": nn.LazyBatchNorm1d(affine=False)}, tmp_path)
 
     def test_and_came_later_stops_the_run_and_is_named(self, tmp_path):
         values = Values(best=0)
@@ -98,6 +118,18 @@ class TestACheckpointThatDoesNotFit:
 
         assert error.reshaped == {"model.1.weight": ("[4, 3]", "[1, 3]"), "model.1.bias": ("[4]", "[1]")}
         assert "model.1.weight (expected [4, 3], found [1, 3])" in str(error)
+
+    def test_names_what_was_dense_and_is_sparse(self, tmp_path):
+        def build(adjacency):
+            model = nn.Linear(1, 1)
+            model.register_buffer("adjacency", adjacency)
+            return model
+
+        run({"model": build(torch.eye(2))}, tmp_path)
+        with pytest.raises(CheckpointMismatchError) as caught:
+            run({"model": build(torch.eye(2).to_sparse())}, tmp_path)
+
+        assert caught.value.reshaped == {"model.adjacency": ("torch.sparse_coo", "torch.strided")}
 
     def test_names_what_is_missing_and_what_is_too_much(self, tmp_path):
         self.save(tmp_path)
@@ -224,6 +256,57 @@ class TestWhatIsRestored:
         assert second["values"].nested == {"list": [1, (2.5, None)]}
         assert second["values"].tensor.tolist() == [0, 1, 2]
         assert draw(second) == draw(first)
+
+    @pytest.mark.parametrize("kind", ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"])
+    def test_every_generator_of_numpy(self, kind, tmp_path):
+        import numpy as np
+
+        def build(seed):
+            return {"draws": np.random.Generator(getattr(np.random, kind)(seed))}
+
+        first, second = build(1), build(2)
+        # An odd number of draws of 32 bits leaves half a draw of 64 bits for later.
+        first["draws"].integers(9, size=3, dtype="uint32")
+        run(first, tmp_path)
+        run(second, tmp_path, steps=2)
+
+        drawn = first["draws"].integers(2**32, size=5, dtype="uint32"), first["draws"].normal(size=700)
+        again = second["draws"].integers(2**32, size=5, dtype="uint32"), second["draws"].normal(size=700)
+        assert [one.tolist() for one in again] == [one.tolist() for one in drawn]
+
+    @pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC|invariant)")
+    @pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr", "bsc"])
+    def test_sparse_tensors(self, layout, tmp_path):
+        def build(dense):
+            arguments = [(2, 2)] if layout.startswith("b") else []
+            convert = getattr(dense, "to_sparse" if layout == "coo" else f"to_sparse_{layout}")
+            model = nn.Module()
+            model.register_buffer("adjacency", convert(*arguments))
+            return {"model": model, "values": Values(seen=convert(*arguments))}
+
+        dense = torch.tensor([[0.0, 1, 0, 0], [0, 0, 2, 0], [3, 0, 0, 4], [0, 0, 0, 0]])
+        first, second = build(dense), build(torch.eye(4))
+        run(first, tmp_path)
+        assert torch.load(tmp_path / "model.ckpt-1" / "model.pt", weights_only=True)["adjacency"].layout == (
+            getattr(torch, f"sparse_{layout}")
+        )
+        run(second, tmp_path, steps=2)
+
+        for restored in (second["model"].adjacency, second["values"].seen):
+            assert restored.layout is first["model"].adjacency.layout
+            assert torch.equal(restored.to_dense(), dense)
+
+    def test_a_sparse_tensor_with_doubles_as_it_was(self, tmp_path):
+        def build(values):
+            return {"values": Values(seen=torch.sparse_coo_tensor([[1, 1]], values, (3,), check_invariants=True))}
+
+        second = build([5.0, 6.0])
+        run(build([1.0, 2.0]), tmp_path)
+        run(second, tmp_path, steps=2)
+
+        seen = second["values"].seen
+        assert not seen.is_coalesced()
+        assert (seen._indices().tolist(), seen._values().tolist()) == ([[1, 1]], [1.0, 2.0])
 
     def test_a_value_that_was_never_saved_keeps_what_the_program_gives_it_and_is_named(self, tmp_path, caplog):
         run({"values": Values(lowest=1.0, dropped="saved")}, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 LOGDIR = click.Path(exists=True, file_okay=False, path_type=Path)
 """A directory that exists."""
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds that comes to an end: NaN is in no range and fails no comparison, and so passes a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"expected a finite number of seconds, found {seconds}", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(min=0)
+"""A finite number of seconds, or none: 0."""
 
 _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_SUFFIX)}|\.data-\d+-of-\d+)")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from stepguard.cli import output
+from stepguard.cli.arguments import SECONDS
 from stepguard.cli.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.restarts import Restarts
 from stepguard.history import History
@@ -44,21 +45,21 @@ Exit codes:
 )
 @click.option(
     "--first-delay-secs",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=1.0,
     show_default=True,
     help="Seconds before the first restart; each start without progress doubles them.",
 )
 @click.option(
     "--longest-delay-secs",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=300.0,
     show_default=True,
     help="Seconds before a restart, at most.",
 )
 @click.option(
     "--grace-secs",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=150.0,
     show_default=True,
     help="Seconds that processes left behind by a program that has failed may take to stop.",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointError, NonFiniteError
+from stepguard.errors import CheckpointError, NonFiniteError, described
 from stepguard.torch import unpickling
 
 _log = logging.getLogger(__name__)
@@ -149,19 +149,15 @@ def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[
         files.fsync_dir(directory)
         exchange.answer("part", (part.results, part.name, part.size, part.digest))
     except OSError as error:
-        _answer_error(exchange, asked, error, error.errno or errno.EIO, _described(error))
+        _answer_error(exchange, asked, error, error.errno or errno.EIO, described(error))
     except NonFiniteError as error:
         _answer_error(exchange, asked, error, _NON_FINITE, (str(error), error.step, error.names))
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-        _answer_error(exchange, asked, error, 0, _described(error))
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        _answer_error(exchange, asked, error, 0, described(error))
 
 
 def _answer_error(exchange: Exchange, asked: str, error: Exception, code: int, content: Any) -> None:
-    _log.warning("the part of this process was not written (process %d): %s", os.getpid(), error)
+    _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
     try:
         exchange.answer(asked, content, code)
     except RuntimeError:

@@ -8,7 +8,7 @@ dictionaries in them, are gone through; each tensor, and each other value, has i
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,8 @@ def mapped(path: Path, value: Any, change: Callable[[Path, Any], Any]) -> Any:
     if isinstance(value, Mapping):
         pairs = ((key, mapped((*path, str(key)), part, change)) for key, part in value.items())
         if type(value) is not OrderedDict:
-            return dict(pairs)
+            # Not of the pairs: a Counter would count them.
+            return Counter(dict(pairs)) if type(value) is Counter else dict(pairs)
         copied = OrderedDict(pairs)
         # nn.Module.state_dict notes here which version of each module wrote it.
         copied.__dict__.update(value.__dict__)
@@ -73,6 +74,11 @@ def check_shardable(name: str, state: Any) -> None:
             raise TypeError(f"{place}: two places of a state with sharded tensors have this name; rename one of them")
         if type(part) in (tuple, list) and any(is_dtensor(one) for one in part):
             raise TypeError(f"{place}: expected sharded tensors in dictionaries and lists, found a tuple of them")
+        if isinstance(part, torch.Tensor) and part.layout is not torch.strided:
+            raise TypeError(
+                f"{place}: expected dense tensors beside sharded ones, found one of the layout {part.layout}, which "
+                f"the format of sharded checkpoints has no room for; keep it in an object of its own"
+            )
         if is_dtensor(part) and any(placement.is_partial() for placement in part.placements):
             raise TypeError(
                 f"{place}: this tensor is a sum that was not made yet (placement Partial); call "

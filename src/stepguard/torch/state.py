@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stepguard.torch.format import is_process
 from stepguard.torch.shards import Layouts, Shard, check_shardable, is_dtensor, is_sharded, shard_of
@@ -36,6 +38,8 @@ _OF_PARAMETER_SHAPE = {
     "ax",
 }
 
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -54,24 +58,27 @@ class Component:
         if isinstance(holder, random.Random):
             return {"state": holder.getstate()}
         if _is_numpy_generator(holder):
-            return dict(holder.bit_generator.state)
+            return _without_arrays(holder.bit_generator.state)
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
         """Put a saved state in place. Its tensors may be those of a mapped file: none of them is kept."""
         holder = self._holder
         if isinstance(holder, nn.Module):
+            _make_room(holder, state)
             # It copies into the tensors that it has, or nearly always does.
             holder.load_state_dict(state)
             if not _shares_memory(holder.state_dict(), state):
                 return
-        state = copy.deepcopy(state)
+        # Of sparse tensors deepcopy knows only some.
+        sparse = {id(part): part.clone() for _, part in leaves("", state) if _is_sparse(part)}
+        state = copy.deepcopy(state, sparse)
         if isinstance(holder, torch.Generator):
             holder.set_state(state["state"])
         elif isinstance(holder, random.Random):
             holder.setstate(state["state"])
         elif _is_numpy_generator(holder):
-            holder.bit_generator.state = state
+            holder.bit_generator.state = _with_arrays(state, holder.bit_generator.state)
         else:
             holder.load_state_dict(state)
 
@@ -203,8 +210,7 @@ def check_saveable(path: str, value: Any) -> None:
     """
     for place, part in leaves(path, value):
         if isinstance(part, torch.Tensor):
-            if part.is_meta:
-                raise TypeError(f"{place}: this tensor is on the meta device: it has a shape and no values to save")
+            _check_tensor(place, part)
         elif not (type(part) in _PLAIN or _is_numpy_scalar(part)):
             hint = "; torch.from_numpy(array) can be saved" if type(part).__name__ == "ndarray" else ""
             raise TypeError(
@@ -214,9 +220,30 @@ def check_saveable(path: str, value: Any) -> None:
             )
 
 
+def _check_tensor(place: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise TypeError(
+            f"{place}: this parameter of a lazy module has no shape yet, and no values to save; run one batch through "
+            f"the model before the Supervisor is made (and before the optimizer is)"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{place}: expected a tensor of one shape, found a nested one, which cannot be saved exactly; keep its "
+            f"parts as a list of tensors, tensor.unbind()"
+        )
+    if tensor.is_meta:
+        raise TypeError(f"{place}: this tensor is on the meta device: it has a shape and no values to save")
+    if tensor.layout is not torch.strided and not _is_sparse(tensor):
+        raise TypeError(
+            f"{place}: expected a dense or a sparse tensor, found one of the layout {tensor.layout}, which cannot be "
+            f"saved exactly; tensor.to_dense() can"
+        )
+
+
 def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a nested state that are no containers, each with its place."""
-    if type(value) in (dict, OrderedDict):
+    # MultiStepLR counts its milestones; PyTorch reads a Counter without running code since 2.4.
+    if type(value) in (dict, OrderedDict, Counter):
         for key, part in value.items():
             if type(key) not in _PLAIN and type(key) is not tuple:
                 yield f"{path}.{key!r} (the key)", key
@@ -248,7 +275,8 @@ def non_finite(path: str, state: Any) -> list[str]:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    if tensor.layout is not torch.strided:
+    if _is_sparse(tensor):
+        # What is kept for one place of a COO tensor several times counts as its sum.
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -281,9 +309,10 @@ class HostMemory:
             local = value.detach().to_local()
             return shard_of(value, self._copied_tensor(path, local, seen, streams))
         if isinstance(value, torch.Tensor):
+            _check_tensor(path, value)
             return self._copied_tensor(path, value.detach(), seen, streams)
-        if type(value) is dict:
-            return {key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()}
+        if type(value) in (dict, Counter):
+            return type(value)({key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()})
         if type(value) is OrderedDict:
             copied = OrderedDict(
                 (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
@@ -301,9 +330,7 @@ class HostMemory:
     def _copied_tensor(
         self, path: str, tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams
     ) -> torch.Tensor:
-        if tensor.is_meta:
-            check_saveable(path, tensor)
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if _is_sparse(tensor) or tensor.is_quantized:
             streams.finish()
             return tensor.cpu().clone()
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -363,7 +390,38 @@ class CopyStreams:
 def nbytes(value: Any) -> int:
     """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
     tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(_nbytes_of(tensor) for tensor in tensors.values())
+
+
+def _nbytes_of(tensor: torch.Tensor | Shard) -> int:
+    if isinstance(tensor, torch.Tensor) and _is_sparse(tensor):
+        return sum(part.nbytes for part in _parts_of_sparse(tensor))
+    return tensor.nbytes
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout in _SPARSE
+
+
+def _parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The dense tensors that it is made of."""
+    if tensor.layout is torch.sparse_coo:
+        # Not indices(): that is for one without doubles.
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Compressed sparse tensors are copied only into one of as many values."""
+    with torch.no_grad():
+        for name, live in itertools.chain(module.named_parameters(), module.named_buffers()):
+            held: Any = saved.get(name)
+            if not (_is_sparse(live) and _is_sparse(held)) or live.layout is torch.sparse_coo:
+                continue
+            if live.values().shape != held.values().shape:
+                live.resize_as_sparse_(held)
 
 
 def _shares_memory(state: Any, other: Any) -> bool:
@@ -374,9 +432,10 @@ def _shares_memory(state: Any, other: Any) -> bool:
 def _addresses(state: Any) -> Iterator[int]:
     for _, part in leaves("", state):
         # A DTensor has been put together from copies.
-        is_plain = isinstance(part, torch.Tensor) and not is_dtensor(part)
-        if is_plain and part.layout is torch.strided and part.numel():
-            yield part.untyped_storage().data_ptr()
+        if isinstance(part, torch.Tensor) and not is_dtensor(part):
+            for one in _parts_of_sparse(part) if _is_sparse(part) else (part,):
+                if one.numel():
+                    yield one.untyped_storage().data_ptr()
 
 
 def _compare_groups(name: str, live: Any, saved: Any, found: Misfit) -> None:
@@ -414,6 +473,8 @@ def _compare_shapes(path: str, live: Any, saved: Any, found: Misfit) -> None:
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
         if live.shape != saved.shape:
             found.reshaped[path] = (str(list(live.shape)), str(list(saved.shape)))
+        elif live.layout != saved.layout:
+            found.reshaped[path] = (str(live.layout), str(saved.layout))
     elif isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key in live:
             if key in saved:
@@ -444,6 +505,24 @@ def _unwrapped(holder: Any) -> Any:
 def _is_numpy_generator(holder: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(holder, numpy.random.Generator)
+
+
+def _without_arrays(state: Any) -> Any:
+    """The state of a NumPy generator, with lists of numbers for the arrays that most of them keep."""
+    if isinstance(state, Mapping):
+        return {key: _without_arrays(part) for key, part in state.items()}
+    return state.tolist() if type(state).__name__ == "ndarray" else state
+
+
+def _with_arrays(state: Any, live: Any) -> Any:
+    """The reverse, with arrays where ``live``, the state of such a generator, has them."""
+    if isinstance(state, Mapping) and isinstance(live, Mapping):
+        return {key: _with_arrays(part, live.get(key)) for key, part in state.items()}
+    if type(live).__name__ != "ndarray":
+        return state
+    import numpy as np
+
+    return np.array(state, dtype=live.dtype)
 
 
 def _is_numpy_scalar(value: Any) -> bool:

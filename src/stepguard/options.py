@@ -1,0 +1,15 @@
+"""The switches among the options of a Supervisor, checked at its construction."""
+
+from __future__ import annotations
+
+
+def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
+    """Whether it is one: what is merely true, such as the text ``"no"``, is a mistake.
+
+    Raises:
+        TypeError: it is none; the message names the option, what was expected and what was found.
+    """
+    if isinstance(value, bool) or (or_none and value is None):
+        return
+    expected = "True, False or None" if or_none else "True or False"
+    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {value!r:.80}")
