@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Generic, ParamSpec, TypeVar
 
 from stepguard.engine import SessionT
-from stepguard.errors import StopRequested, add_note
+from stepguard.errors import StopRequested, add_note, described
 from stepguard.signals import SigtermWatch, end_by_sigterm
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         except BaseException as raised:
             if self._sigterm.received and isinstance(raised, Exception):
                 # Not for the program to catch, and to go on: the process was told to end.
-                _log.error("ended by SIGTERM, and by an error, %s: %s", type(raised).__name__, raised, exc_info=raised)
+                _log.error("ended by SIGTERM, and by an error, %s", described(raised), exc_info=raised)
                 end_by_sigterm()
             if raised is error:
                 return False
@@ -162,4 +162,4 @@ class ManagedSession(AbstractContextManager[SessionT]):
             self._end()
         except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
             if later is not error:
-                add_note(error, f"while stopping: {type(later).__name__}: {later}")
+                add_note(error, f"while stopping: {described(later)}")

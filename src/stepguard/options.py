@@ -9,7 +9,9 @@ def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
     Raises:
         TypeError: it is none; the message names the option, what was expected and what was found.
     """
-    if isinstance(value, bool) or (or_none and value is None):
+    # A bool of NumPy is named like that too, and is what `ranks == 0` gives.
+    is_switch = type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1))
+    if is_switch or (or_none and value is None):
         return
     expected = "True, False or None" if or_none else "True or False"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {value!r:.80}")

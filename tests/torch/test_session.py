@@ -263,6 +263,7 @@ def test_wrong_arguments_of_steps_are_named(arguments, error, text):
         ({"max_to_keep": -1}, ValueError, "max_to_keep"),
         ({"stop_on_sigterm": None}, TypeError, "stop_on_sigterm must be True or False, got NoneType: None"),
         ({"save_at_end": "no"}, TypeError, "save_at_end must be True, False or None, got str: 'no'"),
+        ({"is_chief": "no"}, TypeError, "is_chief must be True, False or None, got str: 'no'"),
         ({"progress": 3}, TypeError, "progress must be True or False, got int: 3"),
     ],
 )

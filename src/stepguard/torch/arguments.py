@@ -7,7 +7,18 @@ import numbers
 import os
 from typing import Any
 
+from stepguard.options import check_switch
+
 _SECONDS = ("save_summaries_secs", "save_model_secs", "stop_grace_secs", "max_unprotected_secs")
+_SWITCHES = (
+    "is_chief",
+    "save_at_end",
+    "stop_on_sigterm",
+    "start_over_when_all_damaged",
+    "progress",
+    "end_on_hang",
+)
+_MAY_BE_NONE = ("is_chief", "save_at_end")
 _COUNTS = ("save_model_steps", "max_to_keep")
 
 
@@ -21,6 +32,8 @@ def check(**given: Any) -> None:
         _check_seconds(name, given[name])
     for name in _COUNTS:
         _check_count(name, given[name], 1 if name == "save_model_steps" else 0)
+    for name in _SWITCHES:
+        check_switch(name, given[name], or_none=name in _MAY_BE_NONE)
     for name in ("summaries", "init_fn"):
         if given[name] is not None and not callable(given[name]):
             raise _wrong_type(name, "a function without arguments", given[name])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.options import check_switch
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch import random_states
 from stepguard.torch.format import PROCESS, SUFFIX, is_process, read_file
@@ -28,7 +27,6 @@ class Restorer:
     def __init__(
         self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
     ) -> None:
-        check_switch("start_over_when_all_damaged", start_over_when_all_damaged)
         self._store = store
         self._components = components
         self._start_over_when_all_damaged = start_over_when_all_damaged

@@ -110,6 +110,7 @@ class Supervisor(CoreSupervisor[Session]):
     ) -> None:
         arguments.check(
             logdir=logdir,
+            is_chief=is_chief,
             init_fn=init_fn,
             summaries=summaries,
             summary_writer=summary_writer,
@@ -119,6 +120,11 @@ class Supervisor(CoreSupervisor[Session]):
             max_to_keep=max_to_keep,
             stop_grace_secs=stop_grace_secs,
             max_unprotected_secs=max_unprotected_secs,
+            save_at_end=save_at_end,
+            stop_on_sigterm=stop_on_sigterm,
+            start_over_when_all_damaged=start_over_when_all_damaged,
+            progress=progress,
+            end_on_hang=end_on_hang,
         )
         if nan_guard == RETURN and world()[1] > 1:
             raise ValueError(
