@@ -25,7 +25,7 @@ from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
 SOON_SECS = 60.0
-TRAINING = [sys.executable, str(Path(__file__).with_name("training.py"))]
+TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]
 
 
 def run(*arguments, options=(), **how):
