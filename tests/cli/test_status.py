@@ -20,7 +20,7 @@ from stepguard.ledger import Ledger
 from stepguard.testing import FakeSupervisor
 
 SOON_SECS = 60.0
-TRAINING = [sys.executable, str(Path(__file__).with_name("training.py"))]
+TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]
 STATUS = [sys.executable, "-m", "stepguard", "status"]
 
 

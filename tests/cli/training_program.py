@@ -1,6 +1,6 @@
 """A program that tests have the launcher start: a small run on the fake engine that ends as it is told.
 
-Usage: training.py LOGDIR WHAT [STEPS]
+Usage: training_program.py LOGDIR WHAT [STEPS]
 """
 
 from __future__ import annotations
