@@ -27,6 +27,7 @@ PRUNED = ".pruned-"
 
 # What TensorFlow's own tools write.
 _TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})")
+_TENSORFLOW_META = ".meta"
 _TENSORFLOW_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})")
 
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
@@ -84,6 +85,12 @@ class Layout:
         if file_name == name:
             return True
         return file_name.startswith(name) and _PLAIN_SUFFIX.fullmatch(file_name[len(name) :]) is not None
+
+    def is_needed(self, file_name: str, name: str) -> bool:
+        """Whether a restore of the checkpoint ``name`` reads ``file_name``. TensorFlow's does not read the meta graph,
+        which is much of a small checkpoint, and which people remove for that.
+        """
+        return self.entry_suffix is None or file_name != name + _TENSORFLOW_META
 
     # --- what is there ---
 
