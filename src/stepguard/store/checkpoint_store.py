@@ -239,16 +239,15 @@ class CheckpointStore:
         self._retention.add(checkpoint)
         if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
             self._retention.anchor = self._stored_anchor()
-        statefile.write(
-            self.root,
-            checkpoint.name,
-            [one.name for one in self._retention.owned] or [checkpoint.name],
-            last_preserved=self._retention.anchor,
-            relative_paths=self.relative_paths,
-        )
+        kept = [one.name for one in self._retention.owned] or [checkpoint.name]
+        self._write_state(checkpoint.name, kept, self._retention.anchor)
         files.remove_quietly(self._layout.stage(checkpoint.name))
         files.remove_quietly(self._layout.replaced(checkpoint.name))
         return checkpoint
+
+    def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
+        stated, *names = self._layout.stated([newest, *kept])
+        statefile.write(self.root, stated, names, last_preserved=last_preserved, relative_paths=self.relative_paths)
 
     def _stored_anchor(self) -> float:
         state = statefile.read(self.root)
@@ -263,12 +262,8 @@ class CheckpointStore:
         kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
         state = statefile.read(self.root)
         try:
-            statefile.write(
-                self.root,
-                checkpoint.name,
-                [*kept, checkpoint.name],
-                last_preserved=None if state is None else state.last_preserved,
-                relative_paths=self.relative_paths,
+            self._write_state(
+                checkpoint.name, [*kept, checkpoint.name], None if state is None else state.last_preserved
             )
         except OSError as error:
             _log.warning("%s: could not be written: %s", self.root / statefile.FILE_NAME, error)
@@ -412,10 +407,11 @@ class CheckpointStore:
             return
         newest = newest_good if state.newest in names else state.newest
         kept = [one for one in state.names if one not in names]
+        stated, *listed = self._layout.stated([newest, *(kept if newest in kept else [*kept, newest])])
         statefile.write(
             self.root.absolute(),
-            newest,
-            kept if newest in kept else [*kept, newest],
+            stated,
+            listed,
             last_preserved=state.last_preserved,
             relative_paths=not state.path.is_absolute(),
         )

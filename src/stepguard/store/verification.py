@@ -104,7 +104,7 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     """
     if layout.entry_suffix is None:
         return False
-    names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:
         return False  # It is of another framework.
     try:

@@ -72,6 +72,7 @@ class Restorer:
         Raises:
             CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
         """
+        path = tensors.restorable(path)
         graph = session.graph
         with graph.as_default():
             check_fits(saver, graph, path)
@@ -277,7 +278,7 @@ def _step_of(name: str) -> int | None:
 
 def _own_earlier(store: CheckpointStore, saver: Any) -> None:
     """Let retention go on where the run before has stopped: that of the store, and the saver's own."""
-    _tell_saver(saver, [(str(one.path), one.time) for one in store.adopt_earlier()])
+    _tell_saver(saver, [(tensors.restorable(str(one.path)), one.time) for one in store.adopt_earlier()])
 
 
 def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,34 @@ from stepguard.errors import CheckpointCorruptError
 from stepguard.tensors import SavedTensor
 
 
+def restorable(path: str) -> str:
+    """What TensorFlow is given to restore the checkpoint with the prefix ``path``: a pattern, if that is sharded and of
+    the old format (V1).
+    """
+    if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
+        for shard in old_shards(path):
+            return f"{path}-?????-of-{shard.rpartition('-')[2]}"
+    return path
+
+
+def old_shards(path: str) -> list[str]:
+    """The names of the files of a sharded checkpoint of the old format, sorted."""
+    place, name = os.path.split(path)
+    try:
+        names = tf.io.gfile.listdir(place or os.curdir)
+    except tf.errors.OpError:
+        return []  # There is no such directory.
+    shards = re.compile(re.escape(name) + r"-\d{5,}-of-\d{5,}")
+    return sorted(one for one in names if shards.fullmatch(one))
+
+
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
     """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read when it is asked for.
 
     Raises CheckpointCorruptError if the index cannot be read.
     """
     try:
-        reader = tf.compat.v1.train.NewCheckpointReader(str(path))
+        reader = tf.compat.v1.train.NewCheckpointReader(restorable(str(path)))
         shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     except Exception as error:  # the reader raises whatever it likes for an index that is not one
         raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
