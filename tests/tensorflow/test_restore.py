@@ -453,3 +453,30 @@ class TestTheOldFormat:
         cut(tmp_path / f"model.ckpt-9{data}", 0.5)
         with pytest.raises(CheckpointCorruptError):
             store.verify(store.candidates()[0])
+
+    @pytest.mark.parametrize("then", [OLD_FORMAT, {}], ids=["the same", "the new one"])
+    def test_of_tensorflows_own_supervisor_is_continued(self, then, is_sharded, tmp_path):
+        train_with(v1.train.Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+
+        assert train_with(Supervisor, tmp_path, **then, sharded=is_sharded) == 3
+        assert train_with(Supervisor, tmp_path, **then, sharded=is_sharded) == 6
+
+    @pytest.mark.parametrize("is_removed", [False, True], ids=["damaged", "missing"])
+    def test_of_tensorflows_own_supervisor_is_no_fresh_start_when_it_is_not_good(
+        self, is_removed, is_sharded, tmp_path
+    ):
+        train_with(v1.train.Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+        data = tmp_path / f"model.ckpt-3{'-00000-of-00001' if is_sharded else ''}"
+        if is_removed:
+            data.unlink()
+        else:
+            cut(data, 0.5)
+
+        with pytest.raises(NoGoodCheckpointError, match=r"model\.ckpt-3"):
+            train_with(Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+
+    def test_may_lie_where_the_logdir_was_copied_to(self, is_sharded, tmp_path):
+        train_with(v1.train.Supervisor, tmp_path / "before", **OLD_FORMAT, sharded=is_sharded)
+        shutil.move(tmp_path / "before", tmp_path / "now")
+
+        assert train_with(Supervisor, tmp_path / "now", sharded=is_sharded) == 3
