@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1128,6 +1129,26 @@ def test_a_second_process_is_told_who_is_chief(tmp_path: Path, chief_of: Callabl
     assert str(error.pid) in str(error)
     chief.close()
     open_store(tmp_path / "logdir").acquire().release()
+
+
+def test_two_stores_of_one_process_save_side_by_side(tmp_path: Path) -> None:
+    stores = [open_store(tmp_path, basename=basename, max_to_keep=2) for basename in ("generator", "critic")]
+    with ThreadPoolExecutor(len(stores)) as threads:
+        for saving in [threads.submit(lambda store: [save(store, step) for step in range(50)], one) for one in stores]:
+            saving.result()
+    for store in stores:
+        assert good_of(store).step == 49
+        assert [one.step for one in store.owned] == [48, 49]
+    assert {name for name in names_in(tmp_path) if name.startswith(".")} == set()
+
+
+def test_what_a_kill_left_aside_is_swept(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 1)
+    left = {".checkpoint.123.tmp", ".model.ckpt-2.manifest.json.123.tmp", ".checkpoint.tmp"}
+    for name in (*left, ".mine.tmp"):
+        (tmp_path / name).touch()
+    assert {path.name for path in store.sweep()} == left
 
 
 def test_a_killed_chief_leaves_no_lock(tmp_path: Path, chief_of: Callable[..., Chief]) -> None:

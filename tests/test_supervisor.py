@@ -170,6 +170,12 @@ class TestTheChief:
         with FakeSupervisor(str(tmp_path)).managed_session():
             assert not (tmp_path / ".stage-model.ckpt-7").exists()
 
+    def test_sweeps_nothing_of_another_one_of_its_process(self, tmp_path):
+        with FakeSupervisor(str(tmp_path)).managed_session():
+            (tmp_path / ".stage-other-7").mkdir()
+            with FakeSupervisor(str(tmp_path)).managed_session():
+                assert (tmp_path / ".stage-other-7").exists()
+
     def test_is_not_a_worker(self, tmp_path):
         worker = FakeSupervisor(str(tmp_path), is_chief=False)
         with worker.managed_session() as session:

@@ -432,7 +432,8 @@ class CheckpointStore:
         return hold
 
     def sweep(self) -> list[Path]:
-        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save.
+        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save, and
+        before that of any other store of its process that saves here (`LogdirHold.is_first`).
 
         Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
         belong to a save or a removal that did not end.
@@ -451,7 +452,7 @@ class CheckpointStore:
                 name = one[len(layouts.REPLACED) :]
                 if not self._layout.is_candidate(name, self._layout.present(name)):
                     continue  # The previous checkpoint is the only one of its name.
-            elif one != f".{statefile.FILE_NAME}.tmp":
+            elif not self._layout.is_aside(one):
                 continue
             files.remove(path)
             swept.append(path)

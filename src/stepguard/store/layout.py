@@ -25,6 +25,9 @@ REPLACED = ".replaced-"
 PRUNED = ".pruned-"
 """Before NAME: the manifest of a checkpoint whose files are being removed."""
 
+# Files of the store's own that are written aside, before they take the place of the last.
+_ASIDE = re.compile(r"\.(?:checkpoint|.+\.manifest\.json)(?:\.\d+)?\.tmp")
+
 # What TensorFlow's own tools write.
 _TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})|-\d{5,}-of-\d{5,}")
 _TENSORFLOW_META = ".meta"
@@ -54,6 +57,11 @@ class Layout:
         return Layout(root, self.basename, self.entry_suffix)
 
     # --- names ---
+
+    @staticmethod
+    def is_aside(file_name: str) -> bool:
+        """Whether ``file_name`` is what a kill leaves of a state file, or of a manifest, that was just written."""
+        return _ASIDE.fullmatch(file_name) is not None
 
     def is_name(self, name: str) -> bool:
         """Whether ``name`` is that of a checkpoint of this basename."""

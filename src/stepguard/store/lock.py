@@ -63,8 +63,10 @@ class LogdirHold:
     earlier one was never stopped: a hold that nobody refers to any more is given back by the garbage collector.
     """
 
-    def __init__(self, logdir: Path, held: _Held | None) -> None:
+    def __init__(self, logdir: Path, held: _Held | None, *, is_first: bool = True) -> None:
         self.logdir = logdir
+        # No other store of this process was chief here: what lies there unfinished is not being written.
+        self.is_first = is_first
         self.is_locked = held is not None
         self._finalizer = weakref.finalize(self, _release, held) if held is not None else None
 
@@ -109,6 +111,7 @@ def acquire(logdir: Path) -> LogdirHold:
                 held, unsupported = None, error
             else:
                 _held_by_path[key] = held
+        is_first = held is None or held.holds == 0
         if held is not None:
             held.holds += 1
     if held is None:
@@ -117,7 +120,7 @@ def acquire(logdir: Path) -> LogdirHold:
             logdir,
             unsupported,
         )
-    return LogdirHold(logdir, held)
+    return LogdirHold(logdir, held, is_first=is_first)
 
 
 def _lock(logdir: Path) -> _Held:
