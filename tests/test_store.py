@@ -1209,6 +1209,52 @@ def test_a_logdir_that_was_removed_and_made_again_is_locked_anew(
     old.release()
 
 
+def clear(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def test_the_chief_of_a_logdir_that_was_cleared_locks_it_again_when_it_saves(
+    tmp_path: Path, chief_of: Callable[..., Chief], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "logdir"
+    store = open_store(root, max_to_keep=3)
+    hold = store.acquire()
+    other = open_store(root, basename="other").acquire()
+    save(store, 1)
+    clear(root)
+    save(store, 2)
+    other_process = [sys.executable, "-c", CHIEF, str(root)]
+    refused = subprocess.run(other_process, env=ENVIRONMENT, input="\n", text=True, capture_output=True, check=False)
+    assert "LogdirInUseError" in refused.stderr
+    assert "is locked again" in caplog.text
+    assert [one.name for one in store.listed_by_state()] == ["model.ckpt-2"]
+    assert [one.name for one in store.owned] == ["model.ckpt-2"]
+    hold.release()
+    other.release()
+    chief_of(root)
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_save_after_another_process_has_become_chief_of_a_cleared_logdir_is_refused(
+    moment: str, tmp_path: Path, chief_of: Callable[..., Chief]
+) -> None:
+    root = tmp_path / "logdir"
+    store = open_store(root)
+    hold = store.acquire()
+    if moment == "while":
+        put(store.stage("model.ckpt-1"), tensorflow_files("model.ckpt-1", ""))
+        (root / ".stepguard.lock").unlink()
+    else:
+        clear(root)
+    chief_of(root)
+    with pytest.raises(LogdirInUseError):
+        save(store, 1) if moment == "before" else store.commit("model.ckpt-1", 1)
+    assert store.candidates() == []
+    hold.release()
+    assert not hold.renew()
+
+
 def test_a_filesystem_without_locks_is_warned_of_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

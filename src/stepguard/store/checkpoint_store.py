@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,8 @@ class CheckpointStore:
         self._newest_good: str | None = None
         self.last_recovery: Recovery | None = None
         self._was_acquired = False
+        # Weak: a hold that nobody else refers to is given back.
+        self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
 
     @property
     def basename(self) -> str:
@@ -88,6 +91,7 @@ class CheckpointStore:
         if not self._was_acquired:
             # Else it has vanished, with its filesystem perhaps: what would be made now fills the disk below, unseen.
             files.make_dirs(self.root)
+        self._keep_hold()
         stage = self._layout.stage(name)
         files.remove(stage)
         files.make_dir(stage)
@@ -114,7 +118,8 @@ class CheckpointStore:
         they were written (`stepguard.files.NewFile`); the others are read for it. ``taken_at`` is the Unix time of the
         snapshot, by which checkpoints are told apart in age: a slow write does not make its step newer.
 
-        Raises OSError as it came if the disk fails: then every other checkpoint is as it was, and one of the same
+        Raises LogdirInUseError if the logdir was cleared, and has another chief since. Raises OSError as it came if the
+        disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
         """
         stage = self._layout.stage(name)
@@ -127,6 +132,7 @@ class CheckpointStore:
         # Written here, where nobody takes it for a commit record, and moved into place as the last file.
         aside = stage / self._layout.manifest(name).name
         files.write_durable(aside, manifest.to_json())
+        self._keep_hold()
         try:
             self._set_aside(name, [entry.name for entry in staged])
             self._move_in(staged)
@@ -150,6 +156,7 @@ class CheckpointStore:
         present = sorted(one.name for one in self._layout.entries() if self._layout.may_hold(one.name, name))
         if not present:
             raise ValueError(f"{self.root / name}: expected the files of a checkpoint, found none")
+        self._keep_hold()
         for one in present:
             files.fsync_tree(self.root / one)
         files.fsync_dir(self.root)
@@ -429,7 +436,21 @@ class CheckpointStore:
         files.make_dirs(self.root)
         hold = lock.acquire(self.root)
         self._was_acquired = True
+        self._hold = weakref.ref(hold)
         return hold
+
+    def _keep_hold(self) -> None:
+        """The logdir may have been cleared, or removed and made again, since it was locked: another process could be
+        its chief by now.
+        """
+        hold = self._hold()
+        if hold is None or not hold.renew():
+            return
+        _log.warning(
+            "%s: the lock of this run was removed, as when it is cleared; it is locked again, and saved to", self.root
+        )
+        left = {one.name for one in self.candidates()}
+        self._retention.adopt([one for one in self._retention.owned if one.name in left])
 
     def sweep(self) -> list[Path]:
         """Remove what a killed chief left half done, and return it. Only for the chief, before its first save, and
