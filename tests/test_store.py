@@ -1235,6 +1235,40 @@ def test_the_chief_of_a_logdir_that_was_cleared_locks_it_again_when_it_saves(
     chief_of(root)
 
 
+def test_a_logdir_that_is_removed_while_a_run_trains_is_made_again_where_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "runs" / "logdir"
+    store = open_store(root)
+    hold = store.acquire()
+    save(store, 1)
+    shutil.rmtree(root)
+    save(store, 2)
+    assert good_of(store).step == 2
+    assert hold.is_locked
+    assert (root / ".stepguard.lock").exists()
+    assert "made again" in caplog.text
+    shutil.rmtree(root.parent)
+    with pytest.raises(FileNotFoundError):
+        save(store, 3)
+    assert not root.parent.exists()
+    hold.release()
+
+
+def test_a_logdir_that_has_vanished_with_its_filesystem_is_not_made_on_the_one_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "logdir"
+    store = open_store(root)
+    hold = store.acquire()
+    monkeypatch.setattr(store, "_device", -1)
+    shutil.rmtree(root)
+    with pytest.raises(FileNotFoundError):
+        save(store, 1)
+    assert not root.exists()
+    hold.release()
+
+
 @pytest.mark.parametrize("moment", ["before", "while"])
 def test_a_save_after_another_process_has_become_chief_of_a_cleared_logdir_is_refused(
     moment: str, tmp_path: Path, chief_of: Callable[..., Chief]

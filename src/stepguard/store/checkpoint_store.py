@@ -63,6 +63,7 @@ class CheckpointStore:
         self._newest_good: str | None = None
         self.last_recovery: Recovery | None = None
         self._was_acquired = False
+        self._device: int | None = None
         # Weak: a hold that nobody else refers to is given back.
         self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
 
@@ -85,12 +86,14 @@ class CheckpointStore:
         """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
 
         The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
-        `discard` if it failed. The logdir is created if it is missing, unless it was there when `acquire` was called.
+        `discard` if it failed. The logdir is created if it is missing; but if it was there when `acquire` was called,
+        only where it was: on the filesystem that it was on.
         """
         self._layout.step_of(name)
         if not self._was_acquired:
-            # Else it has vanished, with its filesystem perhaps: what would be made now fills the disk below, unseen.
             files.make_dirs(self.root)
+        elif not self.root.is_dir():
+            self._make_again()
         self._keep_hold()
         stage = self._layout.stage(name)
         files.remove(stage)
@@ -436,8 +439,21 @@ class CheckpointStore:
         files.make_dirs(self.root)
         hold = lock.acquire(self.root)
         self._was_acquired = True
+        self._device = self.root.stat().st_dev
         self._hold = weakref.ref(hold)
         return hold
+
+    def _make_again(self) -> None:
+        """The logdir has vanished: by itself, or with its filesystem. What would be made then fills the disk below,
+        unseen.
+        """
+        try:
+            is_filesystem_there = self.root.parent.stat().st_dev == self._device
+        except FileNotFoundError:
+            return
+        if is_filesystem_there:
+            files.make_dirs(self.root)
+            _log.warning("%s: the logdir was removed while a run trains here; it is made again, empty", self.root)
 
     def _keep_hold(self) -> None:
         """The logdir may have been cleared, or removed and made again, since it was locked: another process could be
