@@ -154,6 +154,16 @@ DEPARTURES: dict[str, Departure] = {
         "most arguments of a wrong type fail in the session, some never",
         "fail at construction with TypeError or ValueError",
     ),
+    "basenames_that_could_not_be_restored": Departure(
+        "a checkpoint that is saved is to be found and restored",
+        "a checkpoint_basename with *, ?, [ or \\ is saved by, and the restart fails or begins anew",
+        "fails at construction with ValueError; so does one that begins with a dot, as files do that are not complete",
+    ),
+    "logdirs_that_look_like_a_pattern": Departure(
+        "a directory such as lr=[0.1,0.2] is one that people make",
+        "saves there, and the restart fails",
+        "restores, in a local session",
+    ),
     "our_files": Departure(
         "a checkpoint exists when its manifest does; one live process is the chief of a logdir",
         "no such files",

@@ -505,6 +505,41 @@ def test_wrong_types(argument, tmp_path):
     assert ours in (("raised", "TypeError"), ("raised", "ValueError"))
 
 
+@pytest.mark.parametrize("basename", [".odd", "a*b", "a?", "lr=[0.1]", "a\\b"])
+def test_basenames_that_could_not_be_restored(basename, tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        return outcome(lambda: side.Supervisor(logdir=logdir, checkpoint_basename=basename).is_chief)
+
+    assert both(scenario, tmp_path) == (("returned", True), ("raised", "ValueError"))
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="checkpoint_basename: expected a name"):
+        OURS.Supervisor(logdir=str(tmp_path), checkpoint_basename=basename)
+
+
+def test_logdirs_that_look_like_a_pattern(tmp_path):
+    def scenario(side, logdir):
+        logdir = f"{logdir}/lr=[0.1,0.2]"
+
+        def train():
+            counting_model()
+            supervisor = side.Supervisor(logdir=logdir, save_model_secs=0)
+            with supervisor.managed_session() as session:
+                begun = int(session.run(supervisor.global_step))
+                session.run("train")
+                supervisor.saver.save(session, supervisor.save_path, global_step=supervisor.global_step)
+            return begun
+
+        def twice():
+            with tf.Graph().as_default():
+                train()
+            with tf.Graph().as_default():
+                return train()
+
+        return outcome(twice)
+
+    assert both(scenario, tmp_path) == (("raised", "ValueError"), ("returned", 1))
+
+
 def test_our_files(tmp_path):
     def scenario(side, logdir):
         counting_model()

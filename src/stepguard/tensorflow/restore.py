@@ -83,7 +83,10 @@ class Restorer:
             initializers = _v1.get_collection("saved_model_initializers")
             if initializers:
                 session.run(initializers)
-            saver.restore(session, path)
+            # A master that is another process may not reach this machine's directory for temporary files.
+            is_here = not getattr(session, "sess_str", "")
+            with tensors.without_pattern(path) if is_here else nullcontext(path) as place:
+                saver.restore(session, place)
 
     def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
         if is_ours and self._holds_only_a_strangers(store, session):
