@@ -74,7 +74,16 @@ class Restorer:
 
         Raises:
             CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
+            ValueError: there is no such checkpoint.
         """
+        path = statefile.without_shards(path)
+        # A saver of the program's own knows itself which files it needs.
+        is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
+        if is_standard and not tensors.exists(path):
+            raise ValueError(
+                f"{path}: expected a checkpoint with this prefix, found no {os.path.basename(path)}{ENTRY_SUFFIX}; "
+                "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
+            )
         path = tensors.restorable(path)
         graph = session.graph
         with graph.as_default():

@@ -49,6 +49,11 @@ def restorable(path: str) -> str:
     return path
 
 
+def exists(path: str) -> bool:
+    """Whether there is a checkpoint with the prefix ``path``, by the names of its files."""
+    return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
+
+
 def is_old_format(path: str) -> bool:
     """Whether the files of a checkpoint of the old format are at the prefix ``path``, or a part of them."""
     if os.path.exists(f"{path}.index"):
