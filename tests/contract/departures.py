@@ -44,6 +44,11 @@ DEPARTURES: dict[str, Departure] = {
         "AttributeError",
         "TypeError",
     ),
+    "summary_op_that_is_an_operation": Departure(
+        "the page: summary_op is an Operation that returns a Summary",
+        "computes nothing for it, and fails when it is written",
+        "takes its one output; one without such an output is a TypeError at construction",
+    ),
     "services_in_plain_tensorflow_2": Departure(
         "programs of plain TensorFlow 2 are to run inside `with tf.Graph().as_default()`",
         "its service threads are in eager mode, and end the run with a ValueError or TypeError",

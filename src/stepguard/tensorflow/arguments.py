@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.tensorflow.defaults import is_default
+from stepguard.tensorflow.defaults import is_default, summary_tensor
 from stepguard.tensorflow.tensors import PATTERN
 
 _v1 = tf.compat.v1
@@ -41,6 +41,10 @@ def check(*, is_chief: bool, **given: Any) -> None:
         raise _wrong_type("graph", "a tf.Graph", graph)
     for name in _FETCHES:
         _check_fetch(name, given[name], graph)
+    for name in ("ready_op", "ready_for_local_init_op", "summary_op"):
+        if tf.nest.is_nested(given[name]):
+            raise _wrong_type(name, "one tensor", given[name])
+    _check_summary(given["summary_op"], graph)
     _check_global_step(given["global_step"])
     for name in _SECONDS:
         _check_seconds(name, given[name])
@@ -111,6 +115,17 @@ def _check_fetch(name: str, value: Any, graph: Any) -> None:
         raise type(error)(
             f"{name}: expected an operation or tensor of the graph, found {value!r:.80}: {error}"
         ) from error
+
+
+def _check_summary(value: Any, graph: Any) -> None:
+    if value is None or is_default(value):
+        return
+    element = graph.as_graph_element(value)
+    if isinstance(element, tf.Operation) and summary_tensor(element, graph) is element:
+        raise TypeError(
+            f"summary_op: expected an operation with one output, the serialised Summary, found {element.name!r} with "
+            f"{[output.dtype.name for output in element.outputs]}"
+        )
 
 
 def _check_global_step(value: Any) -> None:

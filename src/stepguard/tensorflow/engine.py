@@ -19,7 +19,7 @@ from stepguard.files import NewFile
 from stepguard.store import statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
-from stepguard.tensorflow.defaults import Model
+from stepguard.tensorflow.defaults import Model, summary_tensor
 from stepguard.tensorflow.events import TensorFlowEvents
 from stepguard.tensorflow.numbers import is_finite, of_summary
 from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
@@ -325,10 +325,11 @@ class TensorFlowEngine:
         if events is None:
             return
         with model.graph.as_default(), self._summary_boundary(session):
+            fetched = summary_tensor(model.summary_op, model.graph)
             if model.global_step is None:
-                summary, step = session.run(model.summary_op), None
+                summary, step = session.run(fetched), None
             else:
-                summary, step = session.run([model.summary_op, model.global_step])
+                summary, step = session.run([fetched, model.global_step])
                 step = as_step(step)
         _log.info("recording summary at step %s", step)
         self.write_summary(summary, step)
