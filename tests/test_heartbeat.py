@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def test_a_heartbeat_is_read_as_it_was_written(logdir):
     assert written.time > 0
     assert heartbeat.read_one(logdir, "worker-1") == written
     assert heartbeat.read_one(logdir, "chief") is None
+
+
+def test_a_logdir_that_was_cleared_has_heartbeats_again_and_one_that_is_gone_stays_so(logdir, tmp_path):
+    shutil.rmtree(logdir / "heartbeats")
+    heartbeat.write(logdir, Heartbeat("chief", step=5))
+    assert [one.step for one in heartbeat.read(logdir)] == [5]
+    with pytest.raises(FileNotFoundError):
+        heartbeat.write(tmp_path / "gone", Heartbeat("chief"))
+    assert not (tmp_path / "gone").exists()
 
 
 def test_the_chief_is_the_first_of_all(logdir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import threading
@@ -181,6 +182,21 @@ class TestTheChief:
         (tmp_path / ".stage-model.ckpt-7").mkdir()
         with FakeSupervisor(str(tmp_path)).managed_session():
             assert not (tmp_path / ".stage-model.ckpt-7").exists()
+
+    def test_sweeps_nothing_of_another_one_of_its_process(self, tmp_path):
+        with FakeSupervisor(str(tmp_path)).managed_session():
+            (tmp_path / ".stage-other-7").mkdir()
+            with FakeSupervisor(str(tmp_path)).managed_session():
+                assert (tmp_path / ".stage-other-7").exists()
+
+    def test_of_a_cleared_logdir_that_has_another_chief_since_ends_with_that(self, tmp_path):
+        logdir = tmp_path / "logdir"
+        with pytest.raises(LogdirInUseError), FakeSupervisor(str(logdir)).managed_session() as session:
+            session.run_step()
+            (logdir / ".stepguard.lock").unlink()
+            other = (logdir / ".stepguard.lock").open("w")
+            fcntl.flock(other, fcntl.LOCK_EX)
+        other.close()
 
     def test_is_not_a_worker(self, tmp_path):
         worker = FakeSupervisor(str(tmp_path), is_chief=False)

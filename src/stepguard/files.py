@@ -110,8 +110,11 @@ def write_durable(path: Path, content: bytes) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file, durably: a reader, or a power loss, sees the old content or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
+    """Replace a file, durably: a reader, or a power loss, sees the old content or the new one, never a part.
+
+    What a kill leaves behind is called ``.<name>.<number>.tmp``: threads that replace one file have each its own.
+    """
+    aside = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         write_durable(aside, content)
         os.replace(aside, path)

@@ -61,17 +61,26 @@ class Heartbeat:
 
 
 def prepare(logdir: str | os.PathLike[str]) -> None:
-    """Make the directory for the heartbeats, once: one that is gone later, with its mount, must not be made again on
-    the disk below. Raises OSError.
+    """Make the directory for the heartbeats, and the logdir, once: a logdir that is gone later, with its mount, must
+    not be made again on the disk below. Raises OSError.
     """
     files.make_dirs(Path(logdir) / DIR_NAME)
 
 
 def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
-    """Leave a sign of life in a directory that :func:`prepare` has made. Raises OSError."""
+    """Leave a sign of life in a directory that :func:`prepare` has made; also when the logdir was cleared since.
+
+    Raises OSError.
+    """
     path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
     heartbeat.time = time.time()
-    files.write_volatile(path, json.dumps(asdict(heartbeat)).encode())
+    content = json.dumps(asdict(heartbeat)).encode()
+    try:
+        files.write_volatile(path, content)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            files.make_dir(path.parent)
+        files.write_volatile(path, content)
 
 
 def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:

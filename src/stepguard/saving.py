@@ -90,7 +90,8 @@ class Saving(Generic[SessionT]):
         if self._store is None or not self.is_on or self._hold is not None:
             return
         self._hold = self._store.acquire()
-        for leftover in self._store.sweep():
+        # Another supervisor of this process may just be saving.
+        for leftover in self._store.sweep() if self._hold.is_first else ():
             _log.info("removed %s, left behind by a run that was killed", leftover)
 
     def leave_logdir(self) -> None:

@@ -35,6 +35,25 @@ def test_every_damaged_file_is_named_with_what_is_wrong(tmp_path, stepguard, doc
         assert one["reason"] in shown.stdout
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"mata"])
+def test_a_meta_graph_that_differs_is_named_and_its_checkpoint_stays_good(damage, tmp_path, stepguard, document):
+    store = commit(tmp_path, 1)
+    meta = store.stage("model.ckpt-2") / "model.ckpt-2.meta"
+    for suffix, content in ((".index", b"index"), (".data-00000-of-00001", b"data"), (".meta", b"meta")):
+        meta.with_suffix(suffix).write_bytes(content)
+    store.commit("model.ckpt-2", 2)
+    path = tmp_path / meta.name
+    path.unlink() if damage is None else path.write_bytes(damage)
+    shown = stepguard("verify", tmp_path)
+    assert shown.exit_code == 1
+    assert shown.stdout.splitlines()[-1] == "2 good"
+    assert "can be restored without it" in shown.stdout
+    newest = document("verify", tmp_path)["checkpoints"][0]
+    assert (newest["state"], [one["file"] for one in newest["damage"]]) == ("good", [str(path)])
+    listed = document("ls", tmp_path)["checkpoints"][0]
+    assert (listed["state"], listed["next"]) == ("good", True)
+
+
 @pytest.mark.parametrize("path", ["model.ckpt-2", "model.ckpt-2.index", "model.ckpt-2.manifest.json"])
 def test_one_checkpoint_is_known_by_its_prefix_and_by_each_of_its_files(path, tmp_path, stepguard, document):
     commit(tmp_path, 1, 2)

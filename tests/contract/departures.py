@@ -44,6 +44,11 @@ DEPARTURES: dict[str, Departure] = {
         "AttributeError",
         "TypeError",
     ),
+    "summary_op_that_is_an_operation": Departure(
+        "the page: summary_op is an Operation that returns a Summary",
+        "computes nothing for it, and fails when it is written",
+        "takes its one output; one without such an output is a TypeError at construction",
+    ),
     "services_in_plain_tensorflow_2": Departure(
         "programs of plain TensorFlow 2 are to run inside `with tf.Graph().as_default()`",
         "its service threads are in eager mode, and end the run with a ValueError or TypeError",
@@ -153,6 +158,16 @@ DEPARTURES: dict[str, Departure] = {
         "an error should come where the mistake is",
         "most arguments of a wrong type fail in the session, some never",
         "fail at construction with TypeError or ValueError",
+    ),
+    "basenames_that_could_not_be_restored": Departure(
+        "a checkpoint that is saved is to be found and restored",
+        "a checkpoint_basename with *, ?, [ or \\ is saved by, and the restart fails or begins anew",
+        "fails at construction with ValueError; so does one that begins with a dot, as files do that are not complete",
+    ),
+    "logdirs_that_look_like_a_pattern": Departure(
+        "a directory such as lr=[0.1,0.2] is one that people make",
+        "saves there, and the restart fails",
+        "restores, in a local session",
     ),
     "our_files": Departure(
         "a checkpoint exists when its manifest does; one live process is the chief of a logdir",

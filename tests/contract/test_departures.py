@@ -503,6 +503,66 @@ def test_wrong_types(argument, tmp_path):
     theirs, ours = both(scenario, tmp_path)
     assert theirs == ("returned", True) or argument not in WRONG
     assert ours in (("raised", "TypeError"), ("raised", "ValueError"))
+    if argument in ("ready_op", "ready_for_local_init_op", "summary_op"):
+        with tf.Graph().as_default(), pytest.raises(TypeError, match=f"{argument}: expected one tensor, found list"):
+            OURS.Supervisor(logdir=str(tmp_path), **{argument: [v1.report_uninitialized_variables()]})
+
+
+@pytest.mark.parametrize("basename", [".odd", "a*b", "a?", "lr=[0.1]", "a\\b"])
+def test_basenames_that_could_not_be_restored(basename, tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        return outcome(lambda: side.Supervisor(logdir=logdir, checkpoint_basename=basename).is_chief)
+
+    assert both(scenario, tmp_path) == (("returned", True), ("raised", "ValueError"))
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="checkpoint_basename: expected a name"):
+        OURS.Supervisor(logdir=str(tmp_path), checkpoint_basename=basename)
+
+
+def test_logdirs_that_look_like_a_pattern(tmp_path):
+    def scenario(side, logdir):
+        logdir = f"{logdir}/lr=[0.1,0.2]"
+
+        def train():
+            counting_model()
+            supervisor = side.Supervisor(logdir=logdir, save_model_secs=0)
+            with supervisor.managed_session() as session:
+                begun = int(session.run(supervisor.global_step))
+                session.run("train")
+                supervisor.saver.save(session, supervisor.save_path, global_step=supervisor.global_step)
+            return begun
+
+        def twice():
+            with tf.Graph().as_default():
+                train()
+            with tf.Graph().as_default():
+                return train()
+
+        return outcome(twice)
+
+    assert both(scenario, tmp_path) == (("raised", "ValueError"), ("returned", 1))
+
+
+def test_summary_op_that_is_an_operation(tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        operation = v1.summary.merge_all().op
+
+        def train():
+            sv = side.Supervisor(logdir=logdir, summary_op=operation, save_model_secs=0)
+            with sv.managed_session():
+                wait_for_ticks(sv, logdir) if side is OURS else wait_until(sv.should_stop)
+            return sv.summary_op is operation
+
+        return outcome(train)
+
+    theirs, ours = both(scenario, tmp_path)
+    assert theirs[0] == "raised"
+    assert ours == ("returned", True)
+    with tf.Graph().as_default():
+        model = counting_model()
+        with pytest.raises(TypeError, match="summary_op: expected an operation with one output"):
+            OURS.Supervisor(logdir=str(tmp_path), summary_op=tf.group(model.weights.initializer))
 
 
 def test_our_files(tmp_path):

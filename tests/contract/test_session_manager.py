@@ -121,6 +121,18 @@ def test_both_places_to_restore_from_are_refused(tmp_path):
     assert assert_same(scenario, tmp_path) == (("raised", "ValueError"),) * 2
 
 
+def test_a_checkpoint_that_is_not_there_is_a_value_error(tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        where = {"saver": v1.train.Saver(), "checkpoint_filename_with_path": logdir + "/model.ckpt-7"}
+        manager = side.SessionManager()
+        return outcome(lambda: manager.recover_session("", **where)), outcome(
+            lambda: manager.prepare_session("", init_op=v1.global_variables_initializer(), **where)
+        )
+
+    assert assert_same(scenario, tmp_path) == (("raised", "ValueError"),) * 2
+
+
 def test_nothing_to_initialise_with_is_refused(tmp_path):
     def scenario(side, logdir):
         counting_model()

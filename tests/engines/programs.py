@@ -127,12 +127,13 @@ class EngineUnderTest(ABC):
         return {step: self.read(logdir / f"model.ckpt-{step}") for step in self.committed(logdir)}
 
     def damage(self, logdir: Path, step: int) -> None:
-        """Flip one bit in the largest file of a committed checkpoint: its size stays."""
+        """Flip one bit in the largest file that a restore of a committed checkpoint reads: its size stays."""
         store = CheckpointStore(logdir)
         (found,) = [one for one in store.candidates() if one.step == step]
         manifest = store.read_manifest(found)
         assert manifest is not None
-        path = logdir / max(manifest.files, key=lambda one: one.size).name
+        needed = [one for one in manifest.files if not one.name.endswith(".meta")]
+        path = logdir / max(needed, key=lambda one: one.size).name
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)

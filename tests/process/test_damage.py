@@ -23,7 +23,7 @@ v1 = tf.compat.v1
 
 STEPS = (3, 6, 9)
 NEWEST, BEFORE = STEPS[-1], STEPS[-2]
-FILES = ("index", "data-00000-of-00001", "meta", "manifest.json")
+FILES = ("index", "data-00000-of-00001", "manifest.json")
 
 Damage = Callable[[bytes], bytes]
 

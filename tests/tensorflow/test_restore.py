@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
@@ -398,3 +398,85 @@ class TestWhereCheckpointsLie:
 
         with Supervisor(logdir=str(tmp_path)).managed_session() as session:
             assert session.run(step) == 7
+
+
+OLD_FORMAT = {"write_version": v1.train.SaverDef.V1}
+
+
+def train_with(kind: Any, logdir: Path, **saver: Any) -> int:
+    """Three steps under a Supervisor of that kind, and a last checkpoint; the step at which they began."""
+    with tf.Graph().as_default():
+        step = v1.train.get_or_create_global_step()
+        raise_step = step.assign_add(1)
+        options = {"save_at_end": True} if kind is Supervisor else {}
+        supervisor = kind(
+            logdir=str(logdir),
+            saver=v1.train.Saver(**saver),
+            save_summaries_secs=0,
+            save_model_secs=0,
+            summary_writer=None,
+            **options,
+        )
+        with supervisor.managed_session() as session:
+            begun = int(session.run(step))
+            for _ in range(3):
+                session.run(raise_step)
+            if kind is not Supervisor:
+                supervisor.saver.save(session, supervisor.save_path, global_step=step)
+    return begun
+
+
+@pytest.fixture
+def reference_variables() -> Any:
+    """The old format knows no others."""
+    v1.disable_resource_variables()
+    yield
+    v1.enable_resource_variables()
+
+
+@pytest.mark.usefixtures("reference_variables")
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one file", "sharded"])
+class TestTheOldFormat:
+    def test_is_committed_verified_pruned_and_restored_like_the_new_one(self, is_sharded, tmp_path):
+        options = {**OLD_FORMAT, "sharded": is_sharded, "max_to_keep": 2}
+
+        assert [train_with(Supervisor, tmp_path, **options) for _ in range(3)] == [0, 3, 6]
+
+        store = CheckpointStore(tmp_path, entry_suffix=".index")
+        assert [(one.step, one.is_committed) for one in store.candidates()] == [(9, True), (6, True)]
+        data = "-00000-of-00001" if is_sharded else ""
+        assert {path.name for path in tmp_path.glob("model.ckpt*")} == {
+            f"model.ckpt-{step}{suffix}" for step in (6, 9) for suffix in (data, ".meta", ".manifest.json")
+        }
+        assert train_with(v1.train.Supervisor, tmp_path, **options) == 9
+        store.verify(store.candidates()[0])
+        cut(tmp_path / f"model.ckpt-9{data}", 0.5)
+        with pytest.raises(CheckpointCorruptError):
+            store.verify(store.candidates()[0])
+
+    @pytest.mark.parametrize("then", [OLD_FORMAT, {}], ids=["the same", "the new one"])
+    def test_of_tensorflows_own_supervisor_is_continued(self, then, is_sharded, tmp_path):
+        train_with(v1.train.Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+
+        assert train_with(Supervisor, tmp_path, **then, sharded=is_sharded) == 3
+        assert train_with(Supervisor, tmp_path, **then, sharded=is_sharded) == 6
+
+    @pytest.mark.parametrize("is_removed", [False, True], ids=["damaged", "missing"])
+    def test_of_tensorflows_own_supervisor_is_no_fresh_start_when_it_is_not_good(
+        self, is_removed, is_sharded, tmp_path
+    ):
+        train_with(v1.train.Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+        data = tmp_path / f"model.ckpt-3{'-00000-of-00001' if is_sharded else ''}"
+        if is_removed:
+            data.unlink()
+        else:
+            cut(data, 0.5)
+
+        with pytest.raises(NoGoodCheckpointError, match=r"model\.ckpt-3"):
+            train_with(Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+
+    def test_may_lie_where_the_logdir_was_copied_to(self, is_sharded, tmp_path):
+        train_with(v1.train.Supervisor, tmp_path / "before", **OLD_FORMAT, sharded=is_sharded)
+        shutil.move(tmp_path / "before", tmp_path / "now")
+
+        assert train_with(Supervisor, tmp_path / "now", sharded=is_sharded) == 3

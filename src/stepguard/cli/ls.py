@@ -38,7 +38,7 @@ def command(logdir: Path, as_json: bool) -> None:
     """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
 
     \b
-    good        the manifest is right, and every file is there with its size
+    good        the manifest is right, and every file that a restore needs is there with its size
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
     damaged     a file is missing or of another size, or the manifest is damaged
     incomplete  being written or removed just now, or cut short by a kill

@@ -30,7 +30,7 @@ class Proof:
 
     @property
     def state(self) -> str:
-        """As in `survey`, where good now means that all bytes are those that were committed."""
+        """As in `survey`, where good now means that all bytes that a restore reads are those that were committed."""
         return self.surveyed.state
 
 
@@ -63,18 +63,23 @@ def _proof(place: Layout, found: Surveyed, on_block: Callable[[int], None] | Non
     if manifest is None:
         return _unmanifested(found)
     damages: list[tuple[Path | None, str]] = []
+    is_damaged = False
     try:
-        damages.extend((one.path, str(one)) for one in verification.damages(place, manifest, on_block=on_block))
+        for one in verification.damages(place, manifest, on_block=on_block):
+            damages.append((one.path, str(one)))
+            is_damaged |= verification.prevents_restore(place, manifest.name, one)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
         damages.append((None, f"a file could not be read: {error}"))
+        is_damaged = True
     if not damages:
         return Proof(replace(found, state=GOOD, reasons=()))
     if verification.was_written_over(place, manifest):
         over = replace(found, checkpoint=replace(found.checkpoint, manifest=None), state=UNVERIFIED)
         return _unmanifested(replace(over, reasons=("TensorFlow's own tools have written over it",)))
-    return Proof(replace(found, state=DAMAGED, reasons=tuple(reason for _, reason in damages)), tuple(damages))
+    state = DAMAGED if is_damaged else GOOD
+    return Proof(replace(found, state=state, reasons=tuple(reason for _, reason in damages)), tuple(damages))
 
 
 def _unmanifested(found: Surveyed) -> Proof:

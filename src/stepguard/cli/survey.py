@@ -23,7 +23,7 @@ from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
 GOOD = "good"
-"""The manifest is right, and every file that it names is there with its size. `verify` reads the bytes as well."""
+"""The manifest is right, and every file that a restore needs is there with its size. `verify` reads bytes as well."""
 UNVERIFIED = "unverified"
 """Complete by its names, and no manifest vouches for it: TensorFlow's own tools wrote it."""
 DAMAGED = "damaged"
@@ -230,7 +230,11 @@ def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence
         state = DAMAGED if error.errno == errno.EIO else UNVERIFIED
         return _uncommitted(place, candidate, state, present(), f"the manifest could not be read: {error}")
     if manifest is not None:
-        wrong = [damage for one in manifest.files if (damage := verification.size_damage(place, one)) is not None]
+        wrong = [
+            damage
+            for one in manifest.files
+            if (damage := verification.size_damage(place, manifest.name, one)) is not None
+        ]
         if not wrong or not verification.was_written_over(place, manifest):
             return _committed(place, candidate, manifest, wrong)
     files = present()
@@ -252,7 +256,8 @@ def _committed(
     place: Layout, candidate: Checkpoint, manifest: Manifest, wrong: Sequence[CheckpointCorruptError]
 ) -> Surveyed:
     checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
-    state = DAMAGED if wrong else GOOD
+    is_damaged = any(verification.prevents_restore(place, candidate.name, one) for one in wrong)
+    state = DAMAGED if is_damaged else GOOD
     return Surveyed(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
 
 

@@ -13,7 +13,7 @@ from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
 from stepguard.cli.progress import reading
 from stepguard.cli.proof import Proof, prove
-from stepguard.cli.survey import DAMAGED, GOOD, INCOMPLETE, Surveyed, survey, survey_one
+from stepguard.cli.survey import DAMAGED, INCOMPLETE, Surveyed, survey, survey_one
 from stepguard.cli.table import STATE, Column, print_table
 
 _LOOK_SECS = 10.0
@@ -47,6 +47,8 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
     and its own checksums are what is known then. One that is just being written, "incomplete", is passed over, unless
     it was asked for by name.
 
+    One of which only the meta graph is missing or damaged stays good: a restore does not read that.
+
     Exit code 1: a file is damaged, or there is nothing to verify.
     """
     proofs, missing = _verified(target)
@@ -54,7 +56,7 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
         output.print_json({"checkpoints": [_json(one) for one in proofs], "missing": list(missing)})
     else:
         _print(target, proofs, missing)
-    bad = [one for one in proofs if one.state in (DAMAGED, INCOMPLETE)]
+    bad = [one for one in proofs if one.damages or one.state in (DAMAGED, INCOMPLETE)]
     if bad or missing or not proofs:
         ctx.exit(FINDING)
 
@@ -105,9 +107,8 @@ def _print(target: Target, proofs: list[Proof], missing: tuple[str, ...]) -> Non
     if proofs:
         print_table(_COLUMNS, [_row(one) for one in proofs])
     for proof in proofs:
-        if proof.state != GOOD:
-            for reason in proof.surveyed.reasons:
-                click.echo(f"{output.printable(proof.surveyed.checkpoint.name)}: {output.printable(reason)}")
+        for reason in proof.surveyed.reasons:
+            click.echo(f"{output.printable(proof.surveyed.checkpoint.name)}: {output.printable(reason)}")
     for name in missing:
         click.echo(output.missing_newest(name))
     states = Counter(one.state for one in proofs)

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,9 @@ class CheckpointStore:
         self._newest_good: str | None = None
         self.last_recovery: Recovery | None = None
         self._was_acquired = False
+        self._device: int | None = None
+        # Weak: a hold that nobody else refers to is given back.
+        self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
 
     @property
     def basename(self) -> str:
@@ -82,12 +86,15 @@ class CheckpointStore:
         """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
 
         The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
-        `discard` if it failed. The logdir is created if it is missing, unless it was there when `acquire` was called.
+        `discard` if it failed. The logdir is created if it is missing; but if it was there when `acquire` was called,
+        only where it was: on the filesystem that it was on.
         """
         self._layout.step_of(name)
         if not self._was_acquired:
-            # Else it has vanished, with its filesystem perhaps: what would be made now fills the disk below, unseen.
             files.make_dirs(self.root)
+        elif not self.root.is_dir():
+            self._make_again()
+        self._keep_hold()
         stage = self._layout.stage(name)
         files.remove(stage)
         files.make_dir(stage)
@@ -114,7 +121,8 @@ class CheckpointStore:
         they were written (`stepguard.files.NewFile`); the others are read for it. ``taken_at`` is the Unix time of the
         snapshot, by which checkpoints are told apart in age: a slow write does not make its step newer.
 
-        Raises OSError as it came if the disk fails: then every other checkpoint is as it was, and one of the same
+        Raises LogdirInUseError if the logdir was cleared, and has another chief since. Raises OSError as it came if the
+        disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
         """
         stage = self._layout.stage(name)
@@ -127,6 +135,7 @@ class CheckpointStore:
         # Written here, where nobody takes it for a commit record, and moved into place as the last file.
         aside = stage / self._layout.manifest(name).name
         files.write_durable(aside, manifest.to_json())
+        self._keep_hold()
         try:
             self._set_aside(name, [entry.name for entry in staged])
             self._move_in(staged)
@@ -150,6 +159,7 @@ class CheckpointStore:
         present = sorted(one.name for one in self._layout.entries() if self._layout.may_hold(one.name, name))
         if not present:
             raise ValueError(f"{self.root / name}: expected the files of a checkpoint, found none")
+        self._keep_hold()
         for one in present:
             files.fsync_tree(self.root / one)
         files.fsync_dir(self.root)
@@ -239,16 +249,15 @@ class CheckpointStore:
         self._retention.add(checkpoint)
         if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
             self._retention.anchor = self._stored_anchor()
-        statefile.write(
-            self.root,
-            checkpoint.name,
-            [one.name for one in self._retention.owned] or [checkpoint.name],
-            last_preserved=self._retention.anchor,
-            relative_paths=self.relative_paths,
-        )
+        kept = [one.name for one in self._retention.owned] or [checkpoint.name]
+        self._write_state(checkpoint.name, kept, self._retention.anchor)
         files.remove_quietly(self._layout.stage(checkpoint.name))
         files.remove_quietly(self._layout.replaced(checkpoint.name))
         return checkpoint
+
+    def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
+        stated, *names = self._layout.stated([newest, *kept])
+        statefile.write(self.root, stated, names, last_preserved=last_preserved, relative_paths=self.relative_paths)
 
     def _stored_anchor(self) -> float:
         state = statefile.read(self.root)
@@ -263,12 +272,8 @@ class CheckpointStore:
         kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
         state = statefile.read(self.root)
         try:
-            statefile.write(
-                self.root,
-                checkpoint.name,
-                [*kept, checkpoint.name],
-                last_preserved=None if state is None else state.last_preserved,
-                relative_paths=self.relative_paths,
+            self._write_state(
+                checkpoint.name, [*kept, checkpoint.name], None if state is None else state.last_preserved
             )
         except OSError as error:
             _log.warning("%s: could not be written: %s", self.root / statefile.FILE_NAME, error)
@@ -412,10 +417,11 @@ class CheckpointStore:
             return
         newest = newest_good if state.newest in names else state.newest
         kept = [one for one in state.names if one not in names]
+        stated, *listed = self._layout.stated([newest, *(kept if newest in kept else [*kept, newest])])
         statefile.write(
             self.root.absolute(),
-            newest,
-            kept if newest in kept else [*kept, newest],
+            stated,
+            listed,
             last_preserved=state.last_preserved,
             relative_paths=not state.path.is_absolute(),
         )
@@ -433,10 +439,38 @@ class CheckpointStore:
         files.make_dirs(self.root)
         hold = lock.acquire(self.root)
         self._was_acquired = True
+        self._device = self.root.stat().st_dev
+        self._hold = weakref.ref(hold)
         return hold
 
+    def _make_again(self) -> None:
+        """The logdir has vanished: by itself, or with its filesystem. What would be made then fills the disk below,
+        unseen.
+        """
+        try:
+            is_filesystem_there = self.root.parent.stat().st_dev == self._device
+        except FileNotFoundError:
+            return
+        if is_filesystem_there:
+            files.make_dirs(self.root)
+            _log.warning("%s: the logdir was removed while a run trains here; it is made again, empty", self.root)
+
+    def _keep_hold(self) -> None:
+        """The logdir may have been cleared, or removed and made again, since it was locked: another process could be
+        its chief by now.
+        """
+        hold = self._hold()
+        if hold is None or not hold.renew():
+            return
+        _log.warning(
+            "%s: the lock of this run was removed, as when it is cleared; it is locked again, and saved to", self.root
+        )
+        left = {one.name for one in self.candidates()}
+        self._retention.adopt([one for one in self._retention.owned if one.name in left])
+
     def sweep(self) -> list[Path]:
-        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save.
+        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save, and
+        before that of any other store of its process that saves here (`LogdirHold.is_first`).
 
         Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
         belong to a save or a removal that did not end.
@@ -455,7 +489,7 @@ class CheckpointStore:
                 name = one[len(layouts.REPLACED) :]
                 if not self._layout.is_candidate(name, self._layout.present(name)):
                     continue  # The previous checkpoint is the only one of its name.
-            elif one != f".{statefile.FILE_NAME}.tmp":
+            elif not self._layout.is_aside(one):
                 continue
             files.remove(path)
             swept.append(path)

@@ -25,9 +25,15 @@ REPLACED = ".replaced-"
 PRUNED = ".pruned-"
 """Before NAME: the manifest of a checkpoint whose files are being removed."""
 
+# Files of the store's own that are written aside, before they take the place of the last.
+_ASIDE = re.compile(r"\.(?:checkpoint|.+\.manifest\.json)(?:\.\d+)?\.tmp")
+
 # What TensorFlow's own tools write.
-_TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})")
+_TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})|-\d{5,}-of-\d{5,}")
+_TENSORFLOW_META = ".meta"
 _TENSORFLOW_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})")
+# Of its old format (V1), whose data are one file with the name of the checkpoint, or these.
+_OLD_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})")
 
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
 _PLAIN_SUFFIX = re.compile(r"\.[^./]+")
@@ -51,6 +57,11 @@ class Layout:
         return Layout(root, self.basename, self.entry_suffix)
 
     # --- names ---
+
+    @staticmethod
+    def is_aside(file_name: str) -> bool:
+        """Whether ``file_name`` is what a kill leaves of a state file, or of a manifest, that was just written."""
+        return _ASIDE.fullmatch(file_name) is not None
 
     def is_name(self, name: str) -> bool:
         """Whether ``name`` is that of a checkpoint of this basename."""
@@ -81,9 +92,15 @@ class Layout:
 
     def may_hold(self, file_name: str, name: str) -> bool:
         """Whether an engine may write ``file_name`` for the checkpoint ``name``."""
-        if file_name == name:
+        if file_name == name or self._is_old_shard(file_name, name):
             return True
         return file_name.startswith(name) and _PLAIN_SUFFIX.fullmatch(file_name[len(name) :]) is not None
+
+    def is_needed(self, file_name: str, name: str) -> bool:
+        """Whether a restore of the checkpoint ``name`` reads ``file_name``. TensorFlow's does not read the meta graph,
+        which is much of a small checkpoint, and which people remove for that.
+        """
+        return self.entry_suffix is None or file_name != name + _TENSORFLOW_META
 
     # --- what is there ---
 
@@ -132,6 +149,8 @@ class Layout:
         for entry in self.entries():
             if entry.name.startswith(self.basename):
                 stem = entry.name[len(self.basename) :].partition(".")[0]
+                if self.entry_suffix is not None and (shard := _OLD_SHARD.search(stem)) and shard.end() == len(stem):
+                    stem = stem[: shard.start()]
                 groups.setdefault(self.basename + stem, []).append(entry.name)
         return groups
 
@@ -166,15 +185,46 @@ class Layout:
 
     def missing_data(self, name: str, present: Sequence[str]) -> str | None:
         """Return the data file that the others of an unmanifested checkpoint call for and that is not there."""
-        shards = [match for one in present if (match := _TENSORFLOW_DATA.fullmatch(one[len(name) :]))]
+        has_entry = any(self.is_entry(one, name) for one in present)
+        if not has_entry and name in present and (self.root / name).is_file():
+            return None
+        pattern, infix = (_TENSORFLOW_DATA, ".data") if has_entry else (_OLD_SHARD, "")
+        shards = [match for one in present if (match := pattern.fullmatch(one[len(name) :]))]
         if not shards:
             return f"{name}.data-00000-of-00001"
         for total in sorted({match.group(2) for match in shards}):
             held = {int(match.group(1)) for match in shards if match.group(2) == total}
             for number in range(int(total)):
                 if number not in held:
-                    return f"{name}.data-{number:05d}-of-{total}"
+                    return f"{name}{infix}-{number:05d}-of-{total}"
         return None
+
+    def is_data(self, file_name: str, name: str) -> bool:
+        """Whether ``file_name`` holds data of the checkpoint ``name`` as TensorFlow's own tools write them."""
+        if file_name == name or self.is_entry(file_name, name) or self._is_old_shard(file_name, name):
+            return True
+        return file_name.startswith(name) and _TENSORFLOW_DATA.fullmatch(file_name[len(name) :]) is not None
+
+    def stated(self, names: Iterable[str]) -> list[str]:
+        """Return names as they are in TensorFlow's state file: with a pattern for shards of the old format."""
+        if self.entry_suffix is None:
+            return list(names)
+        totals = {}
+        for entry in self.entries():
+            match = _OLD_SHARD.search(entry.name)
+            if match is not None and match.end() == len(entry.name):
+                totals[entry.name[: match.start()]] = match.group(2)
+        return [self._stated(name, totals.get(name)) for name in names]
+
+    def _stated(self, name: str, total: str | None) -> str:
+        if total is None or (self.root / f"{name}{self.entry_suffix}").exists():
+            return name
+        return f"{name}-?????-of-{total}"
+
+    def _is_old_shard(self, file_name: str, name: str) -> bool:
+        if self.entry_suffix is None or not file_name.startswith(name):
+            return False
+        return _OLD_SHARD.fullmatch(file_name[len(name) :]) is not None
 
     def _is_tensorflow(self, file_name: str, name: str) -> bool:
         if self.entry_suffix is None or not file_name.startswith(name):

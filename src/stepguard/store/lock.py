@@ -63,10 +63,34 @@ class LogdirHold:
     earlier one was never stopped: a hold that nobody refers to any more is given back by the garbage collector.
     """
 
-    def __init__(self, logdir: Path, held: _Held | None) -> None:
+    def __init__(self, logdir: Path, held: _Held | None, *, is_first: bool = True) -> None:
         self.logdir = logdir
+        # No other store of this process was chief here: what lies there unfinished is not being written.
+        self.is_first = is_first
         self.is_locked = held is not None
+        self._held = held
         self._finalizer = weakref.finalize(self, _release, held) if held is not None else None
+
+    def renew(self) -> bool:
+        """See that the locked file is still the one that others would lock, and lock that if it is not: the logdir was
+        cleared, or removed and made again. Returns whether that was so; does nothing after `release`. Any thread.
+
+        Raises LogdirInUseError if another process has locked it since, and OSError if it cannot be opened.
+        """
+        with _guard:
+            finalizer = self._finalizer
+            if self._held is None or finalizer is None or not finalizer.alive or self._held.is_alive():
+                return False
+            try:
+                held = _hold(self.logdir)
+            except LogdirInUseError as error:
+                if (error.host, error.pid) == (os.uname().nodename, os.getpid()):
+                    return False  # A filesystem on which a file is not the same twice: the lock is our own.
+                raise
+            held.holds += 1
+            self._held, self._finalizer = held, weakref.finalize(self, _release, held)
+            finalizer()
+            return True
 
     def release(self) -> None:
         """Give the hold back; repeated calls do nothing. Any thread may call it."""
@@ -94,21 +118,16 @@ def acquire(logdir: Path) -> LogdirHold:
     Raises LogdirInUseError, which names the other process, if one is chief already, and OSError if the logdir cannot
     be written. On a filesystem without locks it warns and goes on: ``is_locked`` of the hold is then false.
     """
-    key = os.path.realpath(logdir)
     unsupported: OSError | None = None
     with _guard:
-        held = _held_by_path.get(key)
-        if held is None or not held.is_alive():
-            try:
-                held = _lock(logdir)
-            except BlockingIOError:
-                raise _in_use(logdir) from None
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                held, unsupported = None, error
-            else:
-                _held_by_path[key] = held
+        held: _Held | None = None
+        try:
+            held = _hold(logdir)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            unsupported = error
+        is_first = held is None or held.holds == 0
         if held is not None:
             held.holds += 1
     if held is None:
@@ -117,7 +136,20 @@ def acquire(logdir: Path) -> LogdirHold:
             logdir,
             unsupported,
         )
-    return LogdirHold(logdir, held)
+    return LogdirHold(logdir, held, is_first=is_first)
+
+
+def _hold(logdir: Path) -> _Held:
+    """The descriptor that holds ``logdir``, opened if there is none or if its file is gone. With the guard held."""
+    key = os.path.realpath(logdir)
+    held = _held_by_path.get(key)
+    if held is None or not held.is_alive():
+        try:
+            held = _lock(logdir)
+        except BlockingIOError:
+            raise _in_use(logdir) from None
+        _held_by_path[key] = held
+    return held
 
 
 def _lock(logdir: Path) -> _Held:

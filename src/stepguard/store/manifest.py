@@ -8,6 +8,7 @@ reader could be misled; this reader then says so, and takes nothing for damaged.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,9 @@ from stepguard.errors import CheckpointCorruptError, CheckpointError
 FORMAT_VERSION = 1
 
 SUFFIX = ".manifest.json"
+
+# Behind the name of the checkpoint: nothing, a suffix, a file in its directory, or a shard of TensorFlow's old format.
+_OWN = re.compile(r"|[./].*|-\d{5,}-of-\d{5,}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,8 @@ class Manifest:
             )
         for record in self.files:
             parts = PurePosixPath(record.name).parts
-            if ".." in parts or not record.name.startswith((self.name + ".", self.name + "/")):
+            is_own = record.name.startswith(self.name) and _OWN.fullmatch(record.name[len(self.name) :])
+            if ".." in parts or not is_own:
                 raise CheckpointCorruptError(
                     f"{path}: expected only files of {self.name}, found {record.name}", path=path
                 )

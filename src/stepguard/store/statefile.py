@@ -19,12 +19,16 @@ FILE_NAME = "checkpoint"
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
 _UNESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t"}
 _LINE = re.compile(r"""^\s*(\w+)\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|([^\s"']+))\s*$""")
+_SHARDS = re.compile(r"-\?{5}-of-\d{5,}$")
 _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first."""
+    """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first.
+
+    Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
+    """
 
     path: Path
     names: tuple[str, ...]
@@ -60,6 +64,11 @@ def write(
     files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
 
 
+def without_shards(path: str) -> str:
+    """``model.ckpt-3`` of ``model.ckpt-3-?????-of-00002``, TensorFlow's name of shards of its old format."""
+    return _SHARDS.sub("", path)
+
+
 def read(root: Path) -> CheckpointState | None:
     """Read the state file of ``root``; None if it is missing, empty or garbage, which is never an error."""
     try:
@@ -82,7 +91,7 @@ def read(root: Path) -> CheckpointState | None:
         quoted = double if double is not None else single
         if quoted is None:
             continue
-        path = Path(_unescaped(quoted))
+        path = Path(without_shards(_unescaped(quoted)))
         if key == "model_checkpoint_path":
             newest = path
         elif key == "all_model_checkpoint_paths":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +15,8 @@ from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
+
+_log = logging.getLogger(__name__)
 
 
 def read_manifest(layout: Layout, name: str) -> Manifest | None:
@@ -32,19 +36,27 @@ def read_manifest(layout: Layout, name: str) -> Manifest | None:
 
 
 def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
-    """Prove a checkpoint good, and return it with its manifest. Raises as `CheckpointStore.verify` says."""
+    """Prove a checkpoint good, and return it with its manifest. Raises as `CheckpointStore.verify` says.
+
+    Damage of a file that no restore reads is only warned of.
+    """
     manifest = read_manifest(layout, checkpoint.name)
     if manifest is None:
         verify_unmanifested(layout, checkpoint.name, layout.present(checkpoint.name))
         return replace(checkpoint, is_committed=False, manifest=None)
+    spare: list[CheckpointCorruptError] = []
     try:
         for damage in damages(layout, manifest):
-            raise damage
+            if prevents_restore(layout, manifest.name, damage):
+                raise damage
+            spare.append(damage)
     except CheckpointCorruptError:
         if not was_written_over(layout, manifest):
             raise
         verify_unmanifested(layout, checkpoint.name, layout.present(checkpoint.name))
         return replace(checkpoint, is_committed=False, manifest=None)
+    for damage in spare:
+        _log.warning("%s", damage)
     return replace(checkpoint, step=manifest.step, time=manifest.time, is_committed=True, manifest=manifest)
 
 
@@ -58,25 +70,30 @@ def damages(
     """
     right_size = []
     for record in manifest.files:
-        damage = size_damage(layout, record)
+        damage = size_damage(layout, manifest.name, record)
         if damage is None:
             right_size.append(record)
         else:
             yield damage
     for record in right_size:
-        damage = _digest_damage(layout, record, on_block)
+        damage = _digest_damage(layout, manifest.name, record, on_block)
         if damage is not None:
             yield damage
 
 
-def size_damage(layout: Layout, record: FileRecord) -> CheckpointCorruptError | None:
-    """Compare the size of one file with the manifest, without reading the file."""
+def prevents_restore(layout: Layout, name: str, damage: CheckpointCorruptError) -> bool:
+    """Whether a damage that `damages` has found makes the checkpoint ``name`` one that is not to be restored."""
+    return damage.path is None or layout.is_needed(damage.path.name, name)
+
+
+def size_damage(layout: Layout, name: str, record: FileRecord) -> CheckpointCorruptError | None:
+    """Compare the size of one file of the checkpoint ``name`` with the manifest, without reading the file."""
     path = layout.root / record.name
     size = size_of(path)
     if size == record.size:
         return None
     found = "none" if size is None else f"{size} bytes"
-    return CheckpointCorruptError(f"{path}: expected a file of {record.size} bytes, found {found}", path=path)
+    return _damage(layout, name, path, f"expected a file of {record.size} bytes, found {found}")
 
 
 def was_written_over(layout: Layout, manifest: Manifest) -> bool:
@@ -87,7 +104,7 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     """
     if layout.entry_suffix is None:
         return False
-    names = [one.name for one in manifest.files if one.name.endswith(layout.entry_suffix) or ".data-" in one.name]
+    names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:
         return False  # It is of another framework.
     try:
@@ -119,7 +136,7 @@ def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> No
         path = layout.manifest(name)
         raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
     for one in present:
-        if size_of(layout.root / one) == 0:
+        if layout.is_needed(one, name) and size_of(layout.root / one) == 0:
             path = layout.root / one
             raise CheckpointCorruptError(f"{path}: expected a file with content, found 0 bytes", path=path)
     missing = layout.missing_data(name, present)
@@ -129,13 +146,22 @@ def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> No
 
 
 def _digest_damage(
-    layout: Layout, record: FileRecord, on_block: Callable[[int], None] | None
+    layout: Layout, name: str, record: FileRecord, on_block: Callable[[int], None] | None
 ) -> CheckpointCorruptError | None:
     path = layout.root / record.name
     try:
         _, digest = files.digest(path, on_block=on_block)
     except FileNotFoundError:
-        return CheckpointCorruptError(f"{path}: expected a file, found none", path=path)
+        return _damage(layout, name, path, "expected a file, found none")
+    except OSError as error:
+        if error.errno != errno.EIO or layout.is_needed(path.name, name):
+            raise
+        return _damage(layout, name, path, f"expected {record.size} bytes, found them unreadable ({error})")
     if digest == record.digest:
         return None
-    return CheckpointCorruptError(f"{path}: expected the digest {record.digest}, found {digest}", path=path)
+    return _damage(layout, name, path, f"expected the digest {record.digest}, found {digest}")
+
+
+def _damage(layout: Layout, name: str, path: Path, found: str) -> CheckpointCorruptError:
+    spare = "" if layout.is_needed(path.name, name) else "; the checkpoint can be restored without it"
+    return CheckpointCorruptError(f"{path}: {found}{spare}", path=path)

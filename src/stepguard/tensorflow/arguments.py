@@ -10,7 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.tensorflow.defaults import is_default
+from stepguard.tensorflow.defaults import is_default, summary_tensor
+from stepguard.tensorflow.tensors import PATTERN
 
 _v1 = tf.compat.v1
 
@@ -40,6 +41,10 @@ def check(*, is_chief: bool, **given: Any) -> None:
         raise _wrong_type("graph", "a tf.Graph", graph)
     for name in _FETCHES:
         _check_fetch(name, given[name], graph)
+    for name in ("ready_op", "ready_for_local_init_op", "summary_op"):
+        if tf.nest.is_nested(given[name]):
+            raise _wrong_type(name, "one tensor", given[name])
+    _check_summary(given["summary_op"], graph)
     _check_global_step(given["global_step"])
     for name in _SECONDS:
         _check_seconds(name, given[name])
@@ -57,11 +62,8 @@ def check(*, is_chief: bool, **given: Any) -> None:
         raise _wrong_type("logdir", "a path", given["logdir"])
     if not isinstance(given["checkpoint_basename"], str):
         raise _wrong_type("checkpoint_basename", "a string", given["checkpoint_basename"])
-    if given["logdir"] and not os.path.basename(given["checkpoint_basename"]):
-        raise ValueError(
-            f"checkpoint_basename: expected the name of a file, found {given['checkpoint_basename']!r}; "
-            "'model.ckpt' is the usual one"
-        )
+    if given["logdir"]:
+        _check_basename(given["checkpoint_basename"])
     if given["init_fn"] is not None and not callable(given["init_fn"]):
         raise _wrong_type("init_fn", "a function of one argument, the session", given["init_fn"])
     if given["init_feed_dict"] is not None and not isinstance(given["init_feed_dict"], dict):
@@ -115,6 +117,17 @@ def _check_fetch(name: str, value: Any, graph: Any) -> None:
         ) from error
 
 
+def _check_summary(value: Any, graph: Any) -> None:
+    if value is None or is_default(value):
+        return
+    element = graph.as_graph_element(value)
+    if isinstance(element, tf.Operation) and summary_tensor(element, graph) is element:
+        raise TypeError(
+            f"summary_op: expected an operation with one output, the serialised Summary, found {element.name!r} with "
+            f"{[output.dtype.name for output in element.outputs]}"
+        )
+
+
 def _check_global_step(value: Any) -> None:
     dtype = getattr(value, "dtype", None)
     if value is None or is_default(value) or dtype is None:
@@ -135,6 +148,24 @@ def _check_seconds(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
     if math.isinf(value) and name.startswith("save_"):
         raise ValueError(f"{name}: expected a finite number of seconds, found {value}; 0 or None means never")
+
+
+def _check_basename(value: str) -> None:
+    basename = os.path.basename(value)
+    if not basename:
+        raise ValueError(
+            f"checkpoint_basename: expected the name of a file, found {value!r}; 'model.ckpt' is the usual one"
+        )
+    if basename.startswith("."):
+        raise ValueError(
+            f"checkpoint_basename: expected a name that does not begin with a dot, found {value!r}; such names are "
+            "those of files that are not complete"
+        )
+    if PATTERN.intersection(basename):
+        raise ValueError(
+            f"checkpoint_basename: expected a name without {' '.join(sorted(PATTERN))}, found {value!r}; TensorFlow "
+            "takes the path of a checkpoint for a pattern when it restores it"
+        )
 
 
 def _check_logdir(logdir: Any) -> None:

@@ -65,6 +65,14 @@ def resolve(
         )
 
 
+def summary_tensor(summary_op: Any, graph: Any) -> Any:
+    """What to fetch for a summary: of an operation, its one output of strings; anything else as it is."""
+    element = graph.as_graph_element(summary_op)
+    if isinstance(element, tf.Operation) and [output.dtype for output in element.outputs] == [tf.string]:
+        return element.outputs[0]
+    return element
+
+
 def is_default(given: Any) -> bool:
     """Whether an argument asks for the default: only the number itself does, since tensors overload ``==``."""
     return type(given) is int and given == USE_DEFAULT

@@ -16,9 +16,10 @@ import tensorflow as tf
 from stepguard.engine import ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
+from stepguard.store import statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.bundle import write_bundle
-from stepguard.tensorflow.defaults import Model
+from stepguard.tensorflow.defaults import Model, summary_tensor
 from stepguard.tensorflow.events import TensorFlowEvents
 from stepguard.tensorflow.numbers import is_finite, of_summary
 from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
@@ -34,6 +35,8 @@ _v1 = tf.compat.v1
 _SUMMARY_HOLD_SECS = 1.0
 # A summary is no reason to keep other threads from training for longer than this, when one is in a long step.
 _SUMMARY_PATIENCE_SECS = 1.0
+# The old format has operations of its own.
+_SAVES = ("SaveV2", "SaveSlices", "Save")
 # How often a meta graph is exported once more while the program extends the graph.
 _EXPORTS = 20
 _EXPORT_PAUSE_SECS = 0.005
@@ -218,7 +221,7 @@ class TensorFlowEngine:
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
-        written = os.fspath(path) if path else str(self._save_path)
+        written = statefile.without_shards(os.fspath(path) if path else str(self._save_path))
         # The saver has read the step itself, and steps may have been done since: its file name has the right one.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
@@ -257,7 +260,8 @@ class TensorFlowEngine:
 
     def kept_checkpoints(self) -> list[str]:
         """What the saver counts among its own: also what the program has saved by calling it."""
-        return [os.path.basename(path) for path in self._last_checkpoints() if self._is_in_place(path)]
+        kept = [path for path in self._last_checkpoints() if self._is_in_place(path)]
+        return [os.path.basename(statefile.without_shards(path)) for path in kept]
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
         """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself."""
@@ -310,7 +314,7 @@ class TensorFlowEngine:
                 element = self._model.graph.as_graph_element(fetches)
             except (KeyError, ValueError):
                 return False  # The run itself says that there is none of that name.
-            self._saves[fetches] = bool(save_operations(element))
+            self._saves[fetches] = bool(save_operations(element, _SAVES))
         return self._saves[fetches]
 
     # --- summaries ---
@@ -321,10 +325,11 @@ class TensorFlowEngine:
         if events is None:
             return
         with model.graph.as_default(), self._summary_boundary(session):
+            fetched = summary_tensor(model.summary_op, model.graph)
             if model.global_step is None:
-                summary, step = session.run(model.summary_op), None
+                summary, step = session.run(fetched), None
             else:
-                summary, step = session.run([model.summary_op, model.global_step])
+                summary, step = session.run([fetched, model.global_step])
                 step = as_step(step)
         _log.info("recording summary at step %s", step)
         self.write_summary(summary, step)

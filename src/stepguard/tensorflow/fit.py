@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.tensorflow.snapshot import save_operations
+from stepguard.tensorflow.tensors import without_pattern
 
 _v1 = tf.compat.v1
 
@@ -48,11 +49,11 @@ def check_fits(saver: Any, graph: Any, path: str) -> None:
     wanted = _wanted(saver, graph)
     if not wanted:
         return
-    reader = _v1.train.NewCheckpointReader(path)
-    shapes = reader.get_variable_to_shape_map()
+    with without_pattern(path) as place:
+        reader = _v1.train.NewCheckpointReader(place)
+        shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if _OBJECT_GRAPH in shapes:
         return
-    types = reader.get_variable_to_dtype_map()
     missing = sorted(name for name in wanted if name not in shapes)
     unexpected = sorted(name for name in shapes if name not in wanted)
     # With reshape=True the saver takes any shape of the same size.

@@ -15,6 +15,7 @@ import tensorflow as tf
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow import tensors
 from stepguard.tensorflow.fit import check_fits
@@ -52,6 +53,8 @@ class Restorer:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
+        if "://" not in directory and self._restore_old_format(session, saver, Path(directory)):
+            return True
         if self._store is not None:
             if self._restore_named_newer(self._store, session, saver):
                 return True
@@ -71,7 +74,17 @@ class Restorer:
 
         Raises:
             CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
+            ValueError: there is no such checkpoint.
         """
+        path = statefile.without_shards(path)
+        # A saver of the program's own knows itself which files it needs.
+        is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
+        if is_standard and not tensors.exists(path):
+            raise ValueError(
+                f"{path}: expected a checkpoint with this prefix, found no {os.path.basename(path)}{ENTRY_SUFFIX}; "
+                "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
+            )
+        path = tensors.restorable(path)
         graph = session.graph
         with graph.as_default():
             check_fits(saver, graph, path)
@@ -79,7 +92,10 @@ class Restorer:
             initializers = _v1.get_collection("saved_model_initializers")
             if initializers:
                 session.run(initializers)
-            saver.restore(session, path)
+            # A master that is another process may not reach this machine's directory for temporary files.
+            is_here = not getattr(session, "sess_str", "")
+            with tensors.without_pattern(path) if is_here else nullcontext(path) as place:
+                saver.restore(session, place)
 
     def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
         if is_ours and self._holds_only_a_strangers(store, session):
@@ -165,6 +181,52 @@ class Restorer:
             # It may be another model's, and there is one of the supervisor's own.
             _log.warning("the newest by the state file, %s, is not gone on with: %s", state.newest, error)
             return False
+
+    def _restore_old_format(self, session: Any, saver: Any, directory: Path) -> bool:
+        """Restore what the state file names, if that is newer than all else, and of the Saver's format before V2: it
+        has no entry file, and no store knows it without a manifest.
+        """
+        state = statefile.read(directory)
+        # A saver of the program's own knows itself which files it needs.
+        if state is None or not isinstance(saver, _v1.train.Saver):
+            return False
+        places = (directory / state.newest, directory / state.path)
+        place = next((one for one in places if tensors.is_old_format(str(one))), None)
+        if place is None or place.with_name(place.name + MANIFEST_SUFFIX).exists():
+            return False
+        basename, step = _without_step(state.newest), _step_of(state.newest)
+        store = self._store or CheckpointStore(directory, basename=basename, entry_suffix=ENTRY_SUFFIX)
+        others = store.candidates()
+        if others and (step is None or step <= max(one.step or 0 for one in others)):
+            return False
+        try:
+            tensors.check_shards(str(place))
+            self.restore_file(session, saver, str(place))
+        except CheckpointMismatchError:
+            raise
+        except Exception as error:
+            damage = error if isinstance(error, CheckpointCorruptError) else tensors.damage(str(place))
+            if damage is None:
+                raise
+            message = (
+                f"{place}: expected the checkpoint that the file {statefile.FILE_NAME!r} in {directory} names as the "
+                f"newest, found it damaged ({tensors.cause(damage)})"
+            )
+            if others:
+                _log.warning("%s", message)
+                return False
+            refused = NoGoodCheckpointError(
+                f"{message}. Nothing was changed. Put a good copy back; or, to start over from step 0, use another "
+                f"logdir, or move it and the file {statefile.FILE_NAME!r} away",
+                path=place,
+            )
+            if self._store is None or not self._start_over_when_all_damaged:
+                raise refused from error
+            self._start_over(self._store, refused)
+            return False
+        _log.info("restored %s", place)
+        _tell_saver(saver, [(one, 0.0) for one in _state_of(str(directory)).all_model_checkpoint_paths])
+        return True
 
     def _holds_only_a_strangers(self, store: CheckpointStore, session: Any) -> bool:
         """Whether all that is there is a model without a step that no run of this program has saved."""
@@ -277,7 +339,7 @@ def _step_of(name: str) -> int | None:
 
 def _own_earlier(store: CheckpointStore, saver: Any) -> None:
     """Let retention go on where the run before has stopped: that of the store, and the saver's own."""
-    _tell_saver(saver, [(str(one.path), one.time) for one in store.adopt_earlier()])
+    _tell_saver(saver, [(tensors.restorable(str(one.path)), one.time) for one in store.adopt_earlier()])
 
 
 def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:

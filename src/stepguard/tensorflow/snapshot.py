@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,7 @@ def _static_bytes(tensor: Any) -> int:
     return (tensor.shape.num_elements() or 0) * int(tensor.dtype.base_dtype.size)
 
 
-def save_operations(saved: Any) -> list[Any]:
+def save_operations(saved: Any, types: Collection[str] = ("SaveV2",)) -> list[Any]:
     """The operations that write the tensors of a checkpoint, among all those that the tensor or operation needs."""
     found = []
     seen = set()
@@ -161,7 +162,7 @@ def save_operations(saved: Any) -> list[Any]:
         if operation in seen:
             continue
         seen.add(operation)
-        if operation.type == "SaveV2":
+        if operation.type in types:
             found.append(operation)
             continue
         waiting.extend(tensor.op for tensor in operation.inputs)

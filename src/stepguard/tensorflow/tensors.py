@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import os
+import re
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,67 @@ import tensorflow as tf
 from stepguard.errors import CheckpointCorruptError
 from stepguard.tensors import SavedTensor
 
+PATTERN = frozenset("*?[\\")
+"""The characters for which TensorFlow takes the path of a checkpoint for a pattern."""
+
+
+@contextlib.contextmanager
+def without_pattern(path: str) -> Iterator[str]:
+    """Another path to a checkpoint, while the block lasts, where TensorFlow would take that of its directory for a
+    pattern: through a symbolic link. For who reads it in this process.
+    """
+    place, name = os.path.split(path)
+    if "://" in path or not PATTERN.intersection(place):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="stepguard-") as directory:
+        link = os.path.join(directory, "logdir")
+        os.symlink(os.path.abspath(place), link)
+        yield os.path.join(link, name)
+
+
+def restorable(path: str) -> str:
+    """What TensorFlow is given to restore the checkpoint with the prefix ``path``: a pattern, if that is sharded and of
+    the old format (V1).
+    """
+    if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
+        for shard in old_shards(path):
+            return f"{path}-?????-of-{shard.rpartition('-')[2]}"
+    return path
+
+
+def exists(path: str) -> bool:
+    """Whether there is a checkpoint with the prefix ``path``, by the names of its files."""
+    return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
+
+
+def is_old_format(path: str) -> bool:
+    """Whether the files of a checkpoint of the old format are at the prefix ``path``, or a part of them."""
+    if os.path.exists(f"{path}.index"):
+        return False
+    return os.path.isfile(path) or bool(old_shards(path))
+
+
+def check_shards(path: str) -> None:
+    """Raises CheckpointCorruptError if one of the files of a sharded checkpoint of the old format is missing."""
+    shards = old_shards(path)
+    for number in range(int(shards[0].rpartition("-")[2]) if shards else 0):
+        shard = f"{os.path.basename(path)}-{number:05d}-of-{shards[0].rpartition('-')[2]}"
+        if shard not in shards:
+            place = Path(path).with_name(shard)
+            raise CheckpointCorruptError(f"{place}: expected a file, found none", path=place)
+
+
+def old_shards(path: str) -> list[str]:
+    """The names of the files of a sharded checkpoint of the old format, sorted."""
+    place, name = os.path.split(path)
+    try:
+        names = tf.io.gfile.listdir(place or os.curdir)
+    except tf.errors.OpError:
+        return []  # There is no such directory.
+    shards = re.compile(re.escape(name) + r"-\d{5,}-of-\d{5,}")
+    return sorted(one for one in names if shards.fullmatch(one))
+
 
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
     """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read when it is asked for.
@@ -22,16 +88,25 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     Raises CheckpointCorruptError if the index cannot be read.
     """
     try:
-        reader = tf.compat.v1.train.NewCheckpointReader(str(path))
-        shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        source = _Source(restorable(str(path)))
+        shapes, types = source.reader.get_variable_to_shape_map(), source.reader.get_variable_to_dtype_map()
     except Exception as error:  # the reader raises whatever it likes for an index that is not one
         raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
     for name in sorted(shapes):
         dtype, shape = types[name], tuple(shapes[name])
         # No array can hold a variant: the state of an iterator, for one.
-        read = None if dtype == tf.variant else functools.partial(_read, path, reader, name)
+        read = None if dtype == tf.variant else functools.partial(_read, path, source, name)
         nbytes = None if dtype in (tf.string, tf.variant) else math.prod(shape) * dtype.size
         yield SavedTensor(name, dtype.name, shape, nbytes, read)
+
+
+class _Source:
+    """A reader of a checkpoint, and the link by which it may have to open the data at each read."""
+
+    def __init__(self, path: str) -> None:
+        link = contextlib.ExitStack()
+        weakref.finalize(self, link.close)
+        self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
 
 
 def damage(path: str) -> Exception | None:
@@ -55,9 +130,9 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {(behind_node or lines)[0]}"
 
 
-def _read(path: Path, reader: Any, name: str) -> Any:
+def _read(path: Path, source: _Source, name: str) -> Any:
     try:
-        array = np.asarray(reader.get_tensor(name))
+        array = np.asarray(source.reader.get_tensor(name))
     except Exception as error:  # as above
         raise CheckpointCorruptError(f"{path}: tensor {name}: {cause(error)}", path=path) from error
     if array.dtype.fields:  # a quantised type: its integers
