@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
+import pytest
 import torch.distributed as dist
 
 from stepguard.torch.peers import Gate, Peers
@@ -58,25 +60,74 @@ def test_a_worker_that_a_second_interrupt_has_ended_is_not_waited_for(caplog):
     assert "rank 1 was left by a second Ctrl-C" in caplog.text
 
 
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_a_chief_that_evaluates_between_two_loops_is_waited_for_in_the_next_step(is_stopping, monkeypatch, caplog):
+    store, gates, done = dist.HashStore(), [Gate(), Gate()], [1, 1]
+    chief, worker = (
+        peers(store, rank, gate, is_stopping=is_stopping, steps_done=lambda rank=rank: done[rank])
+        for rank, gate in enumerate(gates)
+    )
+    # The worker is in the second step, which takes both; the chief has ended a loop after the first.
+    gates[0].end(1)
+    gates[1].begin(1)
+    worker.start()
+    met = []
+
+    def meet() -> None:
+        if is_stopping:
+            chief.start()
+            chief._thread.join(60)
+        else:
+            with chief.meeting("a checkpoint") as states:
+                met.append(states)
+
+    meeting = threading.Thread(target=meet, daemon=True)
+    meeting.start()
+    until(lambda: store.check(["message/1/target"]))
+    # For as long as the evaluation lasts, and no longer: a busy machine may take a while for the rest.
+    with monkeypatch.context() as impatient:
+        impatient.setattr("stepguard.torch.peers._PATIENCE_SECS", 0.1)
+        meeting.join(0.5)
+    assert meeting.is_alive()
+    assert gates[0].begin(1)
+    done[:] = [2, 2]
+    meeting.join(60)
+
+    assert not meeting.is_alive()
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert met == ([] if is_stopping else [{1: {}}])
+    chief.close(60)
+    worker.close(60)
+
+
 class GoneStore:
     def check(self, keys: list[str]) -> bool:
         raise dist.DistNetworkError(f"no answer for {keys}")
 
 
-def peers(store: dist.Store, rank: int, gate: Gate, *, is_stopping: bool = True, is_impatient: bool = False) -> Peers:
+def peers(
+    store: dist.Store,
+    rank: int,
+    gate: Gate,
+    *,
+    is_stopping: bool = True,
+    is_impatient: bool = False,
+    steps_done: Callable[[], int] = lambda: 0,
+) -> Peers:
     """Of a run that has not begun its first step, and was asked to stop."""
     return Peers(
         store,
         rank,
         2,
         gate,
-        steps_done=lambda: 0,
+        steps_done=steps_done,
         process_state=dict,
         wait_for_stop=lambda _: is_stopping,
         should_stop=lambda: is_stopping,
         request_stop=lambda _: None,
         error=lambda: None,
         is_impatient=lambda: is_impatient,
+        grace_secs=3600,
         write_part=lambda *_: None,
     )
 

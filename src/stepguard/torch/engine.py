@@ -132,6 +132,7 @@ class TorchEngine:
             request_stop=self._request_stop,
             error=self._error,
             is_impatient=lambda: session.is_impatient,
+            grace_secs=self._stop_grace_secs,
             write_part=self._write_part,
         )
         self._peers.start()

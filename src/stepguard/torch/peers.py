@@ -153,7 +153,8 @@ class Peers:
     called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
     called in a thread that writes. ``error`` is the one that this process stops for, if any; a
     :class:`stepguard.NonFiniteError` is told to the others, who stop after the same step and for the same error.
-    ``is_impatient`` tells whether a second Ctrl-C has ended this process.
+    ``is_impatient`` tells whether a second Ctrl-C has ended this process. ``grace_secs`` is how long, in seconds, the
+    others wait in a step for a chief that is between two loops.
     Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
@@ -171,6 +172,7 @@ class Peers:
         request_stop: Callable[[BaseException | None], object],
         error: Callable[[], BaseException | None],
         is_impatient: Callable[[], bool],
+        grace_secs: float,
         write_part: Callable[[Exchange, str], None],
     ) -> None:
         self._store = store
@@ -184,6 +186,7 @@ class Peers:
         self._request_stop = request_stop
         self._error = error
         self._is_impatient = is_impatient
+        self._grace_secs = grace_secs
         self._write_part = write_part
         self._messages = 0
         self._is_sight_shared = False
@@ -252,7 +255,13 @@ class Peers:
                 self._store.set(f"{key}/target", str(target).encode())
                 self._gate.open_until(target)
                 self._await_step(target, what)
-                states = {rank: _loaded(self._get(f"{key}/state/{rank}", what)) for rank in self._others()}
+
+                def is_evaluating() -> bool:
+                    # Others are in a step that takes all of them: they wait for this process.
+                    return self._gate.has_ended and self._steps_done() < target
+
+                answers = {rank: self._get(f"{key}/state/{rank}", what, is_evaluating) for rank in self._others()}
+                states = {rank: _loaded(answer) for rank, answer in answers.items()}
                 # Each has told before its state what it has seen until here.
                 sight = self._share_sight()
                 if sight is not None and not is_last:
@@ -345,7 +354,7 @@ class Peers:
         try:
             target = int(self._get(f"{key}/target", "a checkpoint"))
             self._gate.open_until(target)
-            self._await_step(target, "a checkpoint")
+            self._await_step(target, "a checkpoint", lambda: not self._store.check([f"{key}/done"]))
             self._share_sight()
             # Nothing is saved at a stop itself, and the memory for it may still be being written.
             self._store.set(f"{key}/state/{self._rank}", _saved({} if is_last else self._process_state()))
@@ -398,20 +407,25 @@ class Peers:
         elif time.monotonic() > self._failed_at + _FAREWELL_SECS:
             raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
-    def _await_step(self, target: int, what: str) -> None:
+    def _await_step(self, target: int, what: str, is_excused: Callable[[], bool] = lambda: False) -> None:
         where = f"{what}: step {target} of this session is still under way in rank {self._rank}"
-        self._await(lambda: self._steps_done() >= target or self._gate.has_ended, where)
+        self._await(lambda: self._steps_done() >= target or self._gate.has_ended, where, is_excused)
 
-    def _get(self, key: str, what: str) -> bytes:
-        self._await(lambda: self._store.check([key]), f"{what}: no answer to {key}; a process may have ended")
+    def _get(self, key: str, what: str, is_excused: Callable[[], bool] = lambda: False) -> bytes:
+        missing = f"{what}: no answer to {key}; a process may have ended"
+        self._await(lambda: self._store.check([key]), missing, is_excused)
         return bytes(self._store.get(key))
 
-    def _await(self, is_there: Callable[[], bool], text: str) -> None:
-        began = time.monotonic()
+    def _await(self, is_there: Callable[[], bool], text: str, is_excused: Callable[[], bool] = lambda: False) -> None:
+        """Wait; the time that is excused does not count, but for ``grace_secs``."""
+        began = counted_from = time.monotonic()
         while True:
-            # Asked first: what was there when this process closed has come in time.
+            now = time.monotonic()
             patience_secs = _IMPATIENCE_SECS if self._is_impatient() else _PATIENCE_SECS
-            is_over = self._closing.is_set() or self._has_failed() or time.monotonic() > began + patience_secs
+            if not self._is_impatient() and now < began + self._grace_secs and is_excused():
+                counted_from = now
+            # Asked first: what was there when this process closed has come in time.
+            is_over = self._closing.is_set() or self._has_failed() or now > counted_from + patience_secs
             left = self._rank == 0 and self._store.check(["left"])
             if is_there():
                 return
