@@ -16,6 +16,8 @@ from stepguard import ledger
 from stepguard.errors import LogdirInUseError, NoBoundaryError, StopRequested
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
+from stepguard.torch.boundary import Boundary
+from stepguard.torch.interrupts import InterruptHold
 
 
 def supervisor(logdir=None, **options):
@@ -140,6 +142,21 @@ def test_an_interrupt_in_the_step_that_is_left_by_break_leaves_the_block(tmp_pat
             break
 
     assert max(committed(tmp_path)) == 1
+
+
+def test_after_the_second_interrupt_none_is_held_any_more():
+    stops = []
+    hold = InterruptHold(Boundary(), lambda: stops.append("asked"))
+    hold.start()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        hold.finish()
+
+    assert stops == ["asked"]
 
 
 def test_what_was_due_after_a_break_is_saved_before_the_next_step(tmp_path):
