@@ -15,6 +15,7 @@ import tensorflow as tf
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
+from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow import tensors
@@ -200,7 +201,9 @@ class Restorer:
         if others and (step is None or step <= max(one.step or 0 for one in others)):
             return False
         try:
-            tensors.check_shards(str(place))
+            layout = Layout(place.parent, basename, ENTRY_SUFFIX)
+            if (missing := layout.missing_data(place.name, layout.present(place.name))) is not None:
+                raise CheckpointCorruptError(f"{place.with_name(missing)}: expected a file, found none", path=place)
             self.restore_file(session, saver, str(place))
         except CheckpointMismatchError:
             raise

@@ -61,16 +61,6 @@ def is_old_format(path: str) -> bool:
     return os.path.isfile(path) or bool(old_shards(path))
 
 
-def check_shards(path: str) -> None:
-    """Raises CheckpointCorruptError if one of the files of a sharded checkpoint of the old format is missing."""
-    shards = old_shards(path)
-    for number in range(int(shards[0].rpartition("-")[2]) if shards else 0):
-        shard = f"{os.path.basename(path)}-{number:05d}-of-{shards[0].rpartition('-')[2]}"
-        if shard not in shards:
-            place = Path(path).with_name(shard)
-            raise CheckpointCorruptError(f"{place}: expected a file, found none", path=place)
-
-
 def old_shards(path: str) -> list[str]:
     """The names of the files of a sharded checkpoint of the old format, sorted."""
     place, name = os.path.split(path)
