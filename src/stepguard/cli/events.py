@@ -148,7 +148,7 @@ def _write(path: Path, content: bytes) -> None:
     if path == Path("-"):
         click.echo(content, nl=False)
     else:
-        files.write(path, content)
+        files.write_named(path, content)
 
 
 def _csv(curves: Sequence[Curve]) -> bytes:

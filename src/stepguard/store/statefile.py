@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepguard import files
+from stepguard import files, schema
 
 FILE_NAME = "checkpoint"
 
+_DOOMED = "# to be removed: "
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
 _UNESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t"}
 _LINE = re.compile(r"""^\s*(\w+)\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|([^\s"']+))\s*$""")
@@ -27,12 +28,13 @@ _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 class CheckpointState:
     """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first.
 
-    Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
+    ``doomed`` are those that were to be removed next. Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
     """
 
     path: Path
     names: tuple[str, ...]
     last_preserved: float | None
+    doomed: tuple[str, ...] = ()
 
     @property
     def newest(self) -> str:
@@ -41,11 +43,18 @@ class CheckpointState:
 
 
 def write(
-    root: Path, newest: str, names: Sequence[str], *, last_preserved: float | None = None, relative_paths: bool = False
+    root: Path,
+    newest: str,
+    names: Sequence[str],
+    *,
+    doomed: Sequence[str] = (),
+    last_preserved: float | None = None,
+    relative_paths: bool = False,
 ) -> None:
     """Replace the state file of ``root``, atomically and durably.
 
-    Paths are absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
+    ``doomed`` are removed next: a comment, which TensorFlow passes over, says so to the run after a kill. Paths are
+    absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
     """
 
     def quoted(name: str) -> str:
@@ -61,6 +70,7 @@ def write(
     lines += [f"all_model_checkpoint_paths: {quoted(name)}\n" for name in names]
     if last_preserved is not None:
         lines.append(f"last_preserved_timestamp: {float(last_preserved)!r}\n")
+    lines += [f"{_DOOMED}{name}\n" for name in doomed if name.isprintable()]
     files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
 
 
@@ -70,35 +80,47 @@ def without_shards(path: str) -> str:
 
 
 def read(root: Path) -> CheckpointState | None:
-    """Read the state file of ``root``; None if it is missing, empty or garbage, which is never an error."""
+    """Read the state file of ``root``; None if it is missing, empty, garbage or cannot be read, which is never an error:
+    it is a hint.
+    """
     try:
         text = files.read_bytes(root / FILE_NAME).decode("utf-8")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         return None
     newest = None
     names: list[str] = []
     last_preserved = None
+    doomed = [line[len(_DOOMED) :] for line in text.split("\n") if line.startswith(_DOOMED)]
     for line in text.split("\n"):
         match = _LINE.match(line)
         if match is None:
             continue
         key, double, single, bare = match.groups()
         if key == "last_preserved_timestamp" and bare is not None:
-            try:
-                last_preserved = float(bare)
-            except ValueError:
+            last_preserved = _time(bare)
+            if last_preserved is None:
                 return None
         quoted = double if double is not None else single
         if quoted is None:
             continue
         path = Path(without_shards(_unescaped(quoted)))
+        if not schema.is_name(path.name) or "\0" in str(path):
+            continue
         if key == "model_checkpoint_path":
             newest = path
         elif key == "all_model_checkpoint_paths":
             names.append(path.name)
-    if newest is None or not newest.name:
+    if newest is None:
         return None
-    return CheckpointState(newest, tuple(names), last_preserved)
+    return CheckpointState(newest, tuple(names), last_preserved, tuple(doomed))
+
+
+def _time(text: str) -> float | None:
+    try:
+        time = float(text)
+    except ValueError:
+        return None
+    return time if schema.is_of(time, (float,)) else None
 
 
 def _escaped(character: str) -> str:
