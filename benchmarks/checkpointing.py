@@ -246,7 +246,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     import tensorflow as tf
 
     import stepguard.tensorflow
-    from stepguard.tensorflow.restore import Restorer
+    from stepguard.tensorflow.checkpoint.restore import Restorer
 
     disable_eager_execution()
     saves = Saves()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from stepguard.coordination.looper import LooperThread
 from stepguard.errors import LogdirInUseError
-from stepguard.looper import LooperThread
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 

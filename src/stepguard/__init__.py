@@ -8,7 +8,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from stepguard.coordinator import Coordinator
+    from stepguard.coordination.coordinator import Coordinator
+    from stepguard.coordination.looper import LooperThread
     from stepguard.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         StepguardError,
         StopRequested,
     )
-    from stepguard.looper import LooperThread
     from stepguard.store import CheckpointStore
 
 __version__ = "0.1.0"
@@ -45,7 +45,11 @@ __all__ = [
     "__version__",
 ]
 
-_MODULES = {"Coordinator": "coordinator", "LooperThread": "looper", "CheckpointStore": "store"}
+_MODULES = {
+    "Coordinator": "coordination.coordinator",
+    "LooperThread": "coordination.looper",
+    "CheckpointStore": "store",
+}
 
 
 def __getattr__(name: str) -> object:

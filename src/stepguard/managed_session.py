@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, ParamSpec, TypeVar
 
+from stepguard.coordination.signals import SigtermWatch, end_by_sigterm
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
-from stepguard.signals import SigtermWatch, end_by_sigterm
+from stepguard.watching import launcher_link
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def __init__(self, run: Run[SessionT]) -> None:
         self._run = run
         self._session: SessionT | None = None
-        self._sigterm = SigtermWatch(self._on_sigterm)
+        self._sigterm = SigtermWatch(self._on_sigterm, is_echoed=launcher_link.attempt() is not None)
         self._left = threading.Event()
         self._pid = os.getpid()
         self._patience: threading.Thread | None = None

@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic
 
-from stepguard.coordinator import Coordinator
+from stepguard.coordination.coordinator import Coordinator
+from stepguard.coordination.looper import LooperThread
+from stepguard.coordination.services import StepCounter, WhileOpen
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import described
-from stepguard.looper import LooperThread
 from stepguard.managed_session import ManagedSession, Run
-from stepguard.nan_guard import NanGuard, check_options
-from stepguard.observation import Observation, Observer
 from stepguard.options import check_switch
-from stepguard.saving import Saving
-from stepguard.services import StepCounter, WhileOpen
+from stepguard.saving.nan_guard import NanGuard, check_options
+from stepguard.saving.run_saver import Saving
 from stepguard.store import CheckpointStore
+from stepguard.watching.observer import Observation, Observer
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("tensorboard")
 
 # As the command does: the package is not to load TensorFlow.
-from stepguard.cli.event_files import read_curves
-from stepguard.cli.plot import plotted
+from stepguard.cli.logdir.event_files import read_curves
+from stepguard.cli.text.plot import plotted
 
 
 def write(logdir, name, *events):

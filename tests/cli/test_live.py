@@ -11,8 +11,9 @@ from collections import Counter
 import pytest
 from logdirs import commit
 
-from stepguard.cli import survey, verify
-from stepguard.cli.survey import identity
+from stepguard.cli.commands import verify
+from stepguard.cli.logdir import contents
+from stepguard.cli.logdir.contents import identity
 from stepguard.store import CheckpointStore, recovery
 from stepguard.store.layout import Layout
 
@@ -49,7 +50,7 @@ while True:
 
 def test_nothing_is_called_damaged_and_nothing_fails(tmp_path, stepguard, monkeypatch):
     # Between two renames of a commit TensorFlow would be asked to read these files, and they are made up.
-    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.tensors", None)
+    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.checkpoint.tensors", None)
     seen = Counter()
     for suffix in (".index", ""):
         logdir = tmp_path / f"run{suffix}"
@@ -118,7 +119,7 @@ def test_a_training_that_prunes_all_that_was_listed_leaves_no_empty_logdir(
 
     recovery_newest_first = recovery.newest_first
     prune = first_of_all(20, overtaking, lambda: None)
-    monkeypatch.setattr(survey.recovery, "newest_first", newest_first)
+    monkeypatch.setattr(contents.recovery, "newest_first", newest_first)
     shown = stepguard(command, tmp_path, "--json")
     assert shown.exit_code == 0, shown.output
     assert [one["state"] for one in json.loads(shown.stdout)["checkpoints"]] == ["good"]
@@ -133,7 +134,7 @@ def test_a_training_that_prunes_all_that_is_being_read_is_read_again(overtaking,
 
 @pytest.mark.parametrize("names", [[], ["run.jsonl", "model.ckpt-3.part"]])
 def test_a_logdir_without_checkpoints_is_told_at_once(names, tmp_path, stepguard, monkeypatch):
-    for module in (survey, verify):
+    for module in (contents, verify):
         monkeypatch.setattr(module, "_LOOK_SECS", 3600.0)
     for name in names:
         (tmp_path / name).write_bytes(b"x")

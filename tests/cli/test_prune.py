@@ -78,7 +78,9 @@ def test_a_damaged_newest_one_does_not_count_and_the_newest_good_one_stays(damag
 
 
 def test_nothing_newer_than_the_newest_proven_good_one_goes(tmp_path, stepguard, monkeypatch):
-    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.tensors", None)  # as if TensorFlow were not installed
+    monkeypatch.setitem(
+        sys.modules, "stepguard.tensorflow.checkpoint.tensors", None
+    )  # as if TensorFlow were not installed
     commit(tmp_path, 1, 2, 3)
     (tmp_path / "model.ckpt-3.manifest.json").unlink()
     stepguard("prune", tmp_path, "--keep-every", 1000)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from stepguard import heartbeat, ledger
-from stepguard.cli.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
-from stepguard.cli.runs import Runs
-from stepguard.cli.situation import look
+from stepguard.cli.launcher.attempt_outcome import Runs
+from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
+from stepguard.cli.logdir.run_state import look
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
+from stepguard.watching import heartbeat, ledger
 
 SOON_SECS = 60.0
 TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]

@@ -6,8 +6,8 @@ import pytest
 
 np = pytest.importorskip("numpy")
 
-from stepguard.cli import statistics  # noqa: E402
-from stepguard.cli.statistics import compare, describe  # noqa: E402
+from stepguard.cli.logdir import tensor_statistics  # noqa: E402
+from stepguard.cli.logdir.tensor_statistics import compare, describe  # noqa: E402
 
 
 def described(values, dtype):
@@ -46,7 +46,7 @@ def test_a_mean_of_many_half_floats_does_not_overflow():
 
 
 def test_a_tensor_of_several_blocks_is_described_and_compared_as_one(monkeypatch):
-    monkeypatch.setattr(statistics, "_BLOCK", 7)
+    monkeypatch.setattr(tensor_statistics, "_BLOCK", 7)
     one = np.arange(100.0).reshape(10, 10)
     other = one.copy()
     other[9, 9] += 5

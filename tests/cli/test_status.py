@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stepguard import heartbeat, ledger
 from stepguard.cli.main import cli
-from stepguard.heartbeat import Heartbeat
-from stepguard.ledger import Ledger
 from stepguard.testing import FakeSupervisor
+from stepguard.watching import heartbeat, ledger
+from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.ledger import Ledger
 
 SOON_SECS = 60.0
 TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]

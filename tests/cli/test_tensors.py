@@ -203,7 +203,7 @@ def test_what_is_in_no_form_that_is_known_is_refused_with_the_reason(tmp_path, s
 @pytest.mark.parametrize("engine", ["tensorflow", "torch"])
 def test_without_the_framework_the_error_says_what_to_install(engine, tmp_path, stepguard, monkeypatch):
     commit(tmp_path, 1, entry_suffix=None if engine == "torch" else ".index")
-    monkeypatch.setitem(sys.modules, f"stepguard.{engine}.tensors", None)  # its import fails now
+    monkeypatch.setitem(sys.modules, f"stepguard.{engine}.checkpoint.tensors", None)  # its import fails now
     refused = stepguard("show", tmp_path)
     assert refused.exit_code == 3
     assert f"pip install 'stepguard[{engine}]'" in refused.stderr

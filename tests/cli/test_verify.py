@@ -134,7 +134,7 @@ def test_without_a_manifest_tensorflow_reads_it_and_finds_what_it_can(tensorflow
 def test_without_tensorflow_it_says_that_nothing_is_known(tmp_path, stepguard, monkeypatch):
     commit(tmp_path, 1)
     (tmp_path / "model.ckpt-1.manifest.json").unlink()
-    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.tensors", None)  # its import fails now
+    monkeypatch.setitem(sys.modules, "stepguard.tensorflow.checkpoint.tensors", None)  # its import fails now
     shown = stepguard("verify", tmp_path)
     assert shown.exit_code == 0
     assert "1 unverified" in shown.stdout

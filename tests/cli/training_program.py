@@ -10,8 +10,8 @@ import signal
 import sys
 import time
 
-from stepguard import ledger
 from stepguard.testing import FakeSupervisor
+from stepguard.watching import ledger
 
 
 def train(logdir: str, what: str, steps: int) -> None:

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-import stepguard.coordinator
-import stepguard.looper
+import stepguard.coordination.coordinator
+import stepguard.coordination.looper
 
 SOON_SECS = 30.0
 TheirCoordinator = tf.train.Coordinator
 TheirLooper = tf.compat.v1.train.LooperThread
 
 
-class OurCoordinator(stepguard.coordinator.Coordinator, tf.train.Coordinator):
+class OurCoordinator(stepguard.coordination.coordinator.Coordinator, tf.train.Coordinator):
     """As the TensorFlow engine has it: TensorFlow's by type, and nothing of its implementation."""
 
     def __init__(self, clean_stop_exception_types: tuple[type[BaseException], ...] | None = None) -> None:
@@ -100,7 +100,7 @@ def public_names(kind: type) -> list[str]:
 def test_nothing_public_is_left_to_tensorflows_implementation() -> None:
     for name in public_names(TheirCoordinator):
         assert inspect.getattr_static(OurCoordinator, name) is inspect.getattr_static(
-            stepguard.coordinator.Coordinator, name
+            stepguard.coordination.coordinator.Coordinator, name
         ), name
 
 
@@ -115,7 +115,7 @@ def test_the_methods_take_the_same_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["__init__", "loop", "run", "start_loop", "run_loop", "stop_loop"])
 def test_the_looper_takes_the_same_arguments_and_more_by_keyword_only(name: str) -> None:
-    theirs, ours = getattr(TheirLooper, name), getattr(stepguard.looper.LooperThread, name)
+    theirs, ours = getattr(TheirLooper, name), getattr(stepguard.coordination.looper.LooperThread, name)
     assert arguments(ours) == arguments(theirs)
 
 
@@ -423,7 +423,7 @@ def test_no_private_state_of_tensorflows_is_asked_for(queue: Queue) -> None:
 
 
 def loopers(test: Callable[..., object]) -> Callable[..., object]:
-    pairs = [(TheirLooper, TheirCoordinator), (stepguard.looper.LooperThread, OurCoordinator)]
+    pairs = [(TheirLooper, TheirCoordinator), (stepguard.coordination.looper.LooperThread, OurCoordinator)]
     return pytest.mark.parametrize(("looper_kind", "kind"), pairs, ids=["tensorflow", "stepguard"])(test)
 
 
@@ -640,16 +640,16 @@ def test_departure_arguments_of_a_wrong_kind_are_refused_at_once() -> None:
     with pytest.raises(TypeError):
         OurCoordinator((5,))  # type: ignore[arg-type]
     with pytest.raises(ValueError):
-        stepguard.looper.LooperThread(OurCoordinator(), -1, print)
+        stepguard.coordination.looper.LooperThread(OurCoordinator(), -1, print)
     with pytest.raises(TypeError):
-        stepguard.looper.LooperThread(OurCoordinator(), "x", print)  # type: ignore[arg-type]
+        stepguard.coordination.looper.LooperThread(OurCoordinator(), "x", print)  # type: ignore[arg-type]
 
 
 def test_departure_an_exception_in_stop_loop_is_raised() -> None:
     outcomes = []
     for looper_kind, coord in (
         (TheirLooper, TheirCoordinator()),
-        (stepguard.looper.LooperThread, OurCoordinator()),
+        (stepguard.coordination.looper.LooperThread, OurCoordinator()),
     ):
 
         class Failing(looper_kind):  # type: ignore[misc,valid-type]
@@ -667,7 +667,7 @@ def test_departure_missed_ticks_are_skipped() -> None:
     bursts = []
     for looper_kind, coord in (
         (TheirLooper, TheirCoordinator()),
-        (stepguard.looper.LooperThread, OurCoordinator()),
+        (stepguard.coordination.looper.LooperThread, OurCoordinator()),
     ):
         calls: list[float] = []
 

@@ -20,10 +20,10 @@ import yaml
 from click.testing import CliRunner
 from pages import ALL, ROOT, Block, blocks, is_like, is_printed
 
-from stepguard import heartbeat, ledger
 from stepguard.cli.main import cli
-from stepguard.ledger import Ledger
 from stepguard.store import CheckpointStore
+from stepguard.watching import heartbeat, ledger
+from stepguard.watching.ledger import Ledger
 
 if sys.version_info >= (3, 11):
     import tomllib

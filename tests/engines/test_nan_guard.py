@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from programs import EngineUnderTest, Program, wait_until
 
-from stepguard import NonFiniteError, ledger
+from stepguard import NonFiniteError
+from stepguard.watching import ledger
 
 NAN = math.nan
 EVERY_FIFTH = {"save_model_secs": 0, "save_model_steps": 5, "save_summaries_secs": 0}

@@ -122,7 +122,7 @@ class Restoring:
 
     def step(self, logdir: Path) -> int:
         """The step that a chief resumes from; everything in the model is what it is at that step."""
-        from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
+        from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
 
         store = CheckpointStore(logdir, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
         manager = SessionManager(graph=self.graph, restorer=Restorer(store, hold=lambda: nullcontext(True)))

@@ -24,10 +24,10 @@ from zygote import Zygote, wait_until
 
 from stepguard import files
 from stepguard.errors import SaveFailedError
+from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 from stepguard.testing import FakeEngine, FakeSession
-from stepguard.writer import CheckpointWriter
 
 v1 = tf.compat.v1
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
-from stepguard import ledger
+from stepguard.watching import ledger
 
 HERE = Path(__file__).resolve().parent
 SOON_SECS = 60.0

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from stepguard.tensorflow import ModelWaitTimeoutError, is_lost_peer, retry_on_lost_peer
-from stepguard.tensorflow.peers import StoppedWhileWaitingError
+from stepguard.tensorflow.cluster.tasks import StoppedWhileWaitingError
 
 
 def lost(kind=tf.errors.UnavailableError):

@@ -15,8 +15,8 @@ from tensorflow.core.protobuf.config_pb2 import CallableOptions
 from stepguard import NonFiniteError
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
-from stepguard.tensorflow import snapshot as snapshots
-from stepguard.tensorflow.numbers import is_finite, of_run, of_summary
+from stepguard.tensorflow.checkpoint import snapshot as snapshots
+from stepguard.tensorflow.scalars import is_finite, of_run, of_summary
 
 v1 = tf.compat.v1
 NAN = math.nan

@@ -158,7 +158,7 @@ class TestMismatch:
 
     def test_leaves_what_was_initialised_before_as_it_is(self, logdir, graph):
         """A restore by hand into a live session: the values that are there stay."""
-        from stepguard.tensorflow.restore import Restorer
+        from stepguard.tensorflow.checkpoint.restore import Restorer
 
         _, a, _ = model(a=[2], new=[1])
         saver = v1.train.Saver()

@@ -11,8 +11,8 @@ import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 
 from stepguard.tensorflow import Supervisor
-from stepguard.tensorflow.bundle import write_bundle
-from stepguard.tensorflow.snapshot import TensorSnapshot, as_step, plan
+from stepguard.tensorflow.checkpoint.files import write_bundle
+from stepguard.tensorflow.checkpoint.snapshot import TensorSnapshot, as_step, plan
 
 v1 = tf.compat.v1
 

@@ -106,15 +106,15 @@ def network() -> torch.nn.Sequential:
 
 
 def fill_disk_once() -> None:
-    from stepguard.torch import sharded
+    from stepguard.torch.checkpoint import sharded_files
 
-    write_part = sharded.write_part
+    write_part = sharded_files.write_part
 
     def fail(*_: object) -> None:
-        sharded.write_part = write_part
+        sharded_files.write_part = write_part
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    sharded.write_part = fail
+    sharded_files.write_part = fail
 
 
 def wrapped(net: torch.nn.Module, how: str) -> torch.nn.Module:

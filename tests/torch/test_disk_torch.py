@@ -9,9 +9,9 @@ import torch
 from mounts import Mount, mounted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
-from stepguard.writer import CheckpointWriter
 
 STATE_MEGABYTES = 2
 

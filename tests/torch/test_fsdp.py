@@ -21,9 +21,9 @@ from stepguard.cli.main import cli
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
-from stepguard.torch.exchange import Exchange, write_all, write_mine
-from stepguard.torch.sharded import METADATA
-from stepguard.torch.tensors import read_tensors
+from stepguard.torch.checkpoint.sharded_files import METADATA
+from stepguard.torch.checkpoint.tensors import read_tensors
+from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
 
 pytestmark = [
     pytest.mark.timeout(400),

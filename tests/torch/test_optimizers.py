@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from stepguard.torch import Supervisor
-from stepguard.torch.state import CopyStreams, HostMemory
+from stepguard.torch.checkpoint.state import CopyStreams, HostMemory
 
 STEPS, STOP = 6, 3
 
@@ -134,11 +134,11 @@ def test_the_scheduler(name, tmp_path):
 
 
 def test_a_counter_stays_one_in_a_snapshot_and_beside_sharded_tensors():
-    from stepguard.torch import shards
+    from stepguard.torch.checkpoint import sharded_tensors
 
     counted = {"milestones": Counter({4: 2, 2: 1})}
     copied = HostMemory().copy("scheduler", counted, CopyStreams({}))
-    skeleton = shards.skeleton("scheduler", counted)
+    skeleton = sharded_tensors.skeleton("scheduler", counted)
 
     assert copied == skeleton == counted
     assert type(copied["milestones"]) is type(skeleton["milestones"]) is Counter

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from stepguard.torch.peers import Gate, Peers
+from stepguard.torch.distributed.gate import Gate, Peers
 
 
 def test_a_chief_that_is_closed_settles_the_last_step_first(caplog):
@@ -86,7 +86,7 @@ def test_a_chief_that_evaluates_between_two_loops_is_waited_for_in_the_next_step
     until(lambda: store.check(["message/1/target"]))
     # For as long as the evaluation lasts, and no longer: a busy machine may take a while for the rest.
     with monkeypatch.context() as impatient:
-        impatient.setattr("stepguard.torch.peers._PATIENCE_SECS", 0.1)
+        impatient.setattr("stepguard.torch.distributed.gate._PATIENCE_SECS", 0.1)
         meeting.join(0.5)
     assert meeting.is_alive()
     assert gates[0].begin(1)

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from training import BATCH, ITEMS, Training
 
-from stepguard import ledger
 from stepguard.errors import LogdirInUseError, NoBoundaryError, StopRequested
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 from stepguard.torch.boundary import Boundary
 from stepguard.torch.interrupts import InterruptHold
+from stepguard.watching import ledger
 
 
 def supervisor(logdir=None, **options):

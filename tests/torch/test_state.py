@@ -17,7 +17,7 @@ from training import Training
 from stepguard.errors import CheckpointMismatchError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
-from stepguard.torch.state import CopyStreams, HostMemory
+from stepguard.torch.checkpoint.state import CopyStreams, HostMemory
 
 
 def run(state, logdir, steps=1):
@@ -432,7 +432,7 @@ class TestNothingOfAFileIsKept:
         second = build()
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            from stepguard.torch import restore
+            from stepguard.torch.checkpoint import restore
 
             def read_file(path, **options):
                 state = original(path, **options)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from launch import outcomes, run, run_two, seen, steps_saved, terminate_one, torchrun, torchrun_command
 
-from stepguard import ledger
+from stepguard.watching import ledger
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.cli import output
-from stepguard.cli.survey import ENTRY_SUFFIX, Surveyed, survey, survey_one
+from stepguard.cli.logdir.contents import ENTRY_SUFFIX, Surveyed, survey, survey_one
+from stepguard.cli.text import output
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import os
 import sys
@@ -16,7 +15,7 @@ from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
 _COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
-"""Their names: each is ``command`` in the module ``stepguard.cli.<name>``. In the order in which --help has them."""
+"""Their names, in the order in which --help has them."""
 
 # What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
 _FINDINGS = (CheckpointCorruptError, NoGoodCheckpointError, LogdirInUseError)
@@ -31,10 +30,7 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a command; None if there is no such command."""
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"stepguard.cli.{cmd_name}").command
-        return command
+        return _command(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. What goes wrong becomes one line on stderr, and an exit code, and not a traceback."""
@@ -47,6 +43,44 @@ class Commands(click.Group):
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
             raise Failure(_described(error), NOT_DONE) from error
+
+
+def _command(name: str) -> click.Command | None:
+    # Imported only when it is asked for: `stepguard --help` loads no command.
+    match name:
+        case "ls":
+            from stepguard.cli.commands import ls
+
+            return ls.command
+        case "verify":
+            from stepguard.cli.commands import verify
+
+            return verify.command
+        case "prune":
+            from stepguard.cli.commands import prune
+
+            return prune.command
+        case "show":
+            from stepguard.cli.commands import show
+
+            return show.command
+        case "diff":
+            from stepguard.cli.commands import diff
+
+            return diff.command
+        case "events":
+            from stepguard.cli.commands import events
+
+            return events.command
+        case "status":
+            from stepguard.cli.commands import status
+
+            return status.command
+        case "run":
+            from stepguard.cli.commands import run
+
+            return run.command
+    return None
 
 
 def _described(error: OSError) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from stepguard.tensorflow.cluster.retry import is_lost_peer, retry_on_lost_peer
+from stepguard.tensorflow.cluster.tasks import ModelWaitTimeoutError
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.install import install
-from stepguard.tensorflow.peers import ModelWaitTimeoutError
-from stepguard.tensorflow.retry import is_lost_peer, retry_on_lost_peer
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.supervisor import Supervisor
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
-from stepguard.tensorflow.tensors import PATTERN
 
 _v1 = tf.compat.v1
 

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from stepguard.errors import NoBoundaryError, StopRequested
-from stepguard.tensorflow.runs import RunKinds, describe
+from stepguard.tensorflow.run_effects import RunKinds, describe
 
 # How long a boundary may keep the next step waiting before it exists. Longer runs than this raise the bound (see
 # `_patience`), so that only a run that waits for another run of ours is ever given up on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from stepguard import coordinator
+from stepguard.coordination import coordinator
 
 CLEAN_STOP_TYPES = (tf.errors.OutOfRangeError,)
 # What a run says that a stop has cut short: the closing of a queue or of the session, not a failure of its own.
@@ -12,7 +12,7 @@ STOP_NOISE_TYPES = (tf.errors.CancelledError,)
 
 
 class Coordinator(coordinator.Coordinator, tf.train.Coordinator):
-    """A :class:`stepguard.coordinator.Coordinator` that is a ``tf.train.Coordinator`` by type.
+    """A :class:`stepguard.coordination.coordinator.Coordinator` that is a ``tf.train.Coordinator`` by type.
 
     ``QueueRunner.create_threads``, ``tf.compat.v1.train.start_queue_runners`` and ``tf.compat.v1.train.LooperThread``
     take it; nothing of TensorFlow's implementation is used.

@@ -18,15 +18,15 @@ from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
 from stepguard.store import statefile
 from stepguard.tensorflow.boundary import Boundary
-from stepguard.tensorflow.bundle import write_bundle
+from stepguard.tensorflow.checkpoint.files import write_bundle
+from stepguard.tensorflow.checkpoint.restore import ENGINE, Restorer
+from stepguard.tensorflow.checkpoint.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
+from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.defaults import Model, summary_tensor
 from stepguard.tensorflow.events import TensorFlowEvents
-from stepguard.tensorflow.numbers import is_finite, of_summary
-from stepguard.tensorflow.replicas import gradients_to_come, wait_for_standstill
-from stepguard.tensorflow.restore import ENGINE, Restorer
-from stepguard.tensorflow.runs import RunKinds
+from stepguard.tensorflow.run_effects import RunKinds
+from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
-from stepguard.tensorflow.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1

@@ -12,7 +12,7 @@ import tensorflow as tf
 from stepguard.engine import ValueWatch
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
-from stepguard.tensorflow.numbers import of_run
+from stepguard.tensorflow.scalars import of_run
 
 
 class Session(tf.compat.v1.Session):

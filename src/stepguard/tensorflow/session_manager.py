@@ -13,9 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import ModelNotReadyError
-from stepguard.tensorflow import peers
-from stepguard.tensorflow.remote_session import RemoteSession, open_session
-from stepguard.tensorflow.restore import Restorer
+from stepguard.tensorflow.checkpoint.restore import Restorer
+from stepguard.tensorflow.cluster import tasks
+from stepguard.tensorflow.cluster.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.session import Session
 
 _log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
                 )
             _log.info("waiting for the chief to make the model ready: %s", problem)
             if self._wait_for_stop(wait_secs):
-                raise peers.StoppedWhileWaitingError(f"a stop was requested while waiting: {problem}")
+                raise tasks.StoppedWhileWaitingError(f"a stop was requested while waiting: {problem}")
 
     def _open(self, master: str, config: Any, waits: _Waits) -> Session:
         """A session that gives up what it waits for when a stop is requested, or when the time is over."""
@@ -193,9 +193,9 @@ class SessionManager(tf.compat.v1.train.SessionManager):
 
         def give_up() -> BaseException | None:
             if self._wait_for_stop(0):
-                return peers.StoppedWhileWaitingError(f"a stop was requested while waiting for {_shown(master)}")
+                return tasks.StoppedWhileWaitingError(f"a stop was requested while waiting for {_shown(master)}")
             if waits.are_over:
-                needed = ", ".join(peers.tasks_of(self._graph))
+                needed = ", ".join(tasks.tasks_of(self._graph))
                 return waits.timeout(_shown(master), f"no answer from {needed or 'its servers'}: are they all running?")
             return None
 
@@ -211,7 +211,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
 
     def _stopped(self) -> BaseException | None:
         if self._wait_for_stop(0):
-            return peers.StoppedWhileWaitingError("a stop was requested while the model was made ready")
+            return tasks.StoppedWhileWaitingError("a stop was requested while the model was made ready")
         return None
 
     def _is_ready_problem(self, session: Session) -> str | None:
@@ -355,7 +355,7 @@ class _Waits:
 
     def timeout(self, what: str, problem: str) -> BaseException:
         """The error of a wait that has taken too long."""
-        return peers.ModelWaitTimeoutError(
+        return tasks.ModelWaitTimeoutError(
             f"{what} was not ready after {time.monotonic() - self._began:.1f} s (max_wait_secs="
             f"{self._max_wait_secs:g}): {problem}"
         )

@@ -11,20 +11,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.nan_guard import RETURN, check_options
-from stepguard.observation import Observation
+from stepguard.saving.nan_guard import RETURN, check_options
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
+from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
+from stepguard.tensorflow.checkpoint.snapshot import as_step, plan
+from stepguard.tensorflow.cluster.remote_session import RemoteSession
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
-from stepguard.tensorflow.remote_session import RemoteSession
-from stepguard.tensorflow.restore import ENGINE, ENTRY_SUFFIX, Restorer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import PEER_TIMEOUT_SECS, SessionManager
-from stepguard.tensorflow.snapshot import as_step, plan
+from stepguard.watching.observer import Observation
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1

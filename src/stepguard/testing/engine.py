@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard.coordinator import Coordinator
+from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
-from stepguard.observation import Observation
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
+from stepguard.watching.observer import Observation
 
 _log = logging.getLogger(__name__)
 

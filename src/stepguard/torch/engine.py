@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from stepguard import files
-from stepguard.coordinator import Coordinator
+from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.torch import random_states
+from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
+from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
+from stepguard.torch.checkpoint.state import Component, CopyStreams, HostMemory, nbytes, non_finite
+from stepguard.torch.distributed.gate import Gate, Peers, announce, announced, shared_store, world
+from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
-from stepguard.torch.exchange import Exchange, write_all, write_mine
-from stepguard.torch.format import PROCESS, SUFFIX, write_file
-from stepguard.torch.peers import Gate, Peers, announce, announced, shared_store, world
-from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
-from stepguard.torch.shards import is_sharded, skeleton
-from stepguard.torch.state import Component, CopyStreams, HostMemory, nbytes, non_finite
 
 _log = logging.getLogger(__name__)
 

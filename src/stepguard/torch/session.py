@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from stepguard.coordinator import Coordinator
+from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.torch import random_states
 from stepguard.torch.boundary import Boundary
-from stepguard.torch.feeds import Feed, feed_of
+from stepguard.torch.data.feeds import Feed, feed_of
+from stepguard.torch.distributed.gate import Gate
 from stepguard.torch.interrupts import InterruptHold
-from stepguard.torch.peers import Gate
 
 _log = logging.getLogger(__name__)
 

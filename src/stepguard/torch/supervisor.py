@@ -9,20 +9,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from stepguard.coordinator import Coordinator
+from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError
-from stepguard.nan_guard import RETURN, check_options
-from stepguard.observation import Observation
+from stepguard.saving.nan_guard import RETURN, check_options
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
+from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.state import components
+from stepguard.torch.distributed.gate import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
-from stepguard.torch.peers import world
-from stepguard.torch.restore import ENGINE, Restorer
 from stepguard.torch.session import Session
-from stepguard.torch.state import components
+from stepguard.watching.observer import Observation
 
 
 class Supervisor(CoreSupervisor[Session]):

@@ -1,0 +1,104 @@
+"""``stepguard ls``: the checkpoints of a logdir."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.logdir.contents import Survey, Surveyed, survey
+from stepguard.cli.text import output
+from stepguard.cli.text.table import STATE, Column, print_table
+
+_COLUMNS = (
+    Column(" "),
+    Column("STEP", align_right=True),
+    Column("AGE", align_right=True),
+    Column("SIZE", align_right=True),
+    Column("ENGINE"),
+    STATE,
+    Column("NAME", shrink=True),
+)
+
+
+@click.command(
+    short_help="List the checkpoints of a logdir.",
+    epilog="""\b
+Examples:
+  stepguard ls runs/digits
+  stepguard ls runs/digits --json | jq '.checkpoints[] | select(.state != "good")'
+""",
+)
+@click.argument("logdir", type=LOGDIR)
+@output.json_option
+def command(logdir: Path, as_json: bool) -> None:
+    """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
+
+    \b
+    good        the manifest is right, and every file that a restore needs is there with its size
+    unverified  complete, but without a manifest: TensorFlow's own tools wrote it
+    damaged     a file is missing or of another size, or the manifest is damaged
+    incomplete  being written or removed just now, or cut short by a kill
+
+    The data are not read for this: a bit that has flipped is found by `stepguard verify`.
+    """
+    found = survey(logdir)
+    if as_json:
+        output.print_json(_document(found))
+    else:
+        _print(found)
+
+
+def _document(found: Survey) -> dict[str, Any]:
+    now = time.time()
+    return {
+        "logdir": str(found.root),
+        "checkpoints": [_json(one, now) for one in found.found],
+        "missing": list(found.missing),
+        "quarantined": found.quarantined,
+    }
+
+
+def _json(one: Surveyed, now: float) -> dict[str, Any]:
+    checkpoint = one.checkpoint
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "basename": one.basename,
+        "step": checkpoint.step,
+        "time": checkpoint.time,
+        "age_secs": max(0.0, now - checkpoint.time),
+        "bytes": one.size,
+        "engine": one.engine,
+        "state": one.state,
+        "reasons": list(one.reasons),
+        "next": one.is_next,
+    }
+
+
+def _print(found: Survey) -> None:
+    now = time.time()
+    if found.found:
+        print_table(_COLUMNS, [_row(one, now) for one in found.found])
+    else:
+        click.echo(f"{output.printable(str(found.root))}: no checkpoints")
+    for name in found.missing:
+        click.echo(output.missing_newest(name))
+    if found.quarantined:
+        click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
+
+
+def _row(one: Surveyed, now: float) -> tuple[str, ...]:
+    checkpoint = one.checkpoint
+    return (
+        ">" if one.is_next else " ",
+        "-" if checkpoint.step is None else str(checkpoint.step),
+        output.duration(now - checkpoint.time),
+        output.size(one.size),
+        output.printable(one.engine),
+        one.state,
+        output.printable(checkpoint.name),
+    )

@@ -1,0 +1,174 @@
+"""``stepguard prune``: remove checkpoints that nobody needs, and never the newest good one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.exits import FINDING, Failure
+from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, Surveyed, survey
+from stepguard.cli.logdir.full_read import prove
+from stepguard.cli.text import output
+from stepguard.cli.text.progress_bar import reading
+from stepguard.store import CheckpointStore
+
+_LOOKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done with the checkpoints of one basename, each list from newest to oldest.
+
+    ``newest_good`` was read to its end.
+    """
+
+    basename: str
+    newest_good: Surveyed
+    removed: tuple[Surveyed, ...]
+    kept: tuple[Surveyed, ...]
+    damaged: tuple[Surveyed, ...]
+
+
+@click.command(
+    short_help="Remove old checkpoints, and never the newest good one.",
+    epilog="""\b
+Examples:
+  stepguard prune runs/digits --keep-last 5 --dry-run
+  stepguard prune runs/digits --keep-last 5 --keep-every 10000
+""",
+)
+@click.argument("logdir", type=LOGDIR)
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep each multiple of STEPS.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@output.json_option
+def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
+    """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
+
+    The newest good one, which is read to its end to make sure, stays in any case, and so does all that is newer.
+    Damaged ones do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
+    quarantine/. Checkpoints with different names are counted apart.
+
+    Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good. Nothing was removed then.
+    """
+    if keep_last is None and keep_every is None:
+        raise click.UsageError("expected --keep-last or --keep-every, or both: else all but one would be removed")
+    with _hold(logdir, dry_run=dry_run):
+        plans = _plans(logdir, keep_last, keep_every)
+        if not dry_run:
+            for plan in plans:
+                store = CheckpointStore(logdir, basename=plan.basename, entry_suffix=ENTRY_SUFFIX)
+                store.remove([one.checkpoint for one in plan.removed], newest_good=plan.newest_good.checkpoint)
+    if as_json:
+        output.print_json(_document(logdir, plans, dry_run=dry_run))
+    else:
+        _print(logdir, plans, dry_run=dry_run)
+
+
+def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
+    """The chief's lock: whoever trains holds it, and so does another `prune`. One that removes nothing needs none."""
+    return nullcontext() if dry_run else CheckpointStore(logdir).acquire()
+
+
+def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[Plan]:
+    found: list[Plan | None] = []
+    for _ in range(_LOOKS):
+        found = [
+            _plan(logdir, basename, group, keep_last, keep_every) for basename, group in _by_basename(logdir).items()
+        ]
+        if None not in found:
+            break
+    return [plan for plan in found if plan is not None]
+
+
+def _by_basename(logdir: Path) -> dict[str, list[Surveyed]]:
+    groups: dict[str, list[Surveyed]] = {}
+    for one in survey(logdir).found:
+        # What is just being replaced is left to the chief.
+        if one.is_candidate and one.checkpoint.root == logdir:
+            groups.setdefault(one.basename, []).append(one)
+    return groups
+
+
+def _plan(
+    logdir: Path, basename: str, found: Sequence[Surveyed], keep_last: int | None, keep_every: int | None
+) -> Plan | None:
+    """What to do; None if a training has pruned all of them while they were read: there are newer ones then."""
+    found, newest_good = _proven(found)
+    if not found:
+        return None
+    if newest_good is None:
+        raise Failure(
+            f"{logdir}: expected a good checkpoint {basename}-*, found none among {len(found)}: nothing was removed; "
+            f"`stepguard verify` says what is wrong with them",
+            FINDING,
+        )
+    sound = [one for one in found if one.state != DAMAGED]
+    kept: list[Surveyed] = []
+    removed: list[Surveyed] = []
+    for number, one in enumerate(sound):
+        is_kept = number <= sound.index(newest_good) or (keep_last is not None and number < keep_last)
+        step = one.checkpoint.step
+        is_kept = is_kept or (keep_every is not None and step is not None and step % keep_every == 0)
+        (kept if is_kept else removed).append(one)
+    damaged = [one for one in found if one.state == DAMAGED]
+    return Plan(basename, newest_good, tuple(removed), tuple(kept), tuple(damaged))
+
+
+def _proven(found: Sequence[Surveyed]) -> tuple[list[Surveyed], Surveyed | None]:
+    """Read from newest to oldest until one is proven good by its manifest, or else by TensorFlow's own checksums.
+
+    Gives all of them with what is known now, and the newest good. Those that a training has pruned meanwhile are left
+    out: while it trains there is only a dry run.
+    """
+    known: list[Surveyed] = []
+    readable = None
+    with reading("reading the newest", sum(one.size for one in found[:1])) as on_block:
+        for number, one in enumerate(found):
+            if one.state == DAMAGED:
+                known.append(one)
+                continue
+            proof = prove(one, on_block=on_block)
+            if proof is None:
+                continue
+            known.append(proof.surveyed)
+            if proof.state == GOOD:
+                return [*known, *found[number + 1 :]], proof.surveyed
+            if proof.is_readable and readable is None:
+                readable = proof.surveyed
+    return known, readable
+
+
+def _document(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> dict[str, Any]:
+    def names(which: str) -> list[str]:
+        return [one.checkpoint.name for plan in plans for one in getattr(plan, which)]
+
+    return {
+        "logdir": str(logdir),
+        "dry_run": dry_run,
+        "removed": names("removed"),
+        "kept": names("kept"),
+        "damaged": names("damaged"),
+        "newest_good": [plan.newest_good.checkpoint.name for plan in plans],
+        "bytes": sum(one.size for plan in plans for one in plan.removed),
+    }
+
+
+def _print(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> None:
+    if not plans:
+        click.echo(f"{output.printable(str(logdir))}: no checkpoints")
+    for plan in plans:
+        for one in plan.removed:
+            click.echo(f"{'would remove' if dry_run else 'removed'}  {output.printable(one.checkpoint.name)}")
+        for one in plan.damaged:
+            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}")
+        size = output.size(sum(one.size for one in plan.removed))
+        done = "would be removed" if dry_run else "removed"
+        newest = output.printable(plan.newest_good.checkpoint.name)
+        click.echo(f"{len(plan.removed)} {done} ({size}), {len(plan.kept)} kept; the newest good one is {newest}")

@@ -1,0 +1,105 @@
+"""``stepguard run``: start a program, and start it again when it has crashed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from stepguard.cli.arguments import SECONDS
+from stepguard.cli.launcher.launcher import CRASH_LOOP_EXIT, Launcher
+from stepguard.cli.launcher.restarts import Restarts
+from stepguard.cli.text import output
+from stepguard.watching.history import History
+
+
+@click.command(
+    short_help="Start a program, and start it again when it has crashed.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog=f"""\b
+Examples:
+  stepguard run -- python train.py --logdir runs/digits
+  stepguard run --max-restarts 5 -- torchrun --nproc-per-node 4 train.py
+  stepguard run --logdir runs/old -- python -m stepguard.tensorflow old_train.py
+
+\b
+Exit codes:
+  the program's own last one; 128 + n when signal n ended it
+  {CRASH_LOOP_EXIT}   a crash loop
+  126  the program cannot be executed
+  127  there is no such program
+""",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Start it again so often at most.",
+)
+@click.option(
+    "--logdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The program's logdir, where Stepguard in the program cannot tell it.",
+)
+@click.option(
+    "--first-delay-secs",
+    type=SECONDS,
+    default=1.0,
+    show_default=True,
+    help="Seconds before the first restart; each start without progress doubles them.",
+)
+@click.option(
+    "--longest-delay-secs",
+    type=SECONDS,
+    default=300.0,
+    show_default=True,
+    help="Seconds before a restart, at most.",
+)
+@click.option(
+    "--grace-secs",
+    type=SECONDS,
+    default=150.0,
+    show_default=True,
+    help="Seconds that processes left behind by a program that has failed may take to stop.",
+)
+@click.argument("program", metavar="[--] PROGRAM [ARGUMENTS]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def command(
+    context: click.Context,
+    max_restarts: int,
+    logdir: Path | None,
+    first_delay_secs: float,
+    longest_delay_secs: float,
+    grace_secs: float,
+    program: tuple[str, ...],
+) -> None:
+    """Start PROGRAM, and start it again after a crash, with growing delays in between.
+
+    It is not started again after a clean end, a request to stop (SIGTERM, Ctrl-C, a closed terminal), a mistake in its
+    arguments (exit code 2), or a crash loop: three starts in a row that made no progress, neither a newer step nor a
+    newer checkpoint, and ended with the same failure.
+
+    Signals are passed on to the program; a second request to stop kills it, and all that it has started. Any program
+    under Stepguard will do, torchrun or a script that starts several replicas too; of one that never opens a session
+    only the exit code tells.
+    """
+    began = time.time()
+    restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)
+    launcher = Launcher(program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say)
+    exit_code = launcher.run()
+    _say(_summary(exit_code, restarts.done, time.time() - began, launcher.histories()))
+    context.exit(exit_code)
+
+
+def _say(line: str) -> None:
+    # The program's standard output is its own.
+    click.echo(f"stepguard: {line}", err=True)
+
+
+def _summary(exit_code: int, restarts: int, secs: float, histories: list[tuple[Path, History]]) -> str:
+    ending = "ended well" if exit_code == 0 else f"ended with exit code {exit_code}"
+    lines = [f"{ending} after {output.duration(secs)}, {output.counted(restarts, 'restart')}"]
+    lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
+    return "\n  ".join(lines)

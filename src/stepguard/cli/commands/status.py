@@ -1,0 +1,275 @@
+"""``stepguard status``: whether a run lives, how far it is, and what went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.exits import FINDING
+from stepguard.cli.logdir.contents import GOOD, Surveyed
+from stepguard.cli.logdir.run_state import Launcher, Process, Situation, document, look
+from stepguard.cli.text import output
+from stepguard.watching.history import CHIEF
+
+_LOOK_SECS = 1.0
+# A look at a large logdir on a slow disk must not keep that disk busy.
+_MOST_SHARE = 0.2
+_WARNINGS_SHOWN = 3
+_LABEL_WIDTH = 12
+_COLOURS = {"alive": "green", "stopped": "green", "dead": "red", "silent": "yellow"}
+
+_Line = tuple[str, str, str | None]
+"""Label, text, colour."""
+
+
+@click.command(
+    short_help="Say whether a run lives, how far it is, and what went wrong.",
+    epilog="""\b
+Examples:
+  stepguard status runs/digits
+  stepguard status runs/digits --follow
+  stepguard status runs/digits --json | jq '.processes[] | {role, state, step}'
+
+\b
+Exit codes, besides those of every command:
+  0    every process lives, or stopped without an error
+  1    one is dead, silent, hangs, or stopped with an error, or nothing has run there; with --follow always 0, at Ctrl-C
+""",
+)
+@click.argument("logdir", type=LOGDIR)
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Go on: in place in a terminal, else with a line for each change. Ctrl-C ends it.",
+)
+@output.json_option
+@click.pass_context
+def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -> None:
+    """Say what is known of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
+
+    \b
+    alive    a heartbeat came within the last seconds
+    silent   none came, and the process runs, or is on another host: it hangs, was suspended, or cannot be reached
+    dead     the process is gone and has not said that it stops
+    stopped  it has said so, and why
+
+    "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost, and done
+    again) or down (between a crash and the next start that trained).
+    """
+    if follow:
+        try:
+            _follow(logdir, as_json=as_json)
+        except KeyboardInterrupt:
+            return
+    found = look(logdir)
+    if as_json:
+        output.print_json(document(found))
+    else:
+        click.echo(_text(found, _width()))
+    if not found.is_well:
+        context.exit(FINDING)
+
+
+# --- going on ---
+
+
+def _follow(logdir: Path, *, as_json: bool) -> None:
+    if as_json:
+        for found, _ in _changes(logdir):
+            click.echo(json.dumps(document(found)))
+    elif sys.stdout.isatty():
+        _refresh(logdir)
+    else:
+        for found, changed in _changes(logdir):
+            for line in changed:
+                click.echo(f"{time.strftime('%H:%M:%S', time.localtime(found.now))} {line}")
+
+
+def _looks(logdir: Path) -> Iterator[Situation]:
+    while True:
+        began = time.monotonic()
+        yield look(logdir)
+        time.sleep(max(_LOOK_SECS, (time.monotonic() - began) / _MOST_SHARE))
+
+
+def _refresh(logdir: Path) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        for found in _looks(logdir):
+            live.update(Text.from_ansi(_text(found, console.width)), refresh=True)
+
+
+def _changes(logdir: Path) -> Iterator[tuple[Situation, list[str]]]:
+    """What changed, besides the step, with a line for each process and for the launcher that it concerns."""
+    seen: dict[str, object] = {}
+    for found in _looks(logdir):
+        lines = []
+        for key, value, line in _watched(found):
+            if key not in seen or seen[key] != value:
+                lines.append(line)
+            seen[key] = value
+        if lines:
+            yield found, lines
+
+
+def _watched(found: Situation) -> Iterator[tuple[str, object, str]]:
+    """What is looked at for changes: a name, its value, and the line that tells of it."""
+    for one in found.processes:
+        beat, role = one.beat, output.printable(one.beat.role)
+        saved = None if beat.last_checkpoint is None else str(beat.last_checkpoint.get("name"))
+        line = f"{role} {_headline(one)}, step {_step(one)}"
+        line += "" if saved is None else f", checkpoint {output.printable(saved)}"
+        yield beat.role, (beat.pid, one.state, one.hangs, beat.phase, beat.reason, saved), line
+        for kind, text in (("warning", beat.warnings[-1:]), ("error", [beat.error]), ("stacks", [beat.stacks])):
+            if text and text[0]:
+                yield f"{beat.role} {kind}", text, f"{role} {kind}: {output.printable(text[0])}"
+    if found.launcher is not None:
+        key = (found.launcher.state, found.launcher.next_start, found.launcher.pid)
+        yield "launcher", key, f"launcher {_launcher_text(found.launcher, found.now)}"
+    if not found.processes:
+        name = None if found.newest is None else found.newest.checkpoint.name
+        yield "checkpoint", name, f"checkpoint {_checkpoint(found.newest, found.now)}"
+
+
+# --- text ---
+
+
+def _text(found: Situation, width: int | None) -> str:
+    """All of it, on lines of ``width`` columns, or of any length."""
+    lines: list[_Line] = []
+    for one in found.processes:
+        lines += _left_behind(one) if one.is_left_behind else _process_lines(one, found)
+    lines += _run_lines(found)
+    text = [click.style(output.printable(str(found.logdir)), bold=True)]
+    for label, value, colour in lines:
+        is_head = not label.startswith(" ")
+        head = f"{label:<{_LABEL_WIDTH}}" if len(label) < _LABEL_WIDTH else label + " "
+        room = 10_000_000 if width is None else max(20, width - _LABEL_WIDTH)
+        wrapped = textwrap.wrap(value, room, break_on_hyphens=False) or [""]
+        for number, part in enumerate(wrapped):
+            shown = click.style(head, bold=is_head) if number == 0 else " " * _LABEL_WIDTH
+            text.append((shown + (part if colour is None else click.style(part, fg=colour))).rstrip())
+    return "\n".join(text)
+
+
+def _process_lines(one: Process, found: Situation) -> list[_Line]:
+    beat = one.beat
+    colour = "green" if one.is_well else _COLOURS[one.state] if one.state != "stopped" and not one.hangs else "red"
+    lines: list[_Line] = [(output.printable(beat.role), _headline(one), colour)]
+    where = f"pid {beat.pid} on {output.printable(beat.host)}, {output.printable(beat.engine)}"
+    started = output.duration(found.now - beat.started)
+    lines.append(
+        ("  process", f"{where}; started {started} ago, last sign of life {output.duration(one.age_secs)} ago", None)
+    )
+    if one.is_from_ledger:
+        lines.append(("  heartbeat", "none: this is what the ledger tells", "yellow"))
+    lines.append(("  step", _progress(one), None))
+    is_told = beat.phase != "stopped" or bool(found.steps_at_risk)
+    if beat.role == CHIEF and found.steps_at_risk is not None and is_told:
+        lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
+    if beat.save_failures:
+        lines.append(("  saving", output.counted(beat.save_failures, "failed save"), "yellow"))
+    lines += [("  warning", output.printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]
+    if beat.error:
+        lines.append(("  error", output.printable(beat.error), "red"))
+    if beat.stacks:
+        lines.append(("  stacks", output.printable(beat.stacks), "red"))
+    if beat.metrics_url and one.state == "alive":
+        lines.append(("  metrics", output.printable(beat.metrics_url), None))
+    return lines
+
+
+def _left_behind(one: Process) -> list[_Line]:
+    text = f"{one.state}, of a start before this one, last sign of life {output.duration(one.age_secs)} ago"
+    return [(output.printable(one.beat.role), text, "bright_black")]
+
+
+def _run_lines(found: Situation) -> list[_Line]:
+    lines: list[_Line] = []
+    if found.is_empty:
+        lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
+    elif not found.processes:
+        missing = "no heartbeat" if found.has_ledger else "no heartbeat and no ledger"
+        lines.append(("run", f"{missing}: no process has told of itself", None))
+    newest, good = found.newest, found.newest_good
+    lines.append(("checkpoint", _checkpoint(newest, found.now), None if newest is None or newest is good else "yellow"))
+    if newest is not None and (good is None or good.checkpoint.name != newest.checkpoint.name):
+        lines.append(("  last good", _checkpoint(good, found.now), None))
+    if found.history.attempts:
+        lost = found.history.lost_steps
+        again = f"; {output.counted(lost, 'step')} done again" if lost else ""
+        lines.append(("restarts", f"{found.history.restarts:,}{again}", None))
+        lines.append(("time", output.accounted(found.history), None))
+    shown = {one.beat.error for one in found.processes if not one.is_left_behind}
+    if found.last_error and found.last_error not in shown:
+        lines.append(("last error", output.printable(found.last_error), None))
+    if found.launcher is not None and found.launcher.state != "ended":
+        colour = "red" if found.launcher.state == "gave up" else None
+        lines.append(("launcher", _launcher_text(found.launcher, found.now), colour))
+    return lines
+
+
+def _headline(one: Process) -> str:
+    beat = one.beat
+    if one.hangs:
+        secs = one.age_secs + beat.time - (beat.boundary_time or beat.started)
+        return f"alive, and hangs: no step for {output.duration(secs)}"
+    if one.state == "stopped":
+        return f"stopped: {output.printable(beat.reason or 'unknown')}"
+    if one.state == "silent":
+        return f"silent for {output.duration(one.age_secs)}, {output.printable(beat.phase)}"
+    return f"{one.state}, {output.printable(beat.phase)}"
+
+
+def _progress(one: Process) -> str:
+    parts = [_step(one)]
+    if one.state == "alive" and one.beat.steps_per_sec is not None:
+        rate = one.beat.steps_per_sec
+        parts.append(f"{rate:,.0f} steps/s" if rate >= 100 else f"{rate:.3g} steps/s")
+    if one.secs_left is not None:
+        parts.append(f"{output.duration(one.secs_left)} left")
+    return ", ".join(parts)
+
+
+def _step(one: Process) -> str:
+    step, total = one.beat.step, one.beat.total_steps
+    if step is None:
+        return "unknown"
+    if not total:
+        return f"{step:,}"
+    return f"{step:,} of {total:,} ({100 * step // total} %)"
+
+
+def _checkpoint(one: Surveyed | None, now: float) -> str:
+    if one is None:
+        return "none"
+    step = "" if one.checkpoint.step is None else f"step {one.checkpoint.step:,}, "
+    age = f"{output.duration(now - one.checkpoint.time)} old, {output.size(one.size)}"
+    state = one.state if one.state == GOOD else f"{one.state} ({output.printable('; '.join(one.reasons))})"
+    return f"{output.printable(one.checkpoint.name)}, {step}{age}: {state}"
+
+
+def _launcher_text(one: Launcher, now: float) -> str:
+    where = f"pid {one.pid} on {output.printable(str(one.host))}"
+    if one.state == "waiting" and one.next_start is not None:
+        return f"{where}: starts it again in {output.duration(one.next_start - now)}"
+    if one.state == "gave up":
+        return f"gave up, {output.printable(str(one.reason))}: {output.printable(str(one.failure))}"
+    return f"{where}: starts it again after a crash" if one.state == "running" else f"{where}: {one.state}"
+
+
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None

@@ -1,0 +1,203 @@
+"""What is known of a run from its logdir: heartbeats, ledger and checkpoints put together, for `status`."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stepguard.cli.logdir.contents import Surveyed, newest
+from stepguard.watching import heartbeat, history, ledger
+from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.history import History
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of the run.
+
+    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one,
+    and ``is_from_ledger`` that there is no heartbeat of it, and the ledger tells of it.
+    """
+
+    beat: Heartbeat
+    state: str
+    age_secs: float
+    secs_left: float | None
+    is_left_behind: bool
+    is_from_ledger: bool
+
+    @property
+    def hangs(self) -> bool:
+        """Whether its hang watch waits for a step."""
+        return self.state == "alive" and self.beat.stacks is not None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it runs, or stopped without an error."""
+        if self.state == "stopped":
+            return self.beat.reason != "error"
+        return self.state == "alive" and not self.hangs
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """The newest `stepguard run` of the logdir: "running", "waiting" (until ``next_start``), "gave up" or "ended"."""
+
+    pid: int | None
+    host: str | None
+    state: str
+    next_start: float | None
+    reason: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
+
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    """
+
+    logdir: Path
+    now: float
+    processes: tuple[Process, ...]
+    newest: Surveyed | None
+    newest_good: Surveyed | None
+    steps_at_risk: int | None
+    history: History
+    last_error: str | None
+    launcher: Launcher | None
+    has_ledger: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell of: no process, no ledger and no checkpoint."""
+        return not self.processes and not self.has_ledger and self.newest is None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        if self.is_empty:
+            return False
+        present = [one for one in self.processes if not one.is_left_behind]
+        if not present:
+            return self.launcher is None or self.launcher.state != "gave up"
+        return all(one.is_well for one in present)
+
+
+def look(logdir: Path) -> Situation:
+    """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
+    now = time.time()
+    events = ledger.read(logdir)
+    beats = heartbeat.read(logdir)
+    roles = {one.role for one in beats}
+    # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
+    if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
+        beats = [told, *beats]
+    beats = [history.completed(one, events) for one in beats]
+    chief = next((one for one in beats if one.role == history.CHIEF), None)
+    last, good = newest(logdir)
+    return Situation(
+        logdir=logdir,
+        now=now,
+        processes=tuple(_process(one, chief, now, is_from_ledger=one.role not in roles) for one in beats),
+        newest=last,
+        newest_good=good,
+        steps_at_risk=_at_risk(chief, good),
+        history=history.of(events, chief),
+        last_error=history.last_error(events),
+        launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
+        has_ledger=bool(events),
+    )
+
+
+def document(found: Situation) -> dict[str, Any]:
+    """The situation for programs."""
+    return {
+        "logdir": str(found.logdir),
+        "time": found.now,
+        "well": found.is_well,
+        "processes": [_process_document(one) for one in found.processes],
+        "checkpoint": _checkpoint_document(found.newest),
+        "good_checkpoint": _checkpoint_document(found.newest_good),
+        "steps_at_risk": found.steps_at_risk,
+        "restarts": found.history.restarts,
+        "productive_secs": found.history.productive_secs,
+        "replayed_secs": found.history.replayed_secs,
+        "down_secs": found.history.down_secs,
+        "replayed_steps": found.history.lost_steps,
+        "last_error": found.last_error,
+        "attempts": [asdict(one) for one in found.history.attempts],
+        "launcher": None if found.launcher is None else asdict(found.launcher),
+    }
+
+
+def _process(beat: Heartbeat, chief: Heartbeat | None, now: float, *, is_from_ledger: bool) -> Process:
+    state = heartbeat.state(beat, now)
+    is_left_behind = chief is not None and beat is not chief and state != "alive" and beat.time < chief.started
+    return Process(beat, state, max(0.0, now - beat.time), _secs_left(beat, state), is_left_behind, is_from_ledger)
+
+
+def _secs_left(beat: Heartbeat, state: str) -> float | None:
+    if state != "alive" or beat.total_steps is None or beat.step is None or not beat.steps_per_sec:
+        return None
+    return max(0, beat.total_steps - beat.step) / beat.steps_per_sec
+
+
+def _at_risk(chief: Heartbeat | None, good: Surveyed | None) -> int | None:
+    if chief is None or chief.step is None:
+        return None
+    saved = [0]
+    if good is not None:
+        if good.checkpoint.step is None:
+            return None
+        saved.append(good.checkpoint.step)
+    elif chief.last_checkpoint is not None and isinstance(chief.last_checkpoint.get("step"), int):
+        # Checkpoints may be where only the framework sees them.
+        saved.append(chief.last_checkpoint["step"])
+    return max(0, chief.step - max(saved))
+
+
+def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
+    launches = [one for one in events if one["event"] == "launch"]
+    if not launches:
+        return None
+    launch, last = launches[-1], events[-1]
+    pid, host = launch.get("pid"), launch.get("host")
+    found = Launcher(pid, host, "ended", None, last.get("reason"), last.get("failure"))
+    if last["event"] == "gave_up":
+        return replace(found, state="gave up")
+    is_here = host == socket.gethostname() and isinstance(pid, int)
+    if is_here and not heartbeat.is_running(int(pid or 0), launch.get("process_start")):
+        return found
+    if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
+        return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])
+    return replace(found, state="running") if last["event"] == "launch" else found
+
+
+def _process_document(one: Process) -> dict[str, Any]:
+    return {
+        **asdict(one.beat),
+        "state": one.state,
+        "age_secs": one.age_secs,
+        "secs_left": one.secs_left,
+        "left_behind": one.is_left_behind,
+        "from_ledger": one.is_from_ledger,
+    }
+
+
+def _checkpoint_document(one: Surveyed | None) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    checkpoint = one.checkpoint
+    return {
+        "name": checkpoint.name,
+        "step": checkpoint.step,
+        "time": checkpoint.time,
+        "bytes": one.size,
+        "state": one.state,
+    }

@@ -1,0 +1,58 @@
+"""The framework of a checkpoint, loaded by the name that its manifest has. The only place that does so."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from stepguard.cli.exits import FINDING, NOT_DONE, Failure
+from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, Surveyed
+from stepguard.store.saved_tensor import SavedTensor
+
+_ENGINES = ("tensorflow", "torch")
+
+
+def read_tensors(one: Surveyed) -> Iterator[SavedTensor]:
+    """The tensors of a checkpoint. Raises Failure where its framework is unknown or missing, or its files are gone."""
+    if one.state == DAMAGED and one.engine == UNKNOWN_ENGINE:
+        raise _damaged(one)
+    try:
+        yield from _module(one).read_tensors(one.checkpoint.path)
+    except FileNotFoundError as error:
+        if one.state != DAMAGED:
+            raise
+        raise _damaged(one) from error
+
+
+def tensorflow_damage(one: Surveyed) -> str | None:
+    """What is wrong with a TensorFlow checkpoint without a manifest by its own checksums; None if all can be read.
+
+    Raises Failure where TensorFlow is not installed.
+    """
+    module = _module(one)
+    error = module.damage(str(one.checkpoint.path))
+    return None if error is None else str(module.cause(error))
+
+
+def _damaged(one: Surveyed) -> Failure:
+    path = one.checkpoint.path
+    return Failure(f"{path}: damaged: {'; '.join(one.reasons)}; `stepguard verify {path}` says more", FINDING)
+
+
+def _module(one: Surveyed) -> Any:
+    path = one.checkpoint.path
+    if one.engine not in _ENGINES:
+        raise Failure(
+            f"{path}: expected a checkpoint of TensorFlow or PyTorch, found one of the engine {one.engine!r}", NOT_DONE
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else what it says of the processor comes before the table
+    try:
+        return importlib.import_module(f"stepguard.{one.engine}.checkpoint.tensors")
+    except ModuleNotFoundError as error:
+        raise Failure(
+            f"{path}: its tensors cannot be read without its framework ({error}): "
+            f"pip install 'stepguard[{one.engine}]'",
+            NOT_DONE,
+        ) from error

@@ -1,0 +1,59 @@
+"""The services of a supervised run: what is done on a timer while the program trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stepguard.engine import Engine, EventLog
+
+_log = logging.getLogger(__name__)
+
+
+class WhileOpen:
+    """Calls a service as long as its session is open: a program may close it before it stops the supervisor."""
+
+    def __init__(self, engine: Engine[Any], session: Any, service: Callable[[], object]) -> None:
+        self._engine = engine
+        self._session = session
+        self._service = service
+
+    def __call__(self) -> None:
+        """Call the service; what the closing of the session cut short is no error of the run."""
+        if not self._engine.is_open(self._session):
+            return
+        try:
+            self._service()
+        except Exception as error:
+            if self._engine.is_open(self._session):
+                raise
+            _log.debug("the session was closed while a service used it: %s", error)
+
+
+class StepCounter:
+    """Measures steps per second from one call to the next, and writes them as the curve ``<step name>/sec``."""
+
+    def __init__(self, engine: Engine[Any], session: Any, events: EventLog) -> None:
+        self._engine = engine
+        self._session = session
+        self._events = events
+        self._tag = f"{engine.step_name()}/sec"
+        self._reports_left = 10
+        self._last_step = engine.step(session) or 0
+        self._last_time = time.monotonic()
+
+    def __call__(self) -> None:
+        """Write the rate since the last call."""
+        step = self._engine.step(self._session) or 0
+        now = time.monotonic()
+        steps, seconds = step - self._last_step, now - self._last_time
+        self._last_step, self._last_time = step, now
+        if steps < 0:
+            return  # The run went back: how fast it was meanwhile is not known.
+        rate = steps / seconds if seconds > 0 else float("inf")
+        self._events.scalar(self._tag, rate, step)
+        if self._reports_left > 0:
+            self._reports_left -= 1
+            _log.info("%s: %g", self._tag, rate)

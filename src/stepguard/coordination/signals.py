@@ -1,0 +1,158 @@
+"""SIGTERM while a run lasts: a stop at the next step boundary, a last checkpoint, and an end as the signal asks.
+
+A Python signal handler runs in the main thread between two bytecodes, so never while that thread waits in native
+code, for input that only a stop would end. The interpreter's own C handler, however, writes the number of each signal
+to a file descriptor at once: a thread reads it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import FrameType
+
+_log = logging.getLogger(__name__)
+
+# A second SIGTERM within this time of the first is the same one, passed on by a launcher.
+_ECHO_SECS = 0.5
+
+
+class SigtermWatch:
+    """Calls ``on_sigterm`` at the first SIGTERM, and ends the process at once at the second.
+
+    It does nothing outside the main thread, and where the program has a handler of its own for SIGTERM or for the
+    wake-up descriptor. ``is_echoed``: a launcher may pass on a signal that the process has had itself. Use
+    :meth:`start` and :meth:`finish` in the same thread.
+    """
+
+    def __init__(self, on_sigterm: Callable[[], None], *, is_echoed: bool = False) -> None:
+        self._on_sigterm = on_sigterm
+        self._is_echoed = is_echoed
+        self._received = 0
+        self._first_at = 0.0
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def received(self) -> bool:
+        """Whether a SIGTERM came."""
+        return self._received > 0
+
+    def start(self) -> None:
+        """Watch for SIGTERM, if that is ours to do."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            _log.debug("SIGTERM has a handler of the program's own: it is left alone")
+            return
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        if previous != -1:
+            signal.set_wakeup_fd(previous)
+            reader.close()
+            writer.close()
+            _log.debug("the wake-up descriptor for signals is in use: SIGTERM keeps its default action")
+            return
+        self._ends = (reader, writer)
+        _watches.add(self)
+        self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
+        self._thread.start()
+        signal.signal(signal.SIGTERM, _wake)
+
+    def finish(self) -> None:
+        """Put the default action back."""
+        if self._ends is None:
+            return
+        reader, writer = self._ends
+        self._ends = None
+        if signal.getsignal(signal.SIGTERM) is _wake:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        # Closing alone does not end the thread's read: a process that was forked meanwhile may hold the other end.
+        writer.shutdown(socket.SHUT_RDWR)
+        writer.close()
+        if self._thread is not None:
+            self._thread.join()
+        reader.close()
+
+    def _forget_in_child(self) -> None:
+        """A forked child shares the socket, and what it writes there would be taken for a signal to its parent."""
+        if self._ends is None:
+            return
+        ends, self._ends, self._thread = self._ends, None, None
+        if signal.getsignal(signal.SIGTERM) is _wake:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+        for end in ends:
+            end.close()
+
+    def _watch(self, reader: socket.socket) -> None:
+        while numbers := reader.recv(64):
+            for number in numbers:
+                if number == signal.SIGTERM:
+                    self._sigterm()
+
+    def _sigterm(self) -> None:
+        now = time.monotonic()
+        if self._received and now < self._first_at + _ECHO_SECS and self._is_echoed:
+            # Who signals all processes of a job signals the launcher too, and that passes it on.
+            return
+        self._received += 1
+        if self._received == 1:
+            self._first_at = now
+            _log.warning("SIGTERM: stopping at the next step boundary; a second one ends the process at once")
+            self._on_sigterm()
+        else:
+            # What a shell reports for a process that SIGTERM has ended. The main thread may never come back to
+            # Python, so it cannot be asked.
+            os._exit(128 + signal.SIGTERM)
+
+
+def end_by_sigterm() -> None:
+    """End the process as SIGTERM does by default: whoever sent it sees that it was obeyed."""
+    # Nothing runs after this: neither the buffers of these nor those of a log file would be written.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    logging.shutdown()
+    os.kill(os.getpid(), signal.SIGTERM)
+    # The first process of a container is spared by the kernel.
+    os._exit(128 + signal.SIGTERM)
+
+
+def _wake(number: int, frame: FrameType | None) -> None:
+    """Only there so that the interpreter writes to the wake-up descriptor in place of the default action."""
+
+
+_watches: weakref.WeakSet[SigtermWatch] = weakref.WeakSet()
+_mask_before_fork = threading.local()
+
+
+def _before_fork() -> None:
+    # A SIGTERM for the child that comes before it has let go of the socket would be taken for one to its parent.
+    _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _watches else None
+
+
+def _after_fork_in_parent() -> None:
+    mask = getattr(_mask_before_fork, "value", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    for watch in list(_watches):
+        watch._forget_in_child()
+    _after_fork_in_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

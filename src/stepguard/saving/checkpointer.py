@@ -1,0 +1,154 @@
+"""When a snapshot is taken: on a timer, every so many steps, and at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stepguard.engine import Engine, Snapshot
+from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.saving.writer import CheckpointWriter
+
+
+class Checkpointer:
+    """Takes snapshots of one session at step boundaries and gives them to the writer. Any thread."""
+
+    def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
+        self._engine = engine
+        self._session = session
+        self._writer = writer
+        self._saving = threading.Lock()
+        self._is_closed = False
+        # Whether the state at `_saved_progress` has a checkpoint: not so when the model was just initialised.
+        self._is_saved = is_saved
+        self._saved_progress = engine.progress(session)
+
+    def __call__(self) -> None:
+        """Save now. Skipped when nothing has changed, when the last snapshot is still being written, and when no
+        boundary comes.
+        """
+        # Two triggers at one moment ask for one checkpoint.
+        if not self._saving.acquire(blocking=False):
+            return
+        try:
+            self._save_if_due()
+        finally:
+            self._saving.release()
+
+    def _save_if_due(self) -> None:
+        if self._is_closed or not self._has_changed():
+            return
+        try:
+            if not self._writer.busy and self._save("a checkpoint", None):
+                return
+        except NoBoundaryError as error:
+            self._writer.warn(f"checkpoint skipped: {error}")
+            return
+        self._writer.skipped += 1
+        # While it retries, the writer itself says what is wrong. Else 1, 2, 4, 8 ...: not a line for each.
+        if not self._writer.retrying and self._writer.skipped & (self._writer.skipped - 1) == 0:
+            self._writer.warn(
+                f"a checkpoint was due while the last one was still being written: skipped ({self._writer.skipped} so "
+                f"far); save less often, or to a faster disk"
+            )
+
+    def _has_changed(self) -> bool:
+        """Whether the state may differ from what was saved last."""
+        if not self._is_saved or self._engine.is_shared(self._session):
+            return True
+        return self._engine.progress(self._session) != self._saved_progress
+
+    def save_last(self, timeout_secs: float) -> None:
+        """Save the last step, if steps were done since the last snapshot, and wait until it is durable.
+
+        Raises:
+            SaveFailedError: writing took longer than ``timeout_secs``.
+        """
+        deadline = time.monotonic() + timeout_secs
+        if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
+            self._engine.settle(self._session, deadline - time.monotonic())
+            is_shared = self._engine.is_shared(self._session)
+            if not is_shared and self._engine.progress(self._session) == self._saved_progress:
+                return
+            try:
+                self._save("the last checkpoint", max(0.0, deadline - time.monotonic()))
+            except NoBoundaryError as error:
+                # A thread that no stop reaches is in the way; the run itself has ended well.
+                self._writer.warn(f"the last steps are not saved: {error}")
+        if not self._writer.drain(max(0.0, deadline - time.monotonic())):
+            raise SaveFailedError(
+                f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
+                f"the one before it is good. Give it more time with a larger stop_grace_secs"
+            )
+
+    def close(self) -> None:
+        """Take no more snapshots, whoever still asks for one."""
+        self._is_closed = True
+
+    def _save(self, what: str, patience_secs: float | None) -> bool:
+        """Take a snapshot, and give it to the writer; ``False`` if that has one already."""
+        saved = self._saved_progress, self._is_saved
+        try:
+            snapshot, stall_secs = self._take(what, patience_secs)
+        except self._writer.storage_errors as error:
+            # The framework has to write it itself, and could not.
+            return self._writer.retake(lambda: self._take(what, None), error)
+        if self._writer.submit(snapshot, stall_secs, lambda: self._take(what, None)):
+            return True
+        self._saved_progress, self._is_saved = saved
+        return False
+
+    def _take(self, what: str, patience_secs: float | None) -> tuple[Snapshot, float]:
+        """A snapshot, and the seconds that training waited for it. Also in the writer's thread."""
+        with self._engine.at_boundary(self._session, what, patience_secs):
+            progress = self._engine.progress(self._session)
+            began = time.monotonic()
+            snapshot = self._engine.snapshot(self._session)
+            stall_secs = time.monotonic() - began
+        self._saved_progress, self._is_saved = progress, True
+        return snapshot, stall_secs
+
+
+class StepTrigger:
+    """Saves when ``every_steps`` steps were done since it last did; counts steps where the program has no counter.
+
+    Called at boundaries by :meth:`stepguard.engine.Engine.call_after_steps`; an error of the save goes to ``on_error``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any],
+        session: Any,
+        checkpointer: Checkpointer,
+        every_steps: int,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._checkpointer = checkpointer
+        self._every_steps = every_steps
+        self._on_error = on_error
+        self._next_step = self._after(engine.step(session))
+
+    def __call__(self) -> int:
+        """Save if it is time; the number of steps until the next look."""
+        try:
+            step = self._engine.step(self._session)
+            if step is not None and self._next_step is not None and step < self._next_step:
+                # Some runs do not count, or some were done before: not yet.
+                return self._next_step - step
+            self._next_step = self._after(step)
+            self._checkpointer()
+        except Exception as error:  # noqa: BLE001 - the program's own run has succeeded; the coordinator carries this
+            self._on_error(error)
+        return self._every_steps
+
+    def went_back(self) -> None:
+        """The run was put back to an earlier step, and comes to steps on the grid once more. At a boundary."""
+        self._next_step = self._after(self._engine.step(self._session))
+
+    def _after(self, step: int | None) -> int | None:
+        # On a grid from 0, so that a restarted run saves at the same steps.
+        return None if step is None else (step // self._every_steps + 1) * self._every_steps

@@ -1,0 +1,181 @@
+"""How a run is saved: who may write to its logdir, when a snapshot is taken, and what makes it durable."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic
+
+from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.errors import LogdirInUseError
+from stepguard.saving.checkpointer import Checkpointer, StepTrigger
+from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.writer import CheckpointWriter
+from stepguard.store import CheckpointStore, LogdirHold
+from stepguard.watching.observer import Observer
+
+_log = logging.getLogger(__name__)
+
+
+class Saving(Generic[SessionT]):
+    """Saves the sessions of one supervisor, one after the other.
+
+    Threads: :meth:`holding_logdir` and :meth:`program_saves` by any, the others by whoever opens and stops a session.
+
+    Args:
+        engine: takes the snapshots, and writes them.
+        store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
+        events: is told of every checkpoint.
+        observer: likewise.
+        saves_model: whether there is anything to save, and a place for it.
+        every_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
+        every_steps: steps between checkpoints; 0 or ``None`` takes none by steps.
+        at_end: whether the last step is saved when the run ends without an error.
+        max_unprotected_secs: how long, in seconds, saves may fail before that is an error of the run.
+        on_error: called, in the thread that saves, with the error of a save that is given up.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[SessionT],
+        *,
+        store: CheckpointStore | None,
+        events: EventLog | None,
+        observer: Observer,
+        saves_model: bool,
+        every_secs: float | None,
+        every_steps: int | None,
+        at_end: bool,
+        max_unprotected_secs: float,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._events = events
+        self._observer = observer
+        self._saves_model = saves_model
+        self.every_secs = every_secs
+        self._every_steps = every_steps
+        self._at_end = at_end
+        self._max_unprotected_secs = max_unprotected_secs
+        self._on_error = on_error
+        self._hold: LogdirHold | None = None
+        # Held by whoever writes a checkpoint: the writer, or the program itself.
+        self.one_save = threading.Lock()
+        self.writer: CheckpointWriter | None = None
+        self.checkpointer: Checkpointer | None = None
+        self._step_trigger: StepTrigger | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever saved."""
+        return self._saves_model and bool(self.every_secs or self._every_steps or self._at_end)
+
+    # --- the logdir ---
+
+    @property
+    def holds_logdir(self) -> bool:
+        """Whether this process is the chief of the logdir: no other one saves there."""
+        return self._hold is not None
+
+    def claim_logdir(self) -> None:
+        """Become the chief of the logdir, if anything is saved there, and remove what a killed one has left.
+
+        Raises:
+            LogdirInUseError: another process is the chief.
+        """
+        if self._store is None or not self.is_on or self._hold is not None:
+            return
+        self._hold = self._store.acquire()
+        # Another supervisor of this process may just be saving.
+        for leftover in self._store.sweep() if self._hold.is_first else ():
+            _log.info("removed %s, left behind by a run that was killed", leftover)
+
+    def leave_logdir(self) -> None:
+        """Let another process be the chief."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
+
+    @contextmanager
+    def holding_logdir(self) -> Iterator[bool]:
+        """Whether no other process is the chief of the logdir as long as the block lasts."""
+        if self._store is None or self._hold is not None:
+            yield self._hold is not None
+            return
+        try:
+            hold = self._store.acquire()
+        except (LogdirInUseError, OSError) as error:
+            _log.debug("not the chief of this logdir: %s", error)
+            yield False
+            return
+        with hold:
+            yield True
+
+    @contextmanager
+    def program_saves(self, name: str) -> Iterator[None]:
+        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
+        with self.one_save:
+            if self._store is not None:
+                self._store.uncommit(name)
+            yield
+            if self._store is not None:
+                # Its saver removes what is too many by its own count, and knows nothing of manifests.
+                self._store.follow_removals([one.name for one in self._store.candidates()])
+
+    # --- a session ---
+
+    def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Checkpointer:
+        """Save ``session``, which starts at ``step``, from now on; what saves it when it is called, on a timer say."""
+        # A second session shares the writer of one that was not stopped: nobody would end the first one's.
+        if self.writer is None:
+            self.writer = CheckpointWriter(
+                self._engine,
+                self._store,
+                self._events,
+                self._on_error,
+                one_save=self.one_save,
+                max_unprotected_secs=self._max_unprotected_secs,
+                observer=self._observer,
+                guard=guard,
+            )
+        checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))
+        self.checkpointer = checkpointer
+        if self._every_steps:
+            trigger = StepTrigger(self._engine, session, checkpointer, self._every_steps, self._on_error)
+            self._engine.call_after_steps(session, 1, trigger)
+            self._step_trigger = trigger
+        return checkpointer
+
+    def _is_newest_saved(self, step: int | None) -> bool:
+        """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
+        newest = self._store.candidates()[:1] if self._store is not None else []
+        return any(one.is_committed and one.name == self._engine.checkpoint_name(step) for one in newest)
+
+    def went_back(self) -> None:
+        """The run was put back to an earlier step. At a boundary."""
+        if self._step_trigger is not None:
+            self._step_trigger.went_back()
+
+    def save_last(self, deadline: float) -> None:
+        """Save the last step, if that is wanted, and wait until it is durable: until ``deadline``, by the monotonic
+        clock.
+
+        Raises:
+            SaveFailedError: writing took longer.
+        """
+        if self.checkpointer is not None and self._at_end:
+            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()))
+
+    def stop(self, deadline: float) -> bool:
+        """Take no more snapshots, and end the writer; ``False`` if it is still writing at ``deadline``."""
+        self._step_trigger = None
+        checkpointer, self.checkpointer = self.checkpointer, None
+        if checkpointer is not None:
+            checkpointer.close()
+        writer, self.writer = self.writer, None
+        # A snapshot that is being written holds a good step, whatever else went wrong.
+        return writer is None or writer.close(max(0.0, deadline - time.monotonic()))

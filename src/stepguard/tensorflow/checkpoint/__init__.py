@@ -1,0 +1,1 @@
+"""Checkpoints of TensorFlow programs: taking, writing, finding, and restoring them."""

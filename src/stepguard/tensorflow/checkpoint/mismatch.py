@@ -1,0 +1,114 @@
+"""Whether a checkpoint fits a graph, found out before anything is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.errors import CheckpointMismatchError
+from stepguard.tensorflow.checkpoint.snapshot import save_operations
+from stepguard.tensorflow.checkpoint.tensors import without_pattern
+
+_v1 = tf.compat.v1
+
+# A checkpoint of tf.train.Checkpoint names its tensors by object; the Saver has a way of its own to restore one.
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_MAX_NAMED = 10
+
+
+class MissingVariablesError(CheckpointMismatchError, tf.errors.NotFoundError):
+    """The checkpoint lacks variables of the graph; also what TensorFlow's own Saver raises for it."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        tf.errors.NotFoundError.__init__(self, None, None, message)
+        CheckpointMismatchError.__init__(self, message, **fields)
+
+    __str__ = Exception.__str__
+
+
+class ReshapedVariablesError(CheckpointMismatchError, tf.errors.InvalidArgumentError):
+    """Variables have another shape or type in the checkpoint; also what TensorFlow's own Saver raises for it."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        tf.errors.InvalidArgumentError.__init__(self, None, None, message)
+        CheckpointMismatchError.__init__(self, message, **fields)
+
+    __str__ = Exception.__str__
+
+
+def check_fits(saver: Any, graph: Any, path: str) -> None:
+    """Compare what ``saver`` would restore with what the checkpoint at ``path`` holds.
+
+    A saver that restores in its own way is left to do so. Errors of reading the checkpoint are TensorFlow's own.
+
+    Raises:
+        CheckpointMismatchError: names are missing, or have another shape or type. It lists all of them.
+    """
+    wanted = _wanted(saver, graph)
+    if not wanted:
+        return
+    with without_pattern(path) as place:
+        reader = _v1.train.NewCheckpointReader(place)
+        shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    if _OBJECT_GRAPH in shapes:
+        return
+    missing = sorted(name for name in wanted if name not in shapes)
+    unexpected = sorted(name for name in shapes if name not in wanted)
+    # With reshape=True the saver takes any shape of the same size.
+    compares_shapes = not getattr(saver, "_reshape", False)
+    reshaped = {}
+    for name, (dtype, shape) in sorted(wanted.items()):
+        if name not in shapes:
+            continue
+        held_shape = tf.TensorShape(shapes[name])
+        if dtype != types[name] or (compares_shapes and not held_shape.is_compatible_with(shape)):
+            reshaped[name] = (f"{dtype.name}{shape}", f"{types[name].name}{held_shape}")
+    if not missing and not reshaped:
+        return
+    problems = []
+    if missing:
+        problems.append(f"missing from the checkpoint: {_listed(missing)}")
+    if reshaped:
+        pairs = [f"{name} (the graph has {ours}, the checkpoint {theirs})" for name, (ours, theirs) in reshaped.items()]
+        problems.append(f"of another shape or type: {_listed(pairs)}")
+    if unexpected:
+        problems.append(f"only in the checkpoint: {_listed(unexpected)}")
+    message = (
+        f"{path} does not fit the graph; nothing was overwritten. " + "; ".join(problems) + ". "
+        "If the model was changed on purpose, restore the variables that both have with a Saver of your own in "
+        "init_fn, and use another logdir"
+    )
+    kind = MissingVariablesError if missing else ReshapedVariablesError
+    raise kind(message, path=Path(path), missing=missing, unexpected=unexpected, reshaped=reshaped)
+
+
+def _wanted(saver: Any, graph: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, shape) of what the saver saves and restores; empty when only the saver knows."""
+    if not isinstance(saver, _v1.train.Saver) or type(saver).restore is not _v1.train.Saver.restore:
+        return {}
+    definition = saver.saver_def
+    if definition is None or not definition.save_tensor_name:
+        return {}
+    wanted = {}
+    for operation in save_operations(graph.get_tensor_by_name(definition.save_tensor_name)):
+        _, names, slices, *tensors = operation.inputs
+        names, slices = tf.get_static_value(names), tf.get_static_value(slices)
+        if names is None or slices is None:
+            return {}
+        for name, spec, tensor in zip(names, slices, tensors, strict=True):
+            shape = _whole_shape(spec.decode()) if spec else tensor.shape
+            wanted[name.decode()] = (tensor.dtype.base_dtype, shape)
+    return wanted
+
+
+def _whole_shape(spec: str) -> Any:
+    """The shape of the whole variable that a slice belongs to: ``"4 10 0,2:-"`` is a slice of one of shape (4, 10)."""
+    *dimensions, _ = spec.split(" ")
+    return tf.TensorShape([int(size) for size in dimensions])
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - _MAX_NAMED
+    return ", ".join(items[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

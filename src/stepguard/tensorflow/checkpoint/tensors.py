@@ -1,0 +1,130 @@
+"""The tensors of a TensorFlow checkpoint, without the program that saved it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stepguard.errors import CheckpointCorruptError
+from stepguard.store.saved_tensor import SavedTensor
+
+PATTERN = frozenset("*?[\\")
+"""The characters for which TensorFlow takes the path of a checkpoint for a pattern."""
+
+
+@contextlib.contextmanager
+def without_pattern(path: str) -> Iterator[str]:
+    """Another path to a checkpoint, while the block lasts, where TensorFlow would take that of its directory for a
+    pattern: through a symbolic link. For who reads it in this process.
+    """
+    place, name = os.path.split(path)
+    if "://" in path or not PATTERN.intersection(place):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="stepguard-") as directory:
+        link = os.path.join(directory, "logdir")
+        os.symlink(os.path.abspath(place), link)
+        yield os.path.join(link, name)
+
+
+def restorable(path: str) -> str:
+    """What TensorFlow is given to restore the checkpoint with the prefix ``path``: a pattern, if that is sharded and of
+    the old format (V1).
+    """
+    if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
+        for shard in old_shards(path):
+            return f"{path}-?????-of-{shard.rpartition('-')[2]}"
+    return path
+
+
+def exists(path: str) -> bool:
+    """Whether there is a checkpoint with the prefix ``path``, by the names of its files."""
+    return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
+
+
+def is_old_format(path: str) -> bool:
+    """Whether the files of a checkpoint of the old format are at the prefix ``path``, or a part of them."""
+    if os.path.exists(f"{path}.index"):
+        return False
+    return os.path.isfile(path) or bool(old_shards(path))
+
+
+def old_shards(path: str) -> list[str]:
+    """The names of the files of a sharded checkpoint of the old format, sorted."""
+    place, name = os.path.split(path)
+    try:
+        names = tf.io.gfile.listdir(place or os.curdir)
+    except tf.errors.OpError:
+        return []  # There is no such directory.
+    shards = re.compile(re.escape(name) + r"-\d{5,}-of-\d{5,}")
+    return sorted(one for one in names if shards.fullmatch(one))
+
+
+def read_tensors(path: Path) -> Iterator[SavedTensor]:
+    """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read when it is asked for.
+
+    Raises CheckpointCorruptError if the index cannot be read.
+    """
+    try:
+        source = _Source(restorable(str(path)))
+        shapes, types = source.reader.get_variable_to_shape_map(), source.reader.get_variable_to_dtype_map()
+    except Exception as error:  # the reader raises whatever it likes for an index that is not one
+        raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
+    for name in sorted(shapes):
+        dtype, shape = types[name], tuple(shapes[name])
+        # No array can hold a variant: the state of an iterator, for one.
+        read = None if dtype == tf.variant else functools.partial(_read, path, source, name)
+        nbytes = None if dtype in (tf.string, tf.variant) else math.prod(shape) * dtype.size
+        yield SavedTensor(name, dtype.name, shape, nbytes, read)
+
+
+class _Source:
+    """A reader of a checkpoint, and the link by which it may have to open the data at each read."""
+
+    def __init__(self, path: str) -> None:
+        link = contextlib.ExitStack()
+        weakref.finalize(self, link.close)
+        self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
+
+
+def damage(path: str) -> Exception | None:
+    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
+
+    None if each tensor can be read: what failed was then not the checkpoint.
+    """
+    try:
+        for tensor in read_tensors(Path(path)):
+            if tensor.read is not None:  # else this reader cannot prove it
+                tensor.read()
+    except CheckpointCorruptError as error:
+        return error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return None
+
+
+def cause(error: BaseException) -> str:
+    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
+    lines = str(error).strip().splitlines() or [""]
+    behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
+    return f"{type(error).__name__}: {(behind_node or lines)[0]}"
+
+
+def _read(path: Path, source: _Source, name: str) -> Any:
+    try:
+        array = np.asarray(source.reader.get_tensor(name))
+    except Exception as error:  # as above
+        raise CheckpointCorruptError(f"{path}: tensor {name}: {cause(error)}", path=path) from error
+    if array.dtype.fields:  # a quantised type: its integers
+        return array.view(array.dtype[0])
+    return array if array.dtype.kind in "biufcOSU" else array.astype(np.float32)

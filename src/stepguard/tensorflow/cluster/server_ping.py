@@ -1,0 +1,122 @@
+"""Noticing a server that is silent rather than dead: stopped, or cut off."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.tensorflow.cluster.calls import Carrier
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+_LONGEST_INTERVAL_SECS = 5.0
+# Silence is counted in slices of this length that the thread itself was awake for: a process that was stopped, or
+# that had no processor, has not listened, and must not blame its peers.
+_SLICE_SECS = 0.05
+_CLOSE_SECS = 1.0
+
+# Those of sessions that nobody has closed.
+_beating: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # A daemon thread that comes back from TensorFlow while the interpreter ends takes the whole process down with it.
+    beating = list(_beating)
+    for heartbeat in beating:
+        heartbeat.end()
+    deadline = time.monotonic() + _CLOSE_SECS
+    for heartbeat in beating:
+        heartbeat.join(deadline - time.monotonic())
+
+
+class Heartbeat:
+    """Asks one task for nothing, again and again, and reports when no answer has come for ``timeout_secs``.
+
+    It uses a session of its own, on a graph of its own that holds one empty operation, so it neither waits for what
+    the program runs nor holds that up. ``on_lost(error)`` is called once at most, on the heartbeat's thread.
+    """
+
+    def __init__(self, master: str, task: str, timeout_secs: float, on_lost: Callable[[BaseException], None]) -> None:
+        self._task = task
+        self._timeout_secs = timeout_secs
+        self._interval_secs = min(timeout_secs / 4, _LONGEST_INTERVAL_SECS)
+        self._on_lost = on_lost
+        self._ended = threading.Event()
+        graph = tf.Graph()
+        with graph.as_default(), tf.device(f"{task}/device:CPU:0" if "/task:" in task else task):
+            self._ping = tf.no_op(name="ping")
+        graph.finalize()
+        self._carrier = Carrier(graph.as_default)
+        config = _v1.ConfigProto(device_filters=[task] if task else [])
+        self._session: Any = _v1.Session(master, graph=graph, config=config)
+        self._thread = threading.Thread(target=self._run, name=f"stepguard-heartbeat-{task.strip('/')}", daemon=True)
+        self._thread.start()
+        _beating.add(self)
+
+    def end(self) -> None:
+        """Have the thread end soon, without waiting for it."""
+        self._ended.set()
+
+    def join(self, timeout_secs: float) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, timeout_secs))
+
+    def _run(self) -> None:
+        try:
+            while True:
+                lost = self._lost()
+                if lost is not None:
+                    self._on_lost(lost)
+                if lost is not None or self._ended.wait(self._interval_secs):
+                    return
+        finally:
+            # Closing asks the task too, and may wait for ever: it has a thread of its own.
+            closing = threading.Thread(target=self._session.close, name="stepguard-close", daemon=True)
+            closing.start()
+            closing.join(_CLOSE_SECS)
+            self._carrier.close()
+
+    def _lost(self) -> BaseException | None:
+        """Ask until there is an answer; the error if there was none for too long, or the wrong one."""
+        silent_secs = self._interval_secs
+        problem = ""
+
+        def give_up() -> BaseException | None:
+            nonlocal silent_secs
+            silent_secs += _SLICE_SECS
+            return TimeoutError() if silent_secs >= self._timeout_secs or self._ended.is_set() else None
+
+        while True:
+            try:
+                self._carrier.call(lambda: self._session.run(self._ping), give_up)
+                return None
+            except TimeoutError:
+                pass
+            except (tf.errors.AbortedError, tf.errors.FailedPreconditionError) as error:
+                return self._error(f"was started again: {_first_line(error)}")
+            except tf.errors.OpError as error:
+                problem = f" ({_first_line(error)})"
+                _log.debug("%s: %s", self._task, error)
+            if self._ended.wait(_SLICE_SECS):
+                return None
+            silent_secs += _SLICE_SECS
+            if silent_secs >= self._timeout_secs:
+                return self._error(f"gave no answer for {self._timeout_secs:g} s{problem}")
+
+    def _error(self, what: str) -> BaseException:
+        return tf.errors.UnavailableError(None, None, f"{self._task or 'the master'} {what}: its session is lost")
+
+
+def _first_line(error: Any) -> str:
+    lines = [line for line in str(error.message).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

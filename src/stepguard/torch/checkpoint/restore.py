@@ -1,0 +1,158 @@
+"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.torch import random_states
+from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.checkpoint.redistribution import cut, read_sharded
+from stepguard.torch.checkpoint.state import Component, Misfit
+from stepguard.torch.session import Session, describe_positions
+
+_log = logging.getLogger(__name__)
+
+ENGINE = "torch"
+"""What the manifests of this engine's checkpoints name."""
+
+
+class Restorer:
+    """Restores the newest good checkpoint of a store into the objects of the program."""
+
+    def __init__(
+        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
+    ) -> None:
+        self._store = store
+        self._components = components
+        self._start_over_when_all_damaged = start_over_when_all_damaged
+
+    def restore_newest(self, session: Session) -> str | None:
+        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
+
+        Raises:
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
+        """
+        store = self._store
+        try:
+            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
+        except NoGoodCheckpointError as error:
+            if not self._start_over_when_all_damaged:
+                raise
+            for candidate in store.candidates():
+                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
+            _log.warning("starting over, as asked for: %s", error)
+            return None
+        if recovery.checkpoint is None:
+            return None
+        if recovery.damaged:
+            _log.warning("%s", recovery.message())
+        _log.info("restored %s", recovery.checkpoint.path)
+        store.adopt_earlier()
+        return recovery.checkpoint.name
+
+    def restore_named(self, session: Session, name: str, rank: int) -> None:
+        """Restore the checkpoint that the chief has verified and restored.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            FileNotFoundError: this process does not see the chief's logdir.
+        """
+        path = self._store.root / name
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
+            )
+        self._load(path, session, rank)
+
+    def return_to(self, path: Path, session: Session) -> None:
+        """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes[f"{PROCESS}0"])
+        states = self._fitting(path, saved, process.pop("sharded", {}), mapped=False)
+        for component in self._components:
+            component.put_back(states[component.name])
+        session.global_step = process["global_step"]
+
+    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
+        _check_engine(checkpoint)
+        self._load(checkpoint.path, session, 0)
+
+    def _load(self, path: Path, session: Session, rank: int) -> None:
+        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
+        process = read_file(processes[f"{PROCESS}0"])
+        sharded = process.pop("sharded", {})
+        if f"{PROCESS}{rank}" not in processes:
+            # There are more processes than before: the streams of this one begin as the program has seeded them.
+            process["random"] = random_states.capture()
+        elif rank:
+            process = read_file(processes[f"{PROCESS}{rank}"])
+        # Rank 0 has just verified these files, and with that read them.
+        states = self._fitting(path, saved, sharded, mapped=rank == 0)
+        for component in self._components:
+            component.load(states.pop(component.name))
+        session.restore_process_state(process, process["global_step"])
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
+
+    def _fitting(
+        self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any], *, mapped: bool
+    ) -> dict[str, Any]:
+        """All that the checkpoint holds, once it is sure that it can be put in place."""
+        names = [component.name for component in self._components]
+        held = [*saved, *sharded]
+        misfit = Misfit(
+            missing=[name for name in names if name not in held],
+            unexpected=[name for name in held if name not in names],
+        )
+        states = {}
+        for component in self._components:
+            if component.name in held:
+                # Of what is sharded these are the names and shapes.
+                whole = component.name in saved
+                states[component.name] = (
+                    read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
+                )
+                misfit.add(component.misfit(states[component.name]))
+        if misfit:
+            raise CheckpointMismatchError(
+                f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
+                f"or use another logdir; a part of it can be loaded with {_by_hand(path, sharded)}",
+                path=path,
+                missing=misfit.missing,
+                unexpected=misfit.unexpected,
+                reshaped=misfit.reshaped,
+            )
+        layouts = {component.name: component.layouts() for component in self._components}
+        in_parts = {name: states[name] for name in names if name not in saved}
+        if in_parts:
+            states.update(read_sharded(path, in_parts, layouts))
+        states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
+        return states
+
+
+def _check_engine(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointMismatchError for one that another framework's program has left in this logdir."""
+    manifest = checkpoint.manifest
+    if manifest is not None and manifest.engine != ENGINE:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path}: expected a checkpoint of the engine {ENGINE!r}, found one of {manifest.engine!r}: "
+            f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
+            path=checkpoint.path,
+        )
+
+
+def _by_hand(path: Path, sharded: Mapping[str, Any]) -> str:
+    if sharded:
+        return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
+    return f"torch.load({str(path)!r} + '/<name>.pt')"

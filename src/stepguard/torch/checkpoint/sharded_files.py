@@ -1,0 +1,187 @@
+"""The files of sharded state, in the format of ``torch.distributed.checkpoint``.
+
+Beside the other files of a checkpoint lie ``__RANK_0.distcp``, in which each process has written its part, and
+``.metadata``, which says where in them each tensor is. ``torch.distributed.checkpoint`` reads them without Stepguard.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+# The name of this record is private, and a part of the format: every checkpoint refers to it.
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from stepguard import files
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.torch.checkpoint import unpickling
+from stepguard.torch.checkpoint.files import append
+from stepguard.torch.checkpoint.sharded_tensors import Shard, name_of, parts, whole
+
+METADATA = ".metadata"
+
+_PART = re.compile(r"__\d+_0\.distcp")
+_FORMAT_VERSION = "1.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process has written: where each item lies, and size and digest of the file."""
+
+    results: Sequence[Any]
+    name: str
+    size: int
+    digest: str
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Plans what each process writes of the states of sharded objects, by the names of the objects.
+
+    What several processes have, such as a buffer that is not sharded, is written by the first of them.
+    """
+
+    def __init__(self, states: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
+        found = {path: part for name, state in states.items() for path, part in parts(name, state).items()}
+        self._paths = {name_of(path): path for path in found}
+        self.set_up_planner({name_of(path): part for path, part in found.items()})
+
+    def create_local_plan(self) -> Any:
+        """What this process has; also the path of each part, from which others put the states together again."""
+        plan = super().create_local_plan()
+        return type(plan)(plan.items, planner_data=self._paths)
+
+    def create_global_plan(self, all_plans: list[Any]) -> tuple[list[Any], Any]:
+        """What each process writes, and what there is then."""
+        plans, metadata = super().create_global_plan(all_plans)
+        metadata.planner_data = {name: path for plan in reversed(all_plans) for name, path in plan.planner_data.items()}
+        return plans, metadata
+
+    def lookup_object(self, index: Any) -> Any:
+        """The tensor or value to write."""
+        found = self.state_dict[index.fqn]
+        return found.local if isinstance(found, Shard) else found
+
+
+def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> Part:
+    """Write what ``plan`` gives to this process. It is not durable yet."""
+    name = f"__{rank}_0.distcp"
+    results = []
+    with files.NewFile(directory / name) as file:
+        for item in plan.items:
+            begin = file.size
+            data = planner.resolve_data(item)
+            if item.type == WriteItemType.BYTE_IO:
+                file.write(data.getbuffer())
+            else:
+                append(file, data)
+            length = file.size - begin
+            results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+        return Part(results, name, file.size, file.digest)
+
+
+def write_metadata(directory: Path, metadata: Any, written: Sequence[Part]) -> None:
+    """Write where everything lies, once all processes have written their parts."""
+    metadata.storage_data = {one.index: one.storage_data for part in written for one in part.results}
+    metadata.version = _FORMAT_VERSION
+    files.write(directory / METADATA, pickle.dumps(metadata))
+
+
+class ShardedFiles:
+    """The sharded state in a checkpoint, of which any number of processes may read what it needs.
+
+    Raises:
+        CheckpointError: ``.metadata`` names something that could run code.
+        CheckpointCorruptError: it is not what ``torch.distributed.checkpoint`` writes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        path = directory / METADATA
+        metadata = unpickling.loads(files.read_bytes(path), path)
+        if not _is_sound(metadata):
+            raise CheckpointCorruptError(f"{path}: expected the metadata of a checkpoint in {directory}", path=path)
+        self._metadata = metadata
+
+    def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Size and type of each tensor, by name. What else is in the files is left alone: it is pickled."""
+        stored = self._metadata.state_dict_metadata
+        return {
+            name: (one.size, one.properties.dtype)
+            for name, one in stored.items()
+            if isinstance(one, TensorStorageMetadata)
+        }
+
+    def read_whole(self, name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor, put together. Raises as :meth:`read`."""
+        tensor = torch.empty(size, dtype=dtype)
+        self.read({name: Shard(tensor, size, [whole(size)])})
+        return tensor
+
+    def read(self, targets: Mapping[str, Shard]) -> None:
+        """Fill the tensors of ``targets``, each with the part that it is of the tensor of that name.
+
+        Raises:
+            CheckpointError: a file holds something that could run code.
+            CheckpointCorruptError: a tensor is missing, or has another shape than the rest of the checkpoint says.
+        """
+        items = []
+        for name, target in targets.items():
+            if not target.size.numel():
+                continue
+            stored = self._metadata.state_dict_metadata.get(name)
+            if not isinstance(stored, TensorStorageMetadata) or stored.size != target.size:
+                found = list(stored.size) if isinstance(stored, TensorStorageMetadata) else "none"
+                raise CheckpointCorruptError(
+                    f"{self._directory / METADATA}: expected a tensor {name} of {list(target.size)}, found {found}",
+                    path=self._directory / METADATA,
+                )
+            items += create_read_items_for_chunk_list(name, stored, target.__create_chunk_list__())
+        reader = FileSystemReader(self._directory)
+        reader.set_up_storage_reader(self._metadata, False)
+        try:
+            reader.read_data(LoadPlan(items), _Targets(targets)).wait()
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self._directory}: expected tensors in the files of torch.distributed.checkpoint, found what could "
+                f"run code: nothing of it was used ({error})",
+                path=self._directory,
+            ) from error
+
+
+class _Targets(DefaultLoadPlanner):
+    def __init__(self, targets: Mapping[str, Shard]) -> None:
+        super().__init__()
+        self._targets = targets
+
+    def lookup_tensor(self, index: Any) -> torch.Tensor:
+        return self._targets[index.fqn].local
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        raise CheckpointCorruptError(f"{read_item.storage_index.fqn}: expected a tensor, found {value!r}")
+
+
+def _is_sound(metadata: Any) -> bool:
+    """Whether it leads to files beside it only."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        return False
+    return isinstance(metadata.state_dict_metadata, dict) and all(
+        isinstance(one, _StorageInfo)
+        and isinstance(one.relative_path, str)
+        and _PART.fullmatch(one.relative_path)
+        and not getattr(one, "transform_descriptors", None)
+        for one in metadata.storage_data.values()
+    )

@@ -1,0 +1,144 @@
+"""The tensors of a PyTorch checkpoint, without the program that saved it. No code from a file is run."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.store.saved_tensor import SavedTensor
+from stepguard.torch.checkpoint.files import SUFFIX, is_process
+
+METADATA = ".metadata"
+
+_NUMBERS = (bool, int, float, complex)
+
+
+def read_tensors(path: Path) -> Iterator[SavedTensor]:
+    """The tensors and plain values of a checkpoint: a directory of files, or one file that ``torch.save`` wrote.
+
+    Names are those of error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are mapped
+    into memory, so that a tensor is read when it is asked for.
+
+    Raises CheckpointCorruptError if a file is damaged, CheckpointError if it is of a form that is not known.
+    """
+    if path.is_file():
+        yield from _leaves("", _load(path))
+    elif (path / METADATA).is_file():
+        yield from _sharded(path)
+    else:
+        for part in sorted(path.iterdir()):
+            yield from _part(part)
+
+
+def _sharded(path: Path) -> Iterator[SavedTensor]:
+    """A checkpoint in the format of ``torch.distributed.checkpoint``, with Stepguard's own files, if it has any."""
+    from stepguard.torch.checkpoint.sharded_files import ShardedFiles
+
+    sharded = ShardedFiles(path)
+    stored = sharded.tensors()
+    for part in sorted(path.glob(f"*{SUFFIX}")):
+        state = _load(part)
+        # How the sharded objects were nested, with their plain values, and tensors without content.
+        skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
+        yield from _leaves(part.stem, state)
+        for name, skeleton in skeletons.items():
+            yield from (one for one in _leaves(name, skeleton) if one.read is not None)
+    for name, (size, dtype) in sorted(stored.items()):
+        nbytes = size.numel() * dtype.itemsize
+        read = functools.partial(_put_together, sharded, name, size, dtype)
+        yield SavedTensor(name, str(dtype).removeprefix("torch."), tuple(size), nbytes, read)
+
+
+def _put_together(sharded: Any, name: str, size: torch.Size, dtype: torch.dtype) -> Any:
+    try:
+        return _array(sharded.read_whole(name, size, dtype))
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointCorruptError(f"{name}: cannot be read from its parts: {reason}") from error
+
+
+def _part(path: Path) -> Iterator[SavedTensor]:
+    """One entry in the directory of a checkpoint: a file for each named object."""
+    if path.suffix == SUFFIX and path.is_file():
+        yield from _leaves(path.stem, _load(path))
+        return
+    raise CheckpointError(
+        f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
+        f"{'a directory' if path.is_dir() else 'another file'}",
+        path=path,
+    )
+
+
+def _load(path: Path) -> Any:
+    try:
+        return _loaded(path)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: expected a file that can be read without running code from it, found: {reason}", path=path
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        # EINVAL: the end of the file was sought before its beginning.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointCorruptError(
+            f"{path}: expected a file that torch.save wrote, found one that cannot be read: {reason}", path=path
+        ) from error
+
+
+def _loaded(path: Path) -> Any:
+    with path.open("rb") as file:
+        # Only the zip files of PyTorch 1.6 and newer can be mapped.
+        is_zip = file.read(2) == b"PK"
+    return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _leaves(name: str, value: Any) -> Iterator[SavedTensor]:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        nbytes = value.numel() * value.element_size()
+        read = None if value.is_meta else functools.partial(_array, value.detach())
+        yield SavedTensor(name, dtype, tuple(value.shape), nbytes, read)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, (list, tuple)) and not (value and all(isinstance(one, _NUMBERS) for one in value)):
+        for index, part in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", part)
+    else:
+        yield _plain(name, value)
+
+
+def _plain(name: str, value: Any) -> SavedTensor:
+    """A number, a string, None, or a list of numbers, such as the random state of Python."""
+    if isinstance(value, (*_NUMBERS, list, tuple)):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufc":  # an integer of more than 64 bits
+            array = np.asarray(value, dtype=object)
+    else:
+        array = np.empty((), dtype=object)
+        array[()] = value if isinstance(value, (str, bytes)) else str(value)
+    return SavedTensor(name, type(value).__name__, tuple(array.shape), None, lambda: array, is_plain=True)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.dtype is torch.complex32:
+        tensor = tensor.to(torch.complex64)
+    tensor = tensor.resolve_conj().resolve_neg()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16 and the types of 8 bits
+        return tensor.float().numpy()

@@ -1,0 +1,369 @@
+"""What the ledger of a run adds up to: its starts, and the time that was productive, replayed and down.
+
+Time is counted along the chief's lines, in the order in which they were written: a clock that was set back stands
+still for a moment, and nothing is ever negative.
+
+- An *attempt* is one start of the training process. It trains from its `restore` or `fresh` to its last sign of life:
+  its `stop`, the last heartbeat before the next start, or its last line. One that the hang watch ended trained until
+  its last step boundary.
+- *Replayed* is the part of training whose steps were done again: from the moment of a checkpoint to the end of the
+  attempt that lost what came after it. A return of the NaN guard gives up steps in the same way.
+- *Productive* is the rest of training.
+- *Down* is the time between attempts that trained, those that failed to start in between included; not the time after
+  one that had finished, nor the time since the last sign of life.
+- A *restart* is a start after a crash: after an attempt that left no `stop`, or stopped with an error. A start by
+  `stepguard run` counts too where the program failed before it opened a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stepguard.watching.heartbeat import Heartbeat
+
+CHIEF = "chief"
+LAUNCHER = "launcher"
+
+_OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
+
+_Span = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of the training process. Times are Unix seconds, as its own clock told them.
+
+    ``ended`` is the last sign of life, ``reason`` that of its stop: ``None`` while it runs, and after a crash.
+    """
+
+    pid: int | None
+    host: str | None
+    started: float
+    ended: float
+    first_step: int | None
+    last_step: int | None
+    reason: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What became of the time of a run; `lost_steps` are those that were done again."""
+
+    attempts: tuple[Attempt, ...]
+    restarts: int
+    productive_secs: float
+    replayed_secs: float
+    down_secs: float
+    lost_steps: int
+
+
+def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
+    """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
+
+    Args:
+        events: of all roles.
+        last: the newest heartbeat of ``role``, which may be newer than its last event.
+        role: whose time is counted.
+    """
+    reader = _Reader(role)
+    for event in events:
+        if event.get("role") == LAUNCHER:
+            reader.launcher(event)
+        elif event.get("role") == role:
+            reader.read(event)
+    return reader.history(last)
+
+
+def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
+    """What the ledger alone tells of the newest start of ``role``, in the form of its last heartbeat, which a power
+    loss may have emptied; None if it tells of no start. Its step is that of its last line.
+    """
+    own = [one for one in events if one.get("role") == role]
+    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    if not known:
+        return None
+    last = known[-1]
+    lines = [
+        one for one in own if one["time"] >= last.started and (one.get("pid"), one.get("host")) == (last.pid, last.host)
+    ]
+    start = next((one for one in lines if one["event"] == "start"), {})
+    has_trained = any(one["event"] in ("restore", "fresh") for one in lines)
+    saved = [one for one in lines if one["event"] == "checkpoint"]
+    return Heartbeat(
+        role,
+        engine=_text(start.get("engine")) or "",
+        pid=last.pid or 0,
+        host=last.host or "",
+        process_start=_integer(start.get("process_start")),
+        started=last.started,
+        time=last.ended,
+        phase="stopped" if last.reason else "training" if has_trained else "preparing",
+        reason=last.reason,
+        first_step=last.first_step,
+        step=last.last_step,
+        last_checkpoint={name: saved[-1].get(name) for name in _OF_A_CHECKPOINT} if saved else None,
+        restarts=_integer(start.get("restarts")) or 0,
+        error=last.error,
+    )
+
+
+def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
+    """A heartbeat with what its process, and its hang watch, have put into the ledger, which may be newer."""
+    own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
+    own = [one for one in own if one["time"] >= last.started]
+    steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
+    found = replace(
+        last,
+        step=max((one for one in steps if isinstance(one, int)), default=None),
+        # The watch's line is no sign of life of the process that it watches.
+        time=max([last.time, *(one["time"] for one in own if one["event"] != "hang")]),
+    )
+    ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
+    if ended and found.phase != "stopped":
+        found.stacks = str(ended[-1].get("stacks"))
+        found.error = found.error or _hang(ended[-1])
+    return found
+
+
+def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why the newest start ended of those that ended by an error, also when the run goes on since.
+
+    Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
+    where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
+    it was asked to stop is no error.
+    """
+    last: str | None = None
+    told_at: float | None = None
+    failure: str | None = None
+    for one in events:
+        event, is_launcher = one["event"], one.get("role") == LAUNCHER
+        if event == "launch" or (event == "start" and one.get("role") == CHIEF):
+            # The line of a launch may come late, and tell of a time before.
+            if told_at is not None and one["time"] > told_at:
+                told_at = None
+        elif event == "stop" and told_at is None and _text(one.get("error")):
+            last, told_at = _text(one.get("error")), one["time"]
+        elif event == "hang" and told_at is None and one.get("ended"):
+            last, told_at = _hang(one), one["time"]
+        elif event == "exit" and is_launcher:
+            failure = _text(one.get("failure"))
+        elif event in ("restart", "gave_up") and is_launcher and told_at is None:
+            last = failure or last
+    return last
+
+
+def _hang(event: Mapping[str, Any]) -> str:
+    return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
+
+
+class _Run:
+    """An attempt while it is read. ``begin``, ``trained``, ``end`` and ``hung`` are on the clock of the reader."""
+
+    def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
+        self.pid, self.host = _integer(event.get("pid")), _text(event.get("host"))
+        self.started = self.ended = float(event["time"])
+        self.begin = self.end = begin
+        self.trained: float | None = None
+        self.hung: float | None = None
+        self.is_restart = is_restart
+        self.first_step: int | None = None
+        self.last_step: int | None = None
+        self.reason: str | None = None
+        self.error: str | None = None
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether it ended so that the next start is a restart; also while it runs, of which a next start is proof."""
+        return self.reason in (None, "error")
+
+    def alive_at(self, time: float) -> None:
+        """A sign of life after its last event, by the clock of its host."""
+        if time > self.ended:
+            self.end += time - self.ended
+            self.ended = time
+
+    def came_to(self, step: object) -> None:
+        step = _integer(step)
+        if step is not None:
+            self.last_step = step if self.last_step is None else max(self.last_step, step)
+
+    def span(self) -> _Span | None:
+        """When it trained."""
+        if self.trained is None:
+            return None
+        end = self.end if self.hung is None else min(self.hung, self.end)
+        return self.trained, max(self.trained, end)
+
+    def attempt(self) -> Attempt:
+        return Attempt(
+            self.pid, self.host, self.started, self.ended, self.first_step, self.last_step, self.reason, self.error
+        )
+
+
+class _Reader:
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._now = 0.0
+        self._time: float | None = None
+        self._runs: list[_Run] = []
+        self._lost: list[_Span] = []
+        self._lost_steps = 0
+        self._saved: dict[str | int | None, float] = {}
+        # The launch that no session was seen of so far, and the newest start of a session: attempt and time.
+        self._launched: int | None = None
+        self._newest_start: tuple[int | None, float] = (None, 0.0)
+        self._failed_launches = 0
+
+    def launcher(self, event: Mapping[str, Any]) -> None:
+        """An event of the launcher: it tells of the starts that came to no session."""
+        if event["event"] == "launch":
+            attempt, (started, time) = _integer(event.get("attempt")), self._newest_start
+            # The launcher learns only from its program where the ledger is: its line may come after the program's.
+            self._launched = None if attempt == started and event["time"] <= time else attempt
+        elif event["event"] == "exit" and self._launched is not None:
+            self._failed_launches += self._launched > 1
+            self._launched = None
+
+    def read(self, event: Mapping[str, Any]) -> None:
+        time = float(event["time"])
+        self._now += 0.0 if self._time is None else max(0.0, time - self._time)
+        self._time = time
+        run = self._run_of(event)
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(run, event)
+        run.came_to(event.get("step"))
+        run.ended, run.end = time, self._now
+
+    def history(self, last: Heartbeat | None) -> History:
+        if last is not None and last.role == self._role and self._runs:
+            run = self._runs[-1]
+            if (run.pid, run.host) == (last.pid, last.host):
+                run.alive_at(last.time)
+                run.came_to(last.step)
+        training = _union(span for run in self._runs if (span := run.span()) is not None)
+        replayed = _length(_common(training, _union(self._lost)))
+        return History(
+            attempts=tuple(run.attempt() for run in self._runs),
+            restarts=sum(run.is_restart for run in self._runs) + self._failed_launches,
+            productive_secs=max(0.0, _length(training) - replayed),
+            replayed_secs=replayed,
+            down_secs=self._down(),
+            lost_steps=self._lost_steps,
+        )
+
+    def _run_of(self, event: Mapping[str, Any]) -> _Run:
+        """The attempt that an event belongs to: a new one at a start, and where the line of the start is lost."""
+        process = _integer(event.get("pid")), _text(event.get("host"))
+        if event["event"] != "start":
+            for run in reversed(self._runs):
+                if (run.pid, run.host) == process:
+                    return run
+        is_restart = bool(self._runs) and self._runs[-1].has_crashed
+        if event["event"] == "start":
+            self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
+        self._runs.append(_Run(event, self._now, is_restart=is_restart))
+        return self._runs[-1]
+
+    def _on_fresh(self, run: _Run, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(run, event)
+        step = _integer(event.get("step"))
+        # At a later step it goes on with a model that lived on elsewhere, such as in parameter servers.
+        if before is not None and before.reason != "finished" and step in (None, 0):
+            self._lost.append((0.0, self._now))
+            self._lost_steps += before.last_step or 0
+
+    def _on_restore(self, run: _Run, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(run, event)
+        lost = _integer(event.get("lost_steps"))
+        if lost == 0 or (lost is None and (before is None or not before.has_crashed)):
+            return
+        self._lost_steps += lost or 0
+        made = self._saved.get(_text(event.get("checkpoint")))
+        if made is None:
+            made_at = _number(event.get("checkpoint_time"))
+            made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
+        self._lost.append((made, self._now))
+
+    def _on_checkpoint(self, _: _Run, event: Mapping[str, Any]) -> None:
+        # What was done while it was being written is not in it.
+        moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
+        self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
+
+    def _on_return(self, run: _Run, event: Mapping[str, Any]) -> None:
+        step, to_step = _integer(event.get("step")), _integer(event.get("to_step"))
+        if step is not None and to_step is not None:
+            self._lost_steps += max(0, step - to_step)
+        began = run.begin if run.trained is None else run.trained
+        self._lost.append((self._saved.get(to_step, began), self._now))
+
+    def _on_hang(self, run: _Run, event: Mapping[str, Any]) -> None:
+        secs = _number(event.get("secs"))
+        if event.get("ended") is True and secs is not None:
+            run.hung = self._now - max(0.0, secs)
+
+    def _on_stop(self, run: _Run, event: Mapping[str, Any]) -> None:
+        run.reason = _text(event.get("reason")) or "error"
+        run.error = _text(event.get("error"))
+
+    def _begins_to_train(self, run: _Run, event: Mapping[str, Any]) -> _Run | None:
+        """Note it, and what the event tells of the attempt before, which is returned."""
+        if run.trained is None:
+            run.trained = self._now
+            run.first_step = _integer(event.get("step"))
+        before = next((one for one in reversed(self._runs) if one is not run and one.trained is not None), None)
+        if before is not None:
+            previous_time = _number(event.get("previous_time"))
+            if previous_time is not None and before.reason is None:
+                before.alive_at(previous_time)
+                before.end = min(before.end, run.begin)
+            before.came_to(event.get("previous_step"))
+        return before
+
+    def _down(self) -> float:
+        if not self._runs:
+            return 0.0
+        down = 0.0
+        first = self._runs[0]
+        last_end, is_over = first.begin if first.trained is None else first.trained, False
+        for run in self._runs:
+            span = run.span()
+            if span is None:
+                continue
+            down += 0.0 if is_over else max(0.0, span[0] - last_end)
+            last_end, is_over = max(last_end, span[1]), run.reason == "finished"
+        return down if is_over else down + max(0.0, max(run.end for run in self._runs) - last_end)
+
+
+def _union(spans: Iterable[_Span]) -> list[_Span]:
+    """The same time in spans that do not overlap, in order."""
+    merged: list[_Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
+    return [(max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])]
+
+
+def _length(spans: Iterable[_Span]) -> float:
+    return sum(end - begin for begin, end in spans)
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

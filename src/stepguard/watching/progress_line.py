@@ -1,0 +1,127 @@
+"""The progress line of a run in a terminal; nothing where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from typing import Any
+
+from stepguard.watching.heartbeat import Heartbeat
+
+_log = logging.getLogger(__name__)
+
+
+class ProgressLine:
+    """A line at the bottom of the terminal of standard error; what the program prints appears above it. One thread."""
+
+    def __init__(self, now: Heartbeat) -> None:
+        self._now = now
+        self._progress: Any = None
+        self._task: Any = None
+        self._has_gone = False
+        self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def show(self) -> None:
+        """Draw the line anew, if standard error is a terminal. Nothing any more once the terminal has gone away."""
+        if self._has_gone:
+            return
+        try:
+            self._draw()
+        except OSError as error:
+            # EIO: somebody has closed the window. The training is not to end for that.
+            _log.debug("the terminal has gone away: %s", error)
+            self._has_gone = True
+            self._give_back()
+
+    def _draw(self) -> None:
+        if self._progress is None and not self._open():
+            return
+        now = self._now
+        self._progress.update(
+            self._task,
+            completed=now.step or 0,
+            total=now.total_steps,
+            rate=_rate(now.steps_per_sec),
+            left=_left(now),
+            saved=_saved(now.last_checkpoint),
+        )
+        self._progress.refresh()
+
+    def close(self) -> None:
+        """Leave the line as it is now, and the terminal to the program."""
+        if self._progress is None:
+            return
+        self.show()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        progress, self._progress = self._progress, None
+        if progress is None:
+            return
+        for handler, stream in self._led_above:
+            handler.setStream(stream)
+        # It gives back the standard streams, whatever the terminal answers.
+        with contextlib.suppress(OSError):
+            progress.stop()
+
+    def _open(self) -> bool:
+        stream = sys.stderr
+        if stream is None or not stream.isatty():
+            return False
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        of = "/{task.total}" if self._now.total_steps is not None else ""
+        bar = [BarColumn(bar_width=None)] if self._now.total_steps is not None else []
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}" + of),
+            *bar,
+            TextColumn("{task.fields[rate]}{task.fields[left]}{task.fields[saved]}"),
+            console=Console(file=stream),
+            auto_refresh=False,
+            # What goes into a file or a pipe goes there.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+            expand=bool(bar),
+        )
+        self._task = self._progress.add_task("", total=self._now.total_steps, rate="", left="", saved="")
+        self._progress.start()
+        self._lead_logs_above(stream)
+        return True
+
+    def _lead_logs_above(self, terminal: Any) -> None:
+        """Rich takes care of what is written to sys.stderr; a handler keeps the stream that it was made with."""
+        for handler in [*logging.getLogger().handlers, *logging.getLogger("stepguard").handlers]:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
+                handler.setStream(sys.stderr)
+                self._led_above.append((handler, terminal))
+
+
+def duration(secs: float) -> str:
+    """``42 s``, ``3 min``, ``2 h 05 min``, ``3 d 4 h``."""
+    if secs < 100:
+        return f"{secs:.0f} s"
+    minutes = round(secs / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _rate(steps_per_sec: float | None) -> str:
+    if not steps_per_sec:
+        return "-/s"
+    return f"{steps_per_sec:.0f}/s" if steps_per_sec >= 10 else f"{steps_per_sec:.2g}/s"
+
+
+def _left(now: Heartbeat) -> str:
+    if now.total_steps is None or now.step is None or not now.steps_per_sec:
+        return ""
+    return f", {duration(max(0, now.total_steps - now.step) / now.steps_per_sec)} left"
+
+
+def _saved(checkpoint: dict[str, Any] | None) -> str:
+    if checkpoint is None:
+        return ", nothing saved"
+    return f", saved {checkpoint['step']} {duration(max(0.0, time.time() - checkpoint['time']))} ago"

@@ -1,0 +1,69 @@
+"""Calls that may never return, and callers that do."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from contextlib import nullcontext
+
+import pytest
+
+from stepguard.tensorflow.cluster.calls import Carrier
+
+
+@pytest.fixture
+def carrier():
+    return Carrier(nullcontext)
+
+
+def couriers():
+    return [thread for thread in threading.enumerate() if thread.name == "stepguard-run"]
+
+
+def test_a_call_returns_what_it_returns_and_raises_what_it_raises(carrier):
+    assert carrier.call(lambda: 3) == 3
+    with pytest.raises(KeyError):
+        carrier.call(lambda: {}["missing"])
+    assert not carrier.left_behind
+
+
+def test_a_stuck_caller_is_freed_when_the_session_is_lost(carrier):
+    stuck = threading.Event()
+    error = ConnectionError("silent")
+    threading.Timer(0.1, carrier.lose, [error]).start()
+    with pytest.raises(ConnectionError) as raised:
+        carrier.call(stuck.wait)
+    assert raised.value is error
+    assert carrier.left_behind
+    with pytest.raises(ConnectionError):
+        carrier.call(lambda: 3)
+    stuck.set()
+
+
+def test_a_caller_may_give_up(carrier):
+    stuck = threading.Event()
+    with pytest.raises(TimeoutError):
+        carrier.call(stuck.wait, TimeoutError)
+    stuck.set()
+
+
+def test_each_thread_has_a_courier_that_ends_with_it(carrier):
+    before = len(couriers())
+    threads = [threading.Thread(target=carrier.call, args=(lambda: time.sleep(0.05),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    del thread, threads
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while len(couriers()) > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_call_after_close_is_made_all_the_same(carrier):
+    assert carrier.call(lambda: 1) == 1
+    carrier.close()
+    assert carrier.call(lambda: 2) == 2

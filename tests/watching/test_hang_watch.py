@@ -1,0 +1,210 @@
+"""The hang watch, on real processes that hang: with the interpreter's lock held in C, asleep, stopped by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stepguard.watching import heartbeat, ledger
+
+SOON_SECS = 30.0
+
+CHILD = """
+    import collections, itertools, logging, json, os, sys, time
+    from stepguard.testing import FakeSupervisor
+    logging.basicConfig(level=logging.WARNING, format="LOG %(message)s")
+
+    def hang_in_c():
+        # Never returns to the interpreter, which holds its lock all the time.
+        collections.deque(itertools.repeat(None), maxlen=0)
+
+    def hang_asleep():
+        while not os.path.exists(sys.argv[1] + "/wake"):
+            time.sleep(0.02)
+
+    options = json.loads(sys.argv[3])
+    with FakeSupervisor(sys.argv[1], save_model_secs=0, save_at_end=True, **options).managed_session() as session:
+        for _ in range(3):
+            session.run_step()
+        print("hanging", flush=True)
+        {"in C": hang_in_c, "asleep": hang_asleep}[sys.argv[2]]()
+        # Not a hang: each step comes in time.
+        end = time.monotonic() + float(os.environ.get("GO_ON_SECS", "0"))
+        while time.monotonic() < end:
+            session.run_step()
+            time.sleep(0.05)
+    print("ended", flush=True)
+"""
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + SOON_SECS
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {SOON_SECS:g} s"
+        time.sleep(0.02)
+    return found
+
+
+class Child:
+    def __init__(self, logdir: Path, how: str, **options: Any) -> None:
+        self.logdir = logdir
+        self.errors = logdir / "stderr"
+        options = {"hang_secs": 1.0, **options}
+        with self.errors.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(CHILD), str(logdir), how, json.dumps(options)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "GO_ON_SECS": "2.5"},
+            )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "hanging\n", self.errors.read_text()
+
+    @property
+    def stacks(self) -> Path:
+        return self.logdir / "stacks" / f"chief-{self.process.pid}.txt"
+
+    def hangs(self) -> list[dict[str, Any]]:
+        return [one for one in ledger.read(self.logdir) if one["event"] == "hang"]
+
+    def monitors(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    children: list[Child] = []
+
+    def start_child(how: str, **options: Any) -> Child:
+        children.append(Child(tmp_path, how, **options))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.process.kill()
+        child.process.communicate()
+
+
+def test_stacks_and_a_warning_come_while_c_holds_the_lock_of_the_interpreter(start) -> None:
+    child = start("in C")
+
+    wait_until(lambda: str(child.stacks) in child.errors.read_text(), "the warning")
+
+    assert child.process.poll() is None
+    stacks = child.stacks.read_text()
+    assert "no step boundary for 1." in stacks
+    assert "in hang_in_c" in stacks
+    assert stacks.count("Thread 0x") >= 2
+    (hang,) = child.hangs()
+    assert (hang["stacks"], hang["ended"], hang["role"]) == (str(child.stacks), False, "chief")
+    assert hang["secs"] >= 1
+
+
+def test_the_process_is_ended_if_that_is_asked_for(start) -> None:
+    child = start("in C", end_on_hang=True)
+    (monitor,) = child.monitors()
+
+    assert child.process.wait(SOON_SECS) == -signal.SIGKILL
+    assert "in hang_in_c" in child.stacks.read_text()
+    assert child.hangs()[0]["ended"] is True
+    assert "and ends it" in child.errors.read_text()
+    command = [sys.executable, "-m", "stepguard", "status", str(child.logdir), "--json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 1, said.stderr
+    (process,) = json.loads(said.stdout)["processes"]
+    assert process["state"] == "dead"
+    assert "ended by its hang watch" in process["error"]
+    assert process["stacks"] == str(child.stacks)
+    wait_until(lambda: not monitor.is_running() or monitor.status() == psutil.STATUS_ZOMBIE, "the monitor's end")
+
+
+def test_a_hang_that_ends_is_reported_once_by_the_log_and_the_run_goes_on(start) -> None:
+    child = start("asleep")
+    wait_until(lambda: "no step boundary" in child.errors.read_text(), "the warning")
+    beat = wait_until(lambda: _with_stacks(child.logdir), "a heartbeat that names the stacks")
+    assert beat.stacks == str(child.stacks)
+    (child.logdir / "wake").touch()
+
+    assert child.process.wait(SOON_SECS) == 0
+    lines = child.errors.read_text().splitlines()
+    assert [line for line in lines if "no step boundary" in line] == [
+        f"LOG no step boundary for 1 s: the stacks of all threads are in {child.stacks}"
+    ]
+    assert "LOG steps are done again, after a hang" in lines
+    assert "in hang_asleep" in child.stacks.read_text()
+    assert len(child.hangs()) == 1
+    assert heartbeat.read(child.logdir)[0].stacks is None
+
+
+def test_a_process_that_is_suspended_does_not_hang(start) -> None:
+    child = start("asleep", hang_secs=0.5, end_on_hang=True)
+    (monitor,) = child.monitors()
+    child.process.send_signal(signal.SIGSTOP)
+    # It looks once in half a second, and is blocked between two looks.
+    before = monitor.num_ctx_switches().voluntary
+    wait_until(lambda: monitor.num_ctx_switches().voluntary >= before + 4, "four looks")
+    (child.logdir / "wake").touch()
+    child.process.send_signal(signal.SIGCONT)
+
+    assert child.process.wait(SOON_SECS) == 0, child.errors.read_text()
+    assert child.hangs() == []
+
+
+def test_what_follows_the_last_step_does_not_hang(start) -> None:
+    # Such as the evaluation of the model: the three steps were all.
+    child = start("asleep", hang_secs=0.5, end_on_hang=True, total_steps=3)
+    (monitor,) = child.monitors()
+    before = monitor.num_ctx_switches().voluntary
+    wait_until(lambda: monitor.num_ctx_switches().voluntary >= before + 12, "looks for longer than a hang")
+    (child.logdir / "wake").touch()
+
+    assert child.process.wait(SOON_SECS) == 0, child.errors.read_text()
+    assert child.hangs() == []
+
+
+def test_the_monitor_goes_with_a_process_that_is_killed(start) -> None:
+    child = start("asleep", hang_secs=1000)
+    (monitor,) = child.monitors()
+
+    child.process.kill()
+    child.process.wait()
+
+    wait_until(lambda: not monitor.is_running(), "the monitor's end")
+
+
+def test_signals_to_the_whole_group_do_not_take_the_watch_away(start) -> None:
+    child = start("asleep", hang_secs=1000)
+    (monitor,) = child.monitors()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        monitor.send_signal(number)
+
+    assert os.getsid(monitor.pid) == monitor.pid
+    (child.logdir / "wake").touch()
+    assert child.process.wait(SOON_SECS) == 0
+
+
+def test_nothing_is_left_where_nothing_hangs(start) -> None:
+    child = start("asleep", hang_secs=20)
+    (child.logdir / "wake").touch()
+
+    assert child.process.wait(SOON_SECS) == 0
+    assert not (child.logdir / "stacks").exists()
+    assert child.errors.read_text() == ""
+
+
+def _with_stacks(logdir: Path) -> heartbeat.Heartbeat | None:
+    beat = heartbeat.read_one(logdir, "chief")
+    return beat if beat is not None and beat.stacks else None
