@@ -224,8 +224,8 @@ def write_volatile(path: Path, content: bytes) -> None:
         raise
 
 
-def append_lines(path: Path, lines: bytes, *, durable: bool) -> None:
-    """Append whole lines to a file that several processes append to; created if it is missing.
+def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
+    """Append whole lines to a file that several processes append to; created if it is missing. Returns its size.
 
     What a writer that was killed has left of its last line is closed by a line end first: it is a bad line of its own,
     and those after it are whole.
@@ -240,6 +240,7 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
         if durable:
             os.fsync(descriptor)
+        return size + len(lines)
     finally:
         os.close(descriptor)
 
@@ -394,6 +395,24 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
 def read_own(path: Path, *, most: int = MOST_BYTES) -> bytes:
     """Read a whole small file of our own. Raises OSError if it is none, or a link, or has more than ``most`` bytes."""
     return _read(open_own(path, os.O_RDONLY), path, most)
+
+
+def read_end(path: Path, most: int) -> tuple[bytes, bool]:
+    """Return the last bytes of a file of our own, ``most`` of them, and whether they are all."""
+    descriptor = open_own(path, os.O_RDONLY)
+    try:
+        left = os.fstat(descriptor).st_size
+        begin = max(0, left - most)
+        blocks = []
+        # As far as it went when it was opened: somebody may append faster than it is read.
+        while (left := left - sum(map(len, blocks[-1:]))) > begin:
+            block = os.pread(descriptor, min(left - begin, _BLOCK_BYTES), begin + sum(map(len, blocks)))
+            if not block:
+                break
+            blocks.append(block)
+        return b"".join(blocks), begin == 0
+    finally:
+        os.close(descriptor)
 
 
 def _read(descriptor: int, path: Path, most: int) -> bytes:

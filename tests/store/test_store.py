@@ -659,9 +659,9 @@ def os_that_cannot_read(part: str, number: int) -> Any:
     return Unreadable()
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE, errno.EPERM, errno.ENOMEM])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 @pytest.mark.parametrize("part", ["model.ckpt-2.data", "model.ckpt-2.manifest"])
-def test_an_error_of_reading_is_no_damage_and_is_raised(
+def test_an_error_of_the_process_is_no_damage_and_is_raised(
     number: int, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(tmp_path)
@@ -675,13 +675,17 @@ def test_an_error_of_reading_is_no_damage_and_is_raised(
     assert snapshot_of(tmp_path) == before
 
 
-def test_a_file_that_the_disk_cannot_read_is_damage_when_others_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENXIO]
+)
+@pytest.mark.parametrize("part", ["model.ckpt-2.data", "model.ckpt-2.manifest"])
+def test_a_file_that_the_system_cannot_read_is_damage_when_others_can_be_read(
+    number: int, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(tmp_path)
     save(store, 1)
     save(store, 2)
-    monkeypatch.setattr(files, "os", os_that_cannot_read("model.ckpt-2.data", errno.EIO))
+    monkeypatch.setattr(files, "os", os_that_cannot_read(part, number))
     recovery = store.newest_good()
     assert recovery.checkpoint is not None
     assert recovery.checkpoint.step == 1
@@ -875,12 +879,13 @@ def test_killed_at_any_call_of_a_save_it_resumes_from_a_good_checkpoint(
         assert not recovery.damaged
         assert recovery.checkpoint.step in (older, steps[-1])
         assert content_of(recovery.checkpoint) in legitimate(layout, recovery.checkpoint)
+        content = content_of(recovery.checkpoint)
         # The next chief sweeps, and saves, as if nothing had been.
         store.sweep()
         again = store.newest_good().checkpoint
         assert again is not None
-        assert again.step == recovery.checkpoint.step
-        assert content_of(again) == content_of(recovery.checkpoint)
+        assert (again.root, again.step) == (store.root, recovery.checkpoint.step)
+        assert content_of(again) == content
         store.adopt(store.listed_by_state())
         save_and_prune(store, steps[-1], "new")
         store.sweep()

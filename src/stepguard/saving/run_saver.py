@@ -124,7 +124,7 @@ class Saving(Generic[SessionT]):
             yield
             if self._store is not None:
                 # Its saver removes what is too many by its own count, and knows nothing of manifests.
-                self._store.follow_removals([one.name for one in self._store.candidates()])
+                self._store.forget_removed()
 
     # --- a session ---
 

@@ -277,11 +277,10 @@ class CheckpointWriter:
         if store is not None:
             if store.holds(written):
                 name = os.path.basename(written)
-                before = {one.name for one in store.owned}
                 self._adopt(store)
                 store.commit_in_place(name, store.step_of(name))
                 # Its saver prunes by itself, and knows nothing of manifests.
-                store.follow_removals(sorted(before - {one.name for one in store.owned}))
+                store.forget_removed()
             else:
                 _log.info(
                     "%s was saved by the program's own saver, in files of its own: no manifest is written", written

@@ -208,11 +208,10 @@ class CheckpointStore:
             files.remove(self._layout.manifest(name))
             files.fsync_dir(self.root)
 
-    def follow_removals(self, names: Iterable[str]) -> None:
-        """Remove the manifests of those of ``names`` whose files a program's own saver has removed."""
-        for name in names:
-            if self._layout.present(name) == [self._layout.manifest(name).name]:
-                self.uncommit(name)
+    def forget_removed(self) -> None:
+        """Remove the manifests of those checkpoints whose files a program's own saver has removed."""
+        for name in self._layout.removed():
+            self.uncommit(name)
 
     def _staged(self, stage: Path, name: str) -> list[Path]:
         """The staged entries in the order in which they become visible: the entry file last."""
@@ -243,7 +242,8 @@ class CheckpointStore:
             if size != files.size_of(path):
                 raise OSError(errno.EIO, f"expected the {size} bytes that were written, found another size", str(path))
             records.append(FileRecord(inside, size, digest))
-        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}))
+        owned = tuple(one.name for one in (*self._retention.doomed, *self._retention.owned) if one.name != name)
+        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}), owned=owned)
 
     def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
         """Clear the way for a checkpoint whose name is taken, so that the previous one can still be restored.
@@ -284,8 +284,7 @@ class CheckpointStore:
         """What follows the manifest. The checkpoint is durable: what fails in here is warned of, and loses nothing."""
         self._newest_good = checkpoint.name
         self._retention.add(checkpoint)
-        if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
-            self._retention.anchor = self._stored_anchor()
+        self._set_anchor()
         kept = [one.name for one in self._retention.owned] or [checkpoint.name]
         try:
             self._write_state(checkpoint.name, kept, self._retention.anchor)
@@ -307,15 +306,12 @@ class CheckpointStore:
 
     def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
         stated, *names = self._layout.stated([newest, *kept])
-        statefile.write(
-            self.root,
-            stated,
-            names,
-            doomed=[one.name for one in self._retention.doomed],
-            last_preserved=last_preserved,
-            relative_paths=self.relative_paths,
-        )
+        statefile.write(self.root, stated, names, last_preserved=last_preserved, relative_paths=self.relative_paths)
         self._stated = newest
+
+    def _set_anchor(self) -> None:
+        if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
+            self._retention.anchor = self._stored_anchor()
 
     def _stored_anchor(self) -> float:
         state = statefile.read(self.root)
@@ -411,11 +407,14 @@ class CheckpointStore:
 
     def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
         # The time of its files is that of the last copy, where a logdir was copied.
-        try:
-            manifest = self.read_manifest(checkpoint)
-        except (CheckpointError, OSError):
-            return checkpoint  # Whether it is good is not asked here.
+        manifest = self._manifest_of(checkpoint)
         return checkpoint if manifest is None else replace(checkpoint, time=manifest.time)
+
+    def _manifest_of(self, checkpoint: Checkpoint) -> Manifest | None:
+        try:
+            return self.read_manifest(checkpoint)
+        except (CheckpointError, OSError):
+            return None  # Whether it is good is not asked here.
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:
@@ -440,20 +439,29 @@ class CheckpointStore:
         if state is None or not (owned := _listed(state, found)):
             owned = [one for one in found if one.is_committed][: self._retention.max_to_keep or None][::-1]
         else:
-            # Committed, and killed before the state file; or written there, and killed before they were removed.
-            committed = [self._with_commit_time(one) for one in found if one.is_committed and one not in owned]
-            newest = max(self._with_commit_time(one).time for one in owned)
-            late = sorted((one for one in committed if one.time > newest), key=lambda one: one.time)
-            owned = [*(one for one in committed if one.name in state.doomed), *owned, *late]
+            owned = self._with_what_a_kill_left(owned, found)
         self.adopt(owned)
-        if self._hold() is not None and self._retention.max_to_keep:
-            self._retention.trim()
-            try:
-                self.prune(protect=[state.newest] if state is not None else [])
-            except OSError as error:
-                _log.warning("what the run before has kept too many could not be removed: %s", error)
-            owned = list(self._retention.owned)
-        return owned
+        if self._hold() is None:
+            return owned
+        self._set_anchor()
+        self._retention.trim()
+        try:
+            self.prune(protect=[] if state is None else [state.newest])
+        except OSError as error:
+            _log.warning("what the run before has kept too many could not be removed: %s", error)
+        return list(self._retention.owned)
+
+    def _with_what_a_kill_left(self, listed: Sequence[Checkpoint], found: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those that the state file lists; before them what it ceased to list and a kill kept from being removed, and
+        after them what was committed when a kill came before the state file was written.
+        """
+        others = [self._with_commit_time(one) for one in found if one.is_committed and one not in listed]
+        newest = max(self._with_commit_time(one).time for one in listed)
+        late = sorted((one for one in others if one.time > newest), key=lambda one: one.time)
+        last = (late or listed)[-1]
+        manifest = self._manifest_of(last)
+        doomed = [] if manifest is None else [one for one in others if one.name in manifest.owned and one not in late]
+        return [*sorted(doomed, key=lambda one: one.time), *listed, *late]
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
         """Remove what retention drops, and return it. To be called after a commit.
@@ -559,9 +567,10 @@ class CheckpointStore:
             except OSError as error:
                 _log.warning("%s: left behind by a run that was killed, and could not be removed: %s", one, error)
         try:
+            self.forget_removed()
             swept += recovery.finish_quarantine(self._layout)
         except OSError as error:
-            _log.warning("%s: could not be moved to quarantine: %s", self.root, error)
+            _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept
 
     def _sweep(self, one: str) -> bool:
@@ -575,8 +584,6 @@ class CheckpointStore:
                 self._finish_removal(name, path / self._layout.manifest(name).name)
         elif one.startswith(layouts.REPLACED):
             self._layout.put_back(one[len(layouts.REPLACED) :])
-        elif one.endswith(MANIFEST_SUFFIX) and self._layout.is_removed(one[: -len(MANIFEST_SUFFIX)]):
-            _log.debug("%s: its files were removed by the program's own saver", path)
         elif not self._layout.is_aside(one):
             return False
         files.remove(path)

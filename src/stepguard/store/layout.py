@@ -11,12 +11,13 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.schema import MOST_DIGITS
+from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
@@ -136,12 +137,14 @@ class Layout:
         """Return what may be a checkpoint, newest first (by step, then time), without opening any file."""
         found: dict[str, Checkpoint] = {}
         replaced: list[str] = []
+        names: set[str] = set()
         for entry in self.entries():
+            names.add(entry.name)
             if entry.name.startswith(REPLACED):
                 replaced.append(entry.name[len(REPLACED) :])
             else:
                 self._note(found, entry)
-        for name in [name for name in found if not others.get(name) and self.is_removed(name)]:
+        for name in self._removed(found, names):
             del found[name]
         for name in replaced:
             # Only while its name is vacant: else the replacement was finished, and this is a leftover.
@@ -263,18 +266,33 @@ class Layout:
             return False
         return _TENSORFLOW_SUFFIX.fullmatch(file_name[len(name) :]) is not None
 
-    def is_removed(self, name: str) -> bool:
-        """Whether all that is left of a checkpoint is its manifest, and its files were of the kind that a framework's own
-        saver removes, which knows nothing of manifests. Where it was damage, the state file still names it.
+    def removed(self) -> list[str]:
+        """Return the names of checkpoints whose files a framework's own saver has removed. It knows nothing of
+        manifests: that is all that is left, and the state file that the saver writes lists the checkpoint no longer.
         """
+        names = {entry.name for entry in self.entries()}
+        manifests = [one.removesuffix(MANIFEST_SUFFIX) for one in names if one.endswith(MANIFEST_SUFFIX)]
+        return self._removed(filter(self.is_name, manifests), names)
+
+    def _removed(self, manifested: Iterable[str], names: Set[str]) -> list[str]:
+        suffix = self.entry_suffix
+        if suffix is None:
+            return []
+        # Not one that has its entry file, nor a directory of another engine's: only the few others are read.
+        lonely = [name for name in manifested if names.isdisjoint((name, name + suffix))]
+        state = statefile.read(self.root) if lonely else None
+        if state is None:
+            return []
+        return [name for name in lonely if name not in (state.newest, *state.names) and self._is_bare(name)]
+
+    def _is_bare(self, name: str) -> bool:
+        """Whether there is no file of those that the manifest of ``name`` lists, with an entry file among them."""
         try:
-            manifest = Manifest.from_json(files.read_bytes(self.manifest(name)), self.manifest(name))
+            listed = Manifest.from_json(files.read_bytes(self.manifest(name)), self.manifest(name)).files
         except (CheckpointError, OSError):
             return False
-        owned = [one.name for one in manifest.files]
-        return any(self.is_entry(one, name) for one in owned) and not any(
-            os.path.lexists(self.root / one) for one in owned
-        )
+        is_savers = any(self.is_entry(one.name, name) for one in listed)
+        return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
 
     # --- taking away ---
 

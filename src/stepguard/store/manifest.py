@@ -54,7 +54,8 @@ class FileRecord:
 class Manifest:
     """What was committed: which engine wrote it, its step (None: none was counted), when (Unix time), and the files.
 
-    ``extra`` is the engine's own, any JSON values.
+    ``extra`` is the engine's own, any JSON values. ``owned`` are the names that retention counted when it was committed,
+    oldest first, those included that it was to remove next: after a kill the next run removes them.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    owned: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -80,6 +82,7 @@ class Manifest:
             "time": self.time,
             "files": [{"name": one.name, "size": one.size, "digest": one.digest} for one in self.files],
             "extra": dict(self.extra),
+            "owned": list(self.owned),
         }
         body["digest"] = files.digest_bytes(_canonical(body))
         return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
@@ -121,14 +124,18 @@ class Manifest:
                 f"it is not damaged, but a newer Stepguard wrote it: upgrade stepguard to read it",
                 path=path,
             )
-        kinds = {**schema.kinds_of(cls), "files": (list,), "extra": (dict,)}
-        known = schema.checked(body, kinds, required=tuple(kinds))
+        kinds = {**schema.kinds_of(cls), "files": (list,), "extra": (dict,), "owned": (list,)}
+        # Those of earlier versions do not say what was owned.
+        known = schema.checked({"owned": [], **body}, kinds, required=tuple(kinds))
         if known["step"] is not None and known["step"] < 0:
             raise schema.SchemaError(f"step: expected at least 0, found {known['step']}")
         records = tuple(FileRecord.from_json(one, known["name"]) for one in known["files"])
         if path.name != known["name"] + SUFFIX:
-            raise schema.SchemaError(f"expected those of {path.name[: -len(SUFFIX)]}, found those of {known['name']}")
-        return cls(**{**known, "files": records})
+            raise schema.SchemaError(
+                f"expected the manifest of {path.name[: -len(SUFFIX)]}, found that of {known['name']}"
+            )
+        owned = tuple(one for one in known["owned"] if isinstance(one, str))
+        return cls(**{**known, "files": records, "owned": owned})
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

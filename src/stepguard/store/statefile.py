@@ -16,7 +16,6 @@ from stepguard import files, schema
 
 FILE_NAME = "checkpoint"
 
-_DOOMED = "# to be removed: "
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
 _UNESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t"}
 _LINE = re.compile(r"""^\s*(\w+)\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|([^\s"']+))\s*$""")
@@ -28,13 +27,12 @@ _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 class CheckpointState:
     """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first.
 
-    ``doomed`` are those that were to be removed next. Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
+    Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
     """
 
     path: Path
     names: tuple[str, ...]
     last_preserved: float | None
-    doomed: tuple[str, ...] = ()
 
     @property
     def newest(self) -> str:
@@ -43,18 +41,11 @@ class CheckpointState:
 
 
 def write(
-    root: Path,
-    newest: str,
-    names: Sequence[str],
-    *,
-    doomed: Sequence[str] = (),
-    last_preserved: float | None = None,
-    relative_paths: bool = False,
+    root: Path, newest: str, names: Sequence[str], *, last_preserved: float | None = None, relative_paths: bool = False
 ) -> None:
     """Replace the state file of ``root``, atomically and durably.
 
-    ``doomed`` are removed next: a comment, which TensorFlow passes over, says so to the run after a kill. Paths are
-    absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
+    Paths are absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
     """
 
     def quoted(name: str) -> str:
@@ -70,7 +61,6 @@ def write(
     lines += [f"all_model_checkpoint_paths: {quoted(name)}\n" for name in names]
     if last_preserved is not None:
         lines.append(f"last_preserved_timestamp: {float(last_preserved)!r}\n")
-    lines += [f"{_DOOMED}{name}\n" for name in doomed if name.isprintable()]
     files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
 
 
@@ -90,7 +80,6 @@ def read(root: Path) -> CheckpointState | None:
     newest = None
     names: list[str] = []
     last_preserved = None
-    doomed = [line[len(_DOOMED) :] for line in text.split("\n") if line.startswith(_DOOMED)]
     for line in text.split("\n"):
         match = _LINE.match(line)
         if match is None:
@@ -112,7 +101,7 @@ def read(root: Path) -> CheckpointState | None:
             names.append(path.name)
     if newest is None:
         return None
-    return CheckpointState(newest, tuple(names), last_preserved, tuple(doomed))
+    return CheckpointState(newest, tuple(names), last_preserved)
 
 
 def _time(text: str) -> float | None:

@@ -102,6 +102,8 @@ class Observer:
         self._role = ""
         self._is_passing = False
         self._previous: Heartbeat | None = None
+        # The events of the ledger up to the start of this process.
+        self._before: list[dict[str, Any]] = []
         self._session: Any = None
         self._progress_seen: object = None
         self._rates: deque[tuple[float, int]] = deque()
@@ -287,7 +289,7 @@ class Observer:
 
     def _read_the_run_before(self, logdir: Path) -> None:
         """A run never fails for what an earlier one has left to be read here."""
-        self._previous = None
+        self._previous, self._before = None, []
         try:
             events = ledger.read(logdir)
             last = heartbeat.read_one(logdir, self._role) or history.last_seen(events, self._role)
@@ -298,7 +300,8 @@ class Observer:
             return
         self._previous = None if last is None else history.completed(last, events)
         mine = {"event": "start", "time": self.now.started, "pid": self.now.pid, "host": self.now.host}
-        self.now.restarts = history.of([*events, {**mine, "role": self._role}], role=self._role).restarts
+        self._before = [*events, {**mine, "role": self._role}]
+        self.now.restarts = history.of(self._before, role=self._role).restarts
 
     def _record_start(self, recovery: Recovery | None) -> None:
         now = self.now
@@ -312,7 +315,7 @@ class Observer:
             # A worker takes what its chief has restored.
             return
         if recovery is None or checkpoint is None:
-            self._append("fresh", durable=False, step=now.step, **before)
+            self._append_with_sums("fresh", step=now.step, **before)
             return
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
@@ -326,9 +329,8 @@ class Observer:
             "secs": None,
             "stall_secs": None,
         }
-        self._append(
+        self._append_with_sums(
             "restore",
-            durable=False,
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
@@ -344,6 +346,14 @@ class Observer:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
         if recovery.damaged:
             self.now.warnings = [*self.now.warnings, recovery.message()][-_WARNINGS_KEPT:]
+
+    def _append_with_sums(self, event: str, **fields: Any) -> None:
+        """The line by which this start begins to train, with what the time before it adds up to."""
+        before, self._before = self._before, []
+        mine = {"event": event, "time": time.time(), "pid": self.now.pid, "host": self.now.host, "role": self._role}
+        self._append(
+            event, durable=False, **fields, so_far=history.totals([*before, {**mine, **fields}], role=self._role)
+        )
 
     def _watch(self, ended: threading.Event) -> None:
         next_beat = time.monotonic()
