@@ -29,6 +29,8 @@ def printable(text: str) -> str:
     """``text`` on one line, as it may be shown on a terminal: control characters, those that turn the direction of
     writing, and bytes that are no UTF-8 become escapes. Whatever was read from a file, or names one, goes through it.
     """
+    if text.isprintable():
+        return text
     return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
 

@@ -1,6 +1,21 @@
-"""The switches among the options of a Supervisor, checked at its construction."""
+"""The switches and places among the options of a Supervisor, checked at its construction."""
 
 from __future__ import annotations
+
+import os
+import re
+
+# Of one letter it is a drive of Windows. `pathlib` makes one slash of two.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def check_local(name: str, place: str | os.PathLike[str]) -> None:
+    """Raise ValueError for ``s3://bucket/run`` and the like: without this it would be a folder here, called ``s3:``."""
+    if _SCHEME.match(os.fspath(place)):
+        raise ValueError(
+            f"{name} must be a directory that this machine can reach by a path, got {os.fspath(place)!r}, which is in "
+            f"another store; mount it and give its path, or keep the checkpoints here and copy them"
+        )
 
 
 def check_switch(name: str, value: object, *, or_none: bool = False) -> None:

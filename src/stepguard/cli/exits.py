@@ -6,10 +6,14 @@ from typing import Any
 
 import click
 
+from stepguard.errors import printable
+
 FINDING = 1
 """What was looked at is damaged, or different, or the command refuses."""
 NOT_DONE = 3
 """It could not be done: no permission, an unknown format, a missing package."""
+INTERRUPTED = 130
+"""Ctrl-C: what a shell shows for a program that SIGINT ended."""
 READER_GONE = 141
 """The reader of the pipe has gone away: what a shell shows for a program that SIGPIPE ended."""
 
@@ -18,7 +22,8 @@ class Failure(click.ClickException):
     """The end of a command by an error: one line on stderr."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        # It may quote what a file holds, or how it is called.
+        super().__init__("\n".join(map(printable, message.split("\n"))))
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stepguard import __version__
-from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
+from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
 _COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
@@ -36,6 +36,9 @@ class Commands(click.Group):
         """Run the command. What goes wrong becomes one line on stderr, and an exit code, and not a traceback."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # Click's own code for it is 1, which says that something is damaged.
+            ctx.exit(INTERRUPTED)
         except StepguardError as error:
             raise Failure(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
         except OSError as error:
@@ -108,6 +111,7 @@ Exit codes, of every command but `run`, which has those of its program:
   1    a finding: damaged, different, refused
   2    a mistake in the arguments
   3    not possible: no permission, unknown format, missing package
+  130  ended by Ctrl-C
   141  the reader of a pipe has gone away (as `head` does)
 
 With --json a command prints one JSON document on stdout, and nothing else.

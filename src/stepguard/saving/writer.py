@@ -17,7 +17,7 @@ from typing import Any
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.nan_guard import NanGuard
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store import Checkpoint, CheckpointStore, NameTakenError
 from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ class CheckpointWriter:
         self._last_bytes = 0
         self._taken_at = 0.0
         self.skipped = 0
+        # Why the last try to write the snapshot at hand has failed.
+        self.last_error: BaseException | None = None
 
     def submit(self, snapshot: Snapshot, stall_secs: float = 0.0, take: Take | None = None) -> bool:
         """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is.
@@ -184,6 +186,7 @@ class CheckpointWriter:
             finally:
                 del order
                 self._retrying = False
+                self.last_error = None
                 with self._wake:
                     self._busy = False
                     self._wake.notify_all()
@@ -204,10 +207,13 @@ class CheckpointWriter:
                 break
             except self.storage_errors as error:
                 what = order.what
-                if order.take is not None and order.snapshot is not None and order.snapshot.written is not None:
-                    # What the framework has written is not to be relied upon.
+                is_written = order.snapshot is not None and order.snapshot.written is not None
+                if order.take is not None and (is_written or isinstance(error, NameTakenError)):
+                    # What the framework has written is not to be relied upon, and a name that cannot be had is that of
+                    # one step.
                     order.snapshot = None
                 self._retrying = True
+                self.last_error = error
                 unprotected_secs = time.monotonic() - began
                 # Jitter: many runs on one failing file system must not all come back at the same moment.
                 wait_secs = delay_secs * _jitter.uniform(0.75, 1.25)
@@ -321,8 +327,10 @@ class CheckpointWriter:
     def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
         """Not to fill the disk for others with a checkpoint that will not fit."""
         needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
-        free = shutil.disk_usage(store.root).free
-        if free < needed:
+        usage = shutil.disk_usage(store.root)
+        free = usage.free
+        # A file system that says it has 0 blocks does not tell: FUSE ones and some network ones.
+        if usage.total and free < needed:
             raise OSError(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",

@@ -19,6 +19,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
+from stepguard.options import check_local
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
 from stepguard.watching.observer import Observation
@@ -294,6 +295,8 @@ class FakeSupervisor(Supervisor[FakeSession]):
         nan_guard: str | None = None,
         nan_returns: int = 3,
     ) -> None:
+        if logdir:
+            check_local("logdir", logdir)
         store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
         self.engine = FakeEngine(size=size) if engine is None else engine
         self.engine.store = store

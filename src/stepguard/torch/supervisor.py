@@ -11,6 +11,7 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError
+from stepguard.options import check_local
 from stepguard.saving.nan_guard import RETURN, check_options
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import MAX_UNPROTECTED_SECS
@@ -132,6 +133,8 @@ class Supervisor(CoreSupervisor[Session]):
                 f"nan_guard='stop', and have a launcher start the run again from its newest checkpoint"
             )
         parts = components(state)
+        if logdir:
+            check_local("logdir", logdir)
         if is_chief is None:
             is_chief = world()[0] == 0
         # A program may change its directory while it trains.

@@ -156,8 +156,13 @@ def _csv(curves: Sequence[Curve]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("tag", "step", "wall_time", "value"))
     for curve in curves:
-        writer.writerows((curve.tag, *point) for point in zip(curve.steps, curve.times, curve.values, strict=True))
+        writer.writerows((_defused(curve.tag), *point) for point in zip(curve.steps, curve.times, curve.values, strict=True))
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _defused(tag: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{tag}" if tag.startswith(("=", "+", "-", "@", "\t", "\r")) else tag
 
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:

@@ -48,14 +48,18 @@ Examples:
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep each multiple of STEPS.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @output.json_option
-def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool
+) -> None:
     """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
 
     The newest good one, which is read to its end to make sure, stays in any case, and so does all that is newer.
     Damaged ones do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
     quarantine/. Checkpoints with different names are counted apart.
 
-    Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good. Nothing was removed then.
+    Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good, and nothing was removed; or the
+    system could not read something, which is named and left as it is.
     """
     if keep_last is None and keep_every is None:
         raise click.UsageError("expected --keep-last or --keep-every, or both: else all but one would be removed")
@@ -69,6 +73,11 @@ def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run
         output.print_json(_document(logdir, plans, dry_run=dry_run))
     else:
         _print(logdir, plans, dry_run=dry_run)
+    unreadable = survey(logdir).unreadable
+    for reason in unreadable if not as_json else ():
+        click.echo(output.printable(reason))
+    if unreadable or any(one.is_unreadable for plan in plans for one in plan.damaged):
+        ctx.exit(FINDING)
 
 
 def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
@@ -167,7 +176,8 @@ def _print(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> None:
         for one in plan.removed:
             click.echo(f"{'would remove' if dry_run else 'removed'}  {output.printable(one.checkpoint.name)}")
         for one in plan.damaged:
-            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}")
+            why = f" ({output.printable('; '.join(one.reasons))})" if one.is_unreadable else ""
+            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}{why}")
         size = output.size(sum(one.size for one in plan.removed))
         done = "would be removed" if dry_run else "removed"
         newest = output.printable(plan.newest_good.checkpoint.name)

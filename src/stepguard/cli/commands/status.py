@@ -198,7 +198,7 @@ def _left_behind(one: Process) -> list[_Line]:
 
 
 def _run_lines(found: Situation) -> list[_Line]:
-    lines: list[_Line] = []
+    lines: list[_Line] = [("unreadable", output.printable(one), "red") for one in found.unreadable]
     if found.is_empty:
         lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
     elif not found.processes:

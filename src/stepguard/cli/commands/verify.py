@@ -49,22 +49,25 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
 
     One of which only the meta graph is missing or damaged stays good: a restore does not read that.
 
-    Exit code 1: a file is damaged, or there is nothing to verify.
+    Exit code 1: a file is damaged or cannot be read, or there is nothing to verify.
     """
-    proofs, missing = _verified(target)
+    proofs, missing, unreadable = _verified(target)
     if as_json:
-        output.print_json({"checkpoints": [_json(one) for one in proofs], "missing": list(missing)})
+        checkpoints = [_json(one) for one in proofs]
+        output.print_json({"checkpoints": checkpoints, "missing": list(missing), "unreadable": list(unreadable)})
     else:
         _print(target, proofs, missing)
+        for reason in unreadable:
+            click.echo(output.printable(reason))
     bad = [one for one in proofs if one.damages or one.state in (DAMAGED, INCOMPLETE)]
-    if bad or missing or not proofs:
+    if bad or missing or unreadable or not proofs:
         ctx.exit(FINDING)
 
 
-def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...]]:
-    """The proofs, and the names of what is gone."""
+def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...], tuple[str, ...]]:
+    """The proofs, the names of what is gone, and what else could not be read."""
     if target.name is not None:
-        return _proofs([survey_one(target.root, target.name)]), ()
+        return _proofs([survey_one(target.root, target.name)]), (), ()
     deadline = time.monotonic() + _LOOK_SECS
     while True:
         found = survey(target.root)
@@ -72,7 +75,7 @@ def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...]]:
         proofs = _proofs(candidates)
         # A training may have pruned them all while they were read: there are newer ones then.
         if proofs or not candidates or time.monotonic() >= deadline:
-            return proofs, found.missing
+            return proofs, found.missing, found.unreadable
 
 
 def _proofs(found: list[Surveyed]) -> list[Proof]:

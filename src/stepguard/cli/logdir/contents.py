@@ -7,7 +7,6 @@ at again, and never taken for damaged.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
@@ -17,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard import files
 from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
 from stepguard.store import layout as layouts
-from stepguard.store.layout import Layout
+from stepguard.store.layout import Layout, split_name
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
 GOOD = "good"
@@ -35,7 +35,6 @@ ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
 
 _DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
-_STEP = re.compile(r"(.+)-([0-9]+)")
 _LOOKS = 3
 _LOOK_SECS = 5.0
 
@@ -43,7 +42,8 @@ _LOOK_SECS = 5.0
 @dataclass(frozen=True, slots=True)
 class Surveyed:
     """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
-    a restart would take, as far as is known without reading the data.
+    a restart would take, as far as is known without reading the data. ``is_unreadable`` says that the system could not
+    read a file of it.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +53,7 @@ class Surveyed:
     size: int
     reasons: tuple[str, ...] = ()
     is_next: bool = False
+    is_unreadable: bool = False
 
     @property
     def is_candidate(self) -> bool:
@@ -65,13 +66,19 @@ class Survey:
     """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
 
     ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
-    what lies in quarantine.
+    what lies in quarantine; ``unreadable`` says what else of the logdir's own could not be read, and was passed over.
     """
 
     root: Path
     found: tuple[Surveyed, ...]
     missing: tuple[str, ...]
     quarantined: int
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the system could not read all of it."""
+        return bool(self.unreadable) or any(one.is_unreadable for one in self.found)
 
 
 def survey(root: Path) -> Survey:
@@ -91,7 +98,14 @@ def survey(root: Path) -> Survey:
 def _kinds(root: Path) -> dict[str, bool]:
     """The names in a directory, and whether each is a directory itself."""
     with os.scandir(root) as entries:
-        return {entry.name: entry.is_dir() for entry in entries}
+        return {entry.name: _is_dir(entry) for entry in entries}
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
@@ -103,19 +117,38 @@ def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
     unfinished = _unfinished(root, kinds, listed)
-    return Survey(root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE))
+    missing = _missing(root, kinds, listed)
+    return Survey(root, (*unfinished, *found), missing, _count(root / recovery.QUARANTINE), _unreadable(root))
+
+
+def _unreadable(root: Path) -> tuple[str, ...]:
+    looks = {statefile.FILE_NAME: files.read_bytes, recovery.QUARANTINE: _list_own}
+    found = []
+    for name, look_at in looks.items():
+        try:
+            look_at(root / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            found.append(f"{root / name}: could not be read: {error.strerror or error}")
+    return tuple(found)
+
+
+def _list_own(path: Path) -> list[str]:
+    files.check_own_dir(path)
+    return os.listdir(path)
 
 
 def survey_one(root: Path, name: str) -> Surveyed:
     """Look at one checkpoint, also at one that was never committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
-    times = [
-        status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status
-    ]
-    is_committed = _stat(layout.manifest(name)) is not None
-    if times:
-        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
+    entries = [layout.manifest(name), root / (name + ENTRY_SUFFIX)]
+    if any(map(os.path.lexists, entries)):
+        times = [status.st_mtime for path in entries if (status := _stat(path)) is not None]
+        is_committed = os.path.lexists(entries[0])
+        candidate = Checkpoint(root, name, step, (times or [0.0])[0], is_committed)
+        found = look(layout, candidate, lambda: layout.present(name))
         if found is not None:
             return found
     present = [name]
@@ -167,12 +200,6 @@ def basenames(names: Iterable[str]) -> list[str]:
     return sorted(one for one in found if one and not one.startswith("."))
 
 
-def split_name(name: str) -> tuple[str, int | None]:
-    """The basename and the step of a checkpoint's name."""
-    match = _STEP.fullmatch(name)
-    return (name, None) if match is None else (match.group(1), int(match.group(2)))
-
-
 def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed | None:
     """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
 
@@ -200,18 +227,24 @@ def identity(place: Layout, name: str) -> tuple[int, int] | None:
     if place.root.name.startswith(layouts.REPLACED) and identity(place.within(place.root.parent), name) is not None:
         return None
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
-        status = _stat(path)
-        if status is not None:
-            return status.st_ino, status.st_mtime_ns
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not path.is_symlink():
+                continue
+            return 0, 0
+        except OSError:
+            return 0, 0  # It is there, and cannot be read.
+        return status.st_ino, status.st_mtime_ns
     return None
 
 
 def _surveyed(layout: Layout) -> list[Surveyed]:
-    files = layout.grouped()
+    entries = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
         if candidate.root == layout.root:
-            one = look(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
+            one = look(layout, candidate, lambda: entries.get(candidate.name, ()))  # noqa: B023 - called at once
         else:
             one = look(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:
@@ -223,12 +256,9 @@ def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence
     try:
         manifest = verification.read_manifest(place, candidate.name)
     except CheckpointCorruptError as error:
-        return _uncommitted(place, candidate, DAMAGED, present(), str(error))
+        return _uncommitted(place, candidate, DAMAGED, present(), error)
     except CheckpointError as error:
-        return _uncommitted(place, candidate, UNVERIFIED, present(), str(error))
-    except OSError as error:
-        state = DAMAGED if error.errno == errno.EIO else UNVERIFIED
-        return _uncommitted(place, candidate, state, present(), f"the manifest could not be read: {error}")
+        return _uncommitted(place, candidate, UNVERIFIED, present(), error)
     if manifest is not None:
         wrong = [
             damage
@@ -237,19 +267,26 @@ def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence
         ]
         if not wrong or not verification.was_written_over(place, manifest):
             return _committed(place, candidate, manifest, wrong)
-    files = present()
+    entries = present()
     try:
-        verification.verify_unmanifested(place, candidate.name, files)
+        verification.verify_unmanifested(place, candidate.name, entries)
     except CheckpointCorruptError as error:
-        return _uncommitted(place, candidate, DAMAGED, files, str(error))
+        return _uncommitted(place, candidate, DAMAGED, entries, error)
     # Between two renames of a commit it looks like this too.
-    unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
-    return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
+    is_staged = os.path.lexists(place.stage(candidate.name))
+    unfinished = ": it is being committed, or a kill has cut that short" if is_staged else ""
+    return _uncommitted(place, candidate, UNVERIFIED, entries, f"it has no manifest{unfinished}")
 
 
-def _uncommitted(place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str) -> Surveyed:
-    engine = _engine_of_files(place.root, candidate.name, files)
-    return Surveyed(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
+def _uncommitted(
+    place: Layout, candidate: Checkpoint, state: str, entries: Sequence[str], reason: str | CheckpointError
+) -> Surveyed:
+    engine = _engine_of_files(place.root, candidate.name, entries)
+    size = _bytes(place.root, entries)
+    is_unreadable = isinstance(reason, verification.CheckpointUnreadableError)
+    return Surveyed(
+        candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable
+    )
 
 
 def _committed(
@@ -258,7 +295,17 @@ def _committed(
     checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
     is_damaged = any(verification.prevents_restore(place, candidate.name, one) for one in wrong)
     state = DAMAGED if is_damaged else GOOD
-    return Surveyed(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
+    reasons = tuple(map(str, wrong))
+    is_unreadable = any(isinstance(one, verification.CheckpointUnreadableError) for one in wrong)
+    return Surveyed(
+        checkpoint,
+        place.basename,
+        state,
+        manifest.engine,
+        manifest.size,
+        reasons,
+        is_unreadable=is_unreadable,
+    )
 
 
 def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
@@ -276,7 +323,7 @@ def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list
     for entry, is_dir in kinds.items():
         data = _DATA.fullmatch(entry)
         if entry.startswith(layouts.STAGE):
-            name, reason = entry[len(layouts.STAGE) :], "it is being written, or a kill has cut that short"
+            name, reason = layouts.staged_name(entry), "it is being written, or a kill has cut that short"
         elif entry.startswith(layouts.PRUNED):
             name, reason = entry[len(layouts.PRUNED) :], "it is being removed, or a kill has cut that short"
         elif data is not None:
@@ -308,7 +355,7 @@ def _missing(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> tuple[s
 def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
     inside = list(entries)
     for entry in entries:
-        if entry.startswith(layouts.STAGE) and (root / entry).is_dir():
+        if entry.startswith(layouts.STAGE):
             inside += _listdir(root / entry)
     if any(one == name + ENTRY_SUFFIX or _DATA.fullmatch(one) for one in inside):
         return "tensorflow"
@@ -316,9 +363,10 @@ def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """None also for one whose inode cannot be read: whoever opens it says what is wrong."""
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
 
 
@@ -330,7 +378,10 @@ def _listdir(path: Path) -> list[str]:
 
 
 def _count(path: Path) -> int:
-    return len(_listdir(path))
+    try:
+        return len(_list_own(path))
+    except OSError:
+        return 0
 
 
 def _bytes(root: Path, entries: Iterable[str]) -> int:
@@ -338,12 +389,13 @@ def _bytes(root: Path, entries: Iterable[str]) -> int:
 
 
 def _tree_bytes(path: Path) -> int:
-    size = verification.size_of(path)
+    try:
+        size = files.size_of(path)
+    except OSError:
+        return 0
     if size is not None:
         return size
-    return sum(
-        verification.size_of(Path(directory, name)) or 0 for directory, _, names in os.walk(path) for name in names
-    )
+    return sum(_tree_bytes(path / name) for name in _listdir(path) if not os.path.islink(path / name))
 
 
 def _newest_time(root: Path, entries: Iterable[str]) -> float:

@@ -59,7 +59,8 @@ class Launcher:
 class Situation:
     """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
 
-    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since. ``unreadable`` says what
+    the system could not read, and was passed over.
     """
 
     logdir: Path
@@ -72,6 +73,7 @@ class Situation:
     last_error: str | None
     launcher: Launcher | None
     has_ledger: bool
+    unreadable: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -81,7 +83,7 @@ class Situation:
     @property
     def is_well(self) -> bool:
         """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
-        if self.is_empty:
+        if self.is_empty or self.unreadable:
             return False
         present = [one for one in self.processes if not one.is_left_behind]
         if not present:
@@ -92,8 +94,13 @@ class Situation:
 def look(logdir: Path) -> Situation:
     """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
     now = time.time()
-    events = ledger.read(logdir)
-    beats = heartbeat.read(logdir)
+    unreadable: list[str] = []
+
+    def note(path: Path, error: OSError) -> None:
+        unreadable.append(f"{path}: could not be read: {error.strerror or error}")
+
+    events = ledger.read(logdir, note)
+    beats = heartbeat.read(logdir, note)
     roles = {one.role for one in beats}
     # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
     if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
@@ -112,6 +119,7 @@ def look(logdir: Path) -> Situation:
         last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -132,6 +140,7 @@ def document(found: Situation) -> dict[str, Any]:
         "replayed_steps": found.history.lost_steps,
         "last_error": found.last_error,
         "attempts": [asdict(one) for one in found.history.attempts],
+        "unreadable": list(found.unreadable),
         "launcher": None if found.launcher is None else asdict(found.launcher),
     }
 

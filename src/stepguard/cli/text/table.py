@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import click
 from rich.cells import cell_len, set_cell_size
 
+from stepguard.errors import printable
+
 _GAP = "  "
 _NOTHING = ("0", "-")
 _SHORTEST = 12
@@ -44,7 +46,8 @@ STATE = Column("STATE", style=lambda state: _COLOURS.get(state, "yellow"))
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of printable cells under the titles of their columns."""
+    """Print rows under the titles of their columns. What a terminal would obey is shown as escapes."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     is_terminal = sys.stdout.isatty()
     if is_terminal:
         shown = [n for n, one in enumerate(columns) if not (one.hide and all(row[n] in _NOTHING for row in rows))]
