@@ -21,7 +21,7 @@ from stepguard.errors import described
 from stepguard.managed_session import ManagedSession, Run
 from stepguard.options import check_switch
 from stepguard.saving.nan_guard import NanGuard, check_options
-from stepguard.saving.run_saver import Saving
+from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observation, Observer
 
@@ -114,7 +114,7 @@ class Supervisor(Generic[SessionT]):
             is_chief=is_chief,
             options=Observation() if observation is None else observation,
         )
-        self._saving = Saving(
+        self._saving = RunSaver(
             engine,
             store=store,
             events=events,

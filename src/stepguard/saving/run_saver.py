@@ -12,7 +12,9 @@ from typing import Generic
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import LogdirInUseError
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
+from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
@@ -20,7 +22,7 @@ from stepguard.watching.observer import Observer
 _log = logging.getLogger(__name__)
 
 
-class Saving(Generic[SessionT]):
+class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
     Threads: :meth:`holding_logdir` and :meth:`program_saves` by any, the others by whoever opens and stops a session.
@@ -133,13 +135,10 @@ class Saving(Generic[SessionT]):
         # A second session shares the writer of one that was not stopped: nobody would end the first one's.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                self._engine,
-                self._store,
-                self._events,
+                Committer(self._engine, self._store, self._events, self._observer),
                 self._on_error,
+                retry=Backoff(self._max_unprotected_secs),
                 one_save=self.one_save,
-                max_unprotected_secs=self._max_unprotected_secs,
-                observer=self._observer,
                 guard=guard,
             )
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))

@@ -199,13 +199,6 @@ class FakeEngine:
         """Each step changes the state, and so does each return."""
         return session.step, session.returns
 
-    def is_shared(self, session: FakeSession) -> bool:
-        """Nobody else has this model."""
-        return False
-
-    def settle(self, session: FakeSession, timeout_secs: float) -> None:
-        """Nobody else trains this model."""
-
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
@@ -244,13 +237,6 @@ class FakeEngine:
         with NewFile(stage / name / _STATE_FILE) as file:
             file.write(json.dumps(state).encode())
         return {f"{name}/{_STATE_FILE}": (file.size, file.digest)}
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """The fake framework keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """The fake framework keeps no list of its own."""
 
     def summarise(self, session: FakeSession) -> None:
         """Count the call."""
