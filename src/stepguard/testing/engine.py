@@ -314,13 +314,13 @@ class FakeSupervisor(Supervisor[FakeSession]):
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
         """A prepared session."""
-        return self._open_session(self.engine.prepare, start_standard_services)
+        return self.open_session(self.engine.prepare, start_standard_services)
 
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
     ) -> AbstractContextManager[FakeSession]:
         """The context that a training loop lives in."""
-        return self._supervised(
+        return self.managed(
             lambda: self.prepare_or_wait_for_session(start_standard_services),
             close_summary_writer=close_summary_writer,
         )
