@@ -384,7 +384,7 @@ def test_the_fields_of_a_heartbeat_are_documented():
 
 
 def test_each_metric_is_documented():
-    source = (ROOT / "src/stepguard/metrics.py").read_text()
+    source = (ROOT / "src/stepguard/watching/metrics.py").read_text()
     names = re.findall(r'^            "(\w+)": \(', source, re.MULTILINE)
     assert len(names) > 8
     text = section("docs/watching.md", "Metrics")
