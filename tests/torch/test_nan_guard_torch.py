@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stepguard import NonFiniteError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
-from stepguard.torch.checkpoint.state import non_finite
+from stepguard.torch.checkpoint.snapshot import non_finite
 
 NAN = math.nan
 EVERY_FIFTH = {"save_summaries_secs": 0, "save_model_secs": 0, "save_model_steps": 5}
