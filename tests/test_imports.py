@@ -3,8 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google"}
 
@@ -67,6 +73,13 @@ def test_no_framework_and_no_numpy_is_loaded_by(module):
 def test_no_engine_is_loaded_by_stepguard_itself():
     engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.torch", "stepguard.testing"}
     assert modules_after("import stepguard") & engines == set()
+
+
+@pytest.mark.parametrize("extra", ["tensorflow", "tensorflow-cpu", "torch", "events"])
+def test_whoever_installs_an_engine_can_read_its_events(extra):
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
+    assert any(one.startswith("tensorboard>=") for one in extras[extra]), extras[extra]
 
 
 def test_the_version_is_that_of_the_distribution():

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+from stepguard.store import Recovery
 
 SessionT = TypeVar("SessionT")
 _SessionT_contra = TypeVar("_SessionT_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[SessionT]):
+    """What ``prepare`` returns: a session that can run, and what the search for a checkpoint to restore has found.
+
+    ``recovered`` is ``None`` where this process restored nothing by itself: a worker, a run without a logdir, a model
+    that lives on its servers. A search that found no checkpoint is a ``Recovery`` whose ``checkpoint`` is ``None``.
+    """
+
+    session: SessionT
+    recovered: Recovery | None = None
 
 
 class Snapshot(Protocol):

@@ -19,15 +19,13 @@ from stepguard.coordination.services import StepCounter, WhileOpen
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession, Run
-from stepguard.options import check_switch
-from stepguard.saving.nan_guard import NanGuard, check_options
-from stepguard.saving.run_saver import Saving
+from stepguard.options import Options
+from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore
-from stepguard.watching.observer import Observation, Observer
+from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
-
-MAX_UNPROTECTED_SECS = 1800.0
 
 # Also with a grace period of 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
@@ -47,29 +45,17 @@ class Supervisor(Generic[SessionT]):
         engine: what differs between frameworks.
         coord: carries the stop flag and the first error.
         is_chief: whether this process initialises, restores, saves and logs.
-        logdir: where the run leaves its files; ``None`` when it leaves none.
+        logdir: where the run leaves its files, the same for the chief and its workers; ``None`` when it leaves none.
         store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
         events: the event log, or ``None``.
         has_summaries: whether the program has summaries to compute.
         saves_model: whether there is anything to save, and a place for it.
-        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none. Of this and the next two a worker
-            does nothing.
-        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
-        save_model_steps: steps between checkpoints; ``None`` takes none by steps.
-        save_at_end: whether the last step is saved when the run ends without an error; by default if it is saved at
-            all while it lasts.
-        stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
-        max_unprotected_secs: how long, in seconds, saves may fail before that stops the run.
-        stop_on_sigterm: whether ``managed_session`` stops at the next step boundary when SIGTERM comes.
-        observation: how the run is watched; by default with a ledger and a heartbeat in the logdir, and nothing more.
-        watched_logdir: where those are written, also by a worker, which has no ``logdir``; by default ``logdir``.
-        role: what a worker is called there.
-        nan_guard: what happens when a number or a state is not finite: ``"stop"``, ``"return"``, or ``None``: nothing.
-        nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
+        options: how the run is saved, stopped, watched and guarded; see :meth:`stepguard.options.Options.check_return`.
+            Of what is saved, a worker does nothing.
+        role: what a worker is called in the ledger and its heartbeat.
 
     Raises:
-        TypeError: a switch is neither on nor off.
-        ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
+        ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
 
     def __init__(
@@ -83,47 +69,25 @@ class Supervisor(Generic[SessionT]):
         events: EventLog | None,
         has_summaries: bool,
         saves_model: bool,
-        save_summaries_secs: float | None,
-        save_model_secs: float | None,
-        save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        stop_grace_secs: float,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
-        observation: Observation | None = None,
-        watched_logdir: str | None = None,
+        options: Options,
         role: str = "worker",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
     ) -> None:
-        check_switch("save_at_end", save_at_end, or_none=True)
-        check_switch("stop_on_sigterm", stop_on_sigterm)
         self._engine = engine
         self._coord = coord
         self._is_chief = is_chief
-        self._logdir = logdir
+        self._logdir = logdir if is_chief else None
         self._store = store
         self._events = events
         self._has_summaries = has_summaries
-        self._save_summaries_secs = save_summaries_secs if is_chief else None
-        self._stop_grace_secs = stop_grace_secs
-        self._stop_on_sigterm = stop_on_sigterm
-        self._observer = Observer(
-            engine,
-            logdir=watched_logdir or logdir,
-            is_chief=is_chief,
-            options=Observation() if observation is None else observation,
-        )
-        self._saving = Saving(
+        self._options = options
+        self._stop_grace_secs = options.stopping.stop_grace_secs
+        self._observer = Observer(engine, logdir=logdir, is_chief=is_chief, options=options.watching)
+        self._saving = RunSaver(
             engine,
             store=store,
             events=events,
             observer=self._observer,
-            saves_model=saves_model,
-            every_secs=save_model_secs if is_chief else None,
-            every_steps=save_model_steps if is_chief else None,
-            at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
-            max_unprotected_secs=max_unprotected_secs,
+            options=options.saving if saves_model and is_chief else None,
             on_error=self._report,
         )
         self._worker_role = role
@@ -131,15 +95,13 @@ class Supervisor(Generic[SessionT]):
         self._pid = os.getpid()
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
-        self._guard = self._make_guard(nan_guard, nan_returns)
+        self._guard = self._make_guard()
 
-    def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
-        check_options(mode, most_returns, saves=self._store is not None and self._saving.is_on)
-        if mode is None:
+    def _make_guard(self) -> NanGuard | None:
+        if self._options.guarding.nan_guard is None:
             return None
         return NanGuard(
-            mode,
-            most_returns,
+            self._options.guarding,
             engine=self._engine,
             coord=self._coord,
             store=self._store,
@@ -163,12 +125,12 @@ class Supervisor(Generic[SessionT]):
     @property
     def save_summaries_secs(self) -> float | None:
         """Seconds between summaries; ``None`` in a worker."""
-        return self._save_summaries_secs
+        return self._options.watching.save_summaries_secs if self._is_chief else None
 
     @property
     def save_model_secs(self) -> float | None:
         """Seconds between timed checkpoints; ``None`` in a worker."""
-        return self._saving.every_secs
+        return self._options.saving.save_model_secs if self._is_chief else None
 
     # --- the stop flag ---
 
@@ -233,18 +195,18 @@ class Supervisor(Generic[SessionT]):
         if step is not None and self._events is not None:
             self._events.started(step)
         threads: list[threading.Thread] = []
-        if self._events is not None and self._save_summaries_secs:
+        if self._events is not None and self.save_summaries_secs:
             if self._has_summaries:
                 summarise = functools.partial(self._engine.summarise, sess)
-                threads.append(self._service("summary", self._save_summaries_secs, sess, summarise))
+                threads.append(self._service("summary", self.save_summaries_secs, sess, summarise))
             if step is not None:
                 counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self._save_summaries_secs, sess, counter))
+                threads.append(self._service("step-counter", self.save_summaries_secs, sess, counter))
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
             checkpointer = self._saving.start(sess, step, self._guard)
-            if self._saving.every_secs:
-                threads.append(self._service("checkpoint", self._saving.every_secs, sess, checkpointer))
+            if self.save_model_secs:
+                threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
         self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
         for thread in threads:
@@ -344,7 +306,7 @@ class Supervisor(Generic[SessionT]):
                 stop=lambda: self.stop(close_summary_writer=close_summary_writer),
                 close=self._engine.close,
                 grace_secs=self._stop_grace_secs,
-                stops_on_sigterm=self._stop_on_sigterm,
+                stops_on_sigterm=self._options.stopping.stop_on_sigterm,
             )
         )
 

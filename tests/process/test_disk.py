@@ -24,6 +24,7 @@ from zygote import Zygote, wait_until
 
 from stepguard import files
 from stepguard.errors import SaveFailedError
+from stepguard.options import Saving
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
@@ -143,7 +144,7 @@ class TestAFullDisk:
         assert leftovers(run.logdir) == []
 
     def test_for_longer_than_the_run_may_be_unprotected_stops_it(self, disk: Mount) -> None:
-        run = Run(disk.path / "run", max_unprotected_secs=0.3)
+        run = Run(disk.path / "run", saving=Saving(max_unprotected_secs=0.3))
 
         def train_onto_a_full_disk() -> None:
             with run.sv.managed_session() as run.session:

@@ -17,7 +17,7 @@ from training import Training
 from stepguard.errors import CheckpointMismatchError
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
-from stepguard.torch.checkpoint.state import CopyStreams, HostMemory
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory
 
 
 def run(state, logdir, steps=1):

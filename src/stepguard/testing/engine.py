@@ -19,9 +19,9 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
+from stepguard.options import Guarding, Options, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
-from stepguard.watching.observer import Observation
+from stepguard.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
 
@@ -232,8 +232,8 @@ class FakeEngine:
         session.returns += 1
 
     def checkpoint_name(self, step: int | None) -> str:
-        """``model.ckpt-<step>``."""
-        return f"model.ckpt-{step}"
+        """The store's basename and the step."""
+        return f"{'model.ckpt' if self.store is None else self.store.basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> dict[str, tuple[int, str]]:
         """One JSON file in a directory."""
@@ -271,6 +271,7 @@ class FakeEngine:
 class FakeSupervisor(Supervisor[FakeSession]):
     """A Supervisor over the fake engine, with the verbs that every engine's Supervisor has."""
 
+    @each_option_once
     def __init__(
         self,
         logdir: str | None = None,
@@ -279,22 +280,33 @@ class FakeSupervisor(Supervisor[FakeSession]):
         save_summaries_secs: float | None = 120,
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        stop_grace_secs: float = 120,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
         size: int = 64,
         engine: FakeEngine | None = None,
-        progress: bool = False,
-        total_steps: int | None = None,
-        hang_secs: float | None = None,
-        end_on_hang: bool = False,
-        metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
+        saving: Saving | None = None,
+        stopping: Stopping | None = None,
+        watching: Watching | None = None,
+        guarding: Guarding | None = None,
     ) -> None:
-        store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
+        options = Options.of(
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            save_model_steps=save_model_steps,
+            saving=saving,
+            stopping=stopping,
+            watching=watching,
+            guarding=guarding,
+        )
+        refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
+        store = None
+        if logdir:
+            store = CheckpointStore(
+                logdir,
+                basename=options.saving.checkpoint_basename,
+                engine=ENGINE,
+                max_to_keep=options.saving.max_to_keep,
+                keep_every_n_hours=options.saving.keep_checkpoint_every_n_hours,
+            )
+        options.check_return(commits=store is not None and is_chief)
         self.engine = FakeEngine(size=size) if engine is None else engine
         self.engine.store = store
         self.events = RecordedEvents()
@@ -307,23 +319,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             events=self.events,
             has_summaries=True,
             saves_model=store is not None,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            stop_on_sigterm=stop_on_sigterm,
-            observation=Observation(
-                progress=progress,
-                total_steps=total_steps,
-                hang_secs=hang_secs,
-                end_on_hang=end_on_hang,
-                metrics_port=metrics_port,
-                metrics_host=metrics_host,
-            ),
-            nan_guard=nan_guard,
-            nan_returns=nan_returns,
+            options=options,
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from stepguard.steps.rendezvous import Rendezvous, announce, announced
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
-from stepguard.torch.checkpoint.state import Component, CopyStreams, HostMemory, nbytes, non_finite
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import write_all
 from stepguard.torch.distributed.member import TorchMember, loaded_process_state
 from stepguard.torch.distributed.world import shared_store, world
@@ -30,21 +30,6 @@ from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and of each process by rank.
-
-    Of sharded objects it holds the part of this process; the others have theirs.
-    """
-
-    step: int
-    states: Mapping[str, Any]
-    processes: Mapping[int, Mapping[str, Any]]
-    nbytes: int
-    copies: CopyStreams
-    written: str | None = None
 
 
 class TorchEngine:

@@ -11,8 +11,9 @@ from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.checkpoint.mismatch import check_fits
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
-from stepguard.torch.checkpoint.state import Component, Misfit
+from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
@@ -112,10 +113,6 @@ class Restorer:
         """All that the checkpoint holds, once it is sure that it can be put in place."""
         names = [component.name for component in self._components]
         held = [*saved, *sharded]
-        misfit = Misfit(
-            missing=[name for name in names if name not in held],
-            unexpected=[name for name in held if name not in names],
-        )
         states = {}
         for component in self._components:
             if component.name in held:
@@ -124,16 +121,7 @@ class Restorer:
                 states[component.name] = (
                     read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
                 )
-                misfit.add(component.misfit(states[component.name]))
-        if misfit:
-            raise CheckpointMismatchError(
-                f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
-                f"or use another logdir; a part of it can be loaded with {_by_hand(path, sharded)}",
-                path=path,
-                missing=misfit.missing,
-                unexpected=misfit.unexpected,
-                reshaped=misfit.reshaped,
-            )
+        check_fits(path, self._components, held, states, is_sharded=bool(sharded))
         layouts = {component.name: component.layouts() for component in self._components}
         in_parts = {name: states[name] for name in names if name not in saved}
         if in_parts:
@@ -151,9 +139,3 @@ def _check_engine(checkpoint: Checkpoint) -> None:
             f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
             path=checkpoint.path,
         )
-
-
-def _by_hand(path: Path, sharded: Mapping[str, Any]) -> str:
-    if sharded:
-        return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
-    return f"torch.load({str(path)!r} + '/<name>.pt')"

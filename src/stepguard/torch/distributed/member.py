@@ -15,7 +15,8 @@ from stepguard.errors import NonFiniteError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.member import SessionMember
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
-from stepguard.torch.checkpoint.state import Component, CopyStreams, HostMemory, non_finite
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
+from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import write_mine
 from stepguard.torch.session import Session
 
