@@ -91,7 +91,7 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 7)
-            with session.boundary:
+            with session.in_step():
                 reporter = threading.Thread(target=session.report, args=(NAN,))
                 reporter.start()
                 wait_until(lambda: supervisor._guard._sight is not None)
@@ -158,7 +158,7 @@ class TestALoopThatEnds:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
                 run_to(session, 7)
-                with session.boundary:
+                with session.in_step():
                     reporter = threading.Thread(target=session.report, args=(NAN,))
                     reporter.start()
                     wait_until(lambda: supervisor._guard._sight is not None)
