@@ -91,7 +91,7 @@ def none_is_good(root: Path, damaged: Sequence[Damage]) -> NoGoodCheckpointError
     return NoGoodCheckpointError(
         f"{root}: expected the checkpoint that the file {statefile.FILE_NAME!r} names, found none that is good "
         f"({reasons}). Nothing was changed. Put it back; or, to start over from step 0, use another logdir, pass "
-        f"start_over_when_all_damaged=True, or move the file {statefile.FILE_NAME!r} away",
+        f"restoring=Restoring(start_over_when_all_damaged=True), or move the file {statefile.FILE_NAME!r} away",
         path=root,
     )
 

@@ -146,8 +146,8 @@ def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpoint
     more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
     return NoGoodCheckpointError(
         f"{layout.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}{more}). "
-        f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, pass "
-        f"start_over_when_all_damaged=True, or move these and the file {statefile.FILE_NAME!r} away",
+        f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, pass restoring="
+        f"Restoring(start_over_when_all_damaged=True), or move these and the file {statefile.FILE_NAME!r} away",
         path=layout.root,
     )
 
