@@ -133,10 +133,10 @@ class TestAReturn:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
 
-                def fail(*_: object) -> None:
+                def fail(*_: object, **__: object) -> None:
                     raise broken
 
-                supervisor.engine.return_to = fail
+                supervisor.engine.restore = fail
                 session.report(NAN)
                 session.run_step()
         assert caught.value.__cause__ is broken

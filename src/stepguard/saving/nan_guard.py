@@ -249,7 +249,7 @@ class NanGuard:
         def attempt(checkpoint: Checkpoint) -> None:
             if checkpoint.manifest is None:
                 raise CheckpointCorruptError("it has no manifest, so nobody has looked at it", path=checkpoint.path)
-            engine.return_to(session, checkpoint.path)
+            engine.restore(session, checkpoint, in_run=True)
             # It may be of a run without a guard.
             names = engine.non_finite(engine.snapshot(session))
             if names:

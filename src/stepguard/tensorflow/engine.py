@@ -16,7 +16,7 @@ import tensorflow as tf
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
-from stepguard.store import statefile
+from stepguard.store import Checkpoint, statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
 from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
@@ -91,11 +91,11 @@ class TensorFlowEngine:
     def prepare(
         self,
         *,
-        is_chief: bool,
-        master: str,
-        config: Any,
-        wait_for_checkpoint: bool,
-        max_wait_secs: float | None,
+        is_chief: bool = True,
+        master: str = "",
+        config: Any = None,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float | None = None,
     ) -> Prepared[Any]:
         """A session from the session manager; the chief also leaves its graph in the logdir and the event log."""
         if not is_chief:
@@ -118,6 +118,10 @@ class TensorFlowEngine:
             raise
         # The session of another session manager does not say.
         return Prepared(session, getattr(session, "recovered", None))
+
+    def restore(self, session: Any, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
+        restore_file(session.unmarked() if in_run else session, self._model.saver, str(checkpoint.path))
 
     def _write_graph(self) -> None:
         graph = self._model.graph
@@ -237,10 +241,6 @@ class TensorFlowEngine:
         if self._plan is None:
             raise AssertionError("a snapshot without a plan was written by its saver")
         return self._plan.non_finite(snapshot)
-
-    def return_to(self, session: Any, path: Path) -> None:
-        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
-        restore_file(session.unmarked(), self._model.saver, str(path))
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""

@@ -133,17 +133,16 @@ class FakeEngine:
             return Prepared(session)
         return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session)))
 
-    def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
-        """Take over the integers of a checkpoint."""
-        self._read(session, checkpoint.path)
-
-    def _read(self, session: FakeSession, path: Path) -> None:
+    def restore(self, session: FakeSession, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Take over the integers of a checkpoint; there are no random states and no data that would go on."""
+        path = checkpoint.path
         state = json.loads((path / _STATE_FILE).read_text())
         if len(state["values"]) != self.size:
             raise CheckpointMismatchError(
                 f"{path}: expected {self.size} values, found {len(state['values'])}", path=path
             )
         session.step, session.values, session.weight = state["step"], state["values"], state.get("weight", 0.0)
+        session.returns += in_run
 
     def step(self, session: FakeSession) -> int:
         """The steps done."""
@@ -190,11 +189,6 @@ class FakeEngine:
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The weight alone can be."""
         return () if math.isfinite(snapshot.weight) else ("weight",)
-
-    def return_to(self, session: FakeSession, path: Path) -> None:
-        """Take over the integers of a checkpoint, as at a start."""
-        self._read(session, path)
-        session.returns += 1
 
     def checkpoint_name(self, step: int | None) -> str:
         """The store's basename and the step."""
