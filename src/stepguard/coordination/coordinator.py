@@ -180,6 +180,15 @@ class Coordinator:
             failure = None
         self._request_stop(stop, failure)
 
+    def report(self, error: BaseException) -> None:
+        """Like `request_stop`, for a thread's edge, where nobody could catch what it raises: `error` itself is not."""
+        try:
+            self.request_stop(error)
+        except BaseException as raised:
+            # After a join it raises in the thread that reports as well; whoever joins next is told all the same.
+            if raised is not error:
+                raise
+
     def clear_stop(self) -> None:
         """Makes the coordinator as new: no stop requested, no error, not joined. Registered threads stay so."""
         self._stop = _Stop()

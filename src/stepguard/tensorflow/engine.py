@@ -16,7 +16,7 @@ import tensorflow as tf
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
-from stepguard.store import Checkpoint, statefile
+from stepguard.store import Checkpoint, CheckpointStore, statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
 from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
@@ -70,7 +70,7 @@ class TensorFlowEngine:
         logdir: str | None,
         save_path: str | None,
         init_fn: Any,
-        program_saves: Callable[[str], AbstractContextManager[None]],
+        store: CheckpointStore | None,
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -80,7 +80,7 @@ class TensorFlowEngine:
         self._logdir = logdir
         self._save_path = save_path
         self._init_fn = init_fn
-        self._program_saves = program_saves
+        self._store = store
         self._kinds: RunKinds | None = None
         self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -301,11 +301,11 @@ class TensorFlowEngine:
         tools wrote, and its saver prunes it.
         """
         with contextlib.ExitStack() as saving:
-            if feed_dict and self._save_path and "://" not in self._save_path and self._is_save(fetches):
-                place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
+            if feed_dict and self._store is not None and self._is_save(fetches):
+                place = os.path.realpath(self._store.root)
                 for path in feed_dict.values():
                     if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
-                        saving.enter_context(self._program_saves(os.path.basename(path)))
+                        saving.enter_context(self._store.program_saves(os.path.basename(path)))
             yield
 
     def _is_save(self, fetches: str) -> bool:

@@ -201,7 +201,7 @@ class Supervisor(CoreSupervisor[Any]):
                 ),
                 wait_for_stop=coord.wait_for_stop,
                 peer_timeout_secs=options.watching.peer_timeout_secs,
-                on_lost=self._report,
+                on_lost=coord.report,
             )
         self._session_manager = session_manager
         events = None if writer is None else TensorFlowEvents(writer, is_ours=defaults.is_default(summary_writer))
@@ -215,7 +215,7 @@ class Supervisor(CoreSupervisor[Any]):
             logdir=logdir,
             save_path=self._save_path,
             init_fn=init_fn,
-            program_saves=lambda name: self._saving.program_saves(name),  # noqa: PLW0108 - there is none yet
+            store=store,
         )
         super().__init__(
             self._tensorflow,
