@@ -199,13 +199,6 @@ class TorchEngine:
         """
         return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
-    def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
-        """No: the model is in this process."""
-        return False
-
-    def settle(self, session: Session, timeout_secs: float) -> None:
-        """Nothing: the processes meet at each boundary, and so at the last."""
-
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
@@ -293,13 +286,6 @@ class TorchEngine:
 
         # Without a logdir of its own it does not see the chief's, and says so.
         write_mine(exchange, self._rank, (self._root or Path()) / place, states)
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """PyTorch keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """PyTorch keeps no list of its own."""
 
     # --- summaries ---
 
