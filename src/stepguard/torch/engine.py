@@ -25,6 +25,7 @@ from stepguard.torch.distributed.gate import Gate, Peers, announce, announced, s
 from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.session import Session
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
@@ -322,7 +323,7 @@ def _check_finite(states: Mapping[str, Any]) -> None:
     """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
     names = [place for name, state in states.items() for place in non_finite(name, state)]
     if names:
-        raise NonFiniteError(f"the state to be saved is not finite: {', '.join(names[:5])}", step=None, names=names)
+        raise NonFiniteError(f"the state to be saved is not finite: {listed(names)}", step=None, names=names)
 
 
 def _synchronize() -> None:
