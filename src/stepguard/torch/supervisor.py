@@ -17,7 +17,7 @@ from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.state import components
-from stepguard.torch.distributed.gate import world
+from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
