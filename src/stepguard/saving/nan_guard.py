@@ -16,7 +16,8 @@ from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import CheckpointCorruptError, NoBoundaryError, NonFiniteError
 from stepguard.options import Guarding
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.watching.observer import Observer, describe
+from stepguard.watching.observer import Observer
+from stepguard.watching.run_record import describe
 from stepguard.words import listed
 
 _log = logging.getLogger(__name__)

@@ -9,12 +9,13 @@ import time
 from typing import Any
 
 from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.part import Part
 from stepguard.words import duration
 
 _log = logging.getLogger(__name__)
 
 
-class ProgressLine:
+class ProgressLine(Part):
     """A line at the bottom of the terminal of standard error; what the program prints appears above it. One thread."""
 
     def __init__(self, now: Heartbeat) -> None:
@@ -24,7 +25,7 @@ class ProgressLine:
         self._has_gone = False
         self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def show(self) -> None:
+    def look(self) -> None:
         """Draw the line anew, if standard error is a terminal. Nothing any more once the terminal has gone away."""
         if self._has_gone:
             return
@@ -50,11 +51,11 @@ class ProgressLine:
         )
         self._progress.refresh()
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Leave the line as it is now, and the terminal to the program."""
         if self._progress is None:
             return
-        self.show()
+        self.look()
         self._give_back()
 
     def _give_back(self) -> None:
