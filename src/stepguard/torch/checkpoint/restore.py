@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
@@ -26,12 +27,10 @@ ENGINE = "torch"
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
 
-    def __init__(
-        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
-    ) -> None:
+    def __init__(self, store: CheckpointStore, components: Sequence[Component], options: Restoring) -> None:
         self._store = store
         self._components = components
-        self._start_over_when_all_damaged = start_over_when_all_damaged
+        self._options = options
 
     def restore_newest(self, session: Session) -> Recovery:
         """Restore the newest good checkpoint; what was found has none when there is none at all.
@@ -41,9 +40,7 @@ class Restorer:
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
         return restoring.restore_newest(
-            self._store,
-            lambda checkpoint: self._load(checkpoint.path, session, 0),
-            start_over_when_all_damaged=self._start_over_when_all_damaged,
+            self._store, lambda checkpoint: self._load(checkpoint.path, session, 0), self._options
         )
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
