@@ -195,10 +195,7 @@ class Supervisor(CoreSupervisor[Any]):
                 graph=graph,
                 recovery_wait_secs=recovery_wait_secs,
                 local_init_run_options=local_init_run_options,
-                restorer=Restorer(
-                    store,
-                    start_over_when_all_damaged=options.restoring.start_over_when_all_damaged,
-                ),
+                restorer=Restorer(store, options.restoring),
                 wait_for_stop=coord.wait_for_stop,
                 peer_timeout_secs=options.watching.peer_timeout_secs,
                 on_lost=coord.report,
