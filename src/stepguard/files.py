@@ -4,8 +4,8 @@ Every function reaches the disk through this module's ``os`` name and nothing el
 recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This is
 why it uses no pathlib methods.
 
-Nothing in a logdir is trusted. Every file is opened here, without blocking, and only if it is a regular one: a FIFO would
-hold a start for ever, and a link to ``/dev/zero`` would fill the memory. Files of our own (what is not part of a
+Nothing in a logdir is trusted. Every file is opened here, without blocking, and only if it is a regular one: a FIFO
+would hold a start for ever, and a link to ``/dev/zero`` would fill the memory. Files of our own (what is not part of a
 checkpoint: lock, ledger, heartbeats, and whatever is written) are opened without following links, so that nothing
 outside the logdir is written or read in their place; what belongs to a checkpoint may be a link, and is only read. What
 is read as a whole has a bound.
@@ -74,7 +74,9 @@ def open_own(path: Path, flags: int) -> int:
         return _open(path, flags | getattr(os, "O_NOFOLLOW", 0))
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
-            raise OSError(error.errno, "expected a file, found a link, which is not followed; remove it", path) from None
+            raise OSError(
+                error.errno, "expected a file, found a link, which is not followed; remove it", path
+            ) from None
         raise
 
 

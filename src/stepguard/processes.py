@@ -1,4 +1,4 @@
-"""Processes of this machine: whether one still runs, and who has a file open. Where there is no ``/proc``, less is known."""
+"""Processes of this machine: whether one still runs, and who has a file open. Less is known without ``/proc``."""
 
 from __future__ import annotations
 

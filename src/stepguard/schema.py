@@ -1,4 +1,4 @@
-"""What may stand in the JSON that is read from a logdir: checked once, where it comes in, so that nobody has to ask again.
+"""What may stand in the JSON that is read from a logdir: checked once, where it comes in, so that nobody asks again.
 
 Manifests, lines of the ledger, heartbeats and the note in the lock go through `parse` and then `checked`, which refuses
 the whole, or `passed`, which leaves out what is wrong. A record says what its fields hold by the hints of its dataclass
@@ -25,7 +25,14 @@ _LONGEST_TEXT = 1 << 16
 Kinds = Mapping[str, tuple[type, ...]]
 """What the field of a name may hold; ``NoneType`` is one of the types where null may stand."""
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "an object"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class SchemaError(ValueError):

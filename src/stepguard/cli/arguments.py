@@ -20,7 +20,6 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-
 class _Logdir(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_local(value)
@@ -39,7 +38,6 @@ def _check_local(value: str | os.PathLike[str]) -> None:
         check_local("the place", value)
     except ValueError as error:
         raise click.BadParameter(output.printable(str(error))) from error
-
 
 
 class _Seconds(click.FloatRange):
@@ -82,7 +80,9 @@ class Target:
         for one in survey(self.root).found:
             if one.is_next:
                 return one
-        raise click.UsageError(f"{output.printable(str(self.path))}: expected a checkpoint, found none that a restart could take")
+        raise click.UsageError(
+            f"{output.printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
+        )
 
 
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:

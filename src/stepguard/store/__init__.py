@@ -10,4 +10,13 @@ from stepguard.store.checkpoint_store import CheckpointStore, NameTakenError
 from stepguard.store.lock import LogdirHold
 from stepguard.store.manifest import FileRecord, Manifest
 
-__all__ = ["Checkpoint", "CheckpointStore", "Damage", "FileRecord", "LogdirHold", "Manifest", "NameTakenError", "Recovery"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "Damage",
+    "FileRecord",
+    "LogdirHold",
+    "Manifest",
+    "NameTakenError",
+    "Recovery",
+]

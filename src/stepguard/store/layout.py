@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from stepguard import files
@@ -43,16 +44,6 @@ _OLD_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})")
 
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
 _PLAIN_SUFFIX = re.compile(r"\.[^./]+")
-
-
-# Of a name with a step. Of more digits, or of those of other scripts, it is no number that a step can be.
-_WITH_STEP = re.compile(rf"(.+)-([0-9]{{1,{MOST_DIGITS}}})", re.DOTALL)
-
-
-def split_name(name: str) -> tuple[str, int | None]:
-    """The basename and the step of a checkpoint's name; the step is None where it has none."""
-    match = _WITH_STEP.fullmatch(name)
-    return (name, None) if match is None else (match.group(1), int(match.group(2)))
 
 
 def staged_name(file_name: str) -> str:
@@ -274,7 +265,7 @@ class Layout:
         manifests = [one.removesuffix(MANIFEST_SUFFIX) for one in names if one.endswith(MANIFEST_SUFFIX)]
         return self._removed(filter(self.is_name, manifests), names)
 
-    def _removed(self, manifested: Iterable[str], names: Set[str]) -> list[str]:
+    def _removed(self, manifested: Iterable[str], names: AbstractSet[str]) -> list[str]:
         suffix = self.entry_suffix
         if suffix is None:
             return []

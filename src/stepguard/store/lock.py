@@ -5,8 +5,8 @@ as soon as any code of the process opens and closes the file, which a copy or a 
 merely exists stays behind when its process is killed. ``flock`` ends with the last descriptor of the open file, so a
 killed chief leaves no lock, but a forked child would keep it alive: the children of ``os.fork`` (also by
 ``multiprocessing``, such as the workers of a PyTorch DataLoader, which survive the kill of their parent) close it at
-once, and programs started by ``exec`` never see it (close-on-exec). A child that C code has forked keeps it, and so does
-one that is just dying with its parent: `acquire` waits a moment where the process that is named is gone.
+once, and programs started by ``exec`` never see it (close-on-exec). A child that C code has forked keeps it, and so
+does one that is just dying with its parent: `acquire` waits a moment where the process that is named is gone.
 
 The file itself stays, empty, after a release: removing it would let two processes lock two files of one name.
 """
@@ -153,8 +153,8 @@ def acquire(logdir: Path) -> LogdirHold:
     It waits only where the process that holds the lock is gone, for some seconds: a child of it may be dying too.
 
     Raises LogdirInUseError, which names the other process, if one is chief already, and OSError if the logdir cannot
-    be written. On a filesystem without locks, and where there is no room for the file of the lock, it warns and goes on:
-    ``is_locked`` of the hold is then false. Where there is room later, `LogdirHold.renew` locks it.
+    be written. On a filesystem without locks, and where there is no room for the file of the lock, it warns and goes
+    on: ``is_locked`` of the hold is then false. Where there is room later, `LogdirHold.renew` locks it.
     """
     deadline = time.monotonic() + _DYING_SECS
     while True:
@@ -182,7 +182,9 @@ def _acquire(logdir: Path) -> LogdirHold:
             held.holds += 1
     has_no_room = failure is not None and failure.errno in _NO_ROOM
     if has_no_room:
-        _log.warning("%s: there is no room to lock it (%s); it is locked at a save, as soon as there is", logdir, failure)
+        _log.warning(
+            "%s: there is no room to lock it (%s); it is locked at a save, as soon as there is", logdir, failure
+        )
     elif held is None:
         _log.warning(
             "%s: its filesystem has no file locks (%s); make sure that only one process trains here", logdir, failure

@@ -37,8 +37,8 @@ class FileRecord:
     def from_json(cls, found: object, owner: str) -> FileRecord:
         """The record of a file of the checkpoint ``owner``. Raises SchemaError.
 
-        Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must never
-        lead it to files of another checkpoint or outside the logdir.
+        Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must
+        never lead it to files of another checkpoint or outside the logdir.
         """
         kinds = schema.kinds_of(cls)
         record = cls(**schema.checked(found, kinds, required=tuple(kinds)))
@@ -54,8 +54,8 @@ class FileRecord:
 class Manifest:
     """What was committed: which engine wrote it, its step (None: none was counted), when (Unix time), and the files.
 
-    ``extra`` is the engine's own, any JSON values. ``owned`` are the names that retention counted when it was committed,
-    oldest first, those included that it was to remove next: after a kill the next run removes them.
+    ``extra`` is the engine's own, any JSON values. ``owned`` are the names that retention counted when it was
+    committed, oldest first, those included that it was to remove next: after a kill the next run removes them.
     """
 
     name: str

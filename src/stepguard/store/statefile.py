@@ -70,9 +70,7 @@ def without_shards(path: str) -> str:
 
 
 def read(root: Path) -> CheckpointState | None:
-    """Read the state file of ``root``; None if it is missing, empty, garbage or cannot be read, which is never an error:
-    it is a hint.
-    """
+    """Read the state file of ``root``, which is a hint: None if it is missing, empty or garbage, or cannot be read."""
     try:
         text = files.read_bytes(root / FILE_NAME).decode("utf-8")
     except (OSError, UnicodeDecodeError):

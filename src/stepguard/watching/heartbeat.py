@@ -17,8 +17,7 @@ from types import NoneType
 from typing import Any
 
 from stepguard import files, schema
-from stepguard.processes import is_running as is_running
-from stepguard.processes import process_start as process_start
+from stepguard.processes import is_running, process_start
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0

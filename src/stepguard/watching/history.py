@@ -131,8 +131,8 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
 
 
 def totals(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> dict[str, float]:
-    """What the time of ``role`` adds up to, for the field ``so_far`` of the last of the events, by which a start begins to
-    train: who reads a ledger from there on needs no more of what came before.
+    """What the time of ``role`` adds up to, for the field ``so_far`` of the last of the events, by which a start begins
+    to train: who reads a ledger from there on needs no more of what came before.
     """
     found = of(events, role=role)
     return {

@@ -5,7 +5,7 @@ Every line is a JSON object with ``event``, ``time`` (Unix seconds), ``pid``, ``
 list, and fields to an event: who reads a ledger passes over those that it does not know.
 
 A start and `stepguard status` read the end of it, a megabyte at most. So the chief puts a longer one aside, as
-``run.1.jsonl`` and so on, and begins the next with the lines that its present start needs, and an event ``rotated``.
+``run.1.jsonl`` and so on, and begins the next with the lines that the present start needs and an event ``rotated``.
 What came before adds up in the lines of starts (`so_far`). A kill in between leaves the ledger that was put aside, whose
 end is read then.
 """
@@ -46,8 +46,10 @@ _KINDS: schema.Kinds = {
         (str, NoneType),
     ),
     **dict.fromkeys(
-        ("pid", "child_pid", "process_start", "attempt", "restarts", "step", "to_step", "previous_step", "lost_steps")
-        + ("bytes", "number", "code"),
+        ("pid", "child_pid", "process_start", "attempt", "restarts", "bytes", "number", "code"), (int, NoneType)
+    ),
+    **dict.fromkeys(
+        ("step", "to_step", "previous_step", "lost_steps"),
         (int, NoneType),
     ),
     **dict.fromkeys(("secs", "stall_secs", "delay_secs", "checkpoint_time", "previous_time"), (float, NoneType)),
@@ -110,7 +112,6 @@ class Ledger:
         if failure is not None:
             _log.warning("%s: the ledger could not be written (%s); its lines wait for the next", self.path, failure)
 
-
     def _rotate(self) -> None:
         events = read(self.path.parent)
         archive = self.path.with_name(f"run.{_newest_archive(self.path.parent) + 1}.jsonl")
@@ -155,8 +156,7 @@ def _warn(path: Path, error: OSError) -> None:
 def read(
     logdir: str | os.PathLike[str], on_unreadable: Callable[[Path, OSError], None] = _warn
 ) -> list[dict[str, Any]]:
-    """The newest events of a logdir, a megabyte of them, in the order in which they were written; none where there is no
-    ledger.
+    """The newest events of a logdir, a megabyte of them, in the order in which they were written.
 
     A line that a kill has cut short, or that is damaged, is passed over, and so is a field of another kind than it has.
     One that cannot be read, or is no file, is none: ``on_unreadable`` is told.

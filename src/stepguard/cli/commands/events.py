@@ -156,7 +156,9 @@ def _csv(curves: Sequence[Curve]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("tag", "step", "wall_time", "value"))
     for curve in curves:
-        writer.writerows((_defused(curve.tag), *point) for point in zip(curve.steps, curve.times, curve.values, strict=True))
+        writer.writerows(
+            (_defused(curve.tag), *point) for point in zip(curve.steps, curve.times, curve.values, strict=True)
+        )
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

@@ -13,6 +13,7 @@ from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import Survey, Surveyed, survey
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.words import duration
 
 _COLUMNS = (
     Column(" "),
@@ -109,7 +110,7 @@ def _row(one: Surveyed, now: float) -> tuple[str, ...]:
     return (
         ">" if one.is_next else " ",
         "-" if checkpoint.step is None else str(checkpoint.step),
-        output.duration(now - checkpoint.time),
+        duration(now - checkpoint.time),
         output.size(one.size),
         output.printable(one.engine),
         one.state,

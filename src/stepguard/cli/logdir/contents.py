@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard import files
+from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
 from stepguard.store import layout as layouts
 from stepguard.store.layout import Layout, split_name
@@ -284,9 +284,7 @@ def _uncommitted(
     engine = _engine_of_files(place.root, candidate.name, entries)
     size = _bytes(place.root, entries)
     is_unreadable = isinstance(reason, verification.CheckpointUnreadableError)
-    return Surveyed(
-        candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable
-    )
+    return Surveyed(candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable)
 
 
 def _committed(

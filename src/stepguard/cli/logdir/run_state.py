@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepguard import processes
 from stepguard.cli.logdir.contents import Surveyed, newest
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
@@ -59,8 +60,8 @@ class Launcher:
 class Situation:
     """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
 
-    ``last_error`` is that of the newest start that ended by one, also when the run goes on since. ``unreadable`` says what
-    the system could not read, and was passed over.
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since. ``unreadable`` says
+    what the system could not read, and was passed over.
     """
 
     logdir: Path
@@ -181,7 +182,7 @@ def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
     if last["event"] == "gave_up":
         return replace(found, state="gave up")
     is_here = host == socket.gethostname() and isinstance(pid, int)
-    if is_here and not heartbeat.is_running(int(pid or 0), launch.get("process_start")):
+    if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
         return found
     if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
         return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])

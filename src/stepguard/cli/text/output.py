@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.errors import printable as printable
+from stepguard import errors
 from stepguard.watching.history import History
+from stepguard.words import duration
+
+printable = errors.printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,15 +26,6 @@ def json_option(function: _Function) -> _Function:
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one document. Floats that JSON has no number for are the strings "nan", "inf" and "-inf"."""
     click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
-
-
-def duration(seconds: float) -> str:
-    """A span of time in its largest whole unit: ``"45 s"``, ``"12 min"``, ``"3 h"``, ``"9 d"``."""
-    seconds = max(0.0, seconds)
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{int(seconds // unit)} {name}"
-    return f"{int(seconds // 86400)} d"
 
 
 def size(count: int) -> str:
