@@ -44,9 +44,7 @@ class StepguardError(Exception):
     """Base of all errors that Stepguard raises itself. What a message quotes is escaped, line by line."""
 
     def __init__(self, message: str = "", *others: object) -> None:
-        super().__init__(
-            "\n".join(map(printable, message.split("\n"))) if isinstance(message, str) else message, *others
-        )
+        super().__init__("\n".join(map(printable, str(message).split("\n"))), *others)
 
 
 class CheckpointError(StepguardError):

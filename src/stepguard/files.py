@@ -403,15 +403,13 @@ def read_end(path: Path, most: int) -> tuple[bytes, bool]:
     """Return the last bytes of a file of our own, ``most`` of them, and whether they are all."""
     descriptor = open_own(path, os.O_RDONLY)
     try:
-        left = os.fstat(descriptor).st_size
-        begin = max(0, left - most)
-        blocks = []
         # As far as it went when it was opened: somebody may append faster than it is read.
-        while (left := left - sum(map(len, blocks[-1:]))) > begin:
-            block = os.pread(descriptor, min(left - begin, _BLOCK_BYTES), begin + sum(map(len, blocks)))
-            if not block:
-                break
+        end = os.fstat(descriptor).st_size
+        place = begin = max(0, end - most)
+        blocks = []
+        while block := os.pread(descriptor, min(end - place, _BLOCK_BYTES), place):
             blocks.append(block)
+            place += len(block)
         return b"".join(blocks), begin == 0
     finally:
         os.close(descriptor)

@@ -8,7 +8,6 @@ floats are finite and are no date in another age of the world, and texts have a 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -33,6 +32,9 @@ _NAMES = {
     list: "a list",
     dict: "an object",
 }
+
+
+_known: dict[type, Kinds] = {}
 
 
 class SchemaError(ValueError):
@@ -91,11 +93,13 @@ def is_name(text: str) -> bool:
     return all(0 < len(part) <= 255 and b"\0" not in part and part not in (b".", b"..") for part in parts)
 
 
-@functools.cache
 def kinds_of(record: type) -> Kinds:
     """What the hints of a dataclass say of its fields."""
-    hints = get_type_hints(record)
-    return {one.name: _types(hints[one.name]) for one in fields(record)}
+    kinds = _known.get(record)
+    if kinds is None:
+        hints = get_type_hints(record)
+        kinds = _known[record] = {one.name: _types(hints[one.name]) for one in fields(record)}
+    return kinds
 
 
 def _types(hint: Any) -> tuple[type, ...]:

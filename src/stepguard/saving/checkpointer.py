@@ -85,12 +85,12 @@ class Checkpointer:
                 # A thread that no stop reaches is in the way; the run itself has ended well.
                 self._writer.warn(f"the last steps are not saved: {error}")
         if not self._writer.drain(max(0.0, deadline - time.monotonic())):
-            error = self._writer.last_error
-            if error is not None:
+            failure = self._writer.last_error
+            if failure is not None:
                 raise SaveFailedError(
-                    f"the last checkpoint could not be written in the {timeout_secs:g} s after the stop: {error}; "
+                    f"the last checkpoint could not be written in the {timeout_secs:g} s after the stop: {failure}; "
                     f"the one before it is good. Make room or repair the disk, and start again"
-                ) from error
+                ) from failure
             raise SaveFailedError(
                 f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
                 f"the one before it is good. Give it more time with a larger stop_grace_secs"

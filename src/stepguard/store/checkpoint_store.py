@@ -292,8 +292,8 @@ class CheckpointStore:
         except OSError as error:
             if not self._has_warned_of_state:
                 _log.warning(
-                    "%s: could not be written (%s): own tools of TensorFlow find %s once it can be, a restart finds "
-                    "it without",
+                    "%s: could not be written (%s): TensorFlow's own tools find %s only once it can be; "
+                    "a restart finds it without",
                     self.root / statefile.FILE_NAME,
                     error,
                     checkpoint.name,

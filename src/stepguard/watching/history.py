@@ -146,13 +146,13 @@ def totals(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> dict[str, 
 def needed(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those events that tell of the present start of each role, for a ledger that begins with them."""
     starts: dict[object, int] = {}
-    last: dict[object, int] = {}
+    last: dict[tuple[object, object], int] = {}
     for number, one in enumerate(events):
         role, event = one.get("role"), one["event"]
         if event in ("start", "launch"):
             starts[role] = number
         last[role, event] = number
-    kept = {*starts.values(), *(number for (role, _), number in last.items() if role == LAUNCHER)}
+    kept = {*starts.values(), *(number for key, number in last.items() if key[0] == LAUNCHER)}
     for number, one in enumerate(events):
         is_of_this_start = number > starts.get(one.get("role"), -1)
         if is_of_this_start and (one["event"] in ("fresh", "restore", "return", "stop", "hang")):

@@ -6,8 +6,8 @@ list, and fields to an event: who reads a ledger passes over those that it does 
 
 A start and `stepguard status` read the end of it, a megabyte at most. So the chief puts a longer one aside, as
 ``run.1.jsonl`` and so on, and begins the next with the lines that the present start needs and an event ``rotated``.
-What came before adds up in the lines of starts (`so_far`). A kill in between leaves the ledger that was put aside, whose
-end is read then.
+What came before adds up in the lines of starts (``so_far``). A kill in between leaves the ledger that was put aside,
+whose end is read then.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
 from stepguard.store import layout as layouts
-from stepguard.store.layout import Layout, split_name
+from stepguard.store.checkpoint import split_name
+from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
 GOOD = "good"
