@@ -454,11 +454,16 @@ class CheckpointStore:
             return owned
         self._set_anchor()
         self._retention.trim()
+        kept = list(self._retention.owned)
         try:
-            self.prune(protect=[] if state is None else [state.newest])
+            is_stale = state is not None and self._layout.is_name(state.newest)
+            if state is not None and is_stale and kept and state.newest not in [one.name for one in kept]:
+                # Before it is removed.
+                self._write_state(kept[-1].name, [one.name for one in kept], state.last_preserved)
+            self.prune()
         except OSError as error:
             _log.warning("what the run before has kept too many could not be removed: %s", error)
-        return list(self._retention.owned)
+        return kept
 
     def _with_what_a_kill_left(self, listed: Sequence[Checkpoint], found: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Those that the state file lists; before them what it ceased to list and a kill kept from being removed, and

@@ -51,6 +51,13 @@ def staged_name(file_name: str) -> str:
     return file_name[len(STAGE) :].partition("~")[0]
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return files.read_bytes(one) == files.read_bytes(other)
+    except OSError:
+        return False
+
+
 class Layout:
     """The names in the directory ``root`` that belong to checkpoints of one ``basename``."""
 
@@ -291,20 +298,18 @@ class Layout:
         """Give a checkpoint that was kept while another should take its place its name again, unless the other has
         taken it. What is kept stays whole until the other is.
         """
-        kept, manifest = self.within(self.replaced(name)), self.manifest(name).name
-        if not self.is_name(name) or os.path.lexists(self.root / manifest):
+        kept, manifest = self.within(self.replaced(name)), self.manifest(name)
+        if not self.is_name(name):
             return
-        present = kept.present(name)
-        here = self.present(name)
-        if manifest not in present and (not present or self.is_candidate(name, here)):
+        present, here = kept.present(name), self.present(name)
+        is_half_done = _is_same(kept.manifest(name), manifest)
+        if not present or (self.is_candidate(name, here) and not is_half_done):
             return
         self.remove(name, here)
-        # The manifest last, as in a commit.
-        for one in sorted(present, key=lambda one: one == manifest):
-            if one == manifest:
-                files.fsync_dir(self.root)
+        # The entry file last: until then the manifest tells that this is not done.
+        for one in sorted(present, key=lambda one: (self.is_entry(one, name), one == manifest.name)):
             files.link_tree(kept.root / one, self.root / one)
-        files.fsync_dir(self.root)
+            files.fsync_dir(self.root)
 
     def remove(self, name: str, present: Sequence[str], *, manifest_to: Path | None = None) -> None:
         """Remove files of a checkpoint so that, wherever it is cut short, no half of it looks like a whole.
