@@ -23,7 +23,7 @@ from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
 from stepguard.tensorflow.checkpoint.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.defaults import Model, summary_tensor
-from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.events import TensorFlowEvents, write_graph
 from stepguard.tensorflow.run_effects import RunKinds
 from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
@@ -81,6 +81,8 @@ class TensorFlowEngine:
         self._save_path = save_path
         self._init_fn = init_fn
         self._store = store
+        # Whether graph.pbtxt is still to be written, once there is room.
+        self._is_graph_due = False
         self._kinds: RunKinds | None = None
         self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -126,7 +128,7 @@ class TensorFlowEngine:
     def _write_graph(self) -> None:
         graph = self._model.graph
         if self._logdir:
-            tf.io.write_graph(graph.as_graph_def(add_shapes=True), self._logdir, "graph.pbtxt")
+            self._is_graph_due = not write_graph(graph, self._logdir)
         if self._events is not None:
             self._events.graph(graph, self._meta_graph)
 
@@ -265,7 +267,11 @@ class TensorFlowEngine:
         return [os.path.basename(statefile.without_shards(path)) for path in kept]
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself."""
+        """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself. There is
+        room, now, for what a full disk has held up.
+        """
+        if self._is_graph_due and self._logdir:
+            self._is_graph_due = not write_graph(self._model.graph, self._logdir)
         if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
             # What the program has saved elsewhere is still the saver's own to prune.
             elsewhere = [(path, 0.0) for path in self._last_checkpoints() if not self._is_in_place(path)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -35,8 +36,35 @@ def open_writer(logdir: str) -> Any:
         except ImportError as error:
             _log.warning("no summaries are written: %s; pip install tensorboard", error)
             return None
+
+        class OwnWriter(SummaryWriter):
+            """A SummaryWriter whose file is opened when there is room for it."""
+
+            def _get_file_writer(self) -> Any:
+                if self.file_writer is None and _no_room(logdir) is not None:
+                    # What the program itself writes meanwhile is a gap in its curves.
+                    return _Nowhere()
+                return super()._get_file_writer()
+
         # The names of event files count whole seconds: the suffix keeps two of them apart.
-        return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+        return OwnWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+
+
+class _Nowhere:
+    """An event file on a disk that is full."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _no_room(logdir: str) -> OSError | None:
+    """Why the disk takes nothing now; None where it does, or where that is no matter of room."""
+    try:
+        with tempfile.TemporaryFile(dir=logdir) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
+    return None
 
 
 def check_values(values: Any, where: str) -> None:
@@ -84,8 +112,12 @@ class TorchEvents:
         self._passed_over = _storage_errors() if is_own else ()
         # When the file is to be opened anew, on the clock of time.monotonic; None while there is one.
         self._retry_at: float | None = None
-        self._opening = threading.Lock()
-        if is_own:
+        self._opening = threading.RLock()
+        # The step of a start of which no file has the record.
+        self._start_due: int | None = None
+        if is_own and writer.file_writer is None:
+            self._lose_file(_no_room(writer.log_dir) or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        elif is_own:
             self._quieten()
 
     def started(self, step: int) -> None:
@@ -96,6 +128,10 @@ class TorchEvents:
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+        if self._retry_at is not None:
+            self._start_due = step
+            return
+        self._start_due = None
         self._add(Event(step=step, file_version="brain.Event:2"))
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         self._flush()
@@ -169,12 +205,15 @@ class TorchEvents:
     def _open_file(self) -> None:
         if self._retry_at is not None:
             # Not with the event file itself: where it cannot be written, a thread dies and prints why.
-            with tempfile.TemporaryFile(dir=self.writer.log_dir) as probe:
-                probe.write(bytes(_PROBE_BYTES))
+            full = _no_room(self.writer.log_dir)
+            if full is not None:
+                raise full
         self.writer._get_file_writer()
         self._quieten()
         if self._retry_at is not None:
             self._retry_at = None
+            if self._start_due is not None:
+                self.started(self._start_due)
             _log.info("the event log is written again, to a new file in %s", self.writer.log_dir)
 
     def _lose_file(self, error: BaseException) -> None:

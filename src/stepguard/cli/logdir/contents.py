@@ -123,16 +123,20 @@ def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
 
 
 def _unreadable(root: Path) -> tuple[str, ...]:
-    looks = {statefile.FILE_NAME: files.read_bytes, recovery.QUARANTINE: _list_own}
     found = []
-    for name, look_at in looks.items():
+    for path, look_at in ((root / statefile.FILE_NAME, _read_state), (root / recovery.QUARANTINE, _list_own)):
         try:
-            look_at(root / name)
+            look_at(path)
         except FileNotFoundError:
             continue
         except OSError as error:
-            found.append(f"{root / name}: could not be read: {error.strerror or error}")
+            found.append(f"{path}: could not be read: {error.strerror or error}")
     return tuple(found)
+
+
+def _read_state(path: Path) -> list[str]:
+    files.read_bytes(path)
+    return []
 
 
 def _list_own(path: Path) -> list[str]:
