@@ -302,7 +302,8 @@ class Layout:
         if not self.is_name(name):
             return
         present, here = kept.present(name), self.present(name)
-        is_half_done = _is_same(kept.manifest(name), manifest)
+        # Else it was being kept when the kill came, and is whole here.
+        is_half_done = not set(present) <= set(here) and _is_same(kept.manifest(name), manifest)
         if not present or (self.is_candidate(name, here) and not is_half_done):
             return
         self.remove(name, here)

@@ -36,18 +36,22 @@ def open_writer(logdir: str) -> Any:
         except ImportError as error:
             _log.warning("no summaries are written: %s; pip install tensorboard", error)
             return None
-
-        class OwnWriter(SummaryWriter):
-            """A SummaryWriter whose file is opened when there is room for it."""
-
-            def _get_file_writer(self) -> Any:
-                if self.file_writer is None and _no_room(logdir) is not None:
-                    # What the program itself writes meanwhile is a gap in its curves.
-                    return _Nowhere()
-                return super()._get_file_writer()
-
         # The names of event files count whole seconds: the suffix keeps two of them apart.
-        return OwnWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+        options = {"log_dir": logdir, "filename_suffix": f".{os.getpid()}.{next(_opened)}"}
+        return SummaryWriter(**options) if _no_room(logdir) is None else _late(SummaryWriter)(**options)
+
+
+def _late(kind: type[Any]) -> type[Any]:
+    """A kind of SummaryWriter whose file is opened when there is room for it."""
+
+    class LateWriter(kind):  # type: ignore[misc]
+        def _get_file_writer(self) -> Any:
+            if self.file_writer is None and _no_room(self.log_dir) is not None:
+                # What the program itself writes meanwhile is a gap in its curves.
+                return _Nowhere()
+            return super()._get_file_writer()
+
+    return LateWriter
 
 
 class _Nowhere:
