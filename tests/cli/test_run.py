@@ -292,6 +292,104 @@ def test_a_launcher_that_is_killed_leaves_no_run_behind(tmp_path, children):
     assert newest(logdir).step == stop["step"]
 
 
+# --- a launcher that is stopped and goes on ---
+
+
+def stop_and_continue(launcher, secs):
+    """SIGSTOP for so long, and SIGCONT: a suspended job, a debugger, a frozen container."""
+    launcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: _state(launcher.pid) == "T", "the stop")
+    time.sleep(secs)
+    launcher.send_signal(signal.SIGCONT)
+    wait_until(lambda: _state(launcher.pid) != "T", "the continuation")
+
+
+def _state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_launcher_that_was_stopped_for_longer_than_it_waits_leaves_its_program_alone(tmp_path, children):
+    end = tmp_path / "end"
+    script = f"trap 'echo term' TERM; echo ready; while ! test -e {end}; do sleep 0.02; done; exit 4"
+    launcher = run("sh", "-c", script)
+    children.append(launcher)
+    assert launcher.stdout.readline() == "ready\n"
+    for _ in range(3):
+        stop_and_continue(launcher, 0.7)
+    # With a request to stop taken before, a wrong second one would kill the program.
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.stdout.readline() == "term\n"
+    for _ in range(3):
+        stop_and_continue(launcher, 0.7)
+    end.touch()
+    code, output, errors = ended(launcher)
+    assert (code, output) == (4, ""), errors
+
+
+def test_a_program_that_crashes_while_its_launcher_is_stopped_is_started_again(tmp_path, children):
+    ready, end = tmp_path / "ready", tmp_path / "end"
+    script = f"test $STEPGUARD_ATTEMPT = 2 && exit 0; touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 3"
+    launcher = run("sh", "-c", script)
+    children.append(launcher)
+    wait_until(ready.exists, "the program")
+    launcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: _state(launcher.pid) == "T", "the stop")
+    end.touch()
+    time.sleep(0.7)  # past the launcher's look
+    launcher.send_signal(signal.SIGCONT)
+    code, _, errors = ended(launcher)
+    assert code == 0, errors
+    assert "exit code 3; restart 1" in errors
+
+
+def test_a_launcher_that_was_stopped_still_gives_the_grace_that_it_promised(tmp_path, children):
+    pid, ready, end = tmp_path / "pid", tmp_path / "ready", tmp_path / "end"
+    waits = f"touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 0"
+    script = f"(trap 'echo term' TERM; {waits}) & echo $! > {pid}; while ! test -e {ready}; do sleep 0.02; done; exit 3"
+    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=2"])
+    children.append(launcher)
+    assert launcher.stdout.readline() == "term\n"
+    stop_and_continue(launcher, 2.5)
+    end.touch()
+    code, _, errors = ended(launcher)
+    assert code == 3
+    assert "are killed" not in errors
+
+
+def test_an_alarm_that_rings_after_the_last_wait_does_not_end_the_launcher():
+    program = (
+        "import os, signal\n"
+        "from stepguard.cli.launcher.signal_queue import SignalQueue\n"
+        "with SignalQueue() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGALRM)\n"
+        "    assert signals.take(60.0) is None\n"
+        "    os.kill(os.getpid(), signal.SIGALRM)\n"
+        "print('well')\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert (ending.returncode, ending.stdout) == (0, "well\n")
+
+
+def test_a_program_that_gets_the_pid_of_one_that_has_ended_runs_all_the_same():
+    program = (
+        "import os, subprocess, time\n"
+        "from types import SimpleNamespace\n"
+        "from stepguard.cli.launcher.processes import Processes\n"
+        "processes = Processes()\n"
+        "how = dict(environment=os.environ, stderr=2, has_own_group=False, in_child=lambda: None)\n"
+        "pid = processes.start(['sh', '-c', 'exit 3'], **how)\n"
+        "while processes.ending(pid) is None: time.sleep(0.01)\n"
+        "subprocess.Popen = lambda *_, **__: SimpleNamespace(pid=pid)\n"
+        "print(processes.ending(processes.start(['sh'], **how)))\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert ending.stdout == "None\n", ending.stderr
+
+
 # --- several processes ---
 
 

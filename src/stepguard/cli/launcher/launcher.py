@@ -156,32 +156,32 @@ class Launcher:
         """Whether the request to stop that came just now is the first; it is noted."""
         if self._stop_asked is not None:
             return False
-        self._stop_asked = time.monotonic()
+        self._stop_asked = self._signals.awake()
         return True
 
     def _is_second_request(self) -> bool:
         """Whether a request that is not the first is more than its echo: the program would end at once by that."""
-        return self._stop_asked is not None and time.monotonic() - self._stop_asked > _ONE_REQUEST_SECS
+        return self._stop_asked is not None and self._signals.awake() - self._stop_asked > _ONE_REQUEST_SECS
 
     def _end_the_rest(self, relay: Relay) -> None:
         """What the program has left behind gets SIGTERM too, once, and then SIGKILL: two of a run would be too many."""
-        deadline = time.monotonic() + self._grace_secs
+        deadline = self._signals.awake() + self._grace_secs
         asked: set[int] = set()
         while orphans := self._processes.orphans(relay.pid):
             for pid in set(orphans) - asked:
                 send(pid, signal.SIGTERM)
             asked.update(orphans)
-            received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - time.monotonic())))
+            received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - self._signals.awake())))
             is_request = received is not None and received.number in STOPS and not self._is_first_request()
-            if (is_request and self._is_second_request()) or time.monotonic() >= deadline:
+            if (is_request and self._is_second_request()) or self._signals.awake() >= deadline:
                 self._say("processes that the program has left behind are killed")
                 self._processes.kill_all(relay.pid)
                 return
 
     def _end_relay(self, relay: Relay) -> None:
         """Have the program's last words. What has left itself behind, and holds them open, is not waited for."""
-        deadline = time.monotonic() + _RELAY_SECS
-        while self._processes.ending(relay.pid) is None and (left := deadline - time.monotonic()) > 0:
+        deadline = self._signals.awake() + _RELAY_SECS
+        while self._processes.ending(relay.pid) is None and (left := deadline - self._signals.awake()) > 0:
             received = self._signals.take(min(left, 0.1))
             if received is not None and received.number in STOPS:
                 self._is_first_request()
@@ -258,7 +258,7 @@ class Launcher:
         while (left := deadline - time.monotonic()) > 0:
             received = self._signals.take(left)
             if received is not None and received.number in STOPS:
-                self._stop_asked = time.monotonic()
+                self._stop_asked = self._signals.awake()
                 self._say(f"{_name(received.number)}: not started again")
                 return False
         return self._stop_asked is None

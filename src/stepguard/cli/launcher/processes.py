@@ -54,6 +54,8 @@ class Processes:
                     os._exit(128 + signal.SIGTERM)
             in_child()
 
+        # The system gives pids again: the end of an orphan that had the pid of this program is not the program's.
+        self._ended.clear()
         process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
         # Its end is found by `reap`, not by the object.
         process.returncode = 0
