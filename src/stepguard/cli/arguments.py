@@ -73,7 +73,8 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 
 def _target(value: str) -> Target:
-    path = Path(value)
+    # "." has no name of its own, and may be a checkpoint; "/" has none at all, and is none.
+    path = Path(value) if Path(value).name else Path(value).absolute()
     holder = path.parent if path.parent.name else path.absolute().parent
     if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():
         return Target(path, holder.parent, holder.name, path if _is_single(path) else None)
@@ -88,6 +89,8 @@ def _target(value: str) -> Target:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    if not path.name:
+        return False
     if any(path.with_name(path.name + suffix).is_file() for suffix in (MANIFEST_SUFFIX, ENTRY_SUFFIX)):
         return True
     if path.is_file():

@@ -10,6 +10,8 @@ FINDING = 1
 """What was looked at is damaged, or different, or the command refuses."""
 NOT_DONE = 3
 """It could not be done: no permission, an unknown format, a missing package."""
+INTERRUPTED = 130
+"""Ctrl-C ended it: what a shell shows for a program that SIGINT ended."""
 READER_GONE = 141
 """The reader of the pipe has gone away: what a shell shows for a program that SIGPIPE ended."""
 

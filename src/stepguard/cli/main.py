@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stepguard import __version__
-from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
+from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Failure
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
 _COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
@@ -43,6 +43,8 @@ class Commands(click.Group):
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
             raise Failure(_described(error), NOT_DONE) from error
+        except KeyboardInterrupt as error:
+            raise Failure("interrupted", INTERRUPTED) from error
 
 
 def _command(name: str) -> click.Command | None:
@@ -108,6 +110,7 @@ Exit codes, of every command but `run`, which has those of its program:
   1    a finding: damaged, different, refused
   2    a mistake in the arguments
   3    not possible: no permission, unknown format, missing package
+  130  ended by Ctrl-C
   141  the reader of a pipe has gone away (as `head` does)
 
 With --json a command prints one JSON document on stdout, and nothing else.
