@@ -17,6 +17,7 @@ still for a moment, and nothing is ever negative.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -350,7 +351,17 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
-    return [(max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])]
+    """The time that is in both. Each is in order, and its spans do not overlap."""
+    found: list[_Span] = []
+    first = 0
+    for begin, end in some:
+        while first < len(others) and others[first][1] <= begin:
+            first += 1
+        for other in itertools.islice(others, first, None):
+            if other[0] >= end:
+                break
+            found.append((max(begin, other[0]), min(end, other[1])))
+    return found
 
 
 def _length(spans: Iterable[_Span]) -> float:

@@ -98,7 +98,10 @@ def look(logdir: Path) -> Situation:
     # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
     if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
         beats = [told, *beats]
-    beats = [history.completed(one, events) for one in beats]
+    events_of: dict[object, list[dict[str, Any]]] = {}
+    for event in events:
+        events_of.setdefault(event.get("role"), []).append(event)
+    beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return Situation(
