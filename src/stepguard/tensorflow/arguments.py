@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 from typing import Any
 
 import tensorflow as tf
 
+from stepguard.options import check_seconds
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
 
 _v1 = tf.compat.v1
 
 _FETCHES = ("ready_op", "ready_for_local_init_op", "init_op", "local_init_op", "summary_op", "global_step")
-_SECONDS = (
-    "save_summaries_secs",
-    "save_model_secs",
-    "recovery_wait_secs",
-    "stop_grace_secs",
-    "max_unprotected_secs",
-    "peer_timeout_secs",
-)
 _CALLS = {
     "saver": ("save", "restore"),
     "summary_writer": ("add_summary", "add_session_log", "close", "reopen"),
@@ -31,7 +22,7 @@ _CALLS = {
 
 
 def check(*, is_chief: bool, **given: Any) -> None:
-    """Check the types and values of the Supervisor's arguments.
+    """Check the types and values of the Supervisor's arguments that are no options of Stepguard's.
 
     Raises:
         TypeError, ValueError: the message names the argument, what was expected and what was found.
@@ -46,8 +37,7 @@ def check(*, is_chief: bool, **given: Any) -> None:
             raise _wrong_type(name, "one tensor", given[name])
     _check_summary(given["summary_op"], graph)
     _check_global_step(given["global_step"])
-    for name in _SECONDS:
-        _check_seconds(name, given[name])
+    check_seconds("recovery_wait_secs", given["recovery_wait_secs"])
     calls = {**_CALLS, "session_manager": ("prepare_session",) if is_chief else ("wait_for_session",)}
     for name, methods in calls.items():
         value = given[name]
@@ -60,8 +50,6 @@ def check(*, is_chief: bool, **given: Any) -> None:
             raise _wrong_type(name, f"an object with the methods {', '.join(methods)}", value)
     if given["logdir"] is not None and not isinstance(given["logdir"], (str, os.PathLike)):
         raise _wrong_type("logdir", "a path", given["logdir"])
-    if not isinstance(given["checkpoint_basename"], str):
-        raise _wrong_type("checkpoint_basename", "a string", given["checkpoint_basename"])
     if given["logdir"]:
         _check_basename(given["checkpoint_basename"])
     if given["init_fn"] is not None and not callable(given["init_fn"]):
@@ -71,12 +59,6 @@ def check(*, is_chief: bool, **given: Any) -> None:
     options = given["local_init_run_options"]
     if options is not None and not isinstance(options, _v1.RunOptions):
         raise _wrong_type("local_init_run_options", "a tf.compat.v1.RunOptions", options)
-    steps = given["save_model_steps"]
-    if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
-            raise _wrong_type("save_model_steps", "a number of steps", steps)
-        if steps < 1:
-            raise ValueError(f"save_model_steps: expected a number of steps >= 1, or None, found {steps}")
     _check_logdir(given["logdir"])
 
 
@@ -137,17 +119,6 @@ def _check_global_step(value: Any) -> None:
     shape = tf.TensorShape(getattr(value, "shape", None))
     if shape.is_fully_defined() and shape.num_elements() != 1:
         raise ValueError(f"global_step: expected a tensor of size 1, found one of shape {shape}")
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    if value is None and (name.startswith("save_") or name == "peer_timeout_secs"):
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _wrong_type(name, "a number of seconds", value)
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
-    if math.isinf(value) and name.startswith("save_"):
-        raise ValueError(f"{name}: expected a finite number of seconds, found {value}; 0 or None means never")
 
 
 def _check_basename(value: str) -> None:

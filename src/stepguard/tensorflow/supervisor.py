@@ -11,9 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.saving.nan_guard import RETURN, check_options
+from stepguard.engine import Prepared
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
-from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
@@ -23,8 +23,7 @@ from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
-from stepguard.tensorflow.session_manager import PEER_TIMEOUT_SECS, SessionManager
-from stepguard.watching.observer import Observation
+from stepguard.tensorflow.session_manager import SessionManager
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
@@ -58,29 +57,12 @@ class Supervisor(CoreSupervisor[Any]):
         summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
         init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
         local_init_run_options: ``RunOptions`` for ``local_init_op``.
-        save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
-            Keyword only, like all that follow; they are Stepguard's own.
-        save_at_end: whether the last step is saved when the run ends without an error. By default it is when
-            ``save_model_secs`` or ``save_model_steps`` asks for checkpoints at all.
-        max_unprotected_secs: how long saves may fail, in seconds, before that stops the run.
-        stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
-            and an end by that signal; a handler of the program's own is left alone in any case.
-        start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
-            that is an error, since it throws the run away.
-        peer_timeout_secs: how long a server that the graph needs may be silent, in seconds, before the session counts
-            as lost and its runs raise UnavailableError; ``None`` waits for ever. For remote masters.
-        progress: whether to show a progress line where standard error is a terminal.
-        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
-            stopped there.
-        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
-            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
-        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
-        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
-        metrics_host: the address to serve it on; by default this machine alone can reach it.
-        nan_guard: what happens when a loss, a summary or the state to be saved is not finite: ``"stop"`` ends the run
-            with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to the newest good checkpoint,
-            and goes on with the data that comes next, in a run of one process. ``None`` looks at nothing.
-        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
+        saving: more of when the model is saved. Keyword only, like all that follow; they are Stepguard's own. What is
+            above may be given in these groups instead. How many checkpoints are kept is the Saver's to say.
+        stopping: how the run is stopped.
+        watching: how it is watched.
+        guarding: what happens when a number is not finite.
+        restoring: how the run comes back.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -89,6 +71,7 @@ class Supervisor(CoreSupervisor[Any]):
 
     USE_DEFAULT = defaults.USE_DEFAULT
 
+    @each_option_once
     def __init__(
         self,
         graph: Any = None,
@@ -112,20 +95,11 @@ class Supervisor(CoreSupervisor[Any]):
         init_fn: Callable[[Any], object] | None = None,
         local_init_run_options: Any = None,
         *,
-        save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
-        start_over_when_all_damaged: bool = False,
-        peer_timeout_secs: float | None = PEER_TIMEOUT_SECS,
-        progress: bool = False,
-        total_steps: int | None = None,
-        hang_secs: float | None = None,
-        end_on_hang: bool = False,
-        metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
+        saving: Saving | None = None,
+        stopping: Stopping | None = None,
+        watching: Watching | None = None,
+        guarding: Guarding | None = None,
+        restoring: Restoring | None = None,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -133,6 +107,28 @@ class Supervisor(CoreSupervisor[Any]):
                 "build the model and the Supervisor inside `with tf.Graph().as_default():`, or call "
                 "tf.compat.v1.disable_eager_execution() first"
             )
+        options = Options.of(
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            stop_grace_secs=stop_grace_secs,
+            checkpoint_basename=checkpoint_basename,
+            saving=saving,
+            stopping=stopping,
+            watching=watching,
+            guarding=guarding,
+            restoring=restoring,
+        )
+        refuse(
+            saving,
+            "max_to_keep",
+            "keep_checkpoint_every_n_hours",
+            because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
+        )
+        if session_manager is not None:
+            because = "the session manager that was given waits and restores by its own rules"
+            refuse(watching, "peer_timeout_secs", because=because)
+            refuse(restoring, "start_over_when_all_damaged", because=because)
+        checkpoint_basename = options.saving.checkpoint_basename
         graph = _v1.get_default_graph() if graph is None else graph
         arguments.check(
             is_chief=bool(is_chief),
@@ -146,20 +142,14 @@ class Supervisor(CoreSupervisor[Any]):
             summary_op=summary_op,
             saver=saver,
             global_step=global_step,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
             recovery_wait_secs=recovery_wait_secs,
-            stop_grace_secs=stop_grace_secs,
             checkpoint_basename=checkpoint_basename,
             session_manager=session_manager,
             summary_writer=summary_writer,
             init_fn=init_fn,
             local_init_run_options=local_init_run_options,
-            save_model_steps=save_model_steps,
-            max_unprotected_secs=max_unprotected_secs,
-            peer_timeout_secs=peer_timeout_secs,
         )
-        self._returns = nan_guard == RETURN
+        self._returns = options.guarding.returns
         model = defaults.resolve(
             graph,
             ready_op=ready_op,
@@ -172,16 +162,15 @@ class Supervisor(CoreSupervisor[Any]):
             global_step=global_step,
         )
         self._model = model
-        watched_logdir = os.fspath(logdir) if logdir else None
-        logdir = watched_logdir if is_chief else None
+        everyones_logdir = os.fspath(logdir) if logdir else None
+        logdir = everyones_logdir if is_chief else None
         self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
         saves_model = bool(model.saver) and self._save_path is not None
         coord = Coordinator()
         store = _open_store(self._save_path, model.saver) if saves_model else None
         save_plan = plan(model.saver, graph) if store is not None else None
-        saves = bool(save_model_secs or save_model_steps or save_at_end)
-        check_options(nan_guard, nan_returns, saves=store is not None and saves)
-        if nan_guard is not None and saves_model and saves and save_plan is None:
+        options.check_return(commits=store is not None)
+        if options.guarding.nan_guard is not None and saves_model and options.saving.is_on and save_plan is None:
             raise ValueError(
                 "nan_guard looks at the state before it is saved, and this saver writes by means of its own (a "
                 "subclass of Saver, an old format, or a place that only TensorFlow can reach): use a "
@@ -208,11 +197,10 @@ class Supervisor(CoreSupervisor[Any]):
                 local_init_run_options=local_init_run_options,
                 restorer=Restorer(
                     store,
-                    hold=lambda: self._saving.holding_logdir(),  # noqa: PLW0108 - there is none yet
-                    start_over_when_all_damaged=start_over_when_all_damaged,
+                    start_over_when_all_damaged=options.restoring.start_over_when_all_damaged,
                 ),
                 wait_for_stop=coord.wait_for_stop,
-                peer_timeout_secs=peer_timeout_secs,
+                peer_timeout_secs=options.watching.peer_timeout_secs,
                 on_lost=self._report,
             )
         self._session_manager = session_manager
@@ -233,29 +221,12 @@ class Supervisor(CoreSupervisor[Any]):
             self._tensorflow,
             coord=coord,
             is_chief=bool(is_chief),
-            logdir=logdir,
+            logdir=everyones_logdir,
             store=store,
             events=events,
             has_summaries=model.summary_op is not None,
             saves_model=saves_model,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            stop_on_sigterm=stop_on_sigterm,
-            observation=Observation(
-                progress=progress,
-                total_steps=total_steps,
-                hang_secs=hang_secs,
-                end_on_hang=end_on_hang,
-                metrics_port=metrics_port,
-                metrics_host=metrics_host,
-            ),
-            nan_guard=nan_guard,
-            nan_returns=nan_returns,
-            watched_logdir=watched_logdir,
+            options=options,
             role=arguments.worker_role(),
         )
         # From here on the graph must not change: every session, thread and checkpoint relies on it.
@@ -342,31 +313,33 @@ class Supervisor(CoreSupervisor[Any]):
                 f"the same model; use nan_guard='stop', and start the run again from its newest checkpoint"
             )
 
-        def prepare() -> Any:
-            session = self._tensorflow.prepare(
+        def prepare() -> Prepared[Any]:
+            prepared = self._tensorflow.prepare(
                 is_chief=self._is_chief,
                 master=master,
                 config=config,
                 wait_for_checkpoint=wait_for_checkpoint,
                 max_wait_secs=max_wait_secs,
             )
+            session = prepared.session
             if self._returns and not isinstance(session, Session):
                 session.close()
                 raise RuntimeError(
                     f"nan_guard='return' needs to know the step boundaries, and a {type(session).__name__} of the "
                     f"program's own session manager does not mark them; use nan_guard='stop'"
                 )
-            return session
+            return prepared
 
-        session = self._open_session(prepare, start_standard_services, waits_for_another=wait_for_checkpoint)
-        if start_standard_services:
-            try:
-                with self._model.graph.as_default():
-                    self.start_queue_runners(session)
-            except BaseException as error:
-                self._give_up(session, error)
-                raise
-        return session
+        def start_queue_runners(session: Any) -> None:
+            with self._model.graph.as_default():
+                self.start_queue_runners(session)
+
+        return self.open_session(
+            prepare,
+            start_standard_services,
+            waits_for_another=wait_for_checkpoint,
+            on_open=start_queue_runners if start_standard_services else None,
+        )
 
     def managed_session(
         self,
@@ -398,7 +371,7 @@ class Supervisor(CoreSupervisor[Any]):
                 start_standard_services=start_standard_services,
             )
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
         """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.
