@@ -265,6 +265,54 @@ def test_a_program_that_was_itself_asked_to_stop_is_not_started_again(tmp_path, 
     assert [one["reason"] for one in events(logdir, "stop")] == [reason]
 
 
+@pytest.mark.parametrize("reason", ["sigterm", "interrupt", "request_stop"])
+def test_a_requested_stop_ends_with_the_exit_code_that_the_program_has_chosen(tmp_path, children, reason):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "choose to stop" if reason == "request_stop" else "choose")
+    children.append(launcher)
+    if reason != "request_stop":
+        pid = wait_until(lambda: is_training(logdir), "training").pid
+        os.kill(pid, signal.SIGTERM if reason == "sigterm" else signal.SIGINT)
+    code, _, errors = ended(launcher)
+    assert code == 75, errors
+    (stop,) = events(logdir, "stop")
+    assert (stop["reason"], stop["exit_code"], stop["error"]) == (reason, 75, None)
+    assert newest(logdir).step == stop["step"]
+    assert len(events(logdir, "launch")) == 1
+    assert f"stopped ({reason}), exit code 75, after" in errors
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_in_one_line_that_says_what_was_saved(tmp_path, children):
+    logdir = tmp_path / "run"
+    training = subprocess.Popen([*TRAINING, logdir, "train"], stderr=subprocess.PIPE, text=True)
+    children.append(training)
+    wait_until(lambda: is_training(logdir), "training")
+    training.send_signal(signal.SIGINT)
+    _, errors = training.communicate(timeout=SOON_SECS)
+    assert training.returncode == -signal.SIGINT
+    step = newest(logdir).step
+    assert errors == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}\n"
+
+
+def test_an_interrupt_that_the_program_raises_elsewhere_keeps_its_traceback(tmp_path):
+    program = (
+        "import sys\n"
+        "from stepguard.testing import FakeSupervisor\n"
+        "try:\n"
+        "    with FakeSupervisor(sys.argv[1]).managed_session():\n"
+        "        raise KeyboardInterrupt\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ValueError('of the program') from None\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert ending.returncode == 1
+    assert "Traceback" in ending.stderr
+    assert "ValueError: of the program" in ending.stderr
+
+
 def test_sigterm_that_was_no_clean_stop_is_a_crash(tmp_path):
     program = counting(tmp_path / "starts", "kill -TERM $$")
     assert ended(run(*program, options=["--max-restarts=1"]))[0] == 128 + signal.SIGTERM
@@ -599,6 +647,41 @@ def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
     assert found.cause(10.0) is None
     book.append("stop", **stopped(14.0, "chief", "last"))
     assert found.cause(10.0) == "last"
+
+
+def test_an_error_that_came_after_a_request_to_stop_is_not_the_cause(tmp_path):
+    # A rank was killed, and torchrun has ended the others, with the workers of their loaders.
+    book = ledger.Ledger(tmp_path, role="chief")
+    follows = "RuntimeError: DataLoader worker (pid 7) is killed by signal: Terminated."
+    book.append("stop", **stopped(12.0, "chief", follows), request="sigterm")
+    found = Runs(tmp_path, tmp_path / "nothing-announced")
+    assert found.cause(10.0) is None
+    assert look(tmp_path).last_error == follows
+    launcher = ledger.Ledger(tmp_path, role="launcher")
+    launcher.append("exit", time=13.0, failure="exit code 1: Signal 9 (SIGKILL) received by PID 6")
+    launcher.append("gave_up", time=13.0)
+    assert look(tmp_path).last_error == "exit code 1: Signal 9 (SIGKILL) received by PID 6"
+
+
+@pytest.mark.parametrize(
+    ("written", "end", "failure"),
+    [
+        (r"\r 10%%|#  | 1/10 [00:01<00:09]\r 20%%|## | 2/10 [00:02<00:08]", "exit 3", "exit code 3: Error: no disk"),
+        (r"\rstep 1/10\rstep 2/10", "exit 3", "exit code 3: Error: no disk"),
+        (r"\r 20%%|## | 2/10 [00:02<00:08]fatal: no memory\n", "exit 3", "exit code 3: fatal: no memory"),
+        (r"\repoch 1: loss 0.5, 20%%\n", "kill -9 $$", "SIGKILL: Error: no disk"),
+        (r"saved step 9\n", "kill -9 $$", "SIGKILL: Error: no disk"),
+    ],
+)
+def test_the_cause_of_a_death_is_not_the_last_state_of_a_progress_bar(tmp_path, written, end, failure):
+    program = f"printf 'Error: no disk\\n' >&2; printf '{written}' >&2; {end}"
+    ended(run("sh", "-c", program, options=["--logdir", tmp_path, "--max-restarts=0"]))
+    assert [one["failure"] for one in events(tmp_path, "exit")] == [failure]
+
+
+def test_of_what_a_signal_has_ended_a_line_that_tells_of_no_error_is_no_cause(tmp_path):
+    ended(run("sh", "-c", "echo step 9 done >&2; kill -9 $$", options=["--logdir", tmp_path, "--max-restarts=0"]))
+    assert [one["failure"] for one in events(tmp_path, "exit")] == ["SIGKILL"]
 
 
 # --- progress ---

@@ -1,4 +1,4 @@
-"""How often the store lists its directory: not once for each checkpoint, which would be thousands of times thousands."""
+"""How often the store lists its directory: not once for each of thousands of checkpoints."""
 
 import os
 

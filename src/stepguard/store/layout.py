@@ -194,6 +194,9 @@ class Layout:
         The directory is listed again only if it has changed: whoever looks at thousands of checkpoints, one after the
         other, would else list it thousands of times.
         """
+        if not self.is_name(name):
+            # Of another basename: a state file may lead to the end of another run.
+            return [entry.name for entry in self.entries()]
         try:
             changed = os.stat(self.root).st_mtime_ns
         except OSError:

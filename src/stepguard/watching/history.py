@@ -26,6 +26,8 @@ from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
 LAUNCHER = "launcher"
+REQUESTS = frozenset({"sigterm", "interrupt", "request_stop"})
+"""The reasons of a stop that was asked for: of a run that was stopped, and neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
 
@@ -146,7 +148,8 @@ def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
             if told_at is not None and one["time"] > told_at:
                 told_at = None
         elif event == "stop" and told_at is None and _text(one.get("error")):
-            last, told_at = _text(one.get("error")), one["time"]
+            # One that came after a request to stop may follow from it: what the launcher saw says more.
+            last, told_at = _text(one.get("error")), None if _text(one.get("request")) else one["time"]
         elif event == "hang" and told_at is None and one.get("ended"):
             last, told_at = _hang(one), one["time"]
         elif event == "exit" and is_launcher:

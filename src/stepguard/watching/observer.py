@@ -79,6 +79,7 @@ class Observer:
         self._ended = threading.Event()
         self._reason = "finished"
         self._error: BaseException | None = None
+        self._stop_fields: dict[str, Any] = {}
         self._writing = threading.Lock()
         self._heartbeat_failed = False
         self.totals = Totals()
@@ -160,12 +161,25 @@ class Observer:
         # Last: from now on the observer's thread uses all of the above.
         self._session = session
 
-    def end(self, reason: str, error: BaseException | None = None, *, within_secs: float = _FAREWELL_SECS) -> None:
-        """The run has stopped: ``finished``, ``sigterm``, ``interrupt``, ``exit`` or ``error``."""
+    def end(
+        self,
+        reason: str,
+        error: BaseException | None = None,
+        *,
+        request: str | None = None,
+        exit_code: int | None = None,
+        within_secs: float = _FAREWELL_SECS,
+    ) -> None:
+        """The run is over: ``finished``, stopped by a request (one of `history.REQUESTS`), ``exit`` or ``error``.
+
+        ``request`` is the request that an error came after, and may follow from: SIGTERM to all processes of a job ends
+        the workers of a loader too. ``exit_code`` is what the program ends with after a request.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._reason, self._error = reason, error
+        self._stop_fields = {"request": request, "exit_code": exit_code}
         self._ended.set()
         # It writes the last lines, and may have to wait for a disk that hangs: a run does not.
         thread.join(within_secs)
@@ -185,7 +199,7 @@ class Observer:
         now.metrics_url = None
         if self._error is not None:
             now.error, self._error = describe(self._error), None
-        self._append("stop", reason=reason, step=now.step, error=now.error)
+        self._append("stop", reason=reason, step=now.step, error=now.error, **self._stop_fields)
         self._beat()
         if self._is_passing and self._logdir is not None:
             # The chief speaks for the run; where there is none, this one does, until the next comes.
@@ -202,6 +216,19 @@ class Observer:
                     close()
             except Exception as error:  # noqa: BLE001 - a run that has ended well does not fail for how it was watched
                 _log.warning("%s", describe(error))
+
+    def ending(self) -> str:
+        """Where the run has stopped, and what of it is saved, on one line. After :meth:`end`."""
+        now = self.now
+        stopped = "stopped" if now.step is None else f"stopped at step {now.step}"
+        last = now.last_checkpoint
+        if not self._is_chief:
+            return stopped
+        if last is None:
+            return f"{stopped}: no checkpoint is saved"
+        name = last["name"] if self._logdir is None else self._logdir / last["name"]
+        saved = name if last["step"] is None else f"step {last['step']}"
+        return f"{stopped}: {saved} is saved" + ("" if saved is name else f" in {name}")
 
     def stopping(self) -> None:
         """The loop is over: what follows has no step boundaries, and is no hang."""

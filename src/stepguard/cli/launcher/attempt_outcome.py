@@ -117,14 +117,18 @@ def _read(logdir: Path) -> list[_Event]:
 
 
 def _first_error(events: list[_Event], since: float) -> _Event | None:
-    """The first stop by an error, in the order of the lines: the clocks of several hosts may differ."""
+    """The first stop by an error, in the order of the lines: the clocks of several hosts may differ.
+
+    An error after a request to stop is none: whoever starts several processes ends the others when one has died, and
+    with them the workers of their loaders.
+    """
     failed: dict[object, _Event] = {}
     for one in events:
         if one["time"] < since:
             continue
         if one["event"] == "start":
             failed.pop(one.get("role"), None)
-        elif one["event"] == "stop" and isinstance(one.get("error"), str) and one["error"]:
+        elif one["event"] == "stop" and isinstance(one.get("error"), str) and one["error"] and not one.get("request"):
             failed.setdefault(one.get("role"), one)
     return next(iter(failed.values()), None)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from stepguard.cli.launcher.attempt_outcome import Runs
 from stepguard.cli.launcher.processes import Processes, send
@@ -18,7 +20,7 @@ from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Failure, 
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
 from stepguard.watching import heartbeat, launcher_link
-from stepguard.watching.history import History
+from stepguard.watching.history import REQUESTS, History
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
@@ -30,6 +32,7 @@ _LOOK_SECS = 0.5
 _ONE_REQUEST_SECS = 0.5
 _RELAY_SECS = 1.0
 _SHOWN_LINES = 10
+_ERROR = re.compile(r"error|exception|fatal|abort|panic|fault|terminate called|assert", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ class Launcher:
         self._signals = SignalQueue()
         self._runs: Runs
         self._stop_asked: float | None = None
-        self._stopped_by: str | None = None
+        # The line `stop` of the last start's chief.
+        self._stop: Mapping[str, Any] = {}
         self._attempt = 0
         # The ledger's times are rounded.
         self._began = time.time() - 0.001
@@ -95,6 +99,12 @@ class Launcher:
                     return ended
                 if (exit_code := self._exit_code(ended)) is not None:
                     return exit_code
+
+    @property
+    def request(self) -> str | None:
+        """Who asked the last start to stop, in the words of the ledger; None if its chief tells of no request."""
+        reason = self._stop.get("reason")
+        return reason if reason in REQUESTS else None
 
     def histories(self) -> list[tuple[Path, History]]:
         """What became of the time since `run` began, for each logdir that became known."""
@@ -191,7 +201,7 @@ class Launcher:
         self._runs.look()
         since = began - 0.001
         stop = self._runs.stop(since)
-        why = self._runs.cause(since) or next((one.strip() for one in reversed(lines) if _says(one)), "")
+        why = self._runs.cause(since) or _last_words(lines, code)
         failure = Failure(_ending(code), output.printable(why)[:500])
         ended = Ended(code, pid, secs, self._runs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
         self._runs.tell(
@@ -205,7 +215,7 @@ class Launcher:
             progressed=ended.has_progressed,
             failure=str(failure) if code != 0 else None,
         )
-        self._stopped_by = None if stop is None else stop.get("reason")
+        self._stop = stop or {}
         return ended
 
     # --- what follows ---
@@ -226,9 +236,11 @@ class Launcher:
         return None if self._is_back(next_, ended) else ended.exit_code
 
     def _was_asked_to_stop(self, ended: Ended) -> bool:
-        if ended.exit_code == 128 + signal.SIGINT or self._stopped_by == "interrupt":
+        if ended.exit_code == 128 + signal.SIGINT or self.request == "interrupt":
             return True
-        return ended.exit_code == 128 + signal.SIGTERM and self._stopped_by == "sigterm"
+        if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
+            return True
+        return ended.exit_code == 128 + signal.SIGTERM and self.request == "sigterm"
 
     def _give_up(self, why: GiveUp, ended: Ended) -> int:
         self._runs.tell("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
@@ -285,6 +297,11 @@ def _name(number: int) -> str:
         return f"SIG{number}"
 
 
-def _says(line: str) -> bool:
-    """Whether a line has words, and is not a rule below or above others."""
-    return any(one.isalpha() for one in line)
+def _last_words(lines: Sequence[str], code: int) -> str:
+    """The last line that has words, and is not a rule below or above others. What a signal has ended had no time for
+    any: there only a line that tells of an error counts.
+    """
+    said = [line.strip() for line in lines if any(one.isalpha() for one in line)]
+    if code < 0:
+        said = [line for line in said if _ERROR.search(line)]
+    return said[-1] if said else ""

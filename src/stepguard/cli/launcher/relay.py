@@ -19,6 +19,9 @@ import tty
 _KEPT_BYTES = 1 << 14
 _LENGTH_BYTES = 8
 _BLOCK_BYTES = 1 << 16
+# As tqdm draws it, with what it knows of the time behind it; and what others show that move along.
+_BAR = re.compile(r"[^|]*\d+%\|[^|]*\| *\S+/\S+(?: *\[[^\]]*\])?")
+_COUNT = re.compile(r"\d+ ?%|\d+ ?/ ?\d+|\d+ of \d+")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
 
 
@@ -63,10 +66,10 @@ class Relay:
             self._terminal = None
 
     def last_lines(self) -> list[str]:
-        """The end of what was passed on, without blank lines, colours, and what a progress line has overwritten."""
+        """The end of what was passed on, without blank lines, colours, and progress bars."""
         length = int.from_bytes(self._kept[:_LENGTH_BYTES], "little")
         text = self._kept[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
-        lines = (line.rstrip("\r").rpartition("\r")[2] for line in _ESCAPES.sub("", text).split("\n"))
+        lines = (_without_progress(line.rstrip("\r")) for line in _ESCAPES.sub("", text).split("\n"))
         return [line.rstrip() for line in lines if line.strip()]
 
     def _run(self, reader: int) -> None:
@@ -82,6 +85,15 @@ class Relay:
             self._kept[_LENGTH_BYTES : _LENGTH_BYTES + len(kept)] = kept
             self._kept[:_LENGTH_BYTES] = len(kept).to_bytes(_LENGTH_BYTES, "little")
             _write(self._target, block)
+
+
+def _without_progress(line: str) -> str:
+    """A line without what has overwritten itself on it; what was written behind that is kept."""
+    *overwritten, last = line.split("\r")
+    bar = _BAR.match(last)
+    if bar is not None:
+        return last[bar.end() :]
+    return "" if overwritten and _COUNT.search(last) else last
 
 
 def _read(reader: int) -> bytes:
