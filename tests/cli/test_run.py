@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from stepguard.cli.launcher.attempt_outcome import Runs
-from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
-from stepguard.cli.logdir.run_state import look
+from stepguard.cli.launcher.launched_logdirs import LaunchedLogdirs
+from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Crash, Restart, Restarts
+from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger
@@ -162,7 +162,7 @@ def test_crashes_with_progress_go_on_to_the_end(tmp_path):
     assert "4 restarts" in summary
     assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
     # A process that SIGKILL ended has told nothing of its end itself.
-    assert look(logdir).last_error.startswith("SIGKILL")
+    assert read_run_state(logdir).last_error.startswith("SIGKILL")
 
 
 def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):
@@ -579,7 +579,7 @@ def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
 
 def decide(*failures, most=100, first=1.0, longest=300.0):
     restarts = Restarts(most=most, first_delay_secs=first, longest_delay_secs=longest, uniform=lambda low, high: high)
-    return [restarts.after(Failure(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
+    return [restarts.after(Crash(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
 
 
 def test_the_delay_doubles_without_progress_and_begins_anew_with_it():
@@ -597,7 +597,7 @@ def test_the_delay_is_shortened_by_up_to_a_half():
     restarts = Restarts(
         most=9, first_delay_secs=8.0, longest_delay_secs=9.0, uniform=lambda *of: seen.append(of) or 0.5
     )
-    assert restarts.after(Failure("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
+    assert restarts.after(Crash("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
     assert seen == [(0.5, 1.0)]
 
 
@@ -610,9 +610,9 @@ def test_three_same_failures_without_progress_are_a_crash_loop():
 
 
 def test_numbers_and_addresses_make_no_other_failure():
-    assert Failure("exit code 1", "at 0xdeadbeef, step 12").is_same(Failure("exit code 1", "at 0x1, step 9"))
-    assert not Failure("exit code 1", "no disk").is_same(Failure("exit code 1", "no memory"))
-    assert Failure("SIGKILL", "saved step 12").is_same(Failure("SIGKILL", "began"))
+    assert Crash("exit code 1", "at 0xdeadbeef, step 12").is_same(Crash("exit code 1", "at 0x1, step 9"))
+    assert not Crash("exit code 1", "no disk").is_same(Crash("exit code 1", "no memory"))
+    assert Crash("SIGKILL", "saved step 12").is_same(Crash("SIGKILL", "began"))
 
 
 def test_restarts_are_limited():
@@ -637,7 +637,7 @@ def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
         stopped(11.5, "chief", "what follows from it"),
     ):
         book.append("stop", **line)
-    found = Runs(tmp_path, tmp_path / "nothing-announced")
+    found = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
     assert found.cause(10.0) == "first, on a host whose clock is late"
     assert found.cause(0.0) == "before"
     assert found.cause(20.0) is None
@@ -654,13 +654,13 @@ def test_an_error_that_came_after_a_request_to_stop_is_not_the_cause(tmp_path):
     book = ledger.Ledger(tmp_path, role="chief")
     follows = "RuntimeError: DataLoader worker (pid 7) is killed by signal: Terminated."
     book.append("stop", **stopped(12.0, "chief", follows), request="sigterm")
-    found = Runs(tmp_path, tmp_path / "nothing-announced")
+    found = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
     assert found.cause(10.0) is None
-    assert look(tmp_path).last_error == follows
+    assert read_run_state(tmp_path).last_error == follows
     launcher = ledger.Ledger(tmp_path, role="launcher")
     launcher.append("exit", time=13.0, failure="exit code 1: Signal 9 (SIGKILL) received by PID 6")
     launcher.append("gave_up", time=13.0)
-    assert look(tmp_path).last_error == "exit code 1: Signal 9 (SIGKILL) received by PID 6"
+    assert read_run_state(tmp_path).last_error == "exit code 1: Signal 9 (SIGKILL) received by PID 6"
 
 
 @pytest.mark.parametrize(
@@ -691,9 +691,9 @@ def runs(tmp_path, logdir):
     """What the launcher sees of a logdir that was announced after the start."""
     announcements = tmp_path / "announcements"
     announcements.mkdir()
-    found = Runs(None, announcements)
+    found = LaunchedLogdirs(None, announcements)
     (announcements / "1.logdir").write_text(str(logdir))
-    found.look()
+    found.find_announced()
     return found
 
 
@@ -742,7 +742,7 @@ def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_p
         (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"x")
 
     save(7)
-    given = Runs(tmp_path, tmp_path / "nothing-announced")
+    given = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
     began = time.time() - 0.001
     assert not given.has_progressed(began)
     save(9)
@@ -753,11 +753,11 @@ def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_p
 def test_a_logdir_that_is_made_known_late_is_told_all(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    told = Runs(None, tmp_path)
-    told.tell("launch", 1.0, attempt=1)
+    told = LaunchedLogdirs(None, tmp_path)
+    told.record("launch", 1.0, attempt=1)
     for name in ("one", "two"):
         (tmp_path / f"{name}.logdir").write_text(str(tmp_path / name))
-        told.look()
-    told.tell("exit", 2.0, attempt=1)
+        told.find_announced()
+    told.record("exit", 2.0, attempt=1)
     for name in ("one", "two"):
         assert [(one["event"], one["time"]) for one in ledger.read(tmp_path / name)] == [("launch", 1.0), ("exit", 2.0)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stepguard.cli.logdir.run_state import look
+from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.cli.main import cli
 from stepguard.options import Saving
 from stepguard.testing import FakeSupervisor
@@ -349,7 +349,7 @@ def test_a_thousand_processes_are_told_of_in_a_moment(tmp_path):
         lines += [{"event": "warning", "time": time.time(), "pid": 10**6 + number, "host": "another", "role": role}] * 3
     book.path.write_bytes(b"".join(map(ledger.encode, lines)))
     began = time.process_time()
-    found = look(tmp_path)
+    found = read_run_state(tmp_path)
     # Each process against all lines took four seconds.
     assert time.process_time() - began < 1.5
     assert len(found.processes) == 1000

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.cli.logdir.contents import ENTRY_SUFFIX, Surveyed, survey, survey_one
+from stepguard.cli.logdir.contents import ENTRY_SUFFIX, ListedCheckpoint, list_contents, list_one
 from stepguard.cli.text import output
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
@@ -49,16 +49,16 @@ class Target:
     name: str | None
     file: Path | None = None
 
-    def checkpoint(self) -> Surveyed:
+    def checkpoint(self) -> ListedCheckpoint:
         """What is to be read: the single file, or the checkpoint; of a logdir the one that a restart would take.
 
         Raises click.UsageError if there is none.
         """
         if self.file is not None:
-            return survey_one(self.file.parent, self.file.name)
+            return list_one(self.file.parent, self.file.name)
         if self.name is not None:
-            return survey_one(self.root, self.name)
-        for one in survey(self.root).found:
+            return list_one(self.root, self.name)
+        for one in list_contents(self.root).found:
             if one.is_next:
                 return one
         raise click.UsageError(f"{self.path}: expected a checkpoint, found none that a restart could take")

@@ -63,7 +63,7 @@ class History:
     lost_steps: int
 
 
-def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
+def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
     """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
 
     Args:
@@ -71,7 +71,7 @@ def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, ro
         last: the newest heartbeat of ``role``, which may be newer than its last event.
         role: whose time is counted.
     """
-    reader = _Reader(role)
+    reader = _EventReader(role)
     for event in events:
         if event.get("role") == LAUNCHER:
             reader.launcher(event)
@@ -85,7 +85,7 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
     loss may have emptied; None if it tells of no start. Its step is that of its last line.
     """
     own = [one for one in events if one.get("role") == role]
-    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    known = [one for one in from_events(own, role=role).attempts if one.pid is not None and one.host is not None]
     if not known:
         return None
     last = known[-1]
@@ -163,7 +163,7 @@ def _hang(event: Mapping[str, Any]) -> str:
     return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
 
 
-class _Run:
+class _OpenAttempt:
     """An attempt while it is read. ``begin``, ``trained``, ``end`` and ``hung`` are on the clock of the reader."""
 
     def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
@@ -207,12 +207,12 @@ class _Run:
         )
 
 
-class _Reader:
+class _EventReader:
     def __init__(self, role: str) -> None:
         self._role = role
         self._now = 0.0
         self._time: float | None = None
-        self._runs: list[_Run] = []
+        self._runs: list[_OpenAttempt] = []
         self._lost: list[_Span] = []
         self._lost_steps = 0
         self._saved: dict[str | int | None, float] = {}
@@ -259,7 +259,7 @@ class _Reader:
             lost_steps=self._lost_steps,
         )
 
-    def _run_of(self, event: Mapping[str, Any]) -> _Run:
+    def _run_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
         """The attempt that an event belongs to: a new one at a start, and where the line of the start is lost."""
         process = _integer(event.get("pid")), _text(event.get("host"))
         if event["event"] != "start":
@@ -269,10 +269,10 @@ class _Reader:
         is_restart = bool(self._runs) and self._runs[-1].has_crashed
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
-        self._runs.append(_Run(event, self._now, is_restart=is_restart))
+        self._runs.append(_OpenAttempt(event, self._now, is_restart=is_restart))
         return self._runs[-1]
 
-    def _on_fresh(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         step = _integer(event.get("step"))
         # At a later step it goes on with a model that lived on elsewhere, such as in parameter servers.
@@ -280,7 +280,7 @@ class _Reader:
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
 
-    def _on_restore(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_restore(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         lost = _integer(event.get("lost_steps"))
         if lost == 0 or (lost is None and (before is None or not before.has_crashed)):
@@ -292,28 +292,28 @@ class _Reader:
             made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, _: _Run, event: Mapping[str, Any]) -> None:
+    def _on_checkpoint(self, _: _OpenAttempt, event: Mapping[str, Any]) -> None:
         # What was done while it was being written is not in it.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
-    def _on_return(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_return(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         step, to_step = _integer(event.get("step")), _integer(event.get("to_step"))
         if step is not None and to_step is not None:
             self._lost_steps += max(0, step - to_step)
         began = run.begin if run.trained is None else run.trained
         self._lost.append((self._saved.get(to_step, began), self._now))
 
-    def _on_hang(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_hang(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         secs = _number(event.get("secs"))
         if event.get("ended") is True and secs is not None:
             run.hung = self._now - max(0.0, secs)
 
-    def _on_stop(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_stop(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         run.reason = _text(event.get("reason")) or "error"
         run.error = _text(event.get("error"))
 
-    def _begins_to_train(self, run: _Run, event: Mapping[str, Any]) -> _Run | None:
+    def _begins_to_train(self, run: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
         """Note it, and what the event tells of the attempt before, which is returned."""
         if run.trained is None:
             run.trained = self._now

@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from stepguard.cli.launcher.attempt_outcome import Runs
+from stepguard.cli.launcher.launched_logdirs import LaunchedLogdirs
 from stepguard.cli.launcher.processes import Processes, send
 from stepguard.cli.launcher.relay import Relay
-from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Failure, GiveUp, Restart, Restarts
+from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Crash, GiveUp, Restart, Restarts
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
 from stepguard.watching import heartbeat, launcher_link
@@ -36,14 +36,14 @@ _ERROR = re.compile(r"error|exception|fatal|abort|panic|fault|terminate called|a
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class AttemptEnd:
     """How one start of the program ended. ``code`` is negative for a signal."""
 
     code: int
     pid: int
     secs: float
     has_progressed: bool
-    failure: Failure
+    failure: Crash
     lines: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ class Launcher:
         self._say = say
         self._processes = Processes()
         self._signals = SignalQueue()
-        self._runs: Runs
+        self._logdirs: LaunchedLogdirs
         self._stop_asked: float | None = None
         # The line `stop` of the last start's chief.
         self._stop: Mapping[str, Any] = {}
@@ -90,7 +90,7 @@ class Launcher:
     def run(self) -> int:
         """The exit code: the program's own last one, 128 + n for signal n, or `CRASH_LOOP_EXIT`."""
         with self._signals, TemporaryDirectory(prefix="stepguard-run-", ignore_cleanup_errors=True) as announcements:
-            self._runs = Runs(self._logdir, Path(announcements))
+            self._logdirs = LaunchedLogdirs(self._logdir, Path(announcements))
             environment = {**os.environ, launcher_link.LAUNCHER_DIR: announcements}
             while True:
                 self._attempt += 1
@@ -108,11 +108,11 @@ class Launcher:
 
     def histories(self) -> list[tuple[Path, History]]:
         """What became of the time since `run` began, for each logdir that became known."""
-        return self._runs.histories(self._began)
+        return self._logdirs.histories(self._began)
 
     # --- one start ---
 
-    def _start(self, environment: dict[str, str]) -> Ended | int:
+    def _start(self, environment: dict[str, str]) -> AttemptEnd | int:
         """One start, from its beginning to the end of the last of its processes; or why there was none."""
         relay = Relay()
         began, clock = time.time(), time.monotonic()
@@ -130,7 +130,7 @@ class Launcher:
             return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
         finally:
             relay.program_has_it()
-        self._runs.tell(
+        self._logdirs.record(
             "launch",
             began,
             attempt=self._attempt,
@@ -148,7 +148,7 @@ class Launcher:
         """Wait for the end of the program, passing signals on."""
         while (code := self._processes.ending(pid)) is None:
             received = self._signals.take(_LOOK_SECS)
-            self._runs.look()
+            self._logdirs.find_announced()
             if received is None:
                 continue
             if received.number == signal.SIGWINCH:
@@ -197,14 +197,14 @@ class Launcher:
                 self._is_first_request()
         relay.close()
 
-    def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> Ended:
-        self._runs.look()
+    def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> AttemptEnd:
+        self._logdirs.find_announced()
         since = began - 0.001
-        stop = self._runs.stop(since)
-        why = self._runs.cause(since) or _last_words(lines, code)
-        failure = Failure(_ending(code), output.printable(why)[:500])
-        ended = Ended(code, pid, secs, self._runs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
-        self._runs.tell(
+        stop = self._logdirs.last_stop(since)
+        why = self._logdirs.cause(since) or _last_words(lines, code)
+        failure = Crash(_ending(code), output.printable(why)[:500])
+        ended = AttemptEnd(code, pid, secs, self._logdirs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
+        self._logdirs.record(
             "exit",
             time.time(),
             attempt=self._attempt,
@@ -220,7 +220,7 @@ class Launcher:
 
     # --- what follows ---
 
-    def _exit_code(self, ended: Ended) -> int | None:
+    def _exit_code(self, ended: AttemptEnd) -> int | None:
         """The exit code, if the program is not started again; else it returns when it is time for the next start."""
         if ended.code == 0 or self._stop_asked is not None:
             return ended.exit_code
@@ -235,15 +235,15 @@ class Launcher:
             return self._give_up(next_, ended)
         return None if self._is_back(next_, ended) else ended.exit_code
 
-    def _was_asked_to_stop(self, ended: Ended) -> bool:
+    def _was_asked_to_stop(self, ended: AttemptEnd) -> bool:
         if ended.exit_code == 128 + signal.SIGINT or self.request == "interrupt":
             return True
         if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
             return True
         return ended.exit_code == 128 + signal.SIGTERM and self.request == "sigterm"
 
-    def _give_up(self, why: GiveUp, ended: Ended) -> int:
-        self._runs.tell("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
+    def _give_up(self, why: GiveUp, ended: AttemptEnd) -> int:
+        self._logdirs.record("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
         if why is CRASH_LOOP:
             self._say(
                 f"crash loop, not started again: {SAME_FAILURES} starts in a row made no progress and ended in the "
@@ -258,9 +258,9 @@ class Launcher:
             )
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
-    def _is_back(self, restart: Restart, ended: Ended) -> bool:
+    def _is_back(self, restart: Restart, ended: AttemptEnd) -> bool:
         """Wait until it is time for the next start; False if a request to stop comes before."""
-        self._runs.tell("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
+        self._logdirs.record("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
         progress = "with" if ended.has_progressed else "without"
         self._say(
             f"ended after {output.duration(ended.secs)}, {progress} progress: {ended.failure}; "

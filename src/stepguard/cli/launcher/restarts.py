@@ -15,13 +15,13 @@ _CHANGING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class Crash:
     """How a program ended: what the system says of it, and the line that says most of why ("" if there is none)."""
 
     ending: str
     line: str
 
-    def is_same(self, other: Failure) -> bool:
+    def is_same(self, other: Crash) -> bool:
         """Whether this is the same failure again. Of a program that a signal ended the last line tells nothing."""
         if self.ending != other.ending or self.ending.startswith("SIG"):
             return self.ending == other.ending
@@ -70,9 +70,9 @@ class Restarts:
         self._uniform = uniform
         self._without_progress = 0
         self._same = 0
-        self._last: Failure | None = None
+        self._last: Crash | None = None
 
-    def after(self, failure: Failure, *, has_progressed: bool) -> Restart | GiveUp:
+    def after(self, failure: Crash, *, has_progressed: bool) -> Restart | GiveUp:
         """What to do after a crash."""
         if has_progressed:
             self._without_progress = self._same = 0

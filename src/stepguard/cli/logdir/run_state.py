@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepguard.cli.logdir.contents import Surveyed, newest
+from stepguard.cli.logdir.contents import ListedCheckpoint, newest
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -56,7 +56,7 @@ class Launcher:
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class RunState:
     """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
 
     ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
@@ -65,8 +65,8 @@ class Situation:
     logdir: Path
     now: float
     processes: tuple[Process, ...]
-    newest: Surveyed | None
-    newest_good: Surveyed | None
+    newest: ListedCheckpoint | None
+    newest_good: ListedCheckpoint | None
     steps_at_risk: int | None
     history: History
     last_error: str | None
@@ -89,7 +89,7 @@ class Situation:
         return all(one.is_well for one in present)
 
 
-def look(logdir: Path) -> Situation:
+def read_run_state(logdir: Path) -> RunState:
     """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
     now = time.time()
     events = ledger.read(logdir)
@@ -104,21 +104,21 @@ def look(logdir: Path) -> Situation:
     beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
-    return Situation(
+    return RunState(
         logdir=logdir,
         now=now,
         processes=tuple(_process(one, chief, now, is_from_ledger=one.role not in roles) for one in beats),
         newest=last,
         newest_good=good,
         steps_at_risk=_at_risk(chief, good),
-        history=history.of(events, chief),
+        history=history.from_events(events, chief),
         last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
     )
 
 
-def document(found: Situation) -> dict[str, Any]:
+def document(found: RunState) -> dict[str, Any]:
     """The situation for programs."""
     return {
         "logdir": str(found.logdir),
@@ -151,7 +151,7 @@ def _secs_left(beat: Heartbeat, state: str) -> float | None:
     return max(0, beat.total_steps - beat.step) / beat.steps_per_sec
 
 
-def _at_risk(chief: Heartbeat | None, good: Surveyed | None) -> int | None:
+def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | None:
     if chief is None or chief.step is None:
         return None
     saved = [0]
@@ -193,7 +193,7 @@ def _process_document(one: Process) -> dict[str, Any]:
     }
 
 
-def _checkpoint_document(one: Surveyed | None) -> dict[str, Any] | None:
+def _checkpoint_document(one: ListedCheckpoint | None) -> dict[str, Any] | None:
     if one is None:
         return None
     checkpoint = one.checkpoint

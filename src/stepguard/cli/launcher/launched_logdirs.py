@@ -16,7 +16,7 @@ from stepguard.watching.ledger import Ledger
 _Event = dict[str, Any]
 
 
-class Runs:
+class LaunchedLogdirs:
     """The logdirs that were given or announced, and the launcher's own lines in their ledgers."""
 
     def __init__(self, given: Path | None, announcements: Path) -> None:
@@ -27,11 +27,11 @@ class Runs:
         # All lines so far: for a logdir that is not known yet.
         self._told: list[tuple[str, _Event]] = []
         if given is not None:
-            self.look()
+            self.find_announced()
             # Of an announced one its own ledger tells what was there before: it may have trained since.
             self._best = {logdir: _checkpoint(logdir)[0] for logdir in self._ledgers}
 
-    def look(self) -> None:
+    def find_announced(self) -> None:
         """Find out whether a process has announced its logdir meanwhile."""
         found = launcher_link.announced(self._announcements)
         for logdir in found if self._given is None else [self._given.absolute(), *found]:
@@ -41,7 +41,7 @@ class Runs:
                 for event, line in self._told:
                     self._ledgers[logdir].append(event, **line)
 
-    def tell(self, event: str, time: float, **fields: Any) -> None:
+    def record(self, event: str, time: float, **fields: Any) -> None:
         """Add a line to each ledger, now or as soon as it is known."""
         line = {"time": round(time, 3), **fields}
         self._told.append((event, line))
@@ -54,7 +54,7 @@ class Runs:
         progressed = [self._has_progressed(logdir, since) for logdir in self._ledgers]
         return any(progressed)
 
-    def stop(self, since: float) -> _Event | None:
+    def last_stop(self, since: float) -> _Event | None:
         """The last stop since then: of a chief, if one has told of it, and of one with an error, if there is one."""
         stops = [one for one in self._since(since) if one["event"] == "stop"]
         return max(
@@ -98,7 +98,7 @@ class Runs:
         found = []
         for logdir in self._ledgers:
             chief = next((one for one in _beats(logdir) if one.role == history.CHIEF), None)
-            became = history.of([one for one in _read(logdir) if one["time"] >= since], chief)
+            became = history.from_events([one for one in _read(logdir) if one["time"] >= since], chief)
             if became.attempts:
                 found.append((logdir, became))
         return found
