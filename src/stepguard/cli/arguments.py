@@ -22,7 +22,7 @@ LOGDIR = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class _Seconds(click.FloatRange):
-    """A number of seconds that comes to an end: NaN is in no range and fails no comparison, and so passes a range."""
+    """A finite number of seconds. A range alone lets NaN pass, since no comparison with NaN is true."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = float(super().convert(value, param, ctx))
@@ -32,7 +32,7 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS = _Seconds(min=0)
-"""A finite number of seconds, or none: 0."""
+"""A finite number of seconds, at least 0."""
 
 _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_SUFFIX)}|\.data-\d+-of-\d+)")
 
@@ -50,7 +50,7 @@ class Target:
     file: Path | None = None
 
     def checkpoint(self) -> ListedCheckpoint:
-        """What is to be read: the single file, or the checkpoint; of a logdir the one that a restart would take.
+        """The checkpoint or single file to read; for a logdir, the checkpoint that a restart would take.
 
         Raises click.UsageError if there is none.
         """
@@ -65,7 +65,7 @@ class Target:
 
 
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
-    """An argument that is a logdir or a checkpoint: its directory, its TensorFlow prefix, or one of its files.
+    """An argument that names a logdir, or a checkpoint by its directory, its TensorFlow prefix or one of its files.
 
     A path that is neither is a mistake in the arguments.
     """
@@ -100,5 +100,5 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_single(path: Path) -> bool:
-    """Whether this is a file that can be shown by itself."""
+    """Whether `show` can read this file by itself."""
     return path.suffix in (".pt", ".pth") and path.is_file()

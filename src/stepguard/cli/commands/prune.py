@@ -72,7 +72,7 @@ def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run
 
 
 def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
-    """The chief's lock: whoever trains holds it, and so does another `prune`. One that removes nothing needs none."""
+    """The chief's lock, which a training or another `prune` may hold. A dry run removes nothing and needs no lock."""
     return nullcontext() if dry_run else CheckpointStore(logdir).acquire()
 
 
@@ -90,7 +90,7 @@ def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[
 def _by_basename(logdir: Path) -> dict[str, list[ListedCheckpoint]]:
     groups: dict[str, list[ListedCheckpoint]] = {}
     for one in list_contents(logdir).found:
-        # What is just being replaced is left to the chief.
+        # A checkpoint that is being replaced is the chief's business.
         if one.is_candidate and one.checkpoint.root == logdir:
             groups.setdefault(one.basename, []).append(one)
     return groups
@@ -99,7 +99,7 @@ def _by_basename(logdir: Path) -> dict[str, list[ListedCheckpoint]]:
 def _plan(
     logdir: Path, basename: str, found: Sequence[ListedCheckpoint], keep_last: int | None, keep_every: int | None
 ) -> Plan | None:
-    """What to do; None if a training has pruned all of them while they were read: there are newer ones then."""
+    """The plan for one basename; None if a training has pruned all of ``found`` meanwhile, so that newer ones exist."""
     found, newest_good = _proven(found)
     if not found:
         return None

@@ -138,7 +138,7 @@ def _cells(tensor: SavedTensor, found: Statistics | None) -> tuple[str, ...]:
 
 
 def _read(tensor: SavedTensor) -> _Row:
-    """A plain value is kept as it is, and of a tensor only what is said about it."""
+    """Keep a plain value as it is, and only the statistics of a tensor."""
     array = None if tensor.read is None else tensor.read()
     if tensor.is_plain:
         return tensor, array, None

@@ -113,7 +113,7 @@ def _refresh(logdir: Path) -> None:
 
 
 def _changes(logdir: Path) -> Iterator[tuple[RunState, list[str]]]:
-    """What changed, besides the step, with a line for each process and for the launcher that it concerns."""
+    """Yield the state whenever more than the step has changed, with one line for each change."""
     seen: dict[str, object] = {}
     for found in _states(logdir):
         lines = []
@@ -126,7 +126,7 @@ def _changes(logdir: Path) -> Iterator[tuple[RunState, list[str]]]:
 
 
 def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
-    """What is looked at for changes: a name, its value, and the line that tells of it."""
+    """What `--follow` watches for changes: a name, its value, and the line to print."""
     for one in found.processes:
         beat, role = one.beat, output.printable(one.beat.role)
         saved = None if beat.last_checkpoint is None else str(beat.last_checkpoint.get("name"))
@@ -148,7 +148,7 @@ def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
 
 
 def _text(found: RunState, width: int | None) -> str:
-    """All of it, on lines of ``width`` columns, or of any length."""
+    """The state as text, wrapped at ``width`` columns; with None, not wrapped."""
     lines: list[_Line] = []
     for one in found.processes:
         lines += _left_behind(one) if one.is_left_behind else _process_lines(one, found)

@@ -62,7 +62,7 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
 
 
 def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...]]:
-    """What each of them has shown, and the names of what is gone."""
+    """The full reads, and the names of checkpoints that are gone."""
     if target.name is not None:
         return _read_all([list_one(target.root, target.name)]), ()
     deadline = time.monotonic() + _LOOK_SECS
@@ -70,7 +70,7 @@ def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...]]:
         found = list_contents(target.root)
         candidates = [one for one in found.found if one.is_candidate]
         reads = _read_all(candidates)
-        # A training may have pruned them all while they were read: there are newer ones then.
+        # A training may have pruned all of them during the reads; newer ones exist then.
         if reads or not candidates or time.monotonic() >= deadline:
             return reads, found.missing
 

@@ -25,10 +25,10 @@ from stepguard.watching.history import REQUESTS, History
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
 USAGE, CANNOT_EXECUTE, NOT_FOUND = 2, 126, 127
-"""The exit codes of a program that was called wrongly, cannot be executed, or is not there: as in a shell."""
+"""The exit codes, as in a shell, of a program that was called wrongly, cannot be executed, or does not exist."""
 
 _LOOK_SECS = 0.5
-# Two signals so close are one request: `timeout` and some schedulers send it to a process, and to its group.
+# Two signals within this time are one request: `timeout` and some schedulers signal a process and then its group.
 _ONE_REQUEST_SECS = 0.5
 _RELAY_SECS = 1.0
 _SHOWN_LINES = 10
@@ -48,7 +48,7 @@ class AttemptEnd:
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it."""
+        """The exit code that a shell reports: 128 + n for signal n."""
         return self.code if self.code >= 0 else 128 - self.code
 
 
@@ -84,7 +84,7 @@ class Launcher:
         # The line `stop` of the last start's chief.
         self._stop: Mapping[str, Any] = {}
         self._attempt = 0
-        # The ledger's times are rounded.
+        # A millisecond earlier, because the ledger rounds its times.
         self._began = time.time() - 0.001
 
     def run(self) -> int:
@@ -107,13 +107,13 @@ class Launcher:
         return reason if reason in REQUESTS else None
 
     def histories(self) -> list[tuple[Path, History]]:
-        """What became of the time since `run` began, for each logdir that became known."""
+        """The history since `run` began, for every logdir that became known."""
         return self._logdirs.histories(self._began)
 
     # --- one start ---
 
     def _start(self, environment: dict[str, str]) -> AttemptEnd | int:
-        """One start, from its beginning to the end of the last of its processes; or why there was none."""
+        """One start, until the last of its processes has ended; the exit code if the program could not be started."""
         relay = Relay()
         began, clock = time.time(), time.monotonic()
         shares_terminal = _is_in_foreground()
@@ -158,23 +158,23 @@ class Launcher:
                     self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
                     self._processes.kill_all(relay.pid, pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
-                # What the terminal sends has reached the program already.
+                # The terminal has sent it to the program already.
                 send(pid, received.number)
         return code
 
     def _is_first_request(self) -> bool:
-        """Whether the request to stop that came just now is the first; it is noted."""
+        """Note a request to stop; whether it is the first."""
         if self._stop_asked is not None:
             return False
         self._stop_asked = self._signals.awake()
         return True
 
     def _is_second_request(self) -> bool:
-        """Whether a request that is not the first is more than its echo: the program would end at once by that."""
+        """Whether the request is more than an echo of the first. A second request kills the program."""
         return self._stop_asked is not None and self._signals.awake() - self._stop_asked > _ONE_REQUEST_SECS
 
     def _end_the_rest(self, relay: Relay) -> None:
-        """What the program has left behind gets SIGTERM too, once, and then SIGKILL: two of a run would be too many."""
+        """End what the program left behind, by SIGTERM and then SIGKILL: the next start must run alone."""
         deadline = self._signals.awake() + self._grace_secs
         asked: set[int] = set()
         while orphans := self._processes.orphans(relay.pid):
@@ -189,7 +189,7 @@ class Launcher:
                 return
 
     def _end_relay(self, relay: Relay) -> None:
-        """Have the program's last words. What has left itself behind, and holds them open, is not waited for."""
+        """Wait until the program's last output was passed on; not for processes left behind that hold the pipe open."""
         deadline = self._signals.awake() + _RELAY_SECS
         while self._processes.ending(relay.pid) is None and (left := deadline - self._signals.awake()) > 0:
             received = self._signals.take(min(left, 0.1))
@@ -221,7 +221,7 @@ class Launcher:
     # --- what follows ---
 
     def _exit_code(self, ended: AttemptEnd) -> int | None:
-        """The exit code, if the program is not started again; else it returns when it is time for the next start."""
+        """The exit code if the program is not started again; None, after the delay, if it is."""
         if ended.code == 0 or self._stop_asked is not None:
             return ended.exit_code
         if ended.code in (USAGE, CANNOT_EXECUTE, NOT_FOUND):
@@ -259,7 +259,7 @@ class Launcher:
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
     def _is_back(self, restart: Restart, ended: AttemptEnd) -> bool:
-        """Wait until it is time for the next start; False if a request to stop comes before."""
+        """Wait for the next start; False if a request to stop comes first."""
         self._logdirs.record("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
         progress = "with" if ended.has_progressed else "without"
         self._say(
@@ -277,7 +277,7 @@ class Launcher:
 
 
 def _is_in_foreground() -> bool:
-    """Whether the terminal of this process sends its Ctrl-C to this process group, and so to a program in it."""
+    """Whether Ctrl-C in the terminal goes to this process group, and so to a program in it."""
     for descriptor in (0, 1, 2):
         try:
             return os.tcgetpgrp(descriptor) == os.getpgrp()
@@ -298,8 +298,8 @@ def _name(number: int) -> str:
 
 
 def _last_words(lines: Sequence[str], code: int) -> str:
-    """The last line that has words, and is not a rule below or above others. What a signal has ended had no time for
-    any: there only a line that tells of an error counts.
+    """The last line with words, "" if there is none. A program that a signal ended had no time for last words: there a
+    line counts only if it tells of an error.
     """
     said = [line.strip() for line in lines if any(one.isalpha() for one in line)]
     if code < 0:

@@ -1,4 +1,4 @@
-"""The signals of the launcher, taken one by one where it waits, so that none is lost and none comes in between.
+"""The launcher takes its signals one by one where it waits, so that none is lost and none interrupts its work.
 
 The signals are blocked, and `SignalQueue.take` waits for one of them or for SIGALRM, which its own timer sends. It does
 not use ``signal.sigtimedwait``: when the launcher is stopped (SIGSTOP, Ctrl-Z, a debugger) past the time limit of that
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""A request to stop."""
+"""The signals that ask to stop."""
 _OTHERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGWINCH)
 _FROM_A_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -23,7 +23,7 @@ _SHORTEST_SECS = 0.001  # a timer of 0 never rings
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A signal. ``is_from_kernel``: not sent by a process; of SIGINT, SIGQUIT and SIGHUP that means by the terminal."""
+    """A signal. ``is_from_kernel``: no process has sent it; SIGINT, SIGQUIT and SIGHUP then come from the terminal."""
 
     number: int
     is_from_kernel: bool

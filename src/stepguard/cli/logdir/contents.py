@@ -1,4 +1,4 @@
-"""What lies in a logdir, as far as names, sizes and manifests tell: the states that `ls` shows.
+"""The checkpoints in a logdir and their states, as far as names, sizes and manifests tell: what `ls` shows.
 
 One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
 second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
@@ -25,11 +25,11 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 GOOD = "good"
 """The manifest is right, and every file that a restore needs is there with its size. `verify` reads bytes as well."""
 UNVERIFIED = "unverified"
-"""Complete by its names, and no manifest vouches for it: TensorFlow's own tools wrote it."""
+"""Complete by its names but without a manifest: TensorFlow's own tools wrote it."""
 DAMAGED = "damaged"
 """A file is missing, or empty, or of another size than was committed, or the manifest itself is damaged."""
 INCOMPLETE = "incomplete"
-"""Files that no commit record makes a checkpoint: it is just being written or removed, or a kill cut that short."""
+"""Files without a commit record: a checkpoint that is being written or removed, or that a kill left half done."""
 
 ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
@@ -56,7 +56,7 @@ class ListedCheckpoint:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether a restart would look at it."""
+        """Whether a restart would consider it."""
         return self.state != INCOMPLETE
 
 
@@ -75,7 +75,7 @@ class LogdirContents:
 
 
 def list_contents(root: Path) -> LogdirContents:
-    """Look at a logdir. Raises OSError if it cannot be listed.
+    """List a logdir. Raises OSError if that cannot be done.
 
     A training may prune all that was listed before it is looked at: it is listed again then, for a while.
     """
@@ -89,7 +89,7 @@ def list_contents(root: Path) -> LogdirContents:
 
 
 def _kinds(root: Path) -> dict[str, bool]:
-    """The names in a directory, and whether each is a directory itself."""
+    """The names in a directory; whether each is itself a directory."""
     with os.scandir(root) as entries:
         return {entry.name: entry.is_dir() for entry in entries}
 
@@ -109,7 +109,7 @@ def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
 
 
 def list_one(root: Path, name: str) -> ListedCheckpoint:
-    """Look at one checkpoint, also at one that was never committed."""
+    """The state of one checkpoint, which may never have been committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
     times = [
@@ -128,7 +128,7 @@ def list_one(root: Path, name: str) -> ListedCheckpoint:
 
 
 def newest(root: Path) -> tuple[ListedCheckpoint | None, ListedCheckpoint | None]:
-    """The newest checkpoint of a logdir, and the newest good one, without a look at the older ones. Raises OSError."""
+    """The newest checkpoint of a logdir, and the newest good one; older ones are not read. Raises OSError."""
     first: list[ListedCheckpoint] = []
     good: list[ListedCheckpoint] = []
     for basename in basenames(os.listdir(root)):
@@ -151,7 +151,7 @@ def _time(one: ListedCheckpoint) -> float:
 
 
 def basenames(names: Iterable[str]) -> list[str]:
-    """What the names of the checkpoints among the file names begin with, sorted."""
+    """The basenames of the checkpoints among the file names, sorted."""
     names = names if isinstance(names, Mapping) else set(names)
     found = set()
     for name in names:
@@ -163,7 +163,7 @@ def basenames(names: Iterable[str]) -> list[str]:
             found.add(split_name(name[: -len(MANIFEST_SUFFIX)])[0])
         elif name.endswith(ENTRY_SUFFIX):
             basename, step = split_name(name[: -len(ENTRY_SUFFIX)])
-            # Without a step it may be the index of anything.
+            # Any file may end in ".index": without a step in its name there must be data beside it.
             if step is not None or basename == "model.ckpt" or f"{basename}.data-00000-of-00001" in names:
                 found.add(basename)
     return sorted(one for one in found if one and not one.startswith("."))
@@ -185,7 +185,7 @@ def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequenc
     for _ in range(_LOOKS):
         if found.state != DAMAGED:
             break
-        # What was listed a moment ago may have been saved, or removed, since.
+        # The checkpoint may have been saved again, or removed, since it was listed.
         before = commit_id(place, candidate.name)
         if before is None:
             return None
@@ -244,7 +244,7 @@ def _inspected(place: Layout, candidate: Checkpoint, present: Callable[[], Seque
         verification.verify_unmanifested(place, candidate.name, files)
     except CheckpointCorruptError as error:
         return _uncommitted(place, candidate, DAMAGED, files, str(error))
-    # Between two renames of a commit it looks like this too.
+    # A commit looks like this too, between its last two renames.
     unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
     return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
 

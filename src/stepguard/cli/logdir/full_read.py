@@ -18,7 +18,7 @@ _LOOKS = 3
 
 @dataclass(frozen=True, slots=True)
 class FullRead:
-    """What reading has shown: the checkpoint with its state, and each damaged file with the reason.
+    """The outcome of a full read: the checkpoint with its state, and each damaged file with the reason.
 
     ``is_readable`` is, for one without a manifest, whether its framework could read all of it by its own checksums;
     None if that was not tried.
@@ -52,7 +52,7 @@ def read_fully(one: ListedCheckpoint, *, on_block: Callable[[int], None] | None 
         try:
             read = _compared_with_manifest(place, found, on_block)
         except FileNotFoundError:
-            continue  # Pruned or replaced under our eyes: looked at again.
+            continue  # Pruned or replaced during the read: inspect it again.
         if read.state != DAMAGED or commit_id(place, name) == before:
             return read
     return read
@@ -86,7 +86,7 @@ def _unmanifested(found: ListedCheckpoint) -> FullRead:
     if found.state == DAMAGED:
         return FullRead(found, tuple((None, reason) for reason in found.reasons))
     if found.engine != "tensorflow" or found.checkpoint.is_committed:
-        return FullRead(found)  # Its manifest is of a newer Stepguard, or could not be read: nothing is known.
+        return FullRead(found)  # The manifest is of a newer Stepguard, or could not be read: the state stays unknown.
     try:
         reason = tensor_readers.tensorflow_damage(found)
     except CommandError as error:

@@ -1,4 +1,4 @@
-"""What is known of a run from its logdir: heartbeats, ledger and checkpoints put together, for `status`."""
+"""The state of a run, put together from the heartbeats, ledger and checkpoints in its logdir; for `status`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Process:
 
     @property
     def hangs(self) -> bool:
-        """Whether its hang watch waits for a step."""
+        """Whether its hang watch has reported a hang that goes on."""
         return self.state == "alive" and self.beat.stacks is not None
 
     @property
@@ -57,7 +57,7 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
+    """All that is known of a run. A crash now would lose ``steps_at_risk``; None where the step is not known.
 
     ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
     """
@@ -75,12 +75,12 @@ class RunState:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to tell of: no process, no ledger and no checkpoint."""
+        """Whether the logdir has no heartbeat, no ledger and no checkpoint."""
         return not self.processes and not self.has_ledger and self.newest is None
 
     @property
     def is_well(self) -> bool:
-        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        """Whether every process of the present start runs, or stopped without an error. An empty logdir is not well."""
         if self.is_empty:
             return False
         present = [one for one in self.processes if not one.is_left_behind]
@@ -90,12 +90,12 @@ class RunState:
 
 
 def read_run_state(logdir: Path) -> RunState:
-    """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
+    """Read the state of the run in a logdir. Locks and writes nothing. Raises OSError if it cannot be read."""
     now = time.time()
     events = ledger.read(logdir)
     beats = heartbeat.read(logdir)
     roles = {one.role for one in beats}
-    # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
+    # Heartbeats are not synced: after a power loss the chief's may be empty, and only the ledger tells of it.
     if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
         beats = [told, *beats]
     events_of: dict[object, list[dict[str, Any]]] = {}
@@ -119,7 +119,7 @@ def read_run_state(logdir: Path) -> RunState:
 
 
 def document(found: RunState) -> dict[str, Any]:
-    """The situation for programs."""
+    """The state as a JSON document."""
     return {
         "logdir": str(found.logdir),
         "time": found.now,
@@ -160,7 +160,7 @@ def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | No
             return None
         saved.append(good.checkpoint.step)
     elif chief.last_checkpoint is not None and isinstance(chief.last_checkpoint.get("step"), int):
-        # Checkpoints may be where only the framework sees them.
+        # The checkpoints may lie where only the framework can read them.
         saved.append(chief.last_checkpoint["step"])
     return max(0, chief.step - max(saved))
 

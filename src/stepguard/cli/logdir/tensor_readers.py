@@ -1,4 +1,4 @@
-"""The framework of a checkpoint, loaded by the name that its manifest has. The only place that does so."""
+"""Loads the framework of a checkpoint, by the engine's name in the manifest. No other module of the CLI does."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _module(one: ListedCheckpoint) -> Any:
         raise CommandError(
             f"{path}: expected a checkpoint of TensorFlow or PyTorch, found one of the engine {one.engine!r}", NOT_DONE
         )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else what it says of the processor comes before the table
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:
         return importlib.import_module(f"stepguard.{one.engine}.checkpoint.tensors")
     except ModuleNotFoundError as error:
