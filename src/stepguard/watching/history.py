@@ -81,7 +81,7 @@ def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = No
 
 
 def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
-    """The newest start of ``role`` as the ledger tells it, in the form of a heartbeat, for when a power loss has emptied
+    """The newest start of ``role`` as the ledger tells it, in the form of a heartbeat, for when a power loss emptied
     the heartbeat itself. None if the ledger has no start of it. The step is that of the last line.
     """
     own = [one for one in events if one.get("role") == role]
