@@ -14,6 +14,7 @@ import pytest
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.errors import LogdirInUseError
+from stepguard.options import Saving, Stopping
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
@@ -32,15 +33,15 @@ def kinds(supervisor: FakeSupervisor) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("group", "options", "message"),
     [
-        ({"stop_on_sigterm": None}, "stop_on_sigterm must be True or False, got NoneType: None"),
-        ({"save_at_end": "no"}, "save_at_end must be True, False or None, got str: 'no'"),
+        (Stopping, {"stop_on_sigterm": None}, "stop_on_sigterm must be True or False, got NoneType: None"),
+        (Saving, {"save_at_end": "no"}, "save_at_end must be True, False or None, got str: 'no'"),
     ],
 )
-def test_a_switch_is_on_or_off_and_nothing_else(options, message):
+def test_a_switch_is_on_or_off_and_nothing_else(group, options, message):
     with pytest.raises(TypeError, match=message):
-        FakeSupervisor(**options)
+        group(**options)
 
 
 class TestTheEventLog:

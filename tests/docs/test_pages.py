@@ -212,6 +212,7 @@ def test_a_block_of_python_runs(ran, block):
 WORLD = {
     "torch": """
 import torch
+from stepguard import Saving
 from stepguard.torch import Supervisor
 
 torch.manual_seed(1)
@@ -220,7 +221,8 @@ for name, sizes, stops in (("digits", (64, 10), (300, 350, 400, 450, 500)), ("sm
     for stop in stops:
         model = torch.nn.Sequential(*layers[:-1])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        sv = Supervisor({"model": model, "optimizer": optimizer}, f"runs/{name}", save_model_secs=0, save_at_end=True)
+        saving = Saving(save_model_secs=0, save_at_end=True)
+        sv = Supervisor({"model": model, "optimizer": optimizer}, f"runs/{name}", saving=saving)
         with sv.managed_session() as sess:
             for step in sess.steps(max_steps=stop):
                 inputs = torch.randn(8, sizes[0])
@@ -384,7 +386,7 @@ def test_the_fields_of_a_heartbeat_are_documented():
 
 
 def test_each_metric_is_documented():
-    source = (ROOT / "src/stepguard/metrics.py").read_text()
+    source = (ROOT / "src/stepguard/watching/metrics.py").read_text()
     names = re.findall(r'^            "(\w+)": \(', source, re.MULTILINE)
     assert len(names) > 8
     text = section("docs/watching.md", "Metrics")
@@ -452,11 +454,12 @@ def a_program_that_fails_once() -> None:
 
 FAILS_ONCE = """
 from pathlib import Path
+from stepguard import Saving
 from stepguard.testing import FakeSupervisor
 
 is_first = not Path("runs/digits").exists()
 for stop in (275, 350):
-    sv = FakeSupervisor("runs/digits", save_model_secs=None, save_at_end=True, save_summaries_secs=None)
+    sv = FakeSupervisor("runs/digits", saving=Saving(save_model_secs=None, save_at_end=True), save_summaries_secs=None)
     with sv.managed_session() as sess:
         while sess.step < stop:
             sess.run_step()

@@ -18,6 +18,7 @@ import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 
 from stepguard.errors import StopRequested
+from stepguard.options import Restoring, Saving
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import SessionManager, Supervisor
 from stepguard.tensorflow import engine as engine_module
@@ -182,7 +183,7 @@ class TestSaversOfTheProgramsOwn:
 
         tried: list[str] = []
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_model_steps=5)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, saving=Saving(save_model_steps=5))
         with supervisor.managed_session() as session:
             for _ in range(5):
                 session.run(step)
@@ -204,7 +205,7 @@ class TestSaversOfTheProgramsOwn:
 
         tried: list[str] = []
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, saving=Saving(save_at_end=True))
         with supervisor.managed_session() as session:
             for _ in range(3):
                 session.run(step)
@@ -231,7 +232,7 @@ class TestSaversOfTheProgramsOwn:
 
     def test_that_write_over_a_committed_step_leave_a_good_checkpoint(self, graph, tmp_path, caplog):
         step, own = counting_step(), v1.train.Saver()
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_model_steps=1)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_model_steps=1))
         with supervisor.managed_session() as session:
             session.run(step)
             wait_until(lambda: committed(tmp_path) == [1], "the checkpoint")
@@ -325,7 +326,7 @@ class TestEvaluators:
         with ThreadPoolExecutor(1) as pool:
             evaluation = pool.submit(evaluate)
             wait_until(lambda: holds, "a check")
-            train(tmp_path, 4, save_model_secs=0, save_at_end=True)
+            train(tmp_path, 4, save_model_secs=0, saving=Saving(save_at_end=True))
             assert evaluation.result(60) == 4
         assert not any(holds)
 
@@ -356,7 +357,7 @@ class TestErrorsOfTheProgram:
                 v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=1)
         with tf.Graph().as_default(), tf.device("/gpu:7"):
             counting_step()
-            supervisor = Supervisor(logdir=str(tmp_path), start_over_when_all_damaged=True)
+            supervisor = Supervisor(logdir=str(tmp_path), restoring=Restoring(start_over_when_all_damaged=True))
             with pytest.raises(tf.errors.InvalidArgumentError, match="device"), supervisor.managed_session():
                 pass
 

@@ -20,7 +20,9 @@ CHILD = """
     logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
     logging.getLogger("stepguard").setLevel(logging.WARNING)
     from stepguard.testing import FakeSupervisor
-    sv = FakeSupervisor(sys.argv[1], save_model_secs=0, save_model_steps=20, progress=True, total_steps=400)
+    from stepguard import Watching
+    watching = Watching(progress=True, total_steps=400)
+    sv = FakeSupervisor(sys.argv[1], save_model_secs=0, save_model_steps=20, watching=watching)
     with sv.managed_session() as session:
         for number in range(300):
             session.run_step()

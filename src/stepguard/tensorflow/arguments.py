@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.options import Options, Saving, Watching
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
 
@@ -29,17 +30,39 @@ _HAVE_DEFAULTS = (
     "global_step",
     "summary_writer",
 )
-_NEEDED = ("recovery_wait_secs", "stop_grace_secs", "max_unprotected_secs", "checkpoint_basename")
 # What TensorFlow's class takes for "none" when it is false in any way.
 _MAY_BE_FALSE = ("saver", "summary_writer", "init_fn", "init_feed_dict", "local_init_run_options", "logdir")
 _RECOVERY_WAIT_SECS = 30.0
 # A negative time makes TensorFlow's timers tick without a pause.
 _SHORTEST_SECS = 1.0
-_USUAL_BASENAME = "model.ckpt"
+_USUAL_BASENAME = Saving().checkpoint_basename
+_DEFAULTS = {
+    "save_summaries_secs": Watching().save_summaries_secs,
+    "save_model_secs": Saving().save_model_secs,
+    "checkpoint_basename": _USUAL_BASENAME,
+}
 
 
-def checked(*, is_chief: bool, **given: Any) -> dict[str, Any]:
-    """The Supervisor's arguments as it works with them.
+def forgiving(*, is_chief: bool, logdir: Any, **given: Any) -> dict[str, Any]:
+    """The arguments of TensorFlow's that are options of Stepguard's, put right where its class runs with a mistake.
+
+    What is wrong all the same is left for the options to refuse, and the default taken where nothing asks for it.
+    """
+    for name, value in given.items():
+        check = _basename if name == "checkpoint_basename" else _seconds
+        try:
+            given[name] = check(name, value)
+        except (TypeError, ValueError) as error:
+            if name != "stop_grace_secs" and not (is_chief and logdir):
+                _log.warning("%s. It is not used here", error)
+                given[name] = _DEFAULTS[name]
+            elif name == "checkpoint_basename":
+                raise
+    return given
+
+
+def checked(options: Options, *, is_chief: bool, **given: Any) -> dict[str, Any]:
+    """The Supervisor's other arguments as it works with them.
 
     What TensorFlow's class runs to the end with is no error here. A wrong argument that nothing asks for in this
     process (the saver of a worker, a summary operation that is never run) is warned of and left alone, one that is
@@ -51,10 +74,10 @@ def checked(*, is_chief: bool, **given: Any) -> dict[str, Any]:
     graph = given["graph"]
     if not isinstance(graph, tf.Graph):
         raise _wrong_type("graph", "a tf.Graph", graph)
-    unused = _unused(is_chief, given)
-    for name, check in _checks(is_chief, given).items():
+    unused = _unused(options, is_chief, given)
+    for name, check in _checks(options, is_chief, given).items():
         value = given[name]
-        if (value is None and name not in _NEEDED) or (is_default(value) and name in _HAVE_DEFAULTS):
+        if (value is None and name != "recovery_wait_secs") or (is_default(value) and name in _HAVE_DEFAULTS):
             continue
         try:
             given[name] = check(name, value)
@@ -70,9 +93,9 @@ def checked(*, is_chief: bool, **given: Any) -> dict[str, Any]:
     return given
 
 
-def _checks(is_chief: bool, given: Mapping[str, Any]) -> dict[str, Callable[[str, Any], Any]]:
+def _checks(options: Options, is_chief: bool, given: Mapping[str, Any]) -> dict[str, Callable[[str, Any], Any]]:
     """How each argument is checked: by a function of its name and its value, which returns what to use."""
-    graph = given["graph"]
+    graph, summarises = given["graph"], options.watching.save_summaries_secs
     return {
         "ready_op": partial(_tensor, graph),
         "ready_for_local_init_op": partial(_tensor, graph),
@@ -80,48 +103,34 @@ def _checks(is_chief: bool, given: Mapping[str, Any]) -> dict[str, Callable[[str
         "local_init_op": partial(_fetch, graph),
         "summary_op": partial(_summary, graph),
         "global_step": partial(_global_step, graph),
-        "save_summaries_secs": _lenient_seconds,
-        "save_model_secs": _lenient_seconds,
-        "recovery_wait_secs": _lenient_seconds,
-        "stop_grace_secs": _seconds,
-        "max_unprotected_secs": _seconds,
-        "peer_timeout_secs": _seconds,
-        "saver": _having("restore", *(["save"] if _saves(given) else [])),
-        "summary_writer": _having(
-            "add_session_log", "close", "reopen", *(["add_summary"] if given["save_summaries_secs"] else [])
-        ),
+        "recovery_wait_secs": _seconds,
+        "saver": _having("restore", *(["save"] if options.saving.is_on else [])),
+        "summary_writer": _having("add_session_log", "close", "reopen", *(["add_summary"] if summarises else [])),
         "session_manager": _having("prepare_session" if is_chief else "wait_for_session"),
         "logdir": _directory,
-        "checkpoint_basename": _basename,
         "init_fn": _function,
         "init_feed_dict": _feeds,
         "local_init_run_options": _run_options,
-        "save_model_steps": _steps,
     }
 
 
-def _unused(is_chief: bool, given: Mapping[str, Any]) -> set[str]:
+def _unused(options: Options, is_chief: bool, given: Mapping[str, Any]) -> set[str]:
     """The arguments that nothing asks for in a process with these."""
     unused: set[str] = set()
     if not (is_chief and given["logdir"]):
-        unused |= {"saver", "summary_op", "global_step", "checkpoint_basename"}
-        unused |= {"save_summaries_secs", "save_model_secs"}
+        unused |= {"saver", "summary_op", "global_step"}
     if not is_chief:
         unused |= {"init_op", "init_feed_dict", "init_fn", "summary_writer", "logdir"}
     writer = given["summary_writer"]
     if not (is_default(writer) or writer):
         unused |= {"summary_op", "global_step"}
-    if not given["save_summaries_secs"]:
+    if not options.watching.save_summaries_secs:
         unused |= {"summary_op"}
-    if not _saves(given):
+    if not options.saving.is_on:
         unused |= {"saver"}
     if given["session_manager"] is not None:
         unused |= {"ready_op", "ready_for_local_init_op", "local_init_op", "local_init_run_options"}
     return unused
-
-
-def _saves(given: Mapping[str, Any]) -> bool:
-    return bool(given["save_model_secs"] or given["save_model_steps"] or given["save_at_end"])
 
 
 def worker_role() -> str:
@@ -199,24 +208,17 @@ def _global_step(graph: Any, name: str, value: Any) -> Any:
     return value
 
 
-def _seconds(name: str, value: Any) -> float:
-    is_switch = type(value) is bool and name != "stop_grace_secs"
-    if is_switch or not isinstance(value, numbers.Real):
-        raise _wrong_type(name, "a number of seconds", value)
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name}: expected a number of seconds >= 0, found {value}")
-    # Not every number of NumPy's is one that a thread can wait for.
-    return float(value)
-
-
-def _lenient_seconds(name: str, value: Any) -> float:
+def _seconds(name: str, value: Any) -> float | None:
     """Of one of the times with which TensorFlow's class runs to the end although they are none."""
+    if name == "stop_grace_secs":
+        # Not every number of NumPy's is one that a thread can wait for.
+        return float(value) if isinstance(value, numbers.Real) else value
+    if value is None and name != "recovery_wait_secs":
+        return None
     try:
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError):
         raise _wrong_type(name, "a number of seconds", value) from None
-    if name != "recovery_wait_secs" and math.isinf(number):
-        raise ValueError(f"{name}: expected a finite number of seconds, found {value}; 0 or None means never")
     if math.isnan(number) or number < 0:
         least = _RECOVERY_WAIT_SECS if name == "recovery_wait_secs" else _SHORTEST_SECS
         never = "" if name == "recovery_wait_secs" else "; 0 or None means never"
@@ -253,14 +255,6 @@ def _run_options(name: str, value: Any) -> Any:
         raise _wrong_type(name, "a tf.compat.v1.RunOptions", value)
     if not isinstance(value, _v1.RunOptions):
         _log.warning("%s: expected a tf.compat.v1.RunOptions, found a %s", name, type(value).__name__)
-    return value
-
-
-def _steps(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise _wrong_type(name, "a number of steps", value)
-    if value < 1:
-        raise ValueError(f"{name}: expected a number of steps >= 1, or None, found {value}")
     return value
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
 from stepguard.store import statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
-from stepguard.tensorflow.checkpoint.restore import ENGINE, Restorer
+from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
 from stepguard.tensorflow.checkpoint.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.defaults import Model, summary_tensor
@@ -96,11 +96,11 @@ class TensorFlowEngine:
         config: Any,
         wait_for_checkpoint: bool,
         max_wait_secs: float | None,
-    ) -> Any:
+    ) -> Prepared[Any]:
         """A session from the session manager."""
         if not is_chief:
-            return self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs)
-        return self._session_manager.prepare_session(
+            return Prepared(self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs))
+        session = self._session_manager.prepare_session(
             master,
             init_op=self._model.init_op,
             saver=self._model.saver,
@@ -111,6 +111,8 @@ class TensorFlowEngine:
             init_feed_dict=self._model.init_feed_dict,
             init_fn=self._init_fn,
         )
+        # The session of another session manager does not say.
+        return Prepared(session, getattr(session, "recovered", None))
 
     def write_graph(self) -> None:
         """Leave the graph in the logdir and in the event log, once in each event file."""
@@ -193,7 +195,7 @@ class TensorFlowEngine:
         """Of a model on a server, and where steps are not marked: not everybody counts the global step up."""
         return _boundary(session) is None or not session.is_local
 
-    def settle(self, session: Any, timeout_secs: float) -> None:
+    def wait_for_others(self, session: Any, timeout_secs: float) -> None:
         """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:
@@ -244,7 +246,7 @@ class TensorFlowEngine:
 
     def return_to(self, session: Any, path: Path) -> None:
         """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
-        Restorer().restore_file(session.unmarked(), self._model.saver, str(path))
+        restore_file(session.unmarked(), self._model.saver, str(path))
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""

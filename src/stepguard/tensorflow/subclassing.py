@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.tensorflow import arguments, defaults
+from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,15 @@ class Subclassable:
         super().__init_subclass__(**options)
         base = next(one for one in cls.__mro__ if one.__module__.startswith("stepguard."))
         taken = sorted(name for name in vars(cls) if cls is not base and _is_private(name) and hasattr(base, name))
-        refuse(cls, [name for name in taken if name not in OVERRIDABLE])
+        refuse_names(cls, [name for name in taken if name not in OVERRIDABLE])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_coord" and not isinstance(value, Coordinator):
+            raise TypeError(
+                f"{type(self).__name__}: _coord: expected a stepguard.tensorflow.Coordinator, found "
+                f"{type(value).__name__}: the services and sessions need more of it than TensorFlow's does"
+            )
+        super().__setattr__(name, value)
 
     def _init_ready_op(self, ready_op: Any = USE_DEFAULT, ready_for_local_init_op: Any = USE_DEFAULT) -> None:
         keys = _v1.GraphKeys
@@ -132,7 +141,7 @@ def is_same(parts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     return all(parts[name] is others[name] for name in parts)
 
 
-def refuse(cls: type, names: list[str]) -> None:
+def refuse_names(cls: type, names: list[str]) -> None:
     """Say that a subclass uses names that are Stepguard's own.
 
     Raises:

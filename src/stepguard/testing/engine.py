@@ -5,8 +5,8 @@ It is the proof that the core knows no framework, and the smallest example of an
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
+from stepguard.options import Guarding, Options, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.saving.restoring import restore_newest
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.supervisor import MAX_UNPROTECTED_SECS, Supervisor
-from stepguard.watching.observer import Observation
-
-_log = logging.getLogger(__name__)
+from stepguard.supervisor import Supervisor
 
 ENGINE = "fake"
 _STATE_FILE = "state.json"
@@ -137,22 +136,15 @@ class FakeEngine:
         self.fail_prepare: BaseException | None = None
         self.fail_summary: BaseException | None = None
         self.summaries = 0
-        self.warnings: list[str] = []
 
-    def prepare(self) -> FakeSession:
+    def prepare(self) -> Prepared[FakeSession]:
         """A session restored from the newest good checkpoint, or at step 0."""
         if self.fail_prepare is not None:
             raise self.fail_prepare
         session = FakeSession(self.size)
-        if self.store is not None:
-            recovery = self.store.newest_good()
-            if recovery.damaged:
-                self.warnings.append(recovery.message())
-                _log.warning("%s", recovery.message())
-            if recovery.checkpoint is not None:
-                self.restore(session, recovery.checkpoint)
-                self.store.adopt_earlier()
-        return session
+        if self.store is None:
+            return Prepared(session)
+        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session)))
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
         """Take over the integers of a checkpoint."""
@@ -199,13 +191,6 @@ class FakeEngine:
         """Each step changes the state, and so does each return."""
         return session.step, session.returns
 
-    def is_shared(self, session: FakeSession) -> bool:
-        """Nobody else has this model."""
-        return False
-
-    def settle(self, session: FakeSession, timeout_secs: float) -> None:
-        """Nobody else trains this model."""
-
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
@@ -232,8 +217,8 @@ class FakeEngine:
         session.returns += 1
 
     def checkpoint_name(self, step: int | None) -> str:
-        """``model.ckpt-<step>``."""
-        return f"model.ckpt-{step}"
+        """The store's basename and the step."""
+        return f"{'model.ckpt' if self.store is None else self.store.basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> dict[str, tuple[int, str]]:
         """One JSON file in a directory."""
@@ -244,13 +229,6 @@ class FakeEngine:
         with NewFile(stage / name / _STATE_FILE) as file:
             file.write(json.dumps(state).encode())
         return {f"{name}/{_STATE_FILE}": (file.size, file.digest)}
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """The fake framework keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """The fake framework keeps no list of its own."""
 
     def summarise(self, session: FakeSession) -> None:
         """Count the call."""
@@ -271,6 +249,7 @@ class FakeEngine:
 class FakeSupervisor(Supervisor[FakeSession]):
     """A Supervisor over the fake engine, with the verbs that every engine's Supervisor has."""
 
+    @each_option_once
     def __init__(
         self,
         logdir: str | None = None,
@@ -279,22 +258,33 @@ class FakeSupervisor(Supervisor[FakeSession]):
         save_summaries_secs: float | None = 120,
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        stop_grace_secs: float = 120,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
         size: int = 64,
         engine: FakeEngine | None = None,
-        progress: bool = False,
-        total_steps: int | None = None,
-        hang_secs: float | None = None,
-        end_on_hang: bool = False,
-        metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
+        saving: Saving | None = None,
+        stopping: Stopping | None = None,
+        watching: Watching | None = None,
+        guarding: Guarding | None = None,
     ) -> None:
-        store = CheckpointStore(logdir, engine=ENGINE, max_to_keep=5) if logdir else None
+        options = Options.of(
+            save_summaries_secs=save_summaries_secs,
+            save_model_secs=save_model_secs,
+            save_model_steps=save_model_steps,
+            saving=saving,
+            stopping=stopping,
+            watching=watching,
+            guarding=guarding,
+        )
+        refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
+        store = None
+        if logdir:
+            store = CheckpointStore(
+                logdir,
+                basename=options.saving.checkpoint_basename,
+                engine=ENGINE,
+                max_to_keep=options.saving.max_to_keep,
+                keep_every_n_hours=options.saving.keep_checkpoint_every_n_hours,
+            )
+        options.check_return(commits=store is not None and is_chief)
         self.engine = FakeEngine(size=size) if engine is None else engine
         self.engine.store = store
         self.events = RecordedEvents()
@@ -307,34 +297,18 @@ class FakeSupervisor(Supervisor[FakeSession]):
             events=self.events,
             has_summaries=True,
             saves_model=store is not None,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            stop_on_sigterm=stop_on_sigterm,
-            observation=Observation(
-                progress=progress,
-                total_steps=total_steps,
-                hang_secs=hang_secs,
-                end_on_hang=end_on_hang,
-                metrics_port=metrics_port,
-                metrics_host=metrics_host,
-            ),
-            nan_guard=nan_guard,
-            nan_returns=nan_returns,
+            options=options,
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
         """A prepared session."""
-        return self._open_session(self.engine.prepare, start_standard_services)
+        return self.open_session(self.engine.prepare, start_standard_services)
 
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
     ) -> AbstractContextManager[FakeSession]:
         """The context that a training loop lives in."""
-        return self._supervised(
+        return self.managed(
             lambda: self.prepare_or_wait_for_session(start_standard_services),
             close_summary_writer=close_summary_writer,
         )

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepguard import __version__
 from stepguard.engine import Engine
 from stepguard.errors import described
-from stepguard.options import check_switch
+from stepguard.options import Watching
 from stepguard.store import Recovery
 from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.hang_watch import HangWatch
@@ -37,39 +35,6 @@ _WARNINGS_KEPT = 5
 _FAREWELL_SECS = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """How a run is to be watched. Each engine's Supervisor takes these as keyword arguments of its own.
-
-    Args:
-        progress: whether to show a progress line where standard error is a terminal.
-        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
-            stopped there.
-        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
-            ``stacks/``; more than the longest step, the first included. ``None`` does not watch.
-        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
-        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
-        metrics_host: the address to serve it on; by default this machine alone can reach it.
-    """
-
-    progress: bool = False
-    total_steps: int | None = None
-    hang_secs: float | None = None
-    end_on_hang: bool = False
-    metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
-
-    def __post_init__(self) -> None:
-        check_switch("progress", self.progress)
-        check_switch("end_on_hang", self.end_on_hang)
-        _check_steps(self.total_steps)
-        _check_secs(self.hang_secs)
-        if self.end_on_hang and self.hang_secs is None:
-            raise ValueError("end_on_hang needs hang_secs: the seconds without a step that count as a hang")
-        _check_port(self.metrics_port)
-        _check_host(self.metrics_host)
-
-
 class Observer:
     """Watches one process of a run, from a thread of its own that looks at the step counter once a second.
 
@@ -86,13 +51,15 @@ class Observer:
         ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
 
-    def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Observation) -> None:
+    def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Watching) -> None:
         if options.hang_secs is not None and (logdir is None or "://" in logdir):
             raise ValueError(
                 f"hang_secs needs a logdir on this machine, for the stacks: expected a path, found {logdir!r}"
             )
         self._engine = engine
         self._options = options
+        # A plain int: the heartbeat is JSON, which knows no number of NumPy.
+        self._total_steps = None if options.total_steps is None else int(options.total_steps)
         # A place that only the framework can reach has neither.
         self._place = None if logdir is None or "://" in logdir else logdir
         self._logdir: Path | None = None
@@ -135,7 +102,7 @@ class Observer:
         self._logdir = None if self._place is None else Path(self._place).absolute()
         self._progress_seen = None
         self._rates.clear()
-        self.now = Heartbeat(self._role, engine=self._engine.name, total_steps=self._options.total_steps)
+        self.now = Heartbeat(self._role, engine=self._engine.name, total_steps=self._total_steps)
         self.totals = Totals()
         # One port of a host is for one process: a worker serves only what it can choose itself.
         if self._options.metrics_port is not None and (self._is_chief or not self._options.metrics_port):
@@ -342,8 +309,8 @@ class Observer:
         # What was damaged has been said already, with what it costs.
         if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
-        if recovery.damaged:
-            self.now.warnings = [*self.now.warnings, recovery.message()][-_WARNINGS_KEPT:]
+        if message := recovery.message():
+            self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
 
     def _watch(self, ended: threading.Event) -> None:
         next_beat = time.monotonic()
@@ -372,7 +339,7 @@ class Observer:
                     self.now.first_step = self.now.step
                 self.now.boundary_time = time.time()
                 self._progress_seen = progress
-            if self._options.total_steps is None:
+            if self._total_steps is None:
                 self.now.total_steps = self._engine.total_steps(session)
         except Exception as error:  # noqa: BLE001 - the session may be closed, or its peer gone: whoever trains is told
             _log.debug("the step could not be read: %s", error)
@@ -452,28 +419,3 @@ class Observer:
 def describe(error: BaseException) -> str:
     """The type and the first line of an error."""
     return described(error).split("\n", 1)[0][:500]
-
-
-def _check_steps(steps: object) -> None:
-    if steps is not None and not (_is_int(steps) and steps >= 0):  # type: ignore[operator]
-        raise ValueError(f"total_steps must be a number of steps >= 0 or None, got {steps!r}")
-
-
-def _check_secs(secs: object) -> None:
-    is_number = isinstance(secs, (int, float)) and not isinstance(secs, bool)
-    if secs is not None and not (is_number and 0 < secs < math.inf):  # type: ignore[operator]
-        raise ValueError(f"hang_secs must be a number of seconds > 0 or None, got {secs!r}")
-
-
-def _check_port(port: object) -> None:
-    if port is not None and not (_is_int(port) and 0 <= port <= 65535):  # type: ignore[operator]
-        raise ValueError(f"metrics_port must be from 0 to 65535, or None, got {port!r}")
-
-
-def _check_host(host: object) -> None:
-    if not isinstance(host, str) or not host:
-        raise ValueError(f"metrics_host must be an address such as '127.0.0.1', got {host!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

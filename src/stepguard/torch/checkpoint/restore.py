@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.torch import random_states
+from stepguard.saving import restoring
+from stepguard.steps.process_state import describe_positions
+from stepguard.store import CheckpointStore, Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.checkpoint.mismatch import check_fits
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
-from stepguard.torch.checkpoint.state import Component, Misfit
-from stepguard.torch.session import Session, describe_positions
+from stepguard.torch.checkpoint.state import Component
+from stepguard.torch.random_states import STREAMS
+from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -31,30 +33,18 @@ class Restorer:
         self._components = components
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
-    def restore_newest(self, session: Session) -> str | None:
-        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
+    def restore_newest(self, session: Session) -> Recovery:
+        """Restore the newest good checkpoint; what was found has none when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        store = self._store
-        try:
-            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
-        except NoGoodCheckpointError as error:
-            if not self._start_over_when_all_damaged:
-                raise
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            _log.warning("starting over, as asked for: %s", error)
-            return None
-        if recovery.checkpoint is None:
-            return None
-        if recovery.damaged:
-            _log.warning("%s", recovery.message())
-        _log.info("restored %s", recovery.checkpoint.path)
-        store.adopt_earlier()
-        return recovery.checkpoint.name
+        return restoring.restore_newest(
+            self._store,
+            lambda checkpoint: self._load(checkpoint.path, session, 0),
+            start_over_when_all_damaged=self._start_over_when_all_damaged,
+        )
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
@@ -84,10 +74,6 @@ class Restorer:
             component.put_back(states[component.name])
         session.global_step = process["global_step"]
 
-    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
-        _check_engine(checkpoint)
-        self._load(checkpoint.path, session, 0)
-
     def _load(self, path: Path, session: Session, rank: int) -> None:
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
         processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
@@ -95,7 +81,7 @@ class Restorer:
         sharded = process.pop("sharded", {})
         if f"{PROCESS}{rank}" not in processes:
             # There are more processes than before: the streams of this one begin as the program has seeded them.
-            process["random"] = random_states.capture()
+            process["random"] = STREAMS.capture()
         elif rank:
             process = read_file(processes[f"{PROCESS}{rank}"])
         # Rank 0 has just verified these files, and with that read them.
@@ -103,7 +89,7 @@ class Restorer:
         for component in self._components:
             component.load(states.pop(component.name))
         session.restore_process_state(process, process["global_step"])
-        _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 
     def _fitting(
         self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any], *, mapped: bool
@@ -111,10 +97,6 @@ class Restorer:
         """All that the checkpoint holds, once it is sure that it can be put in place."""
         names = [component.name for component in self._components]
         held = [*saved, *sharded]
-        misfit = Misfit(
-            missing=[name for name in names if name not in held],
-            unexpected=[name for name in held if name not in names],
-        )
         states = {}
         for component in self._components:
             if component.name in held:
@@ -123,36 +105,10 @@ class Restorer:
                 states[component.name] = (
                     read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
                 )
-                misfit.add(component.misfit(states[component.name]))
-        if misfit:
-            raise CheckpointMismatchError(
-                f"{path} does not fit this program: {misfit}. Nothing was changed. Start the program that wrote it, "
-                f"or use another logdir; a part of it can be loaded with {_by_hand(path, sharded)}",
-                path=path,
-                missing=misfit.missing,
-                unexpected=misfit.unexpected,
-                reshaped=misfit.reshaped,
-            )
+        check_fits(path, self._components, held, states, is_sharded=bool(sharded))
         layouts = {component.name: component.layouts() for component in self._components}
         in_parts = {name: states[name] for name in names if name not in saved}
         if in_parts:
             states.update(read_sharded(path, in_parts, layouts))
         states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
         return states
-
-
-def _check_engine(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointMismatchError for one that another framework's program has left in this logdir."""
-    manifest = checkpoint.manifest
-    if manifest is not None and manifest.engine != ENGINE:
-        raise CheckpointMismatchError(
-            f"{checkpoint.path}: expected a checkpoint of the engine {ENGINE!r}, found one of {manifest.engine!r}: "
-            f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
-            path=checkpoint.path,
-        )
-
-
-def _by_hand(path: Path, sharded: Mapping[str, Any]) -> str:
-    if sharded:
-        return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
-    return f"torch.load({str(path)!r} + '/<name>.pt')"
