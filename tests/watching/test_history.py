@@ -77,6 +77,12 @@ def test_after_a_crash_the_time_since_the_checkpoint_is_replayed_and_the_gap_is_
     assert (second.first_step, second.last_step) == (600, 2000)
 
 
+def test_a_run_whose_first_lines_are_lost_trains_from_the_first_line_that_is_left():
+    story = Story().checkpoint(100, 5).checkpoint(200, 9).start(204, pid=2)
+    story.restore(210, 9, 2, previous_time=202.0, previous_step=9).stop(230, pid=2)
+    assert times(story.of()) == (122.0, 0.0, 8.0)
+
+
 def test_a_crash_before_the_first_checkpoint_replays_all_of_it():
     story = Story().start(0).fresh(1).start(50, pid=2).fresh(51, pid=2, previous_time=41.0, previous_step=70)
     found = story.stop(91, pid=2, step=200).of()

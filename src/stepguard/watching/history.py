@@ -292,7 +292,10 @@ class _EventReader:
             made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, _: _OpenAttempt, event: Mapping[str, Any]) -> None:
+    def _on_checkpoint(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        if run.trained is None:
+            # A checkpoint proves that it trains, where the lines of its start are lost.
+            run.trained = run.begin
         # The checkpoint holds the state from before it was written.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
