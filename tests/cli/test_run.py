@@ -292,7 +292,9 @@ def test_ctrl_c_ends_in_one_line_that_says_what_was_saved(tmp_path, children):
     _, errors = training.communicate(timeout=SOON_SECS)
     assert training.returncode == -signal.SIGINT
     step = newest(logdir).step
-    assert errors == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}\n"
+    # A checkpoint that was skipped on a slow disk is told of before.
+    assert errors.splitlines()[-1] == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}"
+    assert "Traceback" not in errors
 
 
 def test_an_interrupt_that_the_program_raises_elsewhere_keeps_its_traceback(tmp_path):

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import WriteItemType
 
+from stepguard import Saving
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.torch import Supervisor
 from stepguard.torch.checkpoint import unpickling
@@ -124,7 +125,11 @@ def test_an_unsafe_file_gets_our_error_and_not_the_advice_to_load_it_all_the_sam
 def test_an_unsafe_file_in_a_checkpoint_gets_our_error_at_the_start(tmp_path):
     def supervisor():
         return Supervisor(
-            {"model": torch.nn.Linear(2, 2)}, tmp_path, save_model_secs=0, save_at_end=True, save_summaries_secs=0
+            {"model": torch.nn.Linear(2, 2)},
+            tmp_path,
+            save_model_secs=0,
+            saving=Saving(save_at_end=True),
+            save_summaries_secs=0,
         )
 
     with supervisor().managed_session() as session:
