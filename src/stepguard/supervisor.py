@@ -92,7 +92,7 @@ class Supervisor(Generic[SessionT]):
             events=events,
             observer=self._observer,
             options=options.saving if saves_model and is_chief else None,
-            on_error=self._report,
+            on_error=coord.report,
         )
         self._worker_role = role
         self._built_in = os.getcwd()
@@ -114,7 +114,7 @@ class Supervisor(Generic[SessionT]):
             events=self._events,
             observer=self._observer,
             one_save=self._saving.one_save,
-            on_error=self._report,
+            on_error=self._coord.report,
             on_return=self._saving.went_back,
         )
 
@@ -407,16 +407,7 @@ class Supervisor(Generic[SessionT]):
         try:
             self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
-            self._report(error)
-
-    def _report(self, error: BaseException) -> None:
-        """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
-        try:
-            self._coord.request_stop(error)
-        except BaseException as raised:
-            # After a join the coordinator raises in the thread that reports as well.
-            if raised is not error:
-                raise
+            self._coord.report(error)
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""

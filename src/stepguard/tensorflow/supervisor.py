@@ -218,7 +218,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
                 local_init_run_options=self._local_init_run_options,
                 wait_for_stop=self._coord.wait_for_stop,
                 peer_timeout_secs=self._given_options.watching.peer_timeout_secs,
-                on_lost=self._report,
+                on_lost=self._coord.report,
             )
         self._session_manager = session_manager
 
@@ -245,10 +245,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         parts, options = self._parts(), self._given_options
         writer, manager, own_manager = parts["summary_writer"], parts["session_manager"], self._own_manager
         if own_manager is not None and own_manager is manager:
-            own_manager.restorer = Restorer(
-                self._saved_store,
-                start_over_when_all_damaged=options.restoring.start_over_when_all_damaged,
-            )
+            own_manager.restorer = Restorer(self._saved_store, options.restoring)
         if self._is_chief:
             options = replace(
                 options,
@@ -266,7 +263,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             logdir=parts["logdir"],
             save_path=parts["save_path"],
             init_fn=parts["init_fn"],
-            program_saves=lambda name: self._saving.program_saves(name),  # noqa: PLW0108 - there is none yet
+            store=self._saved_store,
         )
         super().__init__(
             self._tensorflow,

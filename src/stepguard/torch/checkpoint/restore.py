@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
@@ -26,25 +27,19 @@ ENGINE = "torch"
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
 
-    def __init__(
-        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
-    ) -> None:
+    def __init__(self, store: CheckpointStore, components: Sequence[Component], options: Restoring) -> None:
         self._store = store
         self._components = components
-        self._start_over_when_all_damaged = start_over_when_all_damaged
+        self._options = options
 
-    def restore_newest(self, session: Session) -> Recovery:
-        """Restore the newest good checkpoint; what was found has none when there is none at all.
+    def restore_newest(self, restore: restoring.Restore) -> Recovery:
+        """Have the newest good checkpoint restored; what was found has none when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        return restoring.restore_newest(
-            self._store,
-            lambda checkpoint: self._load(checkpoint.path, session, 0),
-            start_over_when_all_damaged=self._start_over_when_all_damaged,
-        )
+        return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
@@ -58,7 +53,7 @@ class Restorer:
             raise FileNotFoundError(
                 f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
             )
-        self._load(path, session, rank)
+        self.load(path, session, rank)
 
     def return_to(self, path: Path, session: Session) -> None:
         """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
@@ -74,7 +69,12 @@ class Restorer:
             component.put_back(states[component.name])
         session.global_step = process["global_step"]
 
-    def _load(self, path: Path, session: Session, rank: int) -> None:
+    def load(self, path: Path, session: Session, rank: int = 0) -> None:
+        """Load what the process of that ``rank`` needs to go on from the checkpoint at ``path``.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
         processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
         process = read_file(processes[f"{PROCESS}0"])
