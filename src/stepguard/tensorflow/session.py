@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -199,6 +200,12 @@ class Session(tf.compat.v1.Session):
         if isinstance(exec_value, Exception) and not isinstance(exec_value, CLEAN_STOP_TYPES):
             self._before_close = None
         return super().__exit__(exec_type, exec_value, exec_tb)
+
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _is_finalizing():
+            # The threads that would save the last step run no more.
+            self._before_close = None
+        super().__del__()
 
     def close(self) -> None:
         """Close the session; a supervisor that still watches it saves the last step first."""

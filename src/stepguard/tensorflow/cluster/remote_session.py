@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +41,8 @@ class _CarriedSession(tf.compat.v1.Session):
         """Asked while a run is under way: an error ends the wait for it. For the time of a preparation."""
         self._heartbeats: list[Heartbeat] = []
         self._closing: threading.Thread | None = None
+        self._pid = os.getpid()
+        _open.add(self)
 
     def run(self, fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
         """Run operations and evaluate tensors, as ``tf.compat.v1.Session.run`` does. Any thread."""
@@ -68,9 +75,11 @@ class _CarriedSession(tf.compat.v1.Session):
         if timeout_secs is None or self._heartbeats:
             return
 
+        carrier = self._carrier
+
         def lose(error: BaseException) -> None:
             _log.warning("%s", error)
-            self._carrier.lose(error)
+            carrier.lose(error)
             if on_lost is not None:
                 on_lost(error)
 
@@ -79,14 +88,19 @@ class _CarriedSession(tf.compat.v1.Session):
 
     def close(self) -> None:
         """Close the session, and wait for that a moment: a server that is gone cannot say that it has done so."""
-        if self._closing is not None:
-            return
+        if self._closing is None:
+            self._begin_close()
+            self._finish_close(time.monotonic() + (_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS))
+
+    def _begin_close(self) -> None:
         for heartbeat in self._heartbeats:
             heartbeat.end()
         self._closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
         self._closing.start()
-        deadline = time.monotonic() + (_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS)
-        self._closing.join(deadline - time.monotonic())
+
+    def _finish_close(self, deadline: float) -> None:
+        assert self._closing is not None
+        self._closing.join(max(0.0, deadline - time.monotonic()))
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
             self._carrier.lose(tf.errors.CancelledError(None, None, "the session was closed"))
@@ -94,13 +108,37 @@ class _CarriedSession(tf.compat.v1.Session):
             heartbeat.join(deadline - time.monotonic())
         self._carrier.close()
 
-    def __del__(self) -> None:
-        # One that could not even be made has no carrier. One that is still being closed must not be deleted.
-        if hasattr(self, "_closing"):
-            self.close()
-            if self._closing is not None and self._closing.is_alive():
-                return
-        super().__del__()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # One that could not even be made has no carrier.
+        if not hasattr(self, "_pid") or is_finalizing() or os.getpid() != self._pid:
+            # No thread starts any more, and what waits for one waits for ever; or a forked child holds a copy of what
+            # is its parent's. The kernel frees it.
+            return
+        self.close()
+        # One that is still being closed must not be deleted.
+        if self._closing is None or not self._closing.is_alive():
+            super().__del__()
+
+
+# Those that somebody may still use, and nobody has collected.
+_open: weakref.WeakSet[_CarriedSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what the program has left open, as long as threads still run: all of them against one deadline.
+
+    A thread that comes back from TensorFlow while the interpreter goes would take the whole process down with it.
+    """
+    mine = [session for session in list(_open) if session._pid == os.getpid() and session._closing is None]
+    for session in mine:
+        # Some versions of Python start no thread any more here: such a session is left to the kernel.
+        with contextlib.suppress(RuntimeError):
+            session._begin_close()
+    deadline = time.monotonic() + _CLOSE_SECS
+    for session in mine:
+        if session._closing is not None and session._closing.ident is not None:
+            session._finish_close(deadline)
 
 
 class RemoteSession(Session, _CarriedSession):
