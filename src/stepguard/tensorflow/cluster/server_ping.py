@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +88,8 @@ class Heartbeat:
             except TimeoutError:
                 pass
             except (tf.errors.AbortedError, tf.errors.FailedPreconditionError) as error:
-                return self._error(f"was started again: {_first_line(error)}")
+                # Its runs say the same; whoever is first, a program that catches AbortedError goes on.
+                return self._lost_by(tf.errors.AbortedError, f"was started again: {_first_line(error)}")
             except tf.errors.OpError as error:
                 problem = f" ({_first_line(error)})"
                 _log.debug("%s: %s", self._task, error)
@@ -97,10 +97,12 @@ class Heartbeat:
                 return None
             silent_secs += _SLICE_SECS
             if silent_secs >= self._timeout_secs:
-                return self._error(f"gave no answer for {self._timeout_secs:g} s{problem}")
+                what = f"gave no answer for {self._timeout_secs:g} s{problem}"
+                return self._lost_by(tf.errors.UnavailableError, what)
 
-    def _error(self, what: str) -> BaseException:
-        return tf.errors.UnavailableError(None, None, f"{self._task or 'the master'} {what}: its session is lost")
+    def _lost_by(self, error_type: Any, what: str) -> BaseException:
+        error: BaseException = error_type(None, None, f"{self._task or 'the master'} {what}: its session is lost")
+        return error
 
 
 def _first_line(error: Any) -> str:
