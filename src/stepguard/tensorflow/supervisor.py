@@ -228,6 +228,7 @@ class Supervisor(CoreSupervisor[Any]):
             save_path=self._save_path,
             init_fn=init_fn,
             program_saves=lambda name: self._saving.program_saves(name),  # noqa: PLW0108 - there is none yet
+            not_joined=coord.not_joined,
         )
         super().__init__(
             self._tensorflow,
