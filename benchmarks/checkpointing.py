@@ -245,6 +245,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     """
     import tensorflow as tf
 
+    import stepguard
     import stepguard.tensorflow
 
     disable_eager_execution()
@@ -259,7 +260,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
                 logdir=str(logdir / "ours"),
                 saver=model.saver,
                 save_model_secs=0,
-                save_model_steps=1,
+                saving=stepguard.Saving(save_model_steps=1),
                 save_summaries_secs=0,
                 summary_op=None,
             )

@@ -31,10 +31,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import print_table
 
+from stepguard import Saving
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 
 SAVE_EVERY_SECS = 1.0
+AT_THE_END = Saving(save_model_secs=0, save_at_end=True)
 PLAIN = "a plain write and fsync of the same bytes"
 # The packages of the peers that have to be installed.
 PACKAGES = {"Lightning": "lightning", "Ignite": "ignite"}
@@ -305,7 +307,7 @@ def durable_write_secs(program: Program, folder: Path, turn: int) -> dict[str, f
     state = program.model.state_dict()
 
     def ours(place: Path) -> float:
-        sv = Supervisor({"model": program.model}, place, save_model_secs=0, save_at_end=True, save_summaries_secs=0)
+        sv = Supervisor({"model": program.model}, place, saving=AT_THE_END, save_summaries_secs=0)
         with logged_saves() as saves, sv.managed_session() as session:
             for _ in session.steps(max_steps=1):
                 pass
@@ -342,7 +344,7 @@ def durable_write_secs(program: Program, folder: Path, turn: int) -> dict[str, f
 def restore_secs(program: Program, folder: Path) -> dict[str, float]:
     """From files to the parameters of the program: ours with the verification of every byte, the others without."""
     place = folder / "restored"
-    with Supervisor({"model": program.model}, place, save_model_secs=0, save_at_end=True).managed_session() as session:
+    with Supervisor({"model": program.model}, place, saving=AT_THE_END).managed_session() as session:
         for _ in session.steps(max_steps=1):
             pass
     path = CheckpointStore(place).candidates()[0].path / "model.pt"
@@ -375,7 +377,7 @@ def damaged(names: Iterable[str], folder: Path) -> dict[str, dict[str, str]]:
     def ours(place: Path, kind: str) -> str:
         small = torch.nn.Linear(300, 300)
         for steps in (1, 2):
-            with Supervisor({"model": small}, place, save_model_secs=0, save_at_end=True).managed_session() as session:
+            with Supervisor({"model": small}, place, saving=AT_THE_END).managed_session() as session:
                 for _ in session.steps(max_steps=steps):
                     pass
         damage(place / "model.ckpt-2" / "model.pt", kind)

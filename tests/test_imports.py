@@ -3,8 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google"}
 
@@ -30,14 +36,35 @@ CORE = [
     "coordination.looper",
     "managed_session",
     "watching.metrics",
+    "saving.adoption",
     "saving.checkpointer",
+    "saving.commit",
     "saving.nan_guard",
+    "watching.hang_report",
     "watching.observer",
+    "watching.part",
+    "watching.pulse",
+    "watching.run_record",
+    "watching.step_meter",
+    "words",
     "options",
     "watching.progress_line",
+    "saving.retry",
     "saving.run_saver",
     "coordination.services",
     "coordination.signals",
+    "steps.boundary",
+    "steps.common_store",
+    "steps.exchange",
+    "steps.feeds",
+    "steps.gate",
+    "steps.interrupts",
+    "steps.member",
+    "steps.process_state",
+    "steps.random_streams",
+    "steps.rendezvous",
+    "steps.session",
+    "steps.values",
     "store",
     "supervisor",
     "store.saved_tensor",
@@ -55,6 +82,13 @@ def test_no_framework_and_no_numpy_is_loaded_by(module):
 def test_no_engine_is_loaded_by_stepguard_itself():
     engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.torch", "stepguard.testing"}
     assert modules_after("import stepguard") & engines == set()
+
+
+@pytest.mark.parametrize("extra", ["tensorflow", "tensorflow-cpu", "torch", "events"])
+def test_whoever_installs_an_engine_can_read_its_events(extra):
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
+    assert any(one.startswith("tensorboard>=") for one in extras[extra]), extras[extra]
 
 
 def test_the_version_is_that_of_the_distribution():

@@ -14,6 +14,7 @@ import pytest
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.errors import LogdirInUseError
+from stepguard.options import Saving, Stopping
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
@@ -32,15 +33,15 @@ def kinds(supervisor: FakeSupervisor) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("group", "options", "message"),
     [
-        ({"stop_on_sigterm": None}, "stop_on_sigterm must be True or False, got NoneType: None"),
-        ({"save_at_end": "no"}, "save_at_end must be True, False or None, got str: 'no'"),
+        (Stopping, {"stop_on_sigterm": None}, "stop_on_sigterm must be True or False, got NoneType: None"),
+        (Saving, {"save_at_end": "no"}, "save_at_end must be True, False or None, got str: 'no'"),
     ],
 )
-def test_a_switch_is_on_or_off_and_nothing_else(options, message):
+def test_a_switch_is_on_or_off_and_nothing_else(group, options, message):
     with pytest.raises(TypeError, match=message):
-        FakeSupervisor(**options)
+        group(**options)
 
 
 class TestTheEventLog:
@@ -102,6 +103,42 @@ class TestTheEventLog:
             wait_until(lambda: "scalar" in kinds(supervisor))
 
         assert ("scalar", "global_step/sec", 0) in supervisor.events.records
+
+    def test_begins_with_no_rate_before_one_was_measured(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=0.05)
+        began = time.monotonic()
+        with supervisor.managed_session():
+            wait_until(lambda: "scalar" in kinds(supervisor))
+            assert time.monotonic() - began >= 0.05
+
+    def test_has_a_rate_of_a_run_shorter_than_its_first_interval(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=3600)
+        with supervisor.managed_session() as session:
+            session.run_step()
+            assert "scalar" not in kinds(supervisor)
+
+        records = supervisor.events.records
+        assert records.index(("scalar", "global_step/sec", 1)) < records.index(("stopped",))
+
+    def test_has_a_rate_although_the_program_closes_its_session_first(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=3600)
+        session = supervisor.prepare_or_wait_for_session()
+        session.run_step()
+        session.close()
+        supervisor.stop()
+
+        assert ("scalar", "global_step/sec", 1) in supervisor.events.records
+
+
+class TestWithoutALogdir:
+    def test_only_who_trains_is_warned(self, caplog):
+        supervisor = FakeSupervisor()
+        with supervisor.managed_session() as session:
+            assert caplog.records == []
+            for _ in range(3):
+                session.run_step()
+
+        assert [one.getMessage().partition(":")[0] for one in caplog.records] == ["no logdir was given"]
 
 
 class TestTheServices:

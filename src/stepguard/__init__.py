@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StepguardError,
         StopRequested,
     )
+    from stepguard.options import Guarding, Restoring, Saving, Stopping, Watching
     from stepguard.store import CheckpointStore
 
 __version__ = "0.1.0"
@@ -33,15 +34,20 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointStore",
     "Coordinator",
+    "Guarding",
     "LogdirInUseError",
     "LooperThread",
     "ModelNotReadyError",
     "NoBoundaryError",
     "NoGoodCheckpointError",
     "NonFiniteError",
+    "Restoring",
     "SaveFailedError",
+    "Saving",
     "StepguardError",
     "StopRequested",
+    "Stopping",
+    "Watching",
     "__version__",
 ]
 
@@ -49,6 +55,7 @@ _MODULES = {
     "Coordinator": "coordination.coordinator",
     "LooperThread": "coordination.looper",
     "CheckpointStore": "store",
+    **dict.fromkeys(("Guarding", "Restoring", "Saving", "Stopping", "Watching"), "options"),
 }
 
 

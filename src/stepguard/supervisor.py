@@ -6,28 +6,28 @@ import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
-from stepguard.coordination.services import StepCounter, WhileOpen
-from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
+from stepguard.engine import Engine, EventLog, Prepared, SessionT
 from stepguard.errors import described
-from stepguard.managed_session import ManagedSession, Run
-from stepguard.options import check_switch
-from stepguard.saving.nan_guard import NanGuard, check_options
-from stepguard.saving.run_saver import Saving
-from stepguard.store import CheckpointStore
-from stepguard.watching.observer import Observation, Observer
+from stepguard.managed_session import ManagedSession
+from stepguard.options import Options
+from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.run_saver import RunSaver
+from stepguard.store import CheckpointStore, Recovery
+from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
-
-MAX_UNPROTECTED_SECS = 1800.0
 
 # Also with a grace period of 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
@@ -47,30 +47,20 @@ class Supervisor(Generic[SessionT]):
         engine: what differs between frameworks.
         coord: carries the stop flag and the first error.
         is_chief: whether this process initialises, restores, saves and logs.
-        logdir: where the run leaves its files; ``None`` when it leaves none.
+        logdir: where the run leaves its files, the same for the chief and its workers; ``None`` when it leaves none.
         store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
         events: the event log, or ``None``.
         has_summaries: whether the program has summaries to compute.
         saves_model: whether there is anything to save, and a place for it.
-        save_summaries_secs: seconds between summaries; 0 or ``None`` computes none. Of this and the next two a worker
-            does nothing.
-        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
-        save_model_steps: steps between checkpoints; ``None`` takes none by steps.
-        save_at_end: whether the last step is saved when the run ends without an error; by default if it is saved at
-            all while it lasts.
-        stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
-        max_unprotected_secs: how long, in seconds, saves may fail before that stops the run.
-        stop_on_sigterm: whether ``managed_session`` stops at the next step boundary when SIGTERM comes.
-        observation: how the run is watched; by default with a ledger and a heartbeat in the logdir, and nothing more.
-        watched_logdir: where those are written, also by a worker, which has no ``logdir``; by default ``logdir``.
-        role: what a worker is called there.
-        nan_guard: what happens when a number or a state is not finite: ``"stop"``, ``"return"``, or ``None``: nothing.
-        nan_returns: how often, at most, a process returns to a good checkpoint; it counts with ``"return"`` only.
+        options: how the run is saved, stopped, watched and guarded; see :meth:`stepguard.options.Options.check_return`.
+            Of what is saved, a worker does nothing.
+        role: what a worker is called in the ledger and its heartbeat.
 
     Raises:
-        TypeError: a switch is neither on nor off.
-        ValueError: the guard's options are wrong, or nothing is saved that a run could return to.
+        ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
+
+    _step_counter: StepCounter | None = None
 
     def __init__(
         self,
@@ -83,70 +73,48 @@ class Supervisor(Generic[SessionT]):
         events: EventLog | None,
         has_summaries: bool,
         saves_model: bool,
-        save_summaries_secs: float | None,
-        save_model_secs: float | None,
-        save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        stop_grace_secs: float,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
-        observation: Observation | None = None,
-        watched_logdir: str | None = None,
+        options: Options,
         role: str = "worker",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
     ) -> None:
-        check_switch("save_at_end", save_at_end, or_none=True)
-        check_switch("stop_on_sigterm", stop_on_sigterm)
         self._engine = engine
         self._coord = coord
         self._is_chief = is_chief
-        self._logdir = logdir
+        self._logdir = logdir if is_chief else None
         self._store = store
         self._events = events
         self._has_summaries = has_summaries
-        self._save_summaries_secs = save_summaries_secs if is_chief else None
-        self._stop_grace_secs = stop_grace_secs
-        self._stop_on_sigterm = stop_on_sigterm
-        self._observer = Observer(
-            engine,
-            logdir=watched_logdir or logdir,
-            is_chief=is_chief,
-            options=Observation() if observation is None else observation,
-        )
-        self._saving = Saving(
+        self._options = options
+        self._stop_grace_secs = options.stopping.stop_grace_secs
+        self._observer = Observer(engine, logdir=logdir, is_chief=is_chief, options=options.watching)
+        self._saving = RunSaver(
             engine,
             store=store,
             events=events,
             observer=self._observer,
-            saves_model=saves_model,
-            every_secs=save_model_secs if is_chief else None,
-            every_steps=save_model_steps if is_chief else None,
-            at_end=bool(save_model_secs or save_model_steps) if save_at_end is None else save_at_end,
-            max_unprotected_secs=max_unprotected_secs,
-            on_error=self._report,
+            options=options.saving if saves_model and is_chief else None,
+            on_error=coord.report,
         )
         self._worker_role = role
         self._built_in = os.getcwd()
         self._pid = os.getpid()
+        # Of the session that was opened last, for services that are started later.
+        self._recovered: Recovery | None = None
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
-        self._guard = self._make_guard(nan_guard, nan_returns)
+        self._guard = self._make_guard()
 
-    def _make_guard(self, mode: str | None, most_returns: int) -> NanGuard | None:
-        check_options(mode, most_returns, saves=self._store is not None and self._saving.is_on)
-        if mode is None:
+    def _make_guard(self) -> NanGuard | None:
+        if self._options.guarding.nan_guard is None:
             return None
         return NanGuard(
-            mode,
-            most_returns,
+            self._options.guarding,
             engine=self._engine,
             coord=self._coord,
             store=self._store,
             events=self._events,
             observer=self._observer,
             one_save=self._saving.one_save,
-            on_error=self._report,
+            on_error=self._coord.report,
             on_return=self._saving.went_back,
         )
 
@@ -163,12 +131,12 @@ class Supervisor(Generic[SessionT]):
     @property
     def save_summaries_secs(self) -> float | None:
         """Seconds between summaries; ``None`` in a worker."""
-        return self._save_summaries_secs
+        return self._options.watching.save_summaries_secs if self._is_chief else None
 
     @property
     def save_model_secs(self) -> float | None:
         """Seconds between timed checkpoints; ``None`` in a worker."""
-        return self._saving.every_secs
+        return self._options.saving.save_model_secs if self._is_chief else None
 
     # --- the stop flag ---
 
@@ -233,20 +201,25 @@ class Supervisor(Generic[SessionT]):
         if step is not None and self._events is not None:
             self._events.started(step)
         threads: list[threading.Thread] = []
-        if self._events is not None and self._save_summaries_secs:
+        if self._events is not None and self.save_summaries_secs:
             if self._has_summaries:
                 summarise = functools.partial(self._engine.summarise, sess)
-                threads.append(self._service("summary", self._save_summaries_secs, sess, summarise))
+                threads.append(self._service("summary", self.save_summaries_secs, sess, summarise))
             if step is not None:
-                counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self._save_summaries_secs, sess, counter))
+                self._step_counter = StepCounter(self._engine, sess, self._events)
+                counting = WhileOpen(self._engine, sess, self._step_counter)
+                threads.append(
+                    StepCounterThread(
+                        self._coord, self.save_summaries_secs, target=counting, name="stepguard-step-counter"
+                    )
+                )
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
             checkpointer = self._saving.start(sess, step, self._guard)
-            if self._saving.every_secs:
-                threads.append(self._service("checkpoint", self._saving.every_secs, sess, checkpointer))
+            if self.save_model_secs:
+                threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
+        self._observer.session_ready(sess, step, self._recovered)
         for thread in threads:
             thread.start()
         return threads
@@ -264,14 +237,26 @@ class Supervisor(Generic[SessionT]):
         target = WhileOpen(self._engine, session, service)
         return LooperThread(self._coord, interval_secs, target=target, name=f"stepguard-{name}")
 
-    # --- the life of a session ---
+    # --- what an engine's Supervisor calls ---
 
-    def _open_session(
-        self, prepare: Callable[[], SessionT], start_standard_services: bool, *, waits_for_another: bool = False
+    def open_session(
+        self,
+        prepare: Callable[[], Prepared[SessionT]],
+        start_standard_services: bool,
+        *,
+        waits_for_another: bool = False,
+        on_open: Callable[[SessionT], object] | None = None,
     ) -> SessionT:
-        """A prepared session with its services running. What failed is closed again before the error leaves.
+        """A prepared session with its services running: what ``prepare_or_wait_for_session`` returns.
 
-        With ``waits_for_another`` the logdir is left, while the session is prepared, to the process that is waited for.
+        Args:
+            prepare: the engine's ``prepare``, with its arguments bound.
+            start_standard_services: whether to start the services: checkpoints, summaries, step rate.
+            waits_for_another: whether ``prepare`` waits for the chief of the logdir, in another process: the logdir is
+                left to that one meanwhile.
+            on_open: called with the session when its services run, for what the framework starts then.
+
+        What fails is closed before the error leaves.
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
@@ -282,11 +267,12 @@ class Supervisor(Generic[SessionT]):
         try:
             if start_standard_services and not waits_for_another:
                 self._begin_observation()
-            session = prepare()
+            prepared = prepare()
         except BaseException as error:
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
+        session, self._recovered = prepared.session, prepared.recovered
         self._is_running()
         try:
             self._engine.watch(session, self._save_before_close)
@@ -296,14 +282,27 @@ class Supervisor(Generic[SessionT]):
                 if self._logdir:
                     self.start_standard_services(session)
                 else:
-                    _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+                    self._engine.call_after_steps(session, 1, self._warn_of_no_logdir)
                     self._observer.session_ready(session, None, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None, None)
+            if on_open is not None:
+                on_open(session)
         except BaseException as error:
             self._give_up(session, error)
             raise
         return session
+
+    def managed(
+        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
+    ) -> AbstractContextManager[SessionT]:
+        """The context that a training loop lives in: what ``managed_session`` returns.
+
+        ``open_session`` gives the session, by :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
+        """
+        return ManagedSession(_Block(self, open_session, close_summary_writer))
+
+    # --- the life of a session ---
 
     def _warn_of_another_directory(self) -> None:
         logdir, here = self._logdir, os.getcwd()
@@ -316,9 +315,12 @@ class Supervisor(Generic[SessionT]):
                 os.path.join(here, logdir),
             )
 
+    def _warn_of_no_logdir(self) -> int:
+        """At the first step: a program that only reads or evaluates has nothing to lose."""
+        _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+        return sys.maxsize
+
     def _begin_observation(self) -> None:
-        if self._store is not None:
-            self._store.last_recovery = None
         if self._is_chief:
             self._saving.claim_logdir()
         self._observe()
@@ -330,30 +332,6 @@ class Supervisor(Generic[SessionT]):
             self._guard.end(was_asked=True)
         self._engine.close(session)
         self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
-
-    def _supervised(
-        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
-    ) -> AbstractContextManager[SessionT]:
-        """The context that a training loop lives in."""
-        return ManagedSession(
-            Run(
-                open=open_session,
-                request_stop=self.request_stop,
-                stop_at_boundary=self._stop_at_boundary,
-                note_end=self._note_end,
-                save=self._save_before_close,
-                stop=lambda: self.stop(close_summary_writer=close_summary_writer),
-                close=self._engine.close,
-                grace_secs=self._stop_grace_secs,
-                stops_on_sigterm=self._stop_on_sigterm,
-            )
-        )
-
-    def _stop_at_boundary(self, session: SessionT) -> None:
-        self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
-
-    def _note_end(self, reason: str) -> None:
-        self._stop_reason = reason
 
     def stop(
         self,
@@ -406,6 +384,7 @@ class Supervisor(Generic[SessionT]):
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
+                self._finish_counting()
                 self._saving.save_last(deadline)
         finally:
             if not self._saving.stop(deadline):
@@ -414,25 +393,22 @@ class Supervisor(Generic[SessionT]):
                 )
             self._saving.leave_logdir()
 
+    def _finish_counting(self) -> None:
+        counter, self._step_counter = self._step_counter, None
+        if counter is not None:
+            counter.finish()
+
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
         if self._is_of_parent():
             return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
+        self._finish_counting()
         try:
             self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
-            self._report(error)
-
-    def _report(self, error: BaseException) -> None:
-        """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
-        try:
-            self._coord.request_stop(error)
-        except BaseException as raised:
-            # After a join the coordinator raises in the thread that reports as well.
-            if raised is not error:
-                raise
+            self._coord.report(error)
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
@@ -480,6 +456,41 @@ def _call_within(secs: float, function: Callable[[], object]) -> None:
         call()  # Some versions of Python start no thread any more while the process ends.
     else:
         thread.join(secs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block(Generic[SessionT]):
+    """One run of a supervisor in a ``with`` block; see :class:`stepguard.managed_session.Supervision`."""
+
+    supervisor: Supervisor[SessionT]
+    open: Callable[[], SessionT]
+    close_summary_writer: bool
+
+    @property
+    def grace_secs(self) -> float:
+        return self.supervisor._stop_grace_secs
+
+    @property
+    def stops_on_sigterm(self) -> bool:
+        return self.supervisor._options.stopping.stop_on_sigterm
+
+    def request_stop(self, error: BaseException | None) -> None:
+        self.supervisor.request_stop(error)
+
+    def stop_at_boundary(self, session: SessionT) -> None:
+        self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
+
+    def note_end(self, reason: str) -> None:
+        self.supervisor._stop_reason = reason
+
+    def save(self) -> None:
+        self.supervisor._save_before_close()
+
+    def stop(self) -> None:
+        self.supervisor.stop(close_summary_writer=self.close_summary_writer)
+
+    def close(self, session: SessionT) -> None:
+        self.supervisor._engine.close(session)
 
 
 _unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()

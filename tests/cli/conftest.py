@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepguard.cli.main import cli
+from stepguard.options import Saving
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("logdirs")
@@ -48,7 +49,11 @@ def tensorflow_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             v1.get_variable("broken", initializer=tf.constant([1.0, float("nan"), float("-inf")]))
             train = v1.assign_add(step, 1)
             sv = Supervisor(
-                logdir=str(logdir), save_model_secs=0, save_at_end=True, save_summaries_secs=0, summary_op=None
+                logdir=str(logdir),
+                save_model_secs=0,
+                saving=Saving(save_at_end=True),
+                save_summaries_secs=0,
+                summary_op=None,
             )
             with sv.managed_session() as sess:
                 while sess.run(step) < last:
@@ -87,7 +92,7 @@ def _train(logdir: Path) -> None:
             patience=3,
         )
         state = {"model": model, "kinds": kinds}
-        sv = Supervisor(state, logdir=logdir, save_model_secs=0, save_at_end=True, save_summaries_secs=0)
+        sv = Supervisor(state, logdir=logdir, save_model_secs=0, saving=Saving(save_at_end=True), save_summaries_secs=0)
         with sv.managed_session() as sess:
             for step in sess.steps(max_steps=last):
                 with torch.no_grad():

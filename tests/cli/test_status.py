@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from stepguard.cli.main import cli
+from stepguard.options import Saving
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger
 from stepguard.watching.heartbeat import Heartbeat
@@ -45,7 +46,7 @@ def wait_until(condition, what):
 
 def train(logdir, steps, error=None):
     """A run in this process that ends, and has saved its last step then; by an error if there is one."""
-    sv = FakeSupervisor(str(logdir), save_at_end=True, save_model_secs=None, save_summaries_secs=None)
+    sv = FakeSupervisor(str(logdir), saving=Saving(save_at_end=True), save_model_secs=None, save_summaries_secs=None)
     with sv.managed_session() as session:
         for _ in range(steps):
             session.run_step()

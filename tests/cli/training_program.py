@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+from stepguard.options import Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import ledger
 
@@ -24,7 +25,7 @@ def train(logdir: str, what: str, steps: int) -> None:
         save_model_secs=None,
         save_model_steps=5,
         save_summaries_secs=None,
-        total_steps=10**9,
+        watching=Watching(total_steps=10**9),
     )
     with sv.managed_session() as session:
         first = session.step

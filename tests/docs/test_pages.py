@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import yaml
 from click.testing import CliRunner
 from pages import ALL, ROOT, Block, blocks, is_like, is_printed
 
+from stepguard import Guarding, Restoring, Saving, Stopping, Watching
 from stepguard.cli.main import cli
 from stepguard.store import CheckpointStore
 from stepguard.watching import heartbeat, ledger
@@ -212,6 +215,7 @@ def test_a_block_of_python_runs(ran, block):
 WORLD = {
     "torch": """
 import torch
+from stepguard import Saving
 from stepguard.torch import Supervisor
 
 torch.manual_seed(1)
@@ -220,7 +224,8 @@ for name, sizes, stops in (("digits", (64, 10), (300, 350, 400, 450, 500)), ("sm
     for stop in stops:
         model = torch.nn.Sequential(*layers[:-1])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        sv = Supervisor({"model": model, "optimizer": optimizer}, f"runs/{name}", save_model_secs=0, save_at_end=True)
+        saving = Saving(save_model_secs=0, save_at_end=True)
+        sv = Supervisor({"model": model, "optimizer": optimizer}, f"runs/{name}", saving=saving)
         with sv.managed_session() as sess:
             for step in sess.steps(max_steps=stop):
                 inputs = torch.randn(8, sizes[0])
@@ -384,12 +389,31 @@ def test_the_fields_of_a_heartbeat_are_documented():
 
 
 def test_each_metric_is_documented():
-    source = (ROOT / "src/stepguard/metrics.py").read_text()
+    source = (ROOT / "src/stepguard/watching/metrics.py").read_text()
     names = re.findall(r'^            "(\w+)": \(', source, re.MULTILINE)
     assert len(names) > 8
     text = section("docs/watching.md", "Metrics")
     missing = [name for name in names if not re.search(f"`stepguard_{name}(_total|_count)?`", text)]
     assert not missing
+
+
+def test_the_page_of_options_lists_each_with_its_group_its_default_and_who_has_it_as_a_keyword():
+    doors = {"TensorFlow": "stepguard.tensorflow", "PyTorch": "stepguard.torch"}
+    flat = {
+        name: inspect.signature(importlib.import_module(door).Supervisor).parameters for name, door in doors.items()
+    }
+    expected = []
+    for group in (Saving, Stopping, Watching, Guarding, Restoring):
+        for one in dataclasses.fields(group):
+            having = [name for name in doors if one.name in flat[name]]
+            column = "both" if len(having) == 2 else "".join(having)
+            expected.append((group.__name__, one.name, repr(one.default), column))
+    found, group = [], ""
+    for row in re.findall(r"^\|(.*)\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE)[2:]:
+        named, option, default, _, column = (cell.strip() for cell in row.split("|"))
+        group = re.sub(r".*=(\w+)\(.*", r"\1", named) or group
+        found.append((group, option.strip("`"), default.strip("`"), column))
+    assert found == expected
 
 
 # --- the site ---
@@ -452,11 +476,12 @@ def a_program_that_fails_once() -> None:
 
 FAILS_ONCE = """
 from pathlib import Path
+from stepguard import Saving
 from stepguard.testing import FakeSupervisor
 
 is_first = not Path("runs/digits").exists()
 for stop in (275, 350):
-    sv = FakeSupervisor("runs/digits", save_model_secs=None, save_at_end=True, save_summaries_secs=None)
+    sv = FakeSupervisor("runs/digits", saving=Saving(save_model_secs=None, save_at_end=True), save_summaries_secs=None)
     with sv.managed_session() as sess:
         while sess.step < stop:
             sess.run_step()

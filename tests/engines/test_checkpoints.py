@@ -14,6 +14,7 @@ import pytest
 from programs import EngineUnderTest, Gate, Program, wait_until
 
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NoGoodCheckpointError, SaveFailedError
+from stepguard.options import Saving
 from stepguard.store import CheckpointStore
 
 NEVER_SECS = 3600.0
@@ -132,12 +133,12 @@ class TestWhenTheyAreTaken:
         assert not (tmp_path / "checkpoint").exists()
 
     def test_without_a_timer_the_last_step_is_saved_if_that_is_asked_for(self, engine, tmp_path):
-        engine.program(tmp_path, save_model_secs=0, save_at_end=True).train(3)
+        engine.program(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True)).train(3)
 
         assert engine.saved(tmp_path) == {3: [3] * 6}
 
     def test_the_last_step_is_not_saved_if_that_is_not_asked_for(self, engine, tmp_path):
-        program = engine.program(tmp_path, save_model_secs=NEVER_SECS, save_at_end=False)
+        program = engine.program(tmp_path, save_model_secs=NEVER_SECS, saving=Saving(save_at_end=False))
 
         with program.sv.managed_session() as session:
             wait_until(lambda: engine.committed(tmp_path) == [0], "the first checkpoint")
@@ -146,7 +147,7 @@ class TestWhenTheyAreTaken:
         assert engine.committed(tmp_path) == [0]
 
     def test_every_so_many_steps(self, engine, tmp_path):
-        program = engine.program(tmp_path, save_model_secs=0, save_model_steps=4)
+        program = engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=4))
 
         with program.sv.managed_session() as session:
             for step in range(1, 11):
@@ -157,8 +158,8 @@ class TestWhenTheyAreTaken:
         assert engine.saved(tmp_path) == {step: [step] * 6 for step in (4, 8, 10)}
 
     def test_every_so_many_steps_goes_on_after_a_restart(self, engine, tmp_path):
-        engine.program(tmp_path, save_model_secs=0, save_model_steps=4).train(2)
-        program = engine.program(tmp_path, save_model_secs=0, save_model_steps=4)
+        engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=4)).train(2)
+        program = engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=4))
 
         with program.sv.managed_session() as session:
             program.run_steps(session, 2)
@@ -196,7 +197,7 @@ class TestWhenTheyAreTaken:
 
 class TestRetention:
     def test_the_last_five_are_kept(self, engine, tmp_path):
-        program = engine.program(tmp_path, save_model_secs=0, save_model_steps=1)
+        program = engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=1))
 
         with program.sv.managed_session() as session:
             for step in range(1, 9):
@@ -207,7 +208,7 @@ class TestRetention:
 
     def test_those_of_the_run_before_count(self, engine, tmp_path):
         for _ in range(7):
-            engine.program(tmp_path, save_model_secs=0, save_at_end=True).train(1)
+            engine.program(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True)).train(1)
 
         assert engine.committed(tmp_path) == [3, 4, 5, 6, 7]
         assert [path.name for path in tmp_path.iterdir() if "model.ckpt-1" in path.name] == []
@@ -218,7 +219,7 @@ class TestDamage:
     def logdir(self, engine, tmp_path) -> Path:
         """Holds the checkpoints of the steps 2, 4 and 6."""
         for _ in range(3):
-            engine.program(tmp_path, save_model_secs=0, save_at_end=True).train(2)
+            engine.program(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True)).train(2)
         assert engine.committed(tmp_path) == [2, 4, 6]
         return tmp_path
 
@@ -302,7 +303,7 @@ class TestFailingWrites:
 
     def test_that_never_end_stop_the_run_and_leave_the_checkpoints_before_them(self, engine, tmp_path):
         engine.program(tmp_path).train(2)
-        program = engine.program(tmp_path, save_model_secs=0.01, max_unprotected_secs=0)
+        program = engine.program(tmp_path, save_model_secs=0.01, saving=Saving(max_unprotected_secs=0))
         _fail_writes(program, [OSError(errno.ENOSPC, "no space") for _ in range(99)])
 
         with pytest.raises(SaveFailedError) as caught, program.sv.managed_session() as session:
@@ -313,7 +314,7 @@ class TestFailingWrites:
         assert engine.program(tmp_path).train(1) == 2
 
     def test_of_the_last_checkpoint_are_an_error_of_the_run(self, engine, tmp_path):
-        program = engine.program(tmp_path, save_model_secs=0, save_at_end=True, max_unprotected_secs=0)
+        program = engine.program(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True, max_unprotected_secs=0))
         _fail_writes(program, [OSError(errno.ENOSPC, "no space") for _ in range(99)])
 
         with pytest.raises(SaveFailedError), program.sv.managed_session() as session:

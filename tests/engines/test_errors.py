@@ -10,6 +10,7 @@ import pytest
 from programs import SOON_SECS, EngineUnderTest, Gate, Program, wait_until
 
 from stepguard.errors import SaveFailedError
+from stepguard.options import Saving, Stopping
 from stepguard.store import statefile
 
 
@@ -190,7 +191,7 @@ class TestInterrupts:
 
 class TestAThreadThatDoesNotStop:
     def test_is_waited_for_no_longer_than_the_grace_period_and_named(self, engine, tmp_path, gate: Gate):
-        program = engine.program(tmp_path, stop_grace_secs=0.3)
+        program = engine.program(tmp_path, stopping=Stopping(stop_grace_secs=0.3))
 
         with pytest.raises(RuntimeError, match="stuck-one"), program.sv.managed_session() as session:
             _start_stuck_thread(program, gate)
@@ -201,7 +202,7 @@ class TestAThreadThatDoesNotStop:
         assert not program.is_open(session)
 
     def test_is_only_warned_of_when_the_program_says_so(self, engine, tmp_path, gate: Gate, caplog):
-        program = engine.program(tmp_path, stop_grace_secs=0.3)
+        program = engine.program(tmp_path, stopping=Stopping(stop_grace_secs=0.3))
         session = program.open_session()
         program.run_step(session)
         _start_stuck_thread(program, gate)
@@ -213,7 +214,7 @@ class TestAThreadThatDoesNotStop:
         program.sv._engine.close(session)
 
     def test_does_not_hide_the_error_that_stopped_the_run(self, engine, tmp_path, gate: Gate):
-        program = engine.program(tmp_path, stop_grace_secs=0.3)
+        program = engine.program(tmp_path, stopping=Stopping(stop_grace_secs=0.3))
 
         with pytest.raises(BoomError) as caught, program.sv.managed_session():
             _start_stuck_thread(program, gate)
@@ -222,7 +223,7 @@ class TestAThreadThatDoesNotStop:
         assert [note for note in _notes(caught.value) if "stuck-one" in note]
 
     def test_does_not_cost_the_last_step(self, engine, tmp_path, gate: Gate):
-        program = engine.program(tmp_path, stop_grace_secs=0.3, save_model_secs=3600)
+        program = engine.program(tmp_path, stopping=Stopping(stop_grace_secs=0.3), save_model_secs=3600)
 
         with pytest.raises(RuntimeError, match="stuck-one"), program.sv.managed_session() as session:
             program.run_steps(session, 3)
@@ -234,7 +235,7 @@ class TestAThreadThatDoesNotStop:
 class TestAWriteThatDoesNotEnd:
     @pytest.mark.filterwarnings("ignore:Attempting to use a closed FileWriter:UserWarning")
     def test_is_waited_for_no_longer_than_the_grace_period(self, engine, tmp_path, gate: Gate):
-        program = engine.program(tmp_path, stop_grace_secs=0.3, save_model_secs=3600)
+        program = engine.program(tmp_path, stopping=Stopping(stop_grace_secs=0.3), save_model_secs=3600)
         program.intercept("write", gate.pass_through)
 
         with pytest.raises(SaveFailedError), program.sv.managed_session() as session:
@@ -249,12 +250,14 @@ class TestAWriteThatDoesNotEnd:
         wait_until(lambda: engine.committed(tmp_path), "the end of the write that was given up")
 
     def test_and_was_given_up_does_not_come_between_the_next_run_and_its_readers(self, engine, tmp_path, gate: Gate):
-        given_up = engine.program(tmp_path, stop_grace_secs=0.1, save_model_secs=0, save_at_end=True)
+        given_up = engine.program(
+            tmp_path, stopping=Stopping(stop_grace_secs=0.1), save_model_secs=0, saving=Saving(save_at_end=True)
+        )
         given_up.intercept("write", gate.pass_through)
         with pytest.raises(SaveFailedError), given_up.sv.managed_session() as session:
             given_up.run_step(session)
         writing = [thread for thread in threading.enumerate() if thread.name == "stepguard-writer"]
-        engine.program(tmp_path, save_model_secs=0, save_at_end=True).train(5)
+        engine.program(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True)).train(5)
 
         gate.open()
         for thread in writing:

@@ -10,10 +10,11 @@ import pytest
 from programs import EngineUnderTest, Program, wait_until
 
 from stepguard import NonFiniteError
+from stepguard.options import Guarding, Saving
 from stepguard.watching import ledger
 
 NAN = math.nan
-EVERY_FIFTH = {"save_model_secs": 0, "save_model_steps": 5, "save_summaries_secs": 0}
+EVERY_FIFTH = {"save_model_secs": 0, "saving": Saving(save_model_steps=5), "save_summaries_secs": 0}
 
 
 def train_to(program: Program, session: Any, step: int, *, saved: int, engine: EngineUnderTest, logdir: Path) -> None:
@@ -33,7 +34,7 @@ def wait_until_back(logdir: Path, *, times: int = 1) -> None:
 
 
 def test_a_number_that_is_not_finite_stops_a_loop_that_never_asks(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="stop", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="stop"), **EVERY_FIFTH)
 
     with pytest.raises(NonFiniteError, match=r"loss is inf at step 7\..*model\.ckpt-5 \(step 5\)") as caught:  # noqa: SIM117
         with program.sv.managed_session() as session:
@@ -49,7 +50,7 @@ def test_a_number_that_is_not_finite_stops_a_loop_that_never_asks(engine, tmp_pa
 
 
 def test_finite_numbers_are_nothing_to_stop_for(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="stop", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="stop"), **EVERY_FIFTH)
 
     with program.sv.managed_session() as session:
         for number in (0.0, -1e30, 1e30):
@@ -72,7 +73,7 @@ def test_without_the_guard_nothing_is_looked_at(engine, tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_saved_and_stops_the_run(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="stop", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="stop"), **EVERY_FIFTH)
 
     with pytest.raises(NonFiniteError, match=r"not finite at step 10: .*weight") as caught:  # noqa: SIM117
         with program.sv.managed_session() as session:
@@ -87,7 +88,9 @@ def test_a_state_that_is_not_finite_is_not_saved_and_stops_the_run(engine, tmp_p
 
 @pytest.mark.parametrize("mode", ["stop", "return"])
 def test_nor_is_it_saved_as_the_last(engine, mode, tmp_path):
-    program = engine.program(tmp_path, nan_guard=mode, save_model_secs=0, save_at_end=True)
+    program = engine.program(
+        tmp_path, guarding=Guarding(nan_guard=mode), save_model_secs=0, saving=Saving(save_at_end=True)
+    )
 
     with pytest.raises(NonFiniteError, match="not finite at step 2"), program.sv.managed_session() as session:
         program.run_steps(session, 2)
@@ -97,7 +100,7 @@ def test_nor_is_it_saved_as_the_last(engine, mode, tmp_path):
 
 
 def test_a_number_that_is_not_finite_takes_the_run_back(engine, tmp_path, caplog):
-    program = engine.program(tmp_path, nan_guard="return", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="return"), **EVERY_FIFTH)
 
     with program.sv.managed_session() as session:
         train_to(program, session, 7, saved=5, engine=engine, logdir=tmp_path)
@@ -114,7 +117,7 @@ def test_a_number_that_is_not_finite_takes_the_run_back(engine, tmp_path, caplog
 
 
 def test_a_state_that_is_not_finite_takes_the_run_back_and_the_step_is_saved_when_it_comes_again(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="return", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="return"), **EVERY_FIFTH)
 
     with program.sv.managed_session() as session:
         train_to(program, session, 8, saved=5, engine=engine, logdir=tmp_path)
@@ -129,7 +132,7 @@ def test_a_state_that_is_not_finite_takes_the_run_back_and_the_step_is_saved_whe
 
 
 def test_after_so_many_returns_the_run_stops_and_says_where_it_has_been(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="return", nan_returns=1, **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="return", nan_returns=1), **EVERY_FIFTH)
 
     with pytest.raises(NonFiniteError, match=r"returned 1 of at most 1 times.*nan at step 7: back to step 5"):  # noqa: SIM117
         with program.sv.managed_session() as session:
@@ -145,7 +148,7 @@ def test_after_so_many_returns_the_run_stops_and_says_where_it_has_been(engine, 
 
 
 def test_with_nothing_to_return_to_the_run_stops(engine, tmp_path):
-    program = engine.program(tmp_path, nan_guard="return", **EVERY_FIFTH)
+    program = engine.program(tmp_path, guarding=Guarding(nan_guard="return"), **EVERY_FIFTH)
 
     with pytest.raises(NonFiniteError, match="no checkpoint was saved in"), program.sv.managed_session() as session:
         program.run_step(session)
@@ -165,7 +168,7 @@ def test_what_is_damaged_or_was_saved_spoilt_by_a_run_without_a_guard_is_not_ret
         program.run_steps(session, 5)
     assert engine.committed(tmp_path) == [5, 10, 15]
 
-    guarded = engine.program(tmp_path, nan_guard="return", **EVERY_FIFTH)
+    guarded = engine.program(tmp_path, guarding=Guarding(nan_guard="return"), **EVERY_FIFTH)
     with guarded.sv.managed_session() as session:
         engine.damage(tmp_path, 10)
         guarded.report(session, NAN)
@@ -177,20 +180,20 @@ def test_what_is_damaged_or_was_saved_spoilt_by_a_run_without_a_guard_is_not_ret
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"nan_guard": "halt"}, "nan_guard must be 'stop', 'return' or None, got 'halt'"),
-        ({"nan_guard": True}, "nan_guard must be"),
-        ({"nan_returns": 0}, "nan_returns must be a number of returns >= 1, got 0"),
-        ({"nan_returns": 1.5}, "nan_returns must be"),
-        ({"nan_guard": "return", "save_model_secs": 0}, "needs checkpoints to return to"),
+        ({"nan_guard": "halt"}, ValueError, "nan_guard must be 'stop', 'return' or None, got 'halt'"),
+        ({"nan_guard": True}, ValueError, "nan_guard must be"),
+        ({"nan_returns": 0}, ValueError, "nan_returns must be a number of returns >= 1, got 0"),
+        ({"nan_returns": 1.5}, TypeError, "nan_returns must be"),
+        ({"nan_guard": "return"}, ValueError, "needs checkpoints to return to"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(engine, options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        engine.program(tmp_path, **options)
+def test_options_that_mean_nothing_are_refused(engine, options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        engine.program(tmp_path, guarding=Guarding(**options), save_model_secs=0)
 
 
 def test_without_a_logdir_a_run_can_stop_but_not_return(engine):
     with pytest.raises(ValueError, match="a chief with a logdir"):
-        engine.program(None, nan_guard="return")
+        engine.program(None, guarding=Guarding(nan_guard="return"))

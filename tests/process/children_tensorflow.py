@@ -19,8 +19,9 @@ import tensorflow as tf
 from model import Model, read, wrong
 from zygote import report
 
-from stepguard import files
+from stepguard import Watching, files
 from stepguard.errors import LogdirInUseError
+from stepguard.options import Stopping
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
@@ -92,13 +93,14 @@ def train(
 # ------------------------------------------------------------------------------------------------ signals
 
 
-def signalled(logdir: str, *, loop: str, **options: Any) -> None:
+def signalled(logdir: str, *, loop: str, stop_on_sigterm: bool = True, **options: Any) -> None:
     """Train in one of several ways until a signal comes, reporting each step that was done."""
     child.report_log()
     _handlers("before")
     with tf.Graph().as_default():
         blocking = _Input() if loop in ("blocked", "fed") else None
-        model, sv = build(logdir, threads=loop.startswith("threads"), **{"save_model_secs": 3600, **options})
+        options = {"save_model_secs": 3600, "stopping": Stopping(stop_on_sigterm=stop_on_sigterm), **options}
+        model, sv = build(logdir, threads=loop.startswith("threads"), **options)
         try:
             with sv.managed_session() as session:
                 _handlers("inside")
@@ -365,7 +367,7 @@ def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0
             filling = v1.assign_add(step, tf.cast(gradients.take_grad(1), tf.int64)).op
             train_op = gradients.apply_grad(1.0, local_step=10**6)
         v1.train.add_queue_runner(v1.train.QueueRunner(queue, [filling]))
-        options = {"peer_timeout_secs": 2} if kind == "silent" else {}
+        options = {"watching": Watching(peer_timeout_secs=2)} if kind == "silent" else {}
         sv = Supervisor(logdir=logdir, save_summaries_secs=0, summary_op=None, stop_grace_secs=2, **options)
         states_at_end.end(
             state,

@@ -6,7 +6,6 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import tensorflow as tf
 from model import Model, wrong
 
+from stepguard import options as groups
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.tensorflow import SessionManager, Supervisor
@@ -91,7 +91,11 @@ def ours(memory_path: Path) -> Run:
         with tf.Graph().as_default():
             model = Model()
             sv = Supervisor(
-                logdir=str(logdir), save_model_secs=0, save_at_end=True, save_summaries_secs=0, summary_writer=None
+                logdir=str(logdir),
+                save_model_secs=0,
+                saving=groups.Saving(save_at_end=True),
+                save_summaries_secs=0,
+                summary_writer=None,
             )
             with sv.managed_session() as session:
                 while model.step(session) < last:
@@ -125,7 +129,7 @@ class Restoring:
         from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
 
         store = CheckpointStore(logdir, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-        manager = SessionManager(graph=self.graph, restorer=Restorer(store, hold=lambda: nullcontext(True)))
+        manager = SessionManager(graph=self.graph, restorer=Restorer(store))
         with manager.prepare_session("", self.init_op, self.saver, str(logdir)) as session:
             state = self.model.state(session)
         step = int(state["global_step"])
@@ -143,9 +147,11 @@ def start(logdir: Path, **options: Any) -> tuple[int, dict[str, Any]]:
     with tf.Graph().as_default():
         model = Model()
         sv = Supervisor(
-            logdir=str(logdir), save_model_secs=0, save_summaries_secs=0, summary_writer=None, save_at_end=False,
-            **options,
-        )  # fmt: skip
+            logdir=str(logdir),
+            save_summaries_secs=0,
+            summary_writer=None,
+            **{"saving": groups.Saving(save_model_secs=0, save_at_end=False), **options},
+        )
         with sv.managed_session() as session:
             state = model.state(session)
         return int(state["global_step"]), state
@@ -388,7 +394,7 @@ class TestHalfOfACheckpoint:
             shutil.copy(one, stage / one.name.replace(f"-{NEWEST}", "-12"))
         shutil.copy(logdir / f"model.ckpt-{NEWEST}.data-00000-of-00001", logdir / "model.ckpt-12.data-00000-of-00001")
 
-        assert start(logdir, save_model_steps=1000)[0] == NEWEST
+        assert start(logdir, saving=groups.Saving(save_model_steps=1000))[0] == NEWEST
         assert warnings_in(caplog) == []
         assert not stage.exists()
 
@@ -411,7 +417,7 @@ class TestHalfOfACheckpoint:
             for one in logdir.glob(f"{oldest}.{suffix}*"):
                 one.unlink()
 
-        assert start(logdir, save_model_steps=1000)[0] == NEWEST
+        assert start(logdir, saving=groups.Saving(save_model_steps=1000))[0] == NEWEST
 
         assert warnings_in(caplog) == []
         assert not list(logdir.glob(f"{oldest}*"))
@@ -444,7 +450,7 @@ class TestWhenAllAreDamaged:
         logdir = ours.fresh()
         self.damage_all(logdir)
 
-        step, state = start(logdir, start_over_when_all_damaged=True)
+        step, state = start(logdir, restoring=groups.Restoring(start_over_when_all_damaged=True))
 
         assert step == 0
         assert wrong(0, state) == []
@@ -460,7 +466,7 @@ class TestWhenAllAreDamaged:
         logdir = ours.fresh()
         (logdir / f"model.ckpt-{NEWEST}.index").write_bytes(b"")
 
-        assert start(logdir, start_over_when_all_damaged=True)[0] == BEFORE
+        assert start(logdir, restoring=groups.Restoring(start_over_when_all_damaged=True))[0] == BEFORE
 
 
 def test_a_manifest_of_a_newer_stepguard_is_not_damage(ours: Run) -> None:

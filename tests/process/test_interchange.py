@@ -10,6 +10,7 @@ import tensorflow as tf
 from model import Model, read, wrong
 from zygote import Zygote
 
+from stepguard.options import Saving
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
@@ -23,7 +24,7 @@ def train(supervisor: Any, logdir: Path, steps: int, *, max_to_keep: int = 3) ->
     with tf.Graph().as_default():
         model = Model()
         saver = v1.train.Saver(max_to_keep=max_to_keep)
-        options: dict[str, Any] = {"save_model_steps": 1} if supervisor is OURS else {}
+        options: dict[str, Any] = {"saving": Saving(save_model_steps=1)} if supervisor is OURS else {}
         sv = supervisor(
             logdir=str(logdir), saver=saver, save_model_secs=0, save_summaries_secs=0, summary_writer=None, **options
         )

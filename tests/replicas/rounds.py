@@ -20,6 +20,8 @@ from typing import Any
 
 from cluster import Cluster, Task
 
+from stepguard.options import Watching
+
 PEER_TIMEOUT_SECS = 2.0
 FREEZE_SECS = 4.0
 
@@ -52,7 +54,7 @@ class Misfortune:
             # As quick as its own arguments make it.
             self._options["supervisor"] = {"recovery_wait_secs": 1}
         else:
-            self._options["supervisor"] = {"peer_timeout_secs": PEER_TIMEOUT_SECS}
+            self._options["supervisor"] = {"watching": Watching(peer_timeout_secs=PEER_TIMEOUT_SECS)}
         for index in range(2):
             self._cluster.serve(index)
         for index in range(3):

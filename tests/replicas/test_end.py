@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from stepguard.options import Watching
+
 
 def test_a_chief_that_finishes_first_leaves_the_workers_to_finish(cluster):
     cluster.serve()
@@ -51,7 +53,7 @@ def test_a_task_ends_in_time_when_its_server_died_for_good(cluster):
 
 def test_a_task_ends_in_time_when_its_server_is_silent_for_good(cluster):
     cluster.serve()
-    bound = {"peer_timeout_secs": 1}
+    bound = {"watching": Watching(peer_timeout_secs=1)}
     chief = cluster.train(0, retry=False, supervisor=bound)
     worker = cluster.train(1, retry=False, supervisor=bound)
     worker.wait_for_step(50)

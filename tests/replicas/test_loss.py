@@ -7,6 +7,8 @@ import time
 import pytest
 from cluster import restored_step
 
+from stepguard.options import Watching
+
 
 def test_a_killed_chief_joins_the_live_model_and_does_not_roll_it_back(cluster):
     cluster.serve()
@@ -101,7 +103,7 @@ def test_everything_killed_at_once_resumes_from_the_newest_commit(cluster):
 @pytest.mark.parametrize("role", ["chief", "worker"])
 def test_a_silent_server_is_noticed_within_the_bound(cluster, role):
     cluster.serve()
-    bound = {"peer_timeout_secs": 2}
+    bound = {"watching": Watching(peer_timeout_secs=2)}
     chief = cluster.train(0, supervisor=bound)
     worker = cluster.train(1, supervisor=bound)
     worker.wait_for_step(50)
@@ -122,7 +124,7 @@ def test_a_silent_server_is_noticed_within_the_bound(cluster, role):
 def test_a_frozen_worker_blames_nobody_when_it_goes_on(cluster):
     cluster.serve()
     cluster.train(0)
-    worker = cluster.train(1, supervisor={"peer_timeout_secs": 1})
+    worker = cluster.train(1, supervisor={"watching": Watching(peer_timeout_secs=1)})
     worker.wait_for_step(50)
     worker.freeze()
     cluster.chief.process.join(3)
@@ -133,7 +135,7 @@ def test_a_frozen_worker_blames_nobody_when_it_goes_on(cluster):
 
 def test_a_slow_step_is_no_silent_server(cluster):
     cluster.serve()
-    chief = cluster.train(0, "slow_step", secs=3.0, supervisor={"peer_timeout_secs": 1})
+    chief = cluster.train(0, "slow_step", secs=3.0, supervisor={"watching": Watching(peer_timeout_secs=1)})
     assert chief.wait_for("step")["took_secs"] >= 3
     assert chief.join() == 0, chief.story()
 

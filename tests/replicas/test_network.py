@@ -7,6 +7,8 @@ import time
 import pytest
 from cluster import Link
 
+from stepguard.options import Watching
+
 pytestmark = pytest.mark.skipif(not Link.is_possible(), reason="network namespaces need root and iproute2")
 
 
@@ -14,7 +16,7 @@ def test_a_cut_link_is_noticed_within_the_bound_and_nothing_is_rolled_back(make_
     with Link() as link:
         cluster = make_cluster(link=link)
         cluster.serve()
-        bound = {"peer_timeout_secs": 2}
+        bound = {"watching": Watching(peer_timeout_secs=2)}
         for index in range(2):
             cluster.train(index, supervisor=bound)
         for task in cluster.workers:
@@ -38,7 +40,7 @@ def test_a_short_cut_costs_nothing(make_cluster):
         cluster = make_cluster(link=link)
         cluster.serve()
         for index in range(2):
-            cluster.train(index, supervisor={"peer_timeout_secs": 20})
+            cluster.train(index, supervisor={"watching": Watching(peer_timeout_secs=20)})
         cluster.chief.wait_for_step(50)
         link.cut()
         cluster.chief.process.join(2)

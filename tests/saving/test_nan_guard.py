@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stepguard.errors import NonFiniteError
+from stepguard.options import Guarding, Saving
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, FakeSession, FakeSupervisor
 from stepguard.testing.engine import FakeSnapshot
@@ -29,9 +30,9 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def guarded(logdir: Path, mode: str = "return", **options: Any) -> FakeSupervisor:
+def guarded(logdir: Path, mode: str = "return", nan_returns: int = 3, **options: Any) -> FakeSupervisor:
     given = {"save_summaries_secs": 0, "save_model_secs": 0, "save_model_steps": 5, "size": 2, **options}
-    return FakeSupervisor(str(logdir), nan_guard=mode, **given)
+    return FakeSupervisor(str(logdir), guarding=Guarding(nan_guard=mode, nan_returns=nan_returns), **given)
 
 
 def run_to(session: FakeSession, step: int) -> None:
@@ -90,7 +91,7 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 7)
-            with session.boundary:
+            with session.in_step():
                 reporter = threading.Thread(target=session.report, args=(NAN,))
                 reporter.start()
                 wait_until(lambda: supervisor._guard._sight is not None)
@@ -118,11 +119,12 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 9)
-            supervisor._observer._look(session)
+            meter = supervisor._observer._watch.meter
+            meter.look()
             session.report(NAN)
-            supervisor._observer._look(session)
+            meter.look()
             assert supervisor._observer.now.step == 5
-            assert [step for _, step in supervisor._observer._rates] == [5]
+            assert [step for _, step in meter._rates] == [5]
             session.run_step()
 
     def test_to_a_checkpoint_that_cannot_be_restored_is_an_error_with_its_cause(self, tmp_path):
@@ -132,10 +134,10 @@ class TestAReturn:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
 
-                def fail(*_: object) -> None:
+                def fail(*_: object, **__: object) -> None:
                     raise broken
 
-                supervisor.engine.return_to = fail
+                supervisor.engine.restore = fail
                 session.report(NAN)
                 session.run_step()
         assert caught.value.__cause__ is broken
@@ -157,7 +159,7 @@ class TestALoopThatEnds:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
                 run_to(session, 7)
-                with session.boundary:
+                with session.in_step():
                     reporter = threading.Thread(target=session.report, args=(NAN,))
                     reporter.start()
                     wait_until(lambda: supervisor._guard._sight is not None)
@@ -207,7 +209,7 @@ class TestALoopThatEnds:
 
 class TestASnapshot:
     def test_that_was_taken_after_the_number_is_not_committed(self, tmp_path):
-        supervisor = guarded(tmp_path, "stop", save_model_steps=None, save_at_end=True)
+        supervisor = guarded(tmp_path, "stop", save_model_steps=None, saving=Saving(save_at_end=True))
         with pytest.raises(NonFiniteError), supervisor.managed_session() as session:
             run_to(session, 3)
             session.report(NAN)
@@ -239,7 +241,7 @@ class TestASnapshot:
 
 
 def test_without_services_and_a_logdir_a_number_still_stops_the_run():
-    supervisor = FakeSupervisor(nan_guard="stop")
+    supervisor = FakeSupervisor(guarding=Guarding(nan_guard="stop"))
     with pytest.raises(NonFiniteError, match="loss is nan") as caught, supervisor.managed_session(False) as session:
         session.report(NAN)
         while True:

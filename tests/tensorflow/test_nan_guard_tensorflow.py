@@ -13,6 +13,7 @@ from graphs import committed, counting_step, wait_until
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from stepguard import NonFiniteError
+from stepguard.options import Guarding, Saving
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 from stepguard.tensorflow.checkpoint import snapshot as snapshots
@@ -30,7 +31,7 @@ class Fed:
         self.given = v1.placeholder(tf.float32, [], name="given")
         with tf.control_dependencies([self.train]):
             self.loss = tf.identity(self.given, name="loss")
-        options = {"save_summaries_secs": 0, "save_model_secs": 0, "save_model_steps": 5, **options}
+        options = {"save_summaries_secs": 0, "save_model_secs": 0, "saving": Saving(save_model_steps=5), **options}
         self.sv = Supervisor(logdir=logdir, **options)
         self.logdir = logdir
 
@@ -54,7 +55,7 @@ def fetches(fed: Fed) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "dictionary", "name"])
 def test_a_loss_that_a_step_returns_stops_the_run(graph, kind, tmp_path):
-    fed = Fed(tmp_path, nan_guard="stop")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="stop"))
     with pytest.raises(NonFiniteError, match=r"loss:0 is nan at step 2") as caught, fed.sv.managed_session() as session:
         fed.steps(session, 1)
         session.run(fetches(fed)[kind], {fed.given: NAN})
@@ -71,7 +72,7 @@ def test_so_does_one_that_a_callable_returns(graph, way, tmp_path):
     given = v1.placeholder_with_default(tf.constant(NAN), [], name="given")
     with tf.control_dependencies([count]):
         loss = tf.identity(given, name="loss")
-    sv = Supervisor(logdir=tmp_path, nan_guard="stop", save_model_secs=0)
+    sv = Supervisor(logdir=tmp_path, guarding=Guarding(nan_guard="stop"), save_model_secs=0)
     with pytest.raises(NonFiniteError, match="loss:0 is nan at step 1"), sv.managed_session() as session:
         if way == "with feeds":
             session.make_callable([loss], [given])(NAN)
@@ -84,7 +85,7 @@ def test_so_does_one_that_a_callable_returns(graph, way, tmp_path):
 
 
 def test_a_number_of_a_run_that_is_no_step_is_the_programs_own_affair(graph, tmp_path):
-    fed = Fed(tmp_path, nan_guard="stop")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="stop"))
     with fed.sv.managed_session() as session:
         assert math.isnan(session.run(fed.given, {fed.given: NAN}))
         fed.steps(session, 1)
@@ -94,14 +95,14 @@ def test_a_number_of_a_run_that_is_no_step_is_the_programs_own_affair(graph, tmp
 
 def test_what_the_summary_service_computes_is_looked_at(graph, tmp_path):
     v1.summary.scalar("accuracy", tf.constant(NAN))
-    fed = Fed(tmp_path, nan_guard="stop", save_summaries_secs=0.01)
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="stop"), save_summaries_secs=0.01)
     with pytest.raises(NonFiniteError, match="accuracy is nan"), fed.sv.managed_session() as session:
         while True:
             fed.steps(session, 1)
 
 
 def test_the_next_step_after_a_loss_that_is_not_finite_is_one_of_the_model_put_back(graph, tmp_path):
-    fed = Fed(tmp_path, nan_guard="return")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="return"))
     with fed.sv.managed_session() as session:
         fed.steps_until_saved(session, 5)
         fed.steps(session, 2)
@@ -124,7 +125,7 @@ def test_the_next_step_after_a_loss_that_is_not_finite_is_one_of_the_model_put_b
 
 
 def test_what_the_program_has_saved_by_its_saver_is_not_returned_to(graph, tmp_path):
-    fed = Fed(tmp_path, nan_guard="return")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="return"))
     with fed.sv.managed_session() as session:
         fed.steps_until_saved(session, 5)
         fed.steps(session, 2)
@@ -138,7 +139,7 @@ def test_what_the_program_has_saved_by_its_saver_is_not_returned_to(graph, tmp_p
 def test_local_variables_and_the_program_s_feeds_go_on(graph, tmp_path):
     seen = v1.get_local_variable("seen", [], tf.int32, v1.zeros_initializer())
     count = seen.assign_add(1).op
-    fed = Fed(tmp_path, nan_guard="return")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="return"))
     with fed.sv.managed_session() as session:
         session.run(count)
         fed.steps_until_saved(session, 5)
@@ -155,7 +156,7 @@ def test_a_session_without_the_guard_is_as_it_was(graph, tmp_path):
 
 
 def test_a_closed_session_is_watched_no_longer(graph, tmp_path):
-    fed = Fed(tmp_path, nan_guard="stop")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="stop"))
     with fed.sv.managed_session() as session:
         assert "run" in vars(session)
         session.close()
@@ -163,7 +164,7 @@ def test_a_closed_session_is_watched_no_longer(graph, tmp_path):
 
 
 def test_a_model_that_is_shared_is_not_put_back(graph, tmp_path):
-    fed = Fed(tmp_path, nan_guard="return")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="return"))
     with pytest.raises(RuntimeError, match="the master is 'local'"):
         fed.sv.prepare_or_wait_for_session("local")
     fed.sv.summary_writer.close()
@@ -173,7 +174,7 @@ def test_a_worker_can_stop_and_not_return(graph):
     with tf.device("/cpu:0"):
         counting_step()
     with pytest.raises(ValueError, match="a chief with a logdir"):
-        Supervisor(is_chief=False, nan_guard="return")
+        Supervisor(is_chief=False, guarding=Guarding(nan_guard="return"))
 
 
 def test_a_saver_that_writes_by_means_of_its_own_is_refused(graph, tmp_path):
@@ -183,13 +184,13 @@ def test_a_saver_that_writes_by_means_of_its_own_is_refused(graph, tmp_path):
 
     counting_step()
     with pytest.raises(ValueError, match="this saver writes by means of its own"):
-        Supervisor(logdir=tmp_path, saver=OwnSaver(), nan_guard="stop")
+        Supervisor(logdir=tmp_path, saver=OwnSaver(), guarding=Guarding(nan_guard="stop"))
 
 
 def test_what_the_saver_has_to_write_itself_is_put_into_quarantine(graph, tmp_path, monkeypatch):
     # As if the tensors did not fit into one message.
     monkeypatch.setattr(snapshots, "_LARGEST_MESSAGE_BYTES", 0)
-    fed = Fed(tmp_path, nan_guard="stop")
+    fed = Fed(tmp_path, guarding=Guarding(nan_guard="stop"))
     graph._unsafe_unfinalize()
     spoil = v1.global_variables("w")[0].assign([NAN, 0.0])
     graph.finalize()

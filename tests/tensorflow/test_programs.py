@@ -18,6 +18,7 @@ import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 
 from stepguard.errors import StopRequested
+from stepguard.options import Restoring, Saving
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import SessionManager, Supervisor
 from stepguard.tensorflow import engine as engine_module
@@ -182,7 +183,7 @@ class TestSaversOfTheProgramsOwn:
 
         tried: list[str] = []
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_model_steps=5)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, saving=Saving(save_model_steps=5))
         with supervisor.managed_session() as session:
             for _ in range(5):
                 session.run(step)
@@ -204,7 +205,7 @@ class TestSaversOfTheProgramsOwn:
 
         tried: list[str] = []
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Own(), save_model_secs=0, saving=Saving(save_at_end=True))
         with supervisor.managed_session() as session:
             for _ in range(3):
                 session.run(step)
@@ -212,9 +213,26 @@ class TestSaversOfTheProgramsOwn:
         assert tried
         assert committed(tmp_path) == [3]
 
+    @pytest.mark.parametrize(("saves", "named"), [(True, "model.ckpt-2"), (False, "")])
+    def test_that_do_not_say_what_they_wrote_are_logged_with_what_is_there(self, graph, tmp_path, caplog, saves, named):
+        class Silent(v1.train.Saver):
+            def save(self, *arguments: Any, **options: Any) -> None:
+                if saves:
+                    super().save(*arguments, write_meta_graph=False, **options)
+
+        step = counting_step()
+        supervisor = Supervisor(logdir=str(tmp_path), saver=Silent(), save_model_secs=0, save_at_end=True)
+        with caplog.at_level(logging.INFO, "stepguard"), supervisor.managed_session() as session:
+            for _ in range(2):
+                session.run(step)
+
+        (line,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("saved step")]
+        assert line.startswith(f"saved step 2 to {tmp_path / named} in "), line
+        assert committed(tmp_path) == ([2] if saves else [])
+
     def test_that_write_over_a_committed_step_leave_a_good_checkpoint(self, graph, tmp_path, caplog):
         step, own = counting_step(), v1.train.Saver()
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_model_steps=1)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_model_steps=1))
         with supervisor.managed_session() as session:
             session.run(step)
             wait_until(lambda: committed(tmp_path) == [1], "the checkpoint")
@@ -222,6 +240,27 @@ class TestSaversOfTheProgramsOwn:
 
         assert train(tmp_path, 0) == 1
         assert "damaged" not in caplog.text
+
+
+class TestWithoutALogdir:
+    def test_who_only_reads_is_not_warned_of_a_run_that_a_crash_would_lose(self, graph, caplog):
+        counting_step()
+        accuracy, update = v1.metrics.mean(v1.global_variables()[0])
+        with Supervisor().managed_session() as session:
+            for _ in range(3):
+                session.run(update)
+            session.run(accuracy)
+
+        assert "logdir" not in caplog.text
+
+    def test_who_trains_is_warned_once_at_the_first_step(self, graph, caplog):
+        step = counting_step()
+        with Supervisor().managed_session() as session:
+            assert "logdir" not in caplog.text
+            for _ in range(3):
+                session.run(step)
+
+        assert caplog.text.count("no logdir was given") == 1
 
 
 class TestGoingBack:
@@ -287,7 +326,7 @@ class TestEvaluators:
         with ThreadPoolExecutor(1) as pool:
             evaluation = pool.submit(evaluate)
             wait_until(lambda: holds, "a check")
-            train(tmp_path, 4, save_model_secs=0, save_at_end=True)
+            train(tmp_path, 4, save_model_secs=0, saving=Saving(save_at_end=True))
             assert evaluation.result(60) == 4
         assert not any(holds)
 
@@ -318,7 +357,7 @@ class TestErrorsOfTheProgram:
                 v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=1)
         with tf.Graph().as_default(), tf.device("/gpu:7"):
             counting_step()
-            supervisor = Supervisor(logdir=str(tmp_path), start_over_when_all_damaged=True)
+            supervisor = Supervisor(logdir=str(tmp_path), restoring=Restoring(start_over_when_all_damaged=True))
             with pytest.raises(tf.errors.InvalidArgumentError, match="device"), supervisor.managed_session():
                 pass
 

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.options import Restoring, Saving
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
@@ -40,7 +41,9 @@ def write_ours(logdir: Path, steps: int, **shapes: Any) -> None:
     with tf.Graph().as_default():
         step, *_ = model(**shapes)
         raise_step = step.assign_add(steps)
-        with Supervisor(logdir=str(logdir), save_model_secs=0, save_at_end=True).managed_session() as session:
+        with Supervisor(
+            logdir=str(logdir), save_model_secs=0, saving=Saving(save_at_end=True)
+        ).managed_session() as session:
             session.run(raise_step)
 
 
@@ -190,7 +193,9 @@ def started(logdir: Path) -> list[Any]:
     """The values that a run begins with."""
     with tf.Graph().as_default():
         variables = model(**SHAPES)
-        supervisor = Supervisor(logdir=str(logdir), save_model_secs=3600, save_at_end=False, save_summaries_secs=0)
+        supervisor = Supervisor(
+            logdir=str(logdir), save_model_secs=3600, saving=Saving(save_at_end=False), save_summaries_secs=0
+        )
         with supervisor.managed_session() as session:
             return [np.unique(value).tolist() for value in session.run(variables)]
 
@@ -269,7 +274,7 @@ class TestDamageOfCheckpointsWithoutAManifest:
             cut(logdir / f"model.ckpt-{step}.data-00000-of-00001", 0.5)
         variables = model(**SHAPES)
 
-        supervisor = Supervisor(logdir=str(logdir), start_over_when_all_damaged=True)
+        supervisor = Supervisor(logdir=str(logdir), restoring=Restoring(start_over_when_all_damaged=True))
         with supervisor.managed_session() as session:
             assert session.run(variables[0]) == 0
 
@@ -293,7 +298,9 @@ class TestWhereCheckpointsLie:
     def test_under_another_basename(self, tmp_path, graph):
         step, *_ = model(a=[1])
         raise_step = step.assign_add(3)
-        supervisor = Supervisor(logdir=str(tmp_path), checkpoint_basename="other", save_at_end=True, save_model_secs=0)
+        supervisor = Supervisor(
+            logdir=str(tmp_path), checkpoint_basename="other", saving=Saving(save_at_end=True), save_model_secs=0
+        )
         with supervisor.managed_session() as session:
             session.run(raise_step)
 
@@ -408,7 +415,7 @@ def train_with(kind: Any, logdir: Path, **saver: Any) -> int:
     with tf.Graph().as_default():
         step = v1.train.get_or_create_global_step()
         raise_step = step.assign_add(1)
-        options = {"save_at_end": True} if kind is Supervisor else {}
+        options = {"saving": Saving(save_at_end=True)} if kind is Supervisor else {}
         supervisor = kind(
             logdir=str(logdir),
             saver=v1.train.Saver(**saver),

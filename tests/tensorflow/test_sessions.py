@@ -13,6 +13,7 @@ import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
+from stepguard.options import Saving
 from stepguard.tensorflow import SessionManager, Supervisor
 from stepguard.tensorflow import boundary as boundary_module
 
@@ -33,7 +34,7 @@ class TestBlockedThreads:
         empty, full = v1.FIFOQueue(1, tf.int32, name="empty"), v1.FIFOQueue(1, tf.int32, name="full")
         take, put = empty.dequeue(), full.enqueue(1)
         cancel = [empty.close(cancel_pending_enqueues=True), full.close(cancel_pending_enqueues=True)]
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_model_steps=1)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_model_steps=1))
 
         with ThreadPoolExecutor(2) as pool, supervisor.managed_session() as session:
             session.run(put)
@@ -54,7 +55,7 @@ class TestBlockedThreads:
         step = counting_step()
         queue = v1.FIFOQueue(100, tf.int32)
         put, size = queue.enqueue(1), queue.size()
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True))
 
         with ThreadPoolExecutor(1) as pool, supervisor.managed_session() as session:
             with session.boundary.hold("a checkpoint that takes long"):
@@ -106,7 +107,7 @@ class TestBlockedThreads:
         queue = v1.FIFOQueue(1, tf.float32, shapes=[()])
         w = v1.get_variable("w", [], tf.float32, v1.zeros_initializer())
         train, raised = w.assign_add(queue.dequeue(), name="train_on_input"), w.assign_add(1.0)
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True))
 
         with ThreadPoolExecutor(1) as pool:
             with supervisor.managed_session() as session:
@@ -124,7 +125,11 @@ class TestBlockedThreads:
         v1.summary.scalar("input", queue.dequeue())
         close = queue.close(cancel_pending_enqueues=True)
         supervisor = Supervisor(
-            logdir=str(tmp_path), save_model_secs=0, save_model_steps=1, save_summaries_secs=0.01, stop_grace_secs=20
+            logdir=str(tmp_path),
+            save_model_secs=0,
+            saving=Saving(save_model_steps=1),
+            save_summaries_secs=0.01,
+            stop_grace_secs=20,
         )
 
         with supervisor.managed_session() as session:
@@ -149,7 +154,9 @@ class TestWaysToRun:
         fed = v1.placeholder_with_default(1.0, [], name="fed")
         w = v1.get_variable("w", [], tf.float32, v1.zeros_initializer(), use_resource=False)
         train = v1.assign_add(w, fed, name="train")
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True, global_step=None)
+        supervisor = Supervisor(
+            logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True), global_step=None
+        )
 
         with supervisor.managed_session() as session:
             steps_before = session.boundary.steps
@@ -179,7 +186,7 @@ class TestWaysToRun:
     def test_a_failing_step_ends_as_well(self, graph, tmp_path):
         counting_step()
         fails = v1.global_variables()[0].assign_add(tf.zeros([2]) / v1.placeholder(tf.float32, [2]))
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True))
 
         with supervisor.managed_session() as session:
             with pytest.raises(tf.errors.InvalidArgumentError):
@@ -189,7 +196,7 @@ class TestWaysToRun:
 
     def test_goes_on_where_ctrl_c_has_left_a_lock_of_tensorflows_locked(self, graph, tmp_path):
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_at_end=True)
+        supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True))
 
         with ThreadPoolExecutor(1) as pool:
             with supervisor.managed_session() as session:
@@ -237,7 +244,7 @@ def test_a_session_wrapped_by_tensorflows_debugger_trains_and_is_saved(graph, tm
 
 def test_a_graph_that_is_unfinalised_and_extended_goes_on_being_saved(graph, tmp_path):
     step = counting_step()
-    supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, save_model_steps=1)
+    supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_model_steps=1))
 
     with supervisor.managed_session() as session:
         session.run(step)

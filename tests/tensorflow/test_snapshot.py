@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from graphs import committed, counting_step, wait_until
 
+from stepguard.options import Saving
 from stepguard.tensorflow import Supervisor
 from stepguard.tensorflow.checkpoint.files import write_bundle
 from stepguard.tensorflow.checkpoint.snapshot import TensorSnapshot, as_step, plan
@@ -296,7 +297,7 @@ class TestOurCheckpointsAreOrdinaryOnes:
     def test_the_options_of_the_saver_hold(self, tmp_path, graph):
         step = counting_step()
         saver = v1.train.Saver(max_to_keep=2, save_relative_paths=True, pad_step_number=True)
-        supervisor = Supervisor(logdir=str(tmp_path), saver=saver, save_model_secs=0, save_model_steps=1)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=saver, save_model_secs=0, saving=Saving(save_model_steps=1))
         with supervisor.managed_session() as session:
             for number in range(1, 5):
                 session.run(step)

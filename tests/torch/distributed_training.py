@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
+from stepguard.options import Guarding
 from stepguard.torch import Session, Supervisor
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
-        nan_guard="stop" if args.nan else None,
+        guarding=Guarding(nan_guard="stop" if args.nan else None),
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from stepguard.options import Saving
 from stepguard.torch import Supervisor, Values
 
 BEFORE, NEWEST = 3, 6
@@ -32,7 +33,7 @@ class Program:
             {"model": self.model, "optimizer": self.optimizer, "values": self.values},
             logdir,
             save_model_secs=0,
-            save_at_end=True,
+            saving=Saving(save_at_end=True),
             save_summaries_secs=0,
             summary_writer=Unwritten(),
         )

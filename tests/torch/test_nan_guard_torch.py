@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from stepguard import NonFiniteError
+from stepguard.options import Guarding
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
-from stepguard.torch.checkpoint.state import non_finite
+from stepguard.torch.checkpoint.snapshot import non_finite
 
 NAN = math.nan
 EVERY_FIFTH = {"save_summaries_secs": 0, "save_model_secs": 0, "save_model_steps": 5}
@@ -62,7 +63,7 @@ def committed(logdir: Path) -> list[int | None]:
 
 
 def test_the_model_goes_back_and_the_data_goes_on(tmp_path):
-    line = Line(tmp_path, nan_guard="return")
+    line = Line(tmp_path, guarding=Guarding(nan_guard="return"))
     with line.sv.managed_session() as session:
         for number, (inputs,) in enumerate(session.steps(line.loader, max_steps=12)):
             if number == 7:
@@ -88,13 +89,13 @@ def test_the_model_goes_back_and_the_data_goes_on(tmp_path):
 
 
 def test_a_run_that_was_put_back_is_resumed_like_any_other(tmp_path):
-    line = Line(tmp_path, nan_guard="return")
+    line = Line(tmp_path, guarding=Guarding(nan_guard="return"))
     with line.sv.managed_session() as session:
         for number, (inputs,) in enumerate(session.steps(line.loader, max_steps=10)):
             if number == 6:
                 line.wait_until_saved()
             line.step(session, inputs, is_bad=number == 6)
-    again = Line(tmp_path, nan_guard="return")
+    again = Line(tmp_path, guarding=Guarding(nan_guard="return"))
     with again.sv.managed_session() as session:
         for (inputs,) in session.steps(again.loader, max_steps=13):
             again.step(session, inputs)
@@ -105,7 +106,7 @@ def test_a_run_that_was_put_back_is_resumed_like_any_other(tmp_path):
 
 
 def test_a_loop_whose_last_step_was_bad_does_it_again(tmp_path):
-    line = Line(tmp_path, nan_guard="return")
+    line = Line(tmp_path, guarding=Guarding(nan_guard="return"))
     with line.sv.managed_session() as session:
         for number, (inputs,) in enumerate(session.steps(line.loader, max_steps=8)):
             if number == 7:
@@ -117,7 +118,7 @@ def test_a_loop_whose_last_step_was_bad_does_it_again(tmp_path):
 
 
 def test_a_bad_loss_ends_the_loop(tmp_path):
-    line = Line(tmp_path, nan_guard="stop")
+    line = Line(tmp_path, guarding=Guarding(nan_guard="stop"))
     with pytest.raises(NonFiniteError, match="loss is nan at step 2"), line.sv.managed_session() as session:
         for inputs, *_ in session.steps(line.loader):
             line.step(session, inputs, is_bad=session.global_step == 2)
@@ -131,7 +132,7 @@ def test_other_summaries_are_looked_at_too(by, tmp_path):
     model = torch.nn.Linear(1, 1)
     service = {"summaries": lambda: {"norm": torch.tensor(math.inf)}, "save_summaries_secs": 0.01}
     options = service if by == "summaries" else {"save_summaries_secs": 0}
-    sv = Supervisor({"model": model}, tmp_path, nan_guard="stop", save_model_secs=0, **options)
+    sv = Supervisor({"model": model}, tmp_path, guarding=Guarding(nan_guard="stop"), save_model_secs=0, **options)
     with pytest.raises(NonFiniteError, match="norm is inf"), sv.managed_session() as session:
         for _ in session.steps():
             if by == "summary_computed":
@@ -139,7 +140,7 @@ def test_other_summaries_are_looked_at_too(by, tmp_path):
 
 
 def test_a_summary_is_looked_at_without_a_logdir(tmp_path):
-    sv = Supervisor({"model": torch.nn.Linear(1, 1)}, nan_guard="stop")
+    sv = Supervisor({"model": torch.nn.Linear(1, 1)}, guarding=Guarding(nan_guard="stop"))
     with pytest.raises(NonFiniteError, match="loss is nan"), sv.managed_session() as session:
         for _ in session.steps():
             session.summary({"loss": torch.tensor(NAN)})
@@ -148,7 +149,7 @@ def test_a_summary_is_looked_at_without_a_logdir(tmp_path):
 def test_several_processes_can_stop_and_not_return(tmp_path, monkeypatch):
     monkeypatch.setattr("stepguard.torch.supervisor.world", lambda: (1, 2))
     with pytest.raises(ValueError, match="for a run of one process"):
-        Supervisor({"model": torch.nn.Linear(1, 1)}, tmp_path, nan_guard="return")
+        Supervisor({"model": torch.nn.Linear(1, 1)}, tmp_path, guarding=Guarding(nan_guard="return"))
 
 
 class TestWhatIsNotFinite:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from stepguard.torch import Supervisor
-from stepguard.torch.checkpoint.state import CopyStreams, HostMemory
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory
 
 STEPS, STOP = 6, 3
 

@@ -13,10 +13,11 @@ from torch import nn
 from training import BATCH, ITEMS, Training
 
 from stepguard.errors import LogdirInUseError, NoBoundaryError, StopRequested
+from stepguard.options import Restoring, Saving, Watching
+from stepguard.steps.boundary import Boundary
+from stepguard.steps.interrupts import InterruptHold
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
-from stepguard.torch.boundary import Boundary
-from stepguard.torch.interrupts import InterruptHold
 from stepguard.watching import ledger
 
 
@@ -126,7 +127,7 @@ def test_an_interrupt_that_comes_with_the_lock_loses_no_step(way, tmp_path):
                     signal.raise_signal(signal.SIGINT)
             return True
 
-    sv = supervisor(tmp_path, save_model_secs=0, save_at_end=True)
+    sv = supervisor(tmp_path, save_model_secs=0, saving=Saving(save_at_end=True))
     with pytest.raises(KeyboardInterrupt), sv.managed_session() as session:
         session.boundary._lock = Lock()
         for _ in session.steps():
@@ -160,7 +161,7 @@ def test_after_the_second_interrupt_none_is_held_any_more():
 
 
 def test_what_was_due_after_a_break_is_saved_before_the_next_step(tmp_path):
-    sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=2, save_at_end=False)
+    sv = supervisor(tmp_path, save_model_secs=0, save_model_steps=2, saving=Saving(save_at_end=False))
     with sv.managed_session() as session:
         for step in session.steps():
             if step == 1:
@@ -184,7 +185,7 @@ def test_a_loop_that_follows_one_that_sigterm_has_ended_does_not_begin(tmp_path)
     sv = supervisor(tmp_path)
     with sv.managed_session() as session:
         assert len(list(session.steps(max_steps=3))) == 3
-        sv._stop_at_boundary(session)
+        sv._engine.stop_at_boundary(session, sv.coord.main_thread_was_told)
         with pytest.raises(StopRequested):
             session.steps(max_steps=5)
 
@@ -193,7 +194,7 @@ def test_a_program_that_knows_of_the_stop_ends_in_its_own_way(tmp_path):
     sv = supervisor(tmp_path)
     with sv.managed_session() as session:
         sv.request_stop()
-        sv._stop_at_boundary(session)
+        sv._engine.stop_at_boundary(session, sv.coord.main_thread_was_told)
         assert sv.should_stop()
         with session.step():
             pass
@@ -278,8 +279,8 @@ def test_wrong_arguments_of_steps_are_named(arguments, error, text):
         ({"summary_writer": 3}, TypeError, "summary_writer"),
         ({"logdir": 3}, TypeError, "logdir"),
         ({"max_to_keep": -1}, ValueError, "max_to_keep"),
-        ({"stop_on_sigterm": None}, TypeError, "stop_on_sigterm must be True or False, got NoneType: None"),
-        ({"save_at_end": "no"}, TypeError, "save_at_end must be True, False or None, got str: 'no'"),
+        ({"save_model_secs": float("inf")}, ValueError, "save_model_secs must be a finite number of seconds"),
+        ({"watching": Watching(peer_timeout_secs=5)}, ValueError, r"Watching\(peer_timeout_secs=5\): it is for"),
         ({"is_chief": "no"}, TypeError, "is_chief must be True, False or None, got str: 'no'"),
         ({"progress": 3}, TypeError, "progress must be True or False, got int: 3"),
     ],
@@ -291,7 +292,7 @@ def test_wrong_arguments_of_the_supervisor_are_named(arguments, error, text):
 
 def test_starting_over_is_not_asked_for_by_just_any_word(tmp_path):
     with pytest.raises(TypeError, match="start_over_when_all_damaged must be True or False, got str: 'no'"):
-        supervisor(logdir=tmp_path, start_over_when_all_damaged="no")
+        supervisor(logdir=tmp_path, restoring=Restoring(start_over_when_all_damaged="no"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,7 +313,7 @@ def test_a_checkpoint_waits_for_the_step_and_the_step_for_the_copy(tmp_path):
 
 
 def test_a_step_that_does_not_end_is_named():
-    from stepguard.torch import boundary
+    from stepguard.steps import boundary
 
     one = boundary.Boundary()
     one.enter()

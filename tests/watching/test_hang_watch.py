@@ -22,6 +22,7 @@ SOON_SECS = 30.0
 
 CHILD = """
     import collections, itertools, logging, json, os, sys, time
+    from stepguard import Saving, Watching
     from stepguard.testing import FakeSupervisor
     logging.basicConfig(level=logging.WARNING, format="LOG %(message)s")
 
@@ -33,8 +34,8 @@ CHILD = """
         while not os.path.exists(sys.argv[1] + "/wake"):
             time.sleep(0.02)
 
-    options = json.loads(sys.argv[3])
-    with FakeSupervisor(sys.argv[1], save_model_secs=0, save_at_end=True, **options).managed_session() as session:
+    saving, watching = Saving(save_model_secs=0, save_at_end=True), Watching(**json.loads(sys.argv[3]))
+    with FakeSupervisor(sys.argv[1], saving=saving, watching=watching).managed_session() as session:
         for _ in range(3):
             session.run_step()
         print("hanging", flush=True)
@@ -57,13 +58,13 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 
 
 class Child:
-    def __init__(self, logdir: Path, how: str, **options: Any) -> None:
+    def __init__(self, logdir: Path, how: str, **watching: Any) -> None:
         self.logdir = logdir
         self.errors = logdir / "stderr"
-        options = {"hang_secs": 1.0, **options}
+        watching = {"hang_secs": 1.0, **watching}
         with self.errors.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(CHILD), str(logdir), how, json.dumps(options)],
+                [sys.executable, "-c", textwrap.dedent(CHILD), str(logdir), how, json.dumps(watching)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,

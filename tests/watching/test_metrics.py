@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from stepguard.options import Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat
 
@@ -33,7 +34,8 @@ def url_of(logdir: Path) -> str:
 
 
 def supervisor(logdir: Path, **options: Any) -> FakeSupervisor:
-    return FakeSupervisor(str(logdir), save_model_secs=0, save_model_steps=5, metrics_port=0, **options)
+    watching = Watching(metrics_port=0, **options)
+    return FakeSupervisor(str(logdir), save_model_secs=0, save_model_steps=5, watching=watching)
 
 
 def test_tell_of_steps_and_checkpoints(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_tell_of_steps_and_checkpoints(tmp_path: Path) -> None:
         for _ in range(5):
             session.run_step()
         sv._saving.checkpointer.save_last(30)  # what the fifth step began is written now
-        sv._observer._look(session)
+        sv._observer._watch.meter.look()
         after = read(url_of(tmp_path))
 
     assert before["stepguard_step"] == 0
@@ -90,7 +92,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        sv = FakeSupervisor(str(tmp_path), metrics_port=port)
+        sv = FakeSupervisor(str(tmp_path), watching=Watching(metrics_port=port))
         with pytest.raises(OSError, match=f"metrics_port={port}.*choose another"):
             sv.prepare_or_wait_for_session()
 
@@ -103,8 +105,8 @@ def test_of_several_processes_on_a_host_the_chief_has_the_port(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with FakeSupervisor(str(tmp_path), metrics_port=port).managed_session():
-        with FakeSupervisor(str(tmp_path), is_chief=False, metrics_port=port).managed_session():
+    with FakeSupervisor(str(tmp_path), watching=Watching(metrics_port=port)).managed_session():
+        with FakeSupervisor(str(tmp_path), is_chief=False, watching=Watching(metrics_port=port)).managed_session():
             pass
         assert read(f"http://127.0.0.1:{port}/metrics")["stepguard_step"] == 0
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from stepguard.options import Saving, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger
-from stepguard.watching.observer import Observation
 
 SOON_SECS = 30.0
 
@@ -56,7 +56,7 @@ def chief(logdir: Path) -> heartbeat.Heartbeat | None:
 
 def train(logdir: Path | None, steps: int, **options: Any) -> FakeSupervisor:
     # No checkpoint but the last: the others come when the timer does.
-    options = {"save_model_secs": 0, "save_at_end": True, **options}
+    options = {"saving": Saving(save_model_secs=0, save_at_end=True), **options}
     sv = FakeSupervisor(None if logdir is None else str(logdir), **options)
     with sv.managed_session() as session:
         for _ in range(steps):
@@ -199,7 +199,7 @@ class TestTheLedger:
         assert beat.last_checkpoint["step"] == 1
 
     def test_a_second_session_of_one_supervisor_is_a_second_start(self, tmp_path: Path) -> None:
-        sv = FakeSupervisor(str(tmp_path), save_model_secs=0, save_at_end=True)
+        sv = FakeSupervisor(str(tmp_path), saving=Saving(save_model_secs=0, save_at_end=True))
         for _ in range(2):
             with sv.managed_session() as session:
                 session.run_step()
@@ -273,7 +273,8 @@ class TestAProcess:
         program = f"""
             import os, signal, sys, time
             from stepguard.testing import FakeSupervisor
-            sv = FakeSupervisor(sys.argv[1], save_model_secs=0.01, metrics_port=0, hang_secs=100)
+            from stepguard import Watching
+            sv = FakeSupervisor(sys.argv[1], save_model_secs=0.01, watching=Watching(metrics_port=0, hang_secs=100))
             with sv.managed_session() as session:
                 for number in range(60):
                     session.run_step()
@@ -328,7 +329,7 @@ class TestOthersThanTheChief:
         with FakeSupervisor(str(tmp_path)).managed_session() as session:
             session.run_step()
             wait_until(lambda: chief(tmp_path).phase == "training", "the heartbeat of a training")
-            train(tmp_path, 0, save_at_end=False)
+            train(tmp_path, 0, saving=Saving(save_model_secs=0))
             beats = heartbeat.read(tmp_path)
 
         assert [(one.role, one.phase) for one in beats] == [("chief", "training")]
@@ -382,25 +383,25 @@ def test_a_heartbeat_of_wrong_types_is_no_end_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "error", "message"),
     [
-        ({"total_steps": -1}, "total_steps"),
-        ({"total_steps": 1.5}, "total_steps"),
-        ({"hang_secs": 0}, "hang_secs"),
-        ({"hang_secs": float("inf")}, "hang_secs"),
-        ({"hang_secs": "soon"}, "hang_secs"),
-        ({"end_on_hang": True}, "hang_secs"),
-        ({"metrics_port": -1}, "metrics_port"),
-        ({"metrics_port": 65536}, "metrics_port"),
-        ({"metrics_port": True}, "metrics_port"),
-        ({"metrics_host": ""}, "metrics_host"),
+        ({"total_steps": -1}, ValueError, "total_steps must be a whole number >= 0 or None, got -1"),
+        ({"total_steps": 1.5}, TypeError, "total_steps must be a whole number >= 0 or None, got float: 1.5"),
+        ({"hang_secs": 0}, ValueError, "hang_secs must be a finite number of seconds > 0 or None, got 0"),
+        ({"hang_secs": float("inf")}, ValueError, "hang_secs must be a finite number"),
+        ({"hang_secs": "soon"}, TypeError, "hang_secs must be a finite number of .*, got str: 'soon'"),
+        ({"end_on_hang": True}, ValueError, "end_on_hang needs hang_secs"),
+        ({"metrics_port": -1}, ValueError, "metrics_port must be a whole number from 0 to 65535 or None, got -1"),
+        ({"metrics_port": 65536}, ValueError, "metrics_port must be"),
+        ({"metrics_port": True}, TypeError, "metrics_port must be .*, got bool: True"),
+        ({"metrics_host": ""}, ValueError, "metrics_host must be an address such as '127.0.0.1', got ''"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_named_at_construction(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        Observation(**options)
-    with pytest.raises(ValueError, match=named):
-        FakeSupervisor(**options)
+def test_an_option_that_makes_no_sense_is_named_at_construction(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Watching(**options)
 
 
 @pytest.mark.parametrize(
@@ -412,9 +413,9 @@ def test_an_option_that_makes_no_sense_is_named_at_construction(options: dict[st
 )
 def test_a_switch_is_on_or_off_and_nothing_else(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        Observation(**options)
+        Watching(**options)
 
 
 def test_hangs_that_leave_no_trace_are_not_watched_for() -> None:
     with pytest.raises(ValueError, match="hang_secs needs a logdir on this machine"):
-        FakeSupervisor(hang_secs=5)
+        FakeSupervisor(watching=Watching(hang_secs=5))

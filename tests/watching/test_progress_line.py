@@ -10,17 +10,16 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from stepguard.watching import ledger
-from stepguard.watching.progress_line import duration
 
 CHILD = """
     import logging, sys, time
     logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
     logging.getLogger("stepguard").setLevel(logging.WARNING)
     from stepguard.testing import FakeSupervisor
-    sv = FakeSupervisor(sys.argv[1], save_model_secs=0, save_model_steps=20, progress=True, total_steps=400)
+    from stepguard import Watching
+    watching = Watching(progress=True, total_steps=400)
+    sv = FakeSupervisor(sys.argv[1], save_model_secs=0, save_model_steps=20, watching=watching)
     with sv.managed_session() as session:
         for number in range(300):
             session.run_step()
@@ -98,11 +97,3 @@ def test_a_terminal_that_goes_away_is_no_end_of_the_run(tmp_path: Path) -> None:
 
     assert process.wait(60) == 0
     assert [one["reason"] for one in ledger.read(tmp_path) if one["event"] == "stop"] == ["finished"]
-
-
-@pytest.mark.parametrize(
-    ("secs", "text"),
-    [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")],
-)
-def test_durations_are_short(secs: float, text: str) -> None:
-    assert duration(secs) == text

@@ -7,25 +7,24 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import CheckpointCorruptError, NoBoundaryError, NonFiniteError
+from stepguard.options import Guarding
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.watching.observer import Observer, describe
+from stepguard.watching.observer import Observer
+from stepguard.watching.run_record import describe
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
-
-STOP = "stop"
-RETURN = "return"
 
 # So long is a step boundary for a return waited for, on top of the engine's own patience with a long step.
 _PATIENCE_SECS = 60.0
 _PAUSE_SECS = 0.05
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class NanGuard:
     """Watches one session at a time for numbers and states that are not finite.
 
     With ``"stop"`` the first one is an error of the run, a :class:`NonFiniteError`. With ``"return"`` the session is
-    put back, between two steps, to the newest good checkpoint; after ``most_returns`` of those, the next one is that
+    put back, between two steps, to the newest good checkpoint; after ``nan_returns`` of those, the next one is that
     error. A snapshot that is not finite is never committed, nor one taken between a sight and what is done about it.
 
     Threads: :meth:`look`, :meth:`settle`, :meth:`mark` and :meth:`admits` by any; the others by whoever opens and stops
@@ -51,8 +50,7 @@ class NanGuard:
 
     def __init__(
         self,
-        mode: str,
-        most_returns: int,
+        options: Guarding,
         *,
         engine: Engine[Any],
         coord: Coordinator,
@@ -63,9 +61,8 @@ class NanGuard:
         on_error: Callable[[BaseException], None],
         on_return: Callable[[], None],
     ) -> None:
-        self._returns_left = most_returns if mode == RETURN else 0
-        self._mode = mode
-        self._most_returns = most_returns
+        self._returns_left = options.nan_returns if options.returns else 0
+        self._options = options
         self._engine = engine
         self._coord = coord
         self._store = store
@@ -135,7 +132,7 @@ class NanGuard:
         if step is None:
             with contextlib.suppress(Exception):  # A closed session: the number is what counts.
                 step = self._engine.step(self._session)
-        shown = ", ".join(f"{name} is {value}" for name, value in list(bad.items())[:_NAMES_SHOWN])
+        shown = listed(f"{name} is {value}" for name, value in bad.items())
         self._see(_Sight(step, tuple(bad), f"{shown} at step {_shown(step)}"))
         return True
 
@@ -159,7 +156,7 @@ class NanGuard:
         names = self._engine.non_finite(snapshot)
         if not names:
             return True
-        text = f"the state to be saved is not finite at step {_shown(snapshot.step)}: {_listed(names)}"
+        text = f"the state to be saved is not finite at step {_shown(snapshot.step)}: {listed(names)}"
         self._see(_Sight(snapshot.step, tuple(names), text))
         return False
 
@@ -183,7 +180,11 @@ class NanGuard:
         """The run is to stop, with what was seen as its error."""
         sight = self._sight
         assert sight is not None
-        hint = ", or pass nan_guard='return' to go back and on by itself" if self._may_advise_return() else ""
+        hint = (
+            ", or with Guarding(nan_guard='return'), which goes back and on by itself"
+            if self._may_advise_return()
+            else ""
+        )
         error = NonFiniteError(
             f"{sight.text}{'; ' if why else ''}{why}. {self._saved_text()}Look at the step that made it "
             f"(the data, the learning rate), and start again{hint}",
@@ -197,7 +198,7 @@ class NanGuard:
             self._engine.stop_at_boundary(self._session, self._coord.main_thread_was_told)
 
     def _may_advise_return(self) -> bool:
-        return self._mode == STOP and self._store is not None and self._engine.can_return
+        return not self._options.returns and self._store is not None and self._engine.can_return
 
     def _saved_text(self) -> str:
         """What there is to go on from, as far as this process knows: one that saves nothing itself does not."""
@@ -211,11 +212,11 @@ class NanGuard:
         return f"The newest checkpoint is {newest.path} (step {_shown(newest.step)}); nothing later is saved. "
 
     def _history_text(self) -> str:
-        if self._mode == STOP:
+        if not self._options.returns:
             return ""
         if self._returns_left:
             return "the training loop had ended, so the run did not return to a good checkpoint"
-        returned = f"the run has returned {len(self._history)} of at most {self._most_returns} times"
+        returned = f"the run has returned {len(self._history)} of at most {self._options.nan_returns} times"
         return f"{returned} ({'; '.join(self._history)})" if self._history else returned
 
     def _return(self, sight: _Sight) -> None:
@@ -250,11 +251,11 @@ class NanGuard:
         def attempt(checkpoint: Checkpoint) -> None:
             if checkpoint.manifest is None:
                 raise CheckpointCorruptError("it has no manifest, so nobody has looked at it", path=checkpoint.path)
-            engine.return_to(session, checkpoint.path)
+            engine.restore(session, checkpoint, in_run=True)
             # It may be of a run without a guard.
             names = engine.non_finite(engine.snapshot(session))
             if names:
-                raise CheckpointCorruptError(f"it is not finite: {_listed(names)}", path=checkpoint.path)
+                raise CheckpointCorruptError(f"it is not finite: {listed(names)}", path=checkpoint.path)
 
         checkpoint = store.newest_good(attempt=attempt, quarantine=False).checkpoint
         if checkpoint is None:
@@ -276,33 +277,11 @@ class NanGuard:
         number = len(self._history)
         message = (
             f"{sight.text}: the run has returned to {checkpoint.name} (step {_shown(to_step)}), "
-            f"{number} of at most {self._most_returns} times"
+            f"{number} of at most {self._options.nan_returns} times"
         )
         _log.warning("%s", message)
         self._observer.returned(step=sight.step, to_step=to_step, reason=sight.text, number=number, message=message)
 
 
-def check_options(nan_guard: object, nan_returns: object, *, saves: bool) -> None:
-    """Check the two options that every engine's Supervisor has; ``saves`` says whether it commits checkpoints.
-
-    Raises:
-        ValueError: one is none of those there are, or there is nothing that the run could return to.
-    """
-    if nan_guard not in (None, STOP, RETURN):
-        raise ValueError(f"nan_guard must be 'stop', 'return' or None, got {nan_guard!r}")
-    if isinstance(nan_returns, bool) or not isinstance(nan_returns, int) or nan_returns < 1:
-        raise ValueError(f"nan_returns must be a number of returns >= 1, got {nan_returns!r}")
-    if nan_guard == RETURN and not saves:
-        raise ValueError(
-            "nan_guard='return' needs checkpoints to return to: a chief with a logdir on this machine's file systems, "
-            "and save_model_secs, save_model_steps or save_at_end; use nan_guard='stop' without them"
-        )
-
-
 def _shown(step: int | None) -> str:
     return "unknown" if step is None else str(step)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import LogdirInUseError
+from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
+from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
@@ -20,21 +21,17 @@ from stepguard.watching.observer import Observer
 _log = logging.getLogger(__name__)
 
 
-class Saving(Generic[SessionT]):
+class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
-    Threads: :meth:`holding_logdir` and :meth:`program_saves` by any, the others by whoever opens and stops a session.
+    Threads: by whoever opens and stops a session.
 
     Args:
         engine: takes the snapshots, and writes them.
         store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
         events: is told of every checkpoint.
         observer: likewise.
-        saves_model: whether there is anything to save, and a place for it.
-        every_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
-        every_steps: steps between checkpoints; 0 or ``None`` takes none by steps.
-        at_end: whether the last step is saved when the run ends without an error.
-        max_unprotected_secs: how long, in seconds, saves may fail before that is an error of the run.
+        options: when it saves; ``None`` when there is nothing to save, or no place for it.
         on_error: called, in the thread that saves, with the error of a save that is given up.
     """
 
@@ -45,26 +42,18 @@ class Saving(Generic[SessionT]):
         store: CheckpointStore | None,
         events: EventLog | None,
         observer: Observer,
-        saves_model: bool,
-        every_secs: float | None,
-        every_steps: int | None,
-        at_end: bool,
-        max_unprotected_secs: float,
+        options: Saving | None,
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._engine = engine
         self._store = store
         self._events = events
         self._observer = observer
-        self._saves_model = saves_model
-        self.every_secs = every_secs
-        self._every_steps = every_steps
-        self._at_end = at_end
-        self._max_unprotected_secs = max_unprotected_secs
+        self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
-        # Held by whoever writes a checkpoint: the writer, or the program itself.
-        self.one_save = threading.Lock()
+        # Held by whoever writes a checkpoint: see the store.
+        self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
         self.checkpointer: Checkpointer | None = None
         self._step_trigger: StepTrigger | None = None
@@ -72,7 +61,7 @@ class Saving(Generic[SessionT]):
     @property
     def is_on(self) -> bool:
         """Whether anything is ever saved."""
-        return self._saves_model and bool(self.every_secs or self._every_steps or self._at_end)
+        return self._options is not None
 
     # --- the logdir ---
 
@@ -100,52 +89,28 @@ class Saving(Generic[SessionT]):
         if hold is not None:
             hold.release()
 
-    @contextmanager
-    def holding_logdir(self) -> Iterator[bool]:
-        """Whether no other process is the chief of the logdir as long as the block lasts."""
-        if self._store is None or self._hold is not None:
-            yield self._hold is not None
-            return
-        try:
-            hold = self._store.acquire()
-        except (LogdirInUseError, OSError) as error:
-            _log.debug("not the chief of this logdir: %s", error)
-            yield False
-            return
-        with hold:
-            yield True
-
-    @contextmanager
-    def program_saves(self, name: str) -> Iterator[None]:
-        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
-        with self.one_save:
-            if self._store is not None:
-                self._store.uncommit(name)
-            yield
-            if self._store is not None:
-                # Its saver removes what is too many by its own count, and knows nothing of manifests.
-                self._store.follow_removals([one.name for one in self._store.candidates()])
-
     # --- a session ---
 
     def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Checkpointer:
-        """Save ``session``, which starts at ``step``, from now on; what saves it when it is called, on a timer say."""
+        """Save ``session``, which starts at ``step``, from now on; what saves it when it is called, on a timer say.
+
+        Only where :attr:`is_on`.
+        """
+        assert self._options is not None
         # A second session shares the writer of one that was not stopped: nobody would end the first one's.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                self._engine,
-                self._store,
-                self._events,
+                Committer(self._engine, self._store, self._events, self._observer),
                 self._on_error,
+                retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
-                max_unprotected_secs=self._max_unprotected_secs,
-                observer=self._observer,
                 guard=guard,
             )
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))
         self.checkpointer = checkpointer
-        if self._every_steps:
-            trigger = StepTrigger(self._engine, session, checkpointer, self._every_steps, self._on_error)
+        every_steps = self._options.save_model_steps
+        if every_steps:
+            trigger = StepTrigger(self._engine, session, checkpointer, every_steps, self._on_error)
             self._engine.call_after_steps(session, 1, trigger)
             self._step_trigger = trigger
         return checkpointer
@@ -167,7 +132,7 @@ class Saving(Generic[SessionT]):
         Raises:
             SaveFailedError: writing took longer.
         """
-        if self.checkpointer is not None and self._at_end:
+        if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
             self.checkpointer.save_last(max(0.0, deadline - time.monotonic()))
 
     def stop(self, deadline: float) -> bool:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 
 from stepguard.engine import ValueWatch
+from stepguard.store import Recovery
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.cluster.sync_replicas import AggregatingRun, gradients_taken
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
@@ -49,6 +50,8 @@ class Session(tf.compat.v1.Session):
         self._waits: set[int] = set()
         # Shows the guard what a step that ran its first argument, and returned the last for the second, has returned.
         self._look_at: Callable[[Any, Any, Any], Any] | None = None
+        self.recovered: Recovery | None = None
+        """What the search for a checkpoint found when the session was prepared; ``None`` where nobody searched."""
         super().__init__(target, graph=graph, config=config)
 
     def watch(

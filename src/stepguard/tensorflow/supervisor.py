@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 
-from stepguard.saving.nan_guard import RETURN, check_options
+from stepguard.engine import Prepared
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
-from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
@@ -23,14 +24,18 @@ from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
-from stepguard.tensorflow.session_manager import PEER_TIMEOUT_SECS, SessionManager
-from stepguard.watching.observer import Observation
+from stepguard.tensorflow.session_manager import SessionManager
+from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
 
-class Supervisor(CoreSupervisor[Any]):
+# What the core works with as long as the Supervisor lives; a subclass that sets one of them takes it away.
+_CORE = ("_engine", "_events", "_guard", "_observer", "_saving", "_store", "_tensorflow", "_tensorflow_events")
+
+
+class Supervisor(Subclassable, CoreSupervisor[Any]):
     """Initialises or restores a model, saves it, writes its summaries, stops cleanly, and comes back after a crash.
 
     The arguments up to ``local_init_run_options`` are those of ``tf.compat.v1.train.Supervisor``, in its order and
@@ -58,29 +63,12 @@ class Supervisor(CoreSupervisor[Any]):
         summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
         init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
         local_init_run_options: ``RunOptions`` for ``local_init_op``.
-        save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
-            Keyword only, like all that follow; they are Stepguard's own.
-        save_at_end: whether the last step is saved when the run ends without an error. By default it is when
-            ``save_model_secs`` or ``save_model_steps`` asks for checkpoints at all.
-        max_unprotected_secs: how long saves may fail, in seconds, before that stops the run.
-        stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
-            and an end by that signal; a handler of the program's own is left alone in any case.
-        start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
-            that is an error, since it throws the run away.
-        peer_timeout_secs: how long a server that the graph needs may be silent, in seconds, before the session counts
-            as lost and its runs raise UnavailableError; ``None`` waits for ever. For remote masters.
-        progress: whether to show a progress line where standard error is a terminal.
-        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
-            stopped there.
-        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
-            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
-        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
-        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
-        metrics_host: the address to serve it on; by default this machine alone can reach it.
-        nan_guard: what happens when a loss, a summary or the state to be saved is not finite: ``"stop"`` ends the run
-            with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to the newest good checkpoint,
-            and goes on with the data that comes next, in a run of one process. ``None`` looks at nothing.
-        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
+        saving: more of when the model is saved. Keyword only, like all that follow; they are Stepguard's own. What is
+            above may be given in these groups instead. How many checkpoints are kept is the Saver's to say.
+        stopping: how the run is stopped.
+        watching: how it is watched.
+        guarding: what happens when a number is not finite.
+        restoring: how the run comes back.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -89,6 +77,7 @@ class Supervisor(CoreSupervisor[Any]):
 
     USE_DEFAULT = defaults.USE_DEFAULT
 
+    @each_option_once
     def __init__(
         self,
         graph: Any = None,
@@ -112,20 +101,11 @@ class Supervisor(CoreSupervisor[Any]):
         init_fn: Callable[[Any], object] | None = None,
         local_init_run_options: Any = None,
         *,
-        save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
-        start_over_when_all_damaged: bool = False,
-        peer_timeout_secs: float | None = PEER_TIMEOUT_SECS,
-        progress: bool = False,
-        total_steps: int | None = None,
-        hang_secs: float | None = None,
-        end_on_hang: bool = False,
-        metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
+        saving: Saving | None = None,
+        stopping: Stopping | None = None,
+        watching: Watching | None = None,
+        guarding: Guarding | None = None,
+        restoring: Restoring | None = None,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -133,8 +113,34 @@ class Supervisor(CoreSupervisor[Any]):
                 "build the model and the Supervisor inside `with tf.Graph().as_default():`, or call "
                 "tf.compat.v1.disable_eager_execution() first"
             )
+        options = Options.of(
+            **arguments.forgiving(
+                is_chief=bool(is_chief),
+                logdir=logdir,
+                save_summaries_secs=save_summaries_secs,
+                save_model_secs=save_model_secs,
+                stop_grace_secs=stop_grace_secs,
+                checkpoint_basename=checkpoint_basename,
+            ),
+            saving=saving,
+            stopping=stopping,
+            watching=watching,
+            guarding=guarding,
+            restoring=restoring,
+        )
+        refuse(
+            saving,
+            "max_to_keep",
+            "keep_checkpoint_every_n_hours",
+            because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
+        )
+        if session_manager is not None:
+            because = "the session manager that was given waits and restores by its own rules"
+            refuse(watching, "peer_timeout_secs", because=because)
+            refuse(restoring, "start_over_when_all_damaged", because=because)
         graph = _v1.get_default_graph() if graph is None else graph
-        arguments.check(
+        given = arguments.checked(
+            options,
             is_chief=bool(is_chief),
             graph=graph,
             ready_op=ready_op,
@@ -146,121 +152,134 @@ class Supervisor(CoreSupervisor[Any]):
             summary_op=summary_op,
             saver=saver,
             global_step=global_step,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
             recovery_wait_secs=recovery_wait_secs,
-            stop_grace_secs=stop_grace_secs,
             checkpoint_basename=checkpoint_basename,
             session_manager=session_manager,
             summary_writer=summary_writer,
             init_fn=init_fn,
             local_init_run_options=local_init_run_options,
-            save_model_steps=save_model_steps,
-            max_unprotected_secs=max_unprotected_secs,
-            peer_timeout_secs=peer_timeout_secs,
         )
-        self._returns = nan_guard == RETURN
-        model = defaults.resolve(
-            graph,
-            ready_op=ready_op,
-            ready_for_local_init_op=ready_for_local_init_op,
-            init_op=init_op,
-            init_feed_dict=init_feed_dict,
-            local_init_op=local_init_op,
-            saver=saver,
-            summary_op=summary_op,
-            global_step=global_step,
-        )
-        self._model = model
-        watched_logdir = os.fspath(logdir) if logdir else None
-        logdir = watched_logdir if is_chief else None
-        self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
-        saves_model = bool(model.saver) and self._save_path is not None
-        coord = Coordinator()
-        store = _open_store(self._save_path, model.saver) if saves_model else None
-        save_plan = plan(model.saver, graph) if store is not None else None
-        saves = bool(save_model_secs or save_model_steps or save_at_end)
-        check_options(nan_guard, nan_returns, saves=store is not None and saves)
-        if nan_guard is not None and saves_model and saves and save_plan is None:
+        before = dict(vars(self))
+        self._given_options = options
+        self._everyones_logdir = os.fspath(given["logdir"]) if given["logdir"] else None
+        with graph.as_default():
+            self._init_ready_op(ready_op=given["ready_op"], ready_for_local_init_op=given["ready_for_local_init_op"])
+            self._init_init_op(init_op=given["init_op"], init_feed_dict=given["init_feed_dict"])
+            self._init_local_init_op(local_init_op=given["local_init_op"])
+            self._init_saver(saver=given["saver"])
+            self._init_summary_op(summary_op=given["summary_op"])
+            self._init_global_step(global_step=given["global_step"])
+        self._graph = graph
+        self._is_chief = is_chief
+        self._coord = Coordinator()
+        self._recovery_wait_secs = given["recovery_wait_secs"]
+        self._stop_grace_secs = options.stopping.stop_grace_secs
+        self._init_fn = given["init_fn"]
+        self._local_init_run_options = given["local_init_run_options"]
+        self._logdir = self._everyones_logdir if is_chief else None
+        self._save_summaries_secs = options.watching.save_summaries_secs if is_chief else None
+        self._save_model_secs = options.saving.save_model_secs if is_chief else None
+        self._save_path = os.path.join(self._logdir, options.saving.checkpoint_basename) if self._logdir else None
+        self._plan_saving()
+        with graph.as_default():
+            self._meta_graph_def = _v1.train.export_meta_graph(
+                graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(self._saver, "saver_def", None)
+            )
+        self._own_writer: Any = None
+        self._summary_writer = given["summary_writer"] if is_chief else None
+        self._init_session_manager(session_manager=session_manager)
+        self._verify_setup()
+        if defaults.is_default(self._summary_writer):
+            self._summary_writer = self._own_writer = open_writer(self._logdir) if self._logdir else None
+        self._build()
+        refuse_names(type(self), sorted(name for name in before if vars(self)[name] is not before[name]))
+        # From here on the graph must not change: every session, thread and checkpoint relies on it.
+        graph.finalize()
+
+    def _init_session_manager(self, session_manager: Any = None) -> None:
+        self._own_manager: SessionManager | None = None
+        if session_manager is None:
+            session_manager = self._own_manager = SessionManager(
+                local_init_op=self._local_init_op,
+                ready_op=self._ready_op,
+                ready_for_local_init_op=self._ready_for_local_init_op,
+                graph=self._graph,
+                recovery_wait_secs=self._recovery_wait_secs,
+                local_init_run_options=self._local_init_run_options,
+                wait_for_stop=self._coord.wait_for_stop,
+                peer_timeout_secs=self._given_options.watching.peer_timeout_secs,
+                on_lost=self._coord.report,
+            )
+        self._session_manager = session_manager
+
+    def _write_graph(self) -> None:
+        """Leave the graph in the logdir and in the event log."""
+        self._tensorflow.write_graph()
+
+    def _plan_saving(self) -> None:
+        """Find out where and how the saver saves; what is wrong with that is said before anything is written."""
+        saver, path, options = self._saver, self._save_path, self._given_options
+        saves_model = bool(saver) and path is not None
+        self._saved_store = _open_store(path, saver) if saves_model else None
+        self._saved_plan = plan(saver, self._graph) if self._saved_store is not None else None
+        options.check_return(commits=self._saved_store is not None)
+        if options.guarding.nan_guard is not None and saves_model and options.saving.is_on and self._saved_plan is None:
             raise ValueError(
                 "nan_guard looks at the state before it is saved, and this saver writes by means of its own (a "
                 "subclass of Saver, an old format, or a place that only TensorFlow can reach): use a "
                 "tf.compat.v1.train.Saver and a logdir on this machine's file systems, saver=None, or nan_guard=None"
             )
-        with graph.as_default():
-            meta_graph = _v1.train.export_meta_graph(
-                graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(model.saver, "saver_def", None)
+
+    def _build(self) -> None:
+        """Make the engine and the core for what the attributes hold; once more when a subclass has set others."""
+        parts, options = self._parts(), self._given_options
+        writer, manager, own_manager = parts["summary_writer"], parts["session_manager"], self._own_manager
+        if own_manager is not None and own_manager is manager:
+            own_manager.restorer = Restorer(self._saved_store, options.restoring)
+        if self._is_chief:
+            options = replace(
+                options,
+                saving=replace(options.saving, save_model_secs=parts["save_model_secs"]),
+                watching=replace(options.watching, save_summaries_secs=parts["save_summaries_secs"]),
             )
-        if not is_chief:
-            arguments.check_devices(graph)
-            writer = None
-        elif defaults.is_default(summary_writer):
-            writer = open_writer(logdir) if logdir else None
-        else:
-            writer = summary_writer
-        if session_manager is None:
-            session_manager = SessionManager(
-                local_init_op=model.local_init_op,
-                ready_op=model.ready_op,
-                ready_for_local_init_op=model.ready_for_local_init_op,
-                graph=graph,
-                recovery_wait_secs=recovery_wait_secs,
-                local_init_run_options=local_init_run_options,
-                restorer=Restorer(
-                    store,
-                    hold=lambda: self._saving.holding_logdir(),  # noqa: PLW0108 - there is none yet
-                    start_over_when_all_damaged=start_over_when_all_damaged,
-                ),
-                wait_for_stop=coord.wait_for_stop,
-                peer_timeout_secs=peer_timeout_secs,
-                on_lost=self._report,
-            )
-        self._session_manager = session_manager
-        events = None if writer is None else TensorFlowEvents(writer, is_ours=defaults.is_default(summary_writer))
-        self._tensorflow_events = events
+        options = replace(options, stopping=replace(options.stopping, stop_grace_secs=parts["stop_grace_secs"]))
+        self._tensorflow_events = TensorFlowEvents(writer, is_ours=writer is self._own_writer) if writer else None
         self._tensorflow = TensorFlowEngine(
-            model,
-            meta_graph=meta_graph,
-            session_manager=session_manager,
-            plan=save_plan,
-            events=events,
-            logdir=logdir,
-            save_path=self._save_path,
-            init_fn=init_fn,
-            program_saves=lambda name: self._saving.program_saves(name),  # noqa: PLW0108 - there is none yet
-            not_joined=coord.not_joined,
+            defaults.Model(**{name: parts[name] for name in defaults.Model.__dataclass_fields__}),
+            meta_graph=parts["meta_graph_def"],
+            session_manager=manager,
+            plan=self._saved_plan,
+            events=self._tensorflow_events,
+            logdir=parts["logdir"],
+            save_path=parts["save_path"],
+            init_fn=parts["init_fn"],
+            store=self._saved_store,
+            not_joined=self._coord.not_joined,
         )
         super().__init__(
             self._tensorflow,
-            coord=coord,
-            is_chief=bool(is_chief),
-            logdir=logdir,
-            store=store,
-            events=events,
-            has_summaries=model.summary_op is not None,
-            saves_model=saves_model,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            stop_on_sigterm=stop_on_sigterm,
-            observation=Observation(
-                progress=progress,
-                total_steps=total_steps,
-                hang_secs=hang_secs,
-                end_on_hang=end_on_hang,
-                metrics_port=metrics_port,
-                metrics_host=metrics_host,
-            ),
-            nan_guard=nan_guard,
-            nan_returns=nan_returns,
-            watched_logdir=watched_logdir,
+            coord=self._coord,
+            is_chief=bool(self._is_chief),
+            logdir=parts["logdir"] if self._is_chief else self._everyones_logdir,
+            store=self._saved_store,
+            events=self._tensorflow_events,
+            has_summaries=parts["summary_op"] is not None,
+            saves_model=bool(parts["saver"]) and parts["save_path"] is not None,
+            options=options,
             role=arguments.worker_role(),
         )
-        # From here on the graph must not change: every session, thread and checkpoint relies on it.
-        graph.finalize()
+        self._built_from = parts
+        self._built = {name: vars(self)[name] for name in _CORE}
+
+    def _take_changes(self) -> None:
+        """What a subclass, or the program, has set since the last session counts from the next one on."""
+        refuse_names(type(self), sorted(name for name in self._built if vars(self)[name] is not self._built[name]))
+        parts = self._parts()
+        if is_same(parts, self._built_from):
+            return
+        if any(parts[name] is not self._built_from[name] for name in ("saver", "save_path")):
+            self._plan_saving()
+        self._build()
 
     # --- what the supervisor works with ---
 
@@ -272,27 +291,27 @@ class Supervisor(CoreSupervisor[Any]):
     @property
     def init_op(self) -> Any:
         """The operation that initialises the model, or ``None``."""
-        return self._model.init_op
+        return self._init_op
 
     @property
     def init_feed_dict(self) -> Any:
         """The feeds for ``init_op``, or ``None``."""
-        return self._model.init_feed_dict
+        return self._init_feed_dict
 
     @property
     def ready_op(self) -> Any:
         """The tensor that names what is not ready, or ``None``."""
-        return self._model.ready_op
+        return self._ready_op
 
     @property
     def ready_for_local_init_op(self) -> Any:
         """The tensor that names what stands in the way of ``local_init_op``, or ``None``."""
-        return self._model.ready_for_local_init_op
+        return self._ready_for_local_init_op
 
     @property
     def saver(self) -> Any:
         """The Saver, or ``None``."""
-        return self._model.saver
+        return self._saver
 
     @property
     def save_path(self) -> str | None:
@@ -300,19 +319,29 @@ class Supervisor(CoreSupervisor[Any]):
         return self._save_path
 
     @property
+    def save_model_secs(self) -> float | None:
+        """Seconds between timed checkpoints; ``None`` in a worker."""
+        return self._save_model_secs
+
+    @property
+    def save_summaries_secs(self) -> float | None:
+        """Seconds between summaries; ``None`` in a worker."""
+        return self._save_summaries_secs
+
+    @property
     def summary_op(self) -> Any:
         """The tensor of the serialised Summary, or ``None``."""
-        return self._model.summary_op
+        return self._summary_op
 
     @property
     def summary_writer(self) -> Any:
         """The writer of the event file, or ``None``."""
-        return None if self._tensorflow_events is None else self._tensorflow_events.writer
+        return self._summary_writer
 
     @property
     def global_step(self) -> Any:
         """The integer tensor that counts steps, or ``None``."""
-        return self._model.global_step
+        return self._global_step
 
     # --- sessions ---
 
@@ -337,37 +366,47 @@ class Supervisor(CoreSupervisor[Any]):
             RuntimeError: the model could not be made ready; or ``nan_guard="return"`` and it is shared with others.
             tf.errors.DeadlineExceededError: a worker has waited ``max_wait_secs`` for its chief.
         """
-        if self._returns and master:
+        if self._given_options.guarding.returns and master:
             raise RuntimeError(
                 f"nan_guard='return' is for a model in this process, and the master is {master!r}: others may train "
                 f"the same model; use nan_guard='stop', and start the run again from its newest checkpoint"
             )
 
-        def prepare() -> Any:
-            session = self._tensorflow.prepare(
+        self._take_changes()
+
+        def prepare() -> Prepared[Any]:
+            prepared = self._tensorflow.prepare(
                 is_chief=self._is_chief,
                 master=master,
                 config=config,
                 wait_for_checkpoint=wait_for_checkpoint,
                 max_wait_secs=max_wait_secs,
             )
-            if self._returns and not isinstance(session, Session):
+            session = prepared.session
+            try:
+                if self._is_chief:
+                    self._write_graph()
+            except BaseException:
+                session.close()
+                raise
+            if self._given_options.guarding.returns and not isinstance(session, Session):
                 session.close()
                 raise RuntimeError(
                     f"nan_guard='return' needs to know the step boundaries, and a {type(session).__name__} of the "
                     f"program's own session manager does not mark them; use nan_guard='stop'"
                 )
-            return session
+            return prepared
 
-        session = self._open_session(prepare, start_standard_services, waits_for_another=wait_for_checkpoint)
-        if start_standard_services:
-            try:
-                with self._model.graph.as_default():
-                    self.start_queue_runners(session)
-            except BaseException as error:
-                self._give_up(session, error)
-                raise
-        return session
+        def start_queue_runners(session: Any) -> None:
+            with self._graph.as_default():
+                self.start_queue_runners(session)
+
+        return self.open_session(
+            prepare,
+            start_standard_services,
+            waits_for_another=wait_for_checkpoint,
+            on_open=start_queue_runners if start_standard_services else None,
+        )
 
     def managed_session(
         self,
@@ -399,7 +438,7 @@ class Supervisor(CoreSupervisor[Any]):
                 start_standard_services=start_standard_services,
             )
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
         """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.
@@ -413,7 +452,7 @@ class Supervisor(CoreSupervisor[Any]):
                 "inside `with graph.as_default():`, or read the input with tf.data"
             )
         if queue_runners is None:
-            queue_runners = self._model.graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
+            queue_runners = self._graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
         if isinstance(sess, RemoteSession):
             sess = sess.for_queue_runners(self._coord.should_stop)
         threads: list[threading.Thread] = []

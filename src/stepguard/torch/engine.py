@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,24 @@ import torch
 
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
-from stepguard.errors import NonFiniteError
-from stepguard.torch import random_states
+from stepguard.engine import Prepared, ValueWatch
+from stepguard.steps.common_store import CommonStore
+from stepguard.steps.gate import Gate
+from stepguard.steps.rendezvous import Rendezvous, announce, announced
+from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
-from stepguard.torch.checkpoint.state import Component, CopyStreams, HostMemory, nbytes, non_finite
-from stepguard.torch.distributed.gate import Gate, Peers, announce, announced, shared_store, world
-from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.checkpoint.state import Component
+from stepguard.torch.distributed.joint_write import write_all
+from stepguard.torch.distributed.member import TorchMember, loaded_process_state
+from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
+from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and of each process by rank.
-
-    Of sharded objects it holds the part of this process; the others have theirs.
-    """
-
-    step: int
-    states: Mapping[str, Any]
-    processes: Mapping[int, Mapping[str, Any]]
-    nbytes: int
-    copies: CopyStreams
-    written: str | None = None
 
 
 class TorchEngine:
@@ -76,16 +66,16 @@ class TorchEngine:
         self.can_return = self._processes == 1
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
-        self._peers: Peers | None = None
+        self._peers: Rendezvous | None = None
+        self._member: TorchMember | None = None
         self._is_met = False
         self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
-        self._part: tuple[Mapping[str, Any], CopyStreams] = {}, CopyStreams({})
         self._watch: ValueWatch | None = None
 
     # --- the session ---
 
-    def prepare(self, meets_every: int | None = None) -> Session:
+    def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is.
 
         Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
@@ -93,47 +83,54 @@ class TorchEngine:
         gate = None if self._shared is None else Gate()
         session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
-        if not self._is_restored(session) and self._init_fn is not None:
+        recovered, is_restored = self._go_on(session)
+        if not is_restored and self._init_fn is not None:
             self._init_fn()
-        if gate is not None:
-            self._meet_peers(session, gate)
+        if self._shared is not None and gate is not None:
+            self._meet_peers(session, self._shared, gate)
             self._is_met = meets_every is not None
             if meets_every is not None and self._rank > 0:
                 gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
-        return session
+        return Prepared(session, recovered)
 
-    def _is_restored(self, session: Session) -> bool:
+    def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Load the state into the objects of the program."""
+        if self._restorer is None:
+            raise AssertionError("a session without a logdir has no checkpoint to restore")
+        if not in_run:
+            self._restorer.load(checkpoint.path, session)
+            return
+        _synchronize()
+        self._restorer.return_to(checkpoint.path, session)
+        # The training runs on streams of its own threads.
+        _synchronize()
+
+    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
+        """What the search of this process has found, and whether the session was restored: also by the chief's word."""
+        recovered = None
         if self._shared is None or self._rank == 0:
-            name = None if self._restorer is None else self._restorer.restore_newest(session)
+            restore = functools.partial(self.restore, session)
+            recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
+            good = None if recovered is None else recovered.checkpoint
+            name = None if good is None else good.name
             if self._shared is not None:
                 announce(self._shared, self._sessions, name)
         else:
             name = announced(self._shared, self._sessions, self._coord.should_stop)
             if name is not None and self._restorer is not None:
                 self._restorer.restore_named(session, name, self._rank)
-        return name is not None
+        return recovered, name is not None
 
-    def _meet_peers(self, session: Session, gate: Gate) -> None:
-        def process_state() -> Any:
-            with session.boundary.hold("a checkpoint"):
-                self._part = self._sharded_states(session)
-                return session.process_state()
-
-        self._peers = Peers(
-            torch.distributed.PrefixStore(f"session/{self._sessions}", self._shared),
+    def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
+        self._member = TorchMember(self._coord, session, self._components, self._memory, self._root)
+        self._peers = Rendezvous(
+            shared.below(f"session/{self._sessions}"),
             self._rank,
             self._processes,
             gate,
-            steps_done=lambda: session.boundary.steps,
-            process_state=process_state,
-            wait_for_stop=self._coord.wait_for_stop,
-            should_stop=self._coord.should_stop,
-            request_stop=self._request_stop,
-            error=self._error,
-            is_impatient=lambda: session.is_impatient,
+            self._member,
             grace_secs=self._stop_grace_secs,
-            write_part=self._write_part,
         )
         self._peers.start()
 
@@ -148,21 +145,6 @@ class TorchEngine:
         if peers is not None:
             peers.close(self._stop_grace_secs)
         session.close()
-
-    def _request_stop(self, error: BaseException | None) -> None:
-        try:
-            self._coord.request_stop(error)
-        except NonFiniteError:
-            # After a join the coordinator raises it here too: the thread of the session has ended before it was known.
-            _log.debug("the run had ended when another process told of its sight", exc_info=True)
-
-    def _error(self) -> BaseException | None:
-        """What the run stops for."""
-        try:
-            self._coord.raise_requested_exception()
-        except BaseException as error:  # noqa: BLE001 - the coordinator raises it to whoever has to know
-            return error
-        return None
 
     # --- steps ---
 
@@ -185,6 +167,8 @@ class TorchEngine:
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
         """Show it what is summarised; a step returns no numbers."""
         self._watch = watch
+        if self._member is not None:
+            self._member.watch = watch
         session.watch_values(watch)
 
     def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
@@ -214,13 +198,6 @@ class TorchEngine:
         """
         return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
-    def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
-        """No: the model is in this process."""
-        return False
-
-    def settle(self, session: Session, timeout_secs: float) -> None:
-        """Nothing: the processes meet at each boundary, and so at the last."""
-
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
@@ -229,7 +206,8 @@ class TorchEngine:
         session.boundary.check_whole(what)
         with ExitStack() as stack:
             if self._peers is not None:
-                self._peer_states = stack.enter_context(self._peers.meeting(what))
+                states = stack.enter_context(self._peers.meeting(what))
+                self._peer_states = {rank: loaded_process_state(state) for rank, state in states.items()}
             stack.enter_context(session.boundary.hold(what, patience_secs))
             yield
 
@@ -240,32 +218,14 @@ class TorchEngine:
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            processes = {0: self._memory.copy("process", session.process_state(), copies), **self._peer_states}
+            processes = {0: self._memory.copy("process", session.process_state.capture(), copies), **self._peer_states}
             copies.close()
         return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
-
-    def _sharded_states(self, session: Session) -> tuple[Mapping[str, Any], CopyStreams]:
-        """What a process that is not the chief has to write: its parts of the objects that are sharded."""
-        copies = CopyStreams(session.training_streams)
-        with torch.no_grad():
-            live = {one.name: one.state() for one in self._components}
-            states = {name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
-            copies.close()
-        return states, copies
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
         snapshot.copies.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
-
-    def return_to(self, session: Session, path: Path) -> None:
-        """Load the state into the objects of the program."""
-        if self._restorer is None:
-            raise AssertionError("a session without a logdir has no checkpoint to return to")
-        _synchronize()
-        self._restorer.return_to(path, session)
-        # The training runs on streams of its own threads.
-        _synchronize()
 
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""
@@ -296,26 +256,6 @@ class TorchEngine:
             return write_all(None, directory, states)
         return write_all(self._peers.exchange(directory.relative_to(self._root).as_posix()), directory, states)
 
-    def _write_part(self, exchange: Exchange, place: str) -> None:
-        """In a process that is not the chief. Its writer's thread."""
-
-        def states() -> Mapping[str, Any]:
-            held, copies = self._part
-            copies.finish()
-            if self._watch is not None:
-                _check_finite(held)
-            return held
-
-        # Without a logdir of its own it does not see the chief's, and says so.
-        write_mine(exchange, self._rank, (self._root or Path()) / place, states)
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """PyTorch keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """PyTorch keeps no list of its own."""
-
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
@@ -324,7 +264,7 @@ class TorchEngine:
         """
         if self._summaries is None or self._events is None:
             return
-        with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
+        with session.boundary.hold("a summary"), STREAMS.preserved(), torch.no_grad():
             if session.boundary.is_resting:
                 return
             values, step = self._summaries(), session.global_step
@@ -347,13 +287,6 @@ class TorchEngine:
             self._watch.look(values, step)
 
 
-def _check_finite(states: Mapping[str, Any]) -> None:
-    """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
-    names = [place for name, state in states.items() for place in non_finite(name, state)]
-    if names:
-        raise NonFiniteError(f"the state to be saved is not finite: {', '.join(names[:5])}", step=None, names=names)
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
@@ -363,7 +296,7 @@ def _synchronize() -> None:
 class _Passing:
     """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
 
-    def __init__(self, peers: Peers, callback: Callable[[], int]) -> None:
+    def __init__(self, peers: Rendezvous, callback: Callable[[], int]) -> None:
         self._peers = peers
         self._callback = callback
 

@@ -11,18 +11,16 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError
-from stepguard.saving.nan_guard import RETURN, check_options
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
-from stepguard.supervisor import MAX_UNPROTECTED_SECS
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.state import components
-from stepguard.torch.distributed.gate import world
+from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
-from stepguard.watching.observer import Observation
 
 
 class Supervisor(CoreSupervisor[Session]):
@@ -47,38 +45,23 @@ class Supervisor(CoreSupervisor[Session]):
         summaries: called without arguments between two steps, every ``save_summaries_secs``, without gradients; it
             returns numbers by the names of their curves. What it draws at random does not change the training.
         summary_writer: a ``SummaryWriter`` of the program's own; by default one for ``logdir``.
-        save_summaries_secs: seconds between summaries and step rates; 0 switches both off.
-        save_model_secs: seconds between checkpoints; 0 takes none on a timer.
+        save_summaries_secs: seconds between summaries and step rates; 0 or ``None`` writes neither.
+        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
         save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
-        save_at_end: whether the last step is saved when the run ends without an error. By default it is when
-            ``save_model_secs`` or ``save_model_steps`` asks for checkpoints at all.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all.
-        keep_checkpoint_every_n_hours: of those that are not kept, one for each so many hours stays.
-        checkpoint_basename: what the names of the checkpoints begin with.
-        stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
-        max_unprotected_secs: how long saves may fail, in seconds, before that stops the run.
-        stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
-            and an end by that signal; a handler of the program's own is left alone in any case.
-        start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
-            that is an error, since it throws the run away.
         progress: whether to show a progress line where standard error is a terminal.
-        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
-            stopped there. By default what ``steps`` was given as ``max_steps``.
-        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
-            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
-        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
-        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
-        metrics_host: the address to serve it on; by default this machine alone can reach it.
-        nan_guard: what happens when a loss, a summary or the state to be saved is not finite: ``"stop"`` ends the run
-            with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to the newest good checkpoint,
-            and goes on with the data that comes next, in a run of one process. ``None`` looks at nothing.
-        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
+        saving: more of when and how the model is saved; the options above may be given in there instead.
+        stopping: how the run is stopped.
+        watching: how it is watched; likewise.
+        guarding: what happens when a number is not finite.
+        restoring: how the run comes back.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, or a part of the state cannot be saved; the
             message names it.
     """
 
+    @each_option_once
     def __init__(
         self,
         state: Mapping[str, Any],
@@ -91,42 +74,35 @@ class Supervisor(CoreSupervisor[Session]):
         save_summaries_secs: float | None = 120,
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
-        save_at_end: bool | None = None,
         max_to_keep: int | None = 5,
-        keep_checkpoint_every_n_hours: float | None = None,
-        checkpoint_basename: str = "model.ckpt",
-        stop_grace_secs: float = 120,
-        max_unprotected_secs: float = MAX_UNPROTECTED_SECS,
-        stop_on_sigterm: bool = True,
-        start_over_when_all_damaged: bool = False,
         progress: bool = False,
-        total_steps: int | None = None,
-        hang_secs: float | None = None,
-        end_on_hang: bool = False,
-        metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
-        nan_guard: str | None = None,
-        nan_returns: int = 3,
+        saving: Saving | None = None,
+        stopping: Stopping | None = None,
+        watching: Watching | None = None,
+        guarding: Guarding | None = None,
+        restoring: Restoring | None = None,
     ) -> None:
-        arguments.check(
-            logdir=logdir,
-            is_chief=is_chief,
-            init_fn=init_fn,
-            summaries=summaries,
-            summary_writer=summary_writer,
+        options = Options.of(
             save_summaries_secs=save_summaries_secs,
             save_model_secs=save_model_secs,
             save_model_steps=save_model_steps,
             max_to_keep=max_to_keep,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            save_at_end=save_at_end,
-            stop_on_sigterm=stop_on_sigterm,
-            start_over_when_all_damaged=start_over_when_all_damaged,
             progress=progress,
-            end_on_hang=end_on_hang,
+            saving=saving,
+            stopping=stopping,
+            watching=watching,
+            guarding=guarding,
+            restoring=restoring,
         )
-        if nan_guard == RETURN and world()[1] > 1:
+        refuse(
+            watching,
+            "peer_timeout_secs",
+            because="it is for TensorFlow's servers; with PyTorch it is init_process_group's timeout",
+        )
+        arguments.check(
+            logdir=logdir, is_chief=is_chief, init_fn=init_fn, summaries=summaries, summary_writer=summary_writer
+        )
+        if options.guarding.returns and world()[1] > 1:
             raise ValueError(
                 f"nan_guard='return' is for a run of one process, and torch.distributed has {world()[1]}: use "
                 f"nan_guard='stop', and have a launcher start the run again from its newest checkpoint"
@@ -137,22 +113,22 @@ class Supervisor(CoreSupervisor[Session]):
         # A program may change its directory while it trains.
         everyones_root = os.path.abspath(logdir) if logdir else None
         root = everyones_root if is_chief else None
+        basename = options.saving.checkpoint_basename
         found = None
         if everyones_root is not None:
             found = CheckpointStore(
                 everyones_root,
-                basename=checkpoint_basename,
+                basename=basename,
                 engine=ENGINE,
-                max_to_keep=max_to_keep,
-                keep_every_n_hours=keep_checkpoint_every_n_hours,
+                max_to_keep=options.saving.max_to_keep,
+                keep_every_n_hours=options.saving.keep_checkpoint_every_n_hours,
             )
         store = found if is_chief else None
-        saves = bool(save_model_secs or save_model_steps or save_at_end)
-        check_options(nan_guard, nan_returns, saves=store is not None and saves)
+        options.check_return(commits=store is not None)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
-            restorer = Restorer(found, parts, start_over_when_all_damaged=start_over_when_all_damaged)
-        self._save_path = None if root is None else os.path.join(root, checkpoint_basename)
+            restorer = Restorer(found, parts, options.restoring)
+        self._save_path = None if root is None else os.path.join(root, basename)
         is_own = False
         if summary_writer is None and root is not None:
             summary_writer, is_own = open_writer(root), True
@@ -165,42 +141,25 @@ class Supervisor(CoreSupervisor[Session]):
             root=None if found is None else found.root,
             restorer=restorer,
             events=events,
-            basename=checkpoint_basename,
+            basename=basename,
             summaries=summaries,
             init_fn=init_fn,
             coord=coord,
-            stop_grace_secs=stop_grace_secs,
+            stop_grace_secs=options.stopping.stop_grace_secs,
         )
         self._session: Session | None = None
         # Known to all processes, and not to the chief only.
-        self._saves_every = save_model_steps if everyones_root is not None else None
+        self._saves_every = options.saving.save_model_steps if everyones_root is not None else None
         super().__init__(
             self._torch,
             coord=coord,
             is_chief=bool(is_chief),
-            logdir=root,
+            logdir=everyones_root,
             store=store,
             events=events,
             has_summaries=summaries is not None,
             saves_model=store is not None,
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            save_model_steps=save_model_steps,
-            save_at_end=save_at_end,
-            stop_grace_secs=stop_grace_secs,
-            max_unprotected_secs=max_unprotected_secs,
-            stop_on_sigterm=stop_on_sigterm,
-            observation=Observation(
-                progress=progress,
-                total_steps=total_steps,
-                hang_secs=hang_secs,
-                end_on_hang=end_on_hang,
-                metrics_port=metrics_port,
-                metrics_host=metrics_host,
-            ),
-            nan_guard=nan_guard,
-            nan_returns=nan_returns,
-            watched_logdir=everyones_root,
+            options=options,
             role=f"worker-{world()[0]}",
         )
 
@@ -227,7 +186,7 @@ class Supervisor(CoreSupervisor[Session]):
         """
         self._check_alone()
         meets_every = self._saves_every if start_standard_services else None
-        session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
+        session = self.open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
         return session
 
@@ -250,7 +209,7 @@ class Supervisor(CoreSupervisor[Session]):
             _in_a_block.add(self)
             return session
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def summary_computed(self, sess: Session, summary: Mapping[str, Any], global_step: int | None = None) -> None:
         """Write values that the program has computed itself: numbers by the names of their curves.

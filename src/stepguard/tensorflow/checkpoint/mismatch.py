@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.saving.mismatch import Mismatch
 from stepguard.tensorflow.checkpoint.snapshot import save_operations
 from stepguard.tensorflow.checkpoint.tensors import without_pattern
 
@@ -15,7 +16,6 @@ _v1 = tf.compat.v1
 
 # A checkpoint of tf.train.Checkpoint names its tensors by object; the Saver has a way of its own to restore one.
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-_MAX_NAMED = 10
 
 
 class MissingVariablesError(CheckpointMismatchError, tf.errors.NotFoundError):
@@ -54,34 +54,31 @@ def check_fits(saver: Any, graph: Any, path: str) -> None:
         shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if _OBJECT_GRAPH in shapes:
         return
-    missing = sorted(name for name in wanted if name not in shapes)
-    unexpected = sorted(name for name in shapes if name not in wanted)
     # With reshape=True the saver takes any shape of the same size.
-    compares_shapes = not getattr(saver, "_reshape", False)
-    reshaped = {}
+    found = _compared(wanted, shapes, types, compares_shapes=not getattr(saver, "_reshape", False))
+    if not found.missing and not found.reshaped:
+        return  # What only the checkpoint holds is nobody's loss.
+    message = (
+        f"{path} does not fit the graph, and nothing was overwritten: {found}. "
+        "If the model was changed on purpose, restore the variables that both have with a Saver of your own in "
+        "init_fn, and use another logdir"
+    )
+    kind = MissingVariablesError if found.missing else ReshapedVariablesError
+    raise kind(message, path=Path(path), missing=found.missing, unexpected=found.unexpected, reshaped=found.reshaped)
+
+
+def _compared(wanted: dict[str, tuple[Any, Any]], shapes: Any, types: Any, *, compares_shapes: bool) -> Mismatch:
+    found = Mismatch(
+        missing=sorted(name for name in wanted if name not in shapes),
+        unexpected=sorted(name for name in shapes if name not in wanted),
+    )
     for name, (dtype, shape) in sorted(wanted.items()):
         if name not in shapes:
             continue
         held_shape = tf.TensorShape(shapes[name])
         if dtype != types[name] or (compares_shapes and not held_shape.is_compatible_with(shape)):
-            reshaped[name] = (f"{dtype.name}{shape}", f"{types[name].name}{held_shape}")
-    if not missing and not reshaped:
-        return
-    problems = []
-    if missing:
-        problems.append(f"missing from the checkpoint: {_listed(missing)}")
-    if reshaped:
-        pairs = [f"{name} (the graph has {ours}, the checkpoint {theirs})" for name, (ours, theirs) in reshaped.items()]
-        problems.append(f"of another shape or type: {_listed(pairs)}")
-    if unexpected:
-        problems.append(f"only in the checkpoint: {_listed(unexpected)}")
-    message = (
-        f"{path} does not fit the graph; nothing was overwritten. " + "; ".join(problems) + ". "
-        "If the model was changed on purpose, restore the variables that both have with a Saver of your own in "
-        "init_fn, and use another logdir"
-    )
-    kind = MissingVariablesError if missing else ReshapedVariablesError
-    raise kind(message, path=Path(path), missing=missing, unexpected=unexpected, reshaped=reshaped)
+            found.reshaped[name] = (f"{dtype.name}{shape}", f"{types[name].name}{held_shape}")
+    return found
 
 
 def _wanted(saver: Any, graph: Any) -> dict[str, tuple[Any, Any]]:
@@ -107,8 +104,3 @@ def _whole_shape(spec: str) -> Any:
     """The shape of the whole variable that a slice belongs to: ``"4 10 0,2:-"`` is a slice of one of shape (4, 10)."""
     *dimensions, _ = spec.split(" ")
     return tf.TensorShape([int(size) for size in dimensions])
-
-
-def _listed(items: list[str]) -> str:
-    more = len(items) - _MAX_NAMED
-    return ", ".join(items[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

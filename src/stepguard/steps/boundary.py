@@ -1,7 +1,20 @@
-"""Where one training step ends and the next has not begun."""
+"""Where one training step ends and the next has not begun.
+
+A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
+gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
+and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
+its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
+
+It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
+waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
+the boundary torn: from then on no service gets it, since the state belongs to no step. Ctrl-C between two lines would
+leave the lock taken for good; a thread that is taking it or giving it back is therefore in ``_changing``, and
+``interrupts`` holds the signal back until it is not. A kill leaves nothing: all of this is memory of one process.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +45,7 @@ class Boundary:
         self._began = 0.0
         self._longest_secs = 0.0
         self._on_due: Callable[[], int] | None = None
-        self._due_at = -1
+        self._due_at = sys.maxsize
         self._is_torn = False
         self.steps = 0
         # Whether the program's loop over steps has ended: it may use the model for something else now.
@@ -97,9 +110,10 @@ class Boundary:
 
     def call_due(self) -> None:
         """Do what is due after the last step, if that was not done."""
-        if self.steps == self._due_at and self._on_due is not None:
+        # Not only at that very step: another thread may have done one more before this one comes here.
+        if self.steps >= self._due_at and self._on_due is not None:
             # Once, whichever thread comes first.
-            self._due_at = -1
+            self._due_at = sys.maxsize
             self._due_at = self.steps + max(1, self._on_due())
 
     def leave_torn(self) -> None:

@@ -1,0 +1,180 @@
+"""Taking one step's state out of a PyTorch program."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
+from stepguard.torch.checkpoint.state import (
+    check_saveable,
+    check_tensor,
+    is_numpy_scalar,
+    is_sparse,
+    leaves,
+    parts_of_sparse,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSnapshot:
+    """The state of one step in the memory of the host: that of the program by name, and of each process by rank.
+
+    Of sharded objects it holds the part of this process; the others have theirs.
+    """
+
+    step: int
+    states: Mapping[str, Any]
+    processes: Mapping[int, Mapping[str, Any]]
+    nbytes: int
+    copies: CopyStreams
+    written: str | None = None
+
+
+class HostMemory:
+    """Copies of states in the memory of the host, which are used again by the next copy of a state of that form."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, name: str, state: Any, streams: CopyStreams) -> Any:
+        """A copy of ``state`` that nothing will change until the next call for ``name``.
+
+        Raises:
+            TypeError: a part cannot be saved.
+        """
+        # Tied weights are one tensor under several names, and stay so in the copy.
+        seen: dict[tuple[Any, ...], torch.Tensor] = {}
+        return self._copied(name, state, seen, streams)
+
+    def _copied(self, path: str, value: Any, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams) -> Any:
+        if is_dtensor(value):
+            local = value.detach().to_local()
+            return shard_of(value, self._copied_tensor(path, local, seen, streams))
+        if isinstance(value, torch.Tensor):
+            check_tensor(path, value)
+            return self._copied_tensor(path, value.detach(), seen, streams)
+        if type(value) in (dict, Counter):
+            return type(value)({key: self._copied(f"{path}.{key}", part, seen, streams) for key, part in value.items()})
+        if type(value) is OrderedDict:
+            copied = OrderedDict(
+                (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
+            )
+            # nn.Module.state_dict notes here which version of each module wrote it.
+            copied.__dict__.update(value.__dict__)
+            return copied
+        if type(value) in (list, tuple):
+            return type(value)(self._copied(f"{path}[{n}]", part, seen, streams) for n, part in enumerate(value))
+        if is_numpy_scalar(value):
+            return value.item()
+        check_saveable(path, value)
+        return value
+
+    def _copied_tensor(
+        self, path: str, tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams
+    ) -> torch.Tensor:
+        if is_sparse(tensor) or tensor.is_quantized:
+            streams.finish()
+            return tensor.cpu().clone()
+        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and identity in seen:
+            return seen[identity]
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[path] = buffer
+        if tensor.is_cuda:
+            with torch.cuda.stream(streams.side(tensor.device)):
+                buffer.copy_(tensor, non_blocking=True)
+        else:
+            buffer.copy_(tensor)
+        seen[identity] = buffer
+        return buffer
+
+
+class CopyStreams:
+    """The CUDA streams on which one snapshot is copied beside the training.
+
+    ``training`` are the streams on which steps run, one for each device that was seen. The copies begin after the
+    last step, the next step begins after the copies; neither makes the host wait.
+    """
+
+    def __init__(self, training: Mapping[torch.device, torch.cuda.Stream]) -> None:
+        self._training = training
+        self._sides: dict[torch.device, torch.cuda.Stream] = {}
+        self._copied: list[torch.cuda.Event] = []
+
+    def side(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream for the copies from ``device``."""
+        if device not in self._sides:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(self._trained_on(device))
+            self._sides[device] = side
+        return self._sides[device]
+
+    def close(self) -> None:
+        """All copies have been asked for: the next step waits for them on the device."""
+        for device, side in self._sides.items():
+            self._copied.append(side.record_event())
+            self._trained_on(device).wait_stream(side)
+
+    def finish(self) -> None:
+        """Wait until the copies are complete."""
+        for device in self._sides:
+            self._trained_on(device).synchronize()
+        for event in self._copied:
+            event.synchronize()
+
+    def _trained_on(self, device: torch.device) -> torch.cuda.Stream:
+        stream = self._training.get(device)
+        return torch.cuda.default_stream(device) if stream is None else stream
+
+
+def nbytes(value: Any) -> int:
+    """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
+    tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
+    return sum(_nbytes_of(tensor) for tensor in tensors.values())
+
+
+def _nbytes_of(tensor: torch.Tensor | Shard) -> int:
+    if isinstance(tensor, torch.Tensor) and is_sparse(tensor):
+        return sum(part.nbytes for part in parts_of_sparse(tensor))
+    return tensor.nbytes
+
+
+def non_finite(path: str, state: Any) -> list[str]:
+    """The places of what is NaN in a nested state in host memory, and of tensors that hold an infinity.
+
+    A plain number may be infinite: that is how schedulers, and the programs, write "none so far".
+    """
+    found = []
+    for place, part in leaves(path, state):
+        if isinstance(part, Shard):
+            part = part.local
+        if isinstance(part, torch.Tensor):
+            if not _is_finite(part):
+                found.append(place)
+        elif isinstance(part, float) and math.isnan(part):
+            found.append(place)
+    return found
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if is_sparse(tensor):
+        # What is kept for one place of a COO tensor several times counts as its sum.
+        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # There is no arithmetic in eight bits.
+    # One pass, and no copy of the state: both ends are NaN where anything is.
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
