@@ -692,7 +692,7 @@ def test_departure_missed_ticks_are_skipped() -> None:
     "change",
     [
         lambda coord: coord.request_stop(),
-        lambda coord: coord.request_stop(BoomError()),
+        lambda coord: report(coord, BoomError()),
         lambda coord: coord.clear_stop(),
         lambda coord: coord.register_thread(threading.Thread(target=print)),
     ],

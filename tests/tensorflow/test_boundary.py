@@ -421,7 +421,7 @@ class TestAStepForOthers:
         assert waiting.began.wait(20)
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
-        wait_until(is_waiting(boundary))
+        wait_until(is_waiting(boundary), "somebody waits for the boundary")
         boundary.enter_for_others("apply")
         # It has to end as well.
         waiting.end()
