@@ -125,6 +125,9 @@ class EventLog(Protocol):
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""
 
+    def flush(self) -> None:
+        """Hand what was written so far to the system."""
+
     def stopped(self) -> None:
         """The run has stopped; the last record of this session."""
 
