@@ -6,23 +6,25 @@ import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
-from stepguard.coordination.services import StepCounter, WhileOpen
-from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
+from stepguard.engine import Engine, EventLog, Prepared, SessionT
 from stepguard.errors import described
-from stepguard.managed_session import ManagedSession, Run
+from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Supervisor(Generic[SessionT]):
         ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
 
+    _step_counter: StepCounter | None = None
+
     def __init__(
         self,
         engine: Engine[SessionT],
@@ -88,11 +92,13 @@ class Supervisor(Generic[SessionT]):
             events=events,
             observer=self._observer,
             options=options.saving if saves_model and is_chief else None,
-            on_error=self._report,
+            on_error=coord.report,
         )
         self._worker_role = role
         self._built_in = os.getcwd()
         self._pid = os.getpid()
+        # Of the session that was opened last, for services that are started later.
+        self._recovered: Recovery | None = None
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
         self._guard = self._make_guard()
@@ -108,7 +114,7 @@ class Supervisor(Generic[SessionT]):
             events=self._events,
             observer=self._observer,
             one_save=self._saving.one_save,
-            on_error=self._report,
+            on_error=self._coord.report,
             on_return=self._saving.went_back,
         )
 
@@ -200,15 +206,20 @@ class Supervisor(Generic[SessionT]):
                 summarise = functools.partial(self._engine.summarise, sess)
                 threads.append(self._service("summary", self.save_summaries_secs, sess, summarise))
             if step is not None:
-                counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self.save_summaries_secs, sess, counter))
+                self._step_counter = StepCounter(self._engine, sess, self._events)
+                counting = WhileOpen(self._engine, sess, self._step_counter)
+                threads.append(
+                    StepCounterThread(
+                        self._coord, self.save_summaries_secs, target=counting, name="stepguard-step-counter"
+                    )
+                )
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
             checkpointer = self._saving.start(sess, step, self._guard)
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
+        self._observer.session_ready(sess, step, self._recovered)
         for thread in threads:
             thread.start()
         return threads
@@ -226,14 +237,26 @@ class Supervisor(Generic[SessionT]):
         target = WhileOpen(self._engine, session, service)
         return LooperThread(self._coord, interval_secs, target=target, name=f"stepguard-{name}")
 
-    # --- the life of a session ---
+    # --- what an engine's Supervisor calls ---
 
-    def _open_session(
-        self, prepare: Callable[[], SessionT], start_standard_services: bool, *, waits_for_another: bool = False
+    def open_session(
+        self,
+        prepare: Callable[[], Prepared[SessionT]],
+        start_standard_services: bool,
+        *,
+        waits_for_another: bool = False,
+        on_open: Callable[[SessionT], object] | None = None,
     ) -> SessionT:
-        """A prepared session with its services running. What failed is closed again before the error leaves.
+        """A prepared session with its services running: what ``prepare_or_wait_for_session`` returns.
 
-        With ``waits_for_another`` the logdir is left, while the session is prepared, to the process that is waited for.
+        Args:
+            prepare: the engine's ``prepare``, with its arguments bound.
+            start_standard_services: whether to start the services: checkpoints, summaries, step rate.
+            waits_for_another: whether ``prepare`` waits for the chief of the logdir, in another process: the logdir is
+                left to that one meanwhile.
+            on_open: called with the session when its services run, for what the framework starts then.
+
+        What fails is closed before the error leaves.
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
@@ -244,11 +267,12 @@ class Supervisor(Generic[SessionT]):
         try:
             if start_standard_services and not waits_for_another:
                 self._begin_observation()
-            session = prepare()
+            prepared = prepare()
         except BaseException as error:
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
+        session, self._recovered = prepared.session, prepared.recovered
         try:
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
@@ -257,14 +281,27 @@ class Supervisor(Generic[SessionT]):
                 if self._logdir:
                     self.start_standard_services(session)
                 else:
-                    _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+                    self._engine.call_after_steps(session, 1, self._warn_of_no_logdir)
                     self._observer.session_ready(session, None, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None, None)
+            if on_open is not None:
+                on_open(session)
         except BaseException as error:
             self._give_up(session, error)
             raise
         return session
+
+    def managed(
+        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
+    ) -> AbstractContextManager[SessionT]:
+        """The context that a training loop lives in: what ``managed_session`` returns.
+
+        ``open_session`` gives the session, by :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
+        """
+        return ManagedSession(_Block(self, open_session, close_summary_writer))
+
+    # --- the life of a session ---
 
     def _warn_of_another_directory(self) -> None:
         logdir, here = self._logdir, os.getcwd()
@@ -277,9 +314,12 @@ class Supervisor(Generic[SessionT]):
                 os.path.join(here, logdir),
             )
 
+    def _warn_of_no_logdir(self) -> int:
+        """At the first step: a program that only reads or evaluates has nothing to lose."""
+        _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+        return sys.maxsize
+
     def _begin_observation(self) -> None:
-        if self._store is not None:
-            self._store.last_recovery = None
         if self._is_chief:
             self._saving.claim_logdir()
         self._observe()
@@ -291,30 +331,6 @@ class Supervisor(Generic[SessionT]):
             self._guard.end(was_asked=True)
         self._engine.close(session)
         self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
-
-    def _supervised(
-        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
-    ) -> AbstractContextManager[SessionT]:
-        """The context that a training loop lives in."""
-        return ManagedSession(
-            Run(
-                open=open_session,
-                request_stop=self.request_stop,
-                stop_at_boundary=self._stop_at_boundary,
-                note_end=self._note_end,
-                save=self._save_before_close,
-                stop=lambda: self.stop(close_summary_writer=close_summary_writer),
-                close=self._engine.close,
-                grace_secs=self._stop_grace_secs,
-                stops_on_sigterm=self._options.stopping.stop_on_sigterm,
-            )
-        )
-
-    def _stop_at_boundary(self, session: SessionT) -> None:
-        self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
-
-    def _note_end(self, reason: str) -> None:
-        self._stop_reason = reason
 
     def stop(
         self,
@@ -367,6 +383,7 @@ class Supervisor(Generic[SessionT]):
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
+                self._finish_counting()
                 self._saving.save_last(deadline)
         finally:
             if not self._saving.stop(deadline):
@@ -375,25 +392,22 @@ class Supervisor(Generic[SessionT]):
                 )
             self._saving.leave_logdir()
 
+    def _finish_counting(self) -> None:
+        counter, self._step_counter = self._step_counter, None
+        if counter is not None:
+            counter.finish()
+
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
         if self._is_of_parent():
             return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
+        self._finish_counting()
         try:
             self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
-            self._report(error)
-
-    def _report(self, error: BaseException) -> None:
-        """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
-        try:
-            self._coord.request_stop(error)
-        except BaseException as raised:
-            # After a join the coordinator raises in the thread that reports as well.
-            if raised is not error:
-                raise
+            self._coord.report(error)
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
@@ -421,6 +435,41 @@ class Supervisor(Generic[SessionT]):
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Block(Generic[SessionT]):
+    """One run of a supervisor in a ``with`` block; see :class:`stepguard.managed_session.Supervision`."""
+
+    supervisor: Supervisor[SessionT]
+    open: Callable[[], SessionT]
+    close_summary_writer: bool
+
+    @property
+    def grace_secs(self) -> float:
+        return self.supervisor._stop_grace_secs
+
+    @property
+    def stops_on_sigterm(self) -> bool:
+        return self.supervisor._options.stopping.stop_on_sigterm
+
+    def request_stop(self, error: BaseException | None) -> None:
+        self.supervisor.request_stop(error)
+
+    def stop_at_boundary(self, session: SessionT) -> None:
+        self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
+
+    def note_end(self, reason: str) -> None:
+        self.supervisor._stop_reason = reason
+
+    def save(self) -> None:
+        self.supervisor._save_before_close()
+
+    def stop(self) -> None:
+        self.supervisor.stop(close_summary_writer=self.close_summary_writer)
+
+    def close(self, session: SessionT) -> None:
+        self.supervisor._engine.close(session)
 
 
 _unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()

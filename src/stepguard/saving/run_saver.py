@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import LogdirInUseError
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
+from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
-    Threads: :meth:`holding_logdir` and :meth:`program_saves` by any, the others by whoever opens and stops a session.
+    Threads: by whoever opens and stops a session.
 
     Args:
         engine: takes the snapshots, and writes them.
@@ -52,8 +52,8 @@ class RunSaver(Generic[SessionT]):
         self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
-        # Held by whoever writes a checkpoint: the writer, or the program itself.
-        self.one_save = threading.Lock()
+        # Held by whoever writes a checkpoint: see the store.
+        self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
         self.checkpointer: Checkpointer | None = None
         self._step_trigger: StepTrigger | None = None
@@ -89,32 +89,6 @@ class RunSaver(Generic[SessionT]):
         if hold is not None:
             hold.release()
 
-    @contextmanager
-    def holding_logdir(self) -> Iterator[bool]:
-        """Whether no other process is the chief of the logdir as long as the block lasts."""
-        if self._store is None or self._hold is not None:
-            yield self._hold is not None
-            return
-        try:
-            hold = self._store.acquire()
-        except (LogdirInUseError, OSError) as error:
-            _log.debug("not the chief of this logdir: %s", error)
-            yield False
-            return
-        with hold:
-            yield True
-
-    @contextmanager
-    def program_saves(self, name: str) -> Iterator[None]:
-        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
-        with self.one_save:
-            if self._store is not None:
-                self._store.uncommit(name)
-            yield
-            if self._store is not None:
-                # Its saver removes what is too many by its own count, and knows nothing of manifests.
-                self._store.follow_removals([one.name for one in self._store.candidates()])
-
     # --- a session ---
 
     def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Checkpointer:
@@ -126,13 +100,10 @@ class RunSaver(Generic[SessionT]):
         # A second session shares the writer of one that was not stopped: nobody would end the first one's.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                self._engine,
-                self._store,
-                self._events,
+                Committer(self._engine, self._store, self._events, self._observer),
                 self._on_error,
+                retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
-                max_unprotected_secs=self._options.max_unprotected_secs,
-                observer=self._observer,
                 guard=guard,
             )
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))

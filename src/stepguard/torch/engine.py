@@ -15,12 +15,13 @@ import torch
 
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.worker import Worker
+from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.files import SUFFIX, process_file, write_file
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
@@ -76,7 +77,7 @@ class TorchEngine:
 
     # --- the session ---
 
-    def prepare(self, meets_every: int | None = None) -> Session:
+    def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is.
 
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
@@ -87,7 +88,8 @@ class TorchEngine:
         if self._shared is not None and gate is not None:
             self._meet_peers(session, self._shared, gate)
         try:
-            if not self._is_restored(session) and self._init_fn is not None:
+            recovered, is_restored = self._go_on(session)
+            if not is_restored and self._init_fn is not None:
                 self._init_fn()
         except BaseException:
             self.close(session)
@@ -96,18 +98,33 @@ class TorchEngine:
         if gate is not None and meets_every is not None and self._rank > 0:
             gate.meet_every(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
-        return session
+        return Prepared(session, recovered)
 
-    def _is_restored(self, session: Session) -> bool:
+    def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Load the state into the objects of the program."""
+        if self._restorer is None:
+            raise AssertionError("a session without a logdir has no checkpoint to restore")
+        if not in_run:
+            self._restorer.load(checkpoint.path, session)
+            return
+        _synchronize()
+        self._restorer.return_to(checkpoint.path, session)
+        # The training runs on streams of its own threads.
+        _synchronize()
+
+    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
+        """What the search of this process has found, and whether the session was restored: also by the chief's word."""
         if isinstance(self._peers, Worker):
             name = self._peers.restored()
             if name is not None and self._restorer is not None:
                 self._restorer.restore_named(session, name, self._rank)
-            return name is not None
-        name = None if self._restorer is None else self._restorer.restore_newest(session)
+            return None, name is not None
+        restore = functools.partial(self.restore, session)
+        recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
+        good = None if recovered is None else recovered.checkpoint
         if self._peers is not None:
-            self._peers.restored(name)
-        return name is not None
+            self._peers.restored(None if good is None else good.name)
+        return recovered, good is not None
 
     def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
         store = shared.below(f"session/{self._sessions}")
@@ -184,13 +201,6 @@ class TorchEngine:
         """
         return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
-    def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
-        """No: the model is in this process."""
-        return False
-
-    def settle(self, session: Session, timeout_secs: float) -> None:
-        """Nothing: the processes meet at each boundary, and so at the last."""
-
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
@@ -218,15 +228,6 @@ class TorchEngine:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
         snapshot.copies.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
-
-    def return_to(self, session: Session, path: Path) -> None:
-        """Load the state into the objects of the program."""
-        if self._restorer is None:
-            raise AssertionError("a session without a logdir has no checkpoint to return to")
-        _synchronize()
-        self._restorer.return_to(path, session)
-        # The training runs on streams of its own threads.
-        _synchronize()
 
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""
@@ -263,10 +264,6 @@ class TorchEngine:
             process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
             digests = write_all(exchange, directory, sharded)
         return digests | {file: write_file(directory / file, state) for file, state in written.items()}
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """PyTorch keeps no list of its own."""
-        return ()
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
         """The other processes need not keep their parts any longer."""

@@ -127,8 +127,7 @@ class Supervisor(CoreSupervisor[Session]):
         options.check_return(commits=store is not None)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
-            starts_over = options.restoring.start_over_when_all_damaged
-            restorer = Restorer(found, parts, start_over_when_all_damaged=starts_over)
+            restorer = Restorer(found, parts, options.restoring)
         self._save_path = None if root is None else os.path.join(root, basename)
         is_own = False
         if summary_writer is None and root is not None:
@@ -187,7 +186,7 @@ class Supervisor(CoreSupervisor[Session]):
         """
         self._check_alone()
         meets_every = self._saves_every if start_standard_services else None
-        session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
+        session = self.open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
         return session
 
@@ -210,7 +209,7 @@ class Supervisor(CoreSupervisor[Session]):
             _in_a_block.add(self)
             return session
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def summary_computed(self, sess: Session, summary: Mapping[str, Any], global_step: int | None = None) -> None:
         """Write values that the program has computed itself: numbers by the names of their curves.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.options import Restoring
+from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store import CheckpointStore, Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.mismatch import check_fits
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
@@ -26,37 +27,19 @@ ENGINE = "torch"
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
 
-    def __init__(
-        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
-    ) -> None:
+    def __init__(self, store: CheckpointStore, components: Sequence[Component], options: Restoring) -> None:
         self._store = store
         self._components = components
-        self._start_over_when_all_damaged = start_over_when_all_damaged
+        self._options = options
 
-    def restore_newest(self, session: Session) -> str | None:
-        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
+    def restore_newest(self, restore: restoring.Restore) -> Recovery:
+        """Have the newest good checkpoint restored; what was found has none when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        store = self._store
-        try:
-            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
-        except NoGoodCheckpointError as error:
-            if not self._start_over_when_all_damaged:
-                raise
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            _log.warning("starting over, as asked for: %s", error)
-            return None
-        if recovery.checkpoint is None:
-            return None
-        if recovery.damaged:
-            _log.warning("%s", recovery.message())
-        _log.info("restored %s", recovery.checkpoint.path)
-        store.adopt_earlier()
-        return recovery.checkpoint.name
+        return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
@@ -70,7 +53,7 @@ class Restorer:
             raise FileNotFoundError(
                 f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
             )
-        self._load(path, session, rank)
+        self.load(path, session, rank)
 
     def return_to(self, path: Path, session: Session) -> None:
         """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
@@ -86,11 +69,12 @@ class Restorer:
             component.put_back(states[component.name])
         session.global_step = process["global_step"]
 
-    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
-        _check_engine(checkpoint)
-        self._load(checkpoint.path, session, 0)
+    def load(self, path: Path, session: Session, rank: int = 0) -> None:
+        """Load what the process of that ``rank`` needs to go on from the checkpoint at ``path``.
 
-    def _load(self, path: Path, session: Session, rank: int) -> None:
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
         processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
         process = read_file(processes[f"{PROCESS}0"])
@@ -128,14 +112,3 @@ class Restorer:
             states.update(read_sharded(path, in_parts, layouts))
         states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
         return states
-
-
-def _check_engine(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointMismatchError for one that another framework's program has left in this logdir."""
-    manifest = checkpoint.manifest
-    if manifest is not None and manifest.engine != ENGINE:
-        raise CheckpointMismatchError(
-            f"{checkpoint.path}: expected a checkpoint of the engine {ENGINE!r}, found one of {manifest.engine!r}: "
-            f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
-            path=checkpoint.path,
-        )
