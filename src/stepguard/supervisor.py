@@ -274,6 +274,7 @@ class Supervisor(Generic[SessionT]):
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
         session, self._recovered = prepared.session, prepared.recovered
+        self._is_running()
         try:
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
@@ -424,7 +425,7 @@ class Supervisor(Generic[SessionT]):
         """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
         self._coord.end()
         if self._guard is not None:
-            self._guard.end(was_asked=True)
+            self._guard.end(was_asked=True, within_secs=max(0.0, deadline - time.monotonic()))
         # The session is closed when it is collected, too late for a thread that would save it.
         self._saving.stop(deadline)
         failure = None
@@ -433,11 +434,31 @@ class Supervisor(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
             _log.error("the program ended without stop(), which would have raised: %s", described(error))
+        if self._events is not None:
+            _call_within(max(_LAST_LINES_SECS, deadline - time.monotonic()), self._events.flush)
         self._observer.end(
             "exit" if failure is None else "error",
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+
+
+def _call_within(secs: float, function: Callable[[], object]) -> None:
+    """Call ``function`` in a thread, since it may wait for a disk that hangs, and wait for it no longer than that."""
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - a thread's edge, and nobody is left to raise it to
+            _log.warning("%s", described(error))
+
+    thread = threading.Thread(target=call, name="stepguard-last-lines", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        call()  # Some versions of Python start no thread any more while the process ends.
+    else:
+        thread.join(secs)
 
 
 @dataclass(frozen=True, slots=True)

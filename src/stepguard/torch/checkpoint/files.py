@@ -23,6 +23,11 @@ def is_process(name: str) -> bool:
     return name.startswith(PROCESS) and name[len(PROCESS) :].isdigit()
 
 
+def process_file(rank: int) -> str:
+    """The name of the file of the process of ``rank``."""
+    return f"{PROCESS}{rank}{SUFFIX}"
+
+
 def write_file(path: Path, state: Any) -> tuple[int, str]:
     """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest.
 
