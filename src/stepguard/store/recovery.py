@@ -138,7 +138,7 @@ def missing_by_state(layout: Layout, found: Search) -> Damage | None:
         return None
     there = f"only {', '.join(present)}" if present else "no file of it"
     reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {there}"
-    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason)
+    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason, is_gone=not present)
 
 
 def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
