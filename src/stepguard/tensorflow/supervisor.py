@@ -265,6 +265,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             save_path=parts["save_path"],
             init_fn=parts["init_fn"],
             store=self._saved_store,
+            not_joined=self._coord.not_joined,
         )
         super().__init__(
             self._tensorflow,
