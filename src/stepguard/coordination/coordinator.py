@@ -60,6 +60,7 @@ class _Stop:
     """All that clear_stop resets, in one object, so that it is replaced in one assignment."""
 
     requested_at: float | None = None
+    was_asked: bool = False
     main_thread_was_told: bool = False
     joined: bool = False
     failures: list[_Failure] = field(default_factory=list)
@@ -129,6 +130,11 @@ class Coordinator:
         return True
 
     @property
+    def stop_was_asked(self) -> bool:
+        """Whether somebody has called `request_stop` without an error before the run was over or had failed."""
+        return self._stop.was_asked
+
+    @property
     def stop_requested(self) -> bool:
         """The same, for a look that does not count as the main thread's question."""
         return self._stop.requested_at is not None
@@ -180,9 +186,14 @@ class Coordinator:
         except TypeError as error:
             self._request_stop(stop, _Failure(error, error.__traceback__, threading.current_thread().name))
             raise
+        was_asked = failure is None
         if failure is not None and self._is_harmless(failure.error, after_stop=stop.requested_at is not None):
             failure = None
-        self._request_stop(stop, failure)
+        self._request_stop(stop, failure, was_asked=was_asked)
+
+    def end(self) -> None:
+        """Asks all threads to stop because the run is over, which nobody has asked for."""
+        self._request_stop(self._stop, None)
 
     def report(self, error: BaseException) -> None:
         """Like `request_stop`, for a thread's edge, where nobody could catch what it raises: `error` itself is not."""
@@ -311,11 +322,12 @@ class Coordinator:
             return True
         return False
 
-    def _request_stop(self, stop: _Stop, failure: _Failure | None) -> None:
+    def _request_stop(self, stop: _Stop, failure: _Failure | None, *, was_asked: bool = False) -> None:
         # Error first, flag second: who sees the flag can rely on the error being there.
         if failure is not None:
             stop.record(failure)
         if stop.requested_at is None:
+            stop.was_asked = was_asked
             stop.requested_at = time.monotonic()
         # suppress: another thread, or a signal handler, may pop the last one between our look and our pop.
         with contextlib.suppress(KeyError):

@@ -32,7 +32,17 @@ _v1 = tf.compat.v1
 
 
 # What the core works with as long as the Supervisor lives; a subclass that sets one of them takes it away.
-_CORE = ("_engine", "_events", "_guard", "_observer", "_saving", "_store", "_tensorflow", "_tensorflow_events")
+_CORE = (
+    "_engine",
+    "_events",
+    "_guard",
+    "_observer",
+    "_options",
+    "_saving",
+    "_store",
+    "_tensorflow",
+    "_tensorflow_events",
+)
 
 
 class Supervisor(Subclassable, CoreSupervisor[Any]):
