@@ -42,7 +42,7 @@ class Story:
         return self.tell("stop", time, pid=pid, reason=reason, **fields)
 
     def of(self, last=None, **options):
-        return history.of(self.events, last, **options)
+        return history.add_up(self.events, last, **options)
 
 
 def times(found):
@@ -56,7 +56,7 @@ def crashed_once():
 
 
 def test_an_empty_ledger_is_a_run_of_no_time():
-    assert history.of([]) == history.History((), 0, 0.0, 0.0, 0.0, 0)
+    assert history.add_up([]) == history.History((), 0, 0.0, 0.0, 0.0, 0)
 
 
 def test_a_run_without_a_crash_is_productive_from_its_first_step_on():
@@ -267,12 +267,12 @@ def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
         kept = list(lines)
         kept[torn] = kept[torn][: len(kept[torn]) * (seed + 1) // 4] + b"\n"
         path.write_bytes(b"".join(kept))
-        found = history.of(ledger.read(tmp_path))
+        found = history.add_up(ledger.read(tmp_path))
         assert min(times(found)) >= 0.0
         assert sum(times(found)) <= 150.0
     for event, value in itertools.product(whole, (None, [], {}, "x", True, -1)):
         wrong = {key: value if key not in ("event", "time") else kept for key, kept in event.items()}
-        found = history.of([wrong if one is event else one for one in whole])
+        found = history.add_up([wrong if one is event else one for one in whole])
         assert min(times(found)) >= 0.0
         json.dumps(found.attempts[0].last_step)
         history.last_seen([wrong if one is event else one for one in whole])

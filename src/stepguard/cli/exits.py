@@ -14,7 +14,7 @@ READER_GONE = 141
 """The reader of the pipe has gone away: what a shell shows for a program that SIGPIPE ended."""
 
 
-class Failure(click.ClickException):
+class CommandError(click.ClickException):
     """The end of a command by an error: one line on stderr."""
 
     def __init__(self, message: str, exit_code: int) -> None:

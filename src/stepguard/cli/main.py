@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stepguard import __version__
-from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, Failure
+from stepguard.cli.exits import FINDING, NOT_DONE, READER_GONE, CommandError
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
 _COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
@@ -37,12 +37,12 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except StepguardError as error:
-            raise Failure(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
+            raise CommandError(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
-            raise Failure(_described(error), NOT_DONE) from error
+            raise CommandError(_described(error), NOT_DONE) from error
 
 
 def _command(name: str) -> click.Command | None:

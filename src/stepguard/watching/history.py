@@ -60,7 +60,7 @@ class History:
     lost_steps: int
 
 
-def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
+def add_up(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
     """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
 
     Args:
@@ -82,7 +82,7 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
     loss may have emptied; None if it tells of no start. Its step is that of its last line.
     """
     own = [one for one in events if one.get("role") == role]
-    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    known = [one for one in add_up(own, role=role).attempts if one.pid is not None and one.host is not None]
     if not known:
         return None
     last = known[-1]
@@ -159,7 +159,7 @@ def _hang(event: Mapping[str, Any]) -> str:
     return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
 
 
-class _Run:
+class _OpenAttempt:
     """An attempt while it is read. ``begin``, ``trained``, ``end`` and ``hung`` are on the clock of the reader."""
 
     def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
@@ -197,7 +197,7 @@ class _Run:
         end = self.end if self.hung is None else min(self.hung, self.end)
         return self.trained, max(self.trained, end)
 
-    def attempt(self) -> Attempt:
+    def closed(self) -> Attempt:
         return Attempt(
             self.pid, self.host, self.started, self.ended, self.first_step, self.last_step, self.reason, self.error
         )
@@ -208,7 +208,7 @@ class _Reader:
         self._role = role
         self._now = 0.0
         self._time: float | None = None
-        self._runs: list[_Run] = []
+        self._attempts: list[_OpenAttempt] = []
         self._lost: list[_Span] = []
         self._lost_steps = 0
         self._saved: dict[str | int | None, float] = {}
@@ -231,53 +231,53 @@ class _Reader:
         time = float(event["time"])
         self._now += 0.0 if self._time is None else max(0.0, time - self._time)
         self._time = time
-        run = self._run_of(event)
+        attempt = self._attempt_of(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
-            handler(run, event)
-        run.came_to(event.get("step"))
-        run.ended, run.end = time, self._now
+            handler(attempt, event)
+        attempt.came_to(event.get("step"))
+        attempt.ended, attempt.end = time, self._now
 
     def history(self, last: Heartbeat | None) -> History:
-        if last is not None and last.role == self._role and self._runs:
-            run = self._runs[-1]
-            if (run.pid, run.host) == (last.pid, last.host):
-                run.alive_at(last.time)
-                run.came_to(last.step)
-        training = _union(span for run in self._runs if (span := run.span()) is not None)
+        if last is not None and last.role == self._role and self._attempts:
+            attempt = self._attempts[-1]
+            if (attempt.pid, attempt.host) == (last.pid, last.host):
+                attempt.alive_at(last.time)
+                attempt.came_to(last.step)
+        training = _union(span for attempt in self._attempts if (span := attempt.span()) is not None)
         replayed = _length(_common(training, _union(self._lost)))
         return History(
-            attempts=tuple(run.attempt() for run in self._runs),
-            restarts=sum(run.is_restart for run in self._runs) + self._failed_launches,
+            attempts=tuple(attempt.closed() for attempt in self._attempts),
+            restarts=sum(attempt.is_restart for attempt in self._attempts) + self._failed_launches,
             productive_secs=max(0.0, _length(training) - replayed),
             replayed_secs=replayed,
             down_secs=self._down(),
             lost_steps=self._lost_steps,
         )
 
-    def _run_of(self, event: Mapping[str, Any]) -> _Run:
+    def _attempt_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
         """The attempt that an event belongs to: a new one at a start, and where the line of the start is lost."""
         process = _integer(event.get("pid")), _text(event.get("host"))
         if event["event"] != "start":
-            for run in reversed(self._runs):
-                if (run.pid, run.host) == process:
-                    return run
-        is_restart = bool(self._runs) and self._runs[-1].has_crashed
+            for attempt in reversed(self._attempts):
+                if (attempt.pid, attempt.host) == process:
+                    return attempt
+        is_restart = bool(self._attempts) and self._attempts[-1].has_crashed
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
-        self._runs.append(_Run(event, self._now, is_restart=is_restart))
-        return self._runs[-1]
+        self._attempts.append(_OpenAttempt(event, self._now, is_restart=is_restart))
+        return self._attempts[-1]
 
-    def _on_fresh(self, run: _Run, event: Mapping[str, Any]) -> None:
-        before = self._begins_to_train(run, event)
+    def _on_fresh(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(attempt, event)
         step = _integer(event.get("step"))
         # At a later step it goes on with a model that lived on elsewhere, such as in parameter servers.
         if before is not None and before.reason != "finished" and step in (None, 0):
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
 
-    def _on_restore(self, run: _Run, event: Mapping[str, Any]) -> None:
-        before = self._begins_to_train(run, event)
+    def _on_restore(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(attempt, event)
         lost = _integer(event.get("lost_steps"))
         if lost == 0 or (lost is None and (before is None or not before.has_crashed)):
             return
@@ -288,54 +288,54 @@ class _Reader:
             made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, _: _Run, event: Mapping[str, Any]) -> None:
+    def _on_checkpoint(self, _: _OpenAttempt, event: Mapping[str, Any]) -> None:
         # What was done while it was being written is not in it.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
-    def _on_return(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_return(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
         step, to_step = _integer(event.get("step")), _integer(event.get("to_step"))
         if step is not None and to_step is not None:
             self._lost_steps += max(0, step - to_step)
-        began = run.begin if run.trained is None else run.trained
+        began = attempt.begin if attempt.trained is None else attempt.trained
         self._lost.append((self._saved.get(to_step, began), self._now))
 
-    def _on_hang(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_hang(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
         secs = _number(event.get("secs"))
         if event.get("ended") is True and secs is not None:
-            run.hung = self._now - max(0.0, secs)
+            attempt.hung = self._now - max(0.0, secs)
 
-    def _on_stop(self, run: _Run, event: Mapping[str, Any]) -> None:
-        run.reason = _text(event.get("reason")) or "error"
-        run.error = _text(event.get("error"))
+    def _on_stop(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        attempt.reason = _text(event.get("reason")) or "error"
+        attempt.error = _text(event.get("error"))
 
-    def _begins_to_train(self, run: _Run, event: Mapping[str, Any]) -> _Run | None:
+    def _begins_to_train(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
         """Note it, and what the event tells of the attempt before, which is returned."""
-        if run.trained is None:
-            run.trained = self._now
-            run.first_step = _integer(event.get("step"))
-        before = next((one for one in reversed(self._runs) if one is not run and one.trained is not None), None)
+        if attempt.trained is None:
+            attempt.trained = self._now
+            attempt.first_step = _integer(event.get("step"))
+        before = next((one for one in reversed(self._attempts) if one is not attempt and one.trained is not None), None)
         if before is not None:
             previous_time = _number(event.get("previous_time"))
             if previous_time is not None and before.reason is None:
                 before.alive_at(previous_time)
-                before.end = min(before.end, run.begin)
+                before.end = min(before.end, attempt.begin)
             before.came_to(event.get("previous_step"))
         return before
 
     def _down(self) -> float:
-        if not self._runs:
+        if not self._attempts:
             return 0.0
         down = 0.0
-        first = self._runs[0]
+        first = self._attempts[0]
         last_end, is_over = first.begin if first.trained is None else first.trained, False
-        for run in self._runs:
-            span = run.span()
+        for attempt in self._attempts:
+            span = attempt.span()
             if span is None:
                 continue
             down += 0.0 if is_over else max(0.0, span[0] - last_end)
-            last_end, is_over = max(last_end, span[1]), run.reason == "finished"
-        return down if is_over else down + max(0.0, max(run.end for run in self._runs) - last_end)
+            last_end, is_over = max(last_end, span[1]), attempt.reason == "finished"
+        return down if is_over else down + max(0.0, max(attempt.end for attempt in self._attempts) - last_end)
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:

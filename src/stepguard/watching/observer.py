@@ -265,7 +265,7 @@ class Observer:
             return
         self._previous = None if last is None else history.completed(last, events)
         mine = {"event": "start", "time": self.now.started, "pid": self.now.pid, "host": self.now.host}
-        self.now.restarts = history.of([*events, {**mine, "role": self._role}], role=self._role).restarts
+        self.now.restarts = history.add_up([*events, {**mine, "role": self._role}], role=self._role).restarts
 
     def _record_start(self, recovery: Recovery | None) -> None:
         now = self.now

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.exits import FINDING, Failure
+from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, Surveyed, survey
 from stepguard.cli.logdir.full_read import prove
 from stepguard.cli.text import output
@@ -104,7 +104,7 @@ def _plan(
     if not found:
         return None
     if newest_good is None:
-        raise Failure(
+        raise CommandError(
             f"{logdir}: expected a good checkpoint {basename}-*, found none among {len(found)}: nothing was removed; "
             f"`stepguard verify` says what is wrong with them",
             FINDING,

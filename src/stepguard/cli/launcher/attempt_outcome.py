@@ -98,7 +98,7 @@ class Runs:
         found = []
         for logdir in self._ledgers:
             chief = next((one for one in _beats(logdir) if one.role == history.CHIEF), None)
-            became = history.of([one for one in _read(logdir) if one["time"] >= since], chief)
+            became = history.add_up([one for one in _read(logdir) if one["time"] >= since], chief)
             if became.attempts:
                 found.append((logdir, became))
         return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard.cli.exits import NOT_DONE, Failure
+from stepguard.cli.exits import NOT_DONE, CommandError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def event_files(logdir: Path) -> list[Path]:
 def read_curves(logdir: Path, tags: Sequence[str]) -> list[Curve]:
     """The curves in the event files of ``logdir``, sorted by tag; those that match one of ``tags``, if there are any.
 
-    Raises Failure if the tensorboard package is not installed.
+    Raises CommandError if the tensorboard package is not installed.
     """
     accumulator, make_ndarray = _load(logdir)
     found = []
@@ -64,7 +64,7 @@ def _load(logdir: Path) -> tuple[Any, Any]:
         from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError as error:
-        raise Failure(
+        raise CommandError(
             f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[events]'",
             NOT_DONE,
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard.cli.exits import Failure
+from stepguard.cli.exits import CommandError
 from stepguard.cli.logdir import tensor_readers
 from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, UNVERIFIED, Surveyed, identity, look
 from stepguard.store import verification
@@ -89,7 +89,7 @@ def _unmanifested(found: Surveyed) -> Proof:
         return Proof(found)  # Its manifest is of a newer Stepguard, or could not be read: nothing is known.
     try:
         reason = tensor_readers.tensorflow_damage(found)
-    except Failure as error:
+    except CommandError as error:
         return Proof(replace(found, reasons=(*found.reasons, error.message)))
     if reason is None:
         readable = "TensorFlow can read every tensor of it"

@@ -108,7 +108,7 @@ def look(logdir: Path) -> Situation:
         newest=last,
         newest_good=good,
         steps_at_risk=_at_risk(chief, good),
-        history=history.of(events, chief),
+        history=history.add_up(events, chief),
         last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
