@@ -119,11 +119,12 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 9)
-            supervisor._observer._look(session)
+            meter = supervisor._observer._watch.meter
+            meter.look()
             session.report(NAN)
-            supervisor._observer._look(session)
+            meter.look()
             assert supervisor._observer.now.step == 5
-            assert [step for _, step in supervisor._observer._rates] == [5]
+            assert [step for _, step in meter._rates] == [5]
             session.run_step()
 
     def test_to_a_checkpoint_that_cannot_be_restored_is_an_error_with_its_cause(self, tmp_path):

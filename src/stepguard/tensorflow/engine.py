@@ -97,7 +97,7 @@ class TensorFlowEngine:
         wait_for_checkpoint: bool = False,
         max_wait_secs: float | None = None,
     ) -> Prepared[Any]:
-        """A session from the session manager; the chief also leaves its graph in the logdir and the event log."""
+        """A session from the session manager."""
         if not is_chief:
             return Prepared(self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs))
         session = self._session_manager.prepare_session(
@@ -111,11 +111,6 @@ class TensorFlowEngine:
             init_feed_dict=self._model.init_feed_dict,
             init_fn=self._init_fn,
         )
-        try:
-            self._write_graph()
-        except BaseException:
-            session.close()
-            raise
         # The session of another session manager does not say.
         return Prepared(session, getattr(session, "recovered", None))
 
@@ -123,7 +118,8 @@ class TensorFlowEngine:
         """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
         restore_file(session.unmarked() if in_run else session, self._model.saver, str(checkpoint.path))
 
-    def _write_graph(self) -> None:
+    def write_graph(self) -> None:
+        """Leave the graph in the logdir and in the event log, once in each event file."""
         graph = self._model.graph
         if self._logdir:
             tf.io.write_graph(graph.as_graph_def(add_shapes=True), self._logdir, "graph.pbtxt")
@@ -226,10 +222,20 @@ class TensorFlowEngine:
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
-        written = statefile.without_shards(os.fspath(path) if path else str(self._save_path))
+        written = statefile.without_shards(os.fspath(path)) if path else self._found(step)
         # The saver has read the step itself, and steps may have been done since: its file name has the right one.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
+
+    def _found(self, step: int | None) -> str:
+        """What a saver has written whose ``save()`` does not say so: the last that it counts among its own, or what is
+        there by its name; else all that is known is the directory.
+        """
+        directory = os.path.dirname(str(self._save_path))
+        for prefix in (*self._last_checkpoints()[-1:], os.path.join(directory, self.checkpoint_name(step))):
+            if any(tf.io.gfile.exists(one) for one in (f"{prefix}.index", prefix)):
+                return prefix
+        return directory
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Variables, slots of optimizers among them, with NaN or infinity."""

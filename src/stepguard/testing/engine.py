@@ -18,7 +18,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
-from stepguard.options import Guarding, Options, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.interrupts import InterruptHold
@@ -118,6 +118,7 @@ class FakeEngine:
 
     def __init__(self, store: CheckpointStore | None = None, *, size: int = 64) -> None:
         self.store = store
+        self.restoring = Restoring()
         self.size = size
         self.fail_writes: list[BaseException] = []
         self.fail_prepare: BaseException | None = None
@@ -131,7 +132,7 @@ class FakeEngine:
         session = FakeSession(self.size)
         if self.store is None:
             return Prepared(session)
-        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session)))
+        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session), self.restoring))
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
         """Take over the integers of a checkpoint; there are no random states and no data that would go on."""
@@ -238,6 +239,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
         stopping: Stopping | None = None,
         watching: Watching | None = None,
         guarding: Guarding | None = None,
+        restoring: Restoring | None = None,
     ) -> None:
         options = Options.of(
             save_summaries_secs=save_summaries_secs,
@@ -247,6 +249,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             stopping=stopping,
             watching=watching,
             guarding=guarding,
+            restoring=restoring,
         )
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
         store = None
@@ -260,7 +263,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             )
         options.check_return(commits=store is not None and is_chief)
         self.engine = FakeEngine(size=size) if engine is None else engine
-        self.engine.store = store
+        self.engine.store, self.engine.restoring = store, options.restoring
         self.events = RecordedEvents()
         super().__init__(
             self.engine,

@@ -127,8 +127,7 @@ class Supervisor(CoreSupervisor[Session]):
         options.check_return(commits=store is not None)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
-            starts_over = options.restoring.start_over_when_all_damaged
-            restorer = Restorer(found, parts, start_over_when_all_damaged=starts_over)
+            restorer = Restorer(found, parts, options.restoring)
         self._save_path = None if root is None else os.path.join(root, basename)
         is_own = False
         if summary_writer is None and root is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.saving.mismatch import Mismatch, named
+from stepguard.saving.mismatch import Mismatch
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
+from stepguard.words import listed
 
 # What PyTorch's own optimizers keep in the shape of the parameter. Others may use the same names for what is smaller.
 _OF_PARAMETER_SHAPE = {
@@ -122,7 +123,7 @@ def _compare_parameters(name: str, optimizer: torch.optim.Optimizer, saved: Any,
 def _described(state: Any) -> str:
     if not isinstance(state, Mapping):
         return f"a {type(state).__name__}"
-    return f"values named {named([str(key) for key in state])}" if state else "nothing"
+    return f"values named {listed(map(str, state), most=10)}" if state else "nothing"
 
 
 def _compare_shapes(path: str, live: Any, saved: Any, found: Mismatch) -> None:

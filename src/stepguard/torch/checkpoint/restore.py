@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
@@ -26,12 +27,10 @@ ENGINE = "torch"
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
 
-    def __init__(
-        self, store: CheckpointStore, components: Sequence[Component], *, start_over_when_all_damaged: bool
-    ) -> None:
+    def __init__(self, store: CheckpointStore, components: Sequence[Component], options: Restoring) -> None:
         self._store = store
         self._components = components
-        self._start_over_when_all_damaged = start_over_when_all_damaged
+        self._options = options
 
     def restore_newest(self, restore: restoring.Restore) -> Recovery:
         """Have the newest good checkpoint restored; what was found has none when there is none at all.
@@ -40,11 +39,7 @@ class Restorer:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        return restoring.restore_newest(
-            self._store,
-            restore,
-            start_over_when_all_damaged=self._start_over_when_all_damaged,
-        )
+        return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
