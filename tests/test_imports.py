@@ -55,6 +55,7 @@ CORE = [
     "coordination.signals",
     "steps.boundary",
     "steps.common_store",
+    "steps.engine",
     "steps.exchange",
     "steps.feeds",
     "steps.gate",
