@@ -32,7 +32,17 @@ _v1 = tf.compat.v1
 
 
 # What the core works with as long as the Supervisor lives; a subclass that sets one of them takes it away.
-_CORE = ("_engine", "_events", "_guard", "_observer", "_saving", "_store", "_tensorflow", "_tensorflow_events")
+_CORE = (
+    "_engine",
+    "_events",
+    "_guard",
+    "_observer",
+    "_options",
+    "_saving",
+    "_store",
+    "_tensorflow",
+    "_tensorflow_events",
+)
 
 
 class Supervisor(Subclassable, CoreSupervisor[Any]):
@@ -254,6 +264,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             save_path=parts["save_path"],
             init_fn=parts["init_fn"],
             store=self._saved_store,
+            not_joined=self._coord.not_joined,
         )
         super().__init__(
             self._tensorflow,

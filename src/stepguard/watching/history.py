@@ -17,6 +17,7 @@ still for a moment, and nothing is ever negative.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,8 @@ from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
 LAUNCHER = "launcher"
+REQUESTS = frozenset({"sigterm", "interrupt", "request_stop"})
+"""The reasons of a requested stop: the run was stopped, and has neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
 
@@ -50,7 +53,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What became of the time of a run; `lost_steps` are those that were done again."""
+    """How the time of a run was spent; `lost_steps` is the number of steps that were done again."""
 
     attempts: tuple[Attempt, ...]
     restarts: int
@@ -60,7 +63,7 @@ class History:
     lost_steps: int
 
 
-def add_up(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
+def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
     """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
 
     Args:
@@ -68,7 +71,7 @@ def add_up(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *
         last: the newest heartbeat of ``role``, which may be newer than its last event.
         role: whose time is counted.
     """
-    reader = _Reader(role)
+    reader = _EventReader(role)
     for event in events:
         if event.get("role") == LAUNCHER:
             reader.launcher(event)
@@ -78,11 +81,11 @@ def add_up(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *
 
 
 def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
-    """What the ledger alone tells of the newest start of ``role``, in the form of its last heartbeat, which a power
-    loss may have emptied; None if it tells of no start. Its step is that of its last line.
+    """The newest start of ``role`` as the ledger tells it, in the form of a heartbeat, for when a power loss emptied
+    the heartbeat itself. None if the ledger has no start of it. The step is that of the last line.
     """
     own = [one for one in events if one.get("role") == role]
-    known = [one for one in add_up(own, role=role).attempts if one.pid is not None and one.host is not None]
+    known = [one for one in from_events(own, role=role).attempts if one.pid is not None and one.host is not None]
     if not known:
         return None
     last = known[-1]
@@ -111,14 +114,14 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
 
 
 def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
-    """A heartbeat with what its process, and its hang watch, have put into the ledger, which may be newer."""
+    """The heartbeat, updated from the lines that its process and its hang watch have added to the ledger since."""
     own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
     own = [one for one in own if one["time"] >= last.started]
     steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
     found = replace(
         last,
         step=max((one for one in steps if isinstance(one, int)), default=None),
-        # The watch's line is no sign of life of the process that it watches.
+        # The hang watch is a process of its own: its line does not show that the watched process lives.
         time=max([last.time, *(one["time"] for one in own if one["event"] != "hang")]),
     )
     ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
@@ -129,7 +132,7 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
 
 
 def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
-    """Why the newest start ended of those that ended by an error, also when the run goes on since.
+    """The error of the newest start that ended by one, also when the run goes on since.
 
     Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
     where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
@@ -141,11 +144,12 @@ def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
     for one in events:
         event, is_launcher = one["event"], one.get("role") == LAUNCHER
         if event == "launch" or (event == "start" and one.get("role") == CHIEF):
-            # The line of a launch may come late, and tell of a time before.
+            # The line `launch` may be written late, with an earlier time.
             if told_at is not None and one["time"] > told_at:
                 told_at = None
         elif event == "stop" and told_at is None and _text(one.get("error")):
-            last, told_at = _text(one.get("error")), one["time"]
+            # One that came after a request to stop may follow from it: what the launcher saw says more.
+            last, told_at = _text(one.get("error")), None if _text(one.get("request")) else one["time"]
         elif event == "hang" and told_at is None and one.get("ended"):
             last, told_at = _hang(one), one["time"]
         elif event == "exit" and is_launcher:
@@ -160,7 +164,7 @@ def _hang(event: Mapping[str, Any]) -> str:
 
 
 class _OpenAttempt:
-    """An attempt while it is read. ``begin``, ``trained``, ``end`` and ``hung`` are on the clock of the reader."""
+    """An attempt whose events are read. ``begin``, ``trained``, ``end`` and ``hung`` are on the reader's clock."""
 
     def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
         self.pid, self.host = _integer(event.get("pid")), _text(event.get("host"))
@@ -176,11 +180,11 @@ class _OpenAttempt:
 
     @property
     def has_crashed(self) -> bool:
-        """Whether it ended so that the next start is a restart; also while it runs, of which a next start is proof."""
+        """Whether the next start is a restart. True while it runs: a next start then proves that it has crashed."""
         return self.reason in (None, "error")
 
     def alive_at(self, time: float) -> None:
-        """A sign of life after its last event, by the clock of its host."""
+        """Note a sign of life after its last event, by the clock of its host."""
         if time > self.ended:
             self.end += time - self.ended
             self.ended = time
@@ -191,37 +195,37 @@ class _OpenAttempt:
             self.last_step = step if self.last_step is None else max(self.last_step, step)
 
     def span(self) -> _Span | None:
-        """When it trained."""
+        """The time in which it trained, None if it never did."""
         if self.trained is None:
             return None
         end = self.end if self.hung is None else min(self.hung, self.end)
         return self.trained, max(self.trained, end)
 
-    def closed(self) -> Attempt:
+    def attempt(self) -> Attempt:
         return Attempt(
             self.pid, self.host, self.started, self.ended, self.first_step, self.last_step, self.reason, self.error
         )
 
 
-class _Reader:
+class _EventReader:
     def __init__(self, role: str) -> None:
         self._role = role
         self._now = 0.0
         self._time: float | None = None
-        self._attempts: list[_OpenAttempt] = []
+        self._runs: list[_OpenAttempt] = []
         self._lost: list[_Span] = []
         self._lost_steps = 0
         self._saved: dict[str | int | None, float] = {}
-        # The launch that no session was seen of so far, and the newest start of a session: attempt and time.
+        # The newest launch without a session so far; and attempt and time of the newest start of a session.
         self._launched: int | None = None
         self._newest_start: tuple[int | None, float] = (None, 0.0)
         self._failed_launches = 0
 
     def launcher(self, event: Mapping[str, Any]) -> None:
-        """An event of the launcher: it tells of the starts that came to no session."""
+        """Read an event of the launcher, which tells of starts that opened no session."""
         if event["event"] == "launch":
             attempt, (started, time) = _integer(event.get("attempt")), self._newest_start
-            # The launcher learns only from its program where the ledger is: its line may come after the program's.
+            # The launcher learns from its program where the ledger is, so its line may come after the program's.
             self._launched = None if attempt == started and event["time"] <= time else attempt
         elif event["event"] == "exit" and self._launched is not None:
             self._failed_launches += self._launched > 1
@@ -231,53 +235,53 @@ class _Reader:
         time = float(event["time"])
         self._now += 0.0 if self._time is None else max(0.0, time - self._time)
         self._time = time
-        attempt = self._attempt_of(event)
+        run = self._run_of(event)
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
-            handler(attempt, event)
-        attempt.came_to(event.get("step"))
-        attempt.ended, attempt.end = time, self._now
+            handler(run, event)
+        run.came_to(event.get("step"))
+        run.ended, run.end = time, self._now
 
     def history(self, last: Heartbeat | None) -> History:
-        if last is not None and last.role == self._role and self._attempts:
-            attempt = self._attempts[-1]
-            if (attempt.pid, attempt.host) == (last.pid, last.host):
-                attempt.alive_at(last.time)
-                attempt.came_to(last.step)
-        training = _union(span for attempt in self._attempts if (span := attempt.span()) is not None)
+        if last is not None and last.role == self._role and self._runs:
+            run = self._runs[-1]
+            if (run.pid, run.host) == (last.pid, last.host):
+                run.alive_at(last.time)
+                run.came_to(last.step)
+        training = _union(span for run in self._runs if (span := run.span()) is not None)
         replayed = _length(_common(training, _union(self._lost)))
         return History(
-            attempts=tuple(attempt.closed() for attempt in self._attempts),
-            restarts=sum(attempt.is_restart for attempt in self._attempts) + self._failed_launches,
+            attempts=tuple(run.attempt() for run in self._runs),
+            restarts=sum(run.is_restart for run in self._runs) + self._failed_launches,
             productive_secs=max(0.0, _length(training) - replayed),
             replayed_secs=replayed,
             down_secs=self._down(),
             lost_steps=self._lost_steps,
         )
 
-    def _attempt_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
-        """The attempt that an event belongs to: a new one at a start, and where the line of the start is lost."""
+    def _run_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
+        """The attempt of an event. A start begins a new one, and so does an event whose line `start` was lost."""
         process = _integer(event.get("pid")), _text(event.get("host"))
         if event["event"] != "start":
-            for attempt in reversed(self._attempts):
-                if (attempt.pid, attempt.host) == process:
-                    return attempt
-        is_restart = bool(self._attempts) and self._attempts[-1].has_crashed
+            for run in reversed(self._runs):
+                if (run.pid, run.host) == process:
+                    return run
+        is_restart = bool(self._runs) and self._runs[-1].has_crashed
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
-        self._attempts.append(_OpenAttempt(event, self._now, is_restart=is_restart))
-        return self._attempts[-1]
+        self._runs.append(_OpenAttempt(event, self._now, is_restart=is_restart))
+        return self._runs[-1]
 
-    def _on_fresh(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
-        before = self._begins_to_train(attempt, event)
+    def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(run, event)
         step = _integer(event.get("step"))
-        # At a later step it goes on with a model that lived on elsewhere, such as in parameter servers.
+        # A fresh start at a later step goes on with a model that lived on elsewhere, such as in parameter servers.
         if before is not None and before.reason != "finished" and step in (None, 0):
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
 
-    def _on_restore(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
-        before = self._begins_to_train(attempt, event)
+    def _on_restore(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        before = self._begins_to_train(run, event)
         lost = _integer(event.get("lost_steps"))
         if lost == 0 or (lost is None and (before is None or not before.has_crashed)):
             return
@@ -288,58 +292,61 @@ class _Reader:
             made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, _: _OpenAttempt, event: Mapping[str, Any]) -> None:
-        # What was done while it was being written is not in it.
+    def _on_checkpoint(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        if run.trained is None:
+            # A checkpoint proves that it trains, where the lines of its start are lost.
+            run.trained = run.begin
+        # The checkpoint holds the state from before it was written.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
-    def _on_return(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
+    def _on_return(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         step, to_step = _integer(event.get("step")), _integer(event.get("to_step"))
         if step is not None and to_step is not None:
             self._lost_steps += max(0, step - to_step)
-        began = attempt.begin if attempt.trained is None else attempt.trained
+        began = run.begin if run.trained is None else run.trained
         self._lost.append((self._saved.get(to_step, began), self._now))
 
-    def _on_hang(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
+    def _on_hang(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         secs = _number(event.get("secs"))
         if event.get("ended") is True and secs is not None:
-            attempt.hung = self._now - max(0.0, secs)
+            run.hung = self._now - max(0.0, secs)
 
-    def _on_stop(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> None:
-        attempt.reason = _text(event.get("reason")) or "error"
-        attempt.error = _text(event.get("error"))
+    def _on_stop(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        run.reason = _text(event.get("reason")) or "error"
+        run.error = _text(event.get("error"))
 
-    def _begins_to_train(self, attempt: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
-        """Note it, and what the event tells of the attempt before, which is returned."""
-        if attempt.trained is None:
-            attempt.trained = self._now
-            attempt.first_step = _integer(event.get("step"))
-        before = next((one for one in reversed(self._attempts) if one is not attempt and one.trained is not None), None)
+    def _begins_to_train(self, run: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
+        """Note that the attempt trains, and what the event tells of the one before it, which is returned."""
+        if run.trained is None:
+            run.trained = self._now
+            run.first_step = _integer(event.get("step"))
+        before = next((one for one in reversed(self._runs) if one is not run and one.trained is not None), None)
         if before is not None:
             previous_time = _number(event.get("previous_time"))
             if previous_time is not None and before.reason is None:
                 before.alive_at(previous_time)
-                before.end = min(before.end, attempt.begin)
+                before.end = min(before.end, run.begin)
             before.came_to(event.get("previous_step"))
         return before
 
     def _down(self) -> float:
-        if not self._attempts:
+        if not self._runs:
             return 0.0
         down = 0.0
-        first = self._attempts[0]
+        first = self._runs[0]
         last_end, is_over = first.begin if first.trained is None else first.trained, False
-        for attempt in self._attempts:
-            span = attempt.span()
+        for run in self._runs:
+            span = run.span()
             if span is None:
                 continue
             down += 0.0 if is_over else max(0.0, span[0] - last_end)
-            last_end, is_over = max(last_end, span[1]), attempt.reason == "finished"
-        return down if is_over else down + max(0.0, max(attempt.end for attempt in self._attempts) - last_end)
+            last_end, is_over = max(last_end, span[1]), run.reason == "finished"
+        return down if is_over else down + max(0.0, max(run.end for run in self._runs) - last_end)
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:
-    """The same time in spans that do not overlap, in order."""
+    """The same time as spans in order that do not overlap."""
     merged: list[_Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -350,7 +357,17 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
-    return [(max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])]
+    """The time that both have in common. The spans of each are in order and do not overlap."""
+    found: list[_Span] = []
+    first = 0
+    for begin, end in some:
+        while first < len(others) and others[first][1] <= begin:
+            first += 1
+        for other in itertools.islice(others, first, None):
+            if other[0] >= end:
+                break
+            found.append((max(begin, other[0]), min(end, other[1])))
+    return found
 
 
 def _length(spans: Iterable[_Span]) -> float:

@@ -84,7 +84,7 @@ def command(
 
 
 def _check_stdout(csv_path: Path | None, png_path: Path | None, *, as_json: bool) -> None:
-    """Only one of them can be read from there."""
+    """Raise UsageError if more than one of the options writes to stdout."""
     wanted = [name for name, path in (("--csv -", csv_path), ("--png -", png_path)) if path == Path("-")]
     wanted += ["--json"] if as_json else []
     if len(wanted) > 1:

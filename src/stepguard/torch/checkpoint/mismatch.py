@@ -12,6 +12,7 @@ from torch import nn
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.saving.mismatch import Mismatch
+from stepguard.torch.checkpoint.files import SUFFIX, is_process
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
 from stepguard.words import listed
 
@@ -141,4 +142,6 @@ def _compare_shapes(path: str, live: Any, saved: Any, found: Mismatch) -> None:
 def _by_hand(path: Path, is_sharded: bool) -> str:
     if is_sharded:
         return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
-    return f"torch.load({str(path)!r} + '/<name>.pt')"
+    # One that is there, to be copied.
+    file = next((one for one in sorted(path.glob(f"*{SUFFIX}")) if not is_process(one.stem)), path)
+    return f"torch.load({str(file)!r})"
