@@ -72,6 +72,7 @@ CORE = [
     "store",
     "supervisor",
     "store.saved_tensor",
+    "saving.way_back",
     "saving.writer",
 ]
 
