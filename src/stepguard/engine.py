@@ -64,7 +64,7 @@ To a framework whose program is a loop over batches, ``stepguard.steps`` gives t
   ``session.hold_interrupts()``, from which on Ctrl-C waits for the end of a step;
 - ``boundary.Boundary`` and ``interrupts.InterruptHold`` are the first three duties alone, for a session of another
   form, such as the fake's;
-- ``gate`` and ``rendezvous`` are for several processes that train one model.
+- ``gate``, ``chief`` and ``worker`` are for several processes that train one model.
 """
 
 from __future__ import annotations
