@@ -1,7 +1,48 @@
-"""What a framework must provide to be supervised, and nothing else.
+"""The engine contract: what a framework provides to be supervised, what it calls, and what it is given.
 
 The core never learns what a tensor is: it asks an :class:`Engine` for a :class:`Snapshot` of one step, gives the
-snapshot back to be written, and hands over a checkpoint to be restored. Adding a framework is writing one engine.
+snapshot back to be written, and hands over a checkpoint to be restored. A framework is one folder with three classes;
+``stepguard.testing`` is the smallest complete one.
+
+**The session** is what the program gets: see :class:`Session` for its four duties.
+
+**The engine** is an object with the methods of :class:`Engine`. What only some frameworks have is a protocol of its
+own: :class:`SharedModel`, :class:`KeepsCheckpoints`. The core looks once, when it is built, whether an engine has it.
+
+**The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
+each from those before it:
+
+1. a ``stepguard.coordination.coordinator.Coordinator``. It is all that the core knows of the framework's exceptions:
+   ``clean_stop_exception_types`` are those that say that the input is finished, so that the run ends well;
+   ``late_noise_types`` those that are only the consequence of a stop ("cancelled"), and no error after one;
+2. a ``stepguard.store.CheckpointStore`` for the logdir, with the name of the engine; ``None`` where nothing is saved;
+3. the engine, from what it needs of both;
+4. ``super().__init__``, with all three.
+
+It has two methods of its own, in the words of its framework, and overrides nothing:
+
+- ``prepare_or_wait_for_session``, which returns ``self.open_session(prepare, ...)``;
+- ``managed_session``, which returns ``self.managed(open_session, ...)``.
+
+How a run goes, and in which thread (P: the one that opens and stops the session, usually the program's main thread; T:
+one that runs a step; S: a service; W: the writer)::
+
+    P  prepare                        restored or initialised: Prepared(session, what was recovered)
+    P  watch, watch_values            the session marks its steps, and shows its numbers
+    P  call_after_steps               where checkpoints are taken by steps
+    T  ... steps ...                  each between two boundaries; callbacks of call_after_steps
+    S  step, progress, summarise      on timers
+    S  at_boundary: snapshot          also T, from a callback of call_after_steps, and P at the end
+    W  non_finite, write              the checkpoint is committed by the store
+    P  close                          after the last checkpoint
+
+**What the core gives** to an engine:
+
+- ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
+- ``stepguard.files``: ``NewFile`` writes a file that is synced, and digested meanwhile;
+- ``stepguard.errors``: what to raise (:class:`~stepguard.errors.NoBoundaryError`,
+  :class:`~stepguard.errors.StopRequested`, :class:`~stepguard.errors.CheckpointMismatchError`,
+  :class:`~stepguard.errors.CheckpointCorruptError`).
 """
 
 from __future__ import annotations
@@ -10,12 +51,38 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from stepguard.store import Recovery
 
-SessionT = TypeVar("SessionT")
-_SessionT_contra = TypeVar("_SessionT_contra", contravariant=True)
+
+class Session(Protocol):
+    """What the ``with`` block gets: the handle that runs steps and knows where the boundaries between them are.
+
+    How a step is run is said in the words of the framework: ``run(fetches)``, a loop over ``steps(loader)``. However
+    that is done, a session has four duties:
+
+    1. **Boundaries.** While the block of :meth:`Engine.at_boundary` lasts, no step begins, in any thread; each step
+       that is done is counted by :meth:`Engine.progress`, and may be what a callback of
+       :meth:`Engine.call_after_steps` waits for.
+    2. **Stopping.** After :meth:`Engine.stop_at_boundary` no step begins any more: the next one raises
+       ``StopRequested``, or a loop that the session itself drives ends. Where a number was not finite, a thread calls
+       ``watch.settle()`` (see :meth:`Engine.watch_values`) before its next step, and holds no boundary meanwhile: the
+       session may be put back to an earlier step there.
+    3. **A step is whole or it is not saved.** Ctrl-C may come in the middle of one. Either the session holds it back
+       until the step is done, and raises KeyboardInterrupt at the boundary; or a step that was left half-way is
+       remembered, and :meth:`Engine.at_boundary` raises NoBoundaryError from then on. The same for a step that was left
+       by an error, unless the framework undoes it.
+    4. **Closing.** ``close`` ends the session. When the program calls it itself, ``before_close`` of
+       :meth:`Engine.watch` is called first.
+    """
+
+    def close(self) -> None:
+        """End the session; a second call does nothing."""
+
+
+SessionT = TypeVar("SessionT", bound=Session)
+_SessionT_contra = TypeVar("_SessionT_contra", contravariant=True, bound=Session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +110,7 @@ class Snapshot(Protocol):
 
     @property
     def written(self) -> str | None:
-        """Where the state lies already, if it could not be held in memory; ``None`` if it is still to be written."""
+        """Where the state lies already, if the framework could only write it itself; ``None`` if it is in memory."""
 
 
 class EventLog(Protocol):
@@ -69,7 +136,7 @@ class EventLog(Protocol):
 
 
 class ValueWatch(Protocol):
-    """Who looks at the numbers that a program computes. Any thread."""
+    """Looks at the numbers that a program computes. Any thread."""
 
     def look(self, values: Mapping[str, float], step: int | None = None) -> bool:
         """Look at numbers by their names, of ``step`` or of the session's; whether one of them is not finite."""
@@ -79,13 +146,10 @@ class ValueWatch(Protocol):
 
 
 class Engine(Protocol[_SessionT_contra]):
-    """One framework, as the core sees it.
+    """One framework, as the core sees it. What every engine has.
 
-    How a session is made is said in the words of each framework: the engine's own Supervisor gives the core a function
-    that prepares one, restored or initialised.
-
-    Threads: ``close`` is called by the thread that ran the session; everything else may be called from a service
-    thread, one call of a method at a time.
+    Threads: ``prepare``, ``watch``, ``watch_values`` and ``close`` are called by the thread that opens and stops the
+    session; everything else may be called from a service thread, one call of a method at a time.
     """
 
     name: str
@@ -96,6 +160,16 @@ class Engine(Protocol[_SessionT_contra]):
 
     can_return: bool
     """Whether :meth:`return_to` puts back all that trains: not so when several processes train one model."""
+
+    # --- the session ---
+
+    def is_open(self, session: _SessionT_contra) -> bool:
+        """Whether the session can still run; a program may have closed it before it stopped the supervisor."""
+
+    def close(self, session: _SessionT_contra) -> None:
+        """Close the session without a call of ``before_close``, so that the threads that it blocks return."""
+
+    # --- steps ---
 
     def step(self, session: _SessionT_contra) -> int | None:
         """The number of steps done, or ``None`` when the program counts none. Any thread."""
@@ -122,34 +196,33 @@ class Engine(Protocol[_SessionT_contra]):
     def stop_at_boundary(self, session: _SessionT_contra, main_thread_was_told: Callable[[], bool]) -> None:
         """Have the next step raise ``StopRequested`` in place of being done. Any thread.
 
-        Not in a main thread that was told to stop because it has asked: what it runs then is how it ends.
+        Exception: a main thread for which ``main_thread_was_told()`` is true, asked anew at each step, has already seen
+        ``should_stop()`` return true; it may run further steps to finish.
         """
 
     def call_after_steps(self, session: _SessionT_contra, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.
 
-        It returns the number of steps until the next call.
+        It returns the number of steps until the next call. It may come to :meth:`at_boundary` itself.
         """
 
     def progress(self, session: _SessionT_contra) -> object:
-        """A value that differs from an earlier one when a run in between may have changed the saved state."""
-
-    def is_shared(self, session: _SessionT_contra) -> bool:
-        """Whether others may change the saved state as well, in ways that `progress` does not see."""
-
-    def settle(self, session: _SessionT_contra, timeout_secs: float) -> None:
-        """Wait for the last steps of others who train the same model, before the last checkpoint; often for none."""
+        """A value that differs from an earlier one when a step in between may have changed the saved state."""
 
     def at_boundary(
         self, session: _SessionT_contra, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
-        """A context in which no step runs, so that the state is that of exactly one step.
+        """A context in which no step runs, so that the state is that of exactly one step. One at a time holds it.
 
-        The steps that run now have as long to end as the engine sees fit, and at most ``patience_secs``.
+        The steps that run now have as long to end as the engine sees fit (longer, the longer steps have been), and at
+        most ``patience_secs``. Steps that begin meanwhile wait for the end of the block.
 
         Raises:
-            NoBoundaryError: no boundary came in time; the message names the run that is in the way of ``what``.
+            NoBoundaryError: no boundary came in time, or the state is that of no step; the message names the step that
+                is in the way of ``what``. Training goes on.
         """
+
+    # --- checkpoints ---
 
     def snapshot(self, session: _SessionT_contra) -> Snapshot:
         """Copy the state. Called inside :meth:`at_boundary`: training waits for this, so it is fast."""
@@ -173,17 +246,29 @@ class Engine(Protocol[_SessionT_contra]):
         ``stepguard.files.NewFile``); the store reads the others.
         """
 
-    def kept_checkpoints(self) -> Sequence[str]:
-        """The names of the checkpoints that the framework itself keeps a list of, oldest first; often none."""
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """A checkpoint was committed: path and Unix time of those to keep, oldest first. Writer thread."""
+    # --- summaries ---
 
     def summarise(self, session: _SessionT_contra) -> None:
         """Compute the program's summaries and write them to the event log. Service thread."""
 
-    def is_open(self, session: _SessionT_contra) -> bool:
-        """Whether the session can still run; a program may have closed it before it stopped the supervisor."""
 
-    def close(self, session: _SessionT_contra) -> None:
-        """Close the session, so that the threads that it blocks return."""
+@runtime_checkable
+class SharedModel(Protocol[_SessionT_contra]):
+    """An engine whose model may be trained by other processes as well, in ways that ``progress`` does not see."""
+
+    def is_shared(self, session: _SessionT_contra) -> bool:
+        """Whether others may change the saved state of this session. Any thread."""
+
+    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
+        """Wait, before the last checkpoint, for the last steps of those others, for ``timeout_secs`` at most."""
+
+
+@runtime_checkable
+class KeepsCheckpoints(Protocol):
+    """An engine whose framework keeps a list of checkpoints of its own, and removes those that drop out of it."""
+
+    def kept_checkpoints(self) -> Sequence[str]:
+        """The names of the checkpoints on that list, oldest first; empty where there is none. Writer thread."""
+
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
+        """A checkpoint was committed: path and Unix time of those to keep, oldest first. Writer thread."""

@@ -8,9 +8,8 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from stepguard.coordination.signals import SigtermWatch, end_by_sigterm
 from stepguard.engine import SessionT
@@ -23,23 +22,37 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Run(Generic[SessionT]):
-    """What a managed session asks of its supervisor.
+class Supervision(Protocol[SessionT]):
+    """What a managed session asks of its supervisor, for one run."""
 
-    ``stop`` stops the services and saves the last step, ``save`` saves it while they still run, and ``note_end`` says
-    why the run ends, where that is not for an error. ``grace_secs`` is how long a loop may go on after SIGTERM.
-    """
+    @property
+    def grace_secs(self) -> float:
+        """How long a loop may go on after SIGTERM, in seconds."""
 
-    open: Callable[[], SessionT]
-    request_stop: Callable[[BaseException | None], None]
-    stop_at_boundary: Callable[[SessionT], None]
-    note_end: Callable[[str], None]
-    save: Callable[[], None]
-    stop: Callable[[], None]
-    close: Callable[[SessionT], None]
-    grace_secs: float
-    stops_on_sigterm: bool
+    @property
+    def stops_on_sigterm(self) -> bool:
+        """Whether SIGTERM ends the run at the next step boundary."""
+
+    def open(self) -> SessionT:
+        """A prepared session."""
+
+    def request_stop(self, error: BaseException | None) -> None:
+        """Ask everything to stop, for ``error`` if there is one. Any thread."""
+
+    def stop_at_boundary(self, session: SessionT) -> None:
+        """Let no further step begin. Any thread."""
+
+    def note_end(self, reason: str) -> None:
+        """Say why the run ends, where that is not for an error."""
+
+    def save(self) -> None:
+        """Save the last step while the services still run. Any thread."""
+
+    def stop(self) -> None:
+        """Stop the services, and save the last step."""
+
+    def close(self, session: SessionT) -> None:
+        """Close the session. Any thread."""
 
 
 class ManagedSession(AbstractContextManager[SessionT]):
@@ -48,7 +61,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
     As a decorator it does so for each call of the function.
     """
 
-    def __init__(self, run: Run[SessionT]) -> None:
+    def __init__(self, run: Supervision[SessionT]) -> None:
         self._run = run
         self._session: SessionT | None = None
         self._sigterm = SigtermWatch(self._on_sigterm, is_echoed=launcher_link.attempt() is not None)

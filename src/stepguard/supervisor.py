@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
@@ -18,7 +19,7 @@ from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, WhileOpen
 from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import described
-from stepguard.managed_session import ManagedSession, Run
+from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
@@ -226,14 +227,26 @@ class Supervisor(Generic[SessionT]):
         target = WhileOpen(self._engine, session, service)
         return LooperThread(self._coord, interval_secs, target=target, name=f"stepguard-{name}")
 
-    # --- the life of a session ---
+    # --- what an engine's Supervisor calls ---
 
-    def _open_session(
-        self, prepare: Callable[[], SessionT], start_standard_services: bool, *, waits_for_another: bool = False
+    def open_session(
+        self,
+        prepare: Callable[[], SessionT],
+        start_standard_services: bool,
+        *,
+        waits_for_another: bool = False,
+        on_open: Callable[[SessionT], object] | None = None,
     ) -> SessionT:
-        """A prepared session with its services running. What failed is closed again before the error leaves.
+        """A prepared session with its services running: what ``prepare_or_wait_for_session`` returns.
 
-        With ``waits_for_another`` the logdir is left, while the session is prepared, to the process that is waited for.
+        Args:
+            prepare: the engine's ``prepare``, with its arguments bound.
+            start_standard_services: whether to start the services: checkpoints, summaries, step rate.
+            waits_for_another: whether ``prepare`` waits for the chief of the logdir, in another process: the logdir is
+                left to that one meanwhile.
+            on_open: called with the session when its services run, for what the framework starts then.
+
+        What fails is closed before the error leaves.
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
@@ -261,10 +274,23 @@ class Supervisor(Generic[SessionT]):
                     self._observer.session_ready(session, None, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None, None)
+            if on_open is not None:
+                on_open(session)
         except BaseException as error:
             self._give_up(session, error)
             raise
         return session
+
+    def managed(
+        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
+    ) -> AbstractContextManager[SessionT]:
+        """The context that a training loop lives in: what ``managed_session`` returns.
+
+        ``open_session`` gives the session, by :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
+        """
+        return ManagedSession(_Block(self, open_session, close_summary_writer))
+
+    # --- the life of a session ---
 
     def _warn_of_another_directory(self) -> None:
         logdir, here = self._logdir, os.getcwd()
@@ -291,30 +317,6 @@ class Supervisor(Generic[SessionT]):
             self._guard.end(was_asked=True)
         self._engine.close(session)
         self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
-
-    def _supervised(
-        self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
-    ) -> AbstractContextManager[SessionT]:
-        """The context that a training loop lives in."""
-        return ManagedSession(
-            Run(
-                open=open_session,
-                request_stop=self.request_stop,
-                stop_at_boundary=self._stop_at_boundary,
-                note_end=self._note_end,
-                save=self._save_before_close,
-                stop=lambda: self.stop(close_summary_writer=close_summary_writer),
-                close=self._engine.close,
-                grace_secs=self._stop_grace_secs,
-                stops_on_sigterm=self._options.stopping.stop_on_sigterm,
-            )
-        )
-
-    def _stop_at_boundary(self, session: SessionT) -> None:
-        self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
-
-    def _note_end(self, reason: str) -> None:
-        self._stop_reason = reason
 
     def stop(
         self,
@@ -421,6 +423,41 @@ class Supervisor(Generic[SessionT]):
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Block(Generic[SessionT]):
+    """One run of a supervisor in a ``with`` block; see :class:`stepguard.managed_session.Supervision`."""
+
+    supervisor: Supervisor[SessionT]
+    open: Callable[[], SessionT]
+    close_summary_writer: bool
+
+    @property
+    def grace_secs(self) -> float:
+        return self.supervisor._stop_grace_secs
+
+    @property
+    def stops_on_sigterm(self) -> bool:
+        return self.supervisor._options.stopping.stop_on_sigterm
+
+    def request_stop(self, error: BaseException | None) -> None:
+        self.supervisor.request_stop(error)
+
+    def stop_at_boundary(self, session: SessionT) -> None:
+        self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
+
+    def note_end(self, reason: str) -> None:
+        self.supervisor._stop_reason = reason
+
+    def save(self) -> None:
+        self.supervisor._save_before_close()
+
+    def stop(self) -> None:
+        self.supervisor.stop(close_summary_writer=self.close_summary_writer)
+
+    def close(self, session: SessionT) -> None:
+        self.supervisor._engine.close(session)
 
 
 _unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()

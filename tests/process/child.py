@@ -24,7 +24,7 @@ class ReportingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             report("warning", text=record.getMessage())
-        elif record.name == "stepguard.saving.writer" and str(record.msg).startswith("saved step"):
+        elif record.name == "stepguard.saving.commit" and str(record.msg).startswith("saved step"):
             assert isinstance(record.args, tuple)
             step, path, *_ = record.args
             self._saved(step, path)  # type: ignore[arg-type]

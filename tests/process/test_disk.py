@@ -25,6 +25,8 @@ from zygote import Zygote, wait_until
 from stepguard import files
 from stepguard.errors import SaveFailedError
 from stepguard.options import Saving
+from stepguard.saving.commit import Committer
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
@@ -45,8 +47,8 @@ def disk(tmp_path: Path) -> Iterator[Mount]:
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first retry after a twentieth of a second."""
-    assert CheckpointWriter.__init__.__kwdefaults__ is not None
-    monkeypatch.setitem(CheckpointWriter.__init__.__kwdefaults__, "first_retry_secs", 0.05)
+    assert Backoff.__init__.__kwdefaults__ is not None
+    monkeypatch.setitem(Backoff.__init__.__kwdefaults__, "first_secs", 0.05)
 
 
 class Run:
@@ -130,7 +132,7 @@ class TestAFullDisk:
         self, disk: Mount, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Other programs fill the disk after the look at what is free.
-        monkeypatch.setattr(CheckpointWriter, "_check_space", lambda *_: None)
+        monkeypatch.setattr(Committer, "_check_space", lambda *_: None)
         run = Run(disk.path / "run")
         with run.sv.managed_session() as run.session:
             run.train_until_saved()
@@ -267,7 +269,7 @@ class Save:
         self.session: FakeSession = self.engine.prepare()
         self.errors: list[BaseException] = []
         self.writer = CheckpointWriter(
-            self.engine, self.store, None, self.errors.append, max_unprotected_secs=60, first_retry_secs=0.002
+            Committer(self.engine, self.store), self.errors.append, retry=Backoff(60, first_secs=0.002)
         )
 
     def save(self) -> int:
@@ -344,7 +346,7 @@ def test_errors_at_all_calls_from_any_one_on_leave_the_checkpoints_before_as_the
         monkeypatch.setattr(files, "os", failing)
         logdir = memory_path / f"for-good-{number}-{at}"
         one = Save(logdir)
-        one.writer._max_unprotected_secs = 0.005
+        one.writer._retry = Backoff(0.005, first_secs=0.002)
         one.save()
         one.save()
         failing.arm()

@@ -21,7 +21,6 @@ class RecordingWriter:
         self.steps: list[int] = []
         self.busy = False
         self.retrying = False
-        self.skipped = 0
         self.drains = True
 
     storage_errors = (OSError,)
@@ -41,6 +40,20 @@ class RecordingWriter:
 
     def drain(self, timeout_secs: float) -> bool:
         return self.drains
+
+
+class SharedEngine(FakeEngine):
+    """An engine whose model others train too: ``others`` does their last steps."""
+
+    shares = True
+    others: Callable[[], object] = staticmethod(lambda: None)
+
+    def is_shared(self, session: FakeSession) -> bool:
+        return self.shares
+
+    def wait_for_others(self, session: FakeSession, timeout_secs: float) -> None:
+        assert timeout_secs > 0
+        self.others()
 
 
 @pytest.fixture
@@ -107,7 +120,7 @@ class TestATimedCheckpoint:
         checkpointer()
 
         assert writer.steps == [1]
-        assert writer.skipped == 2
+        assert checkpointer.skipped == 2
         assert "skipped (2 so far)" in caplog.text
 
     def test_is_skipped_when_no_boundary_comes(self, checkpointer, engine, session, writer, caplog):
@@ -137,12 +150,20 @@ class TestATimedCheckpoint:
         assert writer.error is error
         assert (snapshot.step, stall_secs >= 0, writer.steps) == (2, True, [])
 
-    def test_is_taken_each_time_of_a_model_that_others_train(self, checkpointer, engine, writer):
-        engine.is_shared = lambda session: True  # type: ignore[method-assign]
+    def test_is_taken_each_time_of_a_model_that_others_train(self, session, writer):
+        checkpointer = Checkpointer(SharedEngine(size=2), session, writer, is_saved=True)
         checkpointer()
         checkpointer()
 
         assert writer.steps == [0, 0]
+
+    def test_is_not_of_a_model_that_others_could_train_and_do_not(self, session, writer):
+        engine = SharedEngine(size=2)
+        engine.shares = False
+        checkpointer = Checkpointer(engine, session, writer, is_saved=True)
+        checkpointer()
+
+        assert writer.steps == []
 
     def test_that_fails_is_taken_again_the_next_time(self, checkpointer, engine, session, writer):
         original = engine.snapshot
@@ -157,6 +178,14 @@ class TestATimedCheckpoint:
 
 
 class TestTheLastCheckpoint:
+    def test_waits_for_the_last_steps_of_others_and_holds_them(self, session, writer):
+        engine = SharedEngine(size=2)
+        engine.others = session.run_step
+        checkpointer = Checkpointer(engine, session, writer, is_saved=True)
+        checkpointer.save_last(1)
+
+        assert writer.steps == [1]
+
     def test_is_taken_when_steps_were_done_since(self, checkpointer, session, writer):
         session.run_step()
         checkpointer()

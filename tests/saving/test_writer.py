@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.saving.commit import Committer
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, RecordedEvents
@@ -39,11 +41,12 @@ class Rig:
 
     def __init__(self, root: Path, **options: Any) -> None:
         self.store = CheckpointStore(root, engine="fake", max_to_keep=2)
-        self.engine = FakeEngine(self.store)
+        self.engine = options.get("engine") or FakeEngine()
+        self.engine.store = self.store
         self.events = RecordedEvents()
         self.errors: list[BaseException] = []
-        options = {"max_unprotected_secs": 60.0, "first_retry_secs": 0.01, **options}
-        self.writer = CheckpointWriter(self.engine, self.store, self.events, self.errors.append, **options)
+        retry = Backoff(options.get("max_unprotected_secs", 60.0), first_secs=options.get("first_retry_secs", 0.01))
+        self.writer = CheckpointWriter(Committer(self.engine, self.store, self.events), self.errors.append, retry=retry)
 
     def submit(self, step: int) -> None:
         self.writer.submit(FakeSnapshot(step, (step,)))
@@ -57,6 +60,21 @@ class Rig:
 
     def stages(self) -> list[str]:
         return [path.name for path in self.store.root.iterdir() if path.name.startswith(".stage")]
+
+
+class KeepingEngine(FakeEngine):
+    """An engine whose framework has a list of checkpoints of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[str] = []
+        self.told: list[tuple[str, float]] = []
+
+    def kept_checkpoints(self) -> list[str]:
+        return self.kept
+
+    def committed(self, kept: Any) -> None:
+        self.told = list(kept)
 
 
 def written(rig: Rig, step: int) -> FakeSnapshot:
@@ -135,7 +153,7 @@ class TestASave:
 
     def test_without_a_store_is_only_recorded(self):
         events, errors = RecordedEvents(), []
-        writer = CheckpointWriter(FakeEngine(), None, events, errors.append, max_unprotected_secs=60)
+        writer = CheckpointWriter(Committer(FakeEngine(), None, events), errors.append, retry=Backoff(60))
         writer.submit(FakeSnapshot(7, (7,), written="gs://bucket/model.ckpt-7"))
         assert writer.drain(SOON_SECS)
 
@@ -143,15 +161,17 @@ class TestASave:
         assert errors == []
         assert writer.close(SOON_SECS)
 
-    def test_of_a_program_that_saves_by_itself_too_counts_all_checkpoints(self, rig):
+    def test_of_a_program_that_saves_by_itself_too_counts_all_checkpoints(self, make_rig):
+        rig = make_rig(engine=KeepingEngine())
         rig.save(1)
         rig.save(2)
-        rig.engine.kept_checkpoints = lambda: ["model.ckpt-2"]  # type: ignore[method-assign]
+        rig.engine.kept = ["model.ckpt-2"]
 
         rig.save(3)
 
         # Number 1 was given up by the framework: it is no longer ours to remove.
         assert rig.steps() == [1, 2, 3]
+        assert [Path(path).name for path, _ in rig.engine.told] == ["model.ckpt-2", "model.ckpt-3"]
 
 
 class TestAFailingDisk:
@@ -247,7 +267,7 @@ class TestAFailingDisk:
 
         rig.engine.storage_error_types = (FrameworkDiskError,)
         writer = CheckpointWriter(
-            rig.engine, rig.store, None, rig.errors.append, max_unprotected_secs=60, first_retry_secs=0.01
+            Committer(rig.engine, rig.store), rig.errors.append, retry=Backoff(60, first_secs=0.01)
         )
         rig.engine.fail_writes += [FrameworkDiskError()]
         writer.submit(FakeSnapshot(3, (3,)))
@@ -335,7 +355,7 @@ class TestAnErrorOfAnotherKind:
 
     def test_leaves_a_snapshot_that_nobody_has_written_reported(self):
         errors: list[BaseException] = []
-        writer = CheckpointWriter(FakeEngine(), None, None, errors.append, max_unprotected_secs=60)
+        writer = CheckpointWriter(Committer(FakeEngine(), None), errors.append, retry=Backoff(60))
         writer.submit(FakeSnapshot(7, (7,)))
         assert writer.drain(SOON_SECS)
 

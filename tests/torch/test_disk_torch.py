@@ -9,7 +9,8 @@ import torch
 from mounts import Mount, mounted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stepguard.saving.writer import CheckpointWriter
+from stepguard.saving.commit import Committer
+from stepguard.saving.retry import Backoff
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
 
@@ -58,8 +59,8 @@ class Run:
 @pytest.mark.parametrize("leaves", [0, STATE_MEGABYTES / 2], ids=["full", "half a checkpoint is free"])
 def test_a_full_disk_does_not_stop_training_and_the_save_is_tried_again(leaves, disk: Mount, caplog, monkeypatch):
     # Other programs fill the disk after the look at what is free.
-    monkeypatch.setattr(CheckpointWriter, "_check_space", lambda *_: None)
-    monkeypatch.setitem(CheckpointWriter.__init__.__kwdefaults__, "first_retry_secs", 0.05)
+    monkeypatch.setattr(Committer, "_check_space", lambda *_: None)
+    monkeypatch.setitem(Backoff.__init__.__kwdefaults__, "first_secs", 0.05)
     run = Run(disk.path / "run")
     with run.sv.managed_session() as session:
         run.train_until(session, lambda: len(run.saved()) >= 2)
@@ -101,7 +102,7 @@ def log_warnings(caplog):
 
 
 def test_a_full_disk_makes_a_gap_in_the_curves_and_nothing_worse(disk: Mount, caplog, capfd, monkeypatch):
-    monkeypatch.setitem(CheckpointWriter.__init__.__kwdefaults__, "first_retry_secs", 0.05)
+    monkeypatch.setitem(Backoff.__init__.__kwdefaults__, "first_secs", 0.05)
     run = Run(disk.path / "run")
     with run.sv.managed_session() as session:
 

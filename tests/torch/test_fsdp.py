@@ -19,11 +19,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from stepguard.cli.main import cli
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
+from stepguard.steps.exchange import Exchange
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 from stepguard.torch.checkpoint.sharded_files import METADATA
 from stepguard.torch.checkpoint.tensors import read_tensors
-from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
+from stepguard.torch.distributed.joint_write import write_all, write_mine
+from stepguard.torch.distributed.world import TorchStore
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -283,7 +285,7 @@ class TestExchange:
     """Two processes as two threads: what the one says when the other cannot write."""
 
     def write(self, directory, theirs, has_ended=False, take=None):
-        store = dist.HashStore()
+        store = TorchStore(dist.HashStore())
 
         def check_alive(what):
             if has_ended:

@@ -14,10 +14,10 @@ from training import BATCH, ITEMS, Training
 
 from stepguard.errors import LogdirInUseError, NoBoundaryError, StopRequested
 from stepguard.options import Restoring, Saving, Watching
+from stepguard.steps.boundary import Boundary
+from stepguard.steps.interrupts import InterruptHold
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
-from stepguard.torch.boundary import Boundary
-from stepguard.torch.interrupts import InterruptHold
 from stepguard.watching import ledger
 
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_waits_for_the_step_and_the_step_for_the_copy(tmp_path):
 
 
 def test_a_step_that_does_not_end_is_named():
-    from stepguard.torch import boundary
+    from stepguard.steps import boundary
 
     one = boundary.Boundary()
     one.enter()

@@ -314,7 +314,7 @@ class TestWhatIsRestored:
         run({"values": extended}, tmp_path, steps=2)
 
         assert vars(extended) == {"lowest": 1.0, "dropped": "saved", "patience": 7, "waits": 3}
-        warned = [record.getMessage() for record in caplog.records if record.name == "stepguard.torch.values"]
+        warned = [record.getMessage() for record in caplog.records if record.name == "stepguard.steps.values"]
         assert len(warned) == 1
         assert warned[0].endswith("as the program has them: patience=7, waits=3")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stepguard.engine import Engine, Snapshot
+from stepguard.engine import Engine, SharedModel, Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.writer import CheckpointWriter
 
@@ -17,6 +17,7 @@ class Checkpointer:
 
     def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
         self._engine = engine
+        self._shared = engine if isinstance(engine, SharedModel) else None
         self._session = session
         self._writer = writer
         self._saving = threading.Lock()
@@ -24,6 +25,8 @@ class Checkpointer:
         # Whether the state at `_saved_progress` has a checkpoint: not so when the model was just initialised.
         self._is_saved = is_saved
         self._saved_progress = engine.progress(session)
+        # How many were due while the writer had another one.
+        self.skipped = 0
 
     def __call__(self) -> None:
         """Save now. Skipped when nothing has changed, when the last snapshot is still being written, and when no
@@ -46,17 +49,21 @@ class Checkpointer:
         except NoBoundaryError as error:
             self._writer.warn(f"checkpoint skipped: {error}")
             return
-        self._writer.skipped += 1
+        self.skipped += 1
         # While it retries, the writer itself says what is wrong. Else 1, 2, 4, 8 ...: not a line for each.
-        if not self._writer.retrying and self._writer.skipped & (self._writer.skipped - 1) == 0:
+        if not self._writer.retrying and self.skipped & (self.skipped - 1) == 0:
             self._writer.warn(
-                f"a checkpoint was due while the last one was still being written: skipped ({self._writer.skipped} so "
-                f"far); save less often, or to a faster disk"
+                f"a checkpoint was due while the last one was still being written: skipped ({self.skipped} so far); "
+                f"save less often, or to a faster disk"
             )
 
     def _has_changed(self) -> bool:
         """Whether the state may differ from what was saved last."""
-        if not self._is_saved or self._engine.is_shared(self._session):
+        return not self._is_saved or self._may_have_changed()
+
+    def _may_have_changed(self) -> bool:
+        """Whether the state may differ from the last snapshot."""
+        if self._shared is not None and self._shared.is_shared(self._session):
             return True
         return self._engine.progress(self._session) != self._saved_progress
 
@@ -68,9 +75,9 @@ class Checkpointer:
         """
         deadline = time.monotonic() + timeout_secs
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
-            self._engine.settle(self._session, deadline - time.monotonic())
-            is_shared = self._engine.is_shared(self._session)
-            if not is_shared and self._engine.progress(self._session) == self._saved_progress:
+            if self._shared is not None:
+                self._shared.wait_for_others(self._session, deadline - time.monotonic())
+            if not self._may_have_changed():
                 return
             try:
                 self._save("the last checkpoint", max(0.0, deadline - time.monotonic()))

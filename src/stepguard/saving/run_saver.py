@@ -13,7 +13,9 @@ from stepguard.engine import Engine, EventLog, SessionT
 from stepguard.errors import LogdirInUseError
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
+from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
@@ -126,13 +128,10 @@ class RunSaver(Generic[SessionT]):
         # A second session shares the writer of one that was not stopped: nobody would end the first one's.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                self._engine,
-                self._store,
-                self._events,
+                Committer(self._engine, self._store, self._events, self._observer),
                 self._on_error,
+                retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
-                max_unprotected_secs=self._options.max_unprotected_secs,
-                observer=self._observer,
                 guard=guard,
             )
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))

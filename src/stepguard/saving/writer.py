@@ -1,33 +1,26 @@
-"""The writer thread: makes snapshots durable while training goes on, and tries again when the disk fails."""
+"""The writer thread: one snapshot at a time is made durable while training goes on, again if the disk fails.
+
+The protocol: whoever has taken a snapshot leaves it as the writer's order and goes on at once; while there is an order
+no other is accepted, so nobody ever waits to hand one over. The writer's thread takes the order, and removes it when it
+is done or given up. It waits for nobody but, between two tries, for the clock. :meth:`CheckpointWriter.drain` waits for
+the order to be gone, for a time that it is given, and wakes a writer that waits for its next try: from then on a try
+that fails after the deadline is the last. During a try ``one_save`` is held; whoever else holds it (the program that
+saves by itself, the NaN guard that puts the session back) waits for no order, so that neither waits for the other in a
+circle. A kill at any point leaves a stage that the next chief sweeps, or a committed checkpoint.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import logging
-import os
-import random
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from stepguard.engine import Engine, EventLog, Snapshot
+from stepguard.engine import Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
-from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.watching.observer import Observer
-
-_log = logging.getLogger(__name__)
-
-_FIRST_RETRY_SECS = 1.0
-_LONGEST_RETRY_SECS = 60.0
-# Besides the tensors: index, meta graph, manifest.
-_SPARE_BYTES = 1 << 20
-# A generator of our own: to draw from the program's would change what it draws next.
-_jitter = random.Random()
+from stepguard.saving.retry import Retry
 
 # Takes a snapshot at a step boundary; with the seconds that training waited for it.
 Take = Callable[[], tuple[Snapshot, float]]
@@ -41,6 +34,10 @@ class _Order:
     stall_secs: float = 0.0
     take: Take | None = None
     error: BaseException | None = None
+    # When the snapshot was taken (Unix time), and what the guard knew then.
+    taken_at: float = field(default_factory=time.time)
+    mark: int | None = None
+    failed_tries: int = 0
 
     @property
     def what(self) -> str:
@@ -51,14 +48,11 @@ class _Order:
 class CheckpointWriter:
     """Writes, commits and records one snapshot at a time.
 
+    A save that the disk fails is tried again while training goes on, as often as ``retry`` wants; then it is an error
+    of the run. Where the framework writes the snapshot itself, a new one is taken for each try. What ``guard`` does not
+    admit is not committed; where the framework has written it already, it is put into quarantine.
+
     ``one_save`` is held during each try: others that write checkpoints to the same place hold it too.
-
-    A save that the disk fails is tried again, ever less often, while training goes on; after ``max_unprotected_secs``
-    without success it is an error of the run. Where the framework writes the snapshot itself, a new one is taken then.
-
-    ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
-    then written the snapshot itself, and there is nothing left to commit. What ``guard`` does not admit is not
-    committed; where the framework has written it already, it is put into quarantine.
 
     Threads: :meth:`submit`, :meth:`retake`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything
     else happens on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
@@ -66,38 +60,30 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        engine: Engine[Any],
-        store: CheckpointStore | None,
-        events: EventLog | None,
+        committer: Committer,
         on_error: Callable[[BaseException], None],
         *,
+        retry: Retry,
         one_save: threading.Lock | None = None,
-        max_unprotected_secs: float,
-        first_retry_secs: float = _FIRST_RETRY_SECS,
-        observer: Observer | None = None,
         guard: NanGuard | None = None,
     ) -> None:
-        self._engine = engine
-        self._store = store
-        self._events = events
-        self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
+        self._committer = committer
         self._on_error = on_error
+        self._retry = retry
         self._one_save = threading.Lock() if one_save is None else one_save
-        self._max_unprotected_secs = max_unprotected_secs
-        self._first_retry_secs = first_retry_secs
-        self._observer = observer
         self._guard = guard
-        self._mark: int | None = None
         self._wake = threading.Condition(threading.Lock())
+        # The one that is not done yet, and the same until the thread takes it.
+        self._order: _Order | None = None
         self._waiting: _Order | None = None
-        self._busy = False
-        self._retrying = False
         self._closing = False
         self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
-        self._last_bytes = 0
-        self._taken_at = 0.0
-        self.skipped = 0
+
+    @property
+    def storage_errors(self) -> tuple[type[BaseException], ...]:
+        """What is raised when the disk fails."""
+        return self._committer.storage_errors
 
     def submit(self, snapshot: Snapshot, stall_secs: float = 0.0, take: Take | None = None) -> bool:
         """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is.
@@ -112,11 +98,10 @@ class CheckpointWriter:
 
     def _accept(self, order: _Order) -> bool:
         with self._wake:
-            if self._busy:
+            if self._order is not None:
                 return False
-            self._waiting = order
-            self._note_moment()
-            self._busy = True
+            order.mark = self._mark()
+            self._order = self._waiting = order
             # The deadline of an earlier drain was for an earlier snapshot.
             self._gives_up_at = None
             self._wake.notify_all()
@@ -126,26 +111,23 @@ class CheckpointWriter:
                 self._thread.start()
             return True
 
-    def _note_moment(self) -> None:
-        """A snapshot was just taken."""
-        self._taken_at = time.time()
-        self._mark = None if self._guard is None else self._guard.mark()
+    def _mark(self) -> int | None:
+        return None if self._guard is None else self._guard.mark()
 
     @property
     def busy(self) -> bool:
         """Whether a snapshot is being written, or waits to be tried again."""
-        return self._busy
+        return self._order is not None
 
     @property
     def retrying(self) -> bool:
         """Whether the last try to write the snapshot at hand has failed."""
-        return self._retrying
+        order = self._order
+        return order is not None and order.failed_tries > 0
 
     def warn(self, message: str) -> None:
         """Log what the user should know of the saving of this run, and have it kept. Any thread."""
-        _log.warning("%s", message)
-        if self._observer is not None:
-            self._observer.warn(message)
+        self._committer.warn(message)
 
     def drain(self, timeout_secs: float) -> bool:
         """Wait until nothing is being written; ``False`` if that takes longer than ``timeout_secs``.
@@ -155,7 +137,7 @@ class CheckpointWriter:
         with self._wake:
             self._gives_up_at = time.monotonic() + timeout_secs
             self._wake.notify_all()
-            return self._wake.wait_for(lambda: not self._busy, min(timeout_secs, threading.TIMEOUT_MAX))
+            return self._wake.wait_for(lambda: self._order is None, min(timeout_secs, threading.TIMEOUT_MAX))
 
     def close(self, timeout_secs: float) -> bool:
         """Drain, and end the thread; ``False`` if it is still writing after ``timeout_secs``."""
@@ -167,6 +149,8 @@ class CheckpointWriter:
         if thread is not None and is_idle:
             thread.join()
         return is_idle
+
+    # --- the writer's thread ---
 
     def _run(self) -> None:
         while True:
@@ -183,156 +167,68 @@ class CheckpointWriter:
                 self._on_error(error)
             finally:
                 del order
-                self._retrying = False
                 with self._wake:
-                    self._busy = False
+                    self._order = None
                     self._wake.notify_all()
 
     def _write_with_retries(self, order: _Order) -> None:
         began = time.monotonic()
-        delay_secs = self._first_retry_secs
         while True:
             gives_up_at = self._gives_up_at
             tried_at = time.monotonic()
             try:
-                snapshot = self._taken(order)
-                with self._one_save:
-                    if self._guard is not None and not self._guard.admits(snapshot, self._mark):
-                        self._reject(snapshot)
-                        return
-                    path = self._make_durable(snapshot)
+                saved = self._try(order)
                 break
             except self.storage_errors as error:
-                what = order.what
-                if order.take is not None and order.snapshot is not None and order.snapshot.written is not None:
-                    # What the framework has written is not to be relied upon.
-                    order.snapshot = None
-                self._retrying = True
-                unprotected_secs = time.monotonic() - began
-                # Jitter: many runs on one failing file system must not all come back at the same moment.
-                wait_secs = delay_secs * _jitter.uniform(0.75, 1.25)
-                if not self._may_wait(wait_secs, unprotected_secs, gives_up_at):
-                    raise SaveFailedError(
-                        f"saving {what} has failed for {unprotected_secs:.1f} s: {error}. The "
-                        f"checkpoints before it are as they were; make room or repair the disk, and start again",
-                        path=None if self._store is None else self._store.root,
-                    ) from error
-                message = (
-                    f"saving {what} failed ({error}); training goes on unprotected since "
-                    f"{unprotected_secs:.1f} s, next try in {wait_secs:.1f} s"
-                )
-                _log.warning("%s", message)
-                if self._observer is not None:
-                    self._observer.save_failed(message)
-            delay_secs = min(2 * delay_secs, _LONGEST_RETRY_SECS)
-        self._record(snapshot, path, time.monotonic() - tried_at, order.stall_secs)
-        if self._store is not None and snapshot.written is None:
-            self._prune(self._store)
+                self._wait_after(error, order, time.monotonic() - began, gives_up_at)
+        if saved is not None:
+            self._committer.record(*saved, time.monotonic() - tried_at, order.stall_secs)
+
+    def _try(self, order: _Order) -> tuple[Snapshot, str] | None:
+        """The snapshot, and where it is durable; ``None`` if it is not finite, and so not saved."""
+        snapshot = self._taken(order)
+        with self._one_save:
+            if self._guard is not None and not self._guard.admits(snapshot, order.mark):
+                self._committer.reject(snapshot)
+                return None
+            return snapshot, self._committer.commit(snapshot, order.taken_at)
 
     def _taken(self, order: _Order) -> Snapshot:
-        """The snapshot, taken now if need be. Raises what taking it has met, at first what it had met already."""
+        """The snapshot, taken now if need be. Re-raises the earlier error of taking it once, as the first try's."""
         error, order.error = order.error, None
         if error is not None:
             raise error
         if order.snapshot is None:
             assert order.take is not None
             order.snapshot, order.stall_secs = order.take()
-            self._note_moment()
+            order.taken_at, order.mark = time.time(), self._mark()
         return order.snapshot
 
-    def _may_wait(self, wait_secs: float, unprotected_secs: float, gave_up_at: float | None) -> bool:
+    def _wait_after(self, error: BaseException, order: _Order, failing_secs: float, gave_up_at: float | None) -> None:
+        """A try has failed with ``error``: wait for the next one, or raise SaveFailedError if there is to be none."""
+        what = order.what
+        if order.take is not None and order.snapshot is not None and order.snapshot.written is not None:
+            # What the framework has written is not to be relied upon.
+            order.snapshot = None
+        order.failed_tries += 1
+        wait_secs = self._retry(order.failed_tries, failing_secs)
+        if wait_secs is None or not self._may_wait(wait_secs, gave_up_at):
+            raise SaveFailedError(
+                f"saving {what} has failed for {failing_secs:.1f} s: {error}. The "
+                f"checkpoints before it are as they were; make room or repair the disk, and start again",
+                path=self._committer.root,
+            ) from error
+        self._committer.warn_of_failure(
+            f"saving {what} failed ({error}); training goes on unprotected since "
+            f"{failing_secs:.1f} s, next try in {wait_secs:.1f} s"
+        )
+
+    def _may_wait(self, wait_secs: float, gave_up_at: float | None) -> bool:
         """Wait until the next try; ``False`` when there is to be none.
 
         A stop that was requested since the last try began (when the deadline was ``gave_up_at``) ends the wait.
         """
-        if unprotected_secs >= self._max_unprotected_secs:
-            return False
         with self._wake:
             self._wake.wait_for(lambda: self._gives_up_at != gave_up_at, wait_secs)
             # A stop does not shorten the retries to none: the disk has until its deadline to come back.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at
-
-    def _record(self, snapshot: Snapshot, path: str, seconds: float, stall_secs: float) -> None:
-        """The step is durable: nothing that fails in here has it written again."""
-        if self._events is not None:
-            self._events.checkpointed(snapshot.step, path)
-        _log.info("saved step %s to %s in %.2f s", snapshot.step, path, seconds)
-        if self._observer is not None:
-            nbytes = self._last_bytes or snapshot.nbytes
-            self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, seconds, stall_secs)
-
-    def _prune(self, store: CheckpointStore) -> None:
-        try:
-            store.prune()
-        except OSError as error:
-            # The step is saved all the same; the next save tries again.
-            self.warn(f"an old checkpoint could not be removed: {error}")
-
-    def _make_durable(self, snapshot: Snapshot) -> str:
-        store, written = self._store, snapshot.written
-        if written is None:
-            if store is None:
-                raise ValueError(f"the snapshot of step {snapshot.step} is not written, and there is no store for it")
-            return str(self._commit(store, snapshot).path)
-        if store is not None:
-            if store.holds(written):
-                name = os.path.basename(written)
-                before = {one.name for one in store.owned}
-                self._adopt(store)
-                store.commit_in_place(name, store.step_of(name))
-                # Its saver prunes by itself, and knows nothing of manifests.
-                store.follow_removals(sorted(before - {one.name for one in store.owned}))
-            else:
-                _log.info(
-                    "%s was saved by the program's own saver, in files of its own: no manifest is written", written
-                )
-        return written
-
-    def _reject(self, snapshot: Snapshot) -> None:
-        """Keep a later start from a checkpoint that was written already, and is not to be."""
-        store, written = self._store, snapshot.written
-        if written is None or store is None or not store.holds(written):
-            return
-        name = os.path.basename(written)
-        for one in store.candidates():
-            if one.name == name:
-                store.quarantine(one, "the NaN guard was on, and this step or one shortly before it was not finite")
-        good = next((one for one in store.candidates() if one.is_committed), None)
-        if good is not None:
-            store.point_to(good)
-
-    def _commit(self, store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
-        name = self._engine.checkpoint_name(snapshot.step)
-        self._adopt(store)
-        stage = store.stage(name)
-        try:
-            self._check_space(store, snapshot)
-            digests = self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, snapshot.step, digests=digests, taken_at=self._taken_at)
-        except BaseException:
-            # A full disk stays full when every failed save leaves its files behind.
-            with contextlib.suppress(OSError):  # The error that is on its way says more.
-                store.discard(stage)
-            raise
-        if checkpoint.manifest is not None:
-            self._last_bytes = checkpoint.manifest.size
-        self._engine.committed([(str(one.path), one.time) for one in store.owned])
-        return checkpoint
-
-    def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
-        """Not to fill the disk for others with a checkpoint that will not fit."""
-        needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
-        free = shutil.disk_usage(store.root).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",
-                str(store.root),
-            )
-
-    def _adopt(self, store: CheckpointStore) -> None:
-        """Take over what the program has saved through its framework since, and forget what that has removed."""
-        kept = self._engine.kept_checkpoints()
-        if kept and set(kept) != {one.name for one in store.owned}:
-            found = {one.name: one for one in store.candidates()}
-            store.adopt([found[name] for name in kept if name in found])

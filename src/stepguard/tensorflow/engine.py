@@ -198,7 +198,7 @@ class TensorFlowEngine:
         """Of a model on a server, and where steps are not marked: not everybody counts the global step up."""
         return _boundary(session) is None or not session.is_local
 
-    def settle(self, session: Any, timeout_secs: float) -> None:
+    def wait_for_others(self, session: Any, timeout_secs: float) -> None:
         """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:

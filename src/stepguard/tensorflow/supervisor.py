@@ -329,15 +329,16 @@ class Supervisor(CoreSupervisor[Any]):
                 )
             return session
 
-        session = self._open_session(prepare, start_standard_services, waits_for_another=wait_for_checkpoint)
-        if start_standard_services:
-            try:
-                with self._model.graph.as_default():
-                    self.start_queue_runners(session)
-            except BaseException as error:
-                self._give_up(session, error)
-                raise
-        return session
+        def start_queue_runners(session: Any) -> None:
+            with self._model.graph.as_default():
+                self.start_queue_runners(session)
+
+        return self.open_session(
+            prepare,
+            start_standard_services,
+            waits_for_another=wait_for_checkpoint,
+            on_open=start_queue_runners if start_standard_services else None,
+        )
 
     def managed_session(
         self,
@@ -369,7 +370,7 @@ class Supervisor(CoreSupervisor[Any]):
                 start_standard_services=start_standard_services,
             )
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
         """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.

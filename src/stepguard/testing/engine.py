@@ -199,13 +199,6 @@ class FakeEngine:
         """Each step changes the state, and so does each return."""
         return session.step, session.returns
 
-    def is_shared(self, session: FakeSession) -> bool:
-        """Nobody else has this model."""
-        return False
-
-    def settle(self, session: FakeSession, timeout_secs: float) -> None:
-        """Nobody else trains this model."""
-
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
@@ -244,13 +237,6 @@ class FakeEngine:
         with NewFile(stage / name / _STATE_FILE) as file:
             file.write(json.dumps(state).encode())
         return {f"{name}/{_STATE_FILE}": (file.size, file.digest)}
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """The fake framework keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """The fake framework keeps no list of its own."""
 
     def summarise(self, session: FakeSession) -> None:
         """Count the call."""
@@ -324,13 +310,13 @@ class FakeSupervisor(Supervisor[FakeSession]):
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
         """A prepared session."""
-        return self._open_session(self.engine.prepare, start_standard_services)
+        return self.open_session(self.engine.prepare, start_standard_services)
 
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
     ) -> AbstractContextManager[FakeSession]:
         """The context that a training loop lives in."""
-        return self._supervised(
+        return self.managed(
             lambda: self.prepare_or_wait_for_session(start_standard_services),
             close_summary_writer=close_summary_writer,
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stepguard.steps.values import Values
 from stepguard.torch.session import Session
 from stepguard.torch.supervisor import Supervisor
-from stepguard.torch.values import Values
 
 __all__ = ["Session", "Supervisor", "Values"]

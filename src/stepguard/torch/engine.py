@@ -14,16 +14,19 @@ import torch
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
-from stepguard.errors import NonFiniteError
-from stepguard.torch import random_states
+from stepguard.steps.common_store import CommonStore
+from stepguard.steps.gate import Gate
+from stepguard.steps.rendezvous import Rendezvous, announce, announced
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.checkpoint.state import Component
-from stepguard.torch.distributed.gate import Gate, Peers, announce, announced, shared_store, world
-from stepguard.torch.distributed.joint_write import Exchange, write_all, write_mine
+from stepguard.torch.distributed.joint_write import write_all
+from stepguard.torch.distributed.member import TorchMember, loaded_process_state
+from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
+from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
@@ -61,11 +64,11 @@ class TorchEngine:
         self.can_return = self._processes == 1
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
-        self._peers: Peers | None = None
+        self._peers: Rendezvous | None = None
+        self._member: TorchMember | None = None
         self._is_met = False
         self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
-        self._part: tuple[Mapping[str, Any], CopyStreams] = {}, CopyStreams({})
         self._watch: ValueWatch | None = None
 
     # --- the session ---
@@ -80,8 +83,8 @@ class TorchEngine:
         self._sessions += 1
         if not self._is_restored(session) and self._init_fn is not None:
             self._init_fn()
-        if gate is not None:
-            self._meet_peers(session, gate)
+        if self._shared is not None and gate is not None:
+            self._meet_peers(session, self._shared, gate)
             self._is_met = meets_every is not None
             if meets_every is not None and self._rank > 0:
                 gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
@@ -99,26 +102,15 @@ class TorchEngine:
                 self._restorer.restore_named(session, name, self._rank)
         return name is not None
 
-    def _meet_peers(self, session: Session, gate: Gate) -> None:
-        def process_state() -> Any:
-            with session.boundary.hold("a checkpoint"):
-                self._part = self._sharded_states(session)
-                return session.process_state()
-
-        self._peers = Peers(
-            torch.distributed.PrefixStore(f"session/{self._sessions}", self._shared),
+    def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
+        self._member = TorchMember(self._coord, session, self._components, self._memory, self._root)
+        self._peers = Rendezvous(
+            shared.below(f"session/{self._sessions}"),
             self._rank,
             self._processes,
             gate,
-            steps_done=lambda: session.boundary.steps,
-            process_state=process_state,
-            wait_for_stop=self._coord.wait_for_stop,
-            should_stop=self._coord.should_stop,
-            request_stop=self._request_stop,
-            error=self._error,
-            is_impatient=lambda: session.is_impatient,
+            self._member,
             grace_secs=self._stop_grace_secs,
-            write_part=self._write_part,
         )
         self._peers.start()
 
@@ -133,21 +125,6 @@ class TorchEngine:
         if peers is not None:
             peers.close(self._stop_grace_secs)
         session.close()
-
-    def _request_stop(self, error: BaseException | None) -> None:
-        try:
-            self._coord.request_stop(error)
-        except NonFiniteError:
-            # After a join the coordinator raises it here too: the thread of the session has ended before it was known.
-            _log.debug("the run had ended when another process told of its sight", exc_info=True)
-
-    def _error(self) -> BaseException | None:
-        """What the run stops for."""
-        try:
-            self._coord.raise_requested_exception()
-        except BaseException as error:  # noqa: BLE001 - the coordinator raises it to whoever has to know
-            return error
-        return None
 
     # --- steps ---
 
@@ -170,6 +147,8 @@ class TorchEngine:
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
         """Show it what is summarised; a step returns no numbers."""
         self._watch = watch
+        if self._member is not None:
+            self._member.watch = watch
         session.watch_values(watch)
 
     def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
@@ -199,13 +178,6 @@ class TorchEngine:
         """
         return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
-    def is_shared(self, session: Session) -> bool:  # noqa: ARG002 - the contract
-        """No: the model is in this process."""
-        return False
-
-    def settle(self, session: Session, timeout_secs: float) -> None:
-        """Nothing: the processes meet at each boundary, and so at the last."""
-
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
@@ -214,7 +186,8 @@ class TorchEngine:
         session.boundary.check_whole(what)
         with ExitStack() as stack:
             if self._peers is not None:
-                self._peer_states = stack.enter_context(self._peers.meeting(what))
+                states = stack.enter_context(self._peers.meeting(what))
+                self._peer_states = {rank: loaded_process_state(state) for rank, state in states.items()}
             stack.enter_context(session.boundary.hold(what, patience_secs))
             yield
 
@@ -225,18 +198,9 @@ class TorchEngine:
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            processes = {0: self._memory.copy("process", session.process_state(), copies), **self._peer_states}
+            processes = {0: self._memory.copy("process", session.process_state.capture(), copies), **self._peer_states}
             copies.close()
         return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
-
-    def _sharded_states(self, session: Session) -> tuple[Mapping[str, Any], CopyStreams]:
-        """What a process that is not the chief has to write: its parts of the objects that are sharded."""
-        copies = CopyStreams(session.training_streams)
-        with torch.no_grad():
-            live = {one.name: one.state() for one in self._components}
-            states = {name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
-            copies.close()
-        return states, copies
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
@@ -281,26 +245,6 @@ class TorchEngine:
             return write_all(None, directory, states)
         return write_all(self._peers.exchange(directory.relative_to(self._root).as_posix()), directory, states)
 
-    def _write_part(self, exchange: Exchange, place: str) -> None:
-        """In a process that is not the chief. Its writer's thread."""
-
-        def states() -> Mapping[str, Any]:
-            held, copies = self._part
-            copies.finish()
-            if self._watch is not None:
-                _check_finite(held)
-            return held
-
-        # Without a logdir of its own it does not see the chief's, and says so.
-        write_mine(exchange, self._rank, (self._root or Path()) / place, states)
-
-    def kept_checkpoints(self) -> Sequence[str]:
-        """PyTorch keeps no list of its own."""
-        return ()
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """PyTorch keeps no list of its own."""
-
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
@@ -309,7 +253,7 @@ class TorchEngine:
         """
         if self._summaries is None or self._events is None:
             return
-        with session.boundary.hold("a summary"), random_states.preserved(), torch.no_grad():
+        with session.boundary.hold("a summary"), STREAMS.preserved(), torch.no_grad():
             if session.boundary.is_resting:
                 return
             values, step = self._summaries(), session.global_step
@@ -332,13 +276,6 @@ class TorchEngine:
             self._watch.look(values, step)
 
 
-def _check_finite(states: Mapping[str, Any]) -> None:
-    """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
-    names = [place for name, state in states.items() for place in non_finite(name, state)]
-    if names:
-        raise NonFiniteError(f"the state to be saved is not finite: {', '.join(names[:5])}", step=None, names=names)
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
@@ -348,7 +285,7 @@ def _synchronize() -> None:
 class _Passing:
     """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
 
-    def __init__(self, peers: Peers, callback: Callable[[], int]) -> None:
+    def __init__(self, peers: Rendezvous, callback: Callable[[], int]) -> None:
         self._peers = peers
         self._callback = callback
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stepguard.torch import random_states
+from stepguard.torch.random_states import STREAMS
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def open_writer(logdir: str) -> Any:
     """A SummaryWriter for ``logdir``; ``None``, with a warning, where the tensorboard package is not installed."""
     # Its import draws random numbers (so does TensorFlow's, which it loads where there is one), and a program that has
     # seeded its streams before would train otherwise than without a supervisor.
-    with random_states.preserved():
+    with STREAMS.preserved():
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

@@ -17,7 +17,7 @@ from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.state import components
-from stepguard.torch.distributed.gate import world
+from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
@@ -187,7 +187,7 @@ class Supervisor(CoreSupervisor[Session]):
         """
         self._check_alone()
         meets_every = self._saves_every if start_standard_services else None
-        session = self._open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
+        session = self.open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
         self._session = session
         return session
 
@@ -210,7 +210,7 @@ class Supervisor(CoreSupervisor[Session]):
             _in_a_block.add(self)
             return session
 
-        return self._supervised(open_session, close_summary_writer=close_summary_writer)
+        return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def summary_computed(self, sess: Session, summary: Mapping[str, Any], global_step: int | None = None) -> None:
         """Write values that the program has computed itself: numbers by the names of their curves.

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.steps.process_state import describe_positions
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.torch import random_states
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.mismatch import check_fits
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.checkpoint.state import Component
-from stepguard.torch.session import Session, describe_positions
+from stepguard.torch.random_states import STREAMS
+from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Restorer:
         sharded = process.pop("sharded", {})
         if f"{PROCESS}{rank}" not in processes:
             # There are more processes than before: the streams of this one begin as the program has seeded them.
-            process["random"] = random_states.capture()
+            process["random"] = STREAMS.capture()
         elif rank:
             process = read_file(processes[f"{PROCESS}{rank}"])
         # Rank 0 has just verified these files, and with that read them.
@@ -104,7 +105,7 @@ class Restorer:
         for component in self._components:
             component.load(states.pop(component.name))
         session.restore_process_state(process, process["global_step"])
-        _log.info("going on at step %d: %s", session.global_step, describe_positions(process["loaders"]))
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 
     def _fitting(
         self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any], *, mapped: bool

@@ -1,4 +1,16 @@
-"""Where one training step ends and the next has not begun."""
+"""Where one training step ends and the next has not begun.
+
+A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
+gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
+and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
+its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
+
+It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
+waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
+the boundary torn: from then on no service gets it, since the state belongs to no step. Ctrl-C between two lines would
+leave the lock taken for good; a thread that is taking it or giving it back is therefore in ``_changing``, and
+``interrupts`` holds the signal back until it is not. A kill leaves nothing: all of this is memory of one process.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from stepguard.torch.boundary import Boundary
+from stepguard.steps.boundary import Boundary
 
 _log = logging.getLogger(__name__)
 

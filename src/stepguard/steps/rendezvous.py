@@ -1,35 +1,32 @@
 """Several processes that train one model: they save, and they stop, after the same step.
 
-The processes of ``torchrun`` run the same steps, but not at the same moment: when one of them stands at the boundary
+The processes of one training run the same steps, but not at the same moment: when one of them stands at the boundary
 after step 10, another may be in the middle of step 11, and wait there for the first to take part in its all-reduce. So
 nobody can be told to stop where he is. Instead the chief opens a round: every process begins no further step and says
 how many it has begun; the largest of these numbers is one that all can reach, and there they meet. Checkpoints every so
 many steps need no round to agree on one: there each process waits by itself until the chief has saved, or has not.
 
-All of this goes through the key-value store of ``torch.distributed``. No collective operation is used, so that nothing
+All of this goes through the store that the processes have in common. No collective operation is used, so that nothing
 comes between those of the training, and a step costs one comparison.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError
-from stepguard.torch.distributed.joint_write import Exchange
+from stepguard.steps.common_store import CommonStore
+from stepguard.steps.exchange import Exchange
+from stepguard.steps.gate import Gate
 
 _log = logging.getLogger(__name__)
 
@@ -40,154 +37,51 @@ _IMPATIENCE_SECS = 1.0
 # How long a process that has failed waits for the parts of the others, who may have ended too.
 _FAREWELL_SECS = 5.0
 
-_supervisors = 0
+
+class Member(Protocol):
+    """One process of the training, as its rendezvous sees it. Any thread."""
+
+    def steps_done(self) -> int:
+        """The steps that are done in this session."""
+
+    def process_state(self) -> bytes:
+        """What this process adds to a checkpoint; called while no step is to begin."""
+
+    def write_part(self, exchange: Exchange, place: str) -> None:
+        """Write the part that this process has of the snapshot taken last. A thread that writes."""
+
+    def should_stop(self) -> bool:
+        """Whether this process was asked to stop."""
+
+    def wait_for_stop(self, timeout_secs: float) -> object:
+        """Wait until it is, and at most so long."""
+
+    def request_stop(self, error: BaseException | None) -> None:
+        """Ask it, for ``error`` if there is one."""
+
+    def error(self) -> BaseException | None:
+        """What it stops for, if that is an error; a NonFiniteError is told to the others, who stop for it too."""
+
+    def is_impatient(self) -> bool:
+        """Whether a second Ctrl-C has ended it."""
 
 
-def world() -> tuple[int, int]:
-    """The rank of this process and the number of processes; (0, 1) without ``torch.distributed``."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def shared_store() -> Any:
-    """A part of the processes' common store that belongs to one Supervisor.
-
-    Every process has to build its Supervisors in the same order, as it has to do with everything distributed.
-    """
-    global _supervisors  # noqa: PLW0603 - a number for each supervisor of the process
-    _supervisors += 1
-    # torchrun keeps its store when it starts the processes again, with all that the earlier ones have said in it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # A client of our own: a wait on the one that the process group uses would hold that up. There is no public way to
-    # the store that fits every init_method; to open another one would take an address, and a collective operation.
-    store = dist.distributed_c10d._get_default_store().clone()
-    return dist.PrefixStore(f"stepguard/{attempt}/{_supervisors}", store)
-
-
-class Gate:
-    """Where the steps of one process wait for the others."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._begun = 0
-        self._limit = math.inf
-        self._is_last = False
-        self._meets_at = math.inf
-        self._every = math.inf
-        self._is_awaiting_chief = False
-        self._has_ended = False
-
-    def begin(self, steps_done: int) -> bool:
-        """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may."""
-        with self._changed:
-            while steps_done >= min(self._limit, self._meets_at):
-                if steps_done >= self._limit and self._is_last:
-                    return False
-                self._is_awaiting_chief = steps_done >= self._meets_at
-                self._changed.wait()
-            self._is_awaiting_chief = False
-            self._has_ended = False
-            self._begun = steps_done + 1
-            return True
-
-    def end(self, steps_done: int) -> None:
-        """There was no input for the step that had begun: the loop ends after ``steps_done``, as all others do."""
-        with self._changed:
-            self._begun = steps_done
-            self._has_ended = True
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether no step will follow those that are done."""
-        return self._has_ended
-
-    def meet_chief(self, first: int, every: int) -> None:
-        """Let no step begin after ``first`` steps, and after each ``every`` more, until the chief has passed there."""
-        with self._changed:
-            self._meets_at, self._every = first, every
-
-    @property
-    def is_awaiting_chief(self) -> bool:
-        """Whether a step waits for the chief."""
-        return self._is_awaiting_chief
-
-    def chief_passed(self, steps: int) -> None:
-        """The chief has done ``steps``, and what it does after them."""
-        with self._changed:
-            if steps >= self._meets_at:
-                self._meets_at += self._every * ((steps - self._meets_at) // self._every + 1)
-            self._changed.notify_all()
-
-    def pause(self) -> int:
-        """Let no further step begin; how many have."""
-        with self._changed:
-            self._limit = self._begun
-            return self._begun
-
-    def open_until(self, step: float, *, is_last: bool = False) -> None:
-        """Let steps begin until ``step`` are done; with ``is_last`` the run ends there."""
-        with self._changed:
-            self._limit = step
-            self._is_last = self._is_last or is_last
-            self._changed.notify_all()
-
-    def abandon(self) -> None:
-        """Nobody will say any more how far this process may go: let it, unless the run is to end."""
-        with self._changed:
-            self._meets_at = math.inf
-            if not self._is_last:
-                self._limit = math.inf
-            self._changed.notify_all()
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the step at which the run ends is settled."""
-        return self._is_last
-
-
-class Peers:
+class Rendezvous:
     """What one process has to do with the others during one session.
 
-    ``steps_done`` tells how far this process is, ``process_state`` what it has to add to a checkpoint; the latter is
-    called while no step runs. ``write_part`` writes the part that this process has of the snapshot taken last, and is
-    called in a thread that writes. ``error`` is the one that this process stops for, if any; a
-    :class:`stepguard.NonFiniteError` is told to the others, who stop after the same step and for the same error.
-    ``is_impatient`` tells whether a second Ctrl-C has ended this process. ``grace_secs`` is how long, in seconds, the
-    others wait in a step for a chief that is between two loops.
+    ``grace_secs`` is how long, in seconds, the others wait in a step for a chief that is between two loops.
     Threads: ``start`` and ``close`` by the thread of the session, the others by any.
     """
 
     def __init__(
-        self,
-        store: Any,
-        rank: int,
-        size: int,
-        gate: Gate,
-        *,
-        steps_done: Callable[[], int],
-        process_state: Callable[[], Any],
-        wait_for_stop: Callable[[float], object],
-        should_stop: Callable[[], bool],
-        request_stop: Callable[[BaseException | None], object],
-        error: Callable[[], BaseException | None],
-        is_impatient: Callable[[], bool],
-        grace_secs: float,
-        write_part: Callable[[Exchange, str], None],
+        self, store: CommonStore, rank: int, size: int, gate: Gate, member: Member, *, grace_secs: float
     ) -> None:
         self._store = store
         self._rank = rank
         self._size = size
         self._gate = gate
-        self._steps_done = steps_done
-        self._process_state = process_state
-        self._wait_for_stop = wait_for_stop
-        self._should_stop = should_stop
-        self._request_stop = request_stop
-        self._error = error
-        self._is_impatient = is_impatient
+        self._member = member
         self._grace_secs = grace_secs
-        self._write_part = write_part
         self._messages = 0
         self._is_sight_shared = False
         self._message_lock = threading.Lock()
@@ -205,7 +99,7 @@ class Peers:
     def _listen(self) -> None:
         try:
             self._lead() if self._rank == 0 else self._follow()
-        except (dist.DistError, RuntimeError) as error:
+        except ConnectionError as error:
             # The store ends with the process that has it: the others have ended, or torchrun is about to end us.
             _log.debug("no word from the other processes: %s", error)
             # What they would have to say is not waited for any longer: the next collective operation fails by itself.
@@ -214,17 +108,17 @@ class Peers:
     def close(self, timeout_secs: float) -> None:
         """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
         if self._rank == 0:
-            if self._should_stop():
+            if self._member.should_stop():
                 self._join(timeout_secs)
-            with contextlib.suppress(dist.DistError, RuntimeError):
+            with contextlib.suppress(ConnectionError):
                 self._store.set("over", b"1")
-        elif self._is_impatient():
-            with contextlib.suppress(dist.DistError, RuntimeError):
+        elif self._member.is_impatient():
+            with contextlib.suppress(ConnectionError):
                 self._store.set("left", str(self._rank).encode())
         elif not self._has_failed():
             deadline = time.monotonic() + timeout_secs
-            with contextlib.suppress(dist.DistError, RuntimeError):
-                while not self._store.check(["over"]) and time.monotonic() < deadline and not self._has_failed():
+            with contextlib.suppress(ConnectionError):
+                while not self._store.check("over") and time.monotonic() < deadline and not self._has_failed():
                     time.sleep(_LOOK_SECS)
         writing = self._writing
         if writing is not None:
@@ -241,7 +135,7 @@ class Peers:
     # --- the chief ---
 
     @contextmanager
-    def meeting(self, what: str, *, is_last: bool = False) -> Iterator[dict[int, Any]]:
+    def meeting(self, what: str, *, is_last: bool = False) -> Iterator[dict[int, bytes]]:
         """A block in which all processes stand after the same step; gives the states of the others, by rank.
 
         Raises:
@@ -258,10 +152,9 @@ class Peers:
 
                 def is_evaluating() -> bool:
                     # Others are in a step that takes all of them: they wait for this process.
-                    return self._gate.has_ended and self._steps_done() < target
+                    return self._gate.has_ended and self._member.steps_done() < target
 
-                answers = {rank: self._get(f"{key}/state/{rank}", what, is_evaluating) for rank in self._others()}
-                states = {rank: _loaded(answer) for rank, answer in answers.items()}
+                states = {rank: self._get(f"{key}/state/{rank}", what, is_evaluating) for rank in self._others()}
                 # Each has told before its state what it has seen until here.
                 sight = self._share_sight()
                 if sight is not None and not is_last:
@@ -274,7 +167,7 @@ class Peers:
 
     def passed(self) -> None:
         """The chief has done what it does at this boundary: the others need not wait for it here."""
-        self._store.set("passed", str(self._steps_done()).encode())
+        self._store.set("passed", str(self._member.steps_done()).encode())
 
     def exchange(self, place: str) -> Exchange:
         """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
@@ -291,11 +184,11 @@ class Peers:
     def _lead(self) -> None:
         """Settle the last step when any process is asked to stop."""
         while not self._closing.is_set():
-            if self._should_stop() or self._store.check(["stop"]):
+            if self._member.should_stop() or self._store.check("stop"):
                 self._settle_last_step()
-                self._request_stop(None)
+                self._member.request_stop(None)
                 return
-            self._wait_for_stop(_LOOK_SECS)
+            self._member.wait_for_stop(_LOOK_SECS)
 
     def _settle_last_step(self) -> None:
         try:
@@ -307,7 +200,7 @@ class Peers:
             _log.warning("stopping without the others: %s", error)
         finally:
             # Only now: who leaves its loop has to know whether the run has ended well.
-            self._gate.open_until(self._steps_done(), is_last=True)
+            self._gate.open_until(self._member.steps_done(), is_last=True)
 
     def _others(self) -> range:
         return range(1, self._size)
@@ -318,11 +211,11 @@ class Peers:
         number = 1
         has_asked = False
         while not self._closing.is_set():
-            if self._should_stop() and not has_asked:
+            if self._member.should_stop() and not has_asked:
                 self._share_sight()
                 self._store.set("stop", b"1")
                 has_asked = True
-            if self._store.check([f"message/{number}"]):
+            if self._store.check(f"message/{number}"):
                 self._obey(f"message/{number}")
                 number += 1
             elif self._gate.is_awaiting_chief:
@@ -332,18 +225,18 @@ class Peers:
                 self._closing.wait(_LOOK_SECS)
 
     def _look_for_chief(self) -> None:
-        if self._store.check(["over"]):
+        if self._store.check("over"):
             self._gate.chief_passed(sys.maxsize)
-        elif self._store.check(["passed"]):
+        elif self._store.check("passed"):
             self._gate.chief_passed(int(self._store.get("passed")))
 
     def _obey(self, key: str) -> None:
-        kind, *content = json.loads(bytes(self._store.get(key)))
+        kind, *content = json.loads(self._store.get(key))
         if kind == "write":
             # In a thread of its own: the next message may be a stop.
             arguments = (self._exchange(key), *content)
             self._writing = threading.Thread(
-                target=self._write_part, args=arguments, name="stepguard-writer", daemon=True
+                target=self._member.write_part, args=arguments, name="stepguard-writer", daemon=True
             )
             self._writing.start()
         else:
@@ -354,10 +247,10 @@ class Peers:
         try:
             target = int(self._get(f"{key}/target", "a checkpoint"))
             self._gate.open_until(target)
-            self._await_step(target, "a checkpoint", lambda: not self._store.check([f"{key}/done"]))
+            self._await_step(target, "a checkpoint", lambda: not self._store.check(f"{key}/done"))
             self._share_sight()
             # Nothing is saved at a stop itself, and the memory for it may still be being written.
-            self._store.set(f"{key}/state/{self._rank}", _saved({} if is_last else self._process_state()))
+            self._store.set(f"{key}/state/{self._rank}", b"" if is_last else self._member.process_state())
             self._get(f"{key}/done", "a checkpoint")
             self._share_sight()
         except NoBoundaryError as error:
@@ -365,8 +258,8 @@ class Peers:
         finally:
             if is_last:
                 # Not before: who leaves its loop has to know whether the run has ended well.
-                self._request_stop(None)
-                self._gate.open_until(self._steps_done(), is_last=True)
+                self._member.request_stop(None)
+                self._gate.open_until(self._member.steps_done(), is_last=True)
         if not is_last and not self._gate.is_last:
             self._gate.open_until(math.inf)
 
@@ -374,27 +267,27 @@ class Peers:
 
     def _has_failed(self) -> bool:
         """Not so after a sight of the NaN guard: this process runs as well as ever, and can stop with the others."""
-        return not isinstance(self._error(), (NonFiniteError, type(None)))
+        return not isinstance(self._member.error(), (NonFiniteError, type(None)))
 
     def _share_sight(self) -> NonFiniteError | None:
         """Tell the others what this process has seen that is not finite, or stop for what one of them has."""
-        own = self._error()
+        own = self._member.error()
         if isinstance(own, NonFiniteError):
             if not self._is_sight_shared:
                 self._is_sight_shared = True
                 content = [f"rank {self._rank}: {own}", own.step, own.names]
                 self._store.set("sight", json.dumps(content).encode())
             return own
-        if not self._store.check(["sight"]):
+        if not self._store.check("sight"):
             return None
-        text, step, names = json.loads(bytes(self._store.get("sight")))
+        text, step, names = json.loads(self._store.get("sight"))
         theirs = NonFiniteError(text, step=step, names=names)
         self._is_sight_shared = True
-        self._request_stop(theirs)
+        self._member.request_stop(theirs)
         return theirs
 
     def _exchange(self, key: str) -> Exchange:
-        return Exchange(dist.PrefixStore(key, self._store), self._rank, self._size, self._check_alive)
+        return Exchange(self._store.below(key), self._rank, self._size, self._check_alive)
 
     def _check_alive(self, what: str) -> None:
         """A write may take any time, as long as all are there."""
@@ -409,24 +302,24 @@ class Peers:
 
     def _await_step(self, target: int, what: str, is_excused: Callable[[], bool] = lambda: False) -> None:
         where = f"{what}: step {target} of this session is still under way in rank {self._rank}"
-        self._await(lambda: self._steps_done() >= target or self._gate.has_ended, where, is_excused)
+        self._await(lambda: self._member.steps_done() >= target or self._gate.has_ended, where, is_excused)
 
     def _get(self, key: str, what: str, is_excused: Callable[[], bool] = lambda: False) -> bytes:
         missing = f"{what}: no answer to {key}; a process may have ended"
-        self._await(lambda: self._store.check([key]), missing, is_excused)
-        return bytes(self._store.get(key))
+        self._await(lambda: self._store.check(key), missing, is_excused)
+        return self._store.get(key)
 
     def _await(self, is_there: Callable[[], bool], text: str, is_excused: Callable[[], bool] = lambda: False) -> None:
         """Wait; the time that is excused does not count, but for ``grace_secs``."""
         began = counted_from = time.monotonic()
         while True:
             now = time.monotonic()
-            patience_secs = _IMPATIENCE_SECS if self._is_impatient() else _PATIENCE_SECS
-            if not self._is_impatient() and now < began + self._grace_secs and is_excused():
+            patience_secs = _IMPATIENCE_SECS if self._member.is_impatient() else _PATIENCE_SECS
+            if not self._member.is_impatient() and now < began + self._grace_secs and is_excused():
                 counted_from = now
             # Asked first: what was there when this process closed has come in time.
             is_over = self._closing.is_set() or self._has_failed() or now > counted_from + patience_secs
-            left = self._rank == 0 and self._store.check(["left"])
+            left = self._rank == 0 and self._store.check("left")
             if is_there():
                 return
             if left:
@@ -436,26 +329,16 @@ class Peers:
             self._closing.wait(_LOOK_SECS / 5)
 
 
-def announce(store: Any, number: int, restored: str | None) -> None:
+def announce(store: CommonStore, number: int, restored: str | None) -> None:
     """The chief tells the workers which checkpoint it has restored in its session ``number``, or that there is none."""
     store.set(f"restored/{number}", json.dumps(restored).encode())
 
 
-def announced(store: Any, number: int, should_stop: Callable[[], bool]) -> str | None:
+def announced(store: CommonStore, number: int, should_stop: Callable[[], bool]) -> str | None:
     """A worker waits for that, however long the chief takes to verify it."""
-    while not store.check([f"restored/{number}"]):
+    while not store.check(f"restored/{number}"):
         if should_stop():
             raise RuntimeError("stopped while waiting for the chief to restore the model")
         time.sleep(_LOOK_SECS)
-    name = json.loads(bytes(store.get(f"restored/{number}")))
+    name = json.loads(store.get(f"restored/{number}"))
     return None if name is None else str(name)
-
-
-def _saved(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _loaded(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), weights_only=True)

@@ -1,0 +1,58 @@
+"""Checkpoints that the framework writes by itself into the directory of the run: they are committed and counted too."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from stepguard.engine import Engine, KeepsCheckpoints
+from stepguard.store import CheckpointStore
+
+_log = logging.getLogger(__name__)
+
+
+class Adoption:
+    """Keeps the store's list of checkpoints and the framework's own list one list. Writer thread."""
+
+    def __init__(self, engine: Engine[Any], store: CheckpointStore) -> None:
+        self._saver = engine if isinstance(engine, KeepsCheckpoints) else None
+        self._store = store
+
+    def adopt(self) -> None:
+        """Take over what the program has saved through its framework since, and forget what that has removed."""
+        kept = () if self._saver is None else self._saver.kept_checkpoints()
+        if kept and set(kept) != {one.name for one in self._store.owned}:
+            found = {one.name: one for one in self._store.candidates()}
+            self._store.adopt([found[name] for name in kept if name in found])
+
+    def tell(self) -> None:
+        """Tell the framework which checkpoints there are, after a commit of the store's."""
+        if self._saver is not None:
+            self._saver.committed([(str(one.path), one.time) for one in self._store.owned])
+
+    def commit(self, written: str) -> None:
+        """Commit the checkpoint that the framework has just written to ``written``, if that lies in the store."""
+        store = self._store
+        if not store.holds(written):
+            _log.info("%s was saved by the program's own saver, in files of its own: no manifest is written", written)
+            return
+        name = os.path.basename(written)
+        before = {one.name for one in store.owned}
+        self.adopt()
+        store.commit_in_place(name, store.step_of(name))
+        # The framework prunes by itself, and knows nothing of manifests.
+        store.follow_removals(sorted(before - {one.name for one in store.owned}))
+
+    def reject(self, written: str) -> None:
+        """Keep a later start from the checkpoint that the framework has written to ``written``."""
+        store = self._store
+        if not store.holds(written):
+            return
+        name = os.path.basename(written)
+        for one in store.candidates():
+            if one.name == name:
+                store.quarantine(one, "the NaN guard was on, and this step or one shortly before it was not finite")
+        good = next((one for one in store.candidates() if one.is_committed), None)
+        if good is not None:
+            store.point_to(good)

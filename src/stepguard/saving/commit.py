@@ -1,0 +1,123 @@
+"""What makes one snapshot durable, and records that it is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stepguard.engine import Engine, EventLog, Snapshot
+from stepguard.saving.adoption import Adoption
+from stepguard.store import CheckpointStore
+from stepguard.watching.observer import Observer
+
+_log = logging.getLogger(__name__)
+
+# Besides the tensors: index, meta graph, manifest.
+_SPARE_BYTES = 1 << 20
+
+
+class Committer:
+    """Commits snapshots to a store, and tells the event log and the observer of them. Writer thread.
+
+    ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
+    then written the snapshot itself, and there is nothing left to commit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any],
+        store: CheckpointStore | None,
+        events: EventLog | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._events = events
+        self._observer = observer
+        self._adoption = None if store is None else Adoption(engine, store)
+        self._last_bytes = 0
+        self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
+
+    @property
+    def root(self) -> Path | None:
+        """The directory of the store, if there is one."""
+        return None if self._store is None else self._store.root
+
+    def commit(self, snapshot: Snapshot, taken_at: float) -> str:
+        """Make ``snapshot``, taken at that Unix time, durable; returns the path that it has."""
+        if snapshot.written is not None:
+            if self._adoption is not None:
+                self._adoption.commit(snapshot.written)
+            return snapshot.written
+        if self._store is None or self._adoption is None:
+            raise ValueError(f"the snapshot of step {snapshot.step} is not written, and there is no store for it")
+        return str(self._write(self._store, self._adoption, snapshot, taken_at))
+
+    def reject(self, snapshot: Snapshot) -> None:
+        """Keep a later start from a snapshot that the framework has written already, and that is not to be kept."""
+        if snapshot.written is not None and self._adoption is not None:
+            self._adoption.reject(snapshot.written)
+
+    def record(self, snapshot: Snapshot, path: str, secs: float, stall_secs: float) -> None:
+        """``snapshot`` is durable at ``path``: nothing that fails in here has it written again."""
+        if self._events is not None:
+            self._events.checkpointed(snapshot.step, path)
+        _log.info("saved step %s to %s in %.2f s", snapshot.step, path, secs)
+        if self._observer is not None:
+            nbytes = self._last_bytes or snapshot.nbytes
+            self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._store is not None and snapshot.written is None:
+            self._prune(self._store)
+
+    def warn(self, message: str) -> None:
+        """Log what the user should know of the saving of this run, and have it kept. Any thread."""
+        _log.warning("%s", message)
+        if self._observer is not None:
+            self._observer.warn(message)
+
+    def warn_of_failure(self, message: str) -> None:
+        """The same of a try that has failed, and is repeated."""
+        _log.warning("%s", message)
+        if self._observer is not None:
+            self._observer.save_failed(message)
+
+    def _write(self, store: CheckpointStore, adoption: Adoption, snapshot: Snapshot, taken_at: float) -> Path:
+        name = self._engine.checkpoint_name(snapshot.step)
+        adoption.adopt()
+        stage = store.stage(name)
+        try:
+            self._check_space(store, snapshot)
+            digests = self._engine.write(snapshot, stage, name)
+            checkpoint = store.commit(name, snapshot.step, digests=digests, taken_at=taken_at)
+        except BaseException:
+            # A full disk stays full when every failed save leaves its files behind.
+            with contextlib.suppress(OSError):  # The error that is on its way says more.
+                store.discard(stage)
+            raise
+        if checkpoint.manifest is not None:
+            self._last_bytes = checkpoint.manifest.size
+        adoption.tell()
+        return checkpoint.path
+
+    def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
+        """Not to fill the disk for others with a checkpoint that will not fit."""
+        needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
+        free = shutil.disk_usage(store.root).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",
+                str(store.root),
+            )
+
+    def _prune(self, store: CheckpointStore) -> None:
+        try:
+            store.prune()
+        except OSError as error:
+            # The step is saved all the same; the next save tries again.
+            self.warn(f"an old checkpoint could not be removed: {error}")

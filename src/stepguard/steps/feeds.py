@@ -1,0 +1,158 @@
+"""Batches from anything that can be iterated over, and the position in it: how a resumed run finds the next batch."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepguard.errors import CheckpointMismatchError
+from stepguard.steps.random_streams import RandomStreams
+
+_log = logging.getLogger(__name__)
+
+_END = object()
+
+
+class Feed(ABC):
+    """The batches of one loader, epoch after epoch. For the thread that trains, or one that holds the boundary.
+
+    ``epoch`` counts the epochs that are complete, ``batches`` the batches of the current one whose steps are done.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.epoch = 0
+        self.batches = 0
+        self._iterator: Iterator[Any] | None = None
+        # How many batches of the epoch another process has seen: the next iterator begins behind them.
+        self._seen_before = 0
+
+    def next(self, epochs: int | None) -> Any:
+        """The next batch.
+
+        Raises:
+            StopIteration: ``epochs`` epochs are complete.
+            ValueError: the loader has no batch at all.
+        """
+        while epochs is None or self.epoch < epochs:
+            if self._iterator is None:
+                self._iterator = self._begin_epoch(self._seen_before)
+                self._seen_before = 0
+            batch = next(self._iterator, _END)
+            if batch is not _END:
+                return batch
+            if self.batches == 0:
+                raise ValueError(f"{_shown(self.loader)}: expected at least one batch in an epoch, found none")
+            self._iterator = None
+            self.epoch += 1
+            self.batches = 0
+            if not self.is_repeatable:
+                break
+        raise StopIteration
+
+    is_repeatable = True
+
+    def consumed(self) -> None:
+        """The step with the last batch is done."""
+        self.batches += 1
+
+    def position(self) -> dict[str, Any]:
+        """Where this is now, as plain values and tensors."""
+        return {"epoch": self.epoch, "batches": self.batches, "loader": self._description()}
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
+        """Begin at ``position``, which another process has saved; now there are ``processes`` of them.
+
+        Raises:
+            CheckpointMismatchError: it belongs to another loader.
+        """
+        saved, found = dict(position["loader"]), self._description()
+        batches, before = position["batches"], position.get("processes", 1)
+        if before != processes:
+            # Each process then has another share of the same epoch. Rounded down: rather seen twice than not at all.
+            batches = batches * before // processes
+            saved.pop("batches in an epoch", None)
+            found.pop("batches in an epoch", None)
+        if saved != found:
+            differences = ", ".join(
+                f"{key}: expected {saved.get(key)}, found {found.get(key)}"
+                for key in sorted({*saved, *found})
+                if saved.get(key) != found.get(key)
+            )
+            raise CheckpointMismatchError(
+                f"{_shown(self.loader)}: this is not the loader with which the checkpoint was saved, so its position "
+                f"in the data (epoch {position['epoch']}, batch {position['batches']}) means nothing here "
+                f"({differences}). Use the same loader; or pass resume_data=False to begin a new epoch with this one"
+            )
+        self.epoch = position["epoch"]
+        self.batches = self._seen_before = batches
+
+    def close(self) -> None:
+        """End the workers of the loader."""
+        self._iterator = None
+
+    @abstractmethod
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        """An iterator over the current epoch without its first ``skip`` batches."""
+
+    def _description(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on here."""
+        return {
+            "kind": type(self).__name__,
+            "batches in an epoch": length(self.loader),
+            "batch size": getattr(self.loader, "batch_size", None),
+        }
+
+
+class IterableFeed(Feed):
+    """Anything else that can be iterated over: a resumed run reads again, and drops, what was seen.
+
+    The order must then be the same in each process that begins with the same random states.
+    """
+
+    def __init__(self, loader: Any, streams: RandomStreams) -> None:
+        super().__init__(loader)
+        self._streams = streams
+        self._order: dict[str, Any] | None = None
+        self.is_repeatable = not isinstance(loader, Iterator)
+
+    def position(self) -> dict[str, Any]:
+        """With the random states at the beginning of the epoch."""
+        position = super().position()
+        if self.batches:
+            position["order"] = self._order
+        return position
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
+        """Begin at ``position``."""
+        super().resume(position, processes)
+        self._order = position.get("order")
+
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        dataset: Any = getattr(self.loader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(self.epoch)
+        if not skip or self._order is None:
+            self._order = self._streams.capture()
+            return iter(self.loader)
+        with self._streams.preserved():
+            self._streams.restore(self._order)
+            iterator: Iterator[Any] = iter(self.loader)
+            _log.info("reading %d batches that were seen before the restart, and dropping them", skip)
+            for _ in range(skip):
+                next(iterator, None)
+        return iterator
+
+
+def length(sized: Any) -> int | None:
+    """The number of its items; ``None`` where that is not known."""
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _shown(loader: Any) -> str:
+    return f"steps({type(loader).__name__})"

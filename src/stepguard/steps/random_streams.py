@@ -1,0 +1,40 @@
+"""The random streams of the process: those of the generators that a program uses when it names none."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+class RandomStreams:
+    """Python's stream, and NumPy's where the program has loaded it. A framework's subclass adds its own. Any thread."""
+
+    def capture(self) -> dict[str, Any]:
+        """The states, as plain values."""
+        states: dict[str, Any] = {"python": random.getstate()}
+        # A program that has not loaded NumPy has drawn nothing from it.
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            name, keys, position, has_gauss, cached_gaussian = numpy.random.get_state()
+            states["numpy"] = (name, tuple(keys.tolist()), position, has_gauss, cached_gaussian)
+        return states
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Continue the streams that :meth:`capture` has seen."""
+        version, internal, gauss_next = states["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and "numpy" in states:
+            numpy.random.set_state(tuple(states["numpy"]))
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """A block that draws as it likes, and leaves the streams as they were."""
+        states = self.capture()
+        try:
+            yield
+        finally:
+            self.restore(states)
