@@ -185,7 +185,7 @@ def test_a_loop_that_follows_one_that_sigterm_has_ended_does_not_begin(tmp_path)
     sv = supervisor(tmp_path)
     with sv.managed_session() as session:
         assert len(list(session.steps(max_steps=3))) == 3
-        sv._stop_at_boundary(session)
+        sv._engine.stop_at_boundary(session, sv.coord.main_thread_was_told)
         with pytest.raises(StopRequested):
             session.steps(max_steps=5)
 
@@ -194,7 +194,7 @@ def test_a_program_that_knows_of_the_stop_ends_in_its_own_way(tmp_path):
     sv = supervisor(tmp_path)
     with sv.managed_session() as session:
         sv.request_stop()
-        sv._stop_at_boundary(session)
+        sv._engine.stop_at_boundary(session, sv.coord.main_thread_was_told)
         assert sv.should_stop()
         with session.step():
             pass
