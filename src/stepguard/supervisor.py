@@ -17,13 +17,13 @@ from typing import Any, Generic
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, WhileOpen
-from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.engine import Engine, EventLog, Prepared, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ class Supervisor(Generic[SessionT]):
         self._worker_role = role
         self._built_in = os.getcwd()
         self._pid = os.getpid()
+        # Of the session that was opened last, for services that are started later.
+        self._recovered: Recovery | None = None
         # What `stop` records as the end of a run without an error.
         self._stop_reason = "finished"
         self._guard = self._make_guard()
@@ -209,7 +211,7 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, None if self._store is None else self._store.last_recovery)
+        self._observer.session_ready(sess, step, self._recovered)
         for thread in threads:
             thread.start()
         return threads
@@ -231,7 +233,7 @@ class Supervisor(Generic[SessionT]):
 
     def open_session(
         self,
-        prepare: Callable[[], SessionT],
+        prepare: Callable[[], Prepared[SessionT]],
         start_standard_services: bool,
         *,
         waits_for_another: bool = False,
@@ -257,11 +259,12 @@ class Supervisor(Generic[SessionT]):
         try:
             if start_standard_services and not waits_for_another:
                 self._begin_observation()
-            session = prepare()
+            prepared = prepare()
         except BaseException as error:
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
+        session, self._recovered = prepared.session, prepared.recovered
         try:
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
@@ -304,8 +307,6 @@ class Supervisor(Generic[SessionT]):
             )
 
     def _begin_observation(self) -> None:
-        if self._store is not None:
-            self._store.last_recovery = None
         if self._is_chief:
             self._saving.claim_logdir()
         self._observe()

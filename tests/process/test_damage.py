@@ -6,7 +6,6 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ class Restoring:
         from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
 
         store = CheckpointStore(logdir, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-        manager = SessionManager(graph=self.graph, restorer=Restorer(store, hold=lambda: nullcontext(True)))
+        manager = SessionManager(graph=self.graph, restorer=Restorer(store))
         with manager.prepare_session("", self.init_op, self.saver, str(logdir)) as session:
             state = self.model.state(session)
         step = int(state["global_step"])

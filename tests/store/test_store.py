@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,14 @@ def save(store: CheckpointStore, step: int | None, tag: object = "") -> Checkpoi
     name = store.name(step)
     put(store.stage(name), LAYOUTS[store.engine][1](name, tag))
     return store.commit(name, step)
+
+
+def put_as_tensorflow(root: Path, step: int) -> None:
+    """What a Saver leaves, without a manifest: the files, and then a state file that names them."""
+    name = f"model.ckpt-{step}"
+    put(root, tensorflow_files(name, ""))
+    state = statefile.read(root)
+    statefile.write(root, name, [*(() if state is None else state.names), name])
 
 
 def content_of(checkpoint: Checkpoint) -> Content:
@@ -485,7 +494,7 @@ def test_a_manifest_never_leads_to_files_of_others(tmp_path: Path) -> None:
 def test_a_checkpoint_of_tensorflows_own_tools_is_a_candidate(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, 1)
-    put(tmp_path, tensorflow_files("model.ckpt-2", ""))
+    put_as_tensorflow(tmp_path, 2)
     good = good_of(store)
     assert (good.step, good.is_committed, good.manifest) == (2, False, None)
     assert good_of(CheckpointStore(tmp_path)).step == 1, "without an entry suffix only committed ones count"
@@ -496,7 +505,7 @@ def test_a_checkpoint_of_tensorflows_own_tools_is_a_candidate(tmp_path: Path) ->
 def test_one_without_a_manifest_needs_all_its_shards(missing: str, is_emptied: bool, tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, 1)
-    put(tmp_path, tensorflow_files("model.ckpt-2", ""))
+    put_as_tensorflow(tmp_path, 2)
     if is_emptied:
         (tmp_path / missing).write_bytes(b"")
     else:
@@ -508,10 +517,111 @@ def test_one_without_a_manifest_needs_all_its_shards(missing: str, is_emptied: b
     assert (tmp_path / "quarantine" / "model.ckpt-2" / "model.ckpt-2.index").exists()
 
 
+# What the files without a manifest hold, in place of a step that a framework reads.
+HELD = {"model.ckpt-600": 100, "model.ckpt-100": 100, "model.ckpt-500": 500}
+
+
+def step_held(path: Path) -> int | None:
+    return HELD.get(path.name)
+
+
+def copy(root: Path, name: str, as_name: str, *, with_manifest: bool = False) -> None:
+    for path in [*root.glob(f"{name}.*"), root / name]:
+        if path.is_dir():
+            shutil.copytree(path, root / as_name)
+        elif path.exists() and (with_manifest or not path.name.endswith(".manifest.json")):
+            shutil.copy(path, root / path.name.replace(name, as_name))
+
+
+def test_a_copy_under_a_newer_name_is_passed_over_and_said(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 100)
+    save(store, 500)
+    copy(tmp_path, "model.ckpt-100", "model.ckpt-600")
+
+    for reader, why in ((step_held, "holds step 100"), (None, "the state file does not name it")):
+        recovery = store.newest_good(step_held=reader)
+        assert recovery.checkpoint is not None
+        assert recovery.checkpoint.step == 500
+        assert recovery.message() == (
+            f"{tmp_path}/model.ckpt-600 is passed over (it has no manifest, and {why}): "
+            f"resuming from {tmp_path}/model.ckpt-500"
+        )
+    assert [one.step for one in store.candidates()] == [500, 100, 600]
+
+
+def test_a_copy_among_checkpoints_without_manifests_is_ranked_by_the_step_that_it_holds(tmp_path: Path) -> None:
+    put_as_tensorflow(tmp_path, 100)
+    put_as_tensorflow(tmp_path, 500)
+    copy(tmp_path, "model.ckpt-100", "model.ckpt-600")
+    store = open_store(tmp_path)
+
+    recovery = store.newest_good(step_held=step_held)
+
+    assert recovery.checkpoint is not None
+    assert (recovery.checkpoint.name, recovery.checkpoint.step) == ("model.ckpt-500", 500)
+    assert "model.ckpt-600 is passed over (it has no manifest, and holds step 100)" in recovery.message()
+    # Of the two that hold step 100, the one with that name.
+    assert [one.name for one in store.candidates(step_held)] == ["model.ckpt-500", "model.ckpt-100", "model.ckpt-600"]
+
+
+def test_a_renamed_checkpoint_is_what_it_holds_and_that_is_said(tmp_path: Path) -> None:
+    put(tmp_path, tensorflow_files("model.ckpt-600", ""))
+
+    recovery = open_store(tmp_path).newest_good(step_held=step_held)
+
+    assert recovery.checkpoint is not None
+    assert recovery.checkpoint.step == 100
+    assert recovery.message() == f"resuming from {tmp_path}/model.ckpt-600, which holds step 100"
+
+
+def test_a_copy_that_the_state_file_names_is_obeyed_if_it_was_made_last(tmp_path: Path) -> None:
+    store = open_store(tmp_path, clock=lambda: time.time() - 10)
+    save(store, 100)
+    save(store, 500)
+    copy(tmp_path, "model.ckpt-100", "model.ckpt-600")
+    statefile.write(tmp_path, "model.ckpt-600", ["model.ckpt-500", "model.ckpt-600"])
+
+    recovery = store.newest_good(step_held=step_held)
+
+    assert recovery.checkpoint is not None
+    assert (recovery.checkpoint.name, recovery.checkpoint.step) == ("model.ckpt-600", 100)
+    assert "model.ckpt-600, which holds step 100" in recovery.message()
+
+
+@layouts
+def test_a_copy_with_its_manifest_is_damage_since_the_manifest_names_another(layout: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path, layout)
+    save(store, 100)
+    save(store, 500)
+    copy(tmp_path, "model.ckpt-100", "model.ckpt-600", with_manifest=True)
+
+    recovery = store.newest_good()
+
+    assert recovery.checkpoint is not None
+    assert recovery.checkpoint.step == 500
+    assert "expected the manifest of model.ckpt-600, found that of model.ckpt-100" in recovery.message()
+    assert [one.step for one in store.candidates()] == [500, 100]
+
+
+def test_a_manifest_with_another_step_than_its_name_is_damage(tmp_path: Path) -> None:
+    store = open_store(tmp_path, "directory")
+    save(store, 500)
+    put(tmp_path, directory_files("model.ckpt-600", ""))
+    made_up = replace(store.verify(store.candidates()[0]).manifest, name="model.ckpt-600", step=100, files=())
+    (tmp_path / "model.ckpt-600.manifest.json").write_bytes(made_up.to_json())
+
+    recovery = store.newest_good()
+
+    assert recovery.checkpoint is not None
+    assert recovery.checkpoint.step == 500
+    assert "expected the step 600, found 100" in recovery.message()
+
+
 def test_one_whose_restore_fails_is_damaged_too_and_the_next_is_tried(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, 1)
-    put(tmp_path, tensorflow_files("model.ckpt-2", ""))
+    put_as_tensorflow(tmp_path, 2)
     tried = []
 
     def restore(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.errors import LogdirInUseError
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
-    Threads: :meth:`holding_logdir` and :meth:`program_saves` by any, the others by whoever opens and stops a session.
+    Threads: :meth:`program_saves` by any, the others by whoever opens and stops a session.
 
     Args:
         engine: takes the snapshots, and writes them.
@@ -90,21 +89,6 @@ class RunSaver(Generic[SessionT]):
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
-
-    @contextmanager
-    def holding_logdir(self) -> Iterator[bool]:
-        """Whether no other process is the chief of the logdir as long as the block lasts."""
-        if self._store is None or self._hold is not None:
-            yield self._hold is not None
-            return
-        try:
-            hold = self._store.acquire()
-        except (LogdirInUseError, OSError) as error:
-            _log.debug("not the chief of this logdir: %s", error)
-            yield False
-            return
-        with hold:
-            yield True
 
     @contextmanager
     def program_saves(self, name: str) -> Iterator[None]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepguard.store.manifest import Manifest
+
+_WITH_STEP = re.compile(r"(.+)-([0-9]+)", re.DOTALL)
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """Return the basename and the step of a checkpoint's name; the step is None where it has none."""
+    match = _WITH_STEP.fullmatch(name)
+    return (name, None) if match is None else (match.group(1), int(match.group(2)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +49,23 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A checkpoint without a manifest that its name would make the newest, and why it is not."""
+
+    checkpoint: Checkpoint
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recovery:
-    """What a search for the newest good checkpoint found. ``checkpoint`` is None if there was none at all."""
+    """What a search for the newest good checkpoint found. ``checkpoint`` is None if there was none at all.
+
+    Of one without a manifest ``step`` is the step that it holds, if that could be read.
+    """
 
     checkpoint: Checkpoint | None
     damaged: tuple[Damage, ...] = ()
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def steps_lost(self) -> int | None:
@@ -55,18 +76,27 @@ class Recovery:
         return max(0, newest - self.checkpoint.step)
 
     def message(self) -> str:
-        """Return the one clear warning: what was damaged, where it is now, what was lost. Empty if nothing was."""
-        if not self.damaged:
+        """Return the one clear warning: what was damaged or passed over, where it is now, what was lost. Empty if the
+        newest by its name is good, and is what its name says.
+        """
+        parts = [_told(one) for one in self.damaged]
+        parts += [f"{one.checkpoint.path} is passed over ({one.reason})" for one in self.passed_over]
+        good = self.checkpoint
+        name_says_so = good is None or good.step in (None, split_name(good.name)[1])
+        if not parts and name_says_so:
             return ""
-        parts = []
-        for one in self.damaged:
-            where = f"moved to {one.moved_to}" if one.moved_to is not None else "left where it is"
-            parts.append(f"{one.checkpoint.path} is damaged ({one.reason}; {where})")
-        if self.checkpoint is None:
+        if good is None:
             end = "no other checkpoint is left, so training starts over"
         else:
-            end = f"resuming from {self.checkpoint.path}"
+            end = f"resuming from {good.path}"
+            if not name_says_so:
+                end += f", which holds step {good.step}"
             lost = self.steps_lost
             if lost is not None:
                 end += f", {lost} step{'' if lost == 1 else 's'} earlier"
-        return "; ".join(parts) + ": " + end
+        return ": ".join([*(["; ".join(parts)] if parts else []), end])
+
+
+def _told(damage: Damage) -> str:
+    where = f"moved to {damage.moved_to}" if damage.moved_to is not None else "left where it is"
+    return f"{damage.checkpoint.path} is damaged ({damage.reason}; {where})"

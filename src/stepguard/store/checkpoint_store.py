@@ -13,13 +13,13 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -61,7 +61,6 @@ class CheckpointStore:
         self._clock = clock
         self._opened_at = clock()
         self._newest_good: str | None = None
-        self.last_recovery: Recovery | None = None
         self._was_acquired = False
         self._device: int | None = None
         # Weak: a hold that nobody else refers to is given back.
@@ -280,13 +279,14 @@ class CheckpointStore:
 
     # --- reading ---
 
-    def candidates(self) -> list[Checkpoint]:
+    def candidates(self, step_held: recovery.StepHeld | None = None) -> list[Checkpoint]:
         """Return what may be a checkpoint, newest first: by step, then time; one that a program has gone back to comes
-        before later steps that it has left behind.
+        before later steps that it has left behind. Of one without a manifest the step is that of its name, unless
+        ``step_held`` reads it; see `newest_good`.
 
         A missing directory has none. One that is just being replaced is found as it was before.
         """
-        return recovery.newest_first(self._layout)
+        return recovery.newest_first(self._layout, step_held)
 
     def read_manifest(self, checkpoint: Checkpoint) -> Manifest | None:
         """Return the manifest of a checkpoint, None if it has none.
@@ -304,20 +304,28 @@ class CheckpointStore:
         """
         return verification.verify(self._layout.within(checkpoint.root), checkpoint)
 
-    def newest_good(self, *, attempt: Callable[[Checkpoint], None] | None = None, quarantine: bool = True) -> Recovery:
+    def newest_good(
+        self,
+        *,
+        attempt: Callable[[Checkpoint], None] | None = None,
+        quarantine: bool = True,
+        step_held: recovery.StepHeld | None = None,
+    ) -> Recovery:
         """Find the newest good checkpoint, from newest to oldest, and put the damaged newer ones into quarantine.
 
         ``attempt`` restores a checkpoint that was verified; if it raises CheckpointCorruptError, that one counts as
         damaged too, and the next older one is tried. Any other error of it is raised as itself. Only when a good one
         was found are the damaged moved (not with ``quarantine=False``, which is for readers that are not the chief).
 
+        One without a manifest is never taken before a committed one, unless the state file names it: its name may be
+        that of a copy. ``step_held`` reads the step that such a one holds, by which it is ranked.
+
         Raises NoGoodCheckpointError if checkpoints exist and none is good, with all of them left where they were, so
         that the next start refuses as well. Errors of reading are no proof of damage: a missing permission, a stale
         mount or too many open files is raised as itself. Only EIO, which is what a failing disk, and a filesystem
         with checksums, answer for bytes that are gone, counts as damage, and only once another one could be read.
         """
-        found = recovery.search(self._layout, attempt)
-        self.last_recovery = None
+        found = recovery.search(self._layout, attempt, step_held)
         missing = recovery.missing_by_state(self._layout, found)
         lost = [] if missing is None else [missing]
         if found.good is None:
@@ -325,14 +333,12 @@ class CheckpointStore:
                 raise found.unreadable
             if found.damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
                 raise recovery.no_good_error(self._layout, [*lost, *found.damaged])
-            self.last_recovery = Recovery(None, tuple(lost))
-            return self.last_recovery
+            return Recovery(None, tuple(lost))
         self._newest_good = found.good.name
         damaged = found.damaged
         if quarantine:
             damaged = tuple(self.quarantine(one.checkpoint, one.reason) for one in damaged)
-        self.last_recovery = Recovery(found.good, (*lost, *damaged))
-        return self.last_recovery
+        return Recovery(found.good, (*lost, *damaged), found.passed_over)
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
         """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; say where it is now.
@@ -467,6 +473,21 @@ class CheckpointStore:
         )
         left = {one.name for one in self.candidates()}
         self._retention.adopt([one for one in self._retention.owned if one.name in left])
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[bool]:
+        """Whether no other process is the chief of the logdir as long as the block lasts."""
+        if self._hold() is not None:
+            yield True
+            return
+        try:
+            hold = lock.acquire(self.root)
+        except (LogdirInUseError, OSError) as error:
+            _log.debug("not the chief of this logdir: %s", error)
+            yield False
+            return
+        with hold:
+            yield True
 
     def sweep(self) -> list[Path]:
         """Remove what a killed chief left half done, and return it. Only for the chief, before its first save, and

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import statefile, verification
-from stepguard.store.checkpoint import Checkpoint, Damage
+from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -21,7 +20,8 @@ _log = logging.getLogger(__name__)
 QUARANTINE = "quarantine"
 REASON_FILE = "reason.txt"
 
-_STEP_AT_END = re.compile(r"-([0-9]+)$")
+StepHeld = Callable[[Path], int | None]
+"""Reads the step that the checkpoint at a path holds; None where that cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +31,44 @@ class Search:
     good: Checkpoint | None
     damaged: tuple[Damage, ...]
     unreadable: OSError | None
+    passed_over: tuple[PassedOver, ...] = ()
 
 
-def newest_first(layout: Layout) -> list[Checkpoint]:
+def newest_first(layout: Layout, step_held: StepHeld | None = None) -> list[Checkpoint]:
     """Return what may be a checkpoint, newest first: by step, then time.
+
+    A name is no proof where there is no manifest, since files may be copied: such a checkpoint is ranked by the step
+    that it holds, as far as ``step_held`` can tell, and comes after all committed ones unless the state file names it.
 
     A program that went back to an older step, and has saved since, goes on from there: its checkpoint is the one that
     was committed last, and the state file says so too. Either alone proves nothing: state files are left behind, and
     clocks are set back.
     """
-    found = layout.candidates()
+    found = [_as_held(one, step_held) for one in layout.candidates()]
     state = statefile.read(layout.root) if len(found) > 1 else None
+    if any(one.is_committed for one in found):
+        known = {one.name for one in found if one.is_committed} | set(
+            () if state is None else (state.newest, *state.names)
+        )
+    else:
+        known = {one.name for one in found}
+    found.sort(key=lambda one: (one.name in known, *_rank(one)), reverse=True)
     if state is None or state.newest == found[0].name:
         return found
     named = next((one for one in found if one.name == state.newest), None)
     if named is None or _committed_at(layout, named) <= _committed_at(layout, found[0]):
         return found
     return [named, *(one for one in found if one is not named)]
+
+
+def _rank(one: Checkpoint) -> tuple[int, bool, float]:
+    # Of two that hold the same step one may be a copy: the other has it in its name.
+    return -1 if one.step is None else one.step, one.step == split_name(one.name)[1], one.time
+
+
+def _as_held(one: Checkpoint, step_held: StepHeld | None) -> Checkpoint:
+    step = None if one.is_committed or step_held is None else step_held(one.path)
+    return one if step is None else replace(one, step=step)
 
 
 def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
@@ -58,13 +79,13 @@ def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
     return checkpoint.time if manifest is None else manifest.time
 
 
-def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None) -> Search:
+def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_held: StepHeld | None = None) -> Search:
     """Try the candidates from newest to oldest; move nothing. Raises as `CheckpointStore.newest_good` says."""
     damaged: list[Damage] = []
     unreadable: OSError | None = None
     tried: set[tuple[Path, str]] = set()
     # Listed again after a round without success: a damaged one may hide the previous one of its name.
-    while left := [one for one in _candidates(layout) if (one.root, one.name) not in tried]:
+    while left := [one for one in _candidates(layout, step_held) if (one.root, one.name) not in tried]:
         for candidate in left:
             tried.add((candidate.root, candidate.name))
             try:
@@ -82,8 +103,23 @@ def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None) -> Sear
                 unreadable = unreadable or error
                 damaged.append(Damage(candidate, f"could not be read: {error}"))
             else:
-                return Search(good, tuple(damaged), unreadable)
+                return Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
     return Search(None, tuple(damaged), unreadable)
+
+
+def _passed_over(
+    good: Checkpoint, listed: Sequence[Checkpoint], tried: Collection[tuple[Path, str]]
+) -> tuple[PassedOver, ...]:
+    """What would have come before ``good`` by its name, or by the step that it holds, and was not tried."""
+    found = []
+    for one in listed:
+        in_name = split_name(one.name)[1]
+        steps = [step for step in (one.step, in_name) if step is not None]
+        if one.is_committed or (one.root, one.name) in tried or good.step is None or max(steps, default=0) <= good.step:
+            continue
+        held = f"holds step {one.step}" if one.step != in_name else "the state file does not name it"
+        found.append(PassedOver(one, f"it has no manifest, and {held}"))
+    return tuple(found)
 
 
 def missing_by_state(layout: Layout, found: Search) -> Damage | None:
@@ -132,12 +168,12 @@ def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
     return Damage(checkpoint, reason, target)
 
 
-def _candidates(layout: Layout) -> list[Checkpoint]:
+def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
     """What lies in the directory; only if that is nothing, what the state file names in another one.
 
     A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
     """
-    found = newest_first(layout)
+    found = newest_first(layout, step_held)
     state = statefile.read(layout.root) if not found else None
     if state is None or state.path.parent in (Path(), layout.root):
         return found
@@ -145,9 +181,8 @@ def _candidates(layout: Layout) -> list[Checkpoint]:
     name = state.newest
     if not place.is_candidate(name, place.present(name)):
         return []
-    step = _STEP_AT_END.search(name)
     is_committed = verification.size_of(place.manifest(name)) is not None
-    return [Checkpoint(place.root, name, int(step.group(1)) if step else None, 0.0, is_committed)]
+    return [_as_held(Checkpoint(place.root, name, split_name(name)[1], 0.0, is_committed), step_held)]
 
 
 def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:

@@ -32,7 +32,11 @@ def read_manifest(layout: Layout, name: str) -> Manifest | None:
         return None
     except IsADirectoryError as error:
         raise CheckpointCorruptError(f"{path}: expected a manifest, found a directory", path=path) from error
-    return Manifest.from_json(content, path)
+    manifest = Manifest.from_json(content, path)
+    step = layout.step_of(name) if layout.is_name(name) else None
+    if step is not None and manifest.step != step:
+        raise CheckpointCorruptError(f"{path}: expected the step {step}, found {manifest.step}", path=path)
+    return manifest
 
 
 def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:

@@ -13,13 +13,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
 from stepguard.store import statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
-from stepguard.tensorflow.checkpoint.restore import ENGINE, Restorer
+from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
 from stepguard.tensorflow.checkpoint.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.defaults import Model, summary_tensor
@@ -96,10 +96,10 @@ class TensorFlowEngine:
         config: Any,
         wait_for_checkpoint: bool,
         max_wait_secs: float | None,
-    ) -> Any:
+    ) -> Prepared[Any]:
         """A session from the session manager; the chief also leaves its graph in the logdir and the event log."""
         if not is_chief:
-            return self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs)
+            return Prepared(self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs))
         session = self._session_manager.prepare_session(
             master,
             init_op=self._model.init_op,
@@ -116,7 +116,8 @@ class TensorFlowEngine:
         except BaseException:
             session.close()
             raise
-        return session
+        # The session of another session manager does not say.
+        return Prepared(session, getattr(session, "recovered", None))
 
     def _write_graph(self) -> None:
         graph = self._model.graph
@@ -239,7 +240,7 @@ class TensorFlowEngine:
 
     def return_to(self, session: Any, path: Path) -> None:
         """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
-        Restorer().restore_file(session.unmarked(), self._model.saver, str(path))
+        restore_file(session.unmarked(), self._model.saver, str(path))
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.engine import ValueWatch
+from stepguard.store import Recovery
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
 from stepguard.tensorflow.scalars import of_run
@@ -33,6 +34,8 @@ class Session(tf.compat.v1.Session):
         self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
         # Shows the guard what a step that ran its first argument, and returned the last for the second, has returned.
         self._look_at: Callable[[Any, Any, Any], Any] | None = None
+        self.recovered: Recovery | None = None
+        """What the search for a checkpoint found when the session was prepared; ``None`` where nobody searched."""
         super().__init__(target, graph=graph, config=config)
 
     def watch(

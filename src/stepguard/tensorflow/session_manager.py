@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import ModelNotReadyError
-from stepguard.tensorflow.checkpoint.restore import Restorer
+from stepguard.store import Recovery
+from stepguard.tensorflow.checkpoint.restore import Restorer, restore_file
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.session import Session
@@ -252,11 +253,12 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             if not saver:
                 return session, False
             if checkpoint_file:
-                self._restorer.restore_file(session, saver, os.fspath(checkpoint_file))
+                restore_file(session, saver, os.fspath(checkpoint_file))
                 return session, True
             if not checkpoint_dir:
                 return session, False
-            while not self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir)):
+            session.recovered = Recovery(None)
+            while (found := self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir))) is None:
                 wait_secs = waits.next() if wait_for_checkpoint else None
                 if wait_secs is None:
                     if wait_for_checkpoint:
@@ -269,6 +271,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
                 _log.info("waiting for a checkpoint in %s", checkpoint_dir)
                 if self._wait_for_stop(wait_secs):
                     return session, False
+            session.recovered = found
             return session, True
         except BaseException:
             _close(session)

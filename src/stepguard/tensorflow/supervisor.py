@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.engine import Prepared
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -196,7 +197,6 @@ class Supervisor(CoreSupervisor[Any]):
                 local_init_run_options=local_init_run_options,
                 restorer=Restorer(
                     store,
-                    hold=lambda: self._saving.holding_logdir(),  # noqa: PLW0108 - there is none yet
                     start_over_when_all_damaged=options.restoring.start_over_when_all_damaged,
                 ),
                 wait_for_stop=coord.wait_for_stop,
@@ -313,21 +313,22 @@ class Supervisor(CoreSupervisor[Any]):
                 f"the same model; use nan_guard='stop', and start the run again from its newest checkpoint"
             )
 
-        def prepare() -> Any:
-            session = self._tensorflow.prepare(
+        def prepare() -> Prepared[Any]:
+            prepared = self._tensorflow.prepare(
                 is_chief=self._is_chief,
                 master=master,
                 config=config,
                 wait_for_checkpoint=wait_for_checkpoint,
                 max_wait_secs=max_wait_secs,
             )
+            session = prepared.session
             if self._returns and not isinstance(session, Session):
                 session.close()
                 raise RuntimeError(
                     f"nan_guard='return' needs to know the step boundaries, and a {type(session).__name__} of the "
                     f"program's own session manager does not mark them; use nan_guard='stop'"
                 )
-            return session
+            return prepared
 
         def start_queue_runners(session: Any) -> None:
             with self._model.graph.as_default():

@@ -5,8 +5,8 @@ It is the proof that the core knows no framework, and the smallest example of an
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
 from stepguard.options import Guarding, Options, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.saving.restoring import restore_newest
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import Supervisor
-
-_log = logging.getLogger(__name__)
 
 ENGINE = "fake"
 _STATE_FILE = "state.json"
@@ -137,22 +136,15 @@ class FakeEngine:
         self.fail_prepare: BaseException | None = None
         self.fail_summary: BaseException | None = None
         self.summaries = 0
-        self.warnings: list[str] = []
 
-    def prepare(self) -> FakeSession:
+    def prepare(self) -> Prepared[FakeSession]:
         """A session restored from the newest good checkpoint, or at step 0."""
         if self.fail_prepare is not None:
             raise self.fail_prepare
         session = FakeSession(self.size)
-        if self.store is not None:
-            recovery = self.store.newest_good()
-            if recovery.damaged:
-                self.warnings.append(recovery.message())
-                _log.warning("%s", recovery.message())
-            if recovery.checkpoint is not None:
-                self.restore(session, recovery.checkpoint)
-                self.store.adopt_earlier()
-        return session
+        if self.store is None:
+            return Prepared(session)
+        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session)))
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
         """Take over the integers of a checkpoint."""

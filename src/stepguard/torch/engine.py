@@ -13,10 +13,11 @@ import torch
 
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.gate import Gate
 from stepguard.steps.rendezvous import Rendezvous, announce, announced
+from stepguard.store import Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
@@ -73,7 +74,7 @@ class TorchEngine:
 
     # --- the session ---
 
-    def prepare(self, meets_every: int | None = None) -> Session:
+    def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is.
 
         Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
@@ -81,7 +82,8 @@ class TorchEngine:
         gate = None if self._shared is None else Gate()
         session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
-        if not self._is_restored(session) and self._init_fn is not None:
+        recovered, is_restored = self._restore(session)
+        if not is_restored and self._init_fn is not None:
             self._init_fn()
         if self._shared is not None and gate is not None:
             self._meet_peers(session, self._shared, gate)
@@ -89,18 +91,22 @@ class TorchEngine:
             if meets_every is not None and self._rank > 0:
                 gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
-        return session
+        return Prepared(session, recovered)
 
-    def _is_restored(self, session: Session) -> bool:
+    def _restore(self, session: Session) -> tuple[Recovery | None, bool]:
+        """What the search of this process has found, and whether the session was restored: also by the chief's word."""
+        recovered = None
         if self._shared is None or self._rank == 0:
-            name = None if self._restorer is None else self._restorer.restore_newest(session)
+            recovered = None if self._restorer is None else self._restorer.restore_newest(session)
+            good = None if recovered is None else recovered.checkpoint
+            name = None if good is None else good.name
             if self._shared is not None:
                 announce(self._shared, self._sessions, name)
         else:
             name = announced(self._shared, self._sessions, self._coord.should_stop)
             if name is not None and self._restorer is not None:
                 self._restorer.restore_named(session, name, self._rank)
-        return name is not None
+        return recovered, name is not None
 
     def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
         self._member = TorchMember(self._coord, session, self._components, self._memory, self._root)

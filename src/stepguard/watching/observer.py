@@ -309,8 +309,8 @@ class Observer:
         # What was damaged has been said already, with what it costs.
         if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
-        if recovery.damaged:
-            self.now.warnings = [*self.now.warnings, recovery.message()][-_WARNINGS_KEPT:]
+        if message := recovery.message():
+            self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
 
     def _watch(self, ended: threading.Event) -> None:
         next_beat = time.monotonic()

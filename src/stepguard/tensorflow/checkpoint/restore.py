@@ -1,23 +1,28 @@
-"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be.
+
+TensorFlow programs leave checkpoints in more places than a run's own store knows: under other names, in the format
+before V2, in other directories. `SEARCHES` are all the places, in their order; the policy in each of them is that of
+`stepguard.saving.restoring`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
+from stepguard.saving import restoring
+from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
+from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
-from stepguard.store.recovery import QUARANTINE
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
 
@@ -31,128 +36,26 @@ ENTRY_SUFFIX = ".index"
 class Restorer:
     """Restores the newest good checkpoint of a directory.
 
-    ``store`` is the supervisor's own: damaged checkpoints are moved out of its way, if ``hold()``, a context, says
-    that no other process is the chief of the logdir meanwhile. Otherwise nothing is moved: a reader never touches what
-    a chief may be writing.
+    ``store`` is the supervisor's own: damaged checkpoints are moved out of its way. Without one nothing is moved.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore | None = None,
-        *,
-        hold: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
-        start_over_when_all_damaged: bool = False,
-    ) -> None:
+    def __init__(self, store: CheckpointStore | None = None, *, start_over_when_all_damaged: bool = False) -> None:
         self._store = store
-        self._hold = hold
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
-    def restore_newest(self, session: Any, saver: Any, directory: str) -> bool:
-        """Restore the newest good checkpoint; ``False`` when there is none at all.
+    def restore_newest(self, session: Any, saver: Any, directory: str) -> Recovery | None:
+        """Restore the newest good checkpoint; ``None`` when there is none to restore.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
-        if "://" not in directory and self._restore_old_format(session, saver, Path(directory)):
-            return True
-        if self._store is not None:
-            if self._restore_named_newer(self._store, session, saver):
-                return True
-            if self._restore_from(self._store, session, saver, is_ours=True):
-                return True
-            if "://" not in directory and self._store.root.absolute() == Path(directory).absolute():
-                return self._restore_named_by_state_file(session, saver, directory)
-        if "://" not in directory:
-            for basename in _basenames(directory):
-                store = CheckpointStore(directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-                if self._restore_from(store, session, saver, is_ours=False):
-                    return True
-        return self._restore_named_by_state_file(session, saver, directory)
-
-    def restore_file(self, session: Any, saver: Any, path: str) -> None:
-        """Restore the checkpoint with the prefix ``path``.
-
-        Raises:
-            CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
-            ValueError: there is no such checkpoint.
-        """
-        path = statefile.without_shards(path)
-        # A saver of the program's own knows itself which files it needs.
-        is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
-        if is_standard and not tensors.exists(path):
-            raise ValueError(
-                f"{path}: expected a checkpoint with this prefix, found no {os.path.basename(path)}{ENTRY_SUFFIX}; "
-                "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
-            )
-        path = tensors.restorable(path)
-        graph = session.graph
-        with graph.as_default():
-            check_fits(saver, graph, path)
-            # What a SavedModel needs in place before its variables are restored.
-            initializers = _v1.get_collection("saved_model_initializers")
-            if initializers:
-                session.run(initializers)
-            # A master that is another process may not reach this machine's directory for temporary files.
-            is_here = not getattr(session, "sess_str", "")
-            with tensors.without_pattern(path) if is_here else nullcontext(path) as place:
-                saver.restore(session, place)
-
-    def _restore_from(self, store: CheckpointStore, session: Any, saver: Any, *, is_ours: bool) -> bool:
-        if is_ours and self._holds_only_a_strangers(store, session):
-            return False
-
-        def attempt(checkpoint: Checkpoint) -> None:
-            path = str(checkpoint.path)
-            written_by = ENGINE if checkpoint.manifest is None else checkpoint.manifest.engine
-            if written_by != ENGINE:
-                raise CheckpointMismatchError(
-                    f"{path}: expected a checkpoint of the engine {ENGINE!r}, found one of {written_by!r}; give this "
-                    f"run another logdir",
-                    path=checkpoint.path,
-                )
-            try:
-                self.restore_file(session, saver, path)
-            except CheckpointMismatchError:
-                # It could be read, and is for another model: also a NotFoundError, for one.
-                raise
-            except Exception as error:
-                if checkpoint.manifest is not None:
-                    # Proven good: unless it was pruned since, this is an error of the program.
-                    store.verify(checkpoint)
-                    raise
-                damage = tensors.damage(path)
-                if damage is None:
-                    raise
-                raise CheckpointCorruptError(f"{path}: {tensors.cause(damage)}", path=checkpoint.path) from error
-
-        try:
-            recovery = store.newest_good(attempt=attempt, quarantine=False)
-            # A saver of the program's own knows itself which files it needs: it is asked with the state file's path.
-            if recovery.checkpoint is None and recovery.damaged and isinstance(saver, _v1.train.Saver):
-                raise NoGoodCheckpointError(
-                    f"{store.root}: {recovery.message()} To start over from step 0, use another logdir, or move the "
-                    f"file {statefile.FILE_NAME!r} away",
-                    path=store.root,
-                )
-        except NoGoodCheckpointError as error:
-            if not (is_ours and self._start_over_when_all_damaged):
-                raise
-            self._start_over(store, error)
-            return False
-        good = recovery.checkpoint
-        if good is None:
-            return False
-        if recovery.damaged:
-            recovery = self._quarantine(store, recovery) if is_ours else recovery
-            _log.warning("%s", recovery.message())
-        _log.info("restored %s", good.path)
-        if self._store is not None:
-            # Also when it was found beside the supervisor's own: it is what was lost that counts.
-            self._store.last_recovery = recovery
-            store = self._store if self._store.candidates() else store
-        _own_earlier(store, saver)
-        return True
+        start = _Start(session, saver, directory, self._store, self._start_over_when_all_damaged)
+        for search in SEARCHES:
+            recovered = search(start)
+            if recovered is not None:
+                return recovered
+        return None
 
     def go_on(self, saver: Any) -> None:
         """The model lives, and nothing is restored: what an earlier run has saved of it is pruned as ever."""
@@ -164,135 +67,265 @@ class Restorer:
                 "For a run from the beginning, start the servers anew",
                 self._store.root,
             )
-        _own_earlier(self._store, saver)
+        self._store.adopt_earlier()
+        _tell_owned(self._store, saver)
 
-    def _restore_named_newer(self, own: CheckpointStore, session: Any, saver: Any) -> bool:
-        """Restore what the program has saved last under another name, if that is newer than what the supervisor has."""
-        state = statefile.read(own.root)
-        if state is None:
-            return False
-        basename, step = _without_step(state.newest), _step_of(state.newest)
-        newest = max((one.step for one in own.candidates() if one.step is not None), default=None)
-        if basename == own.basename or step is None or newest is None or step <= newest:
-            return False
-        store = CheckpointStore(own.root, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
-        try:
-            return self._restore_from(store, session, saver, is_ours=False)
-        except (NoGoodCheckpointError, CheckpointMismatchError) as error:
-            # It may be another model's, and there is one of the supervisor's own.
-            _log.warning("the newest by the state file, %s, is not gone on with: %s", state.newest, error)
-            return False
 
-    def _restore_old_format(self, session: Any, saver: Any, directory: Path) -> bool:
-        """Restore what the state file names, if that is newer than all else, and of the Saver's format before V2: it
-        has no entry file, and no store knows it without a manifest.
-        """
-        state = statefile.read(directory)
-        # A saver of the program's own knows itself which files it needs.
-        if state is None or not isinstance(saver, _v1.train.Saver):
-            return False
-        places = (directory / state.newest, directory / state.path)
-        place = next((one for one in places if tensors.is_old_format(str(one))), None)
-        if place is None or place.with_name(place.name + MANIFEST_SUFFIX).exists():
-            return False
-        basename, step = _without_step(state.newest), _step_of(state.newest)
-        store = self._store or CheckpointStore(directory, basename=basename, entry_suffix=ENTRY_SUFFIX)
-        others = store.candidates()
-        if others and (step is None or step <= max(one.step or 0 for one in others)):
-            return False
+def restore_file(session: Any, saver: Any, path: str) -> None:
+    """Restore the checkpoint with the prefix ``path``.
+
+    Raises:
+        CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
+        ValueError: there is no such checkpoint.
+    """
+    path = statefile.without_shards(path)
+    # A saver of the program's own knows itself which files it needs.
+    is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
+    if is_standard and not tensors.exists(path):
+        raise ValueError(
+            f"{path}: expected a checkpoint with this prefix, found no {os.path.basename(path)}{ENTRY_SUFFIX}; "
+            "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
+        )
+    path = tensors.restorable(path)
+    graph = session.graph
+    with graph.as_default():
+        check_fits(saver, graph, path)
+        # What a SavedModel needs in place before its variables are restored.
+        initializers = _v1.get_collection("saved_model_initializers")
+        if initializers:
+            session.run(initializers)
+        # A master that is another process may not reach this machine's directory for temporary files.
+        is_here = not getattr(session, "sess_str", "")
+        with tensors.without_pattern(path) if is_here else nullcontext(path) as place:
+            saver.restore(session, place)
+
+
+# --- the searches ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What is restored into, and where it is looked for: the supervisor's own store, and a directory."""
+
+    session: Any
+    saver: Any
+    directory: str
+    store: CheckpointStore | None
+    starts_over: bool
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether only TensorFlow can reach the directory."""
+        return "://" in self.directory
+
+    @property
+    def has_known_saver(self) -> bool:
+        """Whether a checkpoint has the files of a Saver: a saver of the program's own knows itself what it needs."""
+        return isinstance(self.saver, _v1.train.Saver)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore a checkpoint of a store."""
+        if checkpoint.manifest is None:
+            self.restore_unproven(str(checkpoint.path))
+        else:
+            restore_file(self.session, self.saver, str(checkpoint.path))
+
+    def restore_unproven(self, path: str) -> None:
+        """Restore a checkpoint that no manifest vouches for. Raises CheckpointCorruptError if its bytes are damaged."""
         try:
-            layout = Layout(place.parent, basename, ENTRY_SUFFIX)
-            if (missing := layout.missing_data(place.name, layout.present(place.name))) is not None:
-                raise CheckpointCorruptError(f"{place.with_name(missing)}: expected a file, found none", path=place)
-            self.restore_file(session, saver, str(place))
+            restore_file(self.session, self.saver, path)
         except CheckpointMismatchError:
-            raise
+            raise  # It could be read, and is for another model: also a NotFoundError, for one.
         except Exception as error:
-            damage = error if isinstance(error, CheckpointCorruptError) else tensors.damage(str(place))
+            damage = tensors.damage(path)
             if damage is None:
                 raise
-            message = (
-                f"{place}: expected the checkpoint that the file {statefile.FILE_NAME!r} in {directory} names as the "
-                f"newest, found it damaged ({tensors.cause(damage)})"
-            )
-            if others:
-                _log.warning("%s", message)
-                return False
-            refused = NoGoodCheckpointError(
-                f"{message}. Nothing was changed. Put a good copy back; or, to start over from step 0, use another "
-                f"logdir, or move it and the file {statefile.FILE_NAME!r} away",
-                path=place,
-            )
-            if self._store is None or not self._start_over_when_all_damaged:
-                raise refused from error
-            self._start_over(self._store, refused)
-            return False
-        _log.info("restored %s", place)
-        _tell_saver(saver, [(one, 0.0) for one in _state_of(str(directory)).all_model_checkpoint_paths])
-        return True
+            raise CheckpointCorruptError(f"{path}: {tensors.cause(damage)}", path=Path(path)) from error
 
-    def _holds_only_a_strangers(self, store: CheckpointStore, session: Any) -> bool:
-        """Whether all that is there is a model without a step that no run of this program has saved."""
-        found = store.candidates()
-        if len(found) != 1 or not _counts_steps(session.graph):
-            return False
-        one, listed = found[0], [listed.name for listed in store.listed_by_state()]
-        if one.step is not None or one.is_committed or one.name in listed:
-            return False
-        _log.warning(
-            "%s is not restored: it has no step, and no state file names it. To begin with what it holds, restore it "
-            "in init_fn; to go on with it, name it in a state file (tf.train.update_checkpoint_state)",
-            one.path,
+    def step_held(self, path: str | Path) -> int | None:
+        """The global step in the checkpoint at ``path``."""
+        counters = self.session.graph.get_collection(_v1.GraphKeys.GLOBAL_STEP)
+        return tensors.step_held(path, counters[0].op.name if counters else "global_step")
+
+    def found_at(self, path: str) -> Checkpoint:
+        """The checkpoint that the state file has led to, which no store knows."""
+        place, step = Path(path), self.step_held(path)
+        step = split_name(place.name)[1] if step is None else step
+        return Checkpoint(place.parent, place.name, step, tensors.written_at(path), False)
+
+    def store_of(self, basename: str) -> CheckpointStore:
+        """The checkpoints of another name in the directory."""
+        return CheckpointStore(self.directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+
+
+def _named_old_format(start: _Start) -> Recovery | None:
+    """What the state file names, if that is newer than all else, and of the Saver's format before V2: it has no entry
+    file, and no store knows it without a manifest.
+    """
+    state = None if start.is_remote else statefile.read(Path(start.directory))
+    if state is None or not start.has_known_saver:
+        return None
+    places = (Path(start.directory, state.newest), Path(start.directory, state.path))
+    place = next((one for one in places if tensors.is_old_format(str(one))), None)
+    if place is None or place.with_name(place.name + MANIFEST_SUFFIX).exists():
+        return None
+    named = start.found_at(str(place))
+    store = start.store_of(split_name(place.name)[0]) if start.store is None else start.store
+    others = store.candidates(start.step_held)
+    if others and (named.step is None or named.step <= (others[0].step or 0)):
+        return None
+    try:
+        _check_whole(named)
+        start.restore_unproven(str(place))
+    except CheckpointCorruptError as error:
+        _refuse_old_format(start, named, error, has_others=bool(others))
+        return None
+    return _restored(start, Recovery(named), None)
+
+
+def _check_whole(old: Checkpoint) -> None:
+    layout = Layout(old.root, split_name(old.name)[0], ENTRY_SUFFIX)
+    if (missing := layout.missing_data(old.name, layout.present(old.name))) is not None:
+        raise CheckpointCorruptError(f"{old.path.with_name(missing)}: expected a file, found none", path=old.path)
+
+
+def _refuse_old_format(start: _Start, named: Checkpoint, damage: CheckpointCorruptError, *, has_others: bool) -> None:
+    """Raise NoGoodCheckpointError, unless there are others to be tried, or starting over was asked for."""
+    message = (
+        f"{named.path}: expected the checkpoint that the file {statefile.FILE_NAME!r} in {start.directory} names as "
+        f"the newest, found it damaged ({damage})"
+    )
+    if has_others:
+        _log.warning("%s", message)
+        return
+    refused = NoGoodCheckpointError(
+        f"{message}. Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, or "
+        f"move it and the file {statefile.FILE_NAME!r} away",
+        path=named.path,
+    )
+    if start.store is None or not start.starts_over:
+        raise refused from damage
+    restoring.start_over(start.store, refused)
+
+
+def _named_newer(start: _Start) -> Recovery | None:
+    """What the program has saved last under another name, if that is newer than what the supervisor has."""
+    own = start.store
+    state = None if own is None else statefile.read(own.root)
+    if own is None or state is None or split_name(state.newest)[0] == own.basename:
+        return None
+    store = CheckpointStore(own.root, basename=split_name(state.newest)[0], engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+    named = next((one for one in store.candidates(start.step_held) if one.name == state.newest), None)
+    newest = next(iter(own.candidates(start.step_held)), None)
+    step = split_name(state.newest)[1] if named is None else named.step
+    if newest is None or newest.step is None or step is None or step <= newest.step:
+        return None
+    reason: object = f"there is no file of it in {own.root}"
+    if named is not None:
+        try:
+            return _restored(start, Recovery(restoring.restore_one(store, start.restore, named)), store)
+        except (CheckpointCorruptError, CheckpointMismatchError) as error:
+            reason = error  # It may be another model's, and there is one of the supervisor's own.
+    _log.warning("the newest by the state file, %s, is not gone on with: %s", state.newest, reason)
+    return None
+
+
+def _own(start: _Start) -> Recovery | None:
+    """What the supervisor has saved."""
+    own = start.store
+    if own is None or _holds_only_a_strangers(own, start.session):
+        return None
+    found = restoring.restore_newest(
+        own,
+        start.restore,
+        step_held=start.step_held,
+        start_over_when_all_damaged=start.starts_over,
+        # A saver of the program's own is asked with the state file's path.
+        refuses_missing=start.has_known_saver,
+    )
+    if found.checkpoint is None:
+        return None
+    _tell_owned(own, start.saver)
+    return found
+
+
+def _other_names(start: _Start) -> Recovery | None:
+    """What lies in the directory by any name, where no store says which."""
+    own = start.store
+    if start.is_remote or (own is not None and own.root.absolute() == Path(start.directory).absolute()):
+        return None
+    for basename in _basenames(start.directory):
+        store = start.store_of(basename)
+        found = restoring.find_newest(
+            store, start.restore, step_held=start.step_held, refuses_missing=start.has_known_saver
         )
-        return True
+        if found.checkpoint is not None:
+            return _restored(start, found, store)
+    return None
 
-    def _quarantine(self, store: CheckpointStore, recovery: Recovery) -> Recovery:
-        with self._hold() as may_move:
-            if not may_move:
-                return recovery
-            present = {(one.root, one.name) for one in store.candidates()}
-            damaged = [
-                # What is only named by the state file is not there to be moved.
-                store.quarantine(one.checkpoint, one.reason)
-                if (one.checkpoint.root, one.checkpoint.name) in present
-                else one
-                for one in recovery.damaged
-            ]
-            if recovery.checkpoint is not None:
-                store.point_to(recovery.checkpoint)
-        return Recovery(recovery.checkpoint, tuple(damaged))
 
-    def _start_over(self, store: CheckpointStore, error: NoGoodCheckpointError) -> None:
-        with self._hold() as may_move:
-            if not may_move:
-                raise error
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            with contextlib.suppress(FileNotFoundError):
-                # In a copied logdir it may still name good ones elsewhere, which are not this run's.
-                files.make_dirs(store.root / QUARANTINE)
-                files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
-        _log.warning(
-            "none of the checkpoints in %s is good: they are in %s now, and training starts over, as asked for",
-            store.root,
-            store.root / QUARANTINE,
-        )
+def _named_anywhere(start: _Start) -> Recovery | None:
+    """What the state file names, which may lie anywhere; a directory that was moved is looked at too."""
+    state = _state_of(start.directory)
+    if state is None:
+        return None
+    damaged = []
+    for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
+        for place in (path, os.path.join(start.directory, os.path.basename(path))):
+            # A saver of the program's own knows itself which files it needs.
+            is_for_saver = place == path and not start.has_known_saver
+            if not (is_for_saver or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place)):
+                continue
+            try:
+                start.restore_unproven(place)
+            except CheckpointCorruptError as error:
+                damaged.append(Damage(start.found_at(place), str(error)))
+            else:
+                return _restored(start, Recovery(start.found_at(place), tuple(damaged)), None)
+    if damaged:
+        raise restoring.none_is_good(Path(start.directory), damaged)
+    return None
 
-    def _restore_named_by_state_file(self, session: Any, saver: Any, directory: str) -> bool:
-        """Restore what the state file names, which may lie anywhere; a directory that was moved is looked at too."""
-        state = _state_of(directory)
-        if state is None:
-            return False
-        for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
-            for place in (path, os.path.join(directory, os.path.basename(path))):
-                # A saver of the program's own knows itself which files it needs.
-                is_own = place == path and not isinstance(saver, _v1.train.Saver)
-                if is_own or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
-                    self.restore_file(session, saver, place)
-                    _log.info("restored %s", place)
-                    _tell_saver(saver, [(one, 0.0) for one in state.all_model_checkpoint_paths])
-                    return True
+
+SEARCHES: tuple[Callable[[_Start], Recovery | None], ...] = (
+    _named_old_format,
+    _named_newer,
+    _own,
+    _other_names,
+    _named_anywhere,
+)
+"""Each restores what it finds, and says what that was; None leaves it to the next."""
+
+
+def _restored(start: _Start, found: Recovery, store: CheckpointStore | None) -> Recovery:
+    """Say what was restored, and let retention go on where the run before has stopped.
+
+    ``store`` is where it was found; ``None`` for what only the state file has led to.
+    """
+    restoring.report(found)
+    if store is not None:
+        keeper = start.store if start.store is not None and start.store.candidates() else store
+        keeper.adopt_earlier()
+        _tell_owned(keeper, start.saver)
+    elif (state := _state_of(start.directory)) is not None:
+        _tell_saver(start.saver, [(one, 0.0) for one in state.all_model_checkpoint_paths])
+    return found
+
+
+def _holds_only_a_strangers(store: CheckpointStore, session: Any) -> bool:
+    """Whether all that is there is a model without a step that no run of this program has saved."""
+    found = store.candidates()
+    if len(found) != 1 or not _counts_steps(session.graph):
         return False
+    one, listed = found[0], [listed.name for listed in store.listed_by_state()]
+    if one.step is not None or one.is_committed or one.name in listed:
+        return False
+    _log.warning(
+        "%s is not restored: it has no step, and no state file names it. To begin with what it holds, restore it "
+        "in init_fn; to go on with it, name it in a state file (tf.train.update_checkpoint_state)",
+        one.path,
+    )
+    return True
 
 
 def _basenames(directory: str) -> list[str]:
@@ -300,14 +333,14 @@ def _basenames(directory: str) -> list[str]:
     found: dict[str, None] = {}
     state = _state_of(directory)
     if state is not None:
-        found[_without_step(os.path.basename(state.model_checkpoint_path))] = None
+        found[split_name(os.path.basename(state.model_checkpoint_path))[0]] = None
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     entries = [name[: -len(ENTRY_SUFFIX)] for name in names if name.endswith(ENTRY_SUFFIX)]
     # Without a step it may be any model that somebody has put there.
-    numbered = {_without_step(name) for name in entries if _without_step(name) != name}
+    numbered = {basename for basename, step in map(split_name, entries) if step is not None}
     usual = {name for name in entries if name == "model.ckpt"}
     found.update(dict.fromkeys(sorted(numbered | usual, key=lambda name: (name != "model.ckpt", name))))
     return [name for name in found if name and not name.startswith(".")]
@@ -330,19 +363,9 @@ def _state_of(directory: str) -> Any:
         return None  # It is empty, say, and tells nothing.
 
 
-def _without_step(name: str) -> str:
-    basename, dash, step = name.rpartition("-")
-    return basename if dash and step.isdigit() else name
-
-
-def _step_of(name: str) -> int | None:
-    _, dash, step = name.rpartition("-")
-    return int(step) if dash and step.isdigit() else None
-
-
-def _own_earlier(store: CheckpointStore, saver: Any) -> None:
-    """Let retention go on where the run before has stopped: that of the store, and the saver's own."""
-    _tell_saver(saver, [(tensors.restorable(str(one.path)), one.time) for one in store.adopt_earlier()])
+def _tell_owned(store: CheckpointStore, saver: Any) -> None:
+    """Let the saver's own retention count what the store owns."""
+    _tell_saver(saver, [(tensors.restorable(str(one.path)), one.time) for one in store.owned])
 
 
 def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:

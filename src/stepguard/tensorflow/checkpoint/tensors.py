@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store.saved_tensor import SavedTensor
+
+_log = logging.getLogger(__name__)
 
 PATTERN = frozenset("*?[\\")
 """The characters for which TensorFlow takes the path of a checkpoint for a pattern."""
@@ -97,6 +100,23 @@ class _Source:
         link = contextlib.ExitStack()
         weakref.finalize(self, link.close)
         self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
+
+
+def step_held(path: str | Path, name: str) -> int | None:
+    """The global step that a checkpoint holds under ``name``; None if none can be read there."""
+    try:
+        return int(np.asarray(_Source(restorable(str(path))).reader.get_tensor(name)).reshape(-1)[0])
+    except Exception as error:  # noqa: BLE001 - the reader raises whatever it likes for an index that is not one
+        _log.debug("%s: the step that it holds cannot be read: %s", path, error)
+        return None
+
+
+def written_at(path: str) -> float:
+    """When the entry file, or else the data, of a checkpoint were last written (Unix time)."""
+    for file in (f"{path}.index", path, *(os.path.join(os.path.dirname(path), one) for one in old_shards(path))):
+        with contextlib.suppress(tf.errors.OpError):
+            return float(tf.io.gfile.stat(file).mtime_nsec) / 1e9
+    return 0.0
 
 
 def damage(path: str) -> Exception | None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store import CheckpointStore, Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.mismatch import check_fits
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
@@ -33,30 +33,18 @@ class Restorer:
         self._components = components
         self._start_over_when_all_damaged = start_over_when_all_damaged
 
-    def restore_newest(self, session: Session) -> str | None:
-        """Restore the newest good checkpoint, and return its name; ``None`` when there is none at all.
+    def restore_newest(self, session: Session) -> Recovery:
+        """Restore the newest good checkpoint; what was found has none when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        store = self._store
-        try:
-            recovery = store.newest_good(attempt=lambda checkpoint: self._restore(checkpoint, session))
-        except NoGoodCheckpointError as error:
-            if not self._start_over_when_all_damaged:
-                raise
-            for candidate in store.candidates():
-                store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
-            _log.warning("starting over, as asked for: %s", error)
-            return None
-        if recovery.checkpoint is None:
-            return None
-        if recovery.damaged:
-            _log.warning("%s", recovery.message())
-        _log.info("restored %s", recovery.checkpoint.path)
-        store.adopt_earlier()
-        return recovery.checkpoint.name
+        return restoring.restore_newest(
+            self._store,
+            lambda checkpoint: self._load(checkpoint.path, session, 0),
+            start_over_when_all_damaged=self._start_over_when_all_damaged,
+        )
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
@@ -85,10 +73,6 @@ class Restorer:
         for component in self._components:
             component.put_back(states[component.name])
         session.global_step = process["global_step"]
-
-    def _restore(self, checkpoint: Checkpoint, session: Session) -> None:
-        _check_engine(checkpoint)
-        self._load(checkpoint.path, session, 0)
 
     def _load(self, path: Path, session: Session, rank: int) -> None:
         saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
@@ -128,14 +112,3 @@ class Restorer:
             states.update(read_sharded(path, in_parts, layouts))
         states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
         return states
-
-
-def _check_engine(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointMismatchError for one that another framework's program has left in this logdir."""
-    manifest = checkpoint.manifest
-    if manifest is not None and manifest.engine != ENGINE:
-        raise CheckpointMismatchError(
-            f"{checkpoint.path}: expected a checkpoint of the engine {ENGINE!r}, found one of {manifest.engine!r}: "
-            f"another program saves in {checkpoint.root}. Nothing was changed. Use another logdir for this one",
-            path=checkpoint.path,
-        )
