@@ -19,10 +19,10 @@ from stepguard.steps.gate import Gate
 from stepguard.steps.rendezvous import Rendezvous, announce, announced
 from stepguard.store import Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
+from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
-from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import write_all
 from stepguard.torch.distributed.member import TorchMember, loaded_process_state
 from stepguard.torch.distributed.world import shared_store, world
@@ -40,7 +40,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        components: Sequence[Component],
+        program: Program,
         *,
         root: Path | None,
         restorer: Restorer | None,
@@ -52,7 +52,8 @@ class TorchEngine:
         stop_grace_secs: float,
     ) -> None:
         self.name = ENGINE
-        self._components = components
+        self._program = program
+        self._components = program.components
         self._root = root
         self._restorer = restorer
         self._events = events
@@ -204,7 +205,8 @@ class TorchEngine:
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            processes = {0: self._memory.copy("process", session.process_state.capture(), copies), **self._peer_states}
+            own = self._memory.copy("process", session.process_state.capture(), copies)
+            processes = {0: {**own, "program": self._program.notes()}, **self._peer_states}
             copies.close()
         return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
 

@@ -15,6 +15,7 @@ from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Wa
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
+from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import ENGINE, Restorer
 from stepguard.torch.checkpoint.state import components
 from stepguard.torch.distributed.world import world
@@ -107,7 +108,7 @@ class Supervisor(CoreSupervisor[Session]):
                 f"nan_guard='return' is for a run of one process, and torch.distributed has {world()[1]}: use "
                 f"nan_guard='stop', and have a launcher start the run again from its newest checkpoint"
             )
-        parts = components(state)
+        program = Program(components(state))
         if is_chief is None:
             is_chief = world()[0] == 0
         # A program may change its directory while it trains.
@@ -127,8 +128,7 @@ class Supervisor(CoreSupervisor[Session]):
         options.check_return(commits=store is not None)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
-            starts_over = options.restoring.start_over_when_all_damaged
-            restorer = Restorer(found, parts, start_over_when_all_damaged=starts_over)
+            restorer = Restorer(found, program, options.restoring)
         self._save_path = None if root is None else os.path.join(root, basename)
         is_own = False
         if summary_writer is None and root is not None:
@@ -138,7 +138,7 @@ class Supervisor(CoreSupervisor[Session]):
         # What `next(batches)` raises in a loop of the program's own when there are no more.
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
-            parts,
+            program,
             root=None if found is None else found.root,
             restorer=restorer,
             events=events,

@@ -48,6 +48,7 @@ class Difference:
     """One value that the program sets in another way than the run that the checkpoint belongs to."""
 
     part: str
+    kind: str
     place: str
     in_program: Any
     in_checkpoint: Any
@@ -55,10 +56,10 @@ class Difference:
 
     def __str__(self) -> str:
         """The value, and both sides."""
-        what = f"{self.part}.{self.place}"
-        if self.place.endswith((".lr", "_lr", ".base_lrs")):
-            what = f"the learning rate {what}"
-        return f"{what} ({self.in_program} in the program, {self.in_checkpoint} in the checkpoint)"
+        return (
+            f"{self.part}.{self.place} of {self.kind} ({self.in_program} in the program, {self.in_checkpoint} in the "
+            f"checkpoint)"
+        )
 
 
 def settings(component: Component) -> Settings:
@@ -123,12 +124,19 @@ def _shown(place: Place) -> str:
     return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).removeprefix(".")
 
 
-def differences(part: str, program: Settings, checkpoint: Settings) -> list[Difference]:
-    """What the program has set in another way than the run before. What only one of them has is no difference."""
+def differences(part: str, program: Settings, before: Settings, *, all_of_program: bool) -> list[Difference]:
+    """What the program sets in another way than the run ``before``. What only one of them sets is no difference."""
     return [
-        Difference(part, place, program[place], checkpoint[place], _program_must_win(program, place, checkpoint))
-        for place in program
-        if place in checkpoint and program[place] != checkpoint[place]
+        Difference(
+            part,
+            program["class"],
+            place,
+            value,
+            before[place],
+            program_wins=all_of_program or _program_must_win(program, place, before),
+        )
+        for place, value in program.items()
+        if place in before and value != before[place]
     ]
 
 
@@ -149,18 +157,19 @@ def with_programs(component: Component, saved: Any, found: Sequence[Difference],
     A learning rate that a schedule has moved meanwhile keeps the factor that the schedule has given it.
     """
     won = {one.place for one in found if one.program_wins}
+    now = settings(component)
     for place, value in _places(component):
         if _shown(place) in won:
-            saved = _replaced(saved, place, _moved(saved, place, value, before) if place[-1] == "lr" else value)
+            is_rate = place[-1] == "lr"
+            saved = _replaced(saved, place, _moved(saved, place, value, before, now) if is_rate else value)
     return saved
 
 
-def _moved(saved: Any, place: Place, value: float, before: Settings) -> float:
-    group = saved[place[0]][place[1]]
-    set_before = before.get(_shown(place))
-    if "initial_lr" not in group or not set_before:
+def _moved(saved: Any, place: Place, value: float, before: Settings, now: Settings) -> float:
+    group, initial = saved[place[0]][place[1]], _shown((*place[:-1], "initial_lr"))
+    if not before.get(initial) or initial not in now:
         return value
-    return value * float(group["lr"]) / float(set_before)
+    return float(group["lr"]) * float(now[initial]) / float(before[initial])
 
 
 def _replaced(state: Any, place: Place, value: Any) -> Any:

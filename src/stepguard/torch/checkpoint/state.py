@@ -75,15 +75,15 @@ class Component:
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
         return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
-    def put_back(self, state: Any) -> None:
-        """Put a saved state in place, in the middle of a run: streams of random numbers go on, gradients are gone."""
-        holder = self.holder
-        if isinstance(holder, (torch.Generator, random.Random)) or is_numpy_generator(holder):
-            return
-        self.load(state)
-        if isinstance(holder, nn.Module):
-            # What was accumulated for the step that is not done now may be what is wrong.
-            holder.zero_grad(set_to_none=True)
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is a generator of random numbers."""
+        return isinstance(self.holder, (torch.Generator, random.Random)) or is_numpy_generator(self.holder)
+
+    def forget_gradients(self) -> None:
+        """What was accumulated for a step that is not done now may be what was wrong."""
+        if isinstance(self.holder, nn.Module):
+            self.holder.zero_grad(set_to_none=True)
 
 
 def components(state: Mapping[Any, Any]) -> list[Component]:
@@ -109,7 +109,7 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
         if not _is_saveable(holder):
             raise TypeError(
                 f"state[{name!r}]: expected an object with state_dict and load_state_dict, found "
-                f"{type(holder).__name__}; plain values go in stepguard.torch.Values(...)"
+                f"{type(holder).__name__}; {_hint(holder)}"
             )
         if _gathers_state(holder):
             raise TypeError(
@@ -124,6 +124,12 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
             check_shardable(name, live)
         found.append(component)
     return found
+
+
+def _hint(holder: Any) -> str:
+    if holder is None:
+        return "leave a part out of the state where the program does not use it"
+    return "plain values go in stepguard.torch.Values(...)"
 
 
 def check_saveable(path: str, value: Any) -> None:
