@@ -53,7 +53,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from stepguard.store import Recovery
+from stepguard.store import Checkpoint, Recovery
 
 
 class Session(Protocol):
@@ -145,7 +145,7 @@ class ValueWatch(Protocol):
         """Wait until what :meth:`look` has found is dealt with; only between two steps of the calling thread."""
 
 
-class Engine(Protocol[_SessionT_contra]):
+class Engine(Protocol[SessionT]):
     """One framework, as the core sees it. What every engine has.
 
     Threads: ``prepare``, ``watch``, ``watch_values`` and ``close`` are called by the thread that opens and stops the
@@ -159,58 +159,84 @@ class Engine(Protocol[_SessionT_contra]):
     """What the framework raises when the disk fails it, besides ``OSError``."""
 
     can_return: bool
-    """Whether :meth:`return_to` puts back all that trains: not so when several processes train one model."""
+    """Whether :meth:`restore` puts back all that trains in a run: not so when several processes train one model."""
 
     # --- the session ---
 
-    def is_open(self, session: _SessionT_contra) -> bool:
+    def prepare(self) -> Prepared[SessionT]:
+        """A new session that can run: restored from the newest good checkpoint, or else initialised.
+
+        It may have parameters with defaults, in the words of the framework, which its Supervisor binds. Which
+        checkpoint is restored is not its decision: ``stepguard.saving.restoring.restore_newest(store, restore)`` finds
+        it, has it restored by :meth:`restore`, warns of what was damaged, and returns what is to be returned as
+        ``recovered``. Where that has no checkpoint, the session is initialised. One whose preparation fails is closed
+        before the error leaves.
+
+        Raises:
+            CheckpointMismatchError: the newest good checkpoint is of another model. Nothing was changed.
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+        """
+
+    def restore(self, session: SessionT, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Load ``checkpoint``, whose bytes were proven, into ``session``.
+
+        A session that was just made goes on exactly there: with its step, its random states, its position in the data.
+        With ``in_run`` the session runs already, and is put back to an earlier step inside :meth:`at_boundary`: random
+        states and the position in the data are left as they are, since the same batches would do the same again.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the model. Nothing was changed.
+            CheckpointCorruptError: it cannot be used after all; the next older one is tried.
+        """
+
+    def is_open(self, session: SessionT) -> bool:
         """Whether the session can still run; a program may have closed it before it stopped the supervisor."""
 
-    def close(self, session: _SessionT_contra) -> None:
+    def close(self, session: SessionT) -> None:
         """Close the session without a call of ``before_close``, so that the threads that it blocks return."""
 
     # --- steps ---
 
-    def step(self, session: _SessionT_contra) -> int | None:
+    def step(self, session: SessionT) -> int | None:
         """The number of steps done, or ``None`` when the program counts none. Any thread."""
 
     def step_name(self) -> str:
         """What the program calls its step counter: the step-rate curve is named after it."""
 
-    def total_steps(self, session: _SessionT_contra) -> int | None:
+    def total_steps(self, session: SessionT) -> int | None:
         """The step that the program trains to, where its session knows; for those who watch the run. Any thread."""
 
-    def watch(self, session: _SessionT_contra, before_close: Callable[[], None]) -> None:
+    def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
         """Mark the step boundaries of ``session`` from now on.
 
         ``before_close`` is called once, when the program itself closes the session, if that is not for an error.
         """
 
-    def watch_values(self, session: _SessionT_contra, watch: ValueWatch) -> None:
+    def watch_values(self, session: SessionT, watch: ValueWatch) -> None:
         """Show ``watch`` every number that the program summarises, and those that its steps return, from now on.
 
         A thread of the training calls ``watch.settle()`` before it begins the step after one that was not finite. A
         session for which this was never called pays nothing for it.
         """
 
-    def stop_at_boundary(self, session: _SessionT_contra, main_thread_was_told: Callable[[], bool]) -> None:
+    def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
         """Have the next step raise ``StopRequested`` in place of being done. Any thread.
 
         Exception: a main thread for which ``main_thread_was_told()`` is true, asked anew at each step, has already seen
         ``should_stop()`` return true; it may run further steps to finish.
         """
 
-    def call_after_steps(self, session: _SessionT_contra, steps: int, callback: Callable[[], int]) -> None:
+    def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.
 
         It returns the number of steps until the next call. It may come to :meth:`at_boundary` itself.
         """
 
-    def progress(self, session: _SessionT_contra) -> object:
+    def progress(self, session: SessionT) -> object:
         """A value that differs from an earlier one when a step in between may have changed the saved state."""
 
     def at_boundary(
-        self, session: _SessionT_contra, what: str, patience_secs: float | None = None
+        self, session: SessionT, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
         """A context in which no step runs, so that the state is that of exactly one step. One at a time holds it.
 
@@ -224,17 +250,11 @@ class Engine(Protocol[_SessionT_contra]):
 
     # --- checkpoints ---
 
-    def snapshot(self, session: _SessionT_contra) -> Snapshot:
+    def snapshot(self, session: SessionT) -> Snapshot:
         """Copy the state. Called inside :meth:`at_boundary`: training waits for this, so it is fast."""
 
     def non_finite(self, snapshot: Snapshot) -> Sequence[str]:
         """The names of the parts of ``snapshot`` that hold NaN or infinity. Writer thread, or inside a boundary."""
-
-    def return_to(self, session: _SessionT_contra, path: Path) -> None:
-        """Put what the checkpoint at ``path`` holds back into the session that runs; inside :meth:`at_boundary`.
-
-        The random states and the position in the data are left as they are: the same batches would do the same again.
-        """
 
     def checkpoint_name(self, step: int | None) -> str:
         """The name of the checkpoint of ``step``, for example ``model.ckpt-1200``."""
@@ -248,7 +268,7 @@ class Engine(Protocol[_SessionT_contra]):
 
     # --- summaries ---
 
-    def summarise(self, session: _SessionT_contra) -> None:
+    def summarise(self, session: SessionT) -> None:
         """Compute the program's summaries and write them to the event log. Service thread."""
 
 

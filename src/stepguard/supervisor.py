@@ -6,6 +6,7 @@ import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
-from stepguard.coordination.services import StepCounter, WhileOpen
+from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
 from stepguard.engine import Engine, EventLog, Prepared, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
@@ -59,6 +60,8 @@ class Supervisor(Generic[SessionT]):
         ValueError: hangs are to be watched for, and there is no place for the stacks.
     """
 
+    _step_counter: StepCounter | None = None
+
     def __init__(
         self,
         engine: Engine[SessionT],
@@ -89,7 +92,7 @@ class Supervisor(Generic[SessionT]):
             events=events,
             observer=self._observer,
             options=options.saving if saves_model and is_chief else None,
-            on_error=self._report,
+            on_error=coord.report,
         )
         self._worker_role = role
         self._built_in = os.getcwd()
@@ -111,7 +114,7 @@ class Supervisor(Generic[SessionT]):
             events=self._events,
             observer=self._observer,
             one_save=self._saving.one_save,
-            on_error=self._report,
+            on_error=self._coord.report,
             on_return=self._saving.went_back,
         )
 
@@ -203,8 +206,13 @@ class Supervisor(Generic[SessionT]):
                 summarise = functools.partial(self._engine.summarise, sess)
                 threads.append(self._service("summary", self.save_summaries_secs, sess, summarise))
             if step is not None:
-                counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self.save_summaries_secs, sess, counter))
+                self._step_counter = StepCounter(self._engine, sess, self._events)
+                counting = WhileOpen(self._engine, sess, self._step_counter)
+                threads.append(
+                    StepCounterThread(
+                        self._coord, self.save_summaries_secs, target=counting, name="stepguard-step-counter"
+                    )
+                )
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
             checkpointer = self._saving.start(sess, step, self._guard)
@@ -273,7 +281,7 @@ class Supervisor(Generic[SessionT]):
                 if self._logdir:
                     self.start_standard_services(session)
                 else:
-                    _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+                    self._engine.call_after_steps(session, 1, self._warn_of_no_logdir)
                     self._observer.session_ready(session, None, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None, None)
@@ -305,6 +313,11 @@ class Supervisor(Generic[SessionT]):
                 self._built_in,
                 os.path.join(here, logdir),
             )
+
+    def _warn_of_no_logdir(self) -> int:
+        """At the first step: a program that only reads or evaluates has nothing to lose."""
+        _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+        return sys.maxsize
 
     def _begin_observation(self) -> None:
         if self._is_chief:
@@ -370,6 +383,7 @@ class Supervisor(Generic[SessionT]):
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
+                self._finish_counting()
                 self._saving.save_last(deadline)
         finally:
             if not self._saving.stop(deadline):
@@ -378,25 +392,22 @@ class Supervisor(Generic[SessionT]):
                 )
             self._saving.leave_logdir()
 
+    def _finish_counting(self) -> None:
+        counter, self._step_counter = self._step_counter, None
+        if counter is not None:
+            counter.finish()
+
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
         if self._is_of_parent():
             return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
+        self._finish_counting()
         try:
             self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
-            self._report(error)
-
-    def _report(self, error: BaseException) -> None:
-        """An error of a save, in the writer's thread: `stop` raises it, also when it comes after the join."""
-        try:
-            self._coord.request_stop(error)
-        except BaseException as raised:
-            # After a join the coordinator raises in the thread that reports as well.
-            if raised is not error:
-                raise
+            self._coord.report(error)
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""

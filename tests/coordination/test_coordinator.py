@@ -395,6 +395,17 @@ def test_an_exception_after_join_goes_to_the_caller(coord: Coordinator) -> None:
     coord.request_stop()
 
 
+def test_an_error_that_is_reported_after_join_is_kept_and_not_raised(coord: Coordinator) -> None:
+    error = ValueError("late")
+    coord.request_stop()
+    coord.join([])
+
+    coord.report(error)
+
+    with pytest.raises(ValueError, match="late"):
+        coord.raise_requested_exception()
+
+
 def test_an_error_after_join_is_kept_for_who_asks(coord: Coordinator) -> None:
     coord.join()
     error = BoomError()

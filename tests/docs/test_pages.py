@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import yaml
 from click.testing import CliRunner
 from pages import ALL, ROOT, Block, blocks, is_like, is_printed
 
+from stepguard import Guarding, Restoring, Saving, Stopping, Watching
 from stepguard.cli.main import cli
 from stepguard.store import CheckpointStore
 from stepguard.watching import heartbeat, ledger
@@ -392,6 +395,25 @@ def test_each_metric_is_documented():
     text = section("docs/watching.md", "Metrics")
     missing = [name for name in names if not re.search(f"`stepguard_{name}(_total|_count)?`", text)]
     assert not missing
+
+
+def test_the_page_of_options_lists_each_with_its_group_its_default_and_who_has_it_as_a_keyword():
+    doors = {"TensorFlow": "stepguard.tensorflow", "PyTorch": "stepguard.torch"}
+    flat = {
+        name: inspect.signature(importlib.import_module(door).Supervisor).parameters for name, door in doors.items()
+    }
+    expected = []
+    for group in (Saving, Stopping, Watching, Guarding, Restoring):
+        for one in dataclasses.fields(group):
+            having = [name for name in doors if one.name in flat[name]]
+            column = "both" if len(having) == 2 else "".join(having)
+            expected.append((group.__name__, one.name, repr(one.default), column))
+    found, group = [], ""
+    for row in re.findall(r"^\|(.*)\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE)[2:]:
+        named, option, default, _, column = (cell.strip() for cell in row.split("|"))
+        group = re.sub(r".*=(\w+)\(.*", r"\1", named) or group
+        found.append((group, option.strip("`"), default.strip("`"), column))
+    assert found == expected
 
 
 # --- the site ---

@@ -19,6 +19,7 @@ from zygote import report
 
 from stepguard import files
 from stepguard.errors import LogdirInUseError
+from stepguard.options import Stopping
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 
@@ -90,13 +91,14 @@ def train(
 # ------------------------------------------------------------------------------------------------ signals
 
 
-def signalled(logdir: str, *, loop: str, **options: Any) -> None:
+def signalled(logdir: str, *, loop: str, stop_on_sigterm: bool = True, **options: Any) -> None:
     """Train in one of several ways until a signal comes, reporting each step that was done."""
     child.report_log()
     _handlers("before")
     with tf.Graph().as_default():
         blocking = _Input() if loop in ("blocked", "fed") else None
-        model, sv = build(logdir, threads=loop.startswith("threads"), **{"save_model_secs": 3600, **options})
+        options = {"save_model_secs": 3600, "stopping": Stopping(stop_on_sigterm=stop_on_sigterm), **options}
+        model, sv = build(logdir, threads=loop.startswith("threads"), **options)
         try:
             with sv.managed_session() as session:
                 _handlers("inside")

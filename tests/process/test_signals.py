@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from zygote import Child, Zygote, wait_until
 
-from stepguard.options import Stopping
 from stepguard.store import CheckpointStore
 
 # A stop, a save of a few kilobytes and the end of the interpreter, on a busy machine.
@@ -150,7 +149,7 @@ class TestSigterm:
     def test_ends_the_process_as_ever_when_told_not_to_stop_on_it(
         self, tensorflow_children: Zygote, tmp_path: Path
     ) -> None:
-        child = start(tensorflow_children, tmp_path, "never asks", stopping=Stopping(stop_on_sigterm=False))
+        child = start(tensorflow_children, tmp_path, "never asks", stop_on_sigterm=False)
 
         child.send(signal.SIGTERM)
 

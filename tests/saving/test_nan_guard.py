@@ -91,7 +91,7 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 7)
-            with session.boundary:
+            with session.in_step():
                 reporter = threading.Thread(target=session.report, args=(NAN,))
                 reporter.start()
                 wait_until(lambda: supervisor._guard._sight is not None)
@@ -119,11 +119,12 @@ class TestAReturn:
         with supervisor.managed_session() as session:
             run_to_saved(supervisor, session, tmp_path, 5)
             run_to(session, 9)
-            supervisor._observer._look(session)
+            meter = supervisor._observer._watch.meter
+            meter.look()
             session.report(NAN)
-            supervisor._observer._look(session)
+            meter.look()
             assert supervisor._observer.now.step == 5
-            assert [step for _, step in supervisor._observer._rates] == [5]
+            assert [step for _, step in meter._rates] == [5]
             session.run_step()
 
     def test_to_a_checkpoint_that_cannot_be_restored_is_an_error_with_its_cause(self, tmp_path):
@@ -133,10 +134,10 @@ class TestAReturn:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
 
-                def fail(*_: object) -> None:
+                def fail(*_: object, **__: object) -> None:
                     raise broken
 
-                supervisor.engine.return_to = fail
+                supervisor.engine.restore = fail
                 session.report(NAN)
                 session.run_step()
         assert caught.value.__cause__ is broken
@@ -158,7 +159,7 @@ class TestALoopThatEnds:
             with supervisor.managed_session() as session:
                 run_to_saved(supervisor, session, tmp_path, 5)
                 run_to(session, 7)
-                with session.boundary:
+                with session.in_step():
                     reporter = threading.Thread(target=session.report, args=(NAN,))
                     reporter.start()
                     wait_until(lambda: supervisor._guard._sight is not None)

@@ -45,7 +45,7 @@ def test_tell_of_steps_and_checkpoints(tmp_path: Path) -> None:
         for _ in range(5):
             session.run_step()
         sv._saving.checkpointer.save_last(30)  # what the fifth step began is written now
-        sv._observer._look(session)
+        sv._observer._watch.meter.look()
         after = read(url_of(tmp_path))
 
     assert before["stepguard_step"] == 0

@@ -10,10 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from stepguard.watching import ledger
-from stepguard.watching.progress_line import duration
 
 CHILD = """
     import logging, sys, time
@@ -100,11 +97,3 @@ def test_a_terminal_that_goes_away_is_no_end_of_the_run(tmp_path: Path) -> None:
 
     assert process.wait(60) == 0
     assert [one["reason"] for one in ledger.read(tmp_path) if one["event"] == "stop"] == ["finished"]
-
-
-@pytest.mark.parametrize(
-    ("secs", "text"),
-    [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")],
-)
-def test_durations_are_short(secs: float, text: str) -> None:
-    assert duration(secs) == text

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import numbers
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from stepguard.errors import StopRequested, add_note
+from stepguard.options import check_seconds
 
 __all__ = ["Coordinator"]
 
@@ -179,6 +179,15 @@ class Coordinator:
         if failure is not None and self._is_harmless(failure.error, after_stop=stop.requested_at is not None):
             failure = None
         self._request_stop(stop, failure)
+
+    def report(self, error: BaseException) -> None:
+        """Like `request_stop`, for a thread's edge, where nobody could catch what it raises: `error` itself is not."""
+        try:
+            self.request_stop(error)
+        except BaseException as raised:
+            # After a join it raises in the thread that reports as well; whoever joins next is told all the same.
+            if raised is not error:
+                raise
 
     def clear_stop(self) -> None:
         """Makes the coordinator as new: no stop requested, no error, not joined. Registered threads stay so."""
@@ -372,13 +381,10 @@ def _thread_list(threads: object) -> list[threading.Thread]:
     return checked
 
 
-def _grace_secs(secs: object) -> float:
-    if isinstance(secs, bool) or not isinstance(secs, numbers.Real):
-        raise TypeError(f"stop_grace_period_secs must be a number of seconds, got {secs!r}")
-    checked = float(secs)
-    if math.isnan(checked):
-        raise ValueError("stop_grace_period_secs must be a number of seconds, got nan")
-    return checked
+def _grace_secs(secs: Any) -> float:
+    # Less than none is none: the contract sets no bound.
+    check_seconds("stop_grace_period_secs", secs, least=-math.inf)
+    return float(secs)
 
 
 def _exception_types(name: str, types: object) -> tuple[type[BaseException], ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.options import check_seconds
 
 __all__ = ["LooperThread"]
 
@@ -132,12 +132,6 @@ class LooperThread(threading.Thread):
         return True
 
 
-def _interval_secs(secs: object) -> float | None:
-    if secs is None:
-        return None
-    if isinstance(secs, bool) or not isinstance(secs, numbers.Real):
-        raise TypeError(f"timer_interval_secs must be a number of seconds or None, got {secs!r}")
-    checked = float(secs)
-    if not (math.isfinite(checked) and checked >= 0):
-        raise ValueError(f"timer_interval_secs must be finite and >= 0, got {secs!r}")
-    return checked
+def _interval_secs(secs: Any) -> float | None:
+    check_seconds("timer_interval_secs", secs, is_finite=True, or_none=True)
+    return None if secs is None else float(secs)

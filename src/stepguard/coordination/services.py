@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from stepguard.coordination.looper import LooperThread
 from stepguard.engine import Engine, EventLog
 
 _log = logging.getLogger(__name__)
+
+_LOGGED_RATES = 10
 
 
 class WhileOpen:
@@ -40,7 +43,7 @@ class StepCounter:
         self._session = session
         self._events = events
         self._tag = f"{engine.step_name()}/sec"
-        self._reports_left = 10
+        self._reports = 0
         self._last_step = engine.step(session) or 0
         self._last_time = time.monotonic()
 
@@ -54,6 +57,27 @@ class StepCounter:
             return  # The run went back: how fast it was meanwhile is not known.
         rate = steps / seconds if seconds > 0 else float("inf")
         self._events.scalar(self._tag, rate, step)
-        if self._reports_left > 0:
-            self._reports_left -= 1
+        self._reports += 1
+        if self._reports <= _LOGGED_RATES:
             _log.info("%s: %g", self._tag, rate)
+
+    def finish(self) -> None:
+        """Write the rate of a run that ends before it was measured once, if steps were done; between two steps.
+
+        A step that can no longer be read costs the curve its one point, and not the run its end.
+        """
+        if self._reports or not self._engine.is_open(self._session):
+            return
+        try:
+            if (self._engine.step(self._session) or 0) > self._last_step:
+                self()
+        except Exception as error:  # noqa: BLE001 - see above
+            _log.debug("%s of the whole run is not known: %s", self._tag, error)
+
+
+class StepCounterThread(LooperThread):
+    """Calls a step counter on its timer; first when one interval has passed, as there is no rate before."""
+
+    def start_loop(self) -> None:
+        """Wait for the first interval, or for a stop."""
+        self._wait_until(self._clock() + (self._interval_secs or 0.0))

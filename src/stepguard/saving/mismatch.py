@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from stepguard.words import listed
 
 _MOST_NAMED = 10
 
@@ -32,16 +33,10 @@ class Mismatch:
         """The differences, the first few of each kind by name."""
         parts = []
         if self.missing:
-            parts.append(f"the program has {named(self.missing)}, and the checkpoint does not")
+            parts.append(f"the program has {listed(self.missing, most=_MOST_NAMED)}, and the checkpoint does not")
         if self.unexpected:
-            parts.append(f"the checkpoint holds {named(self.unexpected)}, and the program does not")
+            parts.append(f"the checkpoint holds {listed(self.unexpected, most=_MOST_NAMED)}, and the program does not")
         if self.reshaped:
             pairs = [f"{name} (expected {has}, found {held})" for name, (has, held) in self.reshaped.items()]
-            parts.append(f"of another shape or type: {named(pairs)}")
+            parts.append(f"of another shape or type: {listed(pairs, most=_MOST_NAMED)}")
         return "; ".join(parts)
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of ``names``, and how many more there are."""
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.errors import CheckpointCorruptError, NoBoundaryError, NonFiniteError
 from stepguard.options import Guarding
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.watching.observer import Observer, describe
+from stepguard.watching.observer import Observer
+from stepguard.watching.run_record import describe
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
 # So long is a step boundary for a return waited for, on top of the engine's own patience with a long step.
 _PATIENCE_SECS = 60.0
 _PAUSE_SECS = 0.05
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class NanGuard:
         if step is None:
             with contextlib.suppress(Exception):  # A closed session: the number is what counts.
                 step = self._engine.step(self._session)
-        shown = ", ".join(f"{name} is {value}" for name, value in list(bad.items())[:_NAMES_SHOWN])
+        shown = listed(f"{name} is {value}" for name, value in bad.items())
         self._see(_Sight(step, tuple(bad), f"{shown} at step {_shown(step)}"))
         return True
 
@@ -154,7 +155,7 @@ class NanGuard:
         names = self._engine.non_finite(snapshot)
         if not names:
             return True
-        text = f"the state to be saved is not finite at step {_shown(snapshot.step)}: {_listed(names)}"
+        text = f"the state to be saved is not finite at step {_shown(snapshot.step)}: {listed(names)}"
         self._see(_Sight(snapshot.step, tuple(names), text))
         return False
 
@@ -249,11 +250,11 @@ class NanGuard:
         def attempt(checkpoint: Checkpoint) -> None:
             if checkpoint.manifest is None:
                 raise CheckpointCorruptError("it has no manifest, so nobody has looked at it", path=checkpoint.path)
-            engine.return_to(session, checkpoint.path)
+            engine.restore(session, checkpoint, in_run=True)
             # It may be of a run without a guard.
             names = engine.non_finite(engine.snapshot(session))
             if names:
-                raise CheckpointCorruptError(f"it is not finite: {_listed(names)}", path=checkpoint.path)
+                raise CheckpointCorruptError(f"it is not finite: {listed(names)}", path=checkpoint.path)
 
         checkpoint = store.newest_good(attempt=attempt, quarantine=False).checkpoint
         if checkpoint is None:
@@ -283,8 +284,3 @@ class NanGuard:
 
 def _shown(step: int | None) -> str:
     return "unknown" if step is None else str(step)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
 
@@ -34,9 +35,9 @@ damaged after all: then the next older one is tried.
 def restore_newest(
     store: CheckpointStore,
     restore: Restore,
+    options: Restoring,
     *,
     step_held: Callable[[Path], int | None] | None = None,
-    start_over_when_all_damaged: bool = False,
     refuses_missing: bool = True,
 ) -> Recovery:
     """Restore the newest good checkpoint of the run's own store; say in one warning what was lost.
@@ -53,7 +54,7 @@ def restore_newest(
     try:
         found = find_newest(store, restore, step_held=step_held, refuses_missing=refuses_missing)
     except NoGoodCheckpointError as error:
-        if not start_over_when_all_damaged:
+        if not options.start_over_when_all_damaged:
             raise
         start_over(store, error)
         return Recovery(None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
@@ -25,7 +24,7 @@ _log = logging.getLogger(__name__)
 class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
-    Threads: :meth:`program_saves` by any, the others by whoever opens and stops a session.
+    Threads: by whoever opens and stops a session.
 
     Args:
         engine: takes the snapshots, and writes them.
@@ -53,8 +52,8 @@ class RunSaver(Generic[SessionT]):
         self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
-        # Held by whoever writes a checkpoint: the writer, or the program itself.
-        self.one_save = threading.Lock()
+        # Held by whoever writes a checkpoint: see the store.
+        self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
         self.checkpointer: Checkpointer | None = None
         self._step_trigger: StepTrigger | None = None
@@ -89,17 +88,6 @@ class RunSaver(Generic[SessionT]):
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
-
-    @contextmanager
-    def program_saves(self, name: str) -> Iterator[None]:
-        """The program writes the checkpoint ``name`` by its framework's own means: it is committed no longer."""
-        with self.one_save:
-            if self._store is not None:
-                self._store.uncommit(name)
-            yield
-            if self._store is not None:
-                # Its saver removes what is too many by its own count, and knows nothing of manifests.
-                self._store.follow_removals([one.name for one in self._store.candidates()])
 
     # --- a session ---
 

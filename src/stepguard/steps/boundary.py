@@ -14,6 +14,7 @@ leave the lock taken for good; a thread that is taking it or giving it back is t
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ class Boundary:
         self._began = 0.0
         self._longest_secs = 0.0
         self._on_due: Callable[[], int] | None = None
-        self._due_at = -1
+        self._due_at = sys.maxsize
         self._is_torn = False
         self.steps = 0
         # Whether the program's loop over steps has ended: it may use the model for something else now.
@@ -109,9 +110,10 @@ class Boundary:
 
     def call_due(self) -> None:
         """Do what is due after the last step, if that was not done."""
-        if self.steps == self._due_at and self._on_due is not None:
+        # Not only at that very step: another thread may have done one more before this one comes here.
+        if self.steps >= self._due_at and self._on_due is not None:
             # Once, whichever thread comes first.
-            self._due_at = -1
+            self._due_at = sys.maxsize
             self._due_at = self.steps + max(1, self._on_due())
 
     def leave_torn(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,8 @@ class CheckpointStore:
         self.relative_paths = relative_paths
         self._layout = Layout(self.root, basename, entry_suffix)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
+        # Held by whoever writes a checkpoint here: the writer, or the program by its framework's own means.
+        self.one_save = threading.Lock()
         self._clock = clock
         self._opened_at = clock()
         self._newest_good: str | None = None
@@ -473,6 +476,17 @@ class CheckpointStore:
         )
         left = {one.name for one in self.candidates()}
         self._retention.adopt([one for one in self._retention.owned if one.name in left])
+
+    @contextlib.contextmanager
+    def program_saves(self, name: str) -> Iterator[None]:
+        """The program writes the checkpoint ``name`` by its framework's own means, in the block: it is committed no
+        longer, and nothing of ours is written meanwhile.
+        """
+        with self.one_save:
+            self.uncommit(name)
+            yield
+            # Its framework removes what is too many by its own count, and knows nothing of manifests.
+            self.follow_removals([one.name for one in self.candidates()])
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[bool]:

@@ -14,6 +14,7 @@ from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodChec
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
@@ -142,10 +143,9 @@ def missing_by_state(layout: Layout, found: Search) -> Damage | None:
 
 def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
     """Return the error for a logdir in which every checkpoint is damaged."""
-    reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged[:5])
-    more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    reasons = listed((f"{one.checkpoint.path}: {one.reason}" for one in damaged), separator="; ")
     return NoGoodCheckpointError(
-        f"{layout.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}{more}). "
+        f"{layout.root}: expected a good checkpoint, found {len(damaged)}, all of them damaged ({reasons}). "
         f"Nothing was changed. Put a good copy back; or, to start over from step 0, use another logdir, pass restoring="
         f"Restoring(start_over_when_all_damaged=True), or move these and the file {statefile.FILE_NAME!r} away",
         path=layout.root,

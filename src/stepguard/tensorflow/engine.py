@@ -16,7 +16,7 @@ import tensorflow as tf
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.files import NewFile
-from stepguard.store import statefile
+from stepguard.store import Checkpoint, CheckpointStore, statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
 from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
@@ -70,7 +70,7 @@ class TensorFlowEngine:
         logdir: str | None,
         save_path: str | None,
         init_fn: Any,
-        program_saves: Callable[[str], AbstractContextManager[None]],
+        store: CheckpointStore | None,
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -80,7 +80,7 @@ class TensorFlowEngine:
         self._logdir = logdir
         self._save_path = save_path
         self._init_fn = init_fn
-        self._program_saves = program_saves
+        self._store = store
         self._kinds: RunKinds | None = None
         self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -91,13 +91,13 @@ class TensorFlowEngine:
     def prepare(
         self,
         *,
-        is_chief: bool,
-        master: str,
-        config: Any,
-        wait_for_checkpoint: bool,
-        max_wait_secs: float | None,
+        is_chief: bool = True,
+        master: str = "",
+        config: Any = None,
+        wait_for_checkpoint: bool = False,
+        max_wait_secs: float | None = None,
     ) -> Prepared[Any]:
-        """A session from the session manager; the chief also leaves its graph in the logdir and the event log."""
+        """A session from the session manager."""
         if not is_chief:
             return Prepared(self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs))
         session = self._session_manager.prepare_session(
@@ -111,15 +111,15 @@ class TensorFlowEngine:
             init_feed_dict=self._model.init_feed_dict,
             init_fn=self._init_fn,
         )
-        try:
-            self._write_graph()
-        except BaseException:
-            session.close()
-            raise
         # The session of another session manager does not say.
         return Prepared(session, getattr(session, "recovered", None))
 
-    def _write_graph(self) -> None:
+    def restore(self, session: Any, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
+        restore_file(session.unmarked() if in_run else session, self._model.saver, str(checkpoint.path))
+
+    def write_graph(self) -> None:
+        """Leave the graph in the logdir and in the event log, once in each event file."""
         graph = self._model.graph
         if self._logdir:
             tf.io.write_graph(graph.as_graph_def(add_shapes=True), self._logdir, "graph.pbtxt")
@@ -222,10 +222,20 @@ class TensorFlowEngine:
             step = self.step(session)
             # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
-        written = statefile.without_shards(os.fspath(path) if path else str(self._save_path))
+        written = statefile.without_shards(os.fspath(path)) if path else self._found(step)
         # The saver has read the step itself, and steps may have been done since: its file name has the right one.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
+
+    def _found(self, step: int | None) -> str:
+        """What a saver has written whose ``save()`` does not say so: the last that it counts among its own, or what is
+        there by its name; else all that is known is the directory.
+        """
+        directory = os.path.dirname(str(self._save_path))
+        for prefix in (*self._last_checkpoints()[-1:], os.path.join(directory, self.checkpoint_name(step))):
+            if any(tf.io.gfile.exists(one) for one in (f"{prefix}.index", prefix)):
+                return prefix
+        return directory
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Variables, slots of optimizers among them, with NaN or infinity."""
@@ -237,10 +247,6 @@ class TensorFlowEngine:
         if self._plan is None:
             raise AssertionError("a snapshot without a plan was written by its saver")
         return self._plan.non_finite(snapshot)
-
-    def return_to(self, session: Any, path: Path) -> None:
-        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
-        restore_file(session.unmarked(), self._model.saver, str(path))
 
     def checkpoint_name(self, step: int | None) -> str:
         """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
@@ -301,11 +307,11 @@ class TensorFlowEngine:
         tools wrote, and its saver prunes it.
         """
         with contextlib.ExitStack() as saving:
-            if feed_dict and self._save_path and "://" not in self._save_path and self._is_save(fetches):
-                place = os.path.realpath(os.path.dirname(self._save_path) or os.curdir)
+            if feed_dict and self._store is not None and self._is_save(fetches):
+                place = os.path.realpath(self._store.root)
                 for path in feed_dict.values():
                     if isinstance(path, str) and os.path.realpath(os.path.dirname(path) or os.curdir) == place:
-                        saving.enter_context(self._program_saves(os.path.basename(path)))
+                        saving.enter_context(self._store.program_saves(os.path.basename(path)))
             yield
 
     def _is_save(self, fetches: str) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.words import listed
+
 # Operations that take the handle of a variable, table or iterator and leave it as it is. Whatever is not listed is
 # taken for a change: a wrong guess on this side delays a snapshot by one run, on the other it would tear one.
 _READS = frozenset(
@@ -127,8 +129,7 @@ def describe(fetches: Any) -> str:
     """A short name for what a run fetches, for messages."""
     flat = tf.nest.flatten(fetches)
     names = [str(getattr(item, "name", item)) for item in flat]
-    shown = ", ".join(names[:3])
-    return f"[{shown}, and {len(names) - 3} more]" if len(names) > 3 else f"[{shown}]"
+    return f"[{listed(names, most=3)}]"
 
 
 def _resource(operation: Any) -> tuple[bytes, bytes]:

@@ -84,7 +84,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         self._recovery_wait_secs = recovery_wait_secs
         self._local_init_run_options = local_init_run_options
         self._local_init_feed_dict = local_init_feed_dict
-        self._restorer = Restorer() if restorer is None else restorer
+        self.restorer = Restorer() if restorer is None else restorer
         self._wait_for_stop = threading.Event().wait if wait_for_stop is None else wait_for_stop
         self._peer_timeout_secs = peer_timeout_secs
         self._on_lost = on_lost
@@ -246,7 +246,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
                 _log.info("the model on %s is initialised: going on with it", master)
                 self._contacted(session)
                 if checkpoint_dir:
-                    self._restorer.go_on(saver)
+                    self.restorer.go_on(saver)
                 return session, True
             self._contacted(session)
             waits.begin_again()
@@ -258,7 +258,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             if not checkpoint_dir:
                 return session, False
             session.recovered = Recovery(None)
-            while (found := self._restorer.restore_newest(session, saver, os.fspath(checkpoint_dir))) is None:
+            while (found := self.restorer.restore_newest(session, saver, os.fspath(checkpoint_dir))) is None:
                 wait_secs = waits.next() if wait_for_checkpoint else None
                 if wait_secs is None:
                     if wait_for_checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from stepguard.testing.engine import FakeEngine, FakeSession, FakeSupervisor, RecordedEvents
+from stepguard.testing.engine import FakeEngine, FakeSession, FakeSupervisor
+from stepguard.testing.events import RecordedEvents
 
 __all__ = ["FakeEngine", "FakeSession", "FakeSupervisor", "RecordedEvents"]

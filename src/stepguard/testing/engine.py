@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,10 +18,13 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
-from stepguard.options import Guarding, Options, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.saving.restoring import restore_newest
+from stepguard.steps.boundary import Boundary
+from stepguard.steps.interrupts import InterruptHold
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import Supervisor
+from stepguard.testing.events import RecordedEvents
 
 ENGINE = "fake"
 _STATE_FILE = "state.json"
@@ -32,22 +34,56 @@ class FakeSession:
     """A model of integers. A step raises each of them by one, slowly enough for a torn snapshot to be seen.
 
     Besides these it has a ``weight``, which steps leave alone, and a ``loss``, which each of them reports: either may
-    be made NaN.
+    be made NaN. Where its steps begin and end is known to a ``stepguard.steps.boundary.Boundary``.
     """
 
     def __init__(self, size: int) -> None:
         self.values = [0] * size
         self.weight = 0.0
         self.loss = 0.0
-        self.returns = 0
-        self.watch: ValueWatch | None = None
         self.step = 0
-        self.boundary = threading.RLock()
+        self.returns = 0
         self.is_open = True
-        self.must_stop: Callable[[], bool] = lambda: False
-        self.due_in = 0
-        self.on_due: Callable[[], int] | None = None
+        self.boundary = Boundary()
+        self.interrupts = InterruptHold(self.boundary)
+        self.watch: ValueWatch | None = None
         self.before_close: Callable[[], None] | None = None
+
+    def run_step(self) -> None:
+        """One training step."""
+        with self.in_step():
+            for index in range(len(self.values)):
+                self.values[index] += 1
+        self.report(self.loss)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A training step: the block. It is counted if it is not left by an error.
+
+        Raises:
+            StopRequested: the run is to stop at this boundary.
+        """
+        self.boundary.enter()
+        try:
+            self.boundary.check_stop()
+        except StopRequested:
+            self.boundary.leave(is_done=False)
+            raise
+        try:
+            yield
+        except BaseException:
+            # Half of the integers may have been raised: this is the state of no step.
+            self.boundary.leave_torn()
+            raise
+        self.step += 1
+        self.boundary.leave()
+        # Ctrl-C that came during the step.
+        self.interrupts.raise_if_held()
+
+    def report(self, loss: float) -> None:
+        """A number that the program has computed; between two steps."""
+        if self.watch is not None and self.watch.look({"loss": loss}):
+            self.watch.settle()
 
     def close(self) -> None:
         """End the session."""
@@ -55,24 +91,7 @@ class FakeSession:
         if before_close is not None:
             before_close()
         self.is_open = False
-
-    def run_step(self) -> None:
-        """One training step."""
-        with self.boundary:
-            if self.must_stop():
-                raise StopRequested
-            self.step += 1
-            for index in range(len(self.values)):
-                self.values[index] += 1
-        self.due_in -= 1
-        if self.on_due is not None and self.due_in <= 0:
-            self.due_in = self.on_due()
-        self.report(self.loss)
-
-    def report(self, loss: float) -> None:
-        """A number that the program has computed; between two steps."""
-        if self.watch is not None and self.watch.look({"loss": loss}):
-            self.watch.settle()
+        self.interrupts.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +109,6 @@ class FakeSnapshot:
         return 8 * len(self.values)
 
 
-class RecordedEvents:
-    """An event log that keeps what it was told, as tuples in the order in which it came."""
-
-    def __init__(self) -> None:
-        self.records: list[tuple[Any, ...]] = []
-        self.is_open = True
-
-    def started(self, step: int) -> None:
-        """The record of a start."""
-        self.records.append(("started", step))
-
-    def checkpointed(self, step: int | None, path: str) -> None:
-        """The record of a checkpoint."""
-        self.records.append(("checkpointed", step, path))
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of a curve; the value itself depends on time and is left out."""
-        self.records.append(("scalar", tag, step))
-
-    def stopped(self) -> None:
-        """The record of a stop."""
-        self.records.append(("stopped",))
-
-    def close(self) -> None:
-        """Close the log."""
-        self.is_open = False
-
-    def reopen(self) -> None:
-        """Open the log again."""
-        self.is_open = True
-
-
 class FakeEngine:
     """The engine of :class:`FakeSession`. ``fail_writes`` holds errors that the next writes raise, one each."""
 
@@ -131,6 +118,7 @@ class FakeEngine:
 
     def __init__(self, store: CheckpointStore | None = None, *, size: int = 64) -> None:
         self.store = store
+        self.restoring = Restoring()
         self.size = size
         self.fail_writes: list[BaseException] = []
         self.fail_prepare: BaseException | None = None
@@ -144,19 +132,18 @@ class FakeEngine:
         session = FakeSession(self.size)
         if self.store is None:
             return Prepared(session)
-        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session)))
+        return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session), self.restoring))
 
-    def restore(self, session: FakeSession, checkpoint: Checkpoint) -> None:
-        """Take over the integers of a checkpoint."""
-        self._read(session, checkpoint.path)
-
-    def _read(self, session: FakeSession, path: Path) -> None:
+    def restore(self, session: FakeSession, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Take over the integers of a checkpoint; there are no random states and no data that would go on."""
+        path = checkpoint.path
         state = json.loads((path / _STATE_FILE).read_text())
         if len(state["values"]) != self.size:
             raise CheckpointMismatchError(
                 f"{path}: expected {self.size} values, found {len(state['values'])}", path=path
             )
         session.step, session.values, session.weight = state["step"], state["values"], state.get("weight", 0.0)
+        session.returns += in_run
 
     def step(self, session: FakeSession) -> int:
         """The steps done."""
@@ -170,8 +157,9 @@ class FakeEngine:
         """Nobody knows."""
 
     def watch(self, session: FakeSession, before_close: Callable[[], None]) -> None:
-        """The session's own lock marks its steps already."""
+        """The session marks its steps already; from now on Ctrl-C waits for the end of one."""
         session.before_close = before_close
+        session.interrupts.start()
 
     def watch_values(self, session: FakeSession, watch: ValueWatch) -> None:
         """The session reports its loss."""
@@ -179,13 +167,11 @@ class FakeEngine:
 
     def stop_at_boundary(self, session: FakeSession, main_thread_was_told: Callable[[], bool]) -> None:
         """The next step raises."""
-        session.must_stop = lambda: (
-            not (threading.current_thread() is threading.main_thread() and main_thread_was_told())
-        )
+        session.boundary.stop(main_thread_was_told)
 
     def call_after_steps(self, session: FakeSession, steps: int, callback: Callable[[], int]) -> None:
-        """Count steps down in the session."""
-        session.due_in, session.on_due = steps, callback
+        """The boundary counts the steps."""
+        session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: FakeSession) -> object:
         """Each step changes the state, and so does each return."""
@@ -194,14 +180,8 @@ class FakeEngine:
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
-        """Hold the session's lock."""
-
-        @contextmanager
-        def hold() -> Iterator[None]:
-            with session.boundary:
-                yield
-
-        return hold()
+        """Hold the boundary."""
+        return session.boundary.hold(what, patience_secs)
 
     def snapshot(self, session: FakeSession) -> FakeSnapshot:
         """Copy the integers."""
@@ -210,11 +190,6 @@ class FakeEngine:
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The weight alone can be."""
         return () if math.isfinite(snapshot.weight) else ("weight",)
-
-    def return_to(self, session: FakeSession, path: Path) -> None:
-        """Take over the integers of a checkpoint, as at a start."""
-        self._read(session, path)
-        session.returns += 1
 
     def checkpoint_name(self, step: int | None) -> str:
         """The store's basename and the step."""
@@ -264,6 +239,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
         stopping: Stopping | None = None,
         watching: Watching | None = None,
         guarding: Guarding | None = None,
+        restoring: Restoring | None = None,
     ) -> None:
         options = Options.of(
             save_summaries_secs=save_summaries_secs,
@@ -273,6 +249,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             stopping=stopping,
             watching=watching,
             guarding=guarding,
+            restoring=restoring,
         )
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
         store = None
@@ -286,7 +263,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             )
         options.check_return(commits=store is not None and is_chief)
         self.engine = FakeEngine(size=size) if engine is None else engine
-        self.engine.store = store
+        self.engine.store, self.engine.restoring = store, options.restoring
         self.events = RecordedEvents()
         super().__init__(
             self.engine,

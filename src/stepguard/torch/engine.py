@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +15,15 @@ import torch
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
+from stepguard.options import Restoring
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.gate import Gate
 from stepguard.steps.rendezvous import Rendezvous, announce, announced
-from stepguard.store import Recovery
-from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
+from stepguard.store import Checkpoint, Recovery
+from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, write_file
+from stepguard.torch.checkpoint.first_weights import take_first_weights
 from stepguard.torch.checkpoint.program import Program
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.distributed.joint_write import write_all
@@ -43,6 +46,7 @@ class TorchEngine:
         program: Program,
         *,
         root: Path | None,
+        restoring: Restoring,
         restorer: Restorer | None,
         events: TorchEvents | None,
         basename: str,
@@ -55,6 +59,7 @@ class TorchEngine:
         self._program = program
         self._components = program.components
         self._root = root
+        self._restoring = restoring
         self._restorer = restorer
         self._events = events
         self._basename = basename
@@ -83,9 +88,9 @@ class TorchEngine:
         gate = None if self._shared is None else Gate()
         session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
-        recovered, is_restored = self._restore(session)
-        if not is_restored and self._init_fn is not None:
-            self._init_fn()
+        recovered, is_restored = self._go_on(session)
+        if not is_restored:
+            self._initialise()
         if self._shared is not None and gate is not None:
             self._meet_peers(session, self._shared, gate)
             self._is_met = meets_every is not None
@@ -94,11 +99,29 @@ class TorchEngine:
         session.hold_interrupts()
         return Prepared(session, recovered)
 
-    def _restore(self, session: Session) -> tuple[Recovery | None, bool]:
+    def _initialise(self) -> None:
+        if self._init_fn is not None:
+            self._init_fn()
+        take_first_weights(self._program, self._restoring)
+
+    def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Load the state into the objects of the program."""
+        if self._restorer is None:
+            raise AssertionError("a session without a logdir has no checkpoint to restore")
+        if not in_run:
+            self._restorer.load(checkpoint.path, session)
+            return
+        _synchronize()
+        self._restorer.return_to(checkpoint.path, session)
+        # The training runs on streams of its own threads.
+        _synchronize()
+
+    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """What the search of this process has found, and whether the session was restored: also by the chief's word."""
         recovered = None
         if self._shared is None or self._rank == 0:
-            recovered = None if self._restorer is None else self._restorer.restore_newest(session)
+            restore = functools.partial(self.restore, session)
+            recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
             good = None if recovered is None else recovered.checkpoint
             name = None if good is None else good.name
             if self._shared is not None:
@@ -214,15 +237,6 @@ class TorchEngine:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
         snapshot.copies.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
-
-    def return_to(self, session: Session, path: Path) -> None:
-        """Load the state into the objects of the program."""
-        if self._restorer is None:
-            raise AssertionError("a session without a logdir has no checkpoint to return to")
-        _synchronize()
-        self._restorer.return_to(path, session)
-        # The training runs on streams of its own threads.
-        _synchronize()
 
     def checkpoint_name(self, step: int | None) -> str:
         """``model.ckpt-1200``."""

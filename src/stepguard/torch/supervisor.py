@@ -15,8 +15,9 @@ from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Wa
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
+from stepguard.torch.checkpoint.files import ENGINE
 from stepguard.torch.checkpoint.program import Program
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.state import components
 from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
@@ -140,6 +141,7 @@ class Supervisor(CoreSupervisor[Session]):
         self._torch = TorchEngine(
             program,
             root=None if found is None else found.root,
+            restoring=options.restoring,
             restorer=restorer,
             events=events,
             basename=basename,

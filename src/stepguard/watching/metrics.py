@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.part import Part
 
 
 @dataclass(slots=True)
@@ -24,7 +25,7 @@ class Totals:
     stall_secs: float = 0.0
 
 
-class MetricsServer:
+class MetricsServer(Part):
     """Serves ``/metrics`` on ``host:port``; port 0 takes a free one. A daemon thread of ``prometheus_client`` answers.
 
     Raises:
@@ -52,7 +53,12 @@ class MetricsServer:
             ) from error
         _servers.add(self)
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+        self.url = now.metrics_url = f"http://{shown}:{self._server.server_port}/metrics"
+        self._now = now
+
+    def leave(self) -> None:
+        """Nobody is to look for it any more."""
+        self._now.metrics_url = None
 
     def close(self) -> None:
         """Serve no longer."""

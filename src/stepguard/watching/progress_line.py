@@ -9,11 +9,13 @@ import time
 from typing import Any
 
 from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.part import Part
+from stepguard.words import duration
 
 _log = logging.getLogger(__name__)
 
 
-class ProgressLine:
+class ProgressLine(Part):
     """A line at the bottom of the terminal of standard error; what the program prints appears above it. One thread."""
 
     def __init__(self, now: Heartbeat) -> None:
@@ -23,7 +25,7 @@ class ProgressLine:
         self._has_gone = False
         self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def show(self) -> None:
+    def look(self) -> None:
         """Draw the line anew, if standard error is a terminal. Nothing any more once the terminal has gone away."""
         if self._has_gone:
             return
@@ -49,11 +51,11 @@ class ProgressLine:
         )
         self._progress.refresh()
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Leave the line as it is now, and the terminal to the program."""
         if self._progress is None:
             return
-        self.show()
+        self.look()
         self._give_back()
 
     def _give_back(self) -> None:
@@ -98,17 +100,6 @@ class ProgressLine:
                 self._led_above.append((handler, terminal))
 
 
-def duration(secs: float) -> str:
-    """``42 s``, ``3 min``, ``2 h 05 min``, ``3 d 4 h``."""
-    if secs < 100:
-        return f"{secs:.0f} s"
-    minutes = round(secs / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 def _rate(steps_per_sec: float | None) -> str:
     if not steps_per_sec:
         return "-/s"
@@ -118,10 +109,10 @@ def _rate(steps_per_sec: float | None) -> str:
 def _left(now: Heartbeat) -> str:
     if now.total_steps is None or now.step is None or not now.steps_per_sec:
         return ""
-    return f", {duration(max(0, now.total_steps - now.step) / now.steps_per_sec)} left"
+    return f", {duration((now.total_steps - now.step) / now.steps_per_sec)} left"
 
 
 def _saved(checkpoint: dict[str, Any] | None) -> str:
     if checkpoint is None:
         return ", nothing saved"
-    return f", saved {checkpoint['step']} {duration(max(0.0, time.time() - checkpoint['time']))} ago"
+    return f", saved {checkpoint['step']} {duration(time.time() - checkpoint['time'])} ago"

@@ -12,6 +12,7 @@ from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.logdir.contents import Survey, Surveyed, survey
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.words import duration
 
 _COLUMNS = (
     Column(" "),
@@ -96,7 +97,7 @@ def _row(one: Surveyed, now: float) -> tuple[str, ...]:
     return (
         ">" if one.is_next else " ",
         "-" if checkpoint.step is None else str(checkpoint.step),
-        output.duration(now - checkpoint.time),
+        duration(now - checkpoint.time),
         output.size(one.size),
         output.printable(one.engine),
         one.state,

@@ -12,6 +12,7 @@ from stepguard.cli.launcher.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.launcher.restarts import Restarts
 from stepguard.cli.text import output
 from stepguard.watching.history import History
+from stepguard.words import duration
 
 
 @click.command(
@@ -100,6 +101,6 @@ def _say(line: str) -> None:
 
 def _summary(exit_code: int, restarts: int, secs: float, histories: list[tuple[Path, History]]) -> str:
     ending = "ended well" if exit_code == 0 else f"ended with exit code {exit_code}"
-    lines = [f"{ending} after {output.duration(secs)}, {output.counted(restarts, 'restart')}"]
+    lines = [f"{ending} after {duration(secs)}, {output.counted(restarts, 'restart')}"]
     lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
     return "\n  ".join(lines)

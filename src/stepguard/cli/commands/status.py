@@ -18,6 +18,7 @@ from stepguard.cli.logdir.contents import GOOD, Surveyed
 from stepguard.cli.logdir.run_state import Launcher, Process, Situation, document, look
 from stepguard.cli.text import output
 from stepguard.watching.history import CHIEF
+from stepguard.words import duration
 
 _LOOK_SECS = 1.0
 # A look at a large logdir on a slow disk must not keep that disk busy.
@@ -170,10 +171,8 @@ def _process_lines(one: Process, found: Situation) -> list[_Line]:
     colour = "green" if one.is_well else _COLOURS[one.state] if one.state != "stopped" and not one.hangs else "red"
     lines: list[_Line] = [(output.printable(beat.role), _headline(one), colour)]
     where = f"pid {beat.pid} on {output.printable(beat.host)}, {output.printable(beat.engine)}"
-    started = output.duration(found.now - beat.started)
-    lines.append(
-        ("  process", f"{where}; started {started} ago, last sign of life {output.duration(one.age_secs)} ago", None)
-    )
+    started = duration(found.now - beat.started)
+    lines.append(("  process", f"{where}; started {started} ago, last sign of life {duration(one.age_secs)} ago", None))
     if one.is_from_ledger:
         lines.append(("  heartbeat", "none: this is what the ledger tells", "yellow"))
     lines.append(("  step", _progress(one), None))
@@ -193,7 +192,7 @@ def _process_lines(one: Process, found: Situation) -> list[_Line]:
 
 
 def _left_behind(one: Process) -> list[_Line]:
-    text = f"{one.state}, of a start before this one, last sign of life {output.duration(one.age_secs)} ago"
+    text = f"{one.state}, of a start before this one, last sign of life {duration(one.age_secs)} ago"
     return [(output.printable(one.beat.role), text, "bright_black")]
 
 
@@ -226,11 +225,11 @@ def _headline(one: Process) -> str:
     beat = one.beat
     if one.hangs:
         secs = one.age_secs + beat.time - (beat.boundary_time or beat.started)
-        return f"alive, and hangs: no step for {output.duration(secs)}"
+        return f"alive, and hangs: no step for {duration(secs)}"
     if one.state == "stopped":
         return f"stopped: {output.printable(beat.reason or 'unknown')}"
     if one.state == "silent":
-        return f"silent for {output.duration(one.age_secs)}, {output.printable(beat.phase)}"
+        return f"silent for {duration(one.age_secs)}, {output.printable(beat.phase)}"
     return f"{one.state}, {output.printable(beat.phase)}"
 
 
@@ -240,7 +239,7 @@ def _progress(one: Process) -> str:
         rate = one.beat.steps_per_sec
         parts.append(f"{rate:,.0f} steps/s" if rate >= 100 else f"{rate:.3g} steps/s")
     if one.secs_left is not None:
-        parts.append(f"{output.duration(one.secs_left)} left")
+        parts.append(f"{duration(one.secs_left)} left")
     return ", ".join(parts)
 
 
@@ -257,7 +256,7 @@ def _checkpoint(one: Surveyed | None, now: float) -> str:
     if one is None:
         return "none"
     step = "" if one.checkpoint.step is None else f"step {one.checkpoint.step:,}, "
-    age = f"{output.duration(now - one.checkpoint.time)} old, {output.size(one.size)}"
+    age = f"{duration(now - one.checkpoint.time)} old, {output.size(one.size)}"
     state = one.state if one.state == GOOD else f"{one.state} ({output.printable('; '.join(one.reasons))})"
     return f"{output.printable(one.checkpoint.name)}, {step}{age}: {state}"
 
@@ -265,7 +264,7 @@ def _checkpoint(one: Surveyed | None, now: float) -> str:
 def _launcher_text(one: Launcher, now: float) -> str:
     where = f"pid {one.pid} on {output.printable(str(one.host))}"
     if one.state == "waiting" and one.next_start is not None:
-        return f"{where}: starts it again in {output.duration(one.next_start - now)}"
+        return f"{where}: starts it again in {duration(one.next_start - now)}"
     if one.state == "gave up":
         return f"gave up, {output.printable(str(one.reason))}: {output.printable(str(one.failure))}"
     return f"{where}: starts it again after a crash" if one.state == "running" else f"{where}: {one.state}"

@@ -19,6 +19,7 @@ from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
 from stepguard.watching import heartbeat, launcher_link
 from stepguard.watching.history import History
+from stepguard.words import duration
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
@@ -251,7 +252,7 @@ class Launcher:
         self._runs.tell("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
         progress = "with" if ended.has_progressed else "without"
         self._say(
-            f"ended after {output.duration(ended.secs)}, {progress} progress: {ended.failure}; "
+            f"ended after {duration(ended.secs)}, {progress} progress: {ended.failure}; "
             f"restart {restart.number} in {restart.delay_secs:.1f} s"
         )
         deadline = time.monotonic() + restart.delay_secs

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from stepguard.watching.history import History
+from stepguard.words import duration
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -27,15 +28,6 @@ def print_json(document: Mapping[str, Any]) -> None:
 def printable(text: str) -> str:
     """``text`` on one line: control characters, and bytes that are no UTF-8, are shown as escapes."""
     return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
-def duration(seconds: float) -> str:
-    """A span of time in its largest whole unit: ``"45 s"``, ``"12 min"``, ``"3 h"``, ``"9 d"``."""
-    seconds = max(0.0, seconds)
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{int(seconds // unit)} {name}"
-    return f"{int(seconds // 86400)} d"
 
 
 def size(count: int) -> str:

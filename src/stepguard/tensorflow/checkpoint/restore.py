@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
 from stepguard.store.checkpoint import split_name
@@ -39,9 +40,9 @@ class Restorer:
     ``store`` is the supervisor's own: damaged checkpoints are moved out of its way. Without one nothing is moved.
     """
 
-    def __init__(self, store: CheckpointStore | None = None, *, start_over_when_all_damaged: bool = False) -> None:
+    def __init__(self, store: CheckpointStore | None = None, options: Restoring | None = None) -> None:
         self._store = store
-        self._start_over_when_all_damaged = start_over_when_all_damaged
+        self._options = Restoring() if options is None else options
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> Recovery | None:
         """Restore the newest good checkpoint; ``None`` when there is none to restore.
@@ -50,7 +51,7 @@ class Restorer:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
-        start = _Start(session, saver, directory, self._store, self._start_over_when_all_damaged)
+        start = _Start(session, saver, directory, self._store, self._options)
         for search in SEARCHES:
             recovered = search(start)
             if recovered is not None:
@@ -111,7 +112,7 @@ class _Start:
     saver: Any
     directory: str
     store: CheckpointStore | None
-    starts_over: bool
+    options: Restoring
 
     @property
     def is_remote(self) -> bool:
@@ -203,7 +204,7 @@ def _refuse_old_format(start: _Start, named: Checkpoint, damage: CheckpointCorru
         f"move it and the file {statefile.FILE_NAME!r} away",
         path=named.path,
     )
-    if start.store is None or not start.starts_over:
+    if start.store is None or not start.options.start_over_when_all_damaged:
         raise refused from damage
     restoring.start_over(start.store, refused)
 
@@ -238,8 +239,8 @@ def _own(start: _Start) -> Recovery | None:
     found = restoring.restore_newest(
         own,
         start.restore,
+        start.options,
         step_held=start.step_held,
-        start_over_when_all_damaged=start.starts_over,
         # A saver of the program's own is asked with the state file's path.
         refuses_missing=start.has_known_saver,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepguard.errors import add_note
+from stepguard.options import check_count, check_seconds
 from stepguard.tensorflow.cluster.tasks import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
 
 _log = logging.getLogger(__name__)
@@ -80,15 +81,10 @@ def retry_on_lost_peer(
 
 
 def _check(max_losses: Any, first_wait_secs: float, longest_wait_secs: float, good_after_secs: float) -> None:
-    if max_losses is not None and max_losses < 0:
-        raise ValueError(f"max_losses: expected a number >= 0, or None, found {max_losses}")
-    for name, secs in (
-        ("first_wait_secs", first_wait_secs),
-        ("longest_wait_secs", longest_wait_secs),
-        ("good_after_secs", good_after_secs),
-    ):
-        if not secs >= 0:
-            raise ValueError(f"{name}: expected a number of seconds >= 0, found {secs}")
+    check_count("max_losses", max_losses, or_none=True)
+    check_seconds("first_wait_secs", first_wait_secs)
+    check_seconds("longest_wait_secs", longest_wait_secs)
+    check_seconds("good_after_secs", good_after_secs)
 
 
 def _one_line(error: BaseException) -> str:

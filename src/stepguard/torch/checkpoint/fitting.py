@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.options import Restoring
-from stepguard.saving.mismatch import Mismatch, named
+from stepguard.saving.mismatch import Mismatch
 from stepguard.torch.checkpoint import hyperparameters, optimizers
 from stepguard.torch.checkpoint.hyperparameters import Difference
 from stepguard.torch.checkpoint.mismatch import casts, mismatch, mismatch_error
@@ -27,6 +27,7 @@ from stepguard.torch.checkpoint.optimizers import Placement
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.state import Component
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
@@ -110,17 +111,17 @@ class Fitting:
     def report(self, path: Path) -> None:
         """Say in one warning each what was not restored, and what the program sets and the checkpoint has not."""
         if self.left or self.dropped:
-            parts = [f"restored are {named([one.name for one in self.parts])}"] if self.parts else []
+            parts = [f"restored are {listed([one.name for one in self.parts])}"] if self.parts else []
             if self.left:
-                parts.append(f"as the program has made them begin {named(self.left)}")
+                parts.append(f"as the program has made them begin {listed(self.left)}")
             if self.dropped:
-                parts.append(f"not taken from the checkpoint are {named(self.dropped)}")
+                parts.append(f"not taken from the checkpoint are {listed(self.dropped)}")
             _log.warning("%s is restored in part, and so the run is another one: %s", path, "; ".join(parts))
         if self.casts:
             _log.warning(
                 "%s holds tensors of another type than the program, and they were cast, so the run is another one: %s",
                 path,
-                named(self.casts),
+                listed(self.casts),
             )
         self._report_differences(path)
 
@@ -136,7 +137,7 @@ class Fitting:
                 _log.warning(
                     "the program sets a learning rate or another hyperparameter differently from %s: %s: %s",
                     path,
-                    named(found),
+                    listed(found),
                     outcome,
                 )
 
@@ -224,7 +225,7 @@ def _unfreeze(fitting: Fitting) -> None:
     frozen = fitting.notes["frozen"]
     changed = [name for name, one in program.parameters().items() if one.requires_grad == (name in frozen)]
     if changed and not any(part.is_replicated for part in fitting.parts):
-        _log.info("trained or not as in the run that was saved: %s", named(changed))
+        _log.info("trained or not as in the run that was saved: %s", listed(changed))
         fitting.frozen = list(frozen)
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.saving.mismatch import Mismatch, named
+from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> Checkpoi
     return CheckpointMismatchError(
         f"{path} does not fit this program: {found}. Nothing was changed. Start the program that wrote it, or use "
         f"another logdir; or restore a part of it with restoring=Restoring(only=..., leave_out=...), or by hand with "
-        f"stepguard.torch.load({str(path)!r}), which has {named(held)}",
+        f"stepguard.torch.load({str(path)!r}), which has {listed(held)}",
         path=path,
         missing=found.missing,
         unexpected=found.unexpected,
@@ -142,7 +143,7 @@ def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
 def _described(state: Any) -> str:
     if not isinstance(state, Mapping):
         return f"a {type(state).__name__}"
-    return f"values named {named([str(key) for key in state])}" if state else "nothing"
+    return f"values named {listed(map(str, state), most=10)}" if state else "nothing"
 
 
 def _compare_shapes(path: str, live: Any, saved: Any, found: Mismatch) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepguard.saving.mismatch import named
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
+from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Program:
                     "%s trains parameters that nothing in the state holds, so that a restart loses what they have "
                     "learned: %s; add the module that has them to the state",
                     one.name,
-                    named(strangers),
+                    listed(strangers),
                 )
 
     def _addresses(self) -> Iterator[tuple[torch.device, int]]:

@@ -20,9 +20,6 @@ from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
 
-ENGINE = "torch"
-"""What the manifests of this engine's checkpoints name."""
-
 
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
@@ -32,18 +29,14 @@ class Restorer:
         self._program = program
         self._options = options
 
-    def restore_newest(self, session: Session) -> Recovery:
-        """Restore the newest good checkpoint; what was found has none when there is none at all.
+    def restore_newest(self, restore: restoring.Restore) -> Recovery:
+        """Have the newest good checkpoint restored; what was found has none when there is none at all.
 
         Raises:
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
-        return restoring.restore_newest(
-            self._store,
-            lambda checkpoint: self._load(checkpoint.path, session, 0),
-            start_over_when_all_damaged=self._options.start_over_when_all_damaged,
-        )
+        return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
         """Restore the checkpoint that the chief has verified and restored.
@@ -57,7 +50,7 @@ class Restorer:
             raise FileNotFoundError(
                 f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
             )
-        self._load(path, session, rank)
+        self.load(path, session, rank)
 
     def return_to(self, path: Path, session: Session) -> None:
         """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
@@ -73,7 +66,12 @@ class Restorer:
                 part.forget_gradients()
         session.global_step = process["global_step"]
 
-    def _load(self, path: Path, session: Session, rank: int) -> None:
+    def load(self, path: Path, session: Session, rank: int = 0) -> None:
+        """Load what the process of that ``rank`` needs to go on from the checkpoint at ``path``.
+
+        Raises:
+            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+        """
         process, files, is_of_rank = _files(path, rank)
         # Rank 0 has just verified these files, and with that read them.
         fitting, states = self._fitting(path, files, process, self._options, mapped=rank == 0)

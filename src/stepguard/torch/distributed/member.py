@@ -19,6 +19,7 @@ from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_fin
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import write_mine
 from stepguard.torch.session import Session
+from stepguard.words import listed
 
 
 class TorchMember(SessionMember):
@@ -82,4 +83,4 @@ def _check_finite(states: Mapping[str, Any]) -> None:
     """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
     names = [place for name, state in states.items() for place in non_finite(name, state)]
     if names:
-        raise NonFiniteError(f"the state to be saved is not finite: {', '.join(names[:5])}", step=None, names=names)
+        raise NonFiniteError(f"the state to be saved is not finite: {listed(names)}", step=None, names=names)

@@ -1,0 +1,158 @@
+"""What subclasses of TensorFlow's Supervisor override and use by its private names.
+
+Many public programs derive a class from it. Its constructor settles each part by a method that such a class may
+override (``_init_saver``, ``_verify_setup`` ...), and keeps each in an attribute (``_saver``, ``_summary_writer`` ...)
+that such a class reads, or sets before its first session. All of them are here, under the same names: the constructor
+calls the methods, and what a session works with is taken from the attributes when it is prepared.
+
+What cannot be had is an error when the class, or its object, is made: a name that Stepguard needs for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from stepguard.tensorflow import arguments, defaults
+from stepguard.tensorflow.coordinator import Coordinator
+from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
+
+_log = logging.getLogger(__name__)
+_v1 = tf.compat.v1
+
+_PARTS = (
+    "_graph",
+    "_meta_graph_def",
+    "ready_op",
+    "ready_for_local_init_op",
+    "init_op",
+    "_init_feed_dict",
+    "_local_init_op",
+    "_init_fn",
+    "saver",
+    "summary_op",
+    "global_step",
+    "session_manager",
+    "_logdir",
+    "save_path",
+    "summary_writer",
+    "save_summaries_secs",
+    "save_model_secs",
+    "_stop_grace_secs",
+)
+"""What a session depends on, by the name under which TensorFlow's class reads it then."""
+
+
+class Subclassable:
+    """The methods by which the parts of a Supervisor are settled; each leaves its result in attributes.
+
+    They are called by the constructor, in this order, and ``_write_graph`` when the chief has prepared a session.
+    """
+
+    _graph: Any
+    _is_chief: bool
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        base = next(one for one in cls.__mro__ if one.__module__.startswith("stepguard."))
+        taken = sorted(name for name in vars(cls) if cls is not base and _is_private(name) and hasattr(base, name))
+        refuse_names(cls, [name for name in taken if name not in OVERRIDABLE])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_coord" and not isinstance(value, Coordinator):
+            raise TypeError(
+                f"{type(self).__name__}: _coord: expected a stepguard.tensorflow.Coordinator, found "
+                f"{type(value).__name__}: the services and sessions need more of it than TensorFlow's does"
+            )
+        super().__setattr__(name, value)
+
+    def _init_ready_op(self, ready_op: Any = USE_DEFAULT, ready_for_local_init_op: Any = USE_DEFAULT) -> None:
+        keys = _v1.GraphKeys
+        self._ready_op = self._or_default(ready_op, keys.READY_OP, _v1.report_uninitialized_variables)
+        self._ready_for_local_init_op = self._or_default(
+            ready_for_local_init_op, keys.READY_FOR_LOCAL_INIT_OP, lambda: None
+        )
+
+    def _init_init_op(self, init_op: Any = USE_DEFAULT, init_feed_dict: Any = None) -> None:
+        self._init_op = self._or_default(init_op, _v1.GraphKeys.INIT_OP, _v1.global_variables_initializer)
+        self._init_feed_dict = init_feed_dict
+
+    def _init_local_init_op(self, local_init_op: Any = USE_DEFAULT) -> None:
+        self._local_init_op = self._or_default(local_init_op, _v1.GraphKeys.LOCAL_INIT_OP, defaults.local_init)
+
+    def _init_saver(self, saver: Any = USE_DEFAULT) -> None:
+        self._saver = self._or_default(saver, _v1.GraphKeys.SAVERS, defaults.saver_of_all_variables)
+
+    def _init_summary_op(self, summary_op: Any = USE_DEFAULT) -> None:
+        self._summary_op = self._or_default(summary_op, _v1.GraphKeys.SUMMARY_OP, _v1.summary.merge_all)
+
+    def _init_global_step(self, global_step: Any = USE_DEFAULT) -> None:
+        self._global_step = self._or_default(global_step, _v1.GraphKeys.GLOBAL_STEP, self._default_global_step_tensor)
+
+    def _verify_setup(self) -> None:
+        if not self._is_chief:
+            arguments.check_devices(self._graph)
+
+    def _default_global_step_tensor(self) -> Any:
+        return defaults.named_global_step()
+
+    def _get_first_op_from_collection(self, key: str) -> Any:
+        found = _v1.get_collection(key)
+        if len(found) > 1:
+            _log.info("the collection %s holds %d items; the first is used", key, len(found))
+        return found[0] if found else None
+
+    def _or_default(self, given: Any, collection: str, build: Callable[[], Any]) -> Any:
+        if not is_default(given):
+            return given
+        found = self._get_first_op_from_collection(collection)
+        if found is None:
+            found = build()
+            if found is not None:
+                _v1.add_to_collection(collection, found)
+        return found
+
+    def _parts(self) -> dict[str, Any]:
+        """What the attributes, and the properties that a subclass may override, hold now."""
+        return {name.removeprefix("_"): self._part(name) for name in _PARTS}
+
+    def _part(self, name: str) -> Any:
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            # A property that a subclass derives from attributes of its own, which it sets later.
+            return getattr(self, f"_{name}")
+
+
+OVERRIDABLE = frozenset(
+    {
+        *(name for name in vars(Subclassable) if name.startswith(("_init_", "_default", "_get", "_verify"))),
+        "_init_session_manager",
+        "_write_graph",
+    }
+)
+
+
+def is_same(parts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two sets of parts are the same objects; tensors overload ``==``."""
+    return all(parts[name] is others[name] for name in parts)
+
+
+def refuse_names(cls: type, names: list[str]) -> None:
+    """Say that a subclass uses names that are Stepguard's own.
+
+    Raises:
+        TypeError: there are any.
+    """
+    if names:
+        raise TypeError(
+            f"{cls.__name__}: {', '.join(names)}: a Supervisor of Stepguard needs this name for itself, and cannot do "
+            f"with another meaning; give the attribute or method of your class another name"
+        )
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")

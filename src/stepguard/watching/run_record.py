@@ -1,0 +1,193 @@
+"""What is known of one process of a run, and the lines that it adds to the ledger."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepguard import __version__
+from stepguard.errors import described
+from stepguard.store import Recovery
+from stepguard.watching import heartbeat, history, launcher_link, ledger
+from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.ledger import Ledger
+from stepguard.watching.metrics import Totals
+
+_log = logging.getLogger(__name__)
+
+_WARNINGS_KEPT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where a process of a run leaves its ledger and its heartbeat; ``logdir`` is ``None`` where there is no place."""
+
+    logdir: Path | None
+    is_chief: bool
+
+    def make(self) -> None:
+        """Make the directory of the heartbeats, if this is the chief."""
+        if self.logdir is None or not self.is_chief:
+            return
+        try:
+            heartbeat.prepare(self.logdir)
+        except OSError as error:
+            # The first checkpoint will say the same, and try again.
+            _log.debug("%s: no place for heartbeats: %s", self.logdir, error)
+
+    def is_open(self) -> bool:
+        """Whether this process may write: a worker leaves nothing but beside the heartbeat of its chief."""
+        return self.logdir is not None and (self.is_chief or (self.logdir / heartbeat.DIR_NAME).is_dir())
+
+
+class RunRecord:
+    """What is known of one process of a run from its start on, and its lines in the ledger.
+
+    ``now`` is what its heartbeat says, and ``totals`` what its metrics add up. Any thread.
+    """
+
+    def __init__(self, now: Heartbeat, room: Room) -> None:
+        self.now = now
+        self.totals = Totals()
+        self._room = room
+        self._ledger = None if room.logdir is None else Ledger(room.logdir, role=now.role)
+        # The line of the start, while there is no place for it.
+        self._start: dict[str, Any] | None = None
+        # The last sign of life of the start before this one.
+        self._previous: Heartbeat | None = None
+
+    @property
+    def logdir(self) -> Path | None:
+        """Where its ledger lies, if it has one."""
+        return self._room.logdir
+
+    def begin(self) -> None:
+        """This process begins to prepare a session: read what the run before has left, and add the line of a start."""
+        if self._room.logdir is not None:
+            self._read_the_run_before(self._room.logdir)
+        self.append(
+            "start",
+            # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
+            durable=False,
+            engine=self.now.engine,
+            argv=list(sys.orig_argv),
+            version=__version__,
+            restarts=self.now.restarts,
+            process_start=self.now.process_start,
+            attempt=launcher_link.attempt(),
+        )
+
+    def _read_the_run_before(self, logdir: Path) -> None:
+        """A run never fails for what an earlier one has left to be read here."""
+        now = self.now
+        try:
+            events = ledger.read(logdir)
+            last = heartbeat.read_one(logdir, now.role) or history.last_seen(events, now.role)
+            if self._room.is_chief:
+                heartbeat.forget_the_gone(logdir, now.role)
+        except OSError as error:
+            _log.warning("%s: what the run before says of itself cannot be read: %s", logdir, error)
+            return
+        self._previous = None if last is None else history.completed(last, events)
+        mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
+        now.restarts = history.of([*events, {**mine, "role": now.role}], role=now.role).restarts
+
+    def trains(self, recovery: Recovery | None) -> None:
+        """The session can run. ``recovery`` is what was found to restore; ``None`` in one who looks for nothing."""
+        now, previous = self.now, self._previous
+        checkpoint = None if recovery is None else recovery.checkpoint
+        before = {
+            "previous_step": None if previous is None else previous.step,
+            "previous_time": None if previous is None else previous.time,
+        }
+        if recovery is None and not self._room.is_chief:
+            # A worker takes what its chief has restored.
+            return
+        if recovery is None or checkpoint is None:
+            self.append("fresh", durable=False, step=now.step, **before)
+            return
+        lost = None
+        if previous is not None and previous.step is not None and now.step is not None:
+            lost = max(0, previous.step - now.step)
+        committed_at = checkpoint.time if checkpoint.manifest is None else checkpoint.manifest.time
+        now.last_checkpoint = {
+            "time": committed_at,
+            "name": checkpoint.name,
+            "step": checkpoint.step,
+            "bytes": None if checkpoint.manifest is None else checkpoint.manifest.size,
+            "secs": None,
+            "stall_secs": None,
+        }
+        self.append(
+            "restore",
+            durable=False,
+            step=now.step,
+            checkpoint=checkpoint.name,
+            checkpoint_time=committed_at,
+            **before,
+            lost_steps=lost,
+            damaged=[
+                {"name": one.checkpoint.name, "reason": one.reason, "moved_to": one.moved_to}
+                for one in recovery.damaged
+            ],
+        )
+        # What was damaged has been said already, with what it costs.
+        if lost and not recovery.damaged:
+            _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
+        if recovery.damaged:
+            self.note_warning(recovery.message())
+
+    def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
+        """A checkpoint was committed: its size, how long that took, and how long training waited for the snapshot."""
+        self.totals.checkpoints += 1
+        self.totals.write_secs += secs
+        self.totals.written_bytes += nbytes
+        self.totals.stall_secs += stall_secs
+        fields = {
+            "name": name,
+            "step": step,
+            "bytes": nbytes,
+            "secs": round(secs, 3),
+            "stall_secs": round(stall_secs, 4),
+        }
+        self.now.last_checkpoint = {"time": time.time(), **fields}
+        self.append("checkpoint", **fields)
+
+    def warn(self, message: str) -> None:
+        """Something that the user should know has happened; it was logged already."""
+        self.note_warning(message)
+        self.append("warning", message=message)
+
+    def note_warning(self, message: str) -> None:
+        """A warning for the heartbeat; the ledger has a line of another kind for it."""
+        self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add a line to the ledger, if there is one, and before it the line of the start, if that had to wait."""
+        if self._ledger is None:
+            return
+        if not self._room.is_open():
+            # Not yet: a worker may be there before its chief.
+            if event == "start":
+                self._start = fields
+            return
+        start, self._start = self._start, None
+        if start is not None:
+            self._ledger.append("start", **start)
+        self._ledger.append(event, **fields)
+
+    def stop(self, reason: str, error: BaseException | None) -> None:
+        """The run has stopped."""
+        self.now.phase, self.now.reason = "stopped", reason
+        if error is not None:
+            self.now.error = describe(error)
+        self.append("stop", reason=reason, step=self.now.step, error=self.now.error)
+
+
+def describe(error: BaseException) -> str:
+    """The type and the first line of an error."""
+    return described(error).split("\n", 1)[0][:500]
