@@ -7,7 +7,8 @@ snapshot back to be written, and hands over a checkpoint to be restored. A frame
 **The session** is what the program gets: see :class:`Session` for its four duties.
 
 **The engine** is an object with the methods of :class:`Engine`. What only some frameworks have is a protocol of its
-own: :class:`SharedModel`, :class:`KeepsCheckpoints`. The core looks once, when it is built, whether an engine has it.
+own: :class:`SharedModel`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The core looks once, when it is built,
+whether an engine has it.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:
@@ -124,6 +125,9 @@ class EventLog(Protocol):
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""
+
+    def flush(self) -> None:
+        """Hand what was written so far to the system."""
 
     def stopped(self) -> None:
         """The run has stopped; the last record of this session."""
@@ -284,11 +288,16 @@ class SharedModel(Protocol[_SessionT_contra]):
 
 
 @runtime_checkable
-class KeepsCheckpoints(Protocol):
+class HearsOfCommits(Protocol):
+    """An engine that has something to do once a checkpoint is durable."""
+
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
+        """A checkpoint was committed: path and Unix time of those to keep, oldest first. Writer thread."""
+
+
+@runtime_checkable
+class KeepsCheckpoints(HearsOfCommits, Protocol):
     """An engine whose framework keeps a list of checkpoints of its own, and removes those that drop out of it."""
 
     def kept_checkpoints(self) -> Sequence[str]:
         """The names of the checkpoints on that list, oldest first; empty where there is none. Writer thread."""
-
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """A checkpoint was committed: path and Unix time of those to keep, oldest first. Writer thread."""

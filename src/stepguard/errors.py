@@ -11,7 +11,8 @@
     ├── LogdirInUseError               another live process is the chief of this logdir
     ├── ModelNotReadyError             the model was not fully initialised (also a RuntimeError)
     ├── NoBoundaryError                no step ended in time, so the training state could not be read
-    └── NonFiniteError                 the NaN guard has stopped the run
+    ├── NonFiniteError                 the NaN guard has stopped the run
+    └── PeerLeftError                  another process has left a training that takes all of them
 
     StopRequested                      a SystemExit: leaves a loop at the step boundary after SIGTERM
 
@@ -101,6 +102,14 @@ class NonFiniteError(StepguardError):
 
 class NoBoundaryError(StepguardError):
     """No step boundary came in time, so the training state could not be read without mixing two steps."""
+
+
+class PeerLeftError(StepguardError):
+    """Another process, ``rank``, has left a training that takes all of them, while this one was to go on."""
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class StopRequested(SystemExit):

@@ -107,6 +107,9 @@ class Stopping(_Group):
         stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
         stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
             and an end by that signal; a handler of the program's own is left alone in any case.
+        exit_code: what the program ends with, from 0 to 255, when its run was asked to stop, by SIGTERM, Ctrl-C or
+            ``request_stop``, and has stopped well: for a scheduler that starts it again then. By default a signal ends
+            it as signals do, and after ``request_stop`` it goes on below the block.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -114,9 +117,11 @@ class Stopping(_Group):
 
     stop_grace_secs: float = 120
     stop_on_sigterm: bool = True
+    exit_code: int | None = None
 
     def __post_init__(self) -> None:
         check_seconds("stop_grace_secs", self.stop_grace_secs)
+        check_count("exit_code", self.exit_code, most=255, or_none=True)
         check_switch("stop_on_sigterm", self.stop_on_sigterm)
 
 

@@ -209,9 +209,10 @@ def test_public_methods_that_a_class_overrides_are_called(tmp_path):
 
 @pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")
 class TestNamesThatStepguardNeedsItself:
-    def test_are_refused_when_the_class_is_made(self):
-        with pytest.raises(TypeError, match="Derived: _report: a Supervisor of Stepguard needs"):
-            type("Derived", (OURS.Supervisor,), {"_report": lambda self: None})
+    @pytest.mark.parametrize("name", ["_report", "open_session"])
+    def test_are_refused_when_the_class_is_made(self, name):
+        with pytest.raises(TypeError, match=f"Derived: {name}: a Supervisor of Stepguard needs"):
+            type("Derived", (OURS.Supervisor,), {name: lambda self: None})
 
     def test_are_refused_when_an_object_has_set_one_before_it_is_a_supervisor(self, tmp_path):
         class Derived(OURS.Supervisor):

@@ -517,6 +517,19 @@ def test_one_without_a_manifest_needs_all_its_shards(missing: str, is_emptied: b
     assert (tmp_path / "quarantine" / "model.ckpt-2" / "model.ckpt-2.index").exists()
 
 
+def test_a_newest_that_was_removed_by_hand_is_gone_and_not_damaged(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    for path in tmp_path.glob("model.ckpt-2*"):
+        files.remove(path)
+    message = CheckpointStore(tmp_path, entry_suffix=".index").newest_good().message()
+    assert message == (
+        f"{tmp_path}/model.ckpt-2 is gone (the file 'checkpoint' names it as the newest, and there is no file of it): "
+        f"resuming from {tmp_path}/model.ckpt-1, 1 step earlier"
+    )
+
+
 # What the files without a manifest hold, in place of a step that a framework reads.
 HELD = {"model.ckpt-600": 100, "model.ckpt-100": 100, "model.ckpt-500": 500}
 

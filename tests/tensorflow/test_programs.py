@@ -221,7 +221,9 @@ class TestSaversOfTheProgramsOwn:
                     super().save(*arguments, write_meta_graph=False, **options)
 
         step = counting_step()
-        supervisor = Supervisor(logdir=str(tmp_path), saver=Silent(), save_model_secs=0, saving=Saving(save_at_end=True))
+        supervisor = Supervisor(
+            logdir=str(tmp_path), saver=Silent(), saving=Saving(save_model_secs=0, save_at_end=True)
+        )
         with caplog.at_level(logging.INFO, "stepguard"), supervisor.managed_session() as session:
             for _ in range(2):
                 session.run(step)

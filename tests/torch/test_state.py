@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import random
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ class TestStateThatCannotBeSaved:
             ({"a/b": nn.Linear(1, 1)}, "names of letters"),
             ({"process-0": nn.Linear(1, 1)}, "names of letters"),
             ({"rate": 0.1}, r"state\['rate'\].*Values"),
+            ({"scheduler": None}, r"state\['scheduler'\].*found None: leave 'scheduler' out"),
         ],
     )
     def test_what_is_no_state_at_all_is_refused(self, state, error):
@@ -118,6 +120,13 @@ class TestACheckpointThatDoesNotFit:
 
         assert error.reshaped == {"model.1.weight": ("[4, 3]", "[1, 3]"), "model.1.bias": ("[4]", "[1]")}
         assert "model.1.weight (expected [4, 3], found [1, 3])" in str(error)
+
+    def test_hints_at_a_file_that_is_there(self, tmp_path):
+        self.save(tmp_path)
+        error = self.restore(tmp_path, nn.Linear(1, 1))
+
+        (path,) = re.findall(r"loaded with torch\.load\('(.+)'\)", str(error))
+        assert torch.load(path, weights_only=True)
 
     def test_names_what_was_dense_and_is_sparse(self, tmp_path):
         def build(adjacency):

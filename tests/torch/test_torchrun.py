@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 
 import pytest
-from launch import outcomes, run, run_two, seen, steps_saved, terminate_one, torchrun, torchrun_command
+from launch import outcomes, run, run_two, seen, start_two, steps_saved, terminate_one, torchrun, torchrun_command
 
 from stepguard.watching import ledger
 
@@ -102,3 +103,29 @@ def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
 
     assert not [line for text in errors for line in text.splitlines() if "stopping" in line or "round of" in line]
     assert len({len(seen(tmp_path / "run", rank)) for rank in range(2)}) == 1
+
+
+@pytest.mark.parametrize("leave", ["0:14:exit", "1:14:break"])
+def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
+    logdir = tmp_path / "run"
+    leaver, step, how = leave.split(":")
+    processes = start_two(logdir, "--steps=100000", "--save-steps=5", f"--leave={leave}")
+    left, stays = processes if leaver == "0" else reversed(processes)
+    left.communicate(timeout=200)
+    began = time.monotonic()
+    said = stays.communicate(timeout=200)[1]
+
+    assert time.monotonic() - began < 20  # For the end of the interpreter, on a busy machine.
+    assert left.returncode == (7 if how == "exit" else 0)
+    assert stays.returncode == 1
+    assert f"PeerLeftError: rank {leaver} has left the training after {int(step) + 1} steps of this session" in said
+
+
+@pytest.mark.parametrize("batches", ["12,20", "20,12"])
+def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
+    logdir = tmp_path / "run"
+    run_two(logdir, "--steps=100000", "--save-steps=5", f"--join={batches}")
+
+    counts = [int(count) for count in batches.split(",")]
+    assert [len(seen(logdir, rank)) for rank in range(2)] == counts
+    assert steps_saved(logdir)[0] == counts[0]

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from stepguard.engine import Engine, KeepsCheckpoints
+from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
 from stepguard.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
@@ -17,6 +17,7 @@ class Adoption:
 
     def __init__(self, engine: Engine[Any], store: CheckpointStore) -> None:
         self._saver = engine if isinstance(engine, KeepsCheckpoints) else None
+        self._hearer = engine if isinstance(engine, HearsOfCommits) else None
         self._store = store
 
     def adopt(self) -> None:
@@ -27,9 +28,9 @@ class Adoption:
             self._store.adopt([found[name] for name in kept if name in found])
 
     def tell(self) -> None:
-        """Tell the framework which checkpoints there are, after a commit of the store's."""
-        if self._saver is not None:
-            self._saver.committed([(str(one.path), one.time) for one in self._store.owned])
+        """Tell the engine which checkpoints there are, after a commit of the store's."""
+        if self._hearer is not None:
+            self._hearer.committed([(str(one.path), one.time) for one in self._store.owned])
 
     def commit(self, written: str) -> None:
         """Commit the checkpoint that the framework has just written to ``written``, if that lies in the store."""

@@ -93,16 +93,17 @@ class NanGuard:
         self._is_over = False
         self._engine.watch_values(session, self)
 
-    def end(self, *, was_asked: bool) -> bool:
+    def end(self, *, was_asked: bool, within_secs: float | None = None) -> bool:
         """The training loop is over; ``was_asked`` says whether it was asked to stop. Whether all is well.
 
         A loop that ended by itself while its session was put back has not come to where it wanted to: an error.
+        ``within_secs`` is how long a return that is under way is waited for; ``None``: until it is done.
         """
         with self._lock:
             was_over, self._is_over = self._is_over, True
             returning, self._returning = self._returning, None
         if returning is not None and returning is not threading.current_thread():
-            returning.join()
+            returning.join(within_secs)
         sight, is_stuck = self._sight, False
         if was_over or self._session is None:
             return sight is None

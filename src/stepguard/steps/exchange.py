@@ -1,22 +1,23 @@
 """What the processes tell each other about one try to write one checkpoint, in the threads that write.
 
-The others answer the chief's questions, and the chief deals to each what is for it. Each waits for the other alone, and
-asks meanwhile whether it still can come: so a process that ends in the middle ends the exchange, and the checkpoint.
+The others answer the chief's questions, and the chief deals to each what is for it. Who waits for an answer looks
+meanwhile whether the others still can come: so a process that ends in the middle ends the exchange, and the checkpoint,
+and nobody waits for good. A question is answered also by who has failed, with its error. A kill leaves keys in the
+common store that nobody reads again.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import time
 from collections.abc import Callable, Sequence
 
-from stepguard.errors import CheckpointError, NonFiniteError, described
-from stepguard.steps.common_store import CommonStore
+from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, described
+from stepguard.steps.common_store import CommonStore, awaited
 
-_LOOK_SECS = 0.005
 # In place of the number of an error of the operating system.
 _NON_FINITE = -1
+_NO_BOUNDARY = -2
 
 
 class Exchange:
@@ -30,6 +31,8 @@ class Exchange:
         self._store = store
         self._size = size
         self._check_alive = check_alive
+        # The store is in the memory of one process, for as long as the training lasts.
+        self._said: list[str] = []
 
     @property
     def others(self) -> int:
@@ -43,11 +46,12 @@ class Exchange:
 
         Raises:
             NonFiniteError: the state of one of them is not finite.
+            NoBoundaryError: one of them has not taken its state, and is past the step.
             OSError: one of them could not write.
             CheckpointError: one of them has failed in another way, or will not answer any more.
         """
         # All of them first: who has failed may not be the last that still writes to the directory.
-        answers = [self._await(f"{what}/{rank}") for rank in range(1, self._size)]
+        answers = awaited(self._store, [f"{what}/{rank}" for rank in range(1, self._size)], self._check(what))
         return [_content_of(answer, rank) for rank, answer in enumerate(answers, start=1)]
 
     def deal(self, what: str, content: Sequence[bytes]) -> None:
@@ -65,6 +69,8 @@ class Exchange:
         """Tell the chief why there is no such thing."""
         if isinstance(error, NonFiniteError):
             self._answer(what, [_NON_FINITE, str(error), error.step, error.names])
+        elif isinstance(error, NoBoundaryError):
+            self._answer(what, [_NO_BOUNDARY, str(error)])
         elif isinstance(error, OSError):
             self._answer(what, [error.errno or errno.EIO, described(error)])
         else:
@@ -72,21 +78,26 @@ class Exchange:
 
     def receive(self, what: str) -> bytes:
         """What the chief says to this process."""
-        return self._await(f"{what}/{self.rank}")
+        key = f"{what}/{self.rank}"
+        content = awaited(self._store, [key], self._check(what))[0]
+        self._said.append(key)
+        return content
+
+    def forget(self) -> None:
+        """Nobody asks any more: take away what was said to and by this process."""
+        for key in self._said:
+            self._store.delete(key)
+        self._said.clear()
 
     # --- both ---
 
     def _answer(self, what: str, failure: Sequence[object], content: bytes = b"") -> None:
-        self._store.set(f"{what}/{self.rank}", json.dumps(failure).encode() + b"\n" + content)
+        key = f"{what}/{self.rank}"
+        self._said.append(key)
+        self._store.set(key, json.dumps(failure).encode() + b"\n" + content)
 
-    def _await(self, key: str) -> bytes:
-        while not self._store.check(key):
-            self._check_alive(key)
-            time.sleep(_LOOK_SECS)
-        content = self._store.get(key)
-        # The store is in the memory of one process, for as long as the training lasts.
-        self._store.delete(key)
-        return content
+    def _check(self, what: str) -> Callable[[], None]:
+        return lambda: self._check_alive(what)
 
 
 def _content_of(answer: bytes, rank: int) -> bytes:
@@ -97,5 +108,7 @@ def _content_of(answer: bytes, rank: int) -> bytes:
     if code == _NON_FINITE:
         text, step, names = details
         raise NonFiniteError(f"rank {rank}: {text}", step=step, names=names)
+    if code == _NO_BOUNDARY:
+        raise NoBoundaryError(details[0])
     message = f"rank {rank} could not write its part: {details[0]}"
     raise OSError(code, message) if code else CheckpointError(message)

@@ -12,7 +12,7 @@ from stepguard.engine import ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.feeds import Feed
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.process_state import ProcessState
 
@@ -196,6 +196,10 @@ class Session:
         self._step_is_ending()
         self.is_left = was_left
         self.boundary.leave(calls_due=not was_left)
+        if self._gate is not None:
+            self._gate.done(self.boundary.steps)
+            if was_left:
+                self._gate.end(self.boundary.steps, Loop.LEFT)
         # Raised while a generator is closed, as after `break`, it would reach nobody: the end of the session raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()

@@ -399,9 +399,10 @@ class CheckpointStore:
         those whose names are in ``protect``: they wait for a later call.
         """
         doomed = self._retention.take_doomed({*protect, self._newest_good})
+        files_of = self._layout.grouped() if doomed else {}
         for number, one in enumerate(doomed):
             try:
-                self._take_away(one.name, self._layout.present(one.name))
+                self._take_away(one.name, self._layout.present(one.name, files_of.get(one.name, ())))
             except OSError:
                 self._retention.put_back(doomed[number:])
                 raise

@@ -32,7 +32,17 @@ _v1 = tf.compat.v1
 
 
 # What the core works with as long as the Supervisor lives; a subclass that sets one of them takes it away.
-_CORE = ("_engine", "_events", "_guard", "_observer", "_saving", "_store", "_tensorflow", "_tensorflow_events")
+_CORE = (
+    "_engine",
+    "_events",
+    "_guard",
+    "_observer",
+    "_options",
+    "_saving",
+    "_store",
+    "_tensorflow",
+    "_tensorflow_events",
+)
 
 
 class Supervisor(Subclassable, CoreSupervisor[Any]):
@@ -133,6 +143,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             "max_to_keep",
             "keep_checkpoint_every_n_hours",
             because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
+        )
+        refuse(
+            restoring,
+            *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),
+            because="it is for PyTorch; with TensorFlow the Saver's var_list says what is restored, and init_fn is called "
+            "where nothing was",
         )
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
@@ -254,6 +270,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             save_path=parts["save_path"],
             init_fn=parts["init_fn"],
             store=self._saved_store,
+            not_joined=self._coord.not_joined,
         )
         super().__init__(
             self._tensorflow,

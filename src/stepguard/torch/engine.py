@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -16,18 +17,20 @@ from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
+from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
+from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
-from stepguard.steps.rendezvous import Rendezvous, announce, announced
+from stepguard.steps.worker import Worker
 from stepguard.store import Checkpoint, Recovery
-from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, write_file
+from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
 from stepguard.torch.checkpoint.first_weights import take_first_weights
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
-from stepguard.torch.distributed.joint_write import write_all
-from stepguard.torch.distributed.member import TorchMember, loaded_process_state
+from stepguard.torch.distributed.joint_write import collect_processes, write_all
+from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
@@ -71,10 +74,9 @@ class TorchEngine:
         self.can_return = self._processes == 1
         self._shared = shared_store() if self._processes > 1 else None
         self._sessions = 0
-        self._peers: Rendezvous | None = None
+        self._peers: Chief | Worker | None = None
         self._member: TorchMember | None = None
         self._is_met = False
-        self._peer_states: Mapping[int, Any] = {}
         self._memory = HostMemory()
         self._watch: ValueWatch | None = None
 
@@ -83,19 +85,23 @@ class TorchEngine:
     def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
         """A session that goes on from the newest good checkpoint; without one, from the model as it is.
 
-        Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
+        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
         gate = None if self._shared is None else Gate()
         session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
         self._sessions += 1
-        recovered, is_restored = self._go_on(session)
-        if not is_restored:
-            self._initialise()
         if self._shared is not None and gate is not None:
             self._meet_peers(session, self._shared, gate)
-            self._is_met = meets_every is not None
-            if meets_every is not None and self._rank > 0:
-                gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
+        try:
+            recovered, is_restored = self._go_on(session)
+            if not is_restored:
+                self._initialise()
+        except BaseException:
+            self.close(session)
+            raise
+        self._is_met = meets_every is not None
+        if gate is not None and meets_every is not None and self._rank > 0:
+            gate.meet_every(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
         return Prepared(session, recovered)
 
@@ -118,30 +124,27 @@ class TorchEngine:
 
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """What the search of this process has found, and whether the session was restored: also by the chief's word."""
-        recovered = None
-        if self._shared is None or self._rank == 0:
-            restore = functools.partial(self.restore, session)
-            recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
-            good = None if recovered is None else recovered.checkpoint
-            name = None if good is None else good.name
-            if self._shared is not None:
-                announce(self._shared, self._sessions, name)
-        else:
-            name = announced(self._shared, self._sessions, self._coord.should_stop)
+        if isinstance(self._peers, Worker):
+            name = self._peers.restored()
             if name is not None and self._restorer is not None:
                 self._restorer.restore_named(session, name, self._rank)
-        return recovered, name is not None
+            return None, name is not None
+        restore = functools.partial(self.restore, session)
+        recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
+        good = None if recovered is None else recovered.checkpoint
+        if self._peers is not None:
+            self._peers.restored(None if good is None else good.name)
+        return recovered, good is not None
 
     def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
-        self._member = TorchMember(self._coord, session, self._components, self._memory, self._root)
-        self._peers = Rendezvous(
-            shared.below(f"session/{self._sessions}"),
-            self._rank,
-            self._processes,
-            gate,
-            self._member,
-            grace_secs=self._stop_grace_secs,
-        )
+        store = shared.below(f"session/{self._sessions}")
+        member = TorchMember(self._coord, session, self._components, self._memory, self._root)
+        grace_secs = self._stop_grace_secs
+        if self._rank == 0:
+            self._peers = Chief(store, self._processes, gate, member, grace_secs=grace_secs)
+        else:
+            self._peers = Worker(store, self._rank, self._processes, gate, member, grace_secs=grace_secs)
+        self._member = member
         self._peers.start()
 
     def is_open(self, session: Session) -> bool:
@@ -190,8 +193,8 @@ class TorchEngine:
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
         peers = self._peers
-        if peers is not None and self._is_met:
-            callback = _Passing(peers, callback)
+        if isinstance(peers, Chief) and self._is_met:
+            callback = functools.partial(peers.at_known_step, callback)
         elif peers is not None:
             # It meets the others, and they may need the next step of this process to come there.
             callback = _InBackground(session, callback)
@@ -215,9 +218,8 @@ class TorchEngine:
         # Before the others are asked to come to it.
         session.boundary.check_whole(what)
         with ExitStack() as stack:
-            if self._peers is not None:
-                states = stack.enter_context(self._peers.meeting(what))
-                self._peer_states = {rank: loaded_process_state(state) for rank, state in states.items()}
+            if isinstance(self._peers, Chief):
+                stack.enter_context(self._peers.meeting(what))
             stack.enter_context(session.boundary.hold(what, patience_secs))
             yield
 
@@ -229,9 +231,9 @@ class TorchEngine:
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
             own = self._memory.copy("process", session.process_state.capture(), copies)
-            processes = {0: {**own, "program": self._program.notes()}, **self._peer_states}
+            process = {**own, "program": self._program.notes()}
             copies.close()
-        return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
+        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
@@ -248,24 +250,36 @@ class TorchEngine:
         Objects that are sharded lie in the files of ``torch.distributed.checkpoint``, to which every process writes.
         """
         snapshot.copies.finish()
-        files.make_dir(stage / name)
+        directory = stage / name
+        files.make_dir(directory)
+        exchange = None
+        if isinstance(self._peers, Chief) and self._root is not None:
+            exchange = self._peers.exchange(directory.relative_to(self._root).as_posix())
+        try:
+            digests = self._write_own(snapshot, directory, exchange)
+        except BaseException:
+            # The others must not write on to what the next try has; what they say is later than this error.
+            with contextlib.suppress(Exception):
+                collect_processes(exchange)
+            raise
+        others = collect_processes(exchange)
+        return {f"{name}/{file}": digest for file, digest in {**digests, **others}.items()}
+
+    def _write_own(self, snapshot: Any, directory: Path, exchange: Exchange | None) -> dict[str, tuple[int, str]]:
         sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
         written = {f"{part}{SUFFIX}": state for part, state in snapshot.states.items() if part not in sharded}
-        for rank, process in snapshot.processes.items():
-            written[f"{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
+        process = written[process_file(0)] = {"global_step": snapshot.step, **snapshot.process}
         digests = {}
         if sharded:
-            # Of what was put into those files: they lose which keys were numbers, and what was empty.
-            bare = {part: skeleton(part, state) for part, state in sharded.items()}
-            written[f"{PROCESS}0{SUFFIX}"]["sharded"] = bare
-            digests = self._write_sharded(sharded, stage / name)
-        digests |= {file: write_file(stage / name / file, state) for file, state in written.items()}
-        return {f"{name}/{file}": digest for file, digest in digests.items()}
+            # The sharded format loses which keys were numbers, and what was empty: it is kept here.
+            process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
+            digests = write_all(exchange, directory, sharded)
+        return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
-    def _write_sharded(self, states: Mapping[str, Any], directory: Path) -> dict[str, tuple[int, str]]:
-        if self._peers is None or self._root is None:
-            return write_all(None, directory, states)
-        return write_all(self._peers.exchange(directory.relative_to(self._root).as_posix()), directory, states)
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
+        """The other processes need not keep their parts any longer."""
+        if isinstance(self._peers, Chief):
+            self._peers.settled()
 
     # --- summaries ---
 
@@ -302,20 +316,6 @@ def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
-
-
-class _Passing:
-    """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
-
-    def __init__(self, peers: Rendezvous, callback: Callable[[], int]) -> None:
-        self._peers = peers
-        self._callback = callback
-
-    def __call__(self) -> int:
-        try:
-            return self._callback()
-        finally:
-            self._peers.passed()
 
 
 class _InBackground:

@@ -102,7 +102,7 @@ class Fitting:
         settings: hyperparameters.Settings = self.notes.get("settings", {}).get(name, {})
         return settings
 
-    def settle(self) -> None:
+    def note_winners(self) -> None:
         """The states are in place: the hyperparameters in force are those of whoever has won."""
         for one in self.differences:
             if not one.program_wins:

@@ -1,4 +1,4 @@
-"""Reading checkpoints beside a run that goes on saving and pruning: an evaluation, an export, a start from other weights.
+"""Reading checkpoints beside a run that goes on saving and pruning: for an evaluation, an export, other first weights.
 
 A reader takes no lock. It opens all files of a checkpoint first and reads them then: what is pruned meanwhile stays
 readable through the open files. A checkpoint that goes before all are open is given up for the one that is newest then.

@@ -77,7 +77,7 @@ class Restorer:
         fitting, states = self._fitting(path, files, process, self._options, mapped=rank == 0)
         for part in fitting.parts:
             fitting.load(part, states.pop(part.name))
-        fitting.settle()
+        fitting.note_winners()
         if rank == 0:
             fitting.report(path)
         if not is_of_rank:

@@ -23,14 +23,14 @@ from stepguard.torch.checkpoint.state import (
 
 @dataclass(frozen=True, slots=True)
 class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and of each process by rank.
+    """The state of one step in the memory of the host: that of the program by name, and that of this process.
 
-    Of sharded objects it holds the part of this process; the others have theirs.
+    Of sharded objects it holds the part of this process; the others have theirs, and write them.
     """
 
     step: int
     states: Mapping[str, Any]
-    processes: Mapping[int, Mapping[str, Any]]
+    process: Mapping[str, Any]
     nbytes: int
     copies: CopyStreams
     written: str | None = None

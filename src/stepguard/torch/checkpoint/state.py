@@ -106,6 +106,8 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
                 f"state: expected names of letters, digits, '_', '-' and '.' (they become file names), and none like "
                 f"'process-0', found {name!r}"
             )
+        if holder is None:
+            raise TypeError(f"state[{name!r}]: expected an object to save, found None: leave {name!r} out")
         if not _is_saveable(holder):
             raise TypeError(
                 f"state[{name!r}]: expected an object with state_dict and load_state_dict, found "

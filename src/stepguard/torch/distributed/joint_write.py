@@ -9,6 +9,7 @@ that the processes have in common, in the threads that write.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import pickle
@@ -20,8 +21,33 @@ from stepguard import files
 from stepguard.errors import described
 from stepguard.steps.exchange import Exchange
 from stepguard.torch.checkpoint import unpickling
+from stepguard.torch.checkpoint.files import process_file, write_file
 
 _log = logging.getLogger(__name__)
+
+
+def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any]) -> None:
+    """Write the file of this process into the chief's ``directory``; size and digest travel. A thread's edge."""
+    try:
+        name = process_file(exchange.rank)
+        _check_is_here(directory)
+        size, digest = write_file(directory / name, state)
+        _sync(directory / name)
+        exchange.answer("process", json.dumps([size, digest]).encode())
+    except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
+        answer_error(exchange, "process", error)
+
+
+def collect_processes(exchange: Exchange | None) -> dict[str, tuple[int, str]]:
+    """Sizes and digests of the files of the other processes, by name, once all are written. The chief.
+
+    Raises:
+        NonFiniteError, OSError, CheckpointError: as :func:`write_all`.
+    """
+    if exchange is None:
+        return {}
+    answers = [json.loads(one) for one in exchange.collect("process")]
+    return {process_file(rank): (size, digest) for rank, (size, digest) in enumerate(answers, start=1)}
 
 
 def write_all(exchange: Exchange | None, directory: Path, states: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -73,20 +99,33 @@ def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[
         plan = unpickling.loads(exchange.receive("writes"))
         if plan is None:
             return
-        if not directory.is_dir():
-            # Its own errors are those of a disk, and tried again: a network file system may be behind.
-            raise FileNotFoundError(
-                errno.ENOENT, "the chief's directory is not here: all processes need the same logdir", str(directory)
-            )
+        _check_is_here(directory)
         part = sharded_files.write_part(directory, rank, planner, plan)
-        # Of this machine, and so not the chief's to sync.
-        files.fsync_file(directory / part.name)
-        files.fsync_dir(directory)
+        _sync(directory / part.name)
         exchange.answer("part", pickle.dumps((part.results, part.name, part.size, part.digest)))
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-        _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
-        try:
-            exchange.answer_error(asked, error)
-        except ConnectionError:
-            # The store has ended with the process that has it, and a launcher is about to end this one.
-            _log.debug("the chief could not be told", exc_info=True)
+        answer_error(exchange, asked, error)
+
+
+def _check_is_here(directory: Path) -> None:
+    if not directory.is_dir():
+        # Its own errors are those of a disk, and tried again: a network file system may be behind.
+        raise FileNotFoundError(
+            errno.ENOENT, "the chief's directory is not here: all processes need the same logdir", str(directory)
+        )
+
+
+def _sync(path: Path) -> None:
+    """Of this machine, and so not the chief's to sync."""
+    files.fsync_file(path)
+    files.fsync_dir(path.parent)
+
+
+def answer_error(exchange: Exchange, asked: str, error: Exception) -> None:
+    """Tell the chief why there is no answer to what it has asked."""
+    _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
+    try:
+        exchange.answer_error(asked, error)
+    except ConnectionError:
+        # The store has ended with the process that has it, and a launcher is about to end this one.
+        _log.debug("the chief could not be told", exc_info=True)

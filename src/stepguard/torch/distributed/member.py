@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from stepguard.steps.member import SessionMember
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
 from stepguard.torch.checkpoint.state import Component
-from stepguard.torch.distributed.joint_write import write_mine
+from stepguard.torch.distributed.joint_write import answer_error, write_mine, write_process
 from stepguard.torch.session import Session
 from stepguard.words import listed
 
 
 class TorchMember(SessionMember):
-    """Holds what this process has of the snapshot taken last. Without ``root`` it sees no logdir."""
+    """Holds what this process adds to the snapshot taken last. Without ``root`` it sees no logdir."""
 
     def __init__(
         self,
@@ -38,45 +38,49 @@ class TorchMember(SessionMember):
         self._components = components
         self._memory = memory
         self._root = root
+        self._is_sharded = any(is_sharded(one.state()) for one in components)
+        self._process: Mapping[str, Any] = {}
         self._part: Mapping[str, Any] = {}
         self._copies = CopyStreams({})
         # Who has to look at what this process saves, if anybody.
         self.watch: ValueWatch | None = None
 
-    def process_state(self) -> bytes:
-        """Random states and positions; the parts of sharded objects are copied, to be written when asked for."""
+    def take_state(self) -> int:
+        """Random states and positions, and the parts of sharded objects."""
         session = self._torch_session
-        with session.boundary.hold("a checkpoint"):
-            self._copy_part()
-            buffer = io.BytesIO()
-            torch.save(session.process_state.capture(), buffer)
-        return buffer.getvalue()
-
-    def _copy_part(self) -> None:
-        copies = CopyStreams(self._torch_session.training_streams)
-        with torch.no_grad():
-            live = {one.name: one.state() for one in self._components}
-            self._part = {
-                name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)
-            }
+        copies = CopyStreams(session.training_streams)
+        with session.boundary.hold("a checkpoint"), torch.no_grad():
+            steps = session.boundary.steps
+            state = {"global_step": session.global_step, **session.process_state.capture()}
+            self._process = self._memory.copy("process", state, copies)
+            if self._is_sharded:
+                live = {one.name: one.state() for one in self._components}
+                self._part = {
+                    name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)
+                }
             copies.close()
         self._copies = copies
+        return steps
 
-    def write_part(self, exchange: Exchange, place: str) -> None:
-        """Write this process's part of the sharded objects into ``place`` below the logdir."""
+    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+        """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
         # Without a logdir of its own it does not see the chief's, and says so.
-        write_mine(exchange, exchange.rank, (self._root or Path()) / place, self._finished_part)
+        directory = (self._root or Path()) / place
+        try:
+            with held:
+                self._copies.finish()
+                write_process(exchange, directory, self._process)
+                if self._is_sharded:
+                    write_mine(exchange, exchange.rank, directory, self._finite_part)
+        except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
+            answer_error(exchange, "process", error)
+            if self._is_sharded:
+                answer_error(exchange, "has", error)
 
-    def _finished_part(self) -> Mapping[str, Any]:
-        self._copies.finish()
+    def _finite_part(self) -> Mapping[str, Any]:
         if self.watch is not None:
             _check_finite(self._part)
         return self._part
-
-
-def loaded_process_state(content: bytes) -> dict[str, Any]:
-    """What another process has given as its :meth:`TorchMember.process_state`."""
-    return dict(torch.load(io.BytesIO(content), weights_only=True))
 
 
 def _check_finite(states: Mapping[str, Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+# The longest that fits the milliseconds of a poll: a wait that runs into its limit is reported on stderr, by C++.
+_NO_LIMIT = timedelta(days=20)
 
 _supervisors = 0
 
@@ -36,43 +39,51 @@ def shared_store() -> TorchStore:
 
 
 class TorchStore:
-    """A store of ``torch.distributed`` as a :class:`stepguard.steps.common_store.CommonStore`."""
+    """A store of ``torch.distributed`` as a :class:`stepguard.steps.common_store.CommonStore`.
 
-    def __init__(self, store: Any) -> None:
+    A client of such a store does one thing at a time: who waits has one of its own, which is used again afterwards.
+    """
+
+    def __init__(self, store: Any, idle: list[Any] | None = None, prefix: str = "") -> None:
         self._store = store
+        self._idle: list[Any] = [] if idle is None else idle
+        self._prefix = prefix
 
     def set(self, key: str, value: bytes) -> None:
         """Put ``value`` in the place of what ``key`` has held."""
         with _lost():
-            self._store.set(key, value)
+            self._store.set(self._prefix + key, value)
 
-    def get(self, key: str) -> bytes:
-        """The value of ``key``, which is there."""
+    def claim(self, key: str, value: bytes) -> bytes:
+        """Put ``value`` there if ``key`` holds nothing; what it holds now."""
         with _lost():
-            return bytes(self._store.get(key))
+            return bytes(self._store.compare_set(self._prefix + key, "", value))
+
+    def get(self, keys: Sequence[str]) -> list[bytes]:
+        """The values of ``keys``, all of which are there."""
+        with _lost():
+            return [bytes(one) for one in self._store.multi_get([self._prefix + key for key in keys])]
 
     def check(self, key: str) -> bool:
         """Whether ``key`` is there."""
         with _lost():
-            return bool(self._store.check([key]))
+            return bool(self._store.check([self._prefix + key]))
 
     def delete(self, key: str) -> None:
         """Take ``key`` away; one that is not there is no error."""
         with _lost():
-            self._store.delete_key(key)
+            self._store.delete_key(self._prefix + key)
 
-    def wait(self, keys: list[str], timeout_secs: float) -> bool:
-        """Wait, on the side of the store, until all ``keys`` are there; ``False`` when time is over."""
+    def wait(self, keys: Sequence[str]) -> None:
+        """Wait, on the side of the store, until all ``keys`` are there."""
         with _lost():
-            try:
-                self._store.wait(keys, timedelta(seconds=timeout_secs))
-            except dist.DistStoreError:
-                return False
-        return True
+            client = self._idle.pop() if self._idle else self._store.clone()
+            client.wait([self._prefix + key for key in keys], _NO_LIMIT)
+            self._idle.append(client)
 
     def below(self, name: str) -> TorchStore:
         """The part of this store whose keys begin with ``name``."""
-        return TorchStore(dist.PrefixStore(name, self._store))
+        return TorchStore(self._store, self._idle, f"{self._prefix}{name}/")
 
 
 @contextmanager

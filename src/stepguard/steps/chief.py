@@ -1,0 +1,244 @@
+"""The rendezvous as the chief sees it: it opens the rounds, and asks for the parts of a checkpoint.
+
+The protocol is explained in :mod:`stepguard.steps.rendezvous`. Three threads are here: one that saves, on a timer or
+the training's own; one that settles the last step; and the one that listens, which starts the second. The first two
+take turns at the lock for rounds, which the third never takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stepguard.errors import NoBoundaryError
+from stepguard.steps.common_store import CommonStore
+from stepguard.steps.exchange import Exchange
+from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
+from stepguard.steps.word_log import Word
+
+_log = logging.getLogger(__name__)
+
+# Before the first round it is not known how long one takes: these are generous.
+_ROUND_SECS = 0.05
+_ROUND_SECS_OF_A_PROCESS = 0.0001
+_MOST_STEPS_AHEAD = 100_000
+# How long a thread of the training that asks for a save itself waits for the others to be where it is.
+_HERE_SECS = 5.0
+_LOOK_SECS = 0.05
+# A process that says that it has begun a step may find that its data is over: it is asked again, ever more rarely.
+_ASK_AGAIN_SECS = 0.02
+_ASK_AGAIN_AT_MOST_SECS = 5.0
+
+
+class Chief(Rendezvous):
+    """Of the process of rank 0."""
+
+    def __init__(self, store: CommonStore, size: int, gate: Gate, member: Member, *, grace_secs: float) -> None:
+        super().__init__(store, 0, size, gate, member, grace_secs=grace_secs)
+        self._rounds = threading.Lock()
+        self._round_secs = _ROUND_SECS + size * _ROUND_SECS_OF_A_PROCESS
+        # The step of the snapshot taken last, and whether the others still keep what they have taken there.
+        self._taken_at: int | None = None
+        self._is_wanted = False
+        # Where a thread of the training stands at a step at which all others take their states by themselves.
+        self._knows_steps = False
+        self._met_at: tuple[int, int] | None = None
+        self._starting = threading.Lock()
+        self._settling: threading.Thread | None = None
+
+    def restored(self, name: str | None) -> None:
+        """Tell the others which checkpoint was restored, or that there is none."""
+        self._words.say("restored", name)
+
+    def take_state(self) -> None:
+        """Nothing: this process is in the snapshot itself."""
+
+    def loop_changed(self) -> None:
+        """Where the steps of checkpoints are known to all, tell the others whether this process comes to them."""
+        if self._knows_steps:
+            self._say("loop", self._gate.loop is not Loop.ENDED)
+
+    # --- checkpoints ---
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """A block in which this process stands after the step of which all others take their states.
+
+        Raises:
+            NoBoundaryError: there is no such step, or not in time.
+        """
+        if self._met_at == (threading.get_ident(), self._member.steps_done()):
+            step = self._member.steps_done()
+            if self._is_wanted:
+                # They wait here: for all that they know, the checkpoint before may still need what they have taken.
+                self._words.say("save", step)
+            self._note_taken(step)
+            yield
+            return
+        with self._rounds:
+            try:
+                self._note_taken(self._agree(what))
+                yield
+            finally:
+                self._gate.open_until(math.inf)
+
+    def _note_taken(self, step: int) -> None:
+        self._taken_at, self._is_wanted = step, True
+
+    def at_known_step(self, callback: Callable[[], int]) -> int:
+        """Call what may save after this step, after which all others take their states by themselves."""
+        step = self._member.steps_done()
+        self._knows_steps = True
+        self._met_at = threading.get_ident(), step
+        try:
+            return callback()
+        finally:
+            self._met_at = None
+            if self._taken_at != step:
+                self._say("passed", step)
+
+    def settled(self) -> None:
+        """The snapshot taken last is committed: the others need not keep what they have taken for it."""
+        if self._is_wanted:
+            self._is_wanted = False
+            self._say("settled")
+
+    def exchange(self, place: str) -> Exchange:
+        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
+        return self._exchange(self._words.say("write", self._taken_at, place))
+
+    def _say(self, kind: str, *content: object) -> None:
+        """Where nobody is to raise that the others have ended: the next collective operation does."""
+        with contextlib.suppress(ConnectionError):
+            self._words.say(kind, *content)
+
+    def _agree(self, what: str) -> int:
+        """Open a round, and come to its step: this process then waits there, and the others do not."""
+        # A thread that trains can be at no other step than this.
+        is_here = self._gate.trainer == threading.get_ident()
+        patience_secs = _HERE_SECS if is_here else self._grace_secs + PATIENCE_SECS
+        check = self._patience(f"{what}: another process has begun a step that this one has not", patience_secs)
+        try:
+            return self._agreed_step(what, check, is_here=is_here)
+        except NoBoundaryError:
+            self._say("resume")
+            raise
+
+    def _agreed_step(self, what: str, check: Callable[[], None], *, is_here: bool) -> int:
+        pause_secs = _ASK_AGAIN_SECS
+        while True:
+            step, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
+            is_there = step <= self._member.steps_done() or have_ended
+            if is_there or not (is_here or self._gate.is_resting):
+                self._words.say("save", step)
+                self._gate.open_until(step)
+                if is_there or self._has_come_to(step, what):
+                    return step
+            self._words.say("resume")
+            self._gate.open_until(math.inf)
+            # Between two loops: the others may be in a step that takes all, and wait for this process.
+            self._gate.await_change(pause_secs, lambda: not self._gate.is_resting and not is_here)
+            pause_secs = min(2 * pause_secs, _ASK_AGAIN_AT_MOST_SECS)
+            check()
+
+    def _ask(self, what: str, ahead: int) -> tuple[int, bool]:
+        """The first step that all will come to who go no further than they promise now; whether all loops are over."""
+        began = time.monotonic()
+        promises = [self._gate.pause(ahead)]
+        number = self._words.say("round", ahead)
+        answers = self._gather([f"round/{number}/{rank}" for rank in self._others()], what)
+        promises += [tuple(json.loads(answer)) for answer in answers]
+        self._round_secs = 2 * (time.monotonic() - began)
+        # With uneven inputs those whose data is over have other numbers, and come to no step any more.
+        running = [limit for limit, has_ended in promises if not has_ended]
+        return max(running or [limit for limit, _ in promises]), not running
+
+    def _steps_ahead(self) -> int:
+        """As many as are run while the answers travel: so none of them has to wait."""
+        steps = self._round_secs / max(self._gate.step_secs, 1e-9)
+        return math.ceil(min(steps, _MOST_STEPS_AHEAD))
+
+    def _has_come_to(self, step: int, what: str) -> bool:
+        """Wait for it; ``False`` when the loop rests before."""
+        gate, member = self._gate, self._member
+        text = f"{what}: step {step} of this session is still under way in rank 0"
+        done, check = -1, self._patience(text)
+        while (now := member.steps_done()) < step:
+            if gate.is_resting:
+                return False
+            if now > done:
+                done, check = now, self._patience(text)
+            gate.await_change(_LOOK_SECS, lambda: member.steps_done() >= step)
+            check()
+        return True
+
+    # --- the last step ---
+
+    def _hear(self, word: Word) -> None:
+        if word.kind == "stop":
+            self._start_settling()
+
+    def _ask_stop(self) -> None:
+        self._start_settling()
+
+    def _start_settling(self) -> threading.Thread:
+        with self._starting:
+            if self._settling is None:
+                self._settling = threading.Thread(target=self._settle_last_step, name="stepguard-last", daemon=True)
+                self._settling.start()
+            return self._settling
+
+    def _settle_last_step(self) -> None:
+        """A thread's edge."""
+        if self._closing.is_set():
+            return
+        sight = None
+        try:
+            # After an error, perhaps the loss of a process, there is nothing to agree on.
+            if not self._has_failed():
+                sight = self._meet_last()
+        except NoBoundaryError as error:
+            _log.warning("stopping without the others: %s", error)
+        except ConnectionError:
+            _log.debug("the common store has ended before the last step was settled", exc_info=True)
+        self._say("last", sight)
+        # Only now: who leaves its loop has to know whether the run has ended well.
+        self._member.request_stop(as_error(sight))
+        self._gate.open_until(self._member.steps_done(), is_last=True)
+
+    def _meet_last(self) -> list[object] | None:
+        """What one of the processes has seen that is not finite, when all have come to the last step."""
+        what = "a stop"
+        with self._rounds:
+            check = self._patience(what, self._grace_secs + PATIENCE_SECS)
+            step, _ = self._ask(what, 0)
+            number = self._words.say("stop_at", step)
+            self._gate.open_until(step)
+            keys = [f"stop/{number}/{rank}" for rank in self._others()]
+            self._await_steps(step, check)
+            sights = [json.loads(one) for one in self._gather(keys, what, self._grace_secs + PATIENCE_SECS)]
+        return next((one for one in (self._sight(), *sights) if one is not None), None)
+
+    def close(self, timeout_secs: float) -> None:
+        """Stop listening, when the last step is settled with the others."""
+        super().close(timeout_secs)
+        with self._starting:
+            settling = self._settling
+        if settling is not None:
+            settling.join(timeout_secs)
+
+    def _say_farewell(self, timeout_secs: float) -> None:
+        if self._member.should_stop() and self._gate.loop is not Loop.LEFT and not self._has_failed():
+            self._start_settling().join(timeout_secs)
+        self._say_if_left()
+        self._words.say("over", unless_said=True)
+
+    def _others(self) -> range:
+        return range(1, self._size)
