@@ -147,8 +147,8 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         refuse(
             restoring,
             *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),
-            because="it is for PyTorch; with TensorFlow the Saver's var_list says what is restored, and init_fn is called "
-            "where nothing was",
+            because="it is for PyTorch; with TensorFlow a Saver's var_list says what is restored, and init_fn is "
+            "called when nothing was",
         )
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"

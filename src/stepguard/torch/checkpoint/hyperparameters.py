@@ -83,10 +83,11 @@ def _places(component: Component) -> Iterator[tuple[Place, Any]]:
 
 def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
     """The numbers and names in a nested state that are set, and do not move while the run lasts."""
-    if isinstance(value, Mapping):
-        # A Counter has the milestones of MultiStepLR as its keys.
-        parts = sorted(value.items()) if isinstance(value, Counter) else value.items()
-        for key, part in parts:
+    if isinstance(value, Counter):
+        # The milestones of MultiStepLR.
+        yield place, sorted(value.elements())
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
             if key not in ("params", "param_names") and key not in _MOVES:
                 yield from _numbers((*place, key), part)
     elif isinstance(value, (list, tuple)):
@@ -175,7 +176,9 @@ def _moved(saved: Any, place: Place, value: float, before: Settings, now: Settin
 def _replaced(state: Any, place: Place, value: Any) -> Any:
     """A copy of a nested state with another value in one place; as it was if it has no such place."""
     if not place:
-        return torch.full_like(state, value) if isinstance(state, torch.Tensor) else value
+        if isinstance(state, torch.Tensor):
+            return torch.full_like(state, value)
+        return Counter(value) if isinstance(state, Counter) else value
     key, rest = place[0], place[1:]
     if isinstance(state, Mapping):
         if key not in state:

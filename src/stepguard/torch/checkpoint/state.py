@@ -111,7 +111,7 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
         if not _is_saveable(holder):
             raise TypeError(
                 f"state[{name!r}]: expected an object with state_dict and load_state_dict, found "
-                f"{type(holder).__name__}; {_hint(holder)}"
+                f"{type(holder).__name__}; plain values go in stepguard.torch.Values(...)"
             )
         if _gathers_state(holder):
             raise TypeError(
@@ -126,12 +126,6 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
             check_shardable(name, live)
         found.append(component)
     return found
-
-
-def _hint(holder: Any) -> str:
-    if holder is None:
-        return "leave a part out of the state where the program does not use it"
-    return "plain values go in stepguard.torch.Values(...)"
 
 
 def check_saveable(path: str, value: Any) -> None:
