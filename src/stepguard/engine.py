@@ -40,6 +40,7 @@ one that runs a step; S: a service; W: the writer)::
 **What the core gives** to an engine:
 
 - ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
+- ``stepguard.saving``: ``restoring`` is the policy of a start, ``mismatch`` what does not fit, and its words;
 - ``stepguard.files``: ``NewFile`` writes a file that is synced, and digested meanwhile;
 - ``stepguard.errors``: what to raise (:class:`~stepguard.errors.NoBoundaryError`,
   :class:`~stepguard.errors.StopRequested`, :class:`~stepguard.errors.CheckpointMismatchError`,
@@ -171,10 +172,10 @@ class Engine(Protocol[SessionT]):
         """A new session that can run: restored from the newest good checkpoint, or else initialised.
 
         It may have parameters with defaults, in the words of the framework, which its Supervisor binds. Which
-        checkpoint is restored is not its decision: ``stepguard.saving.restoring.restore_newest(store, restore)`` finds
-        it, has it restored by :meth:`restore`, warns of what was damaged, and returns what is to be returned as
-        ``recovered``. Where that has no checkpoint, the session is initialised. One whose preparation fails is closed
-        before the error leaves.
+        checkpoint is restored is not its decision: ``restore_newest(store, restore, options)`` of
+        ``stepguard.saving.restoring`` finds it, has it restored by :meth:`restore`, warns of what was damaged, and
+        returns what is to be returned as ``recovered``. Where that has no checkpoint, the session is initialised. One
+        whose preparation fails is closed before the error leaves.
 
         Raises:
             CheckpointMismatchError: the newest good checkpoint is of another model. Nothing was changed.
