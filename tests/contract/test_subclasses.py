@@ -228,7 +228,7 @@ def test_public_methods_that_a_class_overrides_are_called(tmp_path):
 
 @pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")
 class TestNamesThatStepguardNeedsItself:
-    @pytest.mark.parametrize("name", ["_service", "open_session"])
+    @pytest.mark.parametrize("name", ["_observe", "open_session"])
     def test_are_refused_when_the_class_is_made(self, name):
         with pytest.raises(TypeError, match=f"Derived: {name}: a Supervisor of Stepguard needs"):
             type("Derived", (OURS.Supervisor,), {name: lambda self: None})

@@ -366,7 +366,7 @@ class TestWhatIsRestored:
         store.commit_in_place("model.ckpt-1", 1)
         assert files.digest(tmp_path / "model.ckpt-1" / "model.pt")
 
-        with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        with pytest.raises(Exception, match="could run code"):
             Training(tmp_path).train(2)
         assert not trap.exists()
 

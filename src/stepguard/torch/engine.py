@@ -18,6 +18,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
+from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.worker import Worker
@@ -37,10 +38,8 @@ from stepguard.torch.session import Session
 _log = logging.getLogger(__name__)
 
 
-class TorchEngine:
+class TorchEngine(LoopEngine[Session]):
     """The engine over the objects that a program saves. Threads: see :class:`stepguard.engine.Engine`."""
-
-    storage_error_types: tuple[type[BaseException], ...] = ()
 
     def __init__(
         self,
@@ -137,35 +136,15 @@ class TorchEngine:
         self._member = member
         self._peers.start()
 
-    def is_open(self, session: Session) -> bool:
-        """Whether the session can still run."""
-        return session.is_open
-
     def close(self, session: Session) -> None:
         """Close the session."""
         session.unwatch()
         peers, self._peers = self._peers, None
         if peers is not None:
             peers.close(self._stop_grace_secs)
-        session.close()
+        super().close(session)
 
     # --- steps ---
-
-    def step(self, session: Session) -> int:
-        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
-        return session.global_step - self._is_cut_short(session)
-
-    def step_name(self) -> str:
-        """The name of the step-rate curve's counter, the same as TensorFlow's."""
-        return "global_step"
-
-    def total_steps(self, session: Session) -> int | None:
-        """What ``steps`` was given as ``max_steps``."""
-        return session.total_steps
-
-    def watch(self, session: Session, before_close: Callable[[], None]) -> None:
-        """A session marks its steps from the beginning; this only tells it whom to call."""
-        session.watch(before_close)
 
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
         """Show it what is summarised; a step returns no numbers."""
@@ -189,17 +168,6 @@ class TorchEngine:
             # It meets the others, and they may need the next step of this process to come there.
             callback = _InBackground(session, callback)
         session.boundary.call_after_steps(steps, callback)
-
-    def progress(self, session: Session) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - self._is_cut_short(session)
-
-    def _is_cut_short(self, session: Session) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
-
-        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
-        """
-        return session.is_left and (self._coord.failed or session.boundary.is_torn)
 
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:

@@ -106,9 +106,9 @@ class Restorer:
                     read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
                 )
         check_fits(path, self._components, held, states, is_sharded=bool(sharded))
-        layouts = {component.name: component.layouts() for component in self._components}
+        shardings = {component.name: component.shardings() for component in self._components}
         in_parts = {name: states[name] for name in names if name not in saved}
         if in_parts:
-            states.update(read_sharded(path, in_parts, layouts))
-        states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
+            states.update(read_sharded(path, in_parts, shardings))
+        states.update({name: cut(name, states[name], shardings[name]) for name in names if name in saved})
         return states

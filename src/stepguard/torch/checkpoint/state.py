@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stepguard.torch.checkpoint.files import is_process
-from stepguard.torch.checkpoint.sharded_tensors import Layouts, check_shardable, is_dtensor, is_sharded
+from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -64,10 +64,10 @@ class Component:
         else:
             holder.load_state_dict(state)
 
-    def layouts(self) -> Layouts:
+    def shardings(self) -> Shardings:
         """How its tensors are spread over the processes."""
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
-        return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+        return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
     def put_back(self, state: Any) -> None:
         """Put a saved state in place, in the middle of a run: streams of random numbers go on, gradients are gone."""
