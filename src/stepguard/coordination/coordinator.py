@@ -115,7 +115,7 @@ class Coordinator:
         # Locked by whoever waits in wait_for_stop, released by request_stop: each is popped, so released, once.
         self._waiters: set[threading.Lock] = set()
         # By id: a Thread subclass may define an __eq__ of its own.
-        self._registered: dict[int, threading.Thread] = {}
+        self._registered_threads: dict[int, threading.Thread] = {}
         # Threads, by ident, inside `not_joined`: a thread is in no more than one.
         self._not_joined: set[int] = set()
 
@@ -229,7 +229,7 @@ class Coordinator:
           TypeError: if `thread` is not a thread.
         """
         _check_thread(thread)
-        self._registered[id(thread)] = thread
+        self._registered_threads[id(thread)] = thread
 
     @contextlib.contextmanager
     def not_joined(self) -> Iterator[None]:
@@ -270,9 +270,9 @@ class Coordinator:
         stop = self._stop
         # Joined first, errors read second: request_stop does it the other way round, and so one of both sees it.
         self._set_joined(stop)
-        for thread in list(self._registered.values()):
+        for thread in list(self._registered_threads.values()):
             if thread.ident is not None and not thread.is_alive():
-                self._registered.pop(id(thread), None)
+                self._registered_threads.pop(id(thread), None)
         if live:
             report = f"threads still running {grace_secs:g} s after the stop was requested: {_names(live)}"
             if ignore_live_threads:
@@ -342,7 +342,7 @@ class Coordinator:
         """The threads that are still alive at the end of the grace period."""
         me = threading.current_thread()
         while True:
-            union = {id(thread): thread for thread in [*given, *list(self._registered.values())]}
+            union = {id(thread): thread for thread in [*given, *list(self._registered_threads.values())]}
             live = [thread for thread in union.values() if thread is not me and self._is_awaited(thread)]
             if not live:
                 return []
