@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
@@ -36,6 +36,17 @@ _LAST_SAVE_SECS = 5.0
 # last lines get a moment more.
 _EXIT_SECS = 2.0
 _LAST_LINES_SECS = 0.5
+
+
+@dataclass(slots=True)
+class _Life:
+    """What the supervisor knows of the session that was opened last."""
+
+    pid: int = field(default_factory=os.getpid)
+    # For services that are started later.
+    recovered: Recovery | None = None
+    # Who has asked for the stop, where the coordinator does not know: a signal, or an exception of the block.
+    stop_reason: str | None = None
 
 
 class Supervisor(Generic[SessionT]):
@@ -97,11 +108,7 @@ class Supervisor(Generic[SessionT]):
         )
         self._worker_role = role
         self._built_in = os.getcwd()
-        self._pid = os.getpid()
-        # Of the session that was opened last, for services that are started later.
-        self._recovered: Recovery | None = None
-        # Who has asked for the stop, where the coordinator does not know: a signal, or an exception of the block.
-        self._stop_reason: str | None = None
+        self._life = _Life()
         self._guard = self._make_guard()
 
     def _make_guard(self) -> NanGuard | None:
@@ -220,7 +227,7 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, self._recovered)
+        self._observer.session_ready(sess, step, self._life.recovered)
         for thread in threads:
             thread.start()
         return threads
@@ -261,8 +268,7 @@ class Supervisor(Generic[SessionT]):
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
-        self._pid = os.getpid()
-        self._stop_reason = None
+        self._life.pid, self._life.stop_reason = os.getpid(), None
         if self._events is not None:
             self._events.reopen()
         try:
@@ -273,7 +279,7 @@ class Supervisor(Generic[SessionT]):
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
-        session, self._recovered = prepared.session, prepared.recovered
+        session, self._life.recovered = prepared.session, prepared.recovered
         self._is_running()
         try:
             self._engine.watch(session, self._save_before_close)
@@ -369,10 +375,10 @@ class Supervisor(Generic[SessionT]):
             # A last checkpoint that could not be written is an error of the run like any other.
             self._coord.raise_requested_exception()
         except BaseException as error:
-            self._observer.end("error", error, request=self._stop_reason)
+            self._observer.end("error", error, request=self._life.stop_reason)
             raise
         else:
-            reason = self._stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
+            reason = self._life.stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
             exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
             self._observer.end(reason, exit_code=exit_code)
         finally:
@@ -415,7 +421,7 @@ class Supervisor(Generic[SessionT]):
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
-        return os.getpid() != self._pid
+        return os.getpid() != self._life.pid
 
     def _is_running(self) -> None:
         _watch_exit(os.getpid())
@@ -492,7 +498,7 @@ class _Block(Generic[SessionT]):
         self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
 
     def note_end(self, reason: str) -> None:
-        self.supervisor._stop_reason = reason
+        self.supervisor._life.stop_reason = reason
 
     def ending(self) -> str:
         return self.supervisor._observer.ending()
