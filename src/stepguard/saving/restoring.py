@@ -118,8 +118,8 @@ def _attempt(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint) -
     if manifest is not None and manifest.engine != store.engine:
         raise CheckpointMismatchError(
             f"{checkpoint.path}: expected a checkpoint of the engine {store.engine!r}, found one of "
-            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed; give this run "
-            f"another logdir",
+            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed. Use another "
+            f"logdir for this one",
             path=checkpoint.path,
         )
     try:

@@ -144,6 +144,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             "keep_checkpoint_every_n_hours",
             because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
         )
+        refuse(
+            restoring,
+            *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),
+            because="it is for PyTorch; with TensorFlow a Saver's var_list says what is restored, and init_fn is "
+            "called when nothing was",
+        )
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
             refuse(watching, "peer_timeout_secs", because=because)

@@ -16,6 +16,7 @@ import torch
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
+from stepguard.options import Restoring
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.engine import LoopEngine
@@ -23,11 +24,12 @@ from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.worker import Worker
 from stepguard.store import Checkpoint, Recovery
-from stepguard.torch.checkpoint.files import SUFFIX, process_file, write_file
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
+from stepguard.torch.checkpoint.first_weights import take_first_weights
+from stepguard.torch.checkpoint.program import Program
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
-from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
@@ -43,9 +45,10 @@ class TorchEngine(LoopEngine[Session]):
 
     def __init__(
         self,
-        components: Sequence[Component],
+        program: Program,
         *,
         root: Path | None,
+        restoring: Restoring,
         restorer: Restorer | None,
         events: TorchEvents | None,
         basename: str,
@@ -55,8 +58,10 @@ class TorchEngine(LoopEngine[Session]):
         stop_grace_secs: float,
     ) -> None:
         self.name = ENGINE
-        self._components = components
+        self._program = program
+        self._components = program.components
         self._root = root
+        self._restoring = restoring
         self._restorer = restorer
         self._events = events
         self._basename = basename
@@ -88,8 +93,8 @@ class TorchEngine(LoopEngine[Session]):
             self._meet_peers(session, self._shared, gate)
         try:
             recovered, is_restored = self._go_on(session)
-            if not is_restored and self._init_fn is not None:
-                self._init_fn()
+            if not is_restored:
+                self._initialise()
         except BaseException:
             self.close(session)
             raise
@@ -98,6 +103,11 @@ class TorchEngine(LoopEngine[Session]):
             gate.meet_every(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
         return Prepared(session, recovered)
+
+    def _initialise(self) -> None:
+        if self._init_fn is not None:
+            self._init_fn()
+        take_first_weights(self._program, self._restoring)
 
     def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
         """Load the state into the objects of the program."""
@@ -188,7 +198,8 @@ class TorchEngine(LoopEngine[Session]):
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            process = self._memory.copy("process", session.process_state.capture(), copies)
+            own = self._memory.copy("process", session.process_state.capture(), copies)
+            process = {**own, "program": self._program.notes()}
             copies.close()
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
 
