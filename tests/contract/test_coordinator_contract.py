@@ -687,7 +687,7 @@ def test_departure_missed_ticks_are_skipped() -> None:
     assert bursts[1] > 0.6
 
 
-@BOTH
+@pytest.mark.parametrize("kind", [TheirCoordinator, stepguard.tensorflow.Coordinator], ids=["tensorflow", "stepguard"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -710,7 +710,7 @@ def test_who_holds_the_lock_keeps_others_from_changing_anything(kind: Any, chang
     assert not changing.is_alive()
 
 
-@BOTH
+@pytest.mark.parametrize("kind", [TheirCoordinator, stepguard.tensorflow.Coordinator], ids=["tensorflow", "stepguard"])
 def test_the_threads_that_have_registered_are_counted_under_the_lock(kind: Any) -> None:
     """Programs wait in this way until all of their threads run; so do TensorFlow's own tests."""
     coord = kind()
