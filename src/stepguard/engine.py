@@ -7,7 +7,8 @@ snapshot back to be written, and hands over a checkpoint to be restored. A frame
 **The session** is what the program gets: see :class:`Session` for its four duties.
 
 **The engine** is an object with the methods of :class:`Engine`. What only some frameworks have is a protocol of its
-own: :class:`SharedModel`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The core looks once, when it is built, whether an engine has it.
+own: :class:`SharedModel`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The core looks once, when it is built,
+whether an engine has it.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:

@@ -19,6 +19,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.latency_secs = 0.0
         self.waiting = 0
         self._changed = threading.Condition()
         self._values: dict[str, bytes] = {}
@@ -35,6 +36,7 @@ class MemoryStore:
             return self._values.setdefault(key, value)
 
     def get(self, keys: Sequence[str]) -> list[bytes]:
+        time.sleep(self.latency_secs)
         with self._asked():
             return [self._values[key] for key in keys]
 
@@ -228,9 +230,13 @@ class Training:
         self._fleet = fleet
         self._step_secs = step_secs
         self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(rank,)) for rank in range(len(fleet.gates))]
+        self._threads = [
+            threading.Thread(target=self._run, args=(rank,), daemon=True) for rank in range(len(fleet.gates))
+        ]
         for thread in self._threads:
             thread.start()
+        # It was the test's own thread until now.
+        until(lambda: fleet.gates[0].trainer == self._threads[0].ident)
 
     def _run(self, rank: int) -> None:
         members = self._fleet.members
