@@ -56,6 +56,7 @@ CORE = [
     "steps.boundary",
     "steps.chief",
     "steps.common_store",
+    "steps.engine",
     "steps.exchange",
     "steps.feeds",
     "steps.gate",
@@ -71,6 +72,7 @@ CORE = [
     "store",
     "supervisor",
     "store.saved_tensor",
+    "saving.way_back",
     "saving.writer",
 ]
 

@@ -22,28 +22,49 @@ each from those before it:
 
 It has two methods of its own, in the words of its framework, and overrides nothing:
 
-- ``prepare_or_wait_for_session``, which returns ``self.open_session(prepare, ...)``;
-- ``managed_session``, which returns ``self.managed(open_session, ...)``.
+- ``prepare_or_wait_for_session``, which returns ``self.open_session(prepare, start_standard_services)``;
+- ``managed_session``, which returns ``self.managed(open_session, close_summary_writer=...)``.
 
 How a run goes, and in which thread (P: the one that opens and stops the session, usually the program's main thread; T:
-one that runs a step; S: a service; W: the writer)::
+one that runs a step; S: a service; W: the writer; any: a signal's or a guard's thread, for example)::
 
-    P  prepare                        restored or initialised: Prepared(session, what was recovered)
-    P  watch, watch_values            the session marks its steps, and shows its numbers
-    P  call_after_steps               where checkpoints are taken by steps
-    T  ... steps ...                  each between two boundaries; callbacks of call_after_steps
-    S  step, progress, summarise      on timers
-    S  at_boundary: snapshot          also T, from a callback of call_after_steps, and P at the end
-    W  non_finite, write              the checkpoint is committed by the store
-    P  close                          after the last checkpoint
+    P    prepare                      restored or initialised: Prepared(session, what was recovered)
+    P    watch, watch_values          the session marks its steps, and shows its numbers
+    P    call_after_steps             where checkpoints are taken by steps
+    T    ... steps ...                each between two boundaries; callbacks of call_after_steps
+    S    step, progress, summarise    on timers
+    S    at_boundary: snapshot        also T, from a callback of call_after_steps, and P at the end
+    W    non_finite, write            the checkpoint is committed by the store
+    any  stop_at_boundary             after SIGTERM, or when a number was not finite
+    any  at_boundary: restore         where the NaN guard puts the session back
+    P    close                        after the last checkpoint
 
-**What the core gives** to an engine:
+**What the core gives** to every engine:
 
 - ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
+- ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` is the search for the one to go
+  on from, with quarantine, the refusal of another engine's checkpoints, and the one warning that says what was lost;
 - ``stepguard.files``: ``NewFile`` writes a file that is synced, and digested meanwhile;
-- ``stepguard.errors``: what to raise (:class:`~stepguard.errors.NoBoundaryError`,
-  :class:`~stepguard.errors.StopRequested`, :class:`~stepguard.errors.CheckpointMismatchError`,
-  :class:`~stepguard.errors.CheckpointCorruptError`).
+- ``stepguard.options``: ``Options.of`` merges the options of a Supervisor, ``each_option_once`` decorates its
+  constructor;
+- ``stepguard.errors``: what to raise.
+
+To a framework whose program is a loop over batches, ``stepguard.steps`` gives the rest:
+
+- ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
+  ``with sess.step()``. It is made of the coordinator, a function that writes ``summary`` values (``write(values,
+  step)``), and a ``ProcessState``;
+- ``process_state.ProcessState`` holds what belongs to the process: the position in each loader, and the random streams.
+  A subclass says in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, streams)`` reads anything,
+  reshuffled or not, and finds the next batch again. ``random_streams.RandomStreams()`` are Python's and NumPy's.
+  ``capture()`` returns plain values for the snapshot (tuples may come back as lists);
+  ``session.restore_process_state(values, step)`` goes on there. With ``in_run``, only ``session.global_step`` is set;
+- ``engine.LoopEngine`` has what an engine answers about steps; it lacks ``name``, ``prepare``, ``restore``,
+  ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and ``summarise``. ``prepare`` ends with
+  ``session.hold_interrupts()``, from which on Ctrl-C waits for the end of a step;
+- ``boundary.Boundary`` and ``interrupts.InterruptHold`` are the first three duties alone, for a session of another
+  form, such as the fake's;
+- ``gate``, ``chief`` and ``worker`` are for several processes that train one model.
 """
 
 from __future__ import annotations
@@ -126,6 +147,9 @@ class EventLog(Protocol):
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""
 
+    def flush(self) -> None:
+        """Hand what was written so far to the system."""
+
     def stopped(self) -> None:
         """The run has stopped; the last record of this session."""
 
@@ -168,10 +192,10 @@ class Engine(Protocol[SessionT]):
         """A new session that can run: restored from the newest good checkpoint, or else initialised.
 
         It may have parameters with defaults, in the words of the framework, which its Supervisor binds. Which
-        checkpoint is restored is not its decision: ``stepguard.saving.restoring.restore_newest(store, restore)`` finds
-        it, has it restored by :meth:`restore`, warns of what was damaged, and returns what is to be returned as
-        ``recovered``. Where that has no checkpoint, the session is initialised. One whose preparation fails is closed
-        before the error leaves.
+        checkpoint is restored is not its decision: ``stepguard.saving.restoring.restore_newest`` finds it, has it
+        restored by :meth:`restore`, warns of what was damaged, and returns what is to be returned as ``recovered``.
+        Where that has no checkpoint, the session is initialised. One whose preparation fails is closed before the error
+        leaves.
 
         Raises:
             CheckpointMismatchError: the newest good checkpoint is of another model. Nothing was changed.

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
-from stepguard.coordination.signals import SigtermWatch, end_by_sigterm
+from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
 from stepguard.watching import launcher_link
@@ -30,6 +30,14 @@ class Supervision(Protocol[SessionT]):
         """How long a loop may go on after SIGTERM, in seconds."""
 
     @property
+    def exit_code(self) -> int | None:
+        """What the process ends with when it was asked to stop, where the program has chosen that."""
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether somebody has requested a stop before the run was over."""
+
+    @property
     def stops_on_sigterm(self) -> bool:
         """Whether SIGTERM ends the run at the next step boundary."""
 
@@ -44,6 +52,9 @@ class Supervision(Protocol[SessionT]):
 
     def note_end(self, reason: str) -> None:
         """Say why the run ends, where that is not for an error."""
+
+    def ending(self) -> str:
+        """Where the run has stopped, and what of it is saved, on one line. After :meth:`stop`."""
 
     def save(self) -> None:
         """Save the last step while the services still run. Any thread."""
@@ -107,8 +118,11 @@ class ManagedSession(AbstractContextManager[SessionT]):
             self._run.note_end("sigterm")
         if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C, sys.exit: the program is told that it is over by this very error.
-            self._run.note_end("interrupt" if isinstance(error, KeyboardInterrupt) else "exit")
-            self._end_quietly(error)
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            self._run.note_end("interrupt" if is_interrupt else "exit")
+            has_stopped_well = self._end_quietly(error)
+            if is_interrupt:
+                self._end_by_interrupt(error, has_stopped_well=has_stopped_well)
             return False
         try:
             try:
@@ -126,9 +140,16 @@ class ManagedSession(AbstractContextManager[SessionT]):
                 return False
             raise
         if self._sigterm.received:
-            end_by_sigterm()
+            end_by_sigterm(self._run.exit_code)
+        if self._run.exit_code is not None and self._run.was_asked_to_stop:
+            raise SystemExit(self._run.exit_code)
         # What the coordinator took for the end of the input, with no error after it, ends here.
         return True
+
+    def _end_by_interrupt(self, error: BaseException, *, has_stopped_well: bool) -> None:
+        if has_stopped_well and self._run.exit_code is not None:
+            raise SystemExit(self._run.exit_code) from error
+        show_as_line(error, self._run.ending())
 
     def _on_sigterm(self) -> None:
         self._stop_at_boundary()
@@ -145,7 +166,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         session = self._session
         if session is None:
             return
-        _log.warning("the training loop goes on %g s after SIGTERM: its session is saved and closed", grace_secs)
+        _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)
         self._run.save()
         self._run.close(session)
 
@@ -171,9 +192,12 @@ class ManagedSession(AbstractContextManager[SessionT]):
             finally:
                 self._sigterm.finish()
 
-    def _end_quietly(self, error: BaseException) -> None:
+    def _end_quietly(self, error: BaseException) -> bool:
+        """End the run; whether that went well."""
         try:
             self._end()
         except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
             if later is not error:
                 add_note(error, f"while stopping: {described(later)}")
+            return False
+        return True

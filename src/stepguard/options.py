@@ -11,7 +11,8 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -106,6 +107,9 @@ class Stopping(_Group):
         stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
         stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
             and an end by that signal; a handler of the program's own is left alone in any case.
+        exit_code: what the program ends with, from 0 to 255, when its run was asked to stop, by SIGTERM, Ctrl-C or
+            ``request_stop``, and has stopped well: for a scheduler that starts it again then. By default a signal ends
+            it as signals do, and after ``request_stop`` it goes on below the block.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -113,9 +117,11 @@ class Stopping(_Group):
 
     stop_grace_secs: float = 120
     stop_on_sigterm: bool = True
+    exit_code: int | None = None
 
     def __post_init__(self) -> None:
         check_seconds("stop_grace_secs", self.stop_grace_secs)
+        check_count("exit_code", self.exit_code, most=255, or_none=True)
         check_switch("stop_on_sigterm", self.stop_on_sigterm)
 
 
@@ -180,8 +186,7 @@ class Guarding(_Group):
     nan_returns: int = 3
 
     def __post_init__(self) -> None:
-        if self.nan_guard not in (None, STOP, RETURN):
-            raise ValueError(f"nan_guard must be 'stop', 'return' or None, got {self.nan_guard!r}")
+        _check_choice("nan_guard", self.nan_guard, STOP, RETURN, None)
         check_count("nan_returns", self.nan_returns, least=1, what="returns")
 
     @property
@@ -197,15 +202,36 @@ class Restoring(_Group):
     Args:
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, since it throws the run away.
+        hyperparameters: who wins where the program sets another learning rate, weight decay or schedule than the run
+            before: the ``"checkpoint"``, so that the run goes on as it was, or the ``"program"``. The difference is
+            said in either case. For PyTorch, like the options that follow.
+        only: the names of the parts of the state that are restored, or patterns such as ``"model*"``; the others begin
+            as the program has made them, at each start. By default all are.
+        leave_out: patterns for the parameters and buffers that begin as the program has made them, at each start, such
+            as ``"model.head.*"``.
+        init_from: where a run without a checkpoint of its own takes its first weights from: the logdir or a checkpoint
+            of another run, or a file with a plain ``state_dict``; or a mapping of such, by the names of the parts.
+        init_fit: ``"whole"``, when these weights have to fit the model exactly, or ``"part"``, when what fits is taken.
 
     Raises:
-        TypeError: the option is neither on nor off.
+        TypeError, ValueError: an option is of the wrong type or value; the message names it.
     """
 
     start_over_when_all_damaged: bool = False
+    hyperparameters: str = "checkpoint"
+    only: Sequence[str] | None = None
+    leave_out: Sequence[str] = ()
+    init_from: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None
+    init_fit: str = "whole"
 
     def __post_init__(self) -> None:
         check_switch("start_over_when_all_damaged", self.start_over_when_all_damaged)
+        _check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
+        _check_patterns("only", self.only, or_none=True)
+        _check_patterns("leave_out", self.leave_out)
+        if not isinstance(self.init_from, (str, os.PathLike, Mapping, type(None))):
+            raise wrong_type("init_from", "a path, a mapping of paths, or None", self.init_from)
+        _check_choice("init_fit", self.init_fit, "whole", "part")
 
 
 _GROUPS: dict[str, type[_Group]] = {
@@ -363,3 +389,18 @@ def _check_text(name: str, value: object, expected: str) -> None:
         raise wrong_type(name, expected, value)
     if not value:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, *choices: object) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in choices):
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r:.80}")
+
+
+def _check_patterns(name: str, value: Any, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    # A single text is a sequence too, of letters.
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not is_sequence or not all(isinstance(one, str) and one for one in value):
+        raise wrong_type(name, f"a sequence of names such as ('model',){' or None' if or_none else ''}", value)

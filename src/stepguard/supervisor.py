@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
@@ -25,6 +25,7 @@ from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
+from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,17 @@ _LAST_SAVE_SECS = 5.0
 # last lines get a moment more.
 _EXIT_SECS = 2.0
 _LAST_LINES_SECS = 0.5
+
+
+@dataclass(slots=True)
+class _Life:
+    """What the supervisor knows of the session that was opened last."""
+
+    pid: int = field(default_factory=os.getpid)
+    # For services that are started later.
+    recovered: Recovery | None = None
+    # Who has asked for the stop, where the coordinator does not know: a signal, or an exception of the block.
+    stop_reason: str | None = None
 
 
 class Supervisor(Generic[SessionT]):
@@ -96,11 +108,7 @@ class Supervisor(Generic[SessionT]):
         )
         self._worker_role = role
         self._built_in = os.getcwd()
-        self._pid = os.getpid()
-        # Of the session that was opened last, for services that are started later.
-        self._recovered: Recovery | None = None
-        # What `stop` records as the end of a run without an error.
-        self._stop_reason = "finished"
+        self._life = _Life()
         self._guard = self._make_guard()
 
     def _make_guard(self) -> NanGuard | None:
@@ -219,7 +227,7 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, self._recovered)
+        self._observer.session_ready(sess, step, self._life.recovered)
         for thread in threads:
             thread.start()
         return threads
@@ -260,8 +268,7 @@ class Supervisor(Generic[SessionT]):
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
-        self._pid = os.getpid()
-        self._stop_reason = "finished"
+        self._life.pid, self._life.stop_reason = os.getpid(), None
         if self._events is not None:
             self._events.reopen()
         try:
@@ -272,7 +279,8 @@ class Supervisor(Generic[SessionT]):
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
-        session, self._recovered = prepared.session, prepared.recovered
+        session, self._life.recovered = prepared.session, prepared.recovered
+        self._is_running()
         try:
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
@@ -326,7 +334,7 @@ class Supervisor(Generic[SessionT]):
 
     def _give_up(self, session: SessionT, error: BaseException) -> None:
         """End what was begun for a session that could not be prepared; ``error`` is on its way out."""
-        self._coord.request_stop()
+        self._coord.end()
         if self._guard is not None:
             self._guard.end(was_asked=True)
         self._engine.close(session)
@@ -353,7 +361,7 @@ class Supervisor(Generic[SessionT]):
             return
         _unstopped.discard(self)
         was_asked = self._coord.should_stop()
-        self._coord.request_stop()
+        self._coord.end()
         self._observer.stopping()
         try:
             try:
@@ -367,10 +375,12 @@ class Supervisor(Generic[SessionT]):
             # A last checkpoint that could not be written is an error of the run like any other.
             self._coord.raise_requested_exception()
         except BaseException as error:
-            self._observer.end("error", error)
+            self._observer.end("error", error, request=self._life.stop_reason)
             raise
         else:
-            self._observer.end(self._stop_reason)
+            reason = self._life.stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
+            exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
+            self._observer.end(reason, exit_code=exit_code)
         finally:
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
@@ -411,7 +421,7 @@ class Supervisor(Generic[SessionT]):
 
     def _is_of_parent(self) -> bool:
         """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
-        return os.getpid() != self._pid
+        return os.getpid() != self._life.pid
 
     def _is_running(self) -> None:
         _watch_exit(os.getpid())
@@ -419,9 +429,9 @@ class Supervisor(Generic[SessionT]):
 
     def _end_with_process(self, deadline: float) -> None:
         """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
-        self._coord.request_stop()
+        self._coord.end()
         if self._guard is not None:
-            self._guard.end(was_asked=True)
+            self._guard.end(was_asked=True, within_secs=max(0.0, deadline - time.monotonic()))
         # The session is closed when it is collected, too late for a thread that would save it.
         self._saving.stop(deadline)
         failure = None
@@ -430,11 +440,31 @@ class Supervisor(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
             _log.error("the program ended without stop(), which would have raised: %s", described(error))
+        if self._events is not None:
+            _call_within(max(_LAST_LINES_SECS, deadline - time.monotonic()), self._events.flush)
         self._observer.end(
             "exit" if failure is None else "error",
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+
+
+def _call_within(secs: float, function: Callable[[], object]) -> None:
+    """Call ``function`` in a thread, since it may wait for a disk that hangs, and wait for it no longer than that."""
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - a thread's edge, and nobody is left to raise it to
+            _log.warning("%s", described(error))
+
+    thread = threading.Thread(target=call, name="stepguard-last-lines", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        call()  # Some versions of Python start no thread any more while the process ends.
+    else:
+        thread.join(secs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,6 +483,14 @@ class _Block(Generic[SessionT]):
     def stops_on_sigterm(self) -> bool:
         return self.supervisor._options.stopping.stop_on_sigterm
 
+    @property
+    def exit_code(self) -> int | None:
+        return self.supervisor._options.stopping.exit_code
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        return self.supervisor._coord.stop_was_asked
+
     def request_stop(self, error: BaseException | None) -> None:
         self.supervisor.request_stop(error)
 
@@ -460,7 +498,10 @@ class _Block(Generic[SessionT]):
         self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
 
     def note_end(self, reason: str) -> None:
-        self.supervisor._stop_reason = reason
+        self.supervisor._life.stop_reason = reason
+
+    def ending(self) -> str:
+        return self.supervisor._observer.ending()
 
     def save(self) -> None:
         self.supervisor._save_before_close()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from stepguard.cli.launcher.attempt_outcome import Runs
-from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
-from stepguard.cli.logdir.run_state import look
+from stepguard.cli.launcher.launched_logdirs import LaunchedLogdirs
+from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Crash, Restart, Restarts
+from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger
@@ -162,7 +162,7 @@ def test_crashes_with_progress_go_on_to_the_end(tmp_path):
     assert "4 restarts" in summary
     assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
     # A process that SIGKILL ended has told nothing of its end itself.
-    assert look(logdir).last_error.startswith("SIGKILL")
+    assert read_run_state(logdir).last_error.startswith("SIGKILL")
 
 
 def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):
@@ -265,6 +265,56 @@ def test_a_program_that_was_itself_asked_to_stop_is_not_started_again(tmp_path, 
     assert [one["reason"] for one in events(logdir, "stop")] == [reason]
 
 
+@pytest.mark.parametrize("reason", ["sigterm", "interrupt", "request_stop"])
+def test_a_requested_stop_ends_with_the_exit_code_that_the_program_has_chosen(tmp_path, children, reason):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "choose to stop" if reason == "request_stop" else "choose")
+    children.append(launcher)
+    if reason != "request_stop":
+        pid = wait_until(lambda: is_training(logdir), "training").pid
+        os.kill(pid, signal.SIGTERM if reason == "sigterm" else signal.SIGINT)
+    code, _, errors = ended(launcher)
+    assert code == 75, errors
+    (stop,) = events(logdir, "stop")
+    assert (stop["reason"], stop["exit_code"], stop["error"]) == (reason, 75, None)
+    assert newest(logdir).step == stop["step"]
+    assert len(events(logdir, "launch")) == 1
+    assert f"stopped ({reason}), exit code 75, after" in errors
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_in_one_line_that_says_what_was_saved(tmp_path, children):
+    logdir = tmp_path / "run"
+    training = subprocess.Popen([*TRAINING, logdir, "train"], stderr=subprocess.PIPE, text=True)
+    children.append(training)
+    wait_until(lambda: is_training(logdir), "training")
+    training.send_signal(signal.SIGINT)
+    _, errors = training.communicate(timeout=SOON_SECS)
+    assert training.returncode == -signal.SIGINT
+    step = newest(logdir).step
+    # A checkpoint that was skipped on a slow disk is told of before.
+    assert errors.splitlines()[-1] == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}"
+    assert "Traceback" not in errors
+
+
+def test_an_interrupt_that_the_program_raises_elsewhere_keeps_its_traceback(tmp_path):
+    program = (
+        "import sys\n"
+        "from stepguard.testing import FakeSupervisor\n"
+        "try:\n"
+        "    with FakeSupervisor(sys.argv[1]).managed_session():\n"
+        "        raise KeyboardInterrupt\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ValueError('of the program') from None\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert ending.returncode == 1
+    assert "Traceback" in ending.stderr
+    assert "ValueError: of the program" in ending.stderr
+
+
 def test_sigterm_that_was_no_clean_stop_is_a_crash(tmp_path):
     program = counting(tmp_path / "starts", "kill -TERM $$")
     assert ended(run(*program, options=["--max-restarts=1"]))[0] == 128 + signal.SIGTERM
@@ -290,6 +340,104 @@ def test_a_launcher_that_is_killed_leaves_no_run_behind(tmp_path, children):
     (stop,) = events(logdir, "stop")
     assert stop["reason"] == "sigterm"
     assert newest(logdir).step == stop["step"]
+
+
+# --- a launcher that is stopped and goes on ---
+
+
+def stop_and_continue(launcher, secs):
+    """SIGSTOP for so long, and SIGCONT: a suspended job, a debugger, a frozen container."""
+    launcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: _state(launcher.pid) == "T", "the stop")
+    time.sleep(secs)
+    launcher.send_signal(signal.SIGCONT)
+    wait_until(lambda: _state(launcher.pid) != "T", "the continuation")
+
+
+def _state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_launcher_that_was_stopped_for_longer_than_it_waits_leaves_its_program_alone(tmp_path, children):
+    end = tmp_path / "end"
+    script = f"trap 'echo term' TERM; echo ready; while ! test -e {end}; do sleep 0.02; done; exit 4"
+    launcher = run("sh", "-c", script)
+    children.append(launcher)
+    assert launcher.stdout.readline() == "ready\n"
+    for _ in range(3):
+        stop_and_continue(launcher, 0.7)
+    # With a request to stop taken before, a wrong second one would kill the program.
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.stdout.readline() == "term\n"
+    for _ in range(3):
+        stop_and_continue(launcher, 0.7)
+    end.touch()
+    code, output, errors = ended(launcher)
+    assert (code, output) == (4, ""), errors
+
+
+def test_a_program_that_crashes_while_its_launcher_is_stopped_is_started_again(tmp_path, children):
+    ready, end = tmp_path / "ready", tmp_path / "end"
+    script = f"test $STEPGUARD_ATTEMPT = 2 && exit 0; touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 3"
+    launcher = run("sh", "-c", script)
+    children.append(launcher)
+    wait_until(ready.exists, "the program")
+    launcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: _state(launcher.pid) == "T", "the stop")
+    end.touch()
+    time.sleep(0.7)  # past the launcher's look
+    launcher.send_signal(signal.SIGCONT)
+    code, _, errors = ended(launcher)
+    assert code == 0, errors
+    assert "exit code 3; restart 1" in errors
+
+
+def test_a_launcher_that_was_stopped_still_gives_the_grace_that_it_promised(tmp_path, children):
+    pid, ready, end = tmp_path / "pid", tmp_path / "ready", tmp_path / "end"
+    waits = f"touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 0"
+    script = f"(trap 'echo term' TERM; {waits}) & echo $! > {pid}; while ! test -e {ready}; do sleep 0.02; done; exit 3"
+    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=2"])
+    children.append(launcher)
+    assert launcher.stdout.readline() == "term\n"
+    stop_and_continue(launcher, 2.5)
+    end.touch()
+    code, _, errors = ended(launcher)
+    assert code == 3
+    assert "are killed" not in errors
+
+
+def test_an_alarm_that_rings_after_the_last_wait_does_not_end_the_launcher():
+    program = (
+        "import os, signal\n"
+        "from stepguard.cli.launcher.signal_queue import SignalQueue\n"
+        "with SignalQueue() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGALRM)\n"
+        "    assert signals.take(60.0) is None\n"
+        "    os.kill(os.getpid(), signal.SIGALRM)\n"
+        "print('well')\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert (ending.returncode, ending.stdout) == (0, "well\n")
+
+
+def test_a_program_that_gets_the_pid_of_one_that_has_ended_runs_all_the_same():
+    program = (
+        "import os, subprocess, time\n"
+        "from types import SimpleNamespace\n"
+        "from stepguard.cli.launcher.processes import Processes\n"
+        "processes = Processes()\n"
+        "how = dict(environment=os.environ, stderr=2, has_own_group=False, in_child=lambda: None)\n"
+        "pid = processes.start(['sh', '-c', 'exit 3'], **how)\n"
+        "while processes.ending(pid) is None: time.sleep(0.01)\n"
+        "subprocess.Popen = lambda *_, **__: SimpleNamespace(pid=pid)\n"
+        "print(processes.ending(processes.start(['sh'], **how)))\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert ending.stdout == "None\n", ending.stderr
 
 
 # --- several processes ---
@@ -433,7 +581,7 @@ def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
 
 def decide(*failures, most=100, first=1.0, longest=300.0):
     restarts = Restarts(most=most, first_delay_secs=first, longest_delay_secs=longest, uniform=lambda low, high: high)
-    return [restarts.after(Failure(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
+    return [restarts.after(Crash(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
 
 
 def test_the_delay_doubles_without_progress_and_begins_anew_with_it():
@@ -451,7 +599,7 @@ def test_the_delay_is_shortened_by_up_to_a_half():
     restarts = Restarts(
         most=9, first_delay_secs=8.0, longest_delay_secs=9.0, uniform=lambda *of: seen.append(of) or 0.5
     )
-    assert restarts.after(Failure("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
+    assert restarts.after(Crash("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
     assert seen == [(0.5, 1.0)]
 
 
@@ -464,9 +612,9 @@ def test_three_same_failures_without_progress_are_a_crash_loop():
 
 
 def test_numbers_and_addresses_make_no_other_failure():
-    assert Failure("exit code 1", "at 0xdeadbeef, step 12").is_same(Failure("exit code 1", "at 0x1, step 9"))
-    assert not Failure("exit code 1", "no disk").is_same(Failure("exit code 1", "no memory"))
-    assert Failure("SIGKILL", "saved step 12").is_same(Failure("SIGKILL", "began"))
+    assert Crash("exit code 1", "at 0xdeadbeef, step 12").is_same(Crash("exit code 1", "at 0x1, step 9"))
+    assert not Crash("exit code 1", "no disk").is_same(Crash("exit code 1", "no memory"))
+    assert Crash("SIGKILL", "saved step 12").is_same(Crash("SIGKILL", "began"))
 
 
 def test_restarts_are_limited():
@@ -491,7 +639,7 @@ def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
         stopped(11.5, "chief", "what follows from it"),
     ):
         book.append("stop", **line)
-    found = Runs(tmp_path, tmp_path / "nothing-announced")
+    found = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
     assert found.cause(10.0) == "first, on a host whose clock is late"
     assert found.cause(0.0) == "before"
     assert found.cause(20.0) is None
@@ -503,6 +651,41 @@ def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
     assert found.cause(10.0) == "last"
 
 
+def test_an_error_that_came_after_a_request_to_stop_is_not_the_cause(tmp_path):
+    # A rank was killed, and torchrun has ended the others, with the workers of their loaders.
+    book = ledger.Ledger(tmp_path, role="chief")
+    follows = "RuntimeError: DataLoader worker (pid 7) is killed by signal: Terminated."
+    book.append("stop", **stopped(12.0, "chief", follows), request="sigterm")
+    found = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
+    assert found.cause(10.0) is None
+    assert read_run_state(tmp_path).last_error == follows
+    launcher = ledger.Ledger(tmp_path, role="launcher")
+    launcher.append("exit", time=13.0, failure="exit code 1: Signal 9 (SIGKILL) received by PID 6")
+    launcher.append("gave_up", time=13.0)
+    assert read_run_state(tmp_path).last_error == "exit code 1: Signal 9 (SIGKILL) received by PID 6"
+
+
+@pytest.mark.parametrize(
+    ("written", "end", "failure"),
+    [
+        (r"\r 10%%|#  | 1/10 [00:01<00:09]\r 20%%|## | 2/10 [00:02<00:08]", "exit 3", "exit code 3: Error: no disk"),
+        (r"\rstep 1/10\rstep 2/10", "exit 3", "exit code 3: Error: no disk"),
+        (r"\r 20%%|## | 2/10 [00:02<00:08]fatal: no memory\n", "exit 3", "exit code 3: fatal: no memory"),
+        (r"\repoch 1: loss 0.5, 20%%\n", "kill -9 $$", "SIGKILL: Error: no disk"),
+        (r"saved step 9\n", "kill -9 $$", "SIGKILL: Error: no disk"),
+    ],
+)
+def test_the_cause_of_a_death_is_not_the_last_state_of_a_progress_bar(tmp_path, written, end, failure):
+    program = f"printf 'Error: no disk\\n' >&2; printf '{written}' >&2; {end}"
+    ended(run("sh", "-c", program, options=["--logdir", tmp_path, "--max-restarts=0"]))
+    assert [one["failure"] for one in events(tmp_path, "exit")] == [failure]
+
+
+def test_of_what_a_signal_has_ended_a_line_that_tells_of_no_error_is_no_cause(tmp_path):
+    ended(run("sh", "-c", "echo step 9 done >&2; kill -9 $$", options=["--logdir", tmp_path, "--max-restarts=0"]))
+    assert [one["failure"] for one in events(tmp_path, "exit")] == ["SIGKILL"]
+
+
 # --- progress ---
 
 
@@ -510,9 +693,9 @@ def runs(tmp_path, logdir):
     """What the launcher sees of a logdir that was announced after the start."""
     announcements = tmp_path / "announcements"
     announcements.mkdir()
-    found = Runs(None, announcements)
+    found = LaunchedLogdirs(None, announcements)
     (announcements / "1.logdir").write_text(str(logdir))
-    found.look()
+    found.find_announced()
     return found
 
 
@@ -561,7 +744,7 @@ def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_p
         (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"x")
 
     save(7)
-    given = Runs(tmp_path, tmp_path / "nothing-announced")
+    given = LaunchedLogdirs(tmp_path, tmp_path / "nothing-announced")
     began = time.time() - 0.001
     assert not given.has_progressed(began)
     save(9)
@@ -572,11 +755,11 @@ def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_p
 def test_a_logdir_that_is_made_known_late_is_told_all(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    told = Runs(None, tmp_path)
-    told.tell("launch", 1.0, attempt=1)
+    told = LaunchedLogdirs(None, tmp_path)
+    told.record("launch", 1.0, attempt=1)
     for name in ("one", "two"):
         (tmp_path / f"{name}.logdir").write_text(str(tmp_path / name))
-        told.look()
-    told.tell("exit", 2.0, attempt=1)
+        told.find_announced()
+    told.record("exit", 2.0, attempt=1)
     for name in ("one", "two"):
         assert [(one["event"], one["time"]) for one in ledger.read(tmp_path / name)] == [("launch", 1.0), ("exit", 2.0)]

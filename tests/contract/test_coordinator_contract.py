@@ -18,6 +18,7 @@ import tensorflow as tf
 
 import stepguard.coordination.coordinator
 import stepguard.coordination.looper
+import stepguard.tensorflow
 
 SOON_SECS = 30.0
 TheirCoordinator = tf.train.Coordinator
@@ -684,3 +685,26 @@ def test_departure_missed_ticks_are_skipped() -> None:
     # Calls two, three and four: at once, or on three ticks.
     assert bursts[0] < 0.4
     assert bursts[1] > 0.6
+
+
+@pytest.mark.parametrize("kind", [TheirCoordinator, stepguard.tensorflow.Coordinator], ids=["tensorflow", "stepguard"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda coord: coord.request_stop(),
+        lambda coord: report(coord, BoomError()),
+        lambda coord: coord.clear_stop(),
+        lambda coord: coord.register_thread(threading.Thread(target=print)),
+    ],
+    ids=["request_stop", "request_stop with an error", "clear_stop", "register_thread"],
+)
+def test_who_holds_the_lock_keeps_others_from_changing_anything(kind: Any, change: Callable[[Any], object]) -> None:
+    coord = kind()
+    with coord._lock:
+        changing = threading.Thread(target=change, args=(coord,), daemon=True)
+        changing.start()
+        changing.join(0.2)
+        assert changing.is_alive()
+        assert not coord.should_stop()
+    changing.join(SOON_SECS)
+    assert not changing.is_alive()

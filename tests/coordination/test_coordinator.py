@@ -577,6 +577,46 @@ def test_a_live_registered_thread_is_waited_for_again_and_an_ended_one_forgotten
     assert not coord._registered
 
 
+def test_a_thread_that_waits_for_what_comes_after_is_not_waited_for(coord: Coordinator, threads: Threads) -> None:
+    comes_after, is_waiting = threading.Event(), threading.Event()
+
+    def work() -> None:
+        coord.wait_for_stop()
+        with coord.not_joined():
+            is_waiting.set()
+            assert comes_after.wait(SOON_SECS)
+
+    thread = threads.start(work)
+    coord.register_thread(thread)
+    coord.request_stop()
+    began = time.monotonic()
+    coord.join(stop_grace_period_secs=SOON_SECS)
+    assert is_waiting.is_set()
+    assert time.monotonic() - began < SOON_SECS / 2
+    # It is still one of those that the coordinator knows.
+    comes_after.set()
+    thread.join(SOON_SECS)
+    coord.join()
+
+
+def test_before_a_stop_such_a_thread_is_waited_for(coord: Coordinator, threads: Threads) -> None:
+    comes_after, is_waiting = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with coord.not_joined():
+            is_waiting.set()
+            assert comes_after.wait(SOON_SECS)
+
+    thread = threads.start(work)
+    assert is_waiting.wait(SOON_SECS)
+    joining = threads.start(lambda: coord.join([thread]))
+    joining.join(0.3)
+    assert joining.is_alive()
+    comes_after.set()
+    joining.join(SOON_SECS)
+    assert not joining.is_alive()
+
+
 def test_a_thread_never_started_is_not_waited_for(coord: Coordinator) -> None:
     coord.register_thread(threading.Thread(target=boom))
     coord.request_stop()

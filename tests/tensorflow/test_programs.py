@@ -222,7 +222,7 @@ class TestSaversOfTheProgramsOwn:
 
         step = counting_step()
         supervisor = Supervisor(
-            logdir=str(tmp_path), saver=Silent(), save_model_secs=0, saving=Saving(save_at_end=True)
+            logdir=str(tmp_path), saver=Silent(), saving=Saving(save_model_secs=0, save_at_end=True)
         )
         with caplog.at_level(logging.INFO, "stepguard"), supervisor.managed_session() as session:
             for _ in range(2):

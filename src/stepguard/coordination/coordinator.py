@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # How often a join with a shorter grace period than this looks for a stop request.
 _SHORTEST_LOOK_SECS = 0.05
+# How often it looks whether a thread that goes on has come to where it is not waited for.
+_LONGEST_LOOK_SECS = 0.2
 # A note is one line to read; the log has the whole text, with its traceback.
 _NOTE_CHARS = 500
 
@@ -58,6 +60,7 @@ class _Stop:
     """All that clear_stop resets, in one object, so that it is replaced in one assignment."""
 
     requested_at: float | None = None
+    was_asked: bool = False
     main_thread_was_told: bool = False
     joined: bool = False
     failures: list[_Failure] = field(default_factory=list)
@@ -113,6 +116,8 @@ class Coordinator:
         self._waiters: set[threading.Lock] = set()
         # By id: a Thread subclass may define an __eq__ of its own.
         self._registered: dict[int, threading.Thread] = {}
+        # Threads, by ident, inside `not_joined`: a thread is in no more than one.
+        self._not_joined: set[int] = set()
 
     def should_stop(self) -> bool:
         """True once a stop was requested. Cheap: made to be asked at every step."""
@@ -123,6 +128,11 @@ class Coordinator:
         if threading.current_thread() is threading.main_thread():
             stop.main_thread_was_told = True
         return True
+
+    @property
+    def stop_was_asked(self) -> bool:
+        """Whether somebody has called `request_stop` without an error before the run was over or had failed."""
+        return self._stop.was_asked
 
     @property
     def stop_requested(self) -> bool:
@@ -176,9 +186,14 @@ class Coordinator:
         except TypeError as error:
             self._request_stop(stop, _Failure(error, error.__traceback__, threading.current_thread().name))
             raise
+        was_asked = failure is None
         if failure is not None and self._is_harmless(failure.error, after_stop=stop.requested_at is not None):
             failure = None
-        self._request_stop(stop, failure)
+        self._request_stop(stop, failure, was_asked=was_asked)
+
+    def end(self) -> None:
+        """Asks all threads to stop because the run is over, which nobody has asked for."""
+        self._request_stop(self._stop, None)
 
     def report(self, error: BaseException) -> None:
         """Like `request_stop`, for a thread's edge, where nobody could catch what it raises: `error` itself is not."""
@@ -216,6 +231,16 @@ class Coordinator:
         _check_thread(thread)
         self._registered[id(thread)] = thread
 
+    @contextlib.contextmanager
+    def not_joined(self) -> Iterator[None]:
+        """Inside it the calling thread is not one that `join` waits for after a stop: it waits for what comes after."""
+        ident = threading.get_ident()
+        self._not_joined.add(ident)
+        try:
+            yield
+        finally:
+            self._not_joined.discard(ident)
+
     def join(
         self,
         threads: Iterable[threading.Thread] | None = None,
@@ -244,7 +269,7 @@ class Coordinator:
         live = self._wait_for_threads(_thread_list(threads), grace_secs, time.monotonic())
         stop = self._stop
         # Joined first, errors read second: request_stop does it the other way round, and so one of both sees it.
-        stop.joined = True
+        self._set_joined(stop)
         for thread in list(self._registered.values()):
             if thread.ident is not None and not thread.is_alive():
                 self._registered.pop(id(thread), None)
@@ -262,6 +287,9 @@ class Coordinator:
         finally:
             # This frame is in the traceback of our error now: it must not keep us alive in a cycle.
             del self
+
+    def _set_joined(self, stop: _Stop) -> None:
+        stop.joined = True
 
     @property
     def joined(self) -> bool:
@@ -294,11 +322,12 @@ class Coordinator:
             return True
         return False
 
-    def _request_stop(self, stop: _Stop, failure: _Failure | None) -> None:
+    def _request_stop(self, stop: _Stop, failure: _Failure | None, *, was_asked: bool = False) -> None:
         # Error first, flag second: who sees the flag can rely on the error being there.
         if failure is not None:
             stop.record(failure)
         if stop.requested_at is None:
+            stop.was_asked = was_asked
             stop.requested_at = time.monotonic()
         # suppress: another thread, or a signal handler, may pop the last one between our look and our pop.
         with contextlib.suppress(KeyError):
@@ -314,14 +343,17 @@ class Coordinator:
         me = threading.current_thread()
         while True:
             union = {id(thread): thread for thread in [*given, *list(self._registered.values())]}
-            live = [thread for thread in union.values() if thread is not me and thread.is_alive()]
+            live = [thread for thread in union.values() if thread is not me and self._is_awaited(thread)]
             if not live:
                 return []
             left_secs = self._grace_left_secs(grace_secs, began)
             if left_secs <= 0:
                 return live
-            # All have to end, so it is no matter which we wait for.
-            live[0].join(min(left_secs, threading.TIMEOUT_MAX))
+            # All have to end, so it is no matter which we wait for; not for long, as it may come to `not_joined`.
+            live[0].join(min(left_secs, _LONGEST_LOOK_SECS))
+
+    def _is_awaited(self, thread: threading.Thread) -> bool:
+        return thread.is_alive() and not (self.stop_requested and thread.ident in self._not_joined)
 
     def _grace_left_secs(self, grace_secs: float, began: float) -> float:
         requested_at = self._stop.requested_at

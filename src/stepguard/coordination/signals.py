@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 
 _log = logging.getLogger(__name__)
 
@@ -117,16 +117,42 @@ class SigtermWatch:
             os._exit(128 + signal.SIGTERM)
 
 
-def end_by_sigterm() -> None:
-    """End the process as SIGTERM does by default: whoever sent it sees that it was obeyed."""
+def end_by_sigterm(exit_code: int | None = None) -> None:
+    """End the process as SIGTERM does by default, so that whoever sent it sees that it was obeyed, or with
+    ``exit_code``.
+    """
     # Nothing runs after this: neither the buffers of these nor those of a log file would be written.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     logging.shutdown()
+    if exit_code is not None:
+        os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGTERM)
     # The first process of a container is spared by the kernel.
     os._exit(128 + signal.SIGTERM)
+
+
+def show_as_line(error: BaseException, line: str) -> None:
+    """Have ``error``, if nobody catches it, end the program with ``line`` in place of a traceback, and as ever."""
+    error.__dict__["stepguard_line"] = line
+    hook = sys.excepthook
+    if not isinstance(hook, _LineHook):
+        sys.excepthook = _LineHook(hook)
+
+
+class _LineHook:
+    """An exception hook that knows the errors of `show_as_line`, and leaves all others to the one before it."""
+
+    def __init__(self, before: Callable[[type[BaseException], BaseException, TracebackType | None], object]) -> None:
+        self._before = before
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        line = getattr(error, "stepguard_line", None)
+        if line is None:
+            self._before(kind, error, traceback)
+            return
+        print("; ".join([line, *getattr(error, "__notes__", ())]), file=sys.stderr)
 
 
 def _wake(number: int, frame: FrameType | None) -> None:

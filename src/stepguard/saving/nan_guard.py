@@ -13,8 +13,9 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, Snapshot
-from stepguard.errors import CheckpointCorruptError, NoBoundaryError, NonFiniteError
+from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.options import Guarding
+from stepguard.saving.way_back import WayBack, shown
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.watching.observer import Observer
 from stepguard.watching.run_record import describe
@@ -61,20 +62,15 @@ class NanGuard:
         on_error: Callable[[BaseException], None],
         on_return: Callable[[], None],
     ) -> None:
-        self._returns_left = options.nan_returns if options.returns else 0
-        self._options = options
+        self._way_back = WayBack(options, engine, store, events, on_return)
         self._engine = engine
         self._coord = coord
-        self._store = store
-        self._events = events
         self._observer = observer
         self._one_save = one_save
         self._on_error = on_error
-        self._on_return = on_return
         self._lock = threading.Lock()
         self._session: Any = None
         self._sight: _Sight | None = None
-        self._history: list[str] = []
         self._is_over = False
         self._returning: threading.Thread | None = None
         # Snapshots of before a return are not committed after it. The progress at the last return, if there was one.
@@ -93,16 +89,17 @@ class NanGuard:
         self._is_over = False
         self._engine.watch_values(session, self)
 
-    def end(self, *, was_asked: bool) -> bool:
+    def end(self, *, was_asked: bool, within_secs: float | None = None) -> bool:
         """The training loop is over; ``was_asked`` says whether it was asked to stop. Whether all is well.
 
         A loop that ended by itself while its session was put back has not come to where it wanted to: an error.
+        ``within_secs`` is how long a return that is under way is waited for; ``None``: until it is done.
         """
         with self._lock:
             was_over, self._is_over = self._is_over, True
             returning, self._returning = self._returning, None
         if returning is not None and returning is not threading.current_thread():
-            returning.join()
+            returning.join(within_secs)
         sight, is_stuck = self._sight, False
         if was_over or self._session is None:
             return sight is None
@@ -131,8 +128,8 @@ class NanGuard:
         if step is None:
             with contextlib.suppress(Exception):  # A closed session: the number is what counts.
                 step = self._engine.step(self._session)
-        shown = listed(f"{name} is {value}" for name, value in bad.items())
-        self._see(_Sight(step, tuple(bad), f"{shown} at step {_shown(step)}"))
+        numbers = listed(f"{name} is {value}" for name, value in bad.items())
+        self._see(_Sight(step, tuple(bad), f"{numbers} at step {shown(step)}"))
         return True
 
     def settle(self) -> None:
@@ -155,7 +152,7 @@ class NanGuard:
         names = self._engine.non_finite(snapshot)
         if not names:
             return True
-        text = f"the state to be saved is not finite at step {_shown(snapshot.step)}: {listed(names)}"
+        text = f"the state to be saved is not finite at step {shown(snapshot.step)}: {listed(names)}"
         self._see(_Sight(snapshot.step, tuple(names), text))
         return False
 
@@ -166,14 +163,14 @@ class NanGuard:
             if self._sight is not None:
                 return
             self._sight = sight
-            may_return = self._returns_left > 0 and not self._is_over
+            may_return = self._way_back.is_open and not self._is_over
             if may_return:
                 self._returning = threading.Thread(
                     target=self._return, args=(sight,), name="stepguard-nan-guard", daemon=True
                 )
                 self._returning.start()
         if not may_return:
-            self._fail(self._history_text())
+            self._fail(self._way_back.why_not())
 
     def _fail(self, why: str = "", cause: BaseException | None = None) -> None:
         """The run is to stop, with what was seen as its error."""
@@ -181,11 +178,11 @@ class NanGuard:
         assert sight is not None
         hint = (
             ", or with Guarding(nan_guard='return'), which goes back and on by itself"
-            if self._may_advise_return()
+            if self._way_back.is_advisable
             else ""
         )
         error = NonFiniteError(
-            f"{sight.text}{'; ' if why else ''}{why}. {self._saved_text()}Look at the step that made it "
+            f"{sight.text}{'; ' if why else ''}{why}. {self._way_back.saved_text()}Look at the step that made it "
             f"(the data, the learning rate), and start again{hint}",
             step=sight.step,
             names=sight.names,
@@ -195,28 +192,6 @@ class NanGuard:
         # A loop that never asks whether to stop ends as well.
         if self._session is not None:
             self._engine.stop_at_boundary(self._session, self._coord.main_thread_was_told)
-
-    def _may_advise_return(self) -> bool:
-        return not self._options.returns and self._store is not None and self._engine.can_return
-
-    def _saved_text(self) -> str:
-        """What there is to go on from, as far as this process knows: one that saves nothing itself does not."""
-        if self._store is None:
-            return ""
-        newest = None
-        with contextlib.suppress(OSError):
-            newest = next((one for one in self._store.candidates() if one.is_committed), None)
-        if newest is None:
-            return "There is no checkpoint to go on from; nothing later is saved. "
-        return f"The newest checkpoint is {newest.path} (step {_shown(newest.step)}); nothing later is saved. "
-
-    def _history_text(self) -> str:
-        if not self._options.returns:
-            return ""
-        if self._returns_left:
-            return "the training loop had ended, so the run did not return to a good checkpoint"
-        returned = f"the run has returned {len(self._history)} of at most {self._options.nan_returns} times"
-        return f"{returned} ({'; '.join(self._history)})" if self._history else returned
 
     def _return(self, sight: _Sight) -> None:
         try:
@@ -233,7 +208,8 @@ class NanGuard:
                 with self._one_save, self._engine.at_boundary(self._session, "the return to a good checkpoint"):
                     if self._coord.should_stop():
                         return
-                    checkpoint, to_step = self._put_back()
+                    checkpoint, to_step = self._way_back.take(self._session)
+                    self._is_back()
             except NoBoundaryError as error:
                 if time.monotonic() > deadline:
                     raise
@@ -243,44 +219,13 @@ class NanGuard:
             self._tell(sight, checkpoint, to_step)
             return
 
-    def _put_back(self) -> tuple[Checkpoint, int | None]:
-        engine, session, store = self._engine, self._session, self._store
-        assert store is not None
-
-        def attempt(checkpoint: Checkpoint) -> None:
-            if checkpoint.manifest is None:
-                raise CheckpointCorruptError("it has no manifest, so nobody has looked at it", path=checkpoint.path)
-            engine.restore(session, checkpoint, in_run=True)
-            # It may be of a run without a guard.
-            names = engine.non_finite(engine.snapshot(session))
-            if names:
-                raise CheckpointCorruptError(f"it is not finite: {listed(names)}", path=checkpoint.path)
-
-        checkpoint = store.newest_good(attempt=attempt, quarantine=False).checkpoint
-        if checkpoint is None:
-            raise FileNotFoundError(f"no checkpoint was saved in {store.root} yet; save more often")
-        to_step = engine.step(session)
-        if self._events is not None and to_step is not None:
-            # TensorBoard drops what was left behind of the curves.
-            self._events.started(to_step)
-        self._on_return()
+    def _is_back(self) -> None:
         with self._lock:
-            self._returns_left -= 1
             self._generation += 1
-            self._progress_at_return = engine.progress(session)
+            self._progress_at_return = self._engine.progress(self._session)
             self._sight = None
-        return checkpoint, to_step
 
     def _tell(self, sight: _Sight, checkpoint: Checkpoint, to_step: int | None) -> None:
-        self._history.append(f"{sight.text}: back to step {_shown(to_step)}")
-        number = len(self._history)
-        message = (
-            f"{sight.text}: the run has returned to {checkpoint.name} (step {_shown(to_step)}), "
-            f"{number} of at most {self._options.nan_returns} times"
-        )
+        number, message = self._way_back.note(sight.text, checkpoint, to_step)
         _log.warning("%s", message)
         self._observer.returned(step=sight.step, to_step=to_step, reason=sight.text, number=number, message=message)
-
-
-def _shown(step: int | None) -> str:
-    return "unknown" if step is None else str(step)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
-from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
 
 _log = logging.getLogger(__name__)
@@ -82,19 +82,14 @@ def find_newest(
         attempt=lambda checkpoint: _attempt(store, restore, checkpoint), quarantine=False, step_held=step_held
     )
     if found.checkpoint is None and found.damaged and refuses_missing:
-        raise none_is_good(store.root, found.damaged)
+        reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged)
+        raise NoGoodCheckpointError(
+            f"{store.root}: expected a checkpoint, found none ({reasons}). Nothing was changed. Put it back; or, to "
+            f"start over from step 0, use another logdir, pass restoring=Restoring(start_over_when_all_damaged=True), "
+            f"or move the file {statefile.FILE_NAME!r} away",
+            path=store.root,
+        )
     return found
-
-
-def none_is_good(root: Path, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
-    """The error for a directory whose state file names checkpoints, none of which is there and good."""
-    reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged)
-    return NoGoodCheckpointError(
-        f"{root}: expected the checkpoint that the file {statefile.FILE_NAME!r} names, found none that is good "
-        f"({reasons}). Nothing was changed. Put it back; or, to start over from step 0, use another logdir, pass "
-        f"restoring=Restoring(start_over_when_all_damaged=True), or move the file {statefile.FILE_NAME!r} away",
-        path=root,
-    )
 
 
 def restore_one(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint) -> Checkpoint:
@@ -123,8 +118,8 @@ def _attempt(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint) -
     if manifest is not None and manifest.engine != store.engine:
         raise CheckpointMismatchError(
             f"{checkpoint.path}: expected a checkpoint of the engine {store.engine!r}, found one of "
-            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed; give this run "
-            f"another logdir",
+            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed. Use another "
+            f"logdir for this one",
             path=checkpoint.path,
         )
     try:

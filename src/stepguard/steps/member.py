@@ -31,7 +31,10 @@ class SessionMember:
         return self._coord.wait_for_stop(timeout_secs)
 
     def request_stop(self, error: BaseException | None) -> None:
-        """Ask it, for ``error`` if there is one."""
+        """Ask it, for ``error`` if there is one; else because another process is at its end, or was asked."""
+        if error is None:
+            self._coord.end()
+            return
         try:
             self._coord.request_stop(error)
         except NonFiniteError:

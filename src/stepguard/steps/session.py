@@ -176,6 +176,14 @@ class Session:
         self._interrupts.start()
 
     @property
+    def is_cut_short(self) -> bool:
+        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+
+        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        """
+        return self.is_left and (self._coord.failed or self.boundary.is_torn)
+
+    @property
     def is_impatient(self) -> bool:
         """Whether a second Ctrl-C has ended the run: nothing is waited for."""
         return self._interrupts.is_impatient

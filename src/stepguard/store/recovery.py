@@ -138,7 +138,7 @@ def missing_by_state(layout: Layout, found: Search) -> Damage | None:
         return None
     there = f"only {', '.join(present)}" if present else "no file of it"
     reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {there}"
-    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason)
+    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason, is_gone=not present)
 
 
 def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
@@ -169,7 +169,7 @@ def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
 
 
 def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
-    """What lies in the directory; only if that is nothing, what the state file names in another one.
+    """What lies in the directory; only if that is nothing, what the state file lists in another one, newest first.
 
     A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
     """
@@ -178,11 +178,11 @@ def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
     if state is None or state.path.parent in (Path(), layout.root):
         return found
     place = layout.within(layout.root / state.path.parent)
-    name = state.newest
-    if not place.is_candidate(name, place.present(name)):
-        return []
-    is_committed = verification.size_of(place.manifest(name)) is not None
-    return [_as_held(Checkpoint(place.root, name, split_name(name)[1], 0.0, is_committed), step_held)]
+    return [
+        _as_held(Checkpoint(place.root, name, split_name(name)[1], 0.0, place.manifest(name).is_file()), step_held)
+        for name in dict.fromkeys([state.newest, *reversed(state.names)])
+        if place.is_candidate(name, place.present(name))
+    ]
 
 
 def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:

@@ -18,6 +18,8 @@ from stepguard.tensorflow.run_effects import RunKinds, describe
 # `_patience`), so that only a run that waits for another run of ours is ever given up on.
 _PATIENCE_SECS = 5.0
 _LONGEST_PATIENCE_SECS = 60.0
+# What is left of a step's length after each later step: after 25 of them a tenth.
+_FADING = 0.91
 
 
 class Boundary:
@@ -25,6 +27,10 @@ class Boundary:
 
     ``enter`` and ``leave`` are called around every step, by any thread. ``hold`` is called by a service: it keeps new
     steps waiting until those that run have ended, and as long as its block lasts.
+
+    A run may wait for another one, as each step of synchronous training waits for the run of its queue runner that
+    applies the gradients. That one comes in by ``enter_for_others``: while a holder still waits for a step, it passes,
+    for the step may be waiting for it; when no step is under way any more, nobody is, and it waits like all others.
 
     A step that nobody holds up takes no lock. It announces itself and then looks for a holder; a holder announces
     itself and then looks for steps: whichever comes second sees the other.
@@ -40,6 +46,7 @@ class Boundary:
         # Steps done: thread -> number. Each thread writes its own, so that none is lost.
         self._done: dict[int, int] = {}
         self._longest_secs = 0.0
+        self._usual_secs = 0.0
         self._condition = threading.Condition(threading.Lock())
         self._hold: _Hold | None = None
         self._on_due: Callable[[], int] | None = None
@@ -51,9 +58,9 @@ class Boundary:
         return sum(list(self._done.values()))
 
     @property
-    def longest_secs(self) -> float:
-        """The length of the longest step so far, in seconds."""
-        return self._longest_secs
+    def usual_secs(self) -> float:
+        """The length of the longest of the last steps, in seconds: the first ones, which also prepare much, fade."""
+        return self._usual_secs
 
     def enter(self, fetches: Any) -> None:
         """A step begins: wait while a service holds the boundary.
@@ -67,6 +74,21 @@ class Boundary:
         self._running[thread] = (fetches, monotonic())
         if self._hold is not None:
             self._wait_for_holder(thread, fetches)
+
+    def enter_for_others(self, fetches: Any) -> None:
+        """A step begins that one under way may be waiting for: it waits for a holder only when that has its boundary.
+
+        Nor is it stopped: without it the other would not come to its end.
+        """
+        thread = get_ident()
+        self._running[thread] = (fetches, monotonic())
+        if self._hold is not None:
+            self._wait_for_holder(thread, fetches, is_needed=True)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another thread is in a step."""
+        return bool(self._running_elsewhere(get_ident()))
 
     def pass_by(self, fetches: Any) -> None:
         """A run that is no step begins: nothing holds it up, but the main thread is told to stop here too.
@@ -97,16 +119,20 @@ class Boundary:
         announced = self._running.pop(thread, None)
         # Nothing is there when a run inside this one, in the same thread, has left already.
         if announced is not None:
-            self._longest_secs = max(self._longest_secs, monotonic() - announced[1])
+            secs = monotonic() - announced[1]
+            self._longest_secs = max(self._longest_secs, secs)
+            self._usual_secs = max(_FADING * self._usual_secs, secs)
         if self._hold is not None:
             with self._condition:
                 self._condition.notify_all()
         if self._on_due is not None:
             self._call_if_due(self._on_due)
 
-    def _wait_for_holder(self, thread: int, fetches: Any) -> None:
+    def _wait_for_holder(self, thread: int, fetches: Any, *, is_needed: bool = False) -> None:
         with self._condition:
             while (hold := self._hold) is not None and hold.thread != thread:
+                if is_needed and not hold.is_granted and self._running_elsewhere(thread):
+                    return
                 remaining = hold.until - monotonic()
                 if remaining <= 0:
                     return
@@ -179,6 +205,7 @@ class Boundary:
                     break
                 self._condition.wait(min(remaining, threading.TIMEOUT_MAX))
             else:
+                mine.is_granted = True
                 return
         fetches, began = min(others, key=lambda step: step[1])
         raise NoBoundaryError(
@@ -193,10 +220,11 @@ class Boundary:
 
 
 class _Hold:
-    """Who keeps the steps waiting, and until when."""
+    """Who keeps the steps waiting, until when, and whether the last of them has ended."""
 
-    __slots__ = ("thread", "until")
+    __slots__ = ("is_granted", "thread", "until")
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
         self.until = math.inf
+        self.is_granted = False

@@ -71,6 +71,7 @@ class TensorFlowEngine:
         save_path: str | None,
         init_fn: Any,
         store: CheckpointStore | None,
+        not_joined: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._meta_graph = meta_graph
@@ -81,6 +82,7 @@ class TensorFlowEngine:
         self._save_path = save_path
         self._init_fn = init_fn
         self._store = store
+        self._not_joined = not_joined
         self._kinds: RunKinds | None = None
         self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -166,7 +168,7 @@ class TensorFlowEngine:
                 saved = [graph.as_graph_element(one) for one in _global_variables(graph)]
                 saved = saved if self._plan is None else list(self._plan.fetches)
                 self._kinds = RunKinds(graph, [*saved, *gradients_to_come(graph)])
-            session.watch(Boundary(self._kinds), before_close, self._around_save)
+            session.watch(Boundary(self._kinds), before_close, self._around_save, self._not_joined)
 
     def watch_values(self, session: Any, watch: ValueWatch) -> None:
         """Show it what is summarised, and the scalars that steps return; of a session of another kind, the former."""
@@ -204,7 +206,7 @@ class TensorFlowEngine:
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:
             return
-        wait_for_standstill(lambda: self.step(session), boundary.longest_secs, timeout_secs)
+        wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs)
 
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""

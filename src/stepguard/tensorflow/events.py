@@ -18,9 +18,10 @@ def open_writer(logdir: str) -> Any:
     """An event file writer for ``logdir``, which is created if missing.
 
     The names of event files count whole seconds, and a writer truncates a file of its name: the suffix keeps two that
-    are opened within one second apart.
+    are opened within one second apart. Its thread hands each event to the system as soon as it can, so that a process
+    that is killed has lost none of those that it wrote a moment before.
     """
-    return _v1.summary.FileWriter(logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+    return _v1.summary.FileWriter(logdir, flush_secs=0, filename_suffix=f".{os.getpid()}.{next(_opened)}")
 
 
 class TensorFlowEvents:
@@ -47,6 +48,11 @@ class TensorFlowEvents:
     def _flush(self) -> None:
         # What SIGKILL finds in memory is lost. A writer of the program's own is flushed when the program wants it.
         if self._is_ours:
+            self.writer.flush()
+
+    def flush(self) -> None:
+        """Hand what was written so far to the system, also with a writer of the program's own."""
+        if self._is_open:
             self.writer.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:

@@ -103,7 +103,7 @@ class RunKinds:
         except (TypeError, ValueError, KeyError):
             # A kind of fetch that only the session itself can read, or an error that the run itself reports better.
             return True
-        needed = _ancestors(element if isinstance(element, tf.Operation) else element.op for element in elements)
+        needed = ancestors(element if isinstance(element, tf.Operation) else element.op for element in elements)
         return any(self._changes(operation) for operation in needed)
 
     def _changes(self, operation: Any) -> bool:
@@ -171,7 +171,7 @@ def _input_is_ref(operation: Any, index: int) -> bool:
     return True
 
 
-def _ancestors(operations: Iterable[Any]) -> set[Any]:
+def ancestors(operations: Iterable[Any]) -> set[Any]:
     """The operations that have to run for ``operations`` to run, themselves included."""
     seen: set[Any] = set()
     waiting = list(operations)
@@ -207,7 +207,7 @@ def _handles(saved: Iterable[Any]) -> set[Any]:
     """The operations that make the handles of what is read to compute the tensors ``saved``."""
     return {
         operation
-        for operation in _ancestors(tensor.op for tensor in saved)
+        for operation in ancestors(tensor.op for tensor in saved)
         if any(_is_handle(output) for output in operation.outputs) and not any(map(_is_handle, operation.inputs))
     }
 

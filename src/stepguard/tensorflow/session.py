@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import atexit
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
 
 from stepguard.engine import ValueWatch
 from stepguard.store import Recovery
 from stepguard.tensorflow.boundary import Boundary
+from stepguard.tensorflow.cluster.sync_replicas import AggregatingRun, gradients_taken
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
 from stepguard.tensorflow.scalars import of_run
+
+# How long the end of the process waits for threads that come back from a session that was closed for it.
+_EXIT_SECS = 1.0
+_LOOK_SECS = 0.005
 
 
 class Session(tf.compat.v1.Session):
@@ -27,11 +39,15 @@ class Session(tf.compat.v1.Session):
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
         # Whether the variables live in this process, so that what a run returns is all in its memory.
         self.is_local = not target
+        self._pid = os.getpid()
         # The version of the finalised graph that the session has; ``None`` while the graph may still grow.
         self._extended_to: int | None = None
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
         self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
+        self._not_joined: Callable[[], AbstractContextManager[None]] = nullcontext
+        # The threads that are in such a wait.
+        self._waits: set[int] = set()
         # Shows the guard what a step that ran its first argument, and returned the last for the second, has returned.
         self._look_at: Callable[[Any, Any, Any], Any] | None = None
         self.recovered: Recovery | None = None
@@ -43,12 +59,15 @@ class Session(tf.compat.v1.Session):
         boundary: Boundary,
         before_close: Callable[[], None],
         around_save: Callable[[str, Any], AbstractContextManager[None]],
+        not_joined: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Mark the steps in ``boundary``.
 
         ``before_close()`` is called when the program closes the session itself, and each run that is asked for by a
-        name is done inside ``around_save(name, feeds)``: that is how a Saver runs its operations.
+        name is done inside ``around_save(name, feeds)``: that is how a Saver runs its operations. A thread that only
+        the closing of the session frees waits inside ``not_joined()``.
         """
+        self._not_joined = not_joined
         self._around_save = around_save
         self._boundary = boundary
         self._before_close = before_close
@@ -150,7 +169,46 @@ class Session(tf.compat.v1.Session):
 
     def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
         """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
+        taken = gradients_taken(self.graph, fetches) if self.is_local and not feed_list else []
+        if taken:
+            return self._aggregating(fetches, taken)
         return self._marked(fetches, super().make_callable(fetches, feed_list, accept_options))
+
+    def _aggregating(self, fetches: Any, taken: list[Any]) -> Callable[..., Any]:
+        """A function that runs ``fetches``, which need the gradients ``taken``."""
+        run = super().run
+        if isinstance(fetches, tf.Operation):
+            # A quarter of the time of a run: each step of the training waits for this.
+            options = config_pb2.CallableOptions(feed=[one.name for one in taken], target=[fetches.name])
+            apply = super()._make_callable_from_options(options)
+        else:
+
+            def apply(*gradients: Any) -> Any:
+                return run(fetches, dict(zip(taken, gradients, strict=True)))
+
+        def step(*gradients: Any) -> Any:
+            boundary = self._boundary
+            if boundary is None:
+                return apply(*gradients)
+            boundary.enter_for_others(fetches)
+            try:
+                return apply(*gradients)
+            finally:
+                boundary.leave()
+
+        _waiting.add(self)
+        return AggregatingRun(super().make_callable(taken), step, self._waiting)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """A wait in native code that nothing but the closing of this session ends."""
+        thread = get_ident()
+        self._waits.add(thread)
+        try:
+            with self._not_joined():
+                yield
+        finally:
+            self._waits.discard(thread)
 
     def _make_callable_from_options(self, callable_options: Any) -> Callable[..., Any]:
         """What Keras runs its steps with."""
@@ -203,6 +261,12 @@ class Session(tf.compat.v1.Session):
             self._before_close = None
         return super().__exit__(exec_type, exec_value, exec_tb)
 
+    def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _is_finalizing():
+            # The threads that would save the last step run no more.
+            self._before_close = None
+        super().__del__()
+
     def close(self) -> None:
         """Close the session; a supervisor that still watches it saves the last step first."""
         before_close, self._before_close = self._before_close, None
@@ -210,6 +274,22 @@ class Session(tf.compat.v1.Session):
             before_close()
         self._unwatch_values()
         super().close()
+
+
+# Sessions with a wait in native code that nothing but their closing ends.
+_waiting: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_waiting() -> None:
+    """A thread that comes back from native code while the interpreter goes would take the process down with it."""
+    mine = [session for session in list(_waiting) if session._pid == os.getpid()]
+    for session in mine:
+        session.unwatch()
+        session.close()
+    deadline = time.monotonic() + _EXIT_SECS
+    while any(session._waits for session in mine) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECS)
 
 
 class UnmarkedSession:

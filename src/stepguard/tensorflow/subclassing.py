@@ -11,7 +11,7 @@ What cannot be had is an error when the class, or its object, is made: a name th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -22,6 +22,9 @@ from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
+
+# TensorFlow's own: this is imported before anything can be put in its place.
+_THEIRS = frozenset(dir(_v1.train.Supervisor))
 
 _PARTS = (
     "_graph",
@@ -58,8 +61,9 @@ class Subclassable:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         base = next(one for one in cls.__mro__ if one.__module__.startswith("stepguard."))
-        taken = sorted(name for name in vars(cls) if cls is not base and _is_private(name) and hasattr(base, name))
-        refuse_names(cls, [name for name in taken if name not in OVERRIDABLE])
+        if cls is not base:
+            ours = {name for name in dir(base) if name not in _THEIRS and not name.startswith("__")}
+            refuse_names(cls, sorted(ours & vars(cls).keys()))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_coord" and not isinstance(value, Coordinator):
@@ -127,18 +131,12 @@ class Subclassable:
             return getattr(self, f"_{name}")
 
 
-OVERRIDABLE = frozenset(
-    {
-        *(name for name in vars(Subclassable) if name.startswith(("_init_", "_default", "_get", "_verify"))),
-        "_init_session_manager",
-        "_write_graph",
-    }
-)
-
-
-def is_same(parts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether two sets of parts are the same objects; tensors overload ``==``."""
-    return all(parts[name] is others[name] for name in parts)
+def is_same(parts: Mapping[str, Any], others: Mapping[str, Any], names: Iterable[str] | None = None) -> bool:
+    """Whether two sets of parts are the same objects, or the same texts and numbers; tensors overload ``==``."""
+    return all(
+        parts[name] is others[name] or (isinstance(parts[name], (str, int, float)) and parts[name] == others[name])
+        for name in (parts if names is None else names)
+    )
 
 
 def refuse_names(cls: type, names: list[str]) -> None:
@@ -152,7 +150,3 @@ def refuse_names(cls: type, names: list[str]) -> None:
             f"{cls.__name__}: {', '.join(names)}: a Supervisor of Stepguard needs this name for itself, and cannot do "
             f"with another meaning; give the attribute or method of your class another name"
         )
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")

@@ -252,6 +252,8 @@ class FakeSupervisor(Supervisor[FakeSession]):
             restoring=restoring,
         )
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
+        for_parts = ("hyperparameters", "only", "leave_out", "init_from", "init_fit")
+        refuse(restoring, *for_parts, because="the fake engine's model has no parts")
         store = None
         if logdir:
             store = CheckpointStore(

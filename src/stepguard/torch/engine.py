@@ -16,17 +16,20 @@ import torch
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
+from stepguard.options import Restoring
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
+from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.worker import Worker
 from stepguard.store import Checkpoint, Recovery
-from stepguard.torch.checkpoint.files import SUFFIX, process_file, write_file
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
+from stepguard.torch.checkpoint.first_weights import take_first_weights
+from stepguard.torch.checkpoint.program import Program
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
-from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
@@ -37,16 +40,15 @@ from stepguard.torch.session import Session
 _log = logging.getLogger(__name__)
 
 
-class TorchEngine:
+class TorchEngine(LoopEngine[Session]):
     """The engine over the objects that a program saves. Threads: see :class:`stepguard.engine.Engine`."""
-
-    storage_error_types: tuple[type[BaseException], ...] = ()
 
     def __init__(
         self,
-        components: Sequence[Component],
+        program: Program,
         *,
         root: Path | None,
+        restoring: Restoring,
         restorer: Restorer | None,
         events: TorchEvents | None,
         basename: str,
@@ -56,8 +58,10 @@ class TorchEngine:
         stop_grace_secs: float,
     ) -> None:
         self.name = ENGINE
-        self._components = components
+        self._program = program
+        self._components = program.components
         self._root = root
+        self._restoring = restoring
         self._restorer = restorer
         self._events = events
         self._basename = basename
@@ -89,8 +93,8 @@ class TorchEngine:
             self._meet_peers(session, self._shared, gate)
         try:
             recovered, is_restored = self._go_on(session)
-            if not is_restored and self._init_fn is not None:
-                self._init_fn()
+            if not is_restored:
+                self._initialise()
         except BaseException:
             self.close(session)
             raise
@@ -99,6 +103,11 @@ class TorchEngine:
             gate.meet_every(meets_every - session.global_step % meets_every, meets_every)
         session.hold_interrupts()
         return Prepared(session, recovered)
+
+    def _initialise(self) -> None:
+        if self._init_fn is not None:
+            self._init_fn()
+        take_first_weights(self._program, self._restoring)
 
     def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
         """Load the state into the objects of the program."""
@@ -137,35 +146,15 @@ class TorchEngine:
         self._member = member
         self._peers.start()
 
-    def is_open(self, session: Session) -> bool:
-        """Whether the session can still run."""
-        return session.is_open
-
     def close(self, session: Session) -> None:
         """Close the session."""
         session.unwatch()
         peers, self._peers = self._peers, None
         if peers is not None:
             peers.close(self._stop_grace_secs)
-        session.close()
+        super().close(session)
 
     # --- steps ---
-
-    def step(self, session: Session) -> int:
-        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
-        return session.global_step - self._is_cut_short(session)
-
-    def step_name(self) -> str:
-        """The name of the step-rate curve's counter, the same as TensorFlow's."""
-        return "global_step"
-
-    def total_steps(self, session: Session) -> int | None:
-        """What ``steps`` was given as ``max_steps``."""
-        return session.total_steps
-
-    def watch(self, session: Session, before_close: Callable[[], None]) -> None:
-        """A session marks its steps from the beginning; this only tells it whom to call."""
-        session.watch(before_close)
 
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
         """Show it what is summarised; a step returns no numbers."""
@@ -190,17 +179,6 @@ class TorchEngine:
             callback = _InBackground(session, callback)
         session.boundary.call_after_steps(steps, callback)
 
-    def progress(self, session: Session) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - self._is_cut_short(session)
-
-    def _is_cut_short(self, session: Session) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
-
-        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
-        """
-        return session.is_left and (self._coord.failed or session.boundary.is_torn)
-
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back: of all processes after the same step, where there are several."""
@@ -220,7 +198,8 @@ class TorchEngine:
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            process = self._memory.copy("process", session.process_state.capture(), copies)
+            own = self._memory.copy("process", session.process_state.capture(), copies)
+            process = {**own, "program": self._program.notes()}
             copies.close()
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
 

@@ -98,7 +98,7 @@ class TorchEvents:
 
         self._add(Event(step=step, file_version="brain.Event:2"))
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-        self._flush()
+        self.flush()
 
     def checkpointed(self, step: int | None, path: str) -> None:
         """The session log record CHECKPOINT, with the directory that was really written."""
@@ -108,7 +108,7 @@ class TorchEvents:
             # There is room again.
             self._retry_at = 0.0
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.CHECKPOINT, checkpoint_path=path)))
-        self._flush()
+        self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One value of one curve."""
@@ -145,7 +145,8 @@ class TorchEvents:
         if get is not None:
             self._write(lambda: get().add_event(event, event.step or None))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand what was written so far to the system."""
         # Else the writer keeps its records for up to two minutes, and SIGKILL takes the curves before a checkpoint.
         flush = getattr(self.writer, "flush", None)
         if flush is not None:

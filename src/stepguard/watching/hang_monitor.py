@@ -17,7 +17,7 @@ import time
 
 BOUNDARY = b"."
 WARNED = b"w"
-# So often is looked whether the parent is still there: what it has forked may hold the other end open.
+# How often the monitor checks that its parent is there: a process that it has forked may hold the other end open.
 _LOOK_SECS = 1.0
 # The parent writes its stacks, and says that it has warned, if any Python runs there.
 _STACKS_SECS = 2.0
@@ -43,8 +43,12 @@ class Monitor:
         last = time.monotonic()
         reported = False
         while True:
-            left_secs = _LOOK_SECS if reported else last + self._secs - time.monotonic()
-            came = self._read(min(max(left_secs, 0.0), _LOOK_SECS))
+            began = time.monotonic()
+            left_secs = _LOOK_SECS if reported else last + self._secs - began
+            wait_secs = min(max(left_secs, 0.0), _LOOK_SECS)
+            came = self._read(wait_secs)
+            # A frozen container, or a machine that sleeps, stops this process too: that time does not count.
+            last += max(0.0, time.monotonic() - began - wait_secs)
             if came == b"" or os.getppid() != self._pid:
                 return
             if came is not None and BOUNDARY in came:

@@ -20,6 +20,7 @@ from stepguard.watching import hang_monitor
 _log = logging.getLogger(__name__)
 
 DIR_NAME = "stacks"
+_REAP_SECS = 1.0
 
 
 class HangWatch:
@@ -107,7 +108,9 @@ class HangWatch:
         if monitor is not None:
             # Another fork of this process may hold the pipe's end.
             monitor.kill()
-            monitor.wait()
+            # Not even a kill ends one that writes to a disk that hangs.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                monitor.wait(_REAP_SECS)
         number, self._signal = self._signal, None
         if number is not None:
             faulthandler.unregister(number)

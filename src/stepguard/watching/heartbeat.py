@@ -92,12 +92,15 @@ def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
         names = sorted(os.listdir(Path(logdir) / DIR_NAME))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = []
-    for name in names:
-        if name.endswith(".json") and not name.startswith("."):
-            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-                found.append(_heartbeat(json.loads(files.read_bytes(Path(logdir) / DIR_NAME / name))))
+    paths = [Path(logdir) / DIR_NAME / name for name in names if name.endswith(".json") and not name.startswith(".")]
+    found = [one for path in paths if (one := _read_file(path)) is not None]
     return sorted(found, key=lambda one: (one.role != "chief", one.role))
+
+
+def _read_file(path: Path) -> Heartbeat | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return _heartbeat(json.loads(files.read_bytes(path)))
+    return None
 
 
 def forget_the_gone(logdir: str | os.PathLike[str], role: str) -> None:
@@ -113,8 +116,11 @@ def forget(logdir: str | os.PathLike[str], role: str) -> None:
 
 
 def read_one(logdir: str | os.PathLike[str], role: str) -> Heartbeat | None:
-    """The newest heartbeat of one role."""
-    return next((one for one in read(logdir) if one.role == role), None)
+    """The newest heartbeat of one role; None if there is none, or it is damaged. No other file is read: each of a
+    thousand processes asks for its own at its start.
+    """
+    found = _read_file(Path(logdir) / DIR_NAME / f"{role}.json")
+    return found if found is not None and found.role == role else None
 
 
 def state(heartbeat: Heartbeat, now: float | None = None) -> str:

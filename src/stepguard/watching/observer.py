@@ -27,7 +27,7 @@ from stepguard.watching.metrics import MetricsServer
 from stepguard.watching.part import Part
 from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
-from stepguard.watching.run_record import Room, RunRecord, describe
+from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
 
 _log = logging.getLogger(__name__)
@@ -149,11 +149,34 @@ class Observer:
         if self._watch is not None:
             self.now.phase = "stopping"
 
-    def end(self, reason: str, error: BaseException | None = None, *, within_secs: float = _FAREWELL_SECS) -> None:
-        """The run has stopped: ``finished``, ``sigterm``, ``interrupt``, ``exit`` or ``error``."""
+    def end(
+        self,
+        reason: str,
+        error: BaseException | None = None,
+        *,
+        request: str | None = None,
+        exit_code: int | None = None,
+        within_secs: float = _FAREWELL_SECS,
+    ) -> None:
+        """The run is over; the arguments are those of an :class:`stepguard.watching.run_record.Ending`."""
         watch, self._watch = self._watch, None
-        if watch is not None and not watch.end(reason, error, within_secs):
+        ending = Ending(reason, error, request, exit_code)
+        if watch is not None and not watch.end(ending, within_secs):
             _log.warning("%s: ledger and heartbeat could not be ended in %.1f s", self._record.logdir, within_secs)
+
+    def ending(self) -> str:
+        """Where the run has stopped, and what of it is saved, on one line. After :meth:`end`."""
+        now, logdir = self.now, self._record.logdir
+        stopped = "stopped" if now.step is None else f"stopped at step {now.step}"
+        last = now.last_checkpoint
+        if not self._is_chief:
+            return stopped
+        if last is None:
+            return f"{stopped}: no checkpoint is saved"
+        name = last["name"] if logdir is None else logdir / last["name"]
+        return f"{stopped}: " + (
+            f"{name} is saved" if last["step"] is None else f"step {last['step']} is saved in {name}"
+        )
 
     # --- what happens meanwhile ---
 
@@ -187,13 +210,13 @@ class _Watch:
         self._record = record
         self._pulse = pulse
         self._interval_secs = interval_secs
-        self._ending: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
+        self._ending: queue.SimpleQueue[Ending] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="stepguard-observer", daemon=True)
         self._thread.start()
 
-    def end(self, reason: str, error: BaseException | None, within_secs: float) -> bool:
+    def end(self, ending: Ending, within_secs: float) -> bool:
         """Have all parts leave, and close them; ``False`` if they have not left in time."""
-        self._ending.put((reason, error))
+        self._ending.put(ending)
         self._thread.join(within_secs)
         for part in self.parts:
             try:
@@ -208,12 +231,12 @@ class _Watch:
                 part.look()
         for part in (self.meter, *self.parts):
             part.leave()
-        self._record.stop(*ending)
+        self._record.stop(ending)
         # The heartbeat last: it tells what the others have put into the record.
         self._pulse.leave()
 
-    def _wait(self) -> tuple[str, BaseException | None] | None:
-        """Wait for the next look; what the run has stopped for, if it has."""
+    def _wait(self) -> Ending | None:
+        """Wait for the next look; how the run has ended, if it has."""
         try:
             return self._ending.get(timeout=self._interval_secs)
         except queue.Empty:

@@ -44,6 +44,24 @@ class Room:
         return self.logdir is not None and (self.is_chief or (self.logdir / heartbeat.DIR_NAME).is_dir())
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run has ended.
+
+    Args:
+        reason: ``finished``, one of `history.REQUESTS`, ``exit`` or ``error``.
+        error: what ended it.
+        request: the request to stop that ``error`` came after, and may follow from: SIGTERM to all processes of a job
+            ends the workers of a loader too.
+        exit_code: what the program ends with after a request, if it has chosen that.
+    """
+
+    reason: str
+    error: BaseException | None = None
+    request: str | None = None
+    exit_code: int | None = None
+
+
 class RunRecord:
     """What is known of one process of a run from its start on, and its lines in the ledger.
 
@@ -94,7 +112,7 @@ class RunRecord:
             return
         self._previous = None if last is None else history.completed(last, events)
         mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
-        now.restarts = history.of([*events, {**mine, "role": now.role}], role=now.role).restarts
+        now.restarts = history.from_events([*events, {**mine, "role": now.role}], role=now.role).restarts
 
     def trains(self, recovery: Recovery | None) -> None:
         """The session can run. ``recovery`` is what was found to restore; ``None`` in one who looks for nothing."""
@@ -180,12 +198,20 @@ class RunRecord:
             self._ledger.append("start", **start)
         self._ledger.append(event, **fields)
 
-    def stop(self, reason: str, error: BaseException | None) -> None:
+    def stop(self, ending: Ending) -> None:
         """The run has stopped."""
-        self.now.phase, self.now.reason = "stopped", reason
-        if error is not None:
-            self.now.error = describe(error)
-        self.append("stop", reason=reason, step=self.now.step, error=self.now.error)
+        now = self.now
+        now.phase, now.reason = "stopped", ending.reason
+        if ending.error is not None:
+            now.error = describe(ending.error)
+        self.append(
+            "stop",
+            reason=ending.reason,
+            step=now.step,
+            error=now.error,
+            request=ending.request,
+            exit_code=ending.exit_code,
+        )
 
 
 def describe(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.logdir.contents import Survey, Surveyed, survey
+from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
 from stepguard.words import duration
@@ -46,14 +46,14 @@ def command(logdir: Path, as_json: bool) -> None:
 
     The data are not read for this: a bit that has flipped is found by `stepguard verify`.
     """
-    found = survey(logdir)
+    found = list_contents(logdir)
     if as_json:
         output.print_json(_document(found))
     else:
         _print(found)
 
 
-def _document(found: Survey) -> dict[str, Any]:
+def _document(found: LogdirContents) -> dict[str, Any]:
     now = time.time()
     return {
         "logdir": str(found.root),
@@ -63,7 +63,7 @@ def _document(found: Survey) -> dict[str, Any]:
     }
 
 
-def _json(one: Surveyed, now: float) -> dict[str, Any]:
+def _json(one: ListedCheckpoint, now: float) -> dict[str, Any]:
     checkpoint = one.checkpoint
     return {
         "name": checkpoint.name,
@@ -80,7 +80,7 @@ def _json(one: Surveyed, now: float) -> dict[str, Any]:
     }
 
 
-def _print(found: Survey) -> None:
+def _print(found: LogdirContents) -> None:
     now = time.time()
     if found.found:
         print_table(_COLUMNS, [_row(one, now) for one in found.found])
@@ -92,7 +92,7 @@ def _print(found: Survey) -> None:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
 
 
-def _row(one: Surveyed, now: float) -> tuple[str, ...]:
+def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
     checkpoint = one.checkpoint
     return (
         ">" if one.is_next else " ",

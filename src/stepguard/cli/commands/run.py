@@ -90,7 +90,7 @@ def command(
     restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)
     launcher = Launcher(program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say)
     exit_code = launcher.run()
-    _say(_summary(exit_code, restarts.done, time.time() - began, launcher.histories()))
+    _say(_summary(exit_code, launcher.request, restarts.done, time.time() - began, launcher.histories()))
     context.exit(exit_code)
 
 
@@ -99,8 +99,12 @@ def _say(line: str) -> None:
     click.echo(f"stepguard: {line}", err=True)
 
 
-def _summary(exit_code: int, restarts: int, secs: float, histories: list[tuple[Path, History]]) -> str:
+def _summary(
+    exit_code: int, request: str | None, restarts: int, secs: float, histories: list[tuple[Path, History]]
+) -> str:
     ending = "ended well" if exit_code == 0 else f"ended with exit code {exit_code}"
+    if request is not None:
+        ending = f"stopped ({request}), exit code {exit_code},"
     lines = [f"{ending} after {duration(secs)}, {output.counted(restarts, 'restart')}"]
     lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
     return "\n  ".join(lines)

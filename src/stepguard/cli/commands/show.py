@@ -8,7 +8,7 @@ import click
 
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.logdir import tensor_readers
-from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, Surveyed
+from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint
 from stepguard.cli.logdir.tensor_statistics import Statistics, describe
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
@@ -70,7 +70,7 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
 _Row = tuple[SavedTensor, Any, Statistics | None]
 
 
-def _document(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
+def _document(one: ListedCheckpoint, state: str | None, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
     document = {
         "checkpoint": str(one.checkpoint.path),
         "step": one.checkpoint.step,
@@ -101,7 +101,7 @@ def _json(tensor: SavedTensor, found: Statistics | None) -> dict[str, Any]:
     }
 
 
-def _print(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
+def _print(one: ListedCheckpoint, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
     checkpoint = one.checkpoint
     step = "no step" if checkpoint.step is None else f"step {checkpoint.step}"
     click.echo(
@@ -138,7 +138,7 @@ def _cells(tensor: SavedTensor, found: Statistics | None) -> tuple[str, ...]:
 
 
 def _read(tensor: SavedTensor) -> _Row:
-    """A plain value is kept as it is, and of a tensor only what is said about it."""
+    """Keep a plain value as it is, and only the statistics of a tensor."""
     array = None if tensor.read is None else tensor.read()
     if tensor.is_plain:
         return tensor, array, None

@@ -10,8 +10,8 @@ import click
 
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, Surveyed, survey, survey_one
-from stepguard.cli.logdir.full_read import Proof, prove
+from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint, list_contents, list_one
+from stepguard.cli.logdir.full_read import FullRead, read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import STATE, Column, print_table
@@ -51,42 +51,42 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
 
     Exit code 1: a file is damaged, or there is nothing to verify.
     """
-    proofs, missing = _verified(target)
+    reads, missing = _verified(target)
     if as_json:
-        output.print_json({"checkpoints": [_json(one) for one in proofs], "missing": list(missing)})
+        output.print_json({"checkpoints": [_json(one) for one in reads], "missing": list(missing)})
     else:
-        _print(target, proofs, missing)
-    bad = [one for one in proofs if one.damages or one.state in (DAMAGED, INCOMPLETE)]
-    if bad or missing or not proofs:
+        _print(target, reads, missing)
+    bad = [one for one in reads if one.damages or one.state in (DAMAGED, INCOMPLETE)]
+    if bad or missing or not reads:
         ctx.exit(FINDING)
 
 
-def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...]]:
-    """The proofs, and the names of what is gone."""
+def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...]]:
+    """The full reads, and the names of checkpoints that are gone."""
     if target.name is not None:
-        return _proofs([survey_one(target.root, target.name)]), ()
+        return _read_all([list_one(target.root, target.name)]), ()
     deadline = time.monotonic() + _LOOK_SECS
     while True:
-        found = survey(target.root)
+        found = list_contents(target.root)
         candidates = [one for one in found.found if one.is_candidate]
-        proofs = _proofs(candidates)
-        # A training may have pruned them all while they were read: there are newer ones then.
-        if proofs or not candidates or time.monotonic() >= deadline:
-            return proofs, found.missing
+        reads = _read_all(candidates)
+        # A training may have pruned all of them during the reads; newer ones exist then.
+        if reads or not candidates or time.monotonic() >= deadline:
+            return reads, found.missing
 
 
-def _proofs(found: list[Surveyed]) -> list[Proof]:
-    proofs = []
+def _read_all(found: list[ListedCheckpoint]) -> list[FullRead]:
+    reads = []
     with reading("verifying", sum(one.size for one in found)) as on_block:
         for one in found:
-            proof = prove(one, on_block=on_block) if one.is_candidate else Proof(one)
-            if proof is not None:
-                proofs.append(proof)
-    return proofs
+            read = read_fully(one, on_block=on_block) if one.is_candidate else FullRead(one)
+            if read is not None:
+                reads.append(read)
+    return reads
 
 
-def _json(proof: Proof) -> dict[str, Any]:
-    one = proof.surveyed
+def _json(read: FullRead) -> dict[str, Any]:
+    one = read.listed
     return {
         "name": one.checkpoint.name,
         "path": str(one.checkpoint.path),
@@ -95,28 +95,28 @@ def _json(proof: Proof) -> dict[str, Any]:
         "engine": one.engine,
         "state": one.state,
         "reasons": list(one.reasons),
-        "damage": [{"file": None if path is None else str(path), "reason": reason} for path, reason in proof.damages],
-        "readable": proof.is_readable,
+        "damage": [{"file": None if path is None else str(path), "reason": reason} for path, reason in read.damages],
+        "readable": read.is_readable,
     }
 
 
-def _print(target: Target, proofs: list[Proof], missing: tuple[str, ...]) -> None:
-    if not proofs and not missing:
+def _print(target: Target, reads: list[FullRead], missing: tuple[str, ...]) -> None:
+    if not reads and not missing:
         click.echo(f"{output.printable(str(target.path))}: expected checkpoints, found none")
         return
-    if proofs:
-        print_table(_COLUMNS, [_row(one) for one in proofs])
-    for proof in proofs:
-        for reason in proof.surveyed.reasons:
-            click.echo(f"{output.printable(proof.surveyed.checkpoint.name)}: {output.printable(reason)}")
+    if reads:
+        print_table(_COLUMNS, [_row(one) for one in reads])
+    for read in reads:
+        for reason in read.listed.reasons:
+            click.echo(f"{output.printable(read.listed.checkpoint.name)}: {output.printable(reason)}")
     for name in missing:
         click.echo(output.missing_newest(name))
-    states = Counter(one.state for one in proofs)
+    states = Counter(one.state for one in reads)
     click.echo(", ".join(f"{count} {state}" for state, count in states.items()))
 
 
-def _row(proof: Proof) -> tuple[str, ...]:
-    one = proof.surveyed
+def _row(read: FullRead) -> tuple[str, ...]:
+    one = read.listed
     manifest = one.checkpoint.manifest
     return (
         one.state,

@@ -1,4 +1,4 @@
-"""What lies in a logdir, as far as names, sizes and manifests tell: the states that `ls` shows.
+"""The checkpoints in a logdir and their states, as far as names, sizes and manifests tell: what `ls` shows.
 
 One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
 second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
@@ -25,11 +25,11 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 GOOD = "good"
 """The manifest is right, and every file that a restore needs is there with its size. `verify` reads bytes as well."""
 UNVERIFIED = "unverified"
-"""Complete by its names, and no manifest vouches for it: TensorFlow's own tools wrote it."""
+"""Complete by its names but without a manifest: TensorFlow's own tools wrote it."""
 DAMAGED = "damaged"
 """A file is missing, or empty, or of another size than was committed, or the manifest itself is damaged."""
 INCOMPLETE = "incomplete"
-"""Files that no commit record makes a checkpoint: it is just being written or removed, or a kill cut that short."""
+"""Files without a commit record: a checkpoint that is being written or removed, or that a kill left half done."""
 
 ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
@@ -41,7 +41,7 @@ _LOOK_SECS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Surveyed:
+class ListedCheckpoint:
     """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
     a restart would take, as far as is known without reading the data.
     """
@@ -56,12 +56,12 @@ class Surveyed:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether a restart would look at it."""
+        """Whether a restart would consider it."""
         return self.state != INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class LogdirContents:
     """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
 
     ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
@@ -69,13 +69,13 @@ class Survey:
     """
 
     root: Path
-    found: tuple[Surveyed, ...]
+    found: tuple[ListedCheckpoint, ...]
     missing: tuple[str, ...]
     quarantined: int
 
 
-def survey(root: Path) -> Survey:
-    """Look at a logdir. Raises OSError if it cannot be listed.
+def list_contents(root: Path) -> LogdirContents:
+    """List a logdir. Raises OSError if that cannot be done.
 
     A training may prune all that was listed before it is looked at: it is listed again then, for a while.
     """
@@ -83,31 +83,33 @@ def survey(root: Path) -> Survey:
     kinds: Mapping[str, bool] = {}
     while True:
         before, kinds = kinds, _kinds(root)
-        found = _survey(root, kinds)
+        found = _list_once(root, kinds)
         if any(one.is_candidate for one in found.found) or kinds == before or time.monotonic() >= deadline:
             return found
 
 
 def _kinds(root: Path) -> dict[str, bool]:
-    """The names in a directory, and whether each is a directory itself."""
+    """The names in a directory; whether each is itself a directory."""
     with os.scandir(root) as entries:
         return {entry.name: entry.is_dir() for entry in entries}
 
 
-def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
-    found: list[Surveyed] = []
+def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
+    found: list[ListedCheckpoint] = []
     listed: set[str] = set()
     for basename in basenames(kinds):
         layout = Layout(root, basename, ENTRY_SUFFIX)
-        of_basename = _surveyed(layout)
+        of_basename = _listed(layout)
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
     unfinished = _unfinished(root, kinds, listed)
-    return Survey(root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE))
+    return LogdirContents(
+        root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE)
+    )
 
 
-def survey_one(root: Path, name: str) -> Surveyed:
-    """Look at one checkpoint, also at one that was never committed."""
+def list_one(root: Path, name: str) -> ListedCheckpoint:
+    """The state of one checkpoint, which may never have been committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
     times = [
@@ -115,26 +117,26 @@ def survey_one(root: Path, name: str) -> Surveyed:
     ]
     is_committed = _stat(layout.manifest(name)) is not None
     if times:
-        found = look(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
+        found = inspect(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
         if found is not None:
             return found
     present = [name]
     checkpoint = Checkpoint(root, name, step, _newest_time(root, present), False)
     engine = _engine_of_files(root, name, present)
     reason = "it has no manifest: Stepguard has never committed it"
-    return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
+    return ListedCheckpoint(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
 
 
-def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
-    """The newest checkpoint of a logdir, and the newest good one, without a look at the older ones. Raises OSError."""
-    first: list[Surveyed] = []
-    good: list[Surveyed] = []
+def newest(root: Path) -> tuple[ListedCheckpoint | None, ListedCheckpoint | None]:
+    """The newest checkpoint of a logdir, and the newest good one; older ones are not read. Raises OSError."""
+    first: list[ListedCheckpoint] = []
+    good: list[ListedCheckpoint] = []
     for basename in basenames(os.listdir(root)):
         layout = Layout(root, basename, ENTRY_SUFFIX)
         of_basename = []
         for candidate in recovery.newest_first(layout):
             place = layout.within(candidate.root)
-            found = look(layout, candidate, functools.partial(place.present, candidate.name))
+            found = inspect(layout, candidate, functools.partial(place.present, candidate.name))
             if found is not None:
                 of_basename.append(found)
                 if found.state == GOOD:
@@ -144,12 +146,12 @@ def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
     return max(first, key=_time, default=None), max(good, key=_time, default=None)
 
 
-def _time(one: Surveyed) -> float:
+def _time(one: ListedCheckpoint) -> float:
     return one.checkpoint.time
 
 
 def basenames(names: Iterable[str]) -> list[str]:
-    """What the names of the checkpoints among the file names begin with, sorted."""
+    """The basenames of the checkpoints among the file names, sorted."""
     names = names if isinstance(names, Mapping) else set(names)
     found = set()
     for name in names:
@@ -161,7 +163,7 @@ def basenames(names: Iterable[str]) -> list[str]:
             found.add(split_name(name[: -len(MANIFEST_SUFFIX)])[0])
         elif name.endswith(ENTRY_SUFFIX):
             basename, step = split_name(name[: -len(ENTRY_SUFFIX)])
-            # Without a step it may be the index of anything.
+            # Any file may end in ".index": without a step in its name there must be data beside it.
             if step is not None or basename == "model.ckpt" or f"{basename}.data-00000-of-00001" in names:
                 found.add(basename)
     return sorted(one for one in found if one and not one.startswith("."))
@@ -173,31 +175,31 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (name, None) if match is None else (match.group(1), int(match.group(2)))
 
 
-def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed | None:
+def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint | None:
     """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
 
     ``present`` gives its files, and is asked only where there is no manifest.
     """
     place = layout.within(candidate.root)
-    found = _looked(place, candidate, present)
+    found = _inspected(place, candidate, present)
     for _ in range(_LOOKS):
         if found.state != DAMAGED:
             break
-        # What was listed a moment ago may have been saved, or removed, since.
-        before = identity(place, candidate.name)
+        # The checkpoint may have been saved again, or removed, since it was listed.
+        before = commit_id(place, candidate.name)
         if before is None:
             return None
-        found = _looked(place, candidate, lambda: place.present(candidate.name))
-        if identity(place, candidate.name) == before:
+        found = _inspected(place, candidate, lambda: place.present(candidate.name))
+        if commit_id(place, candidate.name) == before:
             break
     return found
 
 
-def identity(place: Layout, name: str) -> tuple[int, int] | None:
+def commit_id(place: Layout, name: str) -> tuple[int, int] | None:
     """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
     checkpoint takes its manifest away first. One that is kept while it is replaced is gone when the new one is there.
     """
-    if place.root.name.startswith(layouts.REPLACED) and identity(place.within(place.root.parent), name) is not None:
+    if place.root.name.startswith(layouts.REPLACED) and commit_id(place.within(place.root.parent), name) is not None:
         return None
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
         status = _stat(path)
@@ -206,20 +208,20 @@ def identity(place: Layout, name: str) -> tuple[int, int] | None:
     return None
 
 
-def _surveyed(layout: Layout) -> list[Surveyed]:
+def _listed(layout: Layout) -> list[ListedCheckpoint]:
     files = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
         if candidate.root == layout.root:
-            one = look(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
+            one = inspect(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
         else:
-            one = look(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
+            one = inspect(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:
             found.append(one)
     return found
 
 
-def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed:
+def _inspected(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint:
     try:
         manifest = verification.read_manifest(place, candidate.name)
     except CheckpointCorruptError as error:
@@ -242,26 +244,28 @@ def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence
         verification.verify_unmanifested(place, candidate.name, files)
     except CheckpointCorruptError as error:
         return _uncommitted(place, candidate, DAMAGED, files, str(error))
-    # Between two renames of a commit it looks like this too.
+    # A commit looks like this too, between its last two renames.
     unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
     return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
 
 
-def _uncommitted(place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str) -> Surveyed:
+def _uncommitted(
+    place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str
+) -> ListedCheckpoint:
     engine = _engine_of_files(place.root, candidate.name, files)
-    return Surveyed(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
+    return ListedCheckpoint(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
 
 
 def _committed(
     place: Layout, candidate: Checkpoint, manifest: Manifest, wrong: Sequence[CheckpointCorruptError]
-) -> Surveyed:
+) -> ListedCheckpoint:
     checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
     is_damaged = any(verification.prevents_restore(place, candidate.name, one) for one in wrong)
     state = DAMAGED if is_damaged else GOOD
-    return Surveyed(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
+    return ListedCheckpoint(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
 
 
-def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
+def _marked(found: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
     marked = list(found)
     for number, one in enumerate(found):
         if one.state in (GOOD, UNVERIFIED):
@@ -270,7 +274,7 @@ def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
     return marked
 
 
-def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[Surveyed]:
+def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[ListedCheckpoint]:
     usual = {split_name(name)[0] for name in listed} | {"model.ckpt"}
     found: dict[str, tuple[str, list[str]]] = {}
     for entry, is_dir in kinds.items():
@@ -292,7 +296,7 @@ def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list
         basename, step = split_name(name)
         checkpoint = Checkpoint(root, name, step, _newest_time(root, entries), False)
         engine = _engine_of_files(root, name, entries)
-        rows.append(Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, entries), (reason,)))
+        rows.append(ListedCheckpoint(checkpoint, basename, INCOMPLETE, engine, _bytes(root, entries), (reason,)))
     return sorted(rows, key=lambda one: (one.basename, -(one.checkpoint.step or 0)))
 
 

@@ -40,14 +40,14 @@ def size(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number in a column: integers whole, others with three digits; "-" for None."""
+    """A number in a column: an integer in full, a float with three digits, "-" for None."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """The shape of a tensor as "784x10", "scalar" for none."""
+    """The shape of a tensor, such as "784x10"; "scalar" if it has no dimensions."""
     return "x".join(map(str, sizes)) if sizes else "scalar"
 
 
@@ -57,7 +57,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def accounted(found: History) -> str:
-    """What became of the time of a run."""
+    """The time of a run as text: productive, replayed, down."""
     return (
         f"productive {duration(found.productive_secs)}, replayed {duration(found.replayed_secs)}, "
         f"down {duration(found.down_secs)}"

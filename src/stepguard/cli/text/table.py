@@ -1,4 +1,4 @@
-"""A table as text: aligned, whole when it is piped, fitted to the terminal when it is looked at.
+"""A table as text: aligned, complete when it is piped, fitted to the width of a terminal.
 
 Not rich's own: that one needs more than three seconds for the 10,000 checkpoints that `ls` has to list in two.
 """
@@ -33,7 +33,7 @@ class Column:
 
 
 def warning(count: str) -> str | None:
-    """The colour of a count that had better be 0."""
+    """The colour of a count that should be 0."""
     return None if count in _NOTHING else "red"
 
 
@@ -82,7 +82,7 @@ def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]
 
 
 def _fitted(cell: str, width: int) -> str:
-    """A cell that is too long keeps its beginning and its end, which in a name tell most."""
+    """Shorten a cell in its middle: the beginning and the end of a name tell most."""
     if cell_len(cell) <= width:
         return cell
     head = (width - 1) // 3

@@ -20,7 +20,7 @@ import tensorflow as tf
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.saving import restoring
-from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
@@ -270,21 +270,13 @@ def _named_anywhere(start: _Start) -> Recovery | None:
     state = _state_of(start.directory)
     if state is None:
         return None
-    damaged = []
     for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
         for place in (path, os.path.join(start.directory, os.path.basename(path))):
             # A saver of the program's own knows itself which files it needs.
             is_for_saver = place == path and not start.has_known_saver
-            if not (is_for_saver or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place)):
-                continue
-            try:
-                start.restore_unproven(place)
-            except CheckpointCorruptError as error:
-                damaged.append(Damage(start.found_at(place), str(error)))
-            else:
-                return _restored(start, Recovery(start.found_at(place), tuple(damaged)), None)
-    if damaged:
-        raise restoring.none_is_good(Path(start.directory), damaged)
+            if is_for_saver or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
+                restore_file(start.session, start.saver, place)
+                return _restored(start, Recovery(start.found_at(place)), None)
     return None
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,26 +26,64 @@ _v1 = tf.compat.v1
 # Closing tells every server that the session used. One that is gone would be waited for until it comes back.
 _CLOSE_SECS = 2.0
 _LOST_CLOSE_SECS = 0.1
+
 # After a stop the run of a queue runner has this many looks (of 50 ms) to end by itself.
-_STOP_SLICES = 10
+_STOP_LOOKS = 10
+_MOST_KNOWN = 4096
+_ELEMENTS = (tf.Operation, tf.Tensor, tf.Variable)
 
 
 class _CarriedSession(tf.compat.v1.Session):
-    """TensorFlow's session, with every call into the runtime made by a carrier."""
+    """TensorFlow's session, whose callers are never stuck in a call to a server that is silent.
+
+    A call into the runtime cannot be interrupted. There are two ways to free its caller:
+
+    - The call is made by a carrier, on another thread, and left behind there. That always works, and costs 15 us.
+    - Where the master is a server of this process, closing the session cancels what the master waits for, and the call
+      returns with an error, which is replaced by that of the loss. This does not hold for the first run of something,
+      in which the master gives the other servers their part of the graph and cannot be cancelled: that one is carried.
+    """
 
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
         self._master = target
         super().__init__(target, graph=graph, config=config)
         self._carrier = Carrier(self.graph.as_default)
+        self._has_own_master = tasks.is_own_master(target)
+        # What was run before, by the ids of its elements: the values keep those, and so their ids.
+        self._known: dict[Any, Any] = {}
         self.give_up: GiveUp | None = None
         """Asked while a run is under way: an error ends the wait for it. For the time of a preparation."""
         self._heartbeats: list[Heartbeat] = []
         self._closing: threading.Thread | None = None
+        self._is_closed = False
+        self._pid = os.getpid()
+        _open.add(self)
 
     def run(self, fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
         """Run operations and evaluate tensors, as ``tf.compat.v1.Session.run`` does. Any thread."""
         run = super().run
-        return self._carrier.call(lambda: run(fetches, feed_dict, options, run_metadata), self.give_up)
+        is_plain = self._has_own_master and options is None and run_metadata is None
+        elements = _elements(fetches, feed_dict) if is_plain else None
+        key = None if elements is None else tuple(map(id, elements))
+        if key in self._known and self.give_up is None:
+            return self._call(run, fetches, feed_dict, options, run_metadata)
+        result = self._carrier.call(lambda: run(fetches, feed_dict, options, run_metadata), self.give_up)
+        if key is not None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = elements
+        return result
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call it on this thread: the closing of the session frees it."""
+        if self._carrier.lost is None:
+            try:
+                return function(*args, **kwargs)
+            except (tf.errors.OpError, RuntimeError):
+                # RuntimeError: the session was closed just before.
+                if self._carrier.lost is None:
+                    raise
+        raise self._carrier.lost
 
     def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
         """Continue a partial run."""
@@ -54,23 +97,36 @@ class _CarriedSession(tf.compat.v1.Session):
             return super().make_callable(fetches, feed_list, accept_options)
         make = super().make_callable
         function = self._carrier.call(lambda: make(fetches, feed_list, accept_options))
+        was_run = False
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._carrier.call(lambda: function(*args, **kwargs), self.give_up)
+            nonlocal was_run
+            if was_run and self.give_up is None:
+                return self._call(function, *args, **kwargs)
+            result = self._carrier.call(lambda: function(*args, **kwargs), self.give_up)
+            was_run = self._has_own_master
+            return result
 
         return call
 
     def watch_peers(self, timeout_secs: float | None, on_lost: Callable[[BaseException], object] | None) -> None:
         """Notice within ``timeout_secs`` when a task that the graph needs falls silent; ``None`` waits for ever.
 
-        Every run under way is then ended with UnavailableError, and ``on_lost`` is called with it.
+        Every run under way is then ended with UnavailableError, or with AbortedError where the task was started again,
+        and ``on_lost`` is called with it.
         """
         if timeout_secs is None or self._heartbeats:
             return
 
+        # By what is nobody's session: the thread that watches must not keep one that the program has dropped.
+        carrier, session = self._carrier, weakref.ref(self)
+
         def lose(error: BaseException) -> None:
             _log.warning("%s", error)
-            self._carrier.lose(error)
+            carrier.lose(error)
+            mine = session()
+            if mine is not None and mine._has_own_master:
+                mine._begin_close()
             if on_lost is not None:
                 on_lost(error)
 
@@ -79,14 +135,23 @@ class _CarriedSession(tf.compat.v1.Session):
 
     def close(self) -> None:
         """Close the session, and wait for that a moment: a server that is gone cannot say that it has done so."""
+        if not self._is_closed:
+            self._is_closed = True
+            is_lost = self._carrier.left_behind or self._carrier.lost is not None
+            self._begin_close()
+            self._finish_close(time.monotonic() + (_LOST_CLOSE_SECS if is_lost else _CLOSE_SECS))
+
+    def _begin_close(self) -> None:
         if self._closing is not None:
             return
         for heartbeat in self._heartbeats:
             heartbeat.end()
         self._closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
         self._closing.start()
-        deadline = time.monotonic() + (_LOST_CLOSE_SECS if self._carrier.left_behind else _CLOSE_SECS)
-        self._closing.join(deadline - time.monotonic())
+
+    def _finish_close(self, deadline: float) -> None:
+        assert self._closing is not None
+        self._closing.join(max(0.0, deadline - time.monotonic()))
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
             self._carrier.lose(tf.errors.CancelledError(None, None, "the session was closed"))
@@ -94,13 +159,46 @@ class _CarriedSession(tf.compat.v1.Session):
             heartbeat.join(deadline - time.monotonic())
         self._carrier.close()
 
-    def __del__(self) -> None:
-        # One that could not even be made has no carrier. One that is still being closed must not be deleted.
-        if hasattr(self, "_closing"):
-            self.close()
-            if self._closing is not None and self._closing.is_alive():
-                return
-        super().__del__()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # One that could not even be made has no carrier.
+        if not hasattr(self, "_closing") or is_finalizing() or os.getpid() != self._pid:
+            # No thread starts any more, and what waits for one waits for ever; or a forked child holds a copy of what
+            # is its parent's. The kernel frees it.
+            return
+        self.close()
+        # One that is still being closed must not be deleted.
+        if self._closing is None or not self._closing.is_alive():
+            super().__del__()
+
+
+# Those that somebody may still use, and nobody has collected.
+_open: weakref.WeakSet[_CarriedSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what the program has left open, as long as threads still run: all of them against one deadline.
+
+    A thread that comes back from TensorFlow while the interpreter goes would take the whole process down with it.
+    """
+    mine = [session for session in list(_open) if session._pid == os.getpid() and not session._is_closed]
+    for session in mine:
+        # Some versions of Python start no thread any more here: such a session is left to the kernel.
+        with contextlib.suppress(RuntimeError):
+            session._begin_close()
+    deadline = time.monotonic() + _CLOSE_SECS
+    for session in mine:
+        if session._closing is not None and session._closing.ident is not None:
+            session._finish_close(deadline)
+
+
+def _elements(fetches: Any, feed_dict: Any) -> tuple[Any, ...] | None:
+    """What a run fetches and is fed, the same for every run that is like it; ``None`` for what cannot be told."""
+    kind = type(fetches)
+    flat = tuple(fetches) if kind is list or kind is tuple else tuple(fetches.values()) if kind is dict else (fetches,)
+    # Between the two something that is neither, so that one is not taken for the other.
+    flat = (*flat, None, *feed_dict) if feed_dict else flat
+    return flat if all(one is None or isinstance(one, _ELEMENTS) for one in flat) else None
 
 
 class RemoteSession(Session, _CarriedSession):
@@ -142,12 +240,12 @@ class QueueSession:
         function = session._carrier.call(lambda: make(fetches, *args, **kwargs))
 
         def call(*call_args: Any, **call_kwargs: Any) -> Any:
-            slices = 0
+            looks = 0
 
             def give_up() -> BaseException | None:
-                nonlocal slices
-                slices += self._should_stop()
-                return tf.errors.CancelledError(None, None, "stopped") if slices > _STOP_SLICES else None
+                nonlocal looks
+                looks += self._should_stop()
+                return tf.errors.CancelledError(None, None, "stopped") if looks > _STOP_LOOKS else None
 
             return session._carrier.call(lambda: function(*call_args, **call_kwargs), give_up)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import logging
 import threading
-import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,20 +20,6 @@ _LONGEST_INTERVAL_SECS = 5.0
 # that had no processor, has not listened, and must not blame its peers.
 _SLICE_SECS = 0.05
 _CLOSE_SECS = 1.0
-
-# Those of sessions that nobody has closed.
-_beating: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
-
-
-@atexit.register
-def _end_all() -> None:
-    # A daemon thread that comes back from TensorFlow while the interpreter ends takes the whole process down with it.
-    beating = list(_beating)
-    for heartbeat in beating:
-        heartbeat.end()
-    deadline = time.monotonic() + _CLOSE_SECS
-    for heartbeat in beating:
-        heartbeat.join(deadline - time.monotonic())
 
 
 class Heartbeat:
@@ -60,7 +44,6 @@ class Heartbeat:
         self._session: Any = _v1.Session(master, graph=graph, config=config)
         self._thread = threading.Thread(target=self._run, name=f"stepguard-heartbeat-{task.strip('/')}", daemon=True)
         self._thread.start()
-        _beating.add(self)
 
     def end(self) -> None:
         """Have the thread end soon, without waiting for it."""
@@ -82,8 +65,10 @@ class Heartbeat:
         finally:
             # Closing asks the task too, and may wait for ever: it has a thread of its own.
             closing = threading.Thread(target=self._session.close, name="stepguard-close", daemon=True)
-            closing.start()
-            closing.join(_CLOSE_SECS)
+            # Some versions of Python start no thread any more while the process ends.
+            with contextlib.suppress(RuntimeError):
+                closing.start()
+                closing.join(_CLOSE_SECS)
             self._carrier.close()
 
     def _lost(self) -> BaseException | None:
@@ -103,7 +88,8 @@ class Heartbeat:
             except TimeoutError:
                 pass
             except (tf.errors.AbortedError, tf.errors.FailedPreconditionError) as error:
-                return self._error(f"was started again: {_first_line(error)}")
+                # Its runs say the same; whoever is first, a program that catches AbortedError goes on.
+                return self._lost_by(tf.errors.AbortedError, f"was started again: {_first_line(error)}")
             except tf.errors.OpError as error:
                 problem = f" ({_first_line(error)})"
                 _log.debug("%s: %s", self._task, error)
@@ -111,10 +97,12 @@ class Heartbeat:
                 return None
             silent_secs += _SLICE_SECS
             if silent_secs >= self._timeout_secs:
-                return self._error(f"gave no answer for {self._timeout_secs:g} s{problem}")
+                what = f"gave no answer for {self._timeout_secs:g} s{problem}"
+                return self._lost_by(tf.errors.UnavailableError, what)
 
-    def _error(self, what: str) -> BaseException:
-        return tf.errors.UnavailableError(None, None, f"{self._task or 'the master'} {what}: its session is lost")
+    def _lost_by(self, error_type: Any, what: str) -> BaseException:
+        error: BaseException = error_type(None, None, f"{self._task or 'the master'} {what}: its session is lost")
+        return error
 
 
 def _first_line(error: Any) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import stat
 import threading
 from typing import Any
 
@@ -83,3 +87,29 @@ def isolated(config: Any) -> Any:
         alone.CopyFrom(config)
     alone.isolate_session_state = True
     return alone
+
+
+def is_own_master(master: str) -> bool:
+    """Whether ``master`` is a server of this process: TensorFlow then calls it directly, by no connection.
+
+    That is so for the very address that a server calls its target, ``grpc://localhost:PORT``.
+    """
+    port = master.removeprefix("grpc://localhost:")
+    return port != master and port.isdigit() and int(port) in _own_ports()
+
+
+def _own_ports() -> set[int]:
+    """The ports that this process listens on; none on a system without ``/dev/fd``."""
+    found = set()
+    try:
+        descriptors = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        return set()
+    for descriptor in descriptors:
+        # One that was closed meanwhile, or is no socket of the internet.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as one:
+                    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        found.add(int(one.getsockname()[1]))
+    return found

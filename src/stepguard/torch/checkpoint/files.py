@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 from stepguard import files
+from stepguard.torch.checkpoint import unpickling
+
+ENGINE = "torch"
+"""What the manifests of this engine's checkpoints name."""
 
 SUFFIX = ".pt"
 PROCESS = "process-"
@@ -51,18 +55,18 @@ def append(file: files.NewFile, state: Any) -> None:
 
 
 def read_file(path: Path, *, mapped: bool = False) -> Any:
-    """Read it. No code from the file is run, and what only code could restore is an error.
+    """Read it. No code from the file is run, and what only code could restore is a CheckpointError.
 
     With ``mapped`` the tensors are those of the file, and not in memory until they are used: that is for one that was
     just read to its end, since a disk that fails under it would end the process. Nobody may keep them.
     """
     if mapped:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return unpickling.load(path, mapped=True)
         except RuntimeError:
             # A filesystem that maps no files, or another error, which reading then raises again.
             pass
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return unpickling.load(path)
 
 
 class _Blocks:

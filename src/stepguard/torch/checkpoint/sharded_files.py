@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.errors import CheckpointCorruptError
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import append
 from stepguard.torch.checkpoint.sharded_tensors import Shard, name_of, parts, whole
@@ -155,11 +155,7 @@ class ShardedFiles:
         try:
             reader.read_data(LoadPlan(items), _Targets(targets)).wait()
         except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self._directory}: expected tensors in the files of torch.distributed.checkpoint, found what could "
-                f"run code: nothing of it was used ({error})",
-                path=self._directory,
-            ) from error
+            raise unpickling.refused(self._directory, error) from None
 
 
 class _Targets(DefaultLoadPlanner):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import SUFFIX, is_process
 
 METADATA = ".metadata"
@@ -80,11 +80,6 @@ def _part(path: Path) -> Iterator[SavedTensor]:
 def _load(path: Path) -> Any:
     try:
         return _loaded(path)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{path}: expected a file that can be read without running code from it, found: {reason}", path=path
-        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -99,7 +94,7 @@ def _loaded(path: Path) -> Any:
     with path.open("rb") as file:
         # Only the zip files of PyTorch 1.6 and newer can be mapped.
         is_zip = file.read(2) == b"PK"
-    return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+    return unpickling.load(path, mapped=is_zip)
 
 
 def _leaves(name: str, value: Any) -> Iterator[SavedTensor]:
