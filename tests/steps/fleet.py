@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from stepguard.steps.chief import Chief
+from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.rendezvous import Rendezvous
@@ -54,7 +55,7 @@ class MemoryStore:
             self._changed.wait_for(lambda: self._is_lost or all(key in self._values for key in keys))
             self.waiting -= 1
             if self._is_lost:
-                raise ConnectionError("the store has ended")
+                raise StoreLostError("the store has ended")
 
     def below(self, name: str) -> Below:
         return Below(self, name)
@@ -68,7 +69,7 @@ class MemoryStore:
     def _asked(self) -> threading.Condition:
         self.requests += 1
         if self._is_lost:
-            raise ConnectionError("the store has ended")
+            raise StoreLostError("the store has ended")
         return self._changed
 
 

@@ -196,8 +196,8 @@ class Gate:
         """Let no step begin but ``ahead`` more; how many will have begun then at most, and whether its loop is over."""
         with self._changed:
             # Nobody knows how far a loop will go that is not running.
-            limit = self._begun + (0 if self.is_resting else ahead)
-            if self._refusal is None:
+            limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
+            if self._refusal is None and not self._is_last:
                 self._limit = limit
             return limit, self._loop is Loop.ENDED
 
