@@ -55,7 +55,8 @@ def test_a_program_comes_at_least_as_far_as_on_tensorflows_class(use: str, child
     theirs, ours = records["tensorflow"], records["stepguard"]
 
     assert ours.killed.status == theirs.killed.status == -SIGKILL
-    assert ours.resumed.began == ours.killed.on_disk
+    # More than TensorFlow's reader finds, if the kill came while one checkpoint took the place of another of its name.
+    assert ours.resumed.began >= ours.killed.on_disk
     assert ours.resumed.status == theirs.resumed.status
     assert ours.resumed.done >= STEPS
     assert ours.resumed.on_disk >= (ours.resumed.done if use not in NOT_SAVED_AT_ITS_END else ours.killed.on_disk)

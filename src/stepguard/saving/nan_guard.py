@@ -1,4 +1,13 @@
-"""The NaN guard: a number or a state that is not finite stops the run, or takes it back to a good checkpoint."""
+"""The NaN guard: a number or a state that is not finite stops the run, or returns it to a good checkpoint.
+
+The protocol: any thread may observe a bad number, and the writer thread a bad state. A short lock protects the first
+observation, which starts the guard's own thread if the run may return. That thread takes ``one_save`` and then the step
+boundary, in this order, as the program's own saves do; it restores, and releases both. The writer never holds a
+boundary while it waits for ``one_save``, so these two locks cannot deadlock. A training thread that reported the bad
+number waits in :meth:`NanGuard.settle`, between two steps and without a boundary, for the end of the guard's thread. A
+stop request ends that thread at its next try, and :meth:`NanGuard.end` joins it. A return changes no checkpoint, so a
+kill at any point leaves the committed checkpoints as they were.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +32,14 @@ from stepguard.words import listed
 
 _log = logging.getLogger(__name__)
 
-# So long is a step boundary for a return waited for, on top of the engine's own patience with a long step.
+# How long a return keeps trying to get a step boundary, in addition to the engine's own patience with a long step.
 _PATIENCE_SECS = 60.0
 _PAUSE_SECS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class _Sight:
-    """What was seen that is not finite."""
+    """One observation of something that is not finite."""
 
     step: int | None
     names: tuple[str, ...]
@@ -40,13 +49,14 @@ class _Sight:
 class NanGuard:
     """Watches one session at a time for numbers and states that are not finite.
 
-    With ``"stop"`` the first one is an error of the run, a :class:`NonFiniteError`. With ``"return"`` the session is
-    put back, between two steps, to the newest good checkpoint; after ``nan_returns`` of those, the next one is that
-    error. A snapshot that is not finite is never committed, nor one taken between a sight and what is done about it.
+    With ``"stop"`` the first observation stops the run with a :class:`NonFiniteError`. With ``"return"`` the guard puts
+    the session back to the newest good checkpoint, between two steps; after ``nan_returns`` returns, the next
+    observation is the error. A snapshot that is not finite is never committed, nor is a snapshot taken between an
+    observation and the return.
 
-    Threads: :meth:`look`, :meth:`settle`, :meth:`mark` and :meth:`admits` by any; the others by whoever opens and stops
-    the session. ``on_error`` is called with the error of the run, ``on_return`` at the boundary at which the session
-    was put back; ``one_save`` is held then, so that no checkpoint is being committed meanwhile.
+    Threads: :meth:`look`, :meth:`settle`, :meth:`mark` and :meth:`admits` from any thread; the others from the thread
+    that opens and stops the session. ``on_error`` is called with the error of the run, ``on_return`` at the boundary of
+    a return. ``one_save`` is held during a return, so that no checkpoint is committed meanwhile.
     """
 
     def __init__(
@@ -73,14 +83,15 @@ class NanGuard:
         self._sight: _Sight | None = None
         self._is_over = False
         self._returning: threading.Thread | None = None
-        # Snapshots of before a return are not committed after it. The progress at the last return, if there was one.
+        # The generation grows at each return, and snapshots of an older generation are not committed. Beside it, the
+        # progress at the last return, if there was one.
         self._generation = 0
         self._progress_at_return: object = None
 
     # --- the life of a session ---
 
     def begin(self, session: Any) -> None:
-        """Watch ``session`` from now on, and no other."""
+        """Watch ``session``, and only it, from now on."""
         self.end(was_asked=True)
         self._session = session
         self._sight = None
@@ -90,10 +101,10 @@ class NanGuard:
         self._engine.watch_values(session, self)
 
     def end(self, *, was_asked: bool, within_secs: float | None = None) -> bool:
-        """The training loop is over; ``was_asked`` says whether it was asked to stop. Whether all is well.
+        """End the watch after the training loop; return whether the state is good. ``was_asked``: it was asked to stop.
 
-        A loop that ended by itself while its session was put back has not come to where it wanted to: an error.
-        ``within_secs`` is how long a return that is under way is waited for; ``None``: until it is done.
+        A loop that ended by itself while its session was put back has not reached its last step: that is an error.
+        ``within_secs`` limits the wait for a return in progress; ``None`` waits until it is done.
         """
         with self._lock:
             was_over, self._is_over = self._is_over, True
@@ -104,7 +115,7 @@ class NanGuard:
         if was_over or self._session is None:
             return sight is None
         if sight is None and not was_asked and self._progress_at_return is not None:
-            with contextlib.suppress(Exception):  # A session that was lost has an error of its own.
+            with contextlib.suppress(Exception):  # A lost session raises an error of its own elsewhere.
                 is_stuck = self._engine.progress(self._session) == self._progress_at_return
             if is_stuck:
                 self._sight = _Sight(self._engine.step(self._session), (), "the training loop ended")
@@ -117,23 +128,23 @@ class NanGuard:
     # --- what is seen ---
 
     def look(self, values: Mapping[str, float], step: int | None = None) -> bool:
-        """Look at numbers of the program, by their names; ``step`` is theirs, by default that of the session.
+        """Check named numbers of the program. ``step`` is the step of the numbers, by default that of the session.
 
-        Returns whether one of them is not finite. What is done about it then is done by other threads, or at the next
-        step boundary: see :meth:`settle`. While it is still to be done, nothing more is looked at.
+        Returns whether one of them is not finite. Another thread then acts on it, or the next step boundary does: see
+        :meth:`settle`. Until that is done, further observations are ignored.
         """
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not bad:
             return False
         if step is None:
-            with contextlib.suppress(Exception):  # A closed session: the number is what counts.
+            with contextlib.suppress(Exception):  # The session may be closed, and the observation counts anyway.
                 step = self._engine.step(self._session)
         numbers = listed(f"{name} is {value}" for name, value in bad.items())
         self._see(_Sight(step, tuple(bad), f"{numbers} at step {shown(step)}"))
         return True
 
     def settle(self) -> None:
-        """Wait for the return that :meth:`look` has asked for, if any. By a thread that trains, between two steps."""
+        """Wait for the return that :meth:`look` has started, if any. From a training thread, between two steps."""
         returning = self._returning
         if returning is not None and returning is not threading.current_thread():
             returning.join(_PATIENCE_SECS)
@@ -141,11 +152,11 @@ class NanGuard:
     # --- what is saved ---
 
     def mark(self) -> int | None:
-        """What belongs to a snapshot that was just taken, for :meth:`admits`."""
+        """The generation of a snapshot that was just taken, for :meth:`admits`; ``None`` after an observation."""
         return self._generation if self._sight is None else None
 
     def admits(self, snapshot: Snapshot, mark: int | None) -> bool:
-        """Whether ``snapshot`` may be committed; one that is not finite is dealt with. By who holds ``one_save``."""
+        """Whether ``snapshot`` may be committed; act on one that is not finite. The caller holds ``one_save``."""
         if mark != self._generation:
             _log.info("step %s is not saved: something was not finite before", snapshot.step)
             return False
@@ -173,7 +184,7 @@ class NanGuard:
             self._fail(self._way_back.why_not())
 
     def _fail(self, why: str = "", cause: BaseException | None = None) -> None:
-        """The run is to stop, with what was seen as its error."""
+        """Stop the run with the observation as its error."""
         sight = self._sight
         assert sight is not None
         hint = (
@@ -189,7 +200,7 @@ class NanGuard:
         )
         error.__cause__ = cause
         self._on_error(error)
-        # A loop that never asks whether to stop ends as well.
+        # End even a loop that never asks should_stop().
         if self._session is not None:
             self._engine.stop_at_boundary(self._session, self._coord.main_thread_was_told)
 
@@ -201,10 +212,10 @@ class NanGuard:
 
     def _go_back(self, sight: _Sight) -> None:
         deadline = time.monotonic() + _PATIENCE_SECS
-        # A stop that comes first leaves the sight where it is, for `end`.
+        # After a stop request, leave `_sight` set, so that `end` reports it.
         while not self._coord.should_stop():
             try:
-                # In this order: the program's own saves hold the one when they come to a boundary.
+                # In this order: the program's own saves already hold `one_save` when they take a boundary.
                 with self._one_save, self._engine.at_boundary(self._session, "the return to a good checkpoint"):
                     if self._coord.should_stop():
                         return

@@ -1,4 +1,4 @@
-"""The way back of a run to its newest good checkpoint: how it is taken, how often, and what is said of it."""
+"""The way back of a run to its newest good checkpoint: taking it, counting the returns, and describing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepguard.words import listed
 class WayBack:
     """Puts a session back to the newest checkpoint that is good and finite, ``nan_returns`` times at most.
 
-    ``on_return`` is called at the boundary at which that was done. Threads: one at a time.
+    ``on_return`` is called after each restore, inside the same boundary. Threads: one at a time.
     """
 
     def __init__(
@@ -33,25 +33,25 @@ class WayBack:
         self._events = events
         self._on_return = on_return
         self._returns_left = options.nan_returns if options.returns else 0
-        # What was seen, and where that led back to, of each return.
+        # For each return: the observation, and the step that it led back to.
         self._taken: list[str] = []
 
     @property
     def is_open(self) -> bool:
-        """Whether the run may be put back once more."""
+        """Whether the run may return once more."""
         return self._returns_left > 0
 
     @property
     def is_advisable(self) -> bool:
-        """Whether a run that is not to return could."""
+        """Whether the run could return, although its options do not ask for that."""
         return not self._options.returns and self._store is not None and self._engine.can_return
 
     def take(self, session: Any) -> tuple[Checkpoint, int | None]:
-        """Put ``session`` back, inside a boundary; the checkpoint, and the step that it holds.
+        """Put ``session`` back, inside a boundary. Returns the restored checkpoint and its step.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
-            NoGoodCheckpointError: there are some, and none is good and finite.
+            FileNotFoundError: no checkpoint exists.
+            NoGoodCheckpointError: checkpoints exist, and none is both good and finite.
         """
         engine, store = self._engine, self._store
         assert store is not None
@@ -60,7 +60,7 @@ class WayBack:
             if checkpoint.manifest is None:
                 raise CheckpointCorruptError("it has no manifest, so nobody has looked at it", path=checkpoint.path)
             engine.restore(session, checkpoint, in_run=True)
-            # It may be of a run without a guard.
+            # A run without a guard may have saved it.
             names = engine.non_finite(engine.snapshot(session))
             if names:
                 raise CheckpointCorruptError(f"it is not finite: {listed(names)}", path=checkpoint.path)
@@ -70,14 +70,14 @@ class WayBack:
             raise FileNotFoundError(f"no checkpoint was saved in {store.root} yet; save more often")
         to_step = engine.step(session)
         if self._events is not None and to_step is not None:
-            # TensorBoard drops what was left behind of the curves.
+            # After this record, TensorBoard drops the points of the steps that are done again.
             self._events.started(to_step)
         self._on_return()
         self._returns_left -= 1
         return checkpoint, to_step
 
     def note(self, reason: str, checkpoint: Checkpoint, to_step: int | None) -> tuple[int, str]:
-        """The way was taken for ``reason``: how many times by now, and the message that says so."""
+        """Count a return for ``reason``. Returns the number of returns so far, and a message about this one."""
         self._taken.append(f"{reason}: back to step {shown(to_step)}")
         number = len(self._taken)
         return number, (
@@ -86,7 +86,7 @@ class WayBack:
         )
 
     def why_not(self) -> str:
-        """Why the run was not put back, where that was wanted at all."""
+        """Why the run did not return; empty if its options do not ask for returns."""
         if not self._options.returns:
             return ""
         if self._returns_left:
@@ -95,7 +95,7 @@ class WayBack:
         return f"{returned} ({'; '.join(self._taken)})" if self._taken else returned
 
     def saved_text(self) -> str:
-        """What there is to go on from, as far as this process knows: one that saves nothing itself does not."""
+        """A sentence that names the newest checkpoint; empty in a process without a store, which cannot know."""
         if self._store is None:
             return ""
         newest = None
@@ -107,5 +107,5 @@ class WayBack:
 
 
 def shown(step: int | None) -> str:
-    """A step in a message."""
+    """A step as text in a message."""
     return "unknown" if step is None else str(step)
