@@ -1012,49 +1012,6 @@ def test_killed_at_any_call_of_a_save_it_resumes_from_a_good_checkpoint(
 
 
 @layouts
-def unfinished(store: CheckpointStore, step: int) -> Path:
-    """What a kill leaves right before the last rename of a commit, which was to move the manifest into place."""
-    state = (store.root / "checkpoint").read_bytes()
-    save(store, step)
-    (store.root / "checkpoint").write_bytes(state)
-    name = store.name(step)
-    stage = store.root / f".stage-{name}"
-    stage.mkdir()
-    (store.root / f"{name}.manifest.json").rename(stage / f"{name}.manifest.json")
-    return stage
-
-
-@layouts
-def test_a_save_that_lacks_only_its_last_rename_is_finished_by_the_next_chief(layout: str, tmp_path: Path) -> None:
-    store = open_store(tmp_path, layout)
-    save(store, 1)
-    stage = unfinished(store, 2)
-    # A reader leaves it to the chief.
-    assert good_of(open_store(tmp_path, layout)).step == 1
-
-    open_store(tmp_path, layout).sweep()
-
-    good = good_of(open_store(tmp_path, layout))
-    assert (good.step, good.is_committed) == (2, True)
-    assert content_of(good) == LAYOUTS[layout][1]("model.ckpt-2", "")
-    assert not stage.exists()
-
-
-@layouts
-def test_a_save_whose_files_are_not_what_was_staged_is_not_finished(layout: str, tmp_path: Path) -> None:
-    store = open_store(tmp_path, layout)
-    save(store, 1)
-    unfinished(store, 2)
-    largest = max((one for one in tmp_path.rglob("model.ckpt-2*/*") if one.is_file()), default=None)
-    changed = largest or tmp_path / "model.ckpt-2.index"
-    changed.write_bytes(b"x" * changed.stat().st_size)
-
-    open_store(tmp_path, layout).sweep()
-
-    assert not (tmp_path / "model.ckpt-2.manifest.json").exists()
-    assert good_of(open_store(tmp_path, layout)).step == 1
-
-
 def test_sweep_leaves_what_somebody_else_wrote_under_a_name_that_was_being_removed(layout: str, tmp_path: Path) -> None:
     store = open_store(tmp_path, layout)
     checkpoint = save(store, 1)

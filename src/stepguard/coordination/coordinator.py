@@ -123,7 +123,7 @@ class Coordinator:
         # One lock for each thread in wait_for_stop. request_stop pops a lock before it releases it: once each.
         self._waiters: set[threading.Lock] = set()
         # Keyed by id, because a Thread subclass may define its own __eq__.
-        self._registered: dict[int, threading.Thread] = {}
+        self._registered_threads: dict[int, threading.Thread] = {}
         # The idents of the threads inside `not_joined`. A thread is inside at most once.
         self._not_joined: set[int] = set()
 
@@ -237,7 +237,7 @@ class Coordinator:
           TypeError: if `thread` is not a thread.
         """
         _check_thread(thread)
-        self._registered[id(thread)] = thread
+        self._registered_threads[id(thread)] = thread
 
     @contextlib.contextmanager
     def not_joined(self) -> Iterator[None]:
@@ -278,9 +278,9 @@ class Coordinator:
         stop = self._stop
         # Set `joined`, then read the errors; request_stop does the reverse, so at least one of them raises an error.
         self._set_joined(stop)
-        for thread in list(self._registered.values()):
+        for thread in list(self._registered_threads.values()):
             if thread.ident is not None and not thread.is_alive():
-                self._registered.pop(id(thread), None)
+                self._registered_threads.pop(id(thread), None)
         if live:
             report = f"threads still running {grace_secs:g} s after the stop was requested: {_names(live)}"
             if ignore_live_threads:
@@ -350,7 +350,7 @@ class Coordinator:
         """The threads that are still alive at the end of the grace period."""
         me = threading.current_thread()
         while True:
-            union = {id(thread): thread for thread in [*given, *list(self._registered.values())]}
+            union = {id(thread): thread for thread in [*given, *list(self._registered_threads.values())]}
             live = [thread for thread in union.values() if thread is not me and self._is_awaited(thread)]
             if not live:
                 return []

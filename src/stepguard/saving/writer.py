@@ -2,10 +2,10 @@
 
 The protocol: a thread that has taken a snapshot submits it as the writer's order and goes on at once. The writer
 accepts no second order before the first is done or given up, so no thread waits to submit one. The writer's thread
-waits on the condition ``_wake`` for an order, and between two tries for the time of the next; a retake also waits for a step
-boundary, whose wait has a limit. :meth:`CheckpointWriter.drain` waits on the same condition until the order is gone, at
-most for its timeout. It wakes a writer that waits for its next try, and sets the deadline after which a failed try is
-the last. The lock of the condition is never held during a write.
+waits on the condition ``_wake`` for an order, and between two tries for the time of the next; a retake also waits for a
+step boundary, whose wait has a limit. :meth:`CheckpointWriter.drain` waits on the same condition until the order is
+gone, at most for its timeout. It wakes a writer that waits for its next try, and sets the deadline after which a failed
+try is the last. The lock of the condition is never held during a write.
 
 ``one_save`` is held during a try, but never while the writer waits for a step boundary or for the next try. The other
 holders of ``one_save`` (the program's own saves, the NaN guard) do not wait for an order, so no circle of waits exists.

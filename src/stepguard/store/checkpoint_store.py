@@ -509,10 +509,8 @@ class CheckpointStore:
         before that of any other store of its process that saves here (`LogdirHold.is_first`).
 
         Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
-        belong to a save or a removal that did not end. A save that lacks no more than its manifest in its place is
-        finished.
+        belong to a save or a removal that did not end.
         """
-        self._finish_commits()
         names = sorted(entry.name for entry in self._layout.entries())
         swept = []
         for one in names:
@@ -532,26 +530,6 @@ class CheckpointStore:
             files.remove(path)
             swept.append(path)
         return swept
-
-    def _finish_commits(self) -> None:
-        """Move manifests into place where a kill came right before that: all else of the checkpoint is there."""
-        for entry in [one.name for one in self._layout.entries() if one.name.startswith(layouts.STAGE)]:
-            name = entry[len(layouts.STAGE) :]
-            if not self._layout.is_name(name) or os.path.lexists(self._layout.manifest(name)):
-                continue
-            record = self.root / entry / self._layout.manifest(name).name
-            try:
-                manifest = Manifest.from_json(files.read_bytes(record), self._layout.manifest(name))
-                if all(self._is_as_recorded(one) for one in manifest.files):
-                    files.move(record, self._layout.manifest(name))
-                    files.fsync_dir(self.root)
-                    _log.info("%s: its save was cut short by a kill before its last rename, and is finished", name)
-            except (CheckpointError, OSError) as error:
-                _log.debug("%s: this save cannot be finished: %s", record, error)
-
-    def _is_as_recorded(self, record: FileRecord) -> bool:
-        path = self.root / record.name
-        return verification.size_of(path) == record.size and files.digest(path)[1] == record.digest
 
     def _finish_removal(self, name: str, record: Path) -> None:
         """Remove the files of a checkpoint that has no manifest, if they are those that ``record`` describes."""
