@@ -62,6 +62,7 @@ CORE = [
     "steps.gate",
     "steps.interrupts",
     "steps.member",
+    "steps.peers",
     "steps.process_state",
     "steps.random_streams",
     "steps.rendezvous",

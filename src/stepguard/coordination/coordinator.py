@@ -7,7 +7,7 @@ The protocol: any thread requests the stop; the others poll `should_stop` or blo
 usually the main thread, blocks in `join` until they have ended. Each thread in `wait_for_stop` blocks on a lock of its
 own, which it has put into `_waiters`; `request_stop` pops and releases every lock there, so each is released exactly
 once. A waiter checks the flag again after it has put its lock there, so that it cannot miss a request made just before.
-No request wakes `join`: it polls the threads, at least once every `_LONGEST_LOOK_SECS`.
+`join` polls the threads: every `_LOOK_SECS` until a stop is requested, then at least once every `_LONGEST_LOOK_SECS`.
 
 No deadlock is possible, because the class takes no lock that another thread waits for. Its methods may run in a signal
 handler, and a handler runs in the middle of a method of the main thread: a lock that the interrupted method held would
@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 # The shortest grace period of a join: even a thread that waits for the stop needs a moment to wake up and end.
 _SHORTEST_LOOK_SECS = 0.05
+# The time between two looks of a join at the threads, before a stop was requested.
+_LOOK_SECS = 0.05
 # The longest time between two checks of a join whether a running thread has entered `not_joined`.
 _LONGEST_LOOK_SECS = 0.2
 # A note is one readable line; the log has the whole text with its traceback.
@@ -357,6 +359,11 @@ class Coordinator:
             left_secs = self._grace_left_secs(grace_secs, began)
             if left_secs <= 0:
                 return live
+            if self._stop.requested_at is None:
+                # A stop starts the grace period. Like TensorFlow's, a join before it looks at the threads now and then:
+                # its own tests rely on a moment more for threads that nobody has registered.
+                self.wait_for_stop(min(left_secs, _LOOK_SECS))
+                continue
             # Any one will do, as all have to end. Wait only briefly, because the thread may enter `not_joined`.
             live[0].join(min(left_secs, _LONGEST_LOOK_SECS))
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
-from stepguard.steps.chief import Chief
-from stepguard.steps.common_store import CommonStore
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
-from stepguard.steps.gate import Gate
-from stepguard.steps.worker import Worker
+from stepguard.steps.peers import Peers
 from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
 from stepguard.torch.checkpoint.first_weights import take_first_weights
@@ -59,7 +55,6 @@ class TorchEngine(LoopEngine[Session]):
     ) -> None:
         self.name = ENGINE
         self._program = program
-        self._components = program.components
         self._root = root
         self._restoring = restoring
         self._restorer = restorer
@@ -68,14 +63,11 @@ class TorchEngine(LoopEngine[Session]):
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
-        self._stop_grace_secs = stop_grace_secs
-        self._rank, self._processes = world()
-        self.can_return = self._processes == 1
-        self._shared = shared_store() if self._processes > 1 else None
-        self._sessions = 0
-        self._peers: Chief | Worker | None = None
+        rank, processes = world()
+        self.can_return = processes == 1
+        store = shared_store() if processes > 1 else None
+        self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
-        self._is_met = False
         self._memory = HostMemory()
         self._watch: ValueWatch | None = None
 
@@ -86,11 +78,9 @@ class TorchEngine(LoopEngine[Session]):
 
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
-        gate = None if self._shared is None else Gate()
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
-        self._sessions += 1
-        if self._shared is not None and gate is not None:
-            self._meet_peers(session, self._shared, gate)
+        gate = self._peers.gate()
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size)
+        self._peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
             if not is_restored:
@@ -98,11 +88,14 @@ class TorchEngine(LoopEngine[Session]):
         except BaseException:
             self.close(session)
             raise
-        self._is_met = meets_every is not None
-        if gate is not None and meets_every is not None and self._rank > 0:
-            gate.meet_every(meets_every - session.global_step % meets_every, meets_every)
+        if meets_every is not None:
+            self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
         return Prepared(session, recovered)
+
+    def _new_member(self, session: Session) -> TorchMember:
+        self._member = TorchMember(self._coord, session, self._program.components, self._memory, self._root)
+        return self._member
 
     def _initialise(self) -> None:
         if self._init_fn is not None:
@@ -123,35 +116,26 @@ class TorchEngine(LoopEngine[Session]):
 
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """What the search of this process has found, and whether the session was restored: also by the chief's word."""
-        if isinstance(self._peers, Worker):
-            name = self._peers.restored()
-            if name is not None and self._restorer is not None:
-                self._restorer.restore_named(session, name, self._rank)
-            return None, name is not None
-        restore = functools.partial(self.restore, session)
-        recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
-        good = None if recovered is None else recovered.checkpoint
-        if self._peers is not None:
-            self._peers.restored(None if good is None else good.name)
-        return recovered, good is not None
+        found: list[Recovery] = []
 
-    def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
-        store = shared.below(f"session/{self._sessions}")
-        member = TorchMember(self._coord, session, self._components, self._memory, self._root)
-        grace_secs = self._stop_grace_secs
-        if self._rank == 0:
-            self._peers = Chief(store, self._processes, gate, member, grace_secs=grace_secs)
-        else:
-            self._peers = Worker(store, self._rank, self._processes, gate, member, grace_secs=grace_secs)
-        self._member = member
-        self._peers.start()
+        def restore_newest() -> str | None:
+            if self._restorer is None:
+                return None
+            found.append(self._restorer.restore_newest(functools.partial(self.restore, session)))
+            good = found[0].checkpoint
+            return None if good is None else good.name
+
+        def restore_named(name: str) -> None:
+            if self._restorer is not None:
+                self._restorer.restore_named(session, name, self._peers.rank)
+
+        name = self._peers.restored(restore_newest, restore_named)
+        return next(iter(found), None), name is not None
 
     def close(self, session: Session) -> None:
         """Close the session."""
         session.unwatch()
-        peers, self._peers = self._peers, None
-        if peers is not None:
-            peers.close(self._stop_grace_secs)
+        self._peers.close()
         super().close(session)
 
     # --- steps ---
@@ -165,19 +149,13 @@ class TorchEngine(LoopEngine[Session]):
 
     def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""
-        if self._peers is None:
+        if not self._peers.has_any:
             session.boundary.stop(main_thread_was_told)
         # Else the request that came with this one is passed on, and all of them stop after the same step.
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
-        peers = self._peers
-        if isinstance(peers, Chief) and self._is_met:
-            callback = functools.partial(peers.at_known_step, callback)
-        elif peers is not None:
-            # It meets the others, and they may need the next step of this process to come there.
-            callback = _InBackground(session, callback)
-        session.boundary.call_after_steps(steps, callback)
+        session.boundary.call_after_steps(steps, self._peers.saving(session, callback))
 
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
@@ -185,10 +163,7 @@ class TorchEngine(LoopEngine[Session]):
         session.finish_step()
         # Before the others are asked to come to it.
         session.boundary.check_whole(what)
-        with ExitStack() as stack:
-            if isinstance(self._peers, Chief):
-                stack.enter_context(self._peers.meeting(what))
-            stack.enter_context(session.boundary.hold(what, patience_secs))
+        with self._peers.meeting(what), session.boundary.hold(what, patience_secs):
             yield
 
     # --- checkpoints ---
@@ -197,7 +172,7 @@ class TorchEngine(LoopEngine[Session]):
         """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
-            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
+            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._program.components}
             own = self._memory.copy("process", session.process_state.capture(), copies)
             process = {**own, "program": self._program.notes()}
             copies.close()
@@ -220,9 +195,8 @@ class TorchEngine(LoopEngine[Session]):
         snapshot.copies.finish()
         directory = stage / name
         files.make_dir(directory)
-        exchange = None
-        if isinstance(self._peers, Chief) and self._root is not None:
-            exchange = self._peers.exchange(directory.relative_to(self._root).as_posix())
+        place = directory if self._root is None else directory.relative_to(self._root)
+        exchange = self._peers.exchange(place.as_posix())
         try:
             digests = self._write_own(snapshot, directory, exchange)
         except BaseException:
@@ -246,8 +220,7 @@ class TorchEngine(LoopEngine[Session]):
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
         """The other processes need not keep their parts any longer."""
-        if isinstance(self._peers, Chief):
-            self._peers.settled()
+        self._peers.settled()
 
     # --- summaries ---
 
@@ -284,27 +257,3 @@ def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
-
-
-class _InBackground:
-    """Calls ``callback`` in a thread of its own, and looks at each step whether it is done."""
-
-    def __init__(self, session: Session, callback: Callable[[], int]) -> None:
-        self._session = session
-        self._callback = callback
-        self._thread: threading.Thread | None = None
-        self._next_at = 0
-
-    def __call__(self) -> int:
-        steps = self._session.boundary.steps
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._call, args=(steps,), name="stepguard-save", daemon=True)
-            self._thread.start()
-            return 1
-        if self._thread.is_alive():
-            return 1
-        self._thread = None
-        return max(1, self._next_at - steps)
-
-    def _call(self, steps: int) -> None:
-        self._next_at = steps + self._callback()

@@ -156,8 +156,8 @@ class RunRecord:
         # If checkpoints were damaged, a warning has already said what was lost.
         if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
-        if recovery.damaged:
-            self.note_warning(recovery.message())
+        if message := recovery.message():
+            self.note_warning(message)
 
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
         """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
