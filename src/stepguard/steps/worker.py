@@ -53,7 +53,12 @@ class Worker(Rendezvous):
         return self._restored[0]
 
     def loop_changed(self) -> None:
-        """Nothing: who leaves says so when the session is closed."""
+        """Who leaves says so when the session is closed. Where no loop runs, the state is taken before the program
+        goes on: it may use its streams, and the model, for something else.
+        """
+        if self._gate.loop is not Loop.RUNS and self._gate.is_free:
+            self._taken_at = None
+            self.take_state()
 
     # --- what the chief says ---
 

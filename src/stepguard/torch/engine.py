@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -72,7 +73,8 @@ class TorchEngine:
         self._peers: Chief | Worker | None = None
         self._member: TorchMember | None = None
         self._is_met = False
-        self._memory = HostMemory()
+        # With the snapshots in them, as long as somebody has these.
+        self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
         self._watch: ValueWatch | None = None
 
     # --- the session ---
@@ -83,7 +85,8 @@ class TorchEngine:
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
         gate = None if self._shared is None else Gate()
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
+        optimizers = {one.name: one.holder for one in self._components if isinstance(one.holder, torch.optim.Optimizer)}
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes, optimizers=optimizers)
         self._sessions += 1
         if self._shared is not None and gate is not None:
             self._meet_peers(session, self._shared, gate)
@@ -106,11 +109,17 @@ class TorchEngine:
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
+            session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
         # The training runs on streams of its own threads.
         _synchronize()
+
+    def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
+        """Once more what the session was restored with, before its first step."""
+        restorer.return_to(path, session)
+        session.put_gradients_back()
 
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """What the search of this process has found, and whether the session was restored: also by the chief's word."""
@@ -128,7 +137,7 @@ class TorchEngine:
 
     def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
         store = shared.below(f"session/{self._sessions}")
-        member = TorchMember(self._coord, session, self._components, self._memory, self._root)
+        member = TorchMember(self._coord, session, self._components, HostMemory(), self._root)
         grace_secs = self._stop_grace_secs
         if self._rank == 0:
             self._peers = Chief(store, self._processes, gate, member, grace_secs=grace_secs)
@@ -191,8 +200,28 @@ class TorchEngine:
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Session) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - self._is_cut_short(session)
+        """The number of steps done in this session, as in :meth:`step`, and of epochs whose ends are done."""
+        return session.boundary.steps - self._is_cut_short(session), session.process_state.epochs_done
+
+    def is_resting(self, session: Session) -> bool:
+        """Whether no loop over ``steps`` runs."""
+        return session.boundary.is_resting
+
+    def is_evaluating(self, session: Session) -> bool:
+        """Inside ``sess.evaluating()``."""
+        return session.is_evaluating
+
+    def is_alone(self, session: Session) -> bool:  # noqa: ARG002 - it is so for the process
+        """Whether ``torch.distributed`` has one process."""
+        return self._processes == 1
+
+    def call_at_rest(self, session: Session, keep: Callable[[bool], None]) -> None:
+        """At the boundary at which the session rests."""
+        session.boundary.call_at_rest(keep)
+
+    def defer(self, session: Session, callback: Callable[[], None]) -> bool:
+        """To the end of a step with an evaluation in it."""
+        return session.defer(callback)
 
     def _is_cut_short(self, session: Session) -> bool:
         """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
@@ -216,13 +245,21 @@ class TorchEngine:
     # --- checkpoints ---
 
     def snapshot(self, session: Session) -> TorchSnapshot:
-        """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
+        """Copy the state into host memory, which is used again when nobody has the snapshot in it any more."""
+        memory = self._free_memory()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
-            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            process = self._memory.copy("process", session.process_state.capture(), copies)
+            states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._components}
+            process = memory.copy("process", session.process_state.capture(), copies)
             copies.close()
+        self._memories.append((memory, weakref.ref(copies)))
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+
+    def _free_memory(self) -> HostMemory:
+        """Memory in which no snapshot is: there is a second one only where a loop ends while another is written."""
+        free = [memory for memory, copies in self._memories if copies() is None]
+        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
+        return free[0] if free else HostMemory()
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""

@@ -83,7 +83,8 @@ class Restorer:
             # There are more processes than before: the streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
         elif rank:
-            process = read_file(processes[f"{PROCESS}{rank}"])
+            # How far the epochs are is for the chief to say: it may have been a moment ahead.
+            process = {**read_file(processes[f"{PROCESS}{rank}"]), "epochs": process.get("epochs")}
         # Rank 0 has just verified these files, and with that read them.
         states = self._fitting(path, saved, sharded, mapped=rank == 0)
         for component in self._components:
