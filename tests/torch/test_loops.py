@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from stepguard.options import Saving
+from stepguard.options import Guarding, Saving
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, Values
 from stepguard.torch.data.feeds import feed_of
@@ -53,8 +53,8 @@ def committed(logdir):
     return sorted(one.step for one in CheckpointStore(logdir).candidates())
 
 
-def until(is_so):
-    deadline = time.monotonic() + SOON_SECS
+def until(is_so, within_secs=SOON_SECS):
+    deadline = time.monotonic() + within_secs
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -193,6 +193,25 @@ def test_between_two_steps_of_ones_own_loop_a_save_waits_for_the_next(tmp_path):
         raise Killed
 
     assert restored(tmp_path) == (1, 1.0)
+
+
+def test_a_return_of_the_nan_guard_waits_until_the_model_is_given_back(tmp_path):
+    run = Counting(tmp_path, guarding=Guarding(nan_guard="return"))
+    with run.sv.managed_session() as session:
+        run.loop(session, max_steps=3)
+        run.save()
+        run.loop(session, max_steps=5)
+        kept = run.model.weight.detach().clone()
+        run.lend()
+        session.summary({"error": float("nan")})
+        with pytest.raises(AssertionError):
+            until(lambda: run.model.weight.item() != LENT, 0.3)
+        run.model.weight.data.copy_(kept)
+        run.loop(session, max_steps=6)
+        assert session.global_step == 6
+        assert run.model.weight.item() == 6
+
+    assert restored(tmp_path) == (6, 6.0)
 
 
 # --- epochs
@@ -376,6 +395,23 @@ def test_the_last_batch_is_known_after_the_number_of_processes_changed():
         last.append(feed.is_last_batch)
         feed.consumed()
     assert last == [False] * 5 + [True]
+
+
+def test_the_last_batch_is_known_after_a_return_of_the_nan_guard(tmp_path):
+    run = Counting(tmp_path, guarding=Guarding(nan_guard="return"))
+    loader, last, returns = DataLoader(range(BATCHES)), [], []
+    with run.sv.managed_session() as session:
+        for batch in session.steps(loader, max_steps=3 * BATCHES):
+            if session.is_last_batch:
+                last.append(int(batch))
+            if session.global_step == 3 and not returns:
+                session.finish_step()
+                run.save()
+                returns.append(session.global_step)
+                session.summary({"loss": float("nan")})
+        assert session.global_step == 3 * BATCHES
+
+    assert set(last) == {BATCHES - 1}
 
 
 def test_the_last_batch_of_a_loader_without_a_length_is_not_guessed():

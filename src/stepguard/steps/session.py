@@ -249,6 +249,8 @@ class Session:
             raise
         self.finish_step()
         self.boundary.go_away()
+        if self._gate is None:
+            self._interrupts.raise_if_held()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Write values to the event log, as curves over the global step; nothing where there is no log.
