@@ -56,11 +56,13 @@ CORE = [
     "steps.boundary",
     "steps.chief",
     "steps.common_store",
+    "steps.engine",
     "steps.exchange",
     "steps.feeds",
     "steps.gate",
     "steps.interrupts",
     "steps.member",
+    "steps.peers",
     "steps.process_state",
     "steps.random_streams",
     "steps.rendezvous",
@@ -71,6 +73,7 @@ CORE = [
     "store",
     "supervisor",
     "store.saved_tensor",
+    "saving.way_back",
     "saving.writer",
 ]
 

@@ -708,3 +708,18 @@ def test_who_holds_the_lock_keeps_others_from_changing_anything(kind: Any, chang
         assert not coord.should_stop()
     changing.join(SOON_SECS)
     assert not changing.is_alive()
+
+
+@pytest.mark.parametrize("kind", [TheirCoordinator, stepguard.tensorflow.Coordinator], ids=["tensorflow", "stepguard"])
+def test_the_threads_that_have_registered_are_counted_under_the_lock(kind: Any) -> None:
+    """Programs wait in this way until all of their threads run; so do TensorFlow's own tests."""
+    coord = kind()
+    threads = [threading.Thread(target=coord.wait_for_stop) for _ in range(2)]
+    for thread in threads:
+        coord.register_thread(thread)
+        thread.start()
+    with coord._lock:
+        assert len(coord._registered_threads) == 2
+    coord.request_stop()
+    coord.join()
+    assert not any(thread.is_alive() for thread in threads)

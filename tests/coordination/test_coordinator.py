@@ -574,7 +574,7 @@ def test_a_live_registered_thread_is_waited_for_again_and_an_ended_one_forgotten
             coord.join(stop_grace_period_secs=0.01)
     threads.release.set()
     coord.join(stop_grace_period_secs=SOON_SECS)
-    assert not coord._registered
+    assert not coord._registered_threads
 
 
 def test_a_thread_that_waits_for_what_comes_after_is_not_waited_for(coord: Coordinator, threads: Threads) -> None:

@@ -12,7 +12,7 @@ import torch._dynamo  # once, for all children: the first optimizer imports it
 import torch.utils.tensorboard
 from zygote import report
 
-from stepguard.options import Stopping
+from stepguard import Stopping
 from stepguard.torch import Supervisor
 
 
@@ -21,7 +21,7 @@ def ends_in(state: str, logdir: str) -> None:
     torch.set_num_threads(1)
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, stop_grace_secs=2)
+    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, stopping=Stopping(stop_grace_secs=2))
 
     def step(session: Any) -> None:
         with session.step():

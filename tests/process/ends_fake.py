@@ -9,6 +9,7 @@ import types
 
 import states_at_end
 
+from stepguard import Stopping
 from stepguard.testing import FakeSession, FakeSupervisor
 
 if importlib.util.find_spec("xxhash") is None:
@@ -19,5 +20,7 @@ if importlib.util.find_spec("xxhash") is None:
     sys.modules["xxhash"] = stand_in
 
 if __name__ == "__main__":
-    sv = FakeSupervisor(sys.argv[2], save_model_secs=0.01, save_summaries_secs=0.01, stop_grace_secs=2)
+    sv = FakeSupervisor(
+        sys.argv[2], save_model_secs=0.01, save_summaries_secs=0.01, stopping=Stopping(stop_grace_secs=2)
+    )
     states_at_end.end(sys.argv[1], sv, sv.prepare_or_wait_for_session, sv.managed_session, FakeSession.run_step)

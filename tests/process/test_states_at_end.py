@@ -82,7 +82,8 @@ def python_at_hand(version: str) -> str:
     beside = Path(sys.base_prefix).parent.glob(f"*{version}*/bin/python{version}")
     found = [sys.executable] if version == running else [shutil.which(f"python{version}"), *map(str, beside)]
     for python in filter(None, found):
-        if subprocess.run([python, "-c", "import stepguard.testing"], env=environment(), check=False).returncode == 0:
+        command = [python, "-c", "import stepguard.testing"]
+        if subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0:
             return python
     pytest.skip(f"no Python {version} at hand that imports stepguard.testing")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from stepguard.steps.chief import Chief
+from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
 from stepguard.steps.rendezvous import Rendezvous
@@ -19,6 +20,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.latency_secs = 0.0
         self.waiting = 0
         self._changed = threading.Condition()
         self._values: dict[str, bytes] = {}
@@ -35,6 +37,7 @@ class MemoryStore:
             return self._values.setdefault(key, value)
 
     def get(self, keys: Sequence[str]) -> list[bytes]:
+        time.sleep(self.latency_secs)
         with self._asked():
             return [self._values[key] for key in keys]
 
@@ -52,7 +55,7 @@ class MemoryStore:
             self._changed.wait_for(lambda: self._is_lost or all(key in self._values for key in keys))
             self.waiting -= 1
             if self._is_lost:
-                raise ConnectionError("the store has ended")
+                raise StoreLostError("the store has ended")
 
     def below(self, name: str) -> Below:
         return Below(self, name)
@@ -66,7 +69,7 @@ class MemoryStore:
     def _asked(self) -> threading.Condition:
         self.requests += 1
         if self._is_lost:
-            raise ConnectionError("the store has ended")
+            raise StoreLostError("the store has ended")
         return self._changed
 
 
@@ -228,9 +231,13 @@ class Training:
         self._fleet = fleet
         self._step_secs = step_secs
         self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(rank,)) for rank in range(len(fleet.gates))]
+        self._threads = [
+            threading.Thread(target=self._run, args=(rank,), daemon=True) for rank in range(len(fleet.gates))
+        ]
         for thread in self._threads:
             thread.start()
+        # It was the test's own thread until now.
+        until(lambda: fleet.gates[0].trainer == self._threads[0].ident)
 
     def _run(self, rank: int) -> None:
         members = self._fleet.members

@@ -119,20 +119,24 @@ def test_nothing_is_asked_while_nothing_happens():
 def test_a_round_stops_nobody_and_all_take_the_state_of_the_same_step():
     fleet = Fleet(3)
     fleet.start()
-    fleet.run_steps(20)
-    # A step takes this long; the answers travel for less.
     training = fleet.train(step_secs=0.005)
+    until(lambda: fleet.members[0].steps_done() > 30)
+    # A word and its answers travel for longer than many steps.
+    fleet.store.latency_secs = 0.1
     waited: list[float] = []
-    for _ in range(3):
+    for _ in range(4):
+        for member in fleet.members:
+            member.waited_secs = 0.0
         with fleet.chief.meeting("a checkpoint"):
             step = fleet.members[0].steps_done()
         assert fleet.write() == [step, step]
         fleet.chief.settled()
-        waited += [member.waited_secs for member in fleet.members[1:]]
+        waited.append(max(member.waited_secs for member in fleet.members))
     training.stop()
+    latency_secs, fleet.store.latency_secs = fleet.store.latency_secs, 0.0
 
-    # Not for the round trip of the answers, and least of all for the chief's copy.
-    assert sorted(waited)[len(waited) // 2] < 0.05
+    # The first does not know yet how long a round takes, and a busy machine may spoil one.
+    assert min(waited[1:]) < latency_secs / 2
     fleet.close()
 
 

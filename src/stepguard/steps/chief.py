@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError
-from stepguard.steps.common_store import CommonStore
+from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
@@ -53,7 +53,7 @@ class Chief(Rendezvous):
         self._starting = threading.Lock()
         self._settling: threading.Thread | None = None
 
-    def restored(self, name: str | None) -> None:
+    def say_restored(self, name: str | None) -> None:
         """Tell the others which checkpoint was restored, or that there is none."""
         self._words.say("restored", name)
 
@@ -116,7 +116,7 @@ class Chief(Rendezvous):
 
     def _say(self, kind: str, *content: object) -> None:
         """Where nobody is to raise that the others have ended: the next collective operation does."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(StoreLostError):
             self._words.say(kind, *content)
 
     def _agree(self, what: str) -> int:
@@ -137,6 +137,8 @@ class Chief(Rendezvous):
             step, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
             is_there = step <= self._member.steps_done() or have_ended
             if is_there or not (is_here or self._gate.is_resting):
+                # Those who are behind come to where this process is.
+                step = max(step, self._member.steps_done())
                 self._words.say("save", step)
                 self._gate.open_until(step)
                 if is_there or self._has_come_to(step, what):
@@ -199,31 +201,31 @@ class Chief(Rendezvous):
         """A thread's edge."""
         if self._closing.is_set():
             return
-        sight = None
-        try:
-            # After an error, perhaps the loss of a process, there is nothing to agree on.
-            if not self._has_failed():
-                sight = self._meet_last()
-        except NoBoundaryError as error:
-            _log.warning("stopping without the others: %s", error)
-        except ConnectionError:
-            _log.debug("the common store has ended before the last step was settled", exc_info=True)
-        self._say("last", sight)
-        # Only now: who leaves its loop has to know whether the run has ended well.
-        self._member.request_stop(as_error(sight))
-        self._gate.open_until(self._member.steps_done(), is_last=True)
+        # No round may open between the last step and the closing of the gates.
+        with self._rounds:
+            sight = self._met_last()
+            self._say("last", sight)
+            # Only now: who leaves its loop has to know whether the run has ended well.
+            self._member.request_stop(as_error(sight))
+            self._gate.open_until(self._member.steps_done(), is_last=True)
 
-    def _meet_last(self) -> list[object] | None:
+    def _met_last(self) -> list[object] | None:
         """What one of the processes has seen that is not finite, when all have come to the last step."""
         what = "a stop"
-        with self._rounds:
+        # After an error, perhaps the loss of a process, there is nothing to agree on.
+        if self._has_failed():
+            return None
+        try:
             check = self._patience(what, self._grace_secs + PATIENCE_SECS)
             step, _ = self._ask(what, 0)
             number = self._words.say("stop_at", step)
             self._gate.open_until(step)
-            keys = [f"stop/{number}/{rank}" for rank in self._others()]
             self._await_steps(step, check)
+            keys = [f"stop/{number}/{rank}" for rank in self._others()]
             sights = [json.loads(one) for one in self._gather(keys, what, self._grace_secs + PATIENCE_SECS)]
+        except NoBoundaryError as error:
+            _log.warning("stopping without the others: %s", error)
+            return None
         return next((one for one in (self._sight(), *sights) if one is not None), None)
 
     def close(self, timeout_secs: float) -> None:

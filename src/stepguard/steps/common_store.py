@@ -15,16 +15,22 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from stepguard.errors import NoBoundaryError
+
 # How often the caller looks whether waiting still makes sense. It asks nobody but its own process.
 _LOOK_SECS = 0.02
 # Not empty: nothing and an empty value are the same to a claim.
 _VOID = b"-"
 
 
+class StoreLostError(NoBoundaryError):
+    """The store is not there any more, so the processes cannot agree on a step."""
+
+
 class CommonStore(Protocol):
     """Keys and values that every process sees. Any thread.
 
-    Every method raises ConnectionError when the store is not there any more: it ends with the process that holds it.
+    Every method raises StoreLostError when the store is not there any more: it ends with the process that holds it.
     """
 
     def set(self, key: str, value: bytes) -> None:
@@ -60,12 +66,12 @@ def awaited(store: CommonStore, keys: Sequence[str], check: Callable[[], None]) 
     if not keys:
         return []
     is_over = threading.Event()
-    failures: list[ConnectionError] = []
+    failures: list[StoreLostError] = []
 
     def wait() -> None:
         try:
             store.wait(keys)
-        except ConnectionError as error:
+        except StoreLostError as error:
             failures.append(error)
         finally:
             is_over.set()

@@ -51,7 +51,8 @@ class Exchange:
             CheckpointError: one of them has failed in another way, or will not answer any more.
         """
         # All of them first: who has failed may not be the last that still writes to the directory.
-        answers = awaited(self._store, [f"{what}/{rank}" for rank in range(1, self._size)], self._check(what))
+        keys = [f"{what}/{rank}" for rank in range(1, self._size)]
+        answers = awaited(self._store, keys, self._check(" to ".join(sorted({keys[0], keys[-1]}))))
         return [_content_of(answer, rank) for rank, answer in enumerate(answers, start=1)]
 
     def deal(self, what: str, content: Sequence[bytes]) -> None:
@@ -79,7 +80,7 @@ class Exchange:
     def receive(self, what: str) -> bytes:
         """What the chief says to this process."""
         key = f"{what}/{self.rank}"
-        content = awaited(self._store, [key], self._check(what))[0]
+        content = awaited(self._store, [key], self._check(key))[0]
         self._said.append(key)
         return content
 

@@ -68,7 +68,7 @@ class Gate:
         self._changed = threading.Condition()
         self._begun = 0
         self._done = 0
-        self._moved_at = time.monotonic()
+        self._moved_at = self._began_at = time.monotonic()
         self._step_secs = math.inf
         self._loop = Loop.LEFT
         self._limit = math.inf
@@ -108,12 +108,20 @@ class Gate:
                 self._changed.wait()
             was, self._loop = self._loop, Loop.RUNS
             self._begun = steps_done + 1
-            self._moved_at = time.monotonic()
+            self._note_pace(was)
             self.trainer = threading.get_ident()
             self._changed.notify_all()
         if was is not Loop.RUNS:
             self._tell_of_loop()
         return True
+
+    def _note_pace(self, was: Loop) -> None:
+        """From the beginning of one step to that of the next, with the input; one long pause does not count for all."""
+        now = time.monotonic()
+        if was is Loop.RUNS:
+            secs = min(now - self._began_at, 4 * self._step_secs)
+            self._step_secs = secs if self._step_secs == math.inf else 0.8 * self._step_secs + 0.2 * secs
+        self._began_at = self._moved_at = now
 
     def _must_capture(self, steps_done: int) -> bool:
         if steps_done < self._captures_at and not self._meetings.is_due(steps_done):
@@ -134,10 +142,7 @@ class Gate:
     def done(self, steps: int) -> None:
         """So many steps are done."""
         with self._changed:
-            now = time.monotonic()
-            secs = now - self._moved_at
-            self._step_secs = secs if self._step_secs == math.inf else 0.8 * self._step_secs + 0.2 * secs
-            self._done, self._moved_at = steps, now
+            self._done, self._moved_at = steps, time.monotonic()
             self._changed.notify_all()
 
     def end(self, steps_done: int, how: Loop = Loop.ENDED) -> None:
@@ -191,8 +196,8 @@ class Gate:
         """Let no step begin but ``ahead`` more; how many will have begun then at most, and whether its loop is over."""
         with self._changed:
             # Nobody knows how far a loop will go that is not running.
-            limit = self._begun + (0 if self.is_resting else ahead)
-            if self._refusal is None:
+            limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
+            if self._refusal is None and not self._is_last:
                 self._limit = limit
             return limit, self._loop is Loop.ENDED
 

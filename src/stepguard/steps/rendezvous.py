@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
-from stepguard.steps.common_store import CommonStore, awaited
+from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.word_log import Word, WordLog
@@ -140,7 +140,7 @@ class Rendezvous(ABC):
                     self._hear_finished(word.rank, *word.content)
                 else:
                     self._hear(word)
-        except ConnectionError as error:
+        except StoreLostError as error:
             # The store ends with the process that has it: the others have ended, or a launcher is about to end us.
             _log.debug("no word from the other processes: %s", error)
             self._gone = "the process that holds the common store has ended"
@@ -182,7 +182,7 @@ class Rendezvous(ABC):
 
     def _await_stop(self) -> None:
         """Tell the others when this process is asked to stop. A thread's edge."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(StoreLostError):
             while not self._closing.is_set():
                 if not self._member.should_stop():
                     self._member.wait_for_stop(_CLOSED_LOOK_SECS)
@@ -201,7 +201,7 @@ class Rendezvous(ABC):
 
     def close(self, timeout_secs: float) -> None:
         """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(StoreLostError):
             if not self._is_over.is_set():
                 self._say_farewell(timeout_secs)
         self._closing.set()

@@ -291,6 +291,11 @@ class Session:
         """Whether the program is inside :meth:`evaluating`. Any thread."""
         return self._evaluations > 0
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process trains with this one."""
+        return self._gate is None
+
     def defer(self, callback: Callable[[], None]) -> bool:
         """Where an evaluation is inside a step: call ``callback`` at the end of that step, in its thread."""
         if not self.is_evaluating or self.boundary.is_resting or self._gate is not None:
@@ -306,6 +311,14 @@ class Session:
     def hold_interrupts(self) -> None:
         """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
         self._interrupts.start()
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+
+        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        """
+        return self.is_left and (self._coord.failed or self.boundary.is_torn)
 
     @property
     def is_impatient(self) -> bool:

@@ -54,7 +54,7 @@ class WordLog:
         return number
 
     def listen(self) -> Iterator[Word]:
-        """All words, as they are said. Ends with the store: raises ConnectionError."""
+        """All words, as they are said. Ends with the store: raises StoreLostError."""
         while True:
             number = self._next
             self._store.wait([str(number)])

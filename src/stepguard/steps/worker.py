@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, NonFiniteError
-from stepguard.steps.common_store import CommonStore
+from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
@@ -148,7 +148,7 @@ class Worker(Rendezvous):
 
         try:
             self._member.write_part(exchange, place, self._held(step))
-        except ConnectionError:
+        except StoreLostError:
             # The store has ended with the process that has it, and a launcher is about to end this one.
             _log.debug("the chief could not be told", exc_info=True)
 
@@ -199,10 +199,10 @@ class Worker(Rendezvous):
             check = self._patience("a stop", self._grace_secs + 30)
             self._await_steps(step, check)
             self._answer("stop", number, self._sight())
+        except StoreLostError:
+            _log.debug("the common store has ended before the last step", exc_info=True)
         except NoBoundaryError as error:
             _log.warning("a stop that the chief asked for was left: %s", error)
-        except ConnectionError:
-            _log.debug("the common store has ended before the last step", exc_info=True)
 
     def _say_farewell(self, timeout_secs: float) -> None:
         self._say_if_left()

@@ -11,7 +11,7 @@ What cannot be had is an error when the class, or its object, is made: a name th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -131,9 +131,12 @@ class Subclassable:
             return getattr(self, f"_{name}")
 
 
-def is_same(parts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether two sets of parts are the same objects; tensors overload ``==``."""
-    return all(parts[name] is others[name] for name in parts)
+def is_same(parts: Mapping[str, Any], others: Mapping[str, Any], names: Iterable[str] | None = None) -> bool:
+    """Whether two sets of parts are the same objects, or the same texts and numbers; tensors overload ``==``."""
+    return all(
+        parts[name] is others[name] or (isinstance(parts[name], (str, int, float)) and parts[name] == others[name])
+        for name in (parts if names is None else names)
+    )
 
 
 def refuse_names(cls: type, names: list[str]) -> None:

@@ -144,6 +144,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             "keep_checkpoint_every_n_hours",
             because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
         )
+        refuse(
+            restoring,
+            *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),
+            because="it is for PyTorch; with TensorFlow a Saver's var_list says what is restored, and init_fn is "
+            "called when nothing was",
+        )
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
             refuse(watching, "peer_timeout_secs", because=because)
@@ -163,7 +169,6 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             saver=saver,
             global_step=global_step,
             recovery_wait_secs=recovery_wait_secs,
-            checkpoint_basename=checkpoint_basename,
             session_manager=session_manager,
             summary_writer=summary_writer,
             init_fn=init_fn,
@@ -195,7 +200,9 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             self._meta_graph_def = _v1.train.export_meta_graph(
                 graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(self._saver, "saver_def", None)
             )
+        self._graph_added_to_summary = False
         self._own_writer: Any = None
+        self._own_manager: SessionManager | None = None
         self._summary_writer = given["summary_writer"] if is_chief else None
         self._init_session_manager(session_manager=session_manager)
         self._verify_setup()
@@ -207,7 +214,6 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         graph.finalize()
 
     def _init_session_manager(self, session_manager: Any = None) -> None:
-        self._own_manager: SessionManager | None = None
         if session_manager is None:
             session_manager = self._own_manager = SessionManager(
                 local_init_op=self._local_init_op,
@@ -225,10 +231,11 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
     def _write_graph(self) -> None:
         """Leave the graph in the logdir and in the event log."""
         self._tensorflow.write_graph()
+        self._graph_added_to_summary = self._tensorflow_events is not None
 
     def _plan_saving(self) -> None:
         """Find out where and how the saver saves; what is wrong with that is said before anything is written."""
-        saver, path, options = self._saver, self._save_path, self._given_options
+        saver, path, options = self._part("saver"), self._part("save_path"), self._given_options
         saves_model = bool(saver) and path is not None
         self._saved_store = _open_store(path, saver) if saves_model else None
         self._saved_plan = plan(saver, self._graph) if self._saved_store is not None else None
@@ -287,7 +294,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         parts = self._parts()
         if is_same(parts, self._built_from):
             return
-        if any(parts[name] is not self._built_from[name] for name in ("saver", "save_path")):
+        if not is_same(parts, self._built_from, ("saver", "save_path")):
             self._plan_saving()
         self._build()
 

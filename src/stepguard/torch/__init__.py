@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.reading import Newest, States, load, newest
 from stepguard.torch.session import Session
 from stepguard.torch.supervisor import Supervisor
 
-__all__ = ["Session", "Supervisor", "Values"]
+__all__ = ["Newest", "Session", "States", "Supervisor", "Values", "load", "newest"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -10,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.errors import LogdirInUseError
+from stepguard.errors import LogdirInUseError, described
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.torch import arguments
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.files import ENGINE
+from stepguard.torch.checkpoint.program import Program
+from stepguard.torch.checkpoint.reading import newest
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.state import components
 from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+
+_log = logging.getLogger(__name__)
 
 
 class Supervisor(CoreSupervisor[Session]):
@@ -107,11 +113,11 @@ class Supervisor(CoreSupervisor[Session]):
                 f"nan_guard='return' is for a run of one process, and torch.distributed has {world()[1]}: use "
                 f"nan_guard='stop', and have a launcher start the run again from its newest checkpoint"
             )
-        parts = components(state)
+        program = Program(components(state))
         if is_chief is None:
             is_chief = world()[0] == 0
         # A program may change its directory while it trains.
-        everyones_root = os.path.abspath(logdir) if logdir else None
+        self._everyones_root = everyones_root = os.path.abspath(logdir) if logdir else None
         root = everyones_root if is_chief else None
         basename = options.saving.checkpoint_basename
         found = None
@@ -127,7 +133,7 @@ class Supervisor(CoreSupervisor[Session]):
         options.check_return(commits=store is not None)
         restorer = None
         if found is not None and (is_chief or world()[1] > 1):
-            restorer = Restorer(found, parts, options.restoring)
+            restorer = Restorer(found, program, options.restoring)
         self._save_path = None if root is None else os.path.join(root, basename)
         is_own = False
         if summary_writer is None and root is not None:
@@ -137,8 +143,9 @@ class Supervisor(CoreSupervisor[Session]):
         # What `next(batches)` raises in a loop of the program's own when there are no more.
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
-            parts,
+            program,
             root=None if found is None else found.root,
+            restoring=options.restoring,
             restorer=restorer,
             events=events,
             basename=basename,
@@ -148,6 +155,7 @@ class Supervisor(CoreSupervisor[Session]):
             stop_grace_secs=options.stopping.stop_grace_secs,
         )
         self._session: Session | None = None
+        self._is_in_block = False
         # Known to all processes, and not to the chief only.
         self._saves_every = options.saving.save_model_steps if everyones_root is not None else None
         super().__init__(
@@ -173,6 +181,18 @@ class Supervisor(CoreSupervisor[Session]):
         """The SummaryWriter, or ``None``."""
         return None if self._torch_events is None else self._torch_events.writer
 
+    def newest_step(self) -> int | None:
+        """The step that the next session goes on at, which is that of the newest good checkpoint; ``None`` without one.
+
+        It is read and verified for this. :func:`stepguard.torch.newest` also tells what it holds, before there is a
+        Supervisor.
+
+        Raises:
+            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+        """
+        found = None if self._everyones_root is None else newest(self._everyones_root)
+        return None if found is None else found.step
+
     # --- sessions ---
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> Session:
@@ -187,7 +207,8 @@ class Supervisor(CoreSupervisor[Session]):
         self._check_alone()
         meets_every = self._saves_every if start_standard_services else None
         session = self.open_session(lambda: self._torch.prepare(meets_every), start_standard_services)
-        self._session = session
+        self._session, self._is_in_block = session, False
+        _with_session.add(self)
         return session
 
     def managed_session(
@@ -205,8 +226,8 @@ class Supervisor(CoreSupervisor[Session]):
 
         def open_session() -> Session:
             session = self.prepare_or_wait_for_session(start_standard_services)
-            # One that was opened by hand, and never stopped, is no obstacle: nobody may have it any more.
-            _in_a_block.add(self)
+            # It is ended by its block, and by nobody else.
+            self._is_in_block = True
             return session
 
         return self.managed(open_session, close_summary_writer=close_summary_writer)
@@ -233,8 +254,10 @@ class Supervisor(CoreSupervisor[Session]):
                 "this supervisor has a session that still runs, and both would train the same model: leave its "
                 "`with` block first, or stop it with sv.stop(), or build a model and a Supervisor of its own for this"
             )
-        for other in list(_in_a_block):
-            if other is not self and other._saves_to(self._logdir) and self._saving.is_on:
+        for other in list(_with_session):
+            if other is self or not self._saving.is_on or not other._saves_to(self._logdir):
+                continue
+            if other._is_in_block:
                 raise LogdirInUseError(
                     f"{self._logdir}: expected no other session that saves here, found one of another Supervisor in "
                     f"this process: leave its `with` block first, or give this one another logdir",
@@ -243,6 +266,22 @@ class Supervisor(CoreSupervisor[Session]):
                     pid=os.getpid(),
                     since=None,
                 )
+            other._give_way()
+
+    def _give_way(self) -> None:
+        """End a session that was opened by hand and is in the way of another one: a notebook's cell was run again."""
+        session = self._session
+        assert session is not None
+        _log.warning(
+            "%s: an earlier session of this process at step %d still saves here: it is stopped now, and saved",
+            self._logdir,
+            session.global_step,
+        )
+        try:
+            self.stop()
+        except Exception as error:  # noqa: BLE001 - its errors are not those of the session that is opened now
+            _log.warning("the earlier session has ended with an error: %s", described(error))
+        session.close()
 
     def _saves_to(self, logdir: str | None) -> bool:
         """Whether a session of this supervisor runs that saves there."""
@@ -250,4 +289,4 @@ class Supervisor(CoreSupervisor[Session]):
         return runs and self._saving.is_on and logdir is not None and logdir == self._logdir
 
 
-_in_a_block: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+_with_session: weakref.WeakSet[Supervisor] = weakref.WeakSet()

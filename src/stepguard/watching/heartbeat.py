@@ -1,7 +1,7 @@
-"""Signs of life: ``heartbeats/<role>.json`` in the logdir, written anew every two seconds by each process of a run.
+"""Heartbeats: each process of a run rewrites ``heartbeats/<role>.json`` in the logdir every two seconds.
 
-A process that is gone leaves its last one behind, which says how far it had come; one that hangs with the interpreter's
-lock held, or was stopped, writes no more.
+A dead process leaves its last heartbeat behind, which says how far the process had come. A process that hangs with the
+GIL held, or is suspended, writes no heartbeats.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from stepguard import files
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0
-# So long may a heartbeat be late before its process counts as gone or stuck: a busy machine, a slow network disk.
+# How late a heartbeat may be before its process counts as silent: machines may be busy, and network disks slow.
 LATE_SECS = 10.0
 
 
 @dataclass(slots=True)
 class Heartbeat:
-    """What a process of a run says of itself. Times are Unix seconds; ``None`` is what it does not know.
+    """The state that a process of a run reports. Times are Unix seconds; ``None`` means unknown.
 
-    ``phase`` is "preparing", "training", "stopping" or "stopped"; ``reason``, of one that has stopped, "finished",
-    "sigterm", "interrupt", "exit" or "error". ``boundary_time`` is when it was last seen that a step had ended, and
-    ``stacks`` the file with the stacks of a hang that is going on.
+    ``phase`` is "preparing", "training", "stopping" or "stopped". The ``reason`` of a stopped process is "finished",
+    "sigterm", "interrupt", "request_stop", "exit" or "error". ``boundary_time`` is when the end of a step was last
+    seen. ``stacks`` is the file with the stacks of a hang that still lasts.
     """
 
     role: str
@@ -50,7 +50,7 @@ class Heartbeat:
     total_steps: int | None = None
     steps_per_sec: float | None = None
     boundary_time: float | None = None
-    # name, step, time, bytes, secs (to write it), stall_secs (that training waited for it)
+    # name, step, time, bytes, secs (of the write), stall_secs (for which training waited)
     last_checkpoint: dict[str, Any] | None = None
     restarts: int = 0
     save_failures: int = 0
@@ -61,16 +61,17 @@ class Heartbeat:
 
 
 def prepare(logdir: str | os.PathLike[str]) -> None:
-    """Make the directory for the heartbeats, and the logdir, once: a logdir that is gone later, with its mount, must
-    not be made again on the disk below. Raises OSError.
+    """Make the logdir and its directory of heartbeats, once. Raises OSError.
+
+    If the file system of the logdir is unmounted later, nothing may make the logdir again on the disk below.
     """
     files.make_dirs(Path(logdir) / DIR_NAME)
 
 
 def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
-    """Leave a sign of life in a directory that :func:`prepare` has made; also when the logdir was cleared since.
+    """Write ``heartbeat`` into the directory that :func:`prepare` has made. Raises OSError.
 
-    Raises OSError.
+    If the logdir was cleared meanwhile, the directory of heartbeats is made again.
     """
     path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
     heartbeat.time = time.time()
@@ -84,9 +85,9 @@ def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
 
 
 def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
-    """The newest heartbeat of each process that ever ran for this logdir, the chief's first.
+    """The last heartbeat of each process that ran for this logdir, the chief's first.
 
-    One that is empty, as a power loss leaves it, or damaged, or has fields of other types is passed over.
+    A heartbeat that is damaged, has fields of wrong types, or is empty (after a power loss) is skipped.
     """
     try:
         names = sorted(os.listdir(Path(logdir) / DIR_NAME))
@@ -104,7 +105,7 @@ def _read_file(path: Path) -> Heartbeat | None:
 
 
 def forget_the_gone(logdir: str | os.PathLike[str], role: str) -> None:
-    """Remove the heartbeats of processes that have ended, but for those of ``role`` and the chief: a new run begins."""
+    """At the start of a run, remove the heartbeats of ended processes, except those of ``role`` and the chief."""
     for one in read(logdir):
         if one.role not in (role, "chief") and state(one) in ("stopped", "dead"):
             forget(logdir, one.role)
@@ -116,18 +117,20 @@ def forget(logdir: str | os.PathLike[str], role: str) -> None:
 
 
 def read_one(logdir: str | os.PathLike[str], role: str) -> Heartbeat | None:
-    """The newest heartbeat of one role; None if there is none, or it is damaged. No other file is read: each of a
-    thousand processes asks for its own at its start.
+    """The last heartbeat of one role; ``None`` if it is missing or damaged.
+
+    Only that file is read, because each of a thousand processes asks for its own at its start.
     """
     found = _read_file(Path(logdir) / DIR_NAME / f"{role}.json")
     return found if found is not None and found.role == role else None
 
 
 def state(heartbeat: Heartbeat, now: float | None = None) -> str:
-    """What is known of the process now: "alive", "stopped", "dead", or "silent".
+    """The state of the process now: "alive", "stopped", "dead", or "silent".
 
-    "stopped" has said so itself. "dead" was found to be gone, which only its own host can see. "silent" has given no
-    sign for longer than ``LATE_SECS``: it hangs, or was stopped by a signal, or its host cannot be reached.
+    A "stopped" process has reported that itself. A "dead" process no longer exists, which only its own host can see. A
+    "silent" process has written no heartbeat for longer than ``LATE_SECS``: it hangs, a signal has suspended it, or its
+    host cannot be reached.
     """
     if heartbeat.phase == "stopped":
         return "stopped"
@@ -138,7 +141,7 @@ def state(heartbeat: Heartbeat, now: float | None = None) -> str:
 
 
 def is_running(pid: int, started: int | None) -> bool:
-    """Whether the process ``pid`` of this host still runs, and is the one that was started at ``started``."""
+    """Whether the process ``pid`` of this host still runs and is the process that was started at ``started``."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -146,25 +149,25 @@ def is_running(pid: int, started: int | None) -> bool:
     except PermissionError:
         pass
     now_started = process_start(pid)
-    # A zombie has ended; only its parent has not asked yet.
+    # A zombie has ended; its parent has only not collected it yet.
     if _stat(pid)[:1] == ["Z"]:
         return False
     return started is None or now_started is None or started == now_started
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this host was started, in ticks since the boot; ``None`` where the system does not say."""
+    """The start of a process of this host, in clock ticks since boot; ``None`` if the system does not tell."""
     stat = _stat(pid)
     return int(stat[19]) if len(stat) > 19 else None
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of proc(5)'s stat from the third on: state, parent ..."""
+    """The fields of ``/proc/<pid>/stat``, see proc(5), from the third on: state, parent ..."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes().decode("utf-8", "replace")
     except OSError:
         return []
-    # The name, in parentheses, may hold anything.
+    # Skip the name, which is in parentheses and may contain anything.
     return content.rpartition(")")[2].split()
 
 
@@ -181,7 +184,7 @@ def _heartbeat(content: Any) -> Heartbeat:
 
 @functools.cache
 def _field_types() -> dict[str, tuple[type, ...]]:
-    """What JSON may have for each field."""
+    """The types that JSON may have for each field."""
     found = {}
     for name, hint in get_type_hints(Heartbeat).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -195,7 +198,7 @@ def _is_of(value: object, types: tuple[type, ...]) -> bool:
         return False
     if isinstance(value, list):
         return all(isinstance(one, str) for one in value)
-    # Times are added to and shown: an infinite one, or one that no float holds, could not be.
+    # Code adds and formats times, so refuse an infinite number and one that does not fit a float.
     return not (float in types and isinstance(value, (int, float))) or _is_finite(value)
 
 

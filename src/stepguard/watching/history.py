@@ -1,18 +1,18 @@
-"""What the ledger of a run adds up to: its starts, and the time that was productive, replayed and down.
+"""The history of a run, computed from its ledger: its starts, and its productive, replayed and down time.
 
-Time is counted along the chief's lines, in the order in which they were written: a clock that was set back stands
-still for a moment, and nothing is ever negative.
+Time is counted along the chief's lines, in the order in which they were written. When a clock was set back, the counted
+time stands still for a moment, so that no span is ever negative.
 
 - An *attempt* is one start of the training process. It trains from its `restore` or `fresh` to its last sign of life:
-  its `stop`, the last heartbeat before the next start, or its last line. One that the hang watch ended trained until
-  its last step boundary.
-- *Replayed* is the part of training whose steps were done again: from the moment of a checkpoint to the end of the
-  attempt that lost what came after it. A return of the NaN guard gives up steps in the same way.
+  its `stop`, the last heartbeat before the next start, or its last line. An attempt that the hang watch ended trained
+  until its last step boundary.
+- *Replayed* is the training time whose steps were done again: from the time of a checkpoint to the end of the attempt
+  that lost the steps after that checkpoint. A return of the NaN guard gives up steps in the same way.
 - *Productive* is the rest of training.
-- *Down* is the time between attempts that trained, those that failed to start in between included; not the time after
-  one that had finished, nor the time since the last sign of life.
+- *Down* is the time between attempts that trained, including attempts in between that failed to start. The time after a
+  finished attempt, and the time since the last sign of life, do not count.
 - A *restart* is a start after a crash: after an attempt that left no `stop`, or stopped with an error. A start by
-  `stepguard run` counts too where the program failed before it opened a session.
+  `stepguard run` counts too if the program failed before it opened a session.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stepguard.watching.heartbeat import Heartbeat
 CHIEF = "chief"
 LAUNCHER = "launcher"
 REQUESTS = frozenset({"sigterm", "interrupt", "request_stop"})
-"""The reasons of a requested stop: the run was stopped, and has neither finished nor failed."""
+"""The reasons of a requested stop, after which a run has neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
 
@@ -36,9 +36,9 @@ _Span = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of the training process. Times are Unix seconds, as its own clock told them.
+    """One start of the training process. Times are Unix seconds by its own clock.
 
-    ``ended`` is the last sign of life, ``reason`` that of its stop: ``None`` while it runs, and after a crash.
+    ``ended`` is the last sign of life. ``reason`` is why the attempt stopped: ``None`` while it runs and after a crash.
     """
 
     pid: int | None
@@ -53,7 +53,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """How the time of a run was spent; `lost_steps` is the number of steps that were done again."""
+    """How the time of a run was spent. `lost_steps` is the number of steps that were done again."""
 
     attempts: tuple[Attempt, ...]
     restarts: int
@@ -67,9 +67,9 @@ def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = No
     """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
 
     Args:
-        events: of all roles.
-        last: the newest heartbeat of ``role``, which may be newer than its last event.
-        role: whose time is counted.
+        events: the events of all roles.
+        last: the last heartbeat of ``role``, which may be newer than its last event.
+        role: the role whose time is counted.
     """
     reader = _EventReader(role)
     for event in events:
@@ -81,8 +81,9 @@ def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = No
 
 
 def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
-    """The newest start of ``role`` as the ledger tells it, in the form of a heartbeat, for when a power loss emptied
-    the heartbeat itself. None if the ledger has no start of it. The step is that of the last line.
+    """The newest start of ``role`` in the ledger, as a heartbeat: a substitute if a power loss emptied the real one.
+
+    Returns ``None`` if the ledger has no start of ``role``. The step is that of the last line.
     """
     own = [one for one in events if one.get("role") == role]
     known = [one for one in from_events(own, role=role).attempts if one.pid is not None and one.host is not None]
@@ -114,14 +115,14 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
 
 
 def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
-    """The heartbeat, updated from the lines that its process and its hang watch have added to the ledger since."""
+    """Update a heartbeat from the lines that its process and its hang watch added to the ledger afterwards."""
     own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
     own = [one for one in own if one["time"] >= last.started]
     steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
     found = replace(
         last,
         step=max((one for one in steps if isinstance(one, int)), default=None),
-        # The hang watch is a process of its own: its line does not show that the watched process lives.
+        # A line of the hang watch, a process of its own, does not prove that the watched process is alive.
         time=max([last.time, *(one["time"] for one in own if one["event"] != "hang")]),
     )
     ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
@@ -132,11 +133,11 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
 
 
 def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
-    """The error of the newest start that ended by one, also when the run goes on since.
+    """The error of the newest start that ended with one, even if the run goes on now.
 
-    Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
-    where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
-    it was asked to stop is no error.
+    The error of a start is the first error that a process reported, because those of other processes follow from it, or
+    the end by the hang watch. If the start reported none, it is the failure that `stepguard run` saw before it started
+    the program again or gave up. A requested stop is not an error.
     """
     last: str | None = None
     told_at: float | None = None
@@ -144,11 +145,11 @@ def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
     for one in events:
         event, is_launcher = one["event"], one.get("role") == LAUNCHER
         if event == "launch" or (event == "start" and one.get("role") == CHIEF):
-            # The line `launch` may be written late, with an earlier time.
+            # A `launch` line may be written late, with an earlier time.
             if told_at is not None and one["time"] > told_at:
                 told_at = None
         elif event == "stop" and told_at is None and _text(one.get("error")):
-            # One that came after a request to stop may follow from it: what the launcher saw says more.
+            # An error after a stop request may be its consequence: a failure that the launcher saw says more.
             last, told_at = _text(one.get("error")), None if _text(one.get("request")) else one["time"]
         elif event == "hang" and told_at is None and one.get("ended"):
             last, told_at = _hang(one), one["time"]
@@ -164,7 +165,7 @@ def _hang(event: Mapping[str, Any]) -> str:
 
 
 class _OpenAttempt:
-    """An attempt whose events are read. ``begin``, ``trained``, ``end`` and ``hung`` are on the reader's clock."""
+    """An attempt while its events are read. ``begin``, ``trained``, ``end`` and ``hung`` use the reader's clock."""
 
     def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
         self.pid, self.host = _integer(event.get("pid")), _text(event.get("host"))
@@ -180,11 +181,11 @@ class _OpenAttempt:
 
     @property
     def has_crashed(self) -> bool:
-        """Whether the next start is a restart. True while it runs: a next start then proves that it has crashed."""
+        """Whether the next start is a restart. True while the attempt runs: a next start would prove a crash."""
         return self.reason in (None, "error")
 
     def alive_at(self, time: float) -> None:
-        """Note a sign of life after its last event, by the clock of its host."""
+        """Note a sign of life after the last event, by the clock of the attempt's host."""
         if time > self.ended:
             self.end += time - self.ended
             self.ended = time
@@ -195,7 +196,7 @@ class _OpenAttempt:
             self.last_step = step if self.last_step is None else max(self.last_step, step)
 
     def span(self) -> _Span | None:
-        """The time in which it trained, None if it never did."""
+        """The time in which the attempt trained; ``None`` if it never did."""
         if self.trained is None:
             return None
         end = self.end if self.hung is None else min(self.hung, self.end)
@@ -216,16 +217,16 @@ class _EventReader:
         self._lost: list[_Span] = []
         self._lost_steps = 0
         self._saved: dict[str | int | None, float] = {}
-        # The newest launch without a session so far; and attempt and time of the newest start of a session.
+        # The newest launch that has opened no session yet; then the attempt and time of the newest opened session.
         self._launched: int | None = None
         self._newest_start: tuple[int | None, float] = (None, 0.0)
         self._failed_launches = 0
 
     def launcher(self, event: Mapping[str, Any]) -> None:
-        """Read an event of the launcher, which tells of starts that opened no session."""
+        """Read an event of the launcher, which also records starts that opened no session."""
         if event["event"] == "launch":
             attempt, (started, time) = _integer(event.get("attempt")), self._newest_start
-            # The launcher learns from its program where the ledger is, so its line may come after the program's.
+            # The launcher learns the logdir from its program, so the launcher's line may follow the program's.
             self._launched = None if attempt == started and event["time"] <= time else attempt
         elif event["event"] == "exit" and self._launched is not None:
             self._failed_launches += self._launched > 1
@@ -260,7 +261,7 @@ class _EventReader:
         )
 
     def _run_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
-        """The attempt of an event. A start begins a new one, and so does an event whose line `start` was lost."""
+        """The attempt of an event. A `start` begins a new attempt, and so does an event whose `start` was lost."""
         process = _integer(event.get("pid")), _text(event.get("host"))
         if event["event"] != "start":
             for run in reversed(self._runs):
@@ -275,7 +276,7 @@ class _EventReader:
     def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         step = _integer(event.get("step"))
-        # A fresh start at a later step goes on with a model that lived on elsewhere, such as in parameter servers.
+        # A fresh start at a later step continues a model that stayed alive elsewhere, as in parameter servers.
         if before is not None and before.reason != "finished" and step in (None, 0):
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
@@ -294,9 +295,9 @@ class _EventReader:
 
     def _on_checkpoint(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         if run.trained is None:
-            # A checkpoint proves that it trains, where the lines of its start are lost.
+            # The lines of its start were lost, but a checkpoint proves that the attempt trained.
             run.trained = run.begin
-        # The checkpoint holds the state from before it was written.
+        # The checkpoint holds the state at the beginning of the write.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
@@ -317,7 +318,7 @@ class _EventReader:
         run.error = _text(event.get("error"))
 
     def _begins_to_train(self, run: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
-        """Note that the attempt trains, and what the event tells of the one before it, which is returned."""
+        """Note that the attempt trains. Update the attempt before it from the event, and return that attempt."""
         if run.trained is None:
             run.trained = self._now
             run.first_step = _integer(event.get("step"))
@@ -346,7 +347,7 @@ class _EventReader:
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:
-    """The same time as spans in order that do not overlap."""
+    """Merge spans into ordered spans that do not overlap."""
     merged: list[_Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -357,7 +358,7 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
-    """The time that both have in common. The spans of each are in order and do not overlap."""
+    """The intersection of two lists of ordered spans that do not overlap."""
     found: list[_Span] = []
     first = 0
     for begin, end in some:

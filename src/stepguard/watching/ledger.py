@@ -1,8 +1,8 @@
-"""The ledger of a logdir: ``run.jsonl``, one line for each thing that happened to the run, never changed again.
+"""The ledger of a logdir: ``run.jsonl``, one line for each event of the run. Lines are never changed.
 
 Every line is a JSON object with ``event``, ``time`` (Unix seconds), ``pid``, ``host`` and ``role`` (``chief``,
-``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Events are only ever added to that
-list, and fields to an event: who reads a ledger passes over those that it does not know.
+``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Later versions only add events and
+fields, so a reader must ignore those that it does not know.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 FILE_NAME = "run.jsonl"
 
-# What a full disk makes wait; the oldest of it is given up first.
+# The most lines kept in memory while the disk is full; the oldest are dropped first.
 _MOST_WAITING = 1000
 
 
 class Ledger:
     """Appends to the ledger of one logdir. Any thread; other processes may append at the same time.
 
-    A run never fails for its ledger: what cannot be written is kept in memory and written with the next event, and the
-    first failure of a row is logged.
+    A run never fails because of its ledger. Lines that cannot be written stay in memory and are written with the next
+    event. The first failure of a series is logged.
     """
 
     def __init__(self, logdir: str | os.PathLike[str], *, role: str) -> None:
@@ -44,7 +44,7 @@ class Ledger:
         self._is_failing = False
 
     def append(self, event: str, *, durable: bool = True, **fields: Any) -> None:
-        """Add one line, unless the disk fails: a kill does not undo it, and if it is ``durable`` no power loss."""
+        """Add one line, unless the disk fails. A line survives a kill, and with ``durable`` also a power loss."""
         line = {
             "event": event,
             "time": round(time.time(), 3),
@@ -69,14 +69,14 @@ class Ledger:
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
-    """One line of the ledger. Numbers that are not finite, which JSON has no words for, become their names."""
+    """Encode one line of the ledger. Numbers that are not finite become strings, since JSON cannot express them."""
     return json.dumps(_plain(line), allow_nan=False, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 
 def read(logdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events of a logdir, in the order in which they were written; none where there is no ledger.
+    """The events of a logdir in the order in which they were written; empty if there is no ledger.
 
-    A line that a kill has cut short, or that is damaged, is passed over.
+    A line that is damaged, or was cut short by a kill, is skipped.
 
     Raises:
         OSError: the file exists and cannot be read.

@@ -10,6 +10,9 @@ import torch
 from stepguard import files
 from stepguard.torch.checkpoint import unpickling
 
+ENGINE = "torch"
+"""What the manifests of this engine's checkpoints name."""
+
 SUFFIX = ".pt"
 PROCESS = "process-"
 """Before the rank: the file with the step, and the random states and positions in the data of one process."""

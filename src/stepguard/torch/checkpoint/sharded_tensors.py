@@ -135,7 +135,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Sharding:
     """How a program spreads one tensor over its processes, and which part of it is here."""
 
     mesh: Any
@@ -146,7 +146,7 @@ class Layout:
     chunks: Sequence[Any]
 
     @classmethod
-    def like(cls, tensor: Any) -> Layout:
+    def like(cls, tensor: Any) -> Sharding:
         """That of a DTensor."""
         is_here = tensor.device_mesh.get_coordinate() is not None and tensor.to_local().numel()
         chunks = tensor.__create_chunk_list__() if is_here else []
@@ -154,7 +154,7 @@ class Layout:
         return cls(tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride(), local_size, chunks)
 
     @classmethod
-    def replicated(cls, mesh: Any, size: torch.Size) -> Layout:
+    def replicated(cls, mesh: Any, size: torch.Size) -> Sharding:
         """That of a tensor which every process of ``mesh`` has whole."""
         from torch.distributed.tensor import Replicate
 
@@ -180,7 +180,7 @@ class Layout:
 
 def shard_of(tensor: Any, local: torch.Tensor) -> Shard:
     """What this process saves of a DTensor, whose part here was copied to ``local``."""
-    return Shard(local, tensor.shape, Layout.like(tensor).chunks)
+    return Shard(local, tensor.shape, Sharding.like(tensor).chunks)
 
 
 def whole(size: torch.Size) -> Any:
@@ -190,7 +190,7 @@ def whole(size: torch.Size) -> Any:
     return ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
 
 
-class Layouts:
+class Shardings:
     """How a program spreads the tensors of one object: as in the state it has now.
 
     An optimizer that has made no step has no state yet; what it keeps for a parameter is then spread as that is, if
@@ -206,10 +206,10 @@ class Layouts:
         """Whether any tensor is spread."""
         return bool(self._live) or any(is_dtensor(one) for one in self._parameters)
 
-    def of(self, path: Path, size: torch.Size) -> Layout | None:
-        """The layout of a tensor; ``None`` for one that is not spread."""
+    def of(self, path: Path, size: torch.Size) -> Sharding | None:
+        """The sharding of a tensor; ``None`` for one that is not spread."""
         if path in self._live:
-            return Layout.like(self._live[path])
+            return Sharding.like(self._live[path])
         if len(path) < 4 or path[1] != "state" or not str(path[2]).isdigit():
             return None
         number = int(path[2])
@@ -217,8 +217,8 @@ class Layouts:
             return None
         parameter: Any = self._parameters[number]
         if parameter.shape == size:
-            return Layout.like(parameter)
-        return Layout.replicated(parameter.device_mesh, size) if len(size) else None
+            return Sharding.like(parameter)
+        return Sharding.replicated(parameter.device_mesh, size) if len(size) else None
 
 
 def _is_gone_through(value: Any) -> bool:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stepguard.torch.checkpoint.files import is_process
-from stepguard.torch.checkpoint.sharded_tensors import Layouts, check_shardable, is_dtensor, is_sharded
+from stepguard.torch.checkpoint.names import Names, is_replicated, unwrapped
+from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -30,7 +31,9 @@ class Component:
 
     def __init__(self, name: str, holder: Any) -> None:
         self.name = name
-        self.holder = _unwrapped(holder)
+        self.holder = unwrapped(holder)
+        # The wrapper notes, when it is made, which parameters train.
+        self.is_replicated = is_replicated(holder)
 
     def state(self) -> Any:
         """The state as it is now: tensors that training goes on changing, in dictionaries and lists."""
@@ -41,12 +44,15 @@ class Component:
             return {"state": holder.getstate()}
         if is_numpy_generator(holder):
             return _without_arrays(holder.bit_generator.state)
+        if isinstance(holder, nn.Module):
+            return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
         """Put a saved state in place. Its tensors may be those of a mapped file: none of them is kept."""
         holder = self.holder
         if isinstance(holder, nn.Module):
+            state = Names(holder).as_live(state, holder)
             _make_room(holder, state)
             # It copies into the tensors that it has, or nearly always does.
             holder.load_state_dict(state)
@@ -64,20 +70,20 @@ class Component:
         else:
             holder.load_state_dict(state)
 
-    def layouts(self) -> Layouts:
+    def shardings(self) -> Shardings:
         """How its tensors are spread over the processes."""
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
-        return Layouts(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+        return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
-    def put_back(self, state: Any) -> None:
-        """Put a saved state in place, in the middle of a run: streams of random numbers go on, gradients are gone."""
-        holder = self.holder
-        if isinstance(holder, (torch.Generator, random.Random)) or is_numpy_generator(holder):
-            return
-        self.load(state)
-        if isinstance(holder, nn.Module):
-            # What was accumulated for the step that is not done now may be what is wrong.
-            holder.zero_grad(set_to_none=True)
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is a generator of random numbers."""
+        return isinstance(self.holder, (torch.Generator, random.Random)) or is_numpy_generator(self.holder)
+
+    def forget_gradients(self) -> None:
+        """What was accumulated for a step that is not done now may be what was wrong."""
+        if isinstance(self.holder, nn.Module):
+            self.holder.zero_grad(set_to_none=True)
 
 
 def components(state: Mapping[Any, Any]) -> list[Component]:
@@ -226,13 +232,6 @@ def _gathers_state(holder: Any) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return any(isinstance(module, FullyShardedDataParallel) for module in holder.modules())
-
-
-def _unwrapped(holder: Any) -> Any:
-    """The module inside those that only run it in another way: its names are the same with and without them."""
-    while isinstance(holder, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(holder, "_orig_mod"):
-        holder = holder._orig_mod if hasattr(holder, "_orig_mod") else holder.module
-    return holder
 
 
 def is_numpy_generator(holder: Any) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from stepguard import files
 from stepguard.errors import described
+from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import process_file, write_file
@@ -126,6 +127,6 @@ def answer_error(exchange: Exchange, asked: str, error: Exception) -> None:
     _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
     try:
         exchange.answer_error(asked, error)
-    except ConnectionError:
+    except StoreLostError:
         # The store has ended with the process that has it, and a launcher is about to end this one.
         _log.debug("the chief could not be told", exc_info=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stepguard.steps.common_store import StoreLostError
+
 # The longest that fits the milliseconds of a poll: a wait that runs into its limit is reported on stderr, by C++.
 _NO_LIMIT = timedelta(days=20)
 
@@ -91,4 +93,4 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # dist.DistError is one.
-        raise ConnectionError(f"the store of the processes does not answer any more: {error}") from error
+        raise StoreLostError(f"the store of the processes does not answer any more: {error}") from error
