@@ -338,6 +338,20 @@ def test_sigterm_in_the_middle_of_an_epoch_does_not_do_its_end(tmp_path):
     assert max(committed(tmp_path)) == BATCHES + 3
 
 
+def test_a_run_of_one_loop_goes_on_in_its_epoch_when_the_program_gets_an_epoch_loop(tmp_path):
+    run = Counting(tmp_path)
+    with run.sv.managed_session() as session:
+        run.loop(session, epochs=4, max_steps=2 * BATCHES + 1)
+    again, epochs = Counting(tmp_path), []
+    with again.sv.managed_session() as session:
+        for epoch in session.epochs(4):
+            epochs.append(epoch)
+            again.loop(session)
+
+    assert epochs == [2, 3]
+    assert restored(tmp_path) == (4 * BATCHES, 4.0 * BATCHES)
+
+
 def test_two_loops_in_the_body_of_an_epoch_are_gone_on_with_each(tmp_path):
     def seen(dies_at=None):
         run, found = Counting(tmp_path), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -9,6 +10,8 @@ from typing import Any
 
 from stepguard.steps.feeds import Feed
 from stepguard.steps.random_streams import RandomStreams
+
+_log = logging.getLogger(__name__)
 
 
 class ProcessState(ABC):
@@ -98,6 +101,12 @@ class ProcessState(ABC):
         if self._random is not None:
             self._streams.restore(self._random)
             self._random = None
+
+    def adopt_epochs(self) -> None:
+        """The program counts its epochs from now on; a run that was saved without a count has those of its loader."""
+        if not self.epochs_done and not self.loops_done and self.epoch:
+            self.epochs_done = self.epoch
+            _log.info("epochs: going on in epoch %d, which is that of the loader", self.epoch)
 
     def begin_epoch(self) -> None:
         """The body of the next epoch begins, or is begun again by a restart."""

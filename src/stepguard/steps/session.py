@@ -169,6 +169,7 @@ class Session:
             raise TypeError("epochs: expected the number of epochs, found None")
         if self._loops_begun is not None:
             raise RuntimeError("epochs: expected no loop over epochs around it, found one")
+        self.process_state.adopt_epochs()
         return self._epochs(number)
 
     @property
