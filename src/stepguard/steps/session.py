@@ -497,7 +497,7 @@ class Session:
             self._gate.end(self.boundary.steps)
         self.is_update = True
         is_stopped = self._coord.stop_requested or self.boundary.must_stop
-        if not is_stopped and self._loops_begun is None:
+        if not is_stopped:
             self.total_steps = self.global_step
         change = None
         if plan is not None and not is_over and not is_stopped:
