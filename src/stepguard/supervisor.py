@@ -510,7 +510,7 @@ class _Block(Generic[SessionT]):
         if not isinstance(engine, RestsBetweenLoops):
             return False
         if engine.is_resting(session) and engine.is_alone(session):
-            supervisor._saving.save_now()
+            supervisor._saving.save_now(supervisor._stop_grace_secs or _LAST_SAVE_SECS)
         return True
 
     def save(self) -> None:

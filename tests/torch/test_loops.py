@@ -518,6 +518,13 @@ def test_a_loop_that_trains_nothing_says_so_once(options, counts, said, caplog):
     assert caplog.text.count(said) == 1
 
 
+def test_a_loop_without_a_loader_says_that_it_trains_nothing(tmp_path, caplog):
+    for _ in range(2):
+        with Counting(tmp_path).sv.managed_session() as session:
+            list(session.steps(max_steps=3))
+    assert caplog.text.count("steps: trains nothing: max_steps=3") == 1
+
+
 def test_an_exhausted_iterator_is_named(caplog):
     with Counting(None).sv.managed_session() as session:
         assert len(list(session.steps(iter([1, 2]), epochs=3))) == 2

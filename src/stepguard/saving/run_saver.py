@@ -127,13 +127,19 @@ class RunSaver(Generic[SessionT]):
         if self._step_trigger is not None:
             self._step_trigger.went_back()
 
-    def save_now(self) -> None:
-        """Save the last step, as on a timer; an error goes to ``on_error``."""
-        if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
-            try:
-                self.checkpointer()
-            except Exception as error:  # noqa: BLE001 - a thread's edge
-                self._on_error(error)
+    def save_now(self, timeout_secs: float) -> None:
+        """Save the last step, after what is being written: at most ``timeout_secs`` are waited for that.
+
+        An error goes to ``on_error``.
+        """
+        checkpointer, writer = self.checkpointer, self.writer
+        if checkpointer is None or writer is None or self._options is None or not self._options.saves_last_step:
+            return
+        try:
+            if writer.drain(timeout_secs):
+                checkpointer()
+        except Exception as error:  # noqa: BLE001 - a thread's edge
+            self._on_error(error)
 
     def save_last(self, deadline: float, *, is_finished: bool) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``

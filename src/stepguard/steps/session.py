@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
@@ -18,30 +16,8 @@ from stepguard.steps.boundary import Boundary
 from stepguard.steps.feeds import Feed, shown
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.interrupts import InterruptHold
+from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _LoopPlan:
-    """What one call of `steps` is to run."""
-
-    feed: Feed | None
-    max_steps: int | None
-    # The loop ends when the feed has made so many epochs, and a step is so many of its batches.
-    until_epoch: int | None
-    accumulate: int
-    # Which loop of the body of `epochs` it is; ``None`` outside of one.
-    number: int | None
-    # As the program has asked for them.
-    epochs: int | None
-    thread: int
-
-    @property
-    def epochs_seen(self) -> int:
-        """The complete epochs over the loader."""
-        return 0 if self.feed is None else self.feed.epoch
 
 
 class Session:
@@ -87,8 +63,7 @@ class Session:
         # Puts the restored state back, as long as no step was run; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
-        # Of which loaders the program was told that a loop over them is not what it seems.
-        self._told: set[tuple[str, int]] = set()
+        self._advice = LoopAdvice()
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that nobody knows of yet.
         self.is_left = False
@@ -143,8 +118,9 @@ class Session:
         until_epoch = self._until_epoch(feed, epochs)
         wanted = until_epoch if number is None else self._epochs_wanted
         self.total_steps = _total_steps(loader, max_steps, wanted, accumulate)
-        self._warn_of_loops(feed, epochs)
-        return self._steps(_LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident()))
+        plan = LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident())
+        self._advice.on_begin(plan, is_first=feed is not None and self._calls[id(feed)] == 1)
+        return self._steps(plan)
 
     def epochs(self, number: int) -> Iterator[int]:
         """The numbers of the epochs that are left of ``number``, for what belongs to the end of an epoch::
@@ -400,19 +376,14 @@ class Session:
             self._gate.end(self.boundary.steps)
         self._interrupts.raise_if_held()
 
-    def _steps(self, plan: _LoopPlan) -> Iterator[Any]:
+    def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
         began_at = boundary.steps, plan.epochs_seen
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # It was over when the checkpoint was taken: the rest of the epoch's body is what is left.
             self.process_state.resume_streams()
             return
-        if plan.thread != threading.get_ident():
-            _log.warning(
-                "steps: the loop was begun in another thread than the one that asks for its steps. A step counts as "
-                "done when the next is asked for, so a prefetcher around steps() counts steps that were not trained: "
-                "prefetch in the loader"
-            )
+        self._advice.on_first_step(plan)
         if self._put_back is not None:
             self._undo_what_was_done_again(plan)
         self.is_update = accumulate == 1
@@ -438,7 +409,7 @@ class Session:
                 except StopIteration:
                     self._feed_of_step = None
                     if turns:
-                        self._say_not_applied(turns, accumulate)
+                        self._advice.on_leftover(turns, accumulate)
                     self._note_loop_over(plan)
                     boundary.leave(is_done=False)
                     self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
@@ -467,7 +438,7 @@ class Session:
                     break
             self.finish_step()
 
-    def _undo_what_was_done_again(self, plan: _LoopPlan) -> None:
+    def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
         """A program with an epoch loop of its own comes by loops that were over before the restart, and does once more
         what it does after each. That is in the restored state already, unless this state is the one at the loop's end.
         """
@@ -482,7 +453,7 @@ class Session:
         if feed.batches == 0 and feed.epoch == plan.until_epoch:
             self._put_back = None
 
-    def _note_loop_over(self, plan: _LoopPlan) -> None:
+    def _note_loop_over(self, plan: LoopPlan) -> None:
         """Inside the boundary: a checkpoint has the loop's last batch and this, or neither."""
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
@@ -491,7 +462,7 @@ class Session:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
 
-    def _end_loop(self, plan: _LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
+    def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
         """What follows, such as an evaluation, is no step that hangs, nor one that the others could wait for."""
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
@@ -512,7 +483,7 @@ class Session:
                 # What follows in the body is the end of an epoch that is not at its end.
                 self._check_stop()
         elif not is_stopped:
-            self._say_what_was_not_trained(plan, is_empty=is_empty)
+            self._advice.on_end(plan, self.global_step, is_empty=is_empty)
 
     def _must_end(self, max_steps: int | None) -> bool:
         # Of several processes none ends by itself: the gate closes for all of them after the same step.
@@ -524,74 +495,6 @@ class Session:
         self.boundary.check_stop()
         if self._gate is not None and self._gate.is_last and not self._coord.main_thread_was_told():
             raise StopRequested("stopped before the next loop, as the other processes do")
-
-    # --- what the program should know ---
-
-    def _warn_of_loops(self, feed: Feed | None, epochs: int | None) -> None:
-        """Of an epoch loop of the program's own: nobody knows which work between its loops was done already."""
-        if feed is None or self._loops_begun is not None:
-            return
-        if self._calls[id(feed)] == 1:
-            # Only at the end of a loop a position is at the beginning of an epoch that is not the first.
-            if feed.batches == 0 and epochs is not None and 0 < feed.epoch < epochs:
-                self._tell(
-                    feed,
-                    "%s: the checkpoint is of the end of epoch %d over it, and whether the work that the program does "
-                    "at the end of an epoch is still to be done is not known: with `for epoch in sess.epochs(n):` "
-                    "around `for batch in sess.steps(loader):` it is",
-                    feed.epoch,
-                )
-            return
-        if feed.batches == 0 and (not feed.is_repeatable or (epochs is not None and 0 < feed.epoch < epochs)):
-            self._tell(
-                feed,
-                "%s: another loop over the epochs of one loader. What the program does between the two, such as "
-                "scheduler.step(), is done again or left out by a restart: write `for epoch in sess.epochs(n):` around "
-                "`for batch in sess.steps(loader):`, without epochs=, and put it into the outer body",
-            )
-
-    def _say_what_was_not_trained(self, plan: _LoopPlan, *, is_empty: bool) -> None:
-        feed = plan.feed
-        if feed is None:
-            return
-        if feed.is_exhausted and (is_empty or (plan.epochs or 0) > feed.epoch):
-            self._tell(
-                feed,
-                "%s: %s: it is an iterator, and it is exhausted. Give steps() what can be iterated over again, such as "
-                "the loader itself",
-                "trains nothing" if is_empty else f"expected {plan.epochs} epochs, found {feed.epoch}",
-            )
-        elif is_empty and plan.max_steps is not None and self.global_step >= plan.max_steps:
-            self._tell(
-                feed,
-                "%s: trains nothing: max_steps=%d is a step of the whole run, which is at step %d already",
-                plan.max_steps,
-                self.global_step,
-            )
-        elif is_empty:
-            self._tell(
-                feed,
-                "%s: trains nothing: %d epochs over it are complete, and epochs=%s counts those of the whole run, also "
-                "before a restart; what the program does after this loop is done again, and of it only what it does to "
-                "the saved state is undone. For work at the end of each "
-                "epoch write `for epoch in sess.epochs(n):` around `for batch in sess.steps(loader):`, without epochs=",
-                feed.epoch,
-                plan.until_epoch,
-            )
-
-    def _tell(self, feed: Feed, message: str, *values: object) -> None:
-        """Once for each loader."""
-        if (message, id(feed)) not in self._told:
-            self._told.add((message, id(feed)))
-            _log.warning(message, shown(feed.loader), *values)
-
-    def _say_not_applied(self, turns: int, accumulate: int) -> None:
-        _log.warning(
-            "steps: the data ended in the middle of a step: %d of accumulate=%d batches made no update, since the "
-            "loader has no length that tells which batch is its last. Clear their gradients before you go on",
-            turns,
-            accumulate,
-        )
 
     def _check_open(self) -> None:
         if not self.is_open:
