@@ -26,7 +26,17 @@ def test_copies_take_a_twentieth_of_the_time_after_the_first_ones(monkeypatch):
             now[0] += 0.01
             copies += 1
 
-    assert 10 <= copies <= 10 + 1 + now[0] / 20 / 0.01
+    assert 20 <= copies <= 20 + 2 + now[0] / 20 / 0.01
+
+
+def test_a_copy_that_waited_for_the_processor_costs_what_the_others_do(monkeypatch):
+    monkeypatch.setattr("stepguard.steps.copying_budget.time.monotonic", lambda: 0.0)
+    budget = CopyingBudget()
+    for secs in (0.5, 0.001, 0.5):
+        assert budget.allows_one()
+        budget.spend(secs)
+
+    assert budget.allows_one()
 
 
 def test_a_long_pause_buys_no_more_than_the_first_copies_had(monkeypatch):
@@ -39,7 +49,7 @@ def test_a_long_pause_buys_no_more_than_the_first_copies_had(monkeypatch):
         budget.spend(0.01)
         copies += 1
 
-    assert copies <= 11
+    assert copies <= 22
 
 
 def test_who_rests_is_asked_for_a_copy_before_a_service_has_the_boundary():
