@@ -249,6 +249,11 @@ class Gate:
         with self._changed:
             self._meetings = _Meetings(first, every)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether what was captured last is not wanted any more."""
+        return self._meetings.is_free
+
     def free(self) -> None:
         """What was captured last is not wanted any more."""
         with self._changed:
