@@ -17,9 +17,9 @@ _opened = itertools.count()
 def open_writer(logdir: str) -> Any:
     """An event file writer for ``logdir``, which is created if missing.
 
-    The names of event files count whole seconds, and a writer truncates a file of its name: the suffix keeps two that
-    are opened within one second apart. Its thread hands each event to the system as soon as it can, so that a process
-    that is killed has lost none of those that it wrote a moment before.
+    TensorFlow names event files by whole seconds, and a writer truncates a file that has its name. The suffix keeps
+    two writers of the same second apart. The writer's thread hands each event to the system as soon as it can, so that
+    a kill loses at most the events of the last moment.
     """
     return _v1.summary.FileWriter(logdir, flush_secs=0, filename_suffix=f".{os.getpid()}.{next(_opened)}")
 
@@ -34,56 +34,56 @@ class TensorFlowEvents:
         self._is_open = True
 
     def started(self, step: int) -> None:
-        """The session log record START."""
+        """Write the session log record START."""
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.START), step)
         self._flush()
 
     def checkpointed(self, step: int | None, path: str) -> None:
-        """The session log record CHECKPOINT, with the prefix that was really written."""
+        """Write the session log record CHECKPOINT, with the prefix of the files that were written."""
         if step is not None:
             record = _v1.SessionLog(status=_v1.SessionLog.CHECKPOINT, checkpoint_path=path)
             self.writer.add_session_log(record, step)
             self._flush()
 
     def _flush(self) -> None:
-        # What SIGKILL finds in memory is lost. A writer of the program's own is flushed when the program wants it.
+        # SIGKILL loses the events in memory. A writer that the program made is flushed by the program.
         if self._is_ours:
             self.writer.flush()
 
     def flush(self) -> None:
-        """Hand what was written so far to the system, also with a writer of the program's own."""
+        """Hand all events so far to the system, also for a writer that the program made."""
         if self._is_open:
             self.writer.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of one curve."""
+        """Write one value of one curve."""
         self.writer.add_summary(_v1.Summary(value=[_v1.Summary.Value(tag=tag, simple_value=value)]), step)
 
     def summary(self, summary: Any, step: int | None) -> None:
-        """A Summary proto, or one serialised."""
+        """Write a Summary proto, or the bytes of one."""
         self.writer.add_summary(summary, step)
 
     def graph(self, graph: Any, meta_graph: Any) -> None:
-        """The graph and the meta graph, once in each event file."""
+        """Write the graph and the meta graph, once into each event file."""
         if not self._graph_is_in:
             self.writer.add_graph(graph)
             self.writer.add_meta_graph(meta_graph)
             self._graph_is_in = True
 
     def stopped(self) -> None:
-        """The session log record STOP; nothing after :meth:`close`, when a program stops a second time."""
+        """Write the session log record STOP. After :meth:`close` (a second stop of the program) do nothing."""
         if not self._is_open:
             return
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.STOP))
 
     def close(self) -> None:
-        """Close the writer; the next file gets the graph again."""
+        """Close the writer. The next event file gets the graph again."""
         if self._is_open:
             self.writer.close()
         self._is_open = False
         self._graph_is_in = False
 
     def reopen(self) -> None:
-        """Open a new event file when the last one was closed."""
+        """Open a new event file if the last one was closed."""
         self.writer.reopen()
         self._is_open = True
