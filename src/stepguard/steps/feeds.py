@@ -26,7 +26,7 @@ class Feed(ABC):
         self.epoch = 0
         self.batches = 0
         self._iterator: Iterator[Any] | None = None
-        # How many batches of the epoch another process has seen: the next iterator begins behind them.
+        # The number of batches of the epoch that an earlier process has seen; the next iterator begins after them.
         self._seen_before = 0
 
     def next(self, epochs: int | None) -> Any:

@@ -251,7 +251,7 @@ class Gate:
             self._meetings = _Meetings(first, every)
 
     def free(self) -> None:
-        """What was captured last is not wanted any more."""
+        """Note that the last captured state is no longer needed."""
         with self._changed:
             self._meetings.is_free = True
             self._changed.notify_all()
