@@ -1,9 +1,10 @@
-"""Where one training step ends and the next has not begun.
+"""The step boundary of a training loop: the moment between two steps.
 
-A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
-gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
-and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
-its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
+The protocol: a step and a service (a save, a summary) take the same lock, one at a time. Python's lock is not fair: a
+loop that releases it and takes it again at once would never let a service in. Therefore a service first sets up an
+event, its turn, and the next step waits for that event before it takes the lock. The service sets the event when it is
+done or when its patience is over. So a step waits for at most one service, and a service waits for at most one step,
+both for a limited time.
 
 It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
 waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
@@ -26,25 +27,24 @@ from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, StopRequested
 
-# How long a boundary may be waited for, if steps are not longer than that themselves.
+# How long a service waits for a boundary, unless steps are longer than this.
 _PATIENCE_SECS = 5.0
 
 
 class Boundary:
-    """Lets one step run at a time, and a service in between two of them.
+    """Lets one step run at a time, and a service between two steps.
 
-    A step calls :meth:`enter` and :meth:`leave` in one thread; a service holds the boundary in :meth:`hold`.
+    A step calls :meth:`enter` and :meth:`leave` on one thread. A service holds the boundary by :meth:`hold`.
     """
 
     def __init__(self) -> None:
         # Taken while a step runs, and while the boundary is held.
         self._lock = threading.Lock()
-        # The lock is not fair: a loop that gives it back and takes it again would never let a service in. A service
-        # that waits is here, and the next step waits until it has had its turn.
+        # The turn of the service that waits or holds the boundary; the next step waits until it is set.
         self._turn: threading.Event | None = None
         self._holding = threading.Lock()
         self._stepping: int | None = None
-        # The threads that are taking the lock, or giving it back: an interrupt between two lines would leave it taken.
+        # The threads that are taking or releasing the lock; an interrupt between two lines could leave it taken.
         self._changing: set[int] = set()
         self._began = 0.0
         self._longest_secs = 0.0
@@ -57,14 +57,15 @@ class Boundary:
         self._on_rest: Callable[[bool], None] | None = None
         self._soon: Callable[[], None] | None = None
         self.steps = 0
-        # Whether the program's loop over steps has ended: it may use the model for something else now.
+        # Whether the program's loop over steps has ended, so that it may use the model for something else.
         self.is_resting = False
-        # Set once, by any thread: no step begins after it, but in a main thread that knows, and ends in its own way.
+        # Set once, by any thread. No step begins after that. Exception: a main thread that has already seen
+        # should_stop() return true may run further steps to finish.
         self.must_stop = False
         self._main_thread_was_told: Callable[[], bool] = lambda: False
 
     def enter(self) -> None:
-        """A step begins in this thread: wait while a service holds the boundary."""
+        """Begin a step on this thread; wait while a service holds the boundary."""
         me = threading.get_ident()
         if self._away is not None:
             self.come_back()
@@ -114,7 +115,10 @@ class Boundary:
             self._is_back.set()
 
     def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
-        """Let no step begin, unless this is the main thread, which was told to stop and ends by itself."""
+        """Refuse all further steps.
+
+        Exception: a main thread for which ``main_thread_was_told()`` is true may run further steps to finish.
+        """
         self._main_thread_was_told = main_thread_was_told
         self.must_stop = True
 
@@ -125,9 +129,9 @@ class Boundary:
             raise StopRequested("stopped before the next step: the run was asked to stop")
 
     def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:
-        """The step of this thread has ended; ``is_done`` says whether it is to be counted.
+        """End the step of this thread; ``is_done`` says whether it counts.
 
-        Without ``calls_due`` what is due after it waits for :meth:`call_due`.
+        Without ``calls_due`` a callback that is due is left for :meth:`call_due`.
         """
         me = threading.get_ident()
         if self._stepping != me:
@@ -153,22 +157,22 @@ class Boundary:
             soon()
         # Not only at that very step: another thread may have done one more before this one comes here.
         if self.steps >= self._due_at and self._on_due is not None:
-            # Once, whichever thread comes first.
+            # Called once, by the first thread that gets here.
             self._due_at = sys.maxsize
             self._due_at = self.steps + max(1, self._on_due())
 
     def leave_torn(self) -> None:
-        """The step was left half-way by an error, so that the state is that of no step."""
+        """End a step that an error has left half-way, so that the state belongs to no step."""
         self._is_torn = True
         self.leave(is_done=False)
 
     def mark_torn(self) -> None:
-        """The step of this thread is being left half-way."""
+        """Mark that this thread leaves its step half-way."""
         self._is_torn = True
 
     @property
     def is_torn(self) -> bool:
-        """Whether a step was left half-way: the state is that of none."""
+        """Whether a step was left half-way, so that the state belongs to no step."""
         return self._is_torn
 
     @property
@@ -190,7 +194,10 @@ class Boundary:
             )
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
-        """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
+        """Call ``callback`` after ``steps`` more steps, on the thread of the last one.
+
+        ``callback`` returns the number of steps until its next call.
+        """
         self._on_due = callback
         self._due_at = self.steps + max(1, steps)
 
@@ -200,10 +207,10 @@ class Boundary:
 
     @contextmanager
     def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """A block in which no step runs; the one that runs now has at most ``patience_secs`` to end.
+        """A block in which no step runs. The running step has at most ``patience_secs`` to end.
 
         Raises:
-            NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
+            NoBoundaryError: the running step did not end in time, or a step was left half-way.
         """
         me = threading.get_ident()
         with self._holding:

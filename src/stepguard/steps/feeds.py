@@ -1,4 +1,4 @@
-"""Batches from anything that can be iterated over, and the position in it: how a resumed run finds the next batch."""
+"""Batches from any iterable and the position in it, so that a resumed run continues with the next batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _END = object()
 
 
 class Feed(ABC):
-    """The batches of one loader, epoch after epoch. For the thread that trains, or one that holds the boundary.
+    """The batches of one loader, epoch after epoch. For the training thread, or a thread that holds the boundary.
 
-    ``epoch`` counts the epochs that are complete, ``batches`` the batches of the current one whose steps are done.
+    ``epoch`` is the number of complete epochs, ``batches`` the number of batches in this epoch whose steps are done.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -71,19 +71,19 @@ class Feed(ABC):
         return None if number is None else self._given >= number
 
     def position(self) -> dict[str, Any]:
-        """Where this is now, as plain values and tensors."""
+        """The current position, as plain values and tensors."""
         return {"epoch": self.epoch, "batches": self.batches, "loader": self._description()}
 
     def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
-        """Begin at ``position``, which another process has saved; now there are ``processes`` of them.
+        """Begin at ``position``, which an earlier process has saved; ``processes`` is the number of processes now.
 
         Raises:
-            CheckpointMismatchError: it belongs to another loader.
+            CheckpointMismatchError: the position belongs to another loader.
         """
         saved, found = dict(position["loader"]), self._description()
         batches, before = position["batches"], position.get("processes", 1)
         if before != processes:
-            # Each process then has another share of the same epoch. Rounded down: rather seen twice than not at all.
+            # Each process now has another share of the epoch. Rounded down, so that a batch is seen twice, not never.
             batches = batches * before // processes
             saved.pop("batches in an epoch", None)
             found.pop("batches in an epoch", None)
@@ -110,7 +110,7 @@ class Feed(ABC):
         """An iterator over the current epoch without its first ``skip`` batches."""
 
     def _description(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on here."""
+        """The properties of the loader that must be the same when a run resumes."""
         return {
             "kind": type(self).__name__,
             "batches in an epoch": length(self.loader),
@@ -119,9 +119,9 @@ class Feed(ABC):
 
 
 class IterableFeed(Feed):
-    """Anything else that can be iterated over: a resumed run reads again, and drops, what was seen.
+    """Any other iterable. A resumed run reads the seen batches again, and drops them.
 
-    The order must then be the same in each process that begins with the same random states.
+    The order must therefore be the same whenever iteration begins with the same random states.
     """
 
     def __init__(self, loader: Any, streams: RandomStreams) -> None:
@@ -131,7 +131,7 @@ class IterableFeed(Feed):
         self.is_repeatable = not isinstance(loader, Iterator)
 
     def position(self) -> dict[str, Any]:
-        """With the random states at the beginning of the epoch."""
+        """The position, with the random states at the beginning of the epoch."""
         position = super().position()
         if self.batches:
             position["order"] = self._order
@@ -159,7 +159,7 @@ class IterableFeed(Feed):
 
 
 def length(sized: Any) -> int | None:
-    """The number of its items; ``None`` where that is not known."""
+    """The number of items in ``sized``; ``None`` if unknown."""
     try:
         return len(sized)
     except (TypeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""What belongs to one process rather than to the model: its random streams, and its position in the data."""
+"""The state that belongs to one process rather than to the model: its random streams and its positions in the data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _log = logging.getLogger(__name__)
 
 
 class ProcessState(ABC):
-    """The streams and the feeds of a session. For the thread that trains, or one that holds the boundary.
+    """The streams and the feeds of a session. For the training thread, or a thread that holds the boundary.
 
-    Loaders have no names: the second one that a run comes to is the second one of the run before.
+    Loaders have no names. They are matched by order: a run's second loader is the second loader of the earlier run.
     """
 
     def __init__(self, streams: RandomStreams, processes: int) -> None:
         self._streams = streams
         self._processes = processes
         self._feeds: list[Feed] = []
-        # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
+        # The earlier run's positions, for loaders that this run has not used yet, and its random states until the
+        # first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
         # Of `Session.epochs`: those whose bodies are complete, and the loops that are over in the body that runs.
@@ -38,14 +39,14 @@ class ProcessState(ABC):
         """A feed for ``loader``.
 
         Raises:
-            TypeError: it cannot be iterated over.
+            TypeError: ``loader`` cannot be iterated over.
         """
 
     def feed(self, loader: Any, *, is_resumed: bool = True) -> Feed:
-        """The one feed of ``loader``; with ``is_resumed`` a new one begins where the run before was in it.
+        """The one feed of ``loader``. With ``is_resumed`` a new feed begins at the position of the earlier run.
 
         Raises:
-            CheckpointMismatchError: the run before had another loader here.
+            CheckpointMismatchError: the earlier run had another loader here.
         """
         for feed in self._feeds:
             if feed.loader is loader:
@@ -59,13 +60,13 @@ class ProcessState(ABC):
 
     @property
     def epoch(self) -> int:
-        """The complete epochs over the loader that was used last; before that, those of the run that was restored."""
+        """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
         if self._feeds:
             return self._feeds[-1].epoch
         return int(self._positions[-1]["epoch"]) if self._positions else 0
 
     def capture(self) -> dict[str, Any]:
-        """Random states and positions, as plain values and the framework's arrays. At a boundary."""
+        """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
         return {
@@ -75,7 +76,7 @@ class ProcessState(ABC):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the process was that has captured ``state``."""
+        """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
         self._positions = list(state["loaders"])
         # A checkpoint of an earlier version has none.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
@@ -127,5 +128,5 @@ class ProcessState(ABC):
 
 
 def describe_positions(state: Mapping[str, Any]) -> str:
-    """Where a run goes on in its data, for the log."""
+    """The positions from which a run continues in its data, for the log."""
     return "; ".join(f"epoch {one['epoch']}, batch {one['batches']}" for one in state["loaders"]) or "no loader yet"

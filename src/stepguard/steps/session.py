@@ -1,4 +1,4 @@
-"""What the ``with`` block gets in a loop framework: the handle that counts steps and knows where one ends."""
+"""The session of the loop frameworks, which the ``with`` block gets: it runs and counts steps, and marks their ends."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Session:
         gate: Gate | None = None,
     ) -> None:
         self.global_step = 0
-        # Of the loop that runs now, if it knows.
+        # The last step of the running loop, if it is known.
         self.total_steps: int | None = None
         self.boundary = Boundary()
         self.process_state = process_state
         self._coord = coord
-        # Where the processes of one training wait for each other; none when there is only one.
+        # The gate where the processes of one training wait for each other; ``None`` if there is only one process.
         self._gate = gate
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
@@ -65,7 +65,7 @@ class Session:
         self._has_begun_loop = False
         self._advice = LoopAdvice()
         self.is_open = True
-        # Whether the loop's body was left in its last step: by `break`, or by an error that nobody knows of yet.
+        # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
 
     def steps(
@@ -188,16 +188,16 @@ class Session:
 
     @contextmanager
     def step(self) -> Iterator[int]:
-        """One training step, for a loop of the program's own::
+        """Run one training step, in a loop of the program's own::
 
             while not sv.should_stop():
                 with sess.step():
                     train(next(batches))
 
-        Gives the number of the step. Steps of several threads are run one after the other.
+        The block gets the number of the step. Steps of several threads run one after the other.
 
         Raises:
-            StopRequested: the run is to stop at this boundary, after SIGTERM for one; ``managed_session`` ends it.
+            StopRequested: the run must stop at this boundary, for example after SIGTERM; ``managed_session`` handles it.
         """
         self.boundary.come_back()
         self._settle()
@@ -213,12 +213,12 @@ class Session:
         try:
             yield self.global_step
         except StopIteration:
-            # The input ended, so there is no batch that the step could have trained with.
+            # The input has ended, so the step had no batch to train with.
             self.boundary.leave(is_done=False)
             self._end_loop()
             raise
         except SystemExit:
-            # Like the `break` of a loop over steps(): who ends the program here has done what it wanted to.
+            # The same as `break` in a loop over steps(): the program ends here because its work is done.
             self.finish_step(was_left=True)
             raise
         except BaseException:
@@ -230,7 +230,7 @@ class Session:
             self._interrupts.raise_if_held()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Write values to the event log, as curves over the global step; nothing where there is no log.
+        """Write values to the event log, as curves over the global step. Without an event log, do nothing.
 
         Raises:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
@@ -239,11 +239,11 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """The complete epochs over the loader that was used last; before that, those of the run that was restored."""
+        """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
         return self.process_state.epoch
 
     def close(self) -> None:
-        """End the session; a supervisor that still watches it saves the last step first."""
+        """End the session. A supervisor that still watches it saves the last step first."""
         before_close, self._before_close = self._before_close, None
         if before_close is not None:
             before_close()
@@ -256,11 +256,11 @@ class Session:
     # --- for the engine ---
 
     def watch(self, before_close: Callable[[], None]) -> None:
-        """Call ``before_close()`` when the program closes the session itself."""
+        """Call ``before_close()`` if the program itself closes the session."""
         self._before_close = before_close
 
     def watch_values(self, watch: ValueWatch) -> None:
-        """Wait, between two steps, for what ``watch`` does about numbers that are not finite."""
+        """Let ``watch`` handle non-finite numbers between two steps, and wait for that."""
         self._watch = watch
 
     @property
@@ -281,25 +281,25 @@ class Session:
         return True
 
     def unwatch(self) -> None:
-        """Close without a call back."""
+        """Close without calling ``before_close``."""
         self._before_close = None
         self._watch = None
 
     def hold_interrupts(self) -> None:
-        """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
+        """Hold Ctrl-C back until the end of the step, from now on. On other threads than the main one, do nothing."""
         self._interrupts.start()
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+        """Whether an error or a second Ctrl-C has left the last step that the session counts.
 
-        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        A step that was left by ``break``, with an error after its loop, looks the same and is not saved either.
         """
         return self.is_left and (self._coord.failed or self.boundary.is_torn)
 
     @property
     def is_impatient(self) -> bool:
-        """Whether a second Ctrl-C has ended the run: nothing is waited for."""
+        """Whether a second Ctrl-C has ended the run, so that it waits for nothing."""
         return self._interrupts.is_impatient
 
     def put_back_with(self, put_back: Callable[[], None]) -> None:
@@ -307,12 +307,12 @@ class Session:
         self._put_back = put_back
 
     def restore_process_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on where the process that saved ``state`` was."""
+        """Continue at ``step`` from ``state``, which an earlier process has saved."""
         self.global_step = step
         self.process_state.restore(state)
 
     def finish_step(self, *, was_left: bool = False) -> None:
-        """The step of this thread, if it is in one, is done: its body was left, or asks for a save."""
+        """End the step of this thread, if it is in one, because its body was left or asks for a save."""
         if not self.boundary.is_mine:
             return
         feed, self._feed_of_step = self._feed_of_step, None
@@ -326,14 +326,14 @@ class Session:
             self._gate.done(self.boundary.steps)
             if was_left:
                 self._gate.end(self.boundary.steps, Loop.LEFT)
-        # Raised while a generator is closed, as after `break`, it would reach nobody: the end of the session raises it.
+        # After `break` the generator is being closed, and an error raised here would be lost: the session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
 
     # --- inside ---
 
     def _step_is_ending(self) -> None:
-        """For a subclass. Called in the thread of the step, while the step has the boundary still."""
+        """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
 
     def _feed(self, loader: Any, epochs: int | None, *, is_resumed: bool) -> Feed | None:
         if loader is not None:
@@ -388,7 +388,7 @@ class Session:
             self._undo_what_was_done_again(plan)
         self.is_update = accumulate == 1
         while True:
-            # First: it may put the session back, and there are steps to be done again.
+            # Called first, because it may set the session back, so that steps must be done again.
             self._settle()
             if self._must_end(plan.max_steps):
                 self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
@@ -486,7 +486,7 @@ class Session:
             self._advice.on_end(plan, self.global_step, is_empty=is_empty)
 
     def _must_end(self, max_steps: int | None) -> bool:
-        # Of several processes none ends by itself: the gate closes for all of them after the same step.
+        # With several processes no process ends on its own: the gate closes for all of them after the same step.
         if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
@@ -501,7 +501,7 @@ class Session:
             raise RuntimeError("this session is closed: run steps inside `with sv.managed_session() as sess:`")
 
     def _begin(self) -> bool:
-        """Enter the next step; ``False`` if none of the processes does."""
+        """Enter the next step; ``False`` if no process may."""
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()
@@ -520,7 +520,7 @@ def _total_steps(loader: Any, max_steps: int | None, epochs: int | None, accumul
     """The step that a loop ends at, if it is the only one of the run; ``None`` if nobody knows."""
     in_epochs = None
     if epochs is not None:
-        # An iterable data set may have no length, or say so only when asked.
+        # An iterable data set may have no length, or raise an error when asked for it.
         with contextlib.suppress(TypeError, NotImplementedError):
             in_epochs = epochs * -(-len(loader) // accumulate)
     return min((one for one in (max_steps, in_epochs) if one is not None), default=None)

@@ -1,4 +1,4 @@
-"""What the ``with`` block gets: the session of every loop framework, with PyTorch's loaders and streams."""
+"""The session of a PyTorch program: that of every loop framework, with PyTorch's loaders and streams."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stepguard.torch.random_states import STREAMS
 class Session(LoopSession):
     """A run of a PyTorch program, from its start or restart to its stop.
 
-    ``global_step`` is the number of steps that are done: inside the first step it is 0. Steps are run by
-    :meth:`steps`, or one by one by :meth:`step`.
+    ``global_step`` is the number of steps done; inside the first step it is 0. :meth:`steps` runs many steps,
+    :meth:`step` runs one.
     """
 
     def __init__(
