@@ -1,22 +1,68 @@
-"""All benchmarks, one after the other: about a quarter of an hour. What is asked for by name runs alone."""
+"""All benchmarks, one after the other; what is asked for by name runs alone.
+
+With ``--out`` the figures also go into a Markdown file, each with the command that made it, and all with the commit.
+``--smallest`` shows in a minute or two that all of them run, and measures nothing.
+"""
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("import_time", "step_overhead", "idle_services", "checkpointing")
+HERE = Path(__file__).resolve().parent
+# Each benchmark, and the arguments of its smallest size.
+SMALLEST = {
+    "import_time": "--rounds 1",
+    "step_overhead": "--rounds 1 --turns 1 --steps 5",
+    "idle_services": "--rounds 1 --secs 1 --service-secs 0.2",
+    "checkpointing": "--mb 10 --rounds 1 --secs 1 --save-secs 0.2 --step-ms 5 --repeats 1",
+    "replicas": "--secs 0.5 --repeat 1",
+    "rendezvous": "--processes 2 --saves 2 --idle-secs 0.5 --step-secs 0.02 --hosts 1",
+    "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
+}
 
 
 def main() -> None:
-    asked = sys.argv[1:] or list(BENCHMARKS)
-    for name in asked:
-        if name not in BENCHMARKS:
-            sys.exit(f"run.py: expected one of {', '.join(BENCHMARKS)}, found {name}")
-    for name in asked:
-        print(f"## {name}\n", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py"))], check=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(SMALLEST)}; by default all")
+    parser.add_argument("--smallest", action="store_true", help="the smallest size of each")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as well")
+    given = parser.parse_args()
+    unknown = sorted(set(given.names) - set(SMALLEST))
+    if unknown:
+        parser.error(f"expected names among {', '.join(SMALLEST)}, found {', '.join(unknown)}")
+    parts = [f"Commit {commit()}.\n"]
+    for name in given.names or SMALLEST:
+        arguments = shlex.split(SMALLEST[name]) if given.smallest else []
+        parts.append(measured(name, arguments))
+    if given.out is not None:
+        given.out.write_text("\n".join(parts))
+
+
+def measured(name: str, arguments: list[str]) -> str:
+    """Run one benchmark, show what it prints, and return that with the command."""
+    head = f"## {name}\n\n`{shlex.join(['python', f'benchmarks/{name}.py', *arguments])}`\n"
+    print(head, flush=True)
+    lines = [head]
+    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
+    if process.returncode != 0:
+        sys.exit(f"{name}: ended with {process.returncode}")
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """What is measured: the commit, and whether anything was changed since; unknown outside a repository."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

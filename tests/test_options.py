@@ -165,9 +165,9 @@ class TestFlatAndGrouped:
 
     @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda group: pickle.loads(pickle.dumps(group))])
     def test_a_copy_was_given_what_the_first_was(self, copied):
-        group = copied(Saving(save_at_end=True))
-        assert group == Saving(save_at_end=True)
-        assert Options.of(save_model_secs=0, saving=group).saving == Saving(save_model_secs=0, save_at_end=True)
+        group = copied(Saving(save_model_secs=60))
+        assert group == Saving(save_model_secs=60)
+        assert Options.of(save_model_secs=600, saving=group).saving.save_model_secs == 60
 
     def test_a_changed_copy_keeps_to_what_was_named(self):
         group = replace(Saving(save_at_end=True), save_model_steps=5)

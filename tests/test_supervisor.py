@@ -104,6 +104,42 @@ class TestTheEventLog:
 
         assert ("scalar", "global_step/sec", 0) in supervisor.events.records
 
+    def test_begins_with_no_rate_before_one_was_measured(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=0.05)
+        began = time.monotonic()
+        with supervisor.managed_session():
+            wait_until(lambda: "scalar" in kinds(supervisor))
+            assert time.monotonic() - began >= 0.05
+
+    def test_has_a_rate_of_a_run_shorter_than_its_first_interval(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=3600)
+        with supervisor.managed_session() as session:
+            session.run_step()
+            assert "scalar" not in kinds(supervisor)
+
+        records = supervisor.events.records
+        assert records.index(("scalar", "global_step/sec", 1)) < records.index(("stopped",))
+
+    def test_has_a_rate_although_the_program_closes_its_session_first(self, tmp_path):
+        supervisor = FakeSupervisor(str(tmp_path), save_summaries_secs=3600)
+        session = supervisor.prepare_or_wait_for_session()
+        session.run_step()
+        session.close()
+        supervisor.stop()
+
+        assert ("scalar", "global_step/sec", 1) in supervisor.events.records
+
+
+class TestWithoutALogdir:
+    def test_only_who_trains_is_warned(self, caplog):
+        supervisor = FakeSupervisor()
+        with supervisor.managed_session() as session:
+            assert caplog.records == []
+            for _ in range(3):
+                session.run_step()
+
+        assert [one.getMessage().partition(":")[0] for one in caplog.records] == ["no logdir was given"]
+
 
 class TestTheServices:
     @pytest.mark.parametrize(

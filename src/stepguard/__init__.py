@@ -1,7 +1,7 @@
 """Stepguard supervises training programs: it restores or initialises, saves, stops cleanly, and resumes.
 
-The supervisors live with their frameworks: ``from stepguard.tensorflow import Supervisor``. This module names what
-needs no framework; each name is loaded when it is first used, so that importing the package costs nothing.
+The supervisors live with their frameworks: ``from stepguard.tensorflow import Supervisor``. This module exports the
+names that need no framework. Each is loaded on first use, so importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NoBoundaryError,
         NoGoodCheckpointError,
         NonFiniteError,
+        PeerLeftError,
         SaveFailedError,
         StepguardError,
         StopRequested,
@@ -41,6 +42,7 @@ __all__ = [
     "NoBoundaryError",
     "NoGoodCheckpointError",
     "NonFiniteError",
+    "PeerLeftError",
     "Restoring",
     "SaveFailedError",
     "Saving",

@@ -1,4 +1,4 @@
-"""``python -m stepguard``: the command ``stepguard``, also where its script is not on the path."""
+"""``python -m stepguard`` runs the command ``stepguard`` even if its script is not on the path."""
 
 from __future__ import annotations
 

@@ -1,48 +1,71 @@
-"""The engine contract: what a framework provides to be supervised, what it calls, and what it is given.
+"""The engine contract: what a framework must provide to be supervised, what it calls, and what the core gives it.
 
-The core never learns what a tensor is: it asks an :class:`Engine` for a :class:`Snapshot` of one step, gives the
-snapshot back to be written, and hands over a checkpoint to be restored. A framework is one folder with three classes;
+The core never learns what a tensor is: it asks an :class:`Engine` for a :class:`Snapshot` of one step, has the engine
+write the snapshot, and has it restore a checkpoint. A framework is one folder with three classes;
 ``stepguard.testing`` is the smallest complete one.
 
-**The session** is what the program gets: see :class:`Session` for its four duties.
+**The session** is the handle that the program gets: see :class:`Session` for its four duties.
 
-**The engine** is an object with the methods of :class:`Engine`. What only some frameworks have is a protocol of its
-own: :class:`SharedModel`, :class:`KeepsCheckpoints`. The core looks once, when it is built, whether an engine has it.
+**The engine** is an object with the methods of :class:`Engine`. Abilities that only some frameworks have are protocols
+of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The
+core checks once, when it is built, which of them an engine implements.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:
 
-1. a ``stepguard.coordination.coordinator.Coordinator``. It is all that the core knows of the framework's exceptions:
-   ``clean_stop_exception_types`` are those that say that the input is finished, so that the run ends well;
-   ``late_noise_types`` those that are only the consequence of a stop ("cancelled"), and no error after one;
-2. a ``stepguard.store.CheckpointStore`` for the logdir, with the name of the engine; ``None`` where nothing is saved;
-3. the engine, from what it needs of both;
+1. a ``stepguard.coordination.coordinator.Coordinator``. It holds all that the core knows of the framework's
+   exceptions: ``clean_stop_exception_types`` mean that the input is finished, so that the run ends without an error;
+   ``late_noise_types`` are only the consequence of a stop ("cancelled"), and no error after one;
+2. a ``stepguard.store.CheckpointStore`` for the logdir, with the name of the engine; ``None`` if nothing is saved;
+3. the engine, from the parts of both that it needs;
 4. ``super().__init__``, with all three.
 
-It has two methods of its own, in the words of its framework, and overrides nothing:
+It has two methods of its own, in the terms of its framework, and overrides nothing:
 
-- ``prepare_or_wait_for_session``, which returns ``self.open_session(prepare, ...)``;
-- ``managed_session``, which returns ``self.managed(open_session, ...)``.
+- ``prepare_or_wait_for_session``, which returns ``self.open_session(prepare, start_standard_services)``;
+- ``managed_session``, which returns ``self.managed(open_session, close_summary_writer=...)``.
 
-How a run goes, and in which thread (P: the one that opens and stops the session, usually the program's main thread; T:
-one that runs a step; S: a service; W: the writer)::
+The calls of a run, in order, with their threads (P: the thread that opens and stops the session, usually the main
+thread; T: a thread that runs a step; S: a service; W: the writer; any: also that of a signal or of the NaN guard)::
 
-    P  prepare                        restored or initialised: Prepared(session, what was recovered)
-    P  watch, watch_values            the session marks its steps, and shows its numbers
-    P  call_after_steps               where checkpoints are taken by steps
-    T  ... steps ...                  each between two boundaries; callbacks of call_after_steps
-    S  step, progress, summarise      on timers
-    S  at_boundary: snapshot          also T, from a callback of call_after_steps, and P at the end
-    W  non_finite, write              the checkpoint is committed by the store
-    P  close                          after the last checkpoint
+    P    prepare                      restored or initialised: Prepared(session, what was recovered)
+    P    watch, watch_values          the session marks its steps, and shows its numbers
+    P    call_after_steps             where checkpoints are taken by steps
+    T    ... steps ...                each between two boundaries; callbacks of call_after_steps
+    S    step, progress, summarise    on timers
+    S    at_boundary: snapshot        also T, from a callback of call_after_steps, and P at the end
+    W    non_finite, write            the checkpoint is committed by the store
+    any  stop_at_boundary             after SIGTERM, or when a number was not finite
+    any  at_boundary: restore         where the NaN guard puts the session back
+    P    close                        after the last checkpoint
 
-**What the core gives** to an engine:
+**What the core gives** to every engine:
 
 - ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
-- ``stepguard.files``: ``NewFile`` writes a file that is synced, and digested meanwhile;
-- ``stepguard.errors``: what to raise (:class:`~stepguard.errors.NoBoundaryError`,
-  :class:`~stepguard.errors.StopRequested`, :class:`~stepguard.errors.CheckpointMismatchError`,
-  :class:`~stepguard.errors.CheckpointCorruptError`).
+- ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` searches for the checkpoint to
+  continue from. It quarantines damaged checkpoints, refuses those of another engine, and warns once of what was lost;
+- ``stepguard.files``: ``NewFile`` writes a file, and digests and flushes it meanwhile;
+- ``stepguard.options``: ``Options.of`` merges the options of a Supervisor, ``each_option_once`` decorates its
+  constructor;
+- ``stepguard.errors``: the errors to raise.
+
+For a framework whose program is a loop over batches, ``stepguard.steps`` provides the rest:
+
+- ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
+  ``with sess.step()``. Its constructor takes the coordinator, a function that writes ``summary`` values
+  (``write(values, step)``), and a ``ProcessState``;
+- ``process_state.ProcessState`` holds the state of the process: the position in each loader, and the random streams.
+  A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, streams)`` reads any
+  iterable, reshuffled or not, and finds the next batch again. ``random_streams.RandomStreams()`` holds Python's and
+  NumPy's. ``capture()`` returns plain values for the snapshot (tuples may come back as lists);
+  ``session.restore_process_state(values, step)`` continues from them. With ``in_run``, only ``session.global_step`` is
+  set;
+- ``engine.LoopEngine`` implements an engine's methods about steps; it lacks ``name``, ``prepare``, ``restore``,
+  ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and ``summarise``. ``prepare`` ends with
+  ``session.hold_interrupts()``: from then on, Ctrl-C waits for the end of a step;
+- ``boundary.Boundary`` and ``interrupts.InterruptHold`` implement the first three duties alone, for a session of
+  another form, such as the fake's;
+- ``gate``, ``chief`` and ``worker`` serve several processes that train one model.
 """
 
 from __future__ import annotations
@@ -57,24 +80,23 @@ from stepguard.store import Checkpoint, Recovery
 
 
 class Session(Protocol):
-    """What the ``with`` block gets: the handle that runs steps and knows where the boundaries between them are.
+    """The handle that the ``with`` block gets. It runs steps and knows the boundaries between them.
 
-    How a step is run is said in the words of the framework: ``run(fetches)``, a loop over ``steps(loader)``. However
-    that is done, a session has four duties:
+    Each framework runs a step in its own terms: ``run(fetches)``, or a loop over ``steps(loader)``. In any form, a
+    session has four duties:
 
-    1. **Boundaries.** While the block of :meth:`Engine.at_boundary` lasts, no step begins, in any thread; each step
-       that is done is counted by :meth:`Engine.progress`, and may be what a callback of
-       :meth:`Engine.call_after_steps` waits for.
-    2. **Stopping.** After :meth:`Engine.stop_at_boundary` no step begins any more: the next one raises
-       ``StopRequested``, or a loop that the session itself drives ends. Where a number was not finite, a thread calls
-       ``watch.settle()`` (see :meth:`Engine.watch_values`) before its next step, and holds no boundary meanwhile: the
-       session may be put back to an earlier step there.
-    3. **A step is whole or it is not saved.** Ctrl-C may come in the middle of one. Either the session holds it back
-       until the step is done, and raises KeyboardInterrupt at the boundary; or a step that was left half-way is
-       remembered, and :meth:`Engine.at_boundary` raises NoBoundaryError from then on. The same for a step that was left
-       by an error, unless the framework undoes it.
-    4. **Closing.** ``close`` ends the session. When the program calls it itself, ``before_close`` of
-       :meth:`Engine.watch` is called first.
+    1. **Boundaries.** No step begins, in any thread, inside the block of :meth:`Engine.at_boundary`. Each finished step
+       changes the value of :meth:`Engine.progress`, and counts for the callbacks of :meth:`Engine.call_after_steps`.
+    2. **Stopping.** No step begins after :meth:`Engine.stop_at_boundary`: the next one raises ``StopRequested``, or a
+       loop that the session itself drives ends. After a number that was not finite, a thread calls ``watch.settle()``
+       (see :meth:`Engine.watch_values`) before its next step, without holding a boundary: the session may be put back
+       to an earlier step meanwhile.
+    3. **A step is whole or it is not saved.** Ctrl-C may come in the middle of a step. Either the session holds Ctrl-C
+       back until the step is done, and raises KeyboardInterrupt at the boundary; or the session remembers the torn
+       step, and :meth:`Engine.at_boundary` raises NoBoundaryError from then on. The same rule holds for a step that an
+       error ended, unless the framework undoes the step.
+    4. **Closing.** ``close`` ends the session. When the program itself calls it, the session first calls
+       ``before_close`` of :meth:`Engine.watch`.
     """
 
     def close(self) -> None:
@@ -87,10 +109,10 @@ _SessionT_contra = TypeVar("_SessionT_contra", contravariant=True, bound=Session
 
 @dataclass(frozen=True, slots=True)
 class Prepared(Generic[SessionT]):
-    """What ``prepare`` returns: a session that can run, and what the search for a checkpoint to restore has found.
+    """The result of ``prepare``: a session that can run, and the result of the search for a checkpoint.
 
-    ``recovered`` is ``None`` where this process restored nothing by itself: a worker, a run without a logdir, a model
-    that lives on its servers. A search that found no checkpoint is a ``Recovery`` whose ``checkpoint`` is ``None``.
+    ``recovered`` is ``None`` if this process did not search: in a worker, without a logdir, or when the model still
+    lives on its servers. A search that found no checkpoint is a ``Recovery`` whose ``checkpoint`` is ``None``.
     """
 
     session: SessionT
@@ -98,7 +120,7 @@ class Prepared(Generic[SessionT]):
 
 
 class Snapshot(Protocol):
-    """The training state of exactly one step, in memory, that nothing will change any more."""
+    """The training state of exactly one step, in memory. Nothing changes it after it was taken."""
 
     @property
     def step(self) -> int | None:
@@ -110,90 +132,92 @@ class Snapshot(Protocol):
 
     @property
     def written(self) -> str | None:
-        """Where the state lies already, if the framework could only write it itself; ``None`` if it is in memory."""
+        """The path of a state that the framework had to write itself; ``None`` for a state in memory."""
 
 
 class EventLog(Protocol):
     """Where a run writes its curves and the records of its own life. Any thread."""
 
     def started(self, step: int) -> None:
-        """A session was prepared and its services start at ``step``."""
+        """Record that the services of a new session start at ``step``."""
 
     def checkpointed(self, step: int | None, path: str) -> None:
-        """The checkpoint at ``path`` (the prefix or directory really written) holds ``step``."""
+        """Record that the checkpoint at ``path`` (the prefix or directory actually written) holds ``step``."""
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of one curve."""
+        """Write one value of one curve."""
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
 
     def stopped(self) -> None:
-        """The run has stopped; the last record of this session."""
+        """Record that the run has stopped: the last record of this session."""
 
     def close(self) -> None:
         """Flush and close; :meth:`reopen` may follow."""
 
     def reopen(self) -> None:
-        """Make the log writable again after :meth:`close`; nothing when it is open."""
+        """Make the log writable again after :meth:`close`; do nothing if it is open."""
 
 
 class ValueWatch(Protocol):
     """Looks at the numbers that a program computes. Any thread."""
 
     def look(self, values: Mapping[str, float], step: int | None = None) -> bool:
-        """Look at numbers by their names, of ``step`` or of the session's; whether one of them is not finite."""
+        """Return whether one of the named numbers is not finite. ``step`` defaults to the step of the session."""
 
     def settle(self) -> None:
-        """Wait until what :meth:`look` has found is dealt with; only between two steps of the calling thread."""
+        """Wait until the guard has dealt with what :meth:`look` found. Only between two steps of the calling thread."""
 
 
 class Engine(Protocol[SessionT]):
-    """One framework, as the core sees it. What every engine has.
+    """One framework, as the core sees it: the attributes and methods that every engine has.
 
     Threads: ``prepare``, ``watch``, ``watch_values`` and ``close`` are called by the thread that opens and stops the
     session; everything else may be called from a service thread, one call of a method at a time.
     """
 
     name: str
-    """Goes into every manifest: a checkpoint is restored by the engine that wrote it."""
+    """The name in every manifest: only the engine that wrote a checkpoint restores it."""
 
     storage_error_types: tuple[type[BaseException], ...]
-    """What the framework raises when the disk fails it, besides ``OSError``."""
+    """The errors, besides ``OSError``, that the framework raises when the disk fails."""
 
     can_return: bool
-    """Whether :meth:`restore` puts back all that trains in a run: not so when several processes train one model."""
+    """Whether :meth:`restore` puts back the whole model of a running run: false if several processes train it."""
 
     # --- the session ---
 
     def prepare(self) -> Prepared[SessionT]:
-        """A new session that can run: restored from the newest good checkpoint, or else initialised.
+        """Return a new session that can run: restored from the newest good checkpoint, or else initialised.
 
-        It may have parameters with defaults, in the words of the framework, which its Supervisor binds. Which
-        checkpoint is restored is not its decision: ``stepguard.saving.restoring.restore_newest(store, restore)`` finds
-        it, has it restored by :meth:`restore`, warns of what was damaged, and returns what is to be returned as
-        ``recovered``. Where that has no checkpoint, the session is initialised. One whose preparation fails is closed
-        before the error leaves.
+        The method may have parameters with defaults, in the terms of the framework; the Supervisor binds them. The
+        method does not choose the checkpoint: ``stepguard.saving.restoring.restore_newest`` finds it, restores it by
+        :meth:`restore`, warns of damaged ones, and returns the value for ``recovered``. If that holds no checkpoint,
+        initialise the session. If the preparation fails, close the session before the error leaves.
 
         Raises:
-            CheckpointMismatchError: the newest good checkpoint is of another model. Nothing was changed.
+            CheckpointMismatchError: the newest good checkpoint belongs to another model. Nothing was changed.
             NoGoodCheckpointError: checkpoints exist, and every one is damaged.
         """
 
     def restore(self, session: SessionT, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
-        """Load ``checkpoint``, whose bytes were proven, into ``session``.
+        """Load ``checkpoint``, whose bytes were verified, into ``session``.
 
-        A session that was just made goes on exactly there: with its step, its random states, its position in the data.
-        With ``in_run`` the session runs already, and is put back to an earlier step inside :meth:`at_boundary`: random
-        states and the position in the data are left as they are, since the same batches would do the same again.
+        A new session continues exactly at the checkpoint: with its step, its random states, its position in the data.
+        With ``in_run`` the session is running, and is put back to an earlier step inside :meth:`at_boundary`. Random
+        states and the position in the data then stay as they are, because the same batches would fail the same way.
 
         Raises:
-            CheckpointMismatchError: it does not fit the model. Nothing was changed.
-            CheckpointCorruptError: it cannot be used after all; the next older one is tried.
+            CheckpointMismatchError: the checkpoint does not fit the model. Nothing was changed.
+            CheckpointCorruptError: the checkpoint is unusable after all; the next older one is tried.
         """
 
     def is_open(self, session: SessionT) -> bool:
-        """Whether the session can still run; a program may have closed it before it stopped the supervisor."""
+        """Whether the session can still run: a program may close it before it stops the supervisor."""
 
     def close(self, session: SessionT) -> None:
-        """Close the session without a call of ``before_close``, so that the threads that it blocks return."""
+        """Close the session without calling ``before_close``, so that threads blocked in it return."""
 
     # --- steps ---
 
@@ -201,26 +225,26 @@ class Engine(Protocol[SessionT]):
         """The number of steps done, or ``None`` when the program counts none. Any thread."""
 
     def step_name(self) -> str:
-        """What the program calls its step counter: the step-rate curve is named after it."""
+        """The program's name for its step counter; the step-rate curve is named after it."""
 
     def total_steps(self, session: SessionT) -> int | None:
-        """The step that the program trains to, where its session knows; for those who watch the run. Any thread."""
+        """The step that the program trains to, if the session knows it, for progress displays. Any thread."""
 
     def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
         """Mark the step boundaries of ``session`` from now on.
 
-        ``before_close`` is called once, when the program itself closes the session, if that is not for an error.
+        Call ``before_close`` once, when the program itself closes the session, unless an error made it do so.
         """
 
     def watch_values(self, session: SessionT, watch: ValueWatch) -> None:
-        """Show ``watch`` every number that the program summarises, and those that its steps return, from now on.
+        """From now on, show ``watch`` every number that the program summarises or that its steps return.
 
-        A thread of the training calls ``watch.settle()`` before it begins the step after one that was not finite. A
-        session for which this was never called pays nothing for it.
+        After a step with a number that was not finite, the training thread calls ``watch.settle()`` before it begins
+        the next step. A session without a watch must not pay for this.
         """
 
     def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
-        """Have the next step raise ``StopRequested`` in place of being done. Any thread.
+        """Make the next step raise ``StopRequested`` instead of running. Any thread.
 
         Exception: a main thread for which ``main_thread_was_told()`` is true, asked anew at each step, has already seen
         ``should_stop()`` return true; it may run further steps to finish.
@@ -229,29 +253,29 @@ class Engine(Protocol[SessionT]):
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.
 
-        It returns the number of steps until the next call. It may come to :meth:`at_boundary` itself.
+        The callback returns the number of steps until its next call. It may enter :meth:`at_boundary` itself.
         """
 
     def progress(self, session: SessionT) -> object:
-        """A value that differs from an earlier one when a step in between may have changed the saved state."""
+        """A value that changes with every step that may have changed the state to save."""
 
     def at_boundary(
         self, session: SessionT, what: str, patience_secs: float | None = None
     ) -> AbstractContextManager[None]:
-        """A context in which no step runs, so that the state is that of exactly one step. One at a time holds it.
+        """A context in which no step runs, so that the state belongs to exactly one step. One caller at a time has it.
 
-        The steps that run now have as long to end as the engine sees fit (longer, the longer steps have been), and at
-        most ``patience_secs``. Steps that begin meanwhile wait for the end of the block.
+        Running steps may take as long to end as the engine allows (the longer steps have been, the longer it waits),
+        but at most ``patience_secs``. Steps that begin meanwhile wait for the end of the block.
 
         Raises:
-            NoBoundaryError: no boundary came in time, or the state is that of no step; the message names the step that
-                is in the way of ``what``. Training goes on.
+            NoBoundaryError: no boundary came in time, or the state belongs to no step; the message names the step that
+                prevents ``what``. Training goes on.
         """
 
     # --- checkpoints ---
 
     def snapshot(self, session: SessionT) -> Snapshot:
-        """Copy the state. Called inside :meth:`at_boundary`: training waits for this, so it is fast."""
+        """Copy the state. Called inside :meth:`at_boundary`: training waits for the copy, so it must be fast."""
 
     def non_finite(self, snapshot: Snapshot) -> Sequence[str]:
         """The names of the parts of ``snapshot`` that hold NaN or infinity. Writer thread, or inside a boundary."""
@@ -260,10 +284,10 @@ class Engine(Protocol[SessionT]):
         """The name of the checkpoint of ``step``, for example ``model.ckpt-1200``."""
 
     def write(self, snapshot: Snapshot, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
-        """Write the files of ``snapshot`` into the directory ``stage``: ``name`` or ``name.*``. Writer thread.
+        """Write the files of ``snapshot``, named ``name`` or ``name.*``, into the directory ``stage``. Writer thread.
 
-        Returns size in bytes and digest, by name, of those that were digested while they were written (see
-        ``stepguard.files.NewFile``); the store reads the others.
+        Returns a mapping from file name to size in bytes and digest for the files that were digested while they were
+        written (see ``stepguard.files.NewFile``); the store reads and digests the others.
         """
 
     # --- summaries ---
@@ -274,21 +298,52 @@ class Engine(Protocol[SessionT]):
 
 @runtime_checkable
 class SharedModel(Protocol[_SessionT_contra]):
-    """An engine whose model may be trained by other processes as well, in ways that ``progress`` does not see."""
+    """An engine whose model other processes may train as well, with steps that ``progress`` does not count."""
 
     def is_shared(self, session: _SessionT_contra) -> bool:
-        """Whether others may change the saved state of this session. Any thread."""
+        """Whether other processes may change the state of this session. Any thread."""
 
     def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
-        """Wait, before the last checkpoint, for the last steps of those others, for ``timeout_secs`` at most."""
+        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes."""
 
 
 @runtime_checkable
-class KeepsCheckpoints(Protocol):
-    """An engine whose framework keeps a list of checkpoints of its own, and removes those that drop out of it."""
+class RestsBetweenLoops(Protocol[_SessionT_contra]):
+    """An engine whose session drives the program's loops: while none runs, the state is the program's own.
 
-    def kept_checkpoints(self) -> Sequence[str]:
-        """The names of the checkpoints on that list, oldest first; empty where there is none. Writer thread."""
+    Nothing reads it then. What is saved is the copy that was kept at the end of the last loop. A loop ends by itself at
+    the first boundary after a stop, so that a session is not closed under a step that takes long.
+    """
+
+    def is_resting(self, session: _SessionT_contra) -> bool:
+        """Whether no loop runs since the last one has ended. Any thread."""
+
+    def is_evaluating(self, session: _SessionT_contra) -> bool:
+        """Whether the program has said that it evaluates, so that no boundary is to be expected. Any thread."""
+
+    def is_alone(self, session: _SessionT_contra) -> bool:
+        """Whether no other process has to add its part of the same step to a checkpoint."""
+
+    def call_at_rest(self, session: _SessionT_contra, keep: Callable[[bool], None]) -> None:
+        """Call ``keep(is_last)`` when a loop has ended, in its thread, before the program goes on; ``is_last`` says
+        whether the run is to end there.
+        """
+
+    def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
+        """Where an evaluation is inside a step: call ``callback`` at the end of that step. Whether it will be."""
+
+
+@runtime_checkable
+class HearsOfCommits(Protocol):
+    """An engine that is told when a checkpoint is durable."""
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """A checkpoint was committed: path and Unix time of those to keep, oldest first. Writer thread."""
+        """Note a new checkpoint. ``kept`` is path and Unix time of all that are kept, oldest first. Writer thread."""
+
+
+@runtime_checkable
+class KeepsCheckpoints(HearsOfCommits, Protocol):
+    """An engine whose framework keeps its own list of checkpoints, and removes those that drop off the list."""
+
+    def kept_checkpoints(self) -> Sequence[str]:
+        """The names of the checkpoints on that list, oldest first; empty if there is no list. Writer thread."""

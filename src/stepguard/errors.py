@@ -11,9 +11,10 @@
     ├── LogdirInUseError               another live process is the chief of this logdir
     ├── ModelNotReadyError             the model was not fully initialised (also a RuntimeError)
     ├── NoBoundaryError                no step ended in time, so the training state could not be read
-    └── NonFiniteError                 the NaN guard has stopped the run
+    ├── NonFiniteError                 the NaN guard has stopped the run
+    └── PeerLeftError                  another process has left a training run that needs every process
 
-    StopRequested                      a SystemExit: leaves a loop at the step boundary after SIGTERM
+    StopRequested                      a SystemExit: ends the loop at the step boundary after SIGTERM
 
 Errors carry fields, so that a program never has to match their text.
 """
@@ -62,8 +63,8 @@ class CheckpointCorruptError(CheckpointError):
 class CheckpointMismatchError(CheckpointError, ValueError):
     """A good checkpoint does not fit the model that it is restored into. Nothing was overwritten.
 
-    ``missing`` names what the model has and the checkpoint lacks, ``unexpected`` the reverse, and ``reshaped`` maps
-    a name to the pair (what the model has, what the checkpoint holds).
+    ``missing`` names the values that the model has and the checkpoint lacks, ``unexpected`` those that the checkpoint
+    holds and the model lacks. ``reshaped`` maps a name to the pair (model's shape, checkpoint's shape).
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class CheckpointMismatchError(CheckpointError, ValueError):
 
 
 class NoGoodCheckpointError(CheckpointError):
-    """Checkpoints exist, and none is good: starting over would lose the run, so it has to be asked for."""
+    """Checkpoints exist, and none is good. Starting over would lose the run, so the user has to ask for it."""
 
 
 class SaveFailedError(CheckpointError):
-    """Saving failed, with retries, for longer than the run may go unprotected. The cause is attached."""
+    """Saving failed, retries included, for longer than the run may go unprotected. ``__cause__`` is the last error."""
 
 
 class LogdirInUseError(StepguardError):
@@ -107,8 +108,8 @@ class ModelNotReadyError(StepguardError, RuntimeError):
 
 
 class NonFiniteError(StepguardError):
-    """The NaN guard has stopped the run: ``names`` says what was not finite (numbers, or parts of the state), and
-    ``step`` when.
+    """The NaN guard has stopped the run. ``names`` lists the numbers or the parts of the state that were not finite,
+    and ``step`` is the step at which the guard saw them.
     """
 
     def __init__(self, message: str, *, step: int | None, names: Sequence[str]) -> None:
@@ -121,15 +122,23 @@ class NoBoundaryError(StepguardError):
     """No step boundary came in time, so the training state could not be read without mixing two steps."""
 
 
-class StopRequested(SystemExit):
-    """Raised by the next step after SIGTERM, so that the run stops at a step boundary. ``managed_session`` ends it.
+class PeerLeftError(StepguardError):
+    """The process ``rank`` has left a training run that needs every process, so this process cannot go on."""
 
-    It is a SystemExit so that neither ``except Exception`` holds it up nor a thread that it ends prints it.
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class StopRequested(SystemExit):
+    """Raised by the next step after SIGTERM, so that the run stops at a step boundary. ``managed_session`` catches it.
+
+    It is a SystemExit, so that ``except Exception`` does not catch it and a thread that it ends prints no traceback.
     """
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """``error.add_note(note)``, also on Python 3.10, where tracebacks do not print notes but the error keeps them."""
+    """Call ``error.add_note(note)``. On Python 3.10 the error keeps the note too, but tracebacks do not print it."""
     if sys.version_info >= (3, 11):
         error.add_note(note)
     else:
@@ -137,9 +146,9 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def described(error: BaseException) -> str:
-    """The type and the message of an error of any make; of one that cannot tell its message, the type."""
+    """The type and the message of ``error``; only the type if its ``__str__`` raises."""
     kind = type(error).__name__
     try:
         return f"{kind}: {error}"
-    except Exception as raised:  # noqa: BLE001 - the code of a program: what is told of an error is no place to fail
+    except Exception as raised:  # noqa: BLE001 - __str__ is the program's code: a description of an error must not fail
         return f"{kind} (its __str__ raises {type(raised).__name__})"

@@ -32,13 +32,13 @@ _log = logging.getLogger(__name__)
 # fit into the cache of a core.
 _BLOCK_BYTES = 1 << 20
 
-# How much is written before the disk is asked to begin with it.
+# The number of bytes after which the disk is asked to start writing.
 _WRITEBACK_BYTES = 16 << 20
 
 _DIGEST_KIND = "xxh3_128"
 
-# What a filesystem answers that has no fsync of directories (some FUSE and network ones). There is nothing better to
-# do on it, and its files were fsynced; EIO and ENOSPC are real and pass.
+# The errors of file systems that cannot fsync a directory (some FUSE and network ones). Nothing better can be done
+# there, and the files were fsynced. EIO and ENOSPC are real errors and are raised.
 _NO_DIRECTORY_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
 
 # What one whole file that is read may hold at most: the manifest of a checkpoint with 100,000 files has 20 MiB.
@@ -135,7 +135,7 @@ def size_of(path: Path) -> int | None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make durable which names a directory holds: every create, rename and removal in it so far."""
+    """Make the names in a directory durable: every create, rename and removal in it so far."""
     if os.name == "nt":
         return  # Windows opens no directories; NTFS journals its names.
     descriptor = os.open(path, os.O_RDONLY)
@@ -149,7 +149,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """Make durable a file, or a directory with all that lies in it. The name of ``path`` itself is its parent's."""
+    """Make a file, or a directory with everything in it, durable. The caller makes the name ``path`` durable."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         fsync_file(path)
         return
@@ -159,7 +159,7 @@ def fsync_tree(path: Path) -> None:
 
 
 def make_dirs(path: Path) -> None:
-    """Create a directory and its missing parents, durably. One that exists already is left as it is."""
+    """Create a directory and its missing parents, durably. An existing directory is left as it is."""
     missing = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -171,18 +171,18 @@ def make_dirs(path: Path) -> None:
             os.mkdir(directory)
         except FileExistsError:
             if not os.path.isdir(directory):
-                raise  # A file has that name: the caller's error, said by the system with the path in it.
-        # Without this a whole logdir, with every fsynced file in it, may be gone after a power loss.
+                raise  # A file has that name. The system's error carries the path.
+        # Without this fsync, a power loss may remove a whole logdir with every fsynced file in it.
         fsync_dir(directory.parent)
 
 
 def make_dir(path: Path) -> None:
-    """Create one directory. Its name is the caller's to make durable. Raises FileExistsError if there is one."""
+    """Create one directory. The caller makes its name durable. Raises FileExistsError if the name exists."""
     os.mkdir(path)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, neither atomically nor durably: for what may be lost, or read half, without harm."""
+    """Write a file, neither atomically nor durably: for content that may be lost or half read without harm."""
     _write(path, content, durable=False)
 
 
@@ -196,14 +196,15 @@ def write_named(path: Path, content: bytes) -> None:
 
 
 def write_durable(path: Path, content: bytes) -> None:
-    """Write a file and fsync its content; not atomic, and its name is not durable yet."""
+    """Write a file and fsync its content. The write is not atomic, and the name is not durable yet."""
     _write(path, content, durable=True)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file, durably: a reader, or a power loss, sees the old content or the new one, never a part.
 
-    What a kill leaves behind is called ``.<name>.<number>.tmp``: threads that replace one file have each its own.
+    A kill leaves ``.<name>.<thread id>.tmp`` behind. Each thread writes a temporary file of its own, so that two
+    threads may replace the same file.
     """
     aside = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
@@ -216,7 +217,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_volatile(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new one; a power loss may leave either, or none."""
+    """Replace a file. A reader sees the old content or the new one; a power loss may leave either, or neither."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write(aside, content, durable=False)
@@ -229,15 +230,15 @@ def write_volatile(path: Path, content: bytes) -> None:
 def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
     """Append whole lines to a file that several processes append to; created if it is missing. Returns its size.
 
-    What a writer that was killed has left of its last line is closed by a line end first: it is a bad line of its own,
-    and those after it are whole.
+    If a killed writer left an unfinished last line, a line end is written first. The unfinished line then stays a bad
+    line of its own, and the lines after it are whole.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             lines = b"\n" + lines
-        # In one call: the kernel lets no other writer in between, and the rest of a short write is retried as a whole.
+        # One call, so that the kernel lets no other writer in between. After a short write the caller retries it all.
         if os.write(descriptor, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
         if durable:
@@ -248,11 +249,11 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
 
 
 class NewFile:
-    """A file of any size that is digested while it is written, so that nobody has to read it again for that.
+    """A file of any size that is digested while it is written, so that nobody has to read the file for its digest.
 
-    Use it as a context manager. It is not durable: `fsync_file` or `fsync_tree` come after it. What is written goes to
-    the disk meanwhile, so that they have little left to wait for; what the disk answers to that is raised by a later
-    `write`, or at the end of the block.
+    Use it as a context manager. The file is not durable until `fsync_file` or `fsync_tree` is called for it. A
+    background thread flushes the file while it is written, so that the later fsync is short. An error of that flush is
+    raised by a later `write`, or at the end of the block.
     """
 
     def __init__(self, path: Path) -> None:
@@ -271,7 +272,7 @@ class NewFile:
     def __exit__(self, error_type: object, *_: object) -> None:
         writeback, self._writeback = self._writeback, None
         if writeback is not None:
-            # Before the close: its descriptor could be that of another file by then.
+            # Wait before the close: a closed descriptor number may be reused by another file.
             writeback.wait()
         os.close(self._descriptor)
         if writeback is not None and error_type is None:
@@ -279,11 +280,11 @@ class NewFile:
 
     @property
     def digest(self) -> str:
-        """The digest of what was written so far, as `digest` gives it for the file."""
+        """The digest of the bytes written so far, in the form that `digest` returns."""
         return f"{_DIGEST_KIND}:{self._hasher.hexdigest()}"
 
     def write(self, block: Any) -> None:
-        """Append a block: bytes, or a contiguous array of bytes. Best about a megabyte, which stays in the cache."""
+        """Append bytes, or a contiguous array of bytes. A block of about a megabyte is best: it stays in the cache."""
         self._hasher.update(block)
         view = memoryview(block)
         while view:
@@ -297,14 +298,14 @@ class NewFile:
         if self._writeback is not None:
             if self._writeback.is_running:
                 return
-            # The kernel reports a failed page once: to the first that asks, and so never to the fsync of the commit.
+            # The kernel reports a failed page only once, here, so the fsync of the commit would succeed.
             self._writeback.raise_error()
         self._writeback = _Writeback(self._descriptor)
         self._writeback_began_at = self.size
 
 
 class _Writeback:
-    """One ``fdatasync`` in a thread of its own, from its construction on."""
+    """One ``fdatasync`` in a thread of its own, which the constructor starts."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -314,7 +315,7 @@ class _Writeback:
 
     def _run(self) -> None:
         try:
-            # Where there is none (macOS, Windows), the fsync of the commit does all of it.
+            # macOS and Windows have no fdatasync: there the fsync of the commit does all the work.
             getattr(os, "fdatasync", _nothing)(self._descriptor)
         except OSError as error:
             self._error = error
@@ -327,25 +328,25 @@ class _Writeback:
         self._thread.join()
 
     def raise_error(self) -> None:
-        """Only after it has ended."""
+        """Raise the error of the fdatasync, if any. Call this only after the thread has ended."""
         if self._error is not None:
             raise self._error
 
 
 def _nothing(descriptor: int) -> None:
-    """Stand in for a call that this system does not have."""
+    """Stand in for a system call that this system lacks."""
 
 
 def move(source: Path, target: Path) -> None:
     """Rename within one filesystem, replacing a file of that name.
 
-    Durable after `fsync_dir` of the target's parent, which is the caller's to call, once for many moves.
+    The caller makes the new name durable with `fsync_dir` of the target's parent, once for many moves.
     """
     os.replace(source, target)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with all that lies in it. A name that is missing is no error."""
+    """Remove a file, or a directory with everything in it. A missing name is not an error."""
     try:
         is_dir = stat.S_ISDIR(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -358,11 +359,11 @@ def remove(path: Path) -> None:
         else:
             os.unlink(path)
     except FileNotFoundError:
-        return  # Somebody else removed it meanwhile.
+        return  # Another process or thread removed it first.
 
 
 def remove_quietly(path: Path) -> None:
-    """Remove what is not needed any more; if that fails, say so and go on. The store's next sweep finds it."""
+    """Remove a leftover; if that fails, log a warning and go on. The next sweep of the store removes it."""
     try:
         remove(path)
     except OSError as error:
@@ -370,10 +371,10 @@ def remove_quietly(path: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Give a file, or all files of a directory, a second name without copying their bytes.
+    """Give a file, or every file of a directory, a second name without copying the bytes.
 
-    On filesystems without hard links the bytes are copied, and fsynced. The directories that are created for it are
-    fsynced; the name ``target`` is the caller's to make durable.
+    On filesystems without hard links the bytes are copied and fsynced. New directories are fsynced; the caller makes
+    the name ``target`` durable.
     """
     if stat.S_ISDIR(os.lstat(source).st_mode):
         os.mkdir(target)
@@ -433,7 +434,7 @@ def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tupl
 
     ``on_block`` is called after each block with its number of bytes.
 
-    Read, not mapped: a file that is truncated, or a sector that fails, under a memory map kills the process with
+    The file is read, not memory-mapped: under a memory map, a truncated file or a failed sector kills the process with
     SIGBUS instead of raising an error.
     """
     import xxhash
@@ -455,7 +456,7 @@ def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tupl
 
 
 def digest_bytes(content: bytes) -> str:
-    """Return the digest of bytes, in the form that `digest` gives."""
+    """Return the digest of bytes, in the form that `digest` returns."""
     import xxhash
 
     return f"{_DIGEST_KIND}:{xxhash.xxh3_128_hexdigest(content)}"

@@ -1,4 +1,12 @@
-"""The context that a training loop lives in: it opens the session, and ends the run whichever way the block is left."""
+"""The context that a training loop lives in: it opens the session, and ends the run however the block is left.
+
+Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, the watch of
+``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the main
+thread leaves the block, or until the grace period is over; then it saves the last step and closes the session itself,
+so that a loop blocked in native code returns. A main thread that leaves the block first wakes the patience thread and
+then joins it, so only one of them saves and closes at a time. The join ends: the patience thread waits for nothing but
+its save, whose limit is the grace period. A kill at any point costs only the steps since the last committed checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
-from stepguard.coordination.signals import SigtermWatch, end_by_sigterm
+from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
 from stepguard.watching import launcher_link
@@ -23,27 +31,41 @@ T = TypeVar("T")
 
 
 class Supervision(Protocol[SessionT]):
-    """What a managed session asks of its supervisor, for one run."""
+    """The part of a supervisor that a managed session uses, for one run."""
 
     @property
     def grace_secs(self) -> float:
         """How long a loop may go on after SIGTERM, in seconds."""
 
     @property
+    def exit_code(self) -> int | None:
+        """The exit code of a process that was asked to stop; ``None`` unless the program has chosen one."""
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether a stop was requested before the run was over."""
+
+    @property
     def stops_on_sigterm(self) -> bool:
         """Whether SIGTERM ends the run at the next step boundary."""
 
     def open(self) -> SessionT:
-        """A prepared session."""
+        """Open a prepared session."""
 
     def request_stop(self, error: BaseException | None) -> None:
-        """Ask everything to stop, for ``error`` if there is one. Any thread."""
+        """Ask everything to stop, because of ``error`` if there is one. Any thread."""
 
     def stop_at_boundary(self, session: SessionT) -> None:
         """Let no further step begin. Any thread."""
 
     def note_end(self, reason: str) -> None:
-        """Say why the run ends, where that is not for an error."""
+        """Record why the run ends, when no error ends it."""
+
+    def ending(self) -> str:
+        """One line that says at which step the run stopped and which step is saved. After :meth:`stop`."""
+
+    def ends_by_itself(self, session: SessionT) -> bool:
+        """Whether the loop ends at the next boundary that it comes to; between two loops the last step is saved now."""
 
     def save(self) -> None:
         """Save the last step while the services still run. Any thread."""
@@ -58,7 +80,7 @@ class Supervision(Protocol[SessionT]):
 class ManagedSession(AbstractContextManager[SessionT]):
     """Opens a session, and ends the run when its block is left: threads stopped, last step saved, session closed.
 
-    As a decorator it does so for each call of the function.
+    As a decorator, it runs each call of the function in a session of its own.
     """
 
     def __init__(self, run: Supervision[SessionT]) -> None:
@@ -70,7 +92,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._patience: threading.Thread | None = None
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T | None]:
-        """A function that runs in a session of its own; ``None`` where the end of the input, or a stop, ends it."""
+        """Wrap ``function`` in a session per call. The call returns ``None`` when end of input or a stop ends it."""
 
         @functools.wraps(function)
         def supervised(*args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -87,10 +109,10 @@ class ManagedSession(AbstractContextManager[SessionT]):
         try:
             self._session = self._run.open()
             if self._sigterm.received:
-                # The preparation began by clearing the stop flag, perhaps after the signal had set it.
+                # The signal may have set the stop flag before the preparation cleared it: set the flag again.
                 self._stop_at_boundary()
         except BaseException as error:
-            # An error of the preparation is raised as itself, whatever its type means while a run lasts.
+            # Raise an error of the preparation unchanged, even if its type means "end of input" during a run.
             self._end_quietly(error)
             if self._sigterm.received and isinstance(error, Exception):
                 end_by_sigterm()
@@ -101,51 +123,67 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if os.getpid() != self._pid:
-            # A child that was forked inside the block: the run is its parent's, and so are the threads that end it.
+            # A child that was forked inside the block leaves the run, and the threads that end it, to its parent.
             return False
         if self._sigterm.received:
             self._run.note_end("sigterm")
         if error is not None and not isinstance(error, (Exception, StopRequested)):
-            # Ctrl-C, sys.exit: the program is told that it is over by this very error.
-            self._run.note_end("interrupt" if isinstance(error, KeyboardInterrupt) else "exit")
-            self._end_quietly(error)
+            # Ctrl-C or sys.exit: this error itself tells the program that the run is over, so it passes on.
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            self._run.note_end("interrupt" if is_interrupt else "exit")
+            has_stopped_well = self._end_quietly(error)
+            if is_interrupt:
+                self._end_by_interrupt(error, has_stopped_well=has_stopped_well)
             return False
         try:
             try:
                 if isinstance(error, Exception):
                     self._run.request_stop(error)
             finally:
-                # request_stop raises `error` at once when the program has stopped the run itself.
+                # request_stop raises `error` at once if the program has already stopped the run.
                 self._end()
         except BaseException as raised:
             if self._sigterm.received and isinstance(raised, Exception):
-                # Not for the program to catch, and to go on: the process was told to end.
+                # The program must not catch this and go on: the process was told to end.
                 _log.error("ended by SIGTERM, and by an error, %s", described(raised), exc_info=raised)
                 end_by_sigterm()
             if raised is error:
                 return False
             raise
         if self._sigterm.received:
-            end_by_sigterm()
-        # What the coordinator took for the end of the input, with no error after it, ends here.
+            end_by_sigterm(self._run.exit_code)
+        if self._run.exit_code is not None and self._run.was_asked_to_stop:
+            raise SystemExit(self._run.exit_code)
+        # Swallow the error: the coordinator took it for the end of the input, and no other error followed.
         return True
+
+    def _end_by_interrupt(self, error: BaseException, *, has_stopped_well: bool) -> None:
+        if has_stopped_well and self._run.exit_code is not None:
+            raise SystemExit(self._run.exit_code) from error
+        show_as_line(error, self._run.ending())
 
     def _on_sigterm(self) -> None:
         self._stop_at_boundary()
         patience = threading.Thread(target=self._lose_patience, name="stepguard-sigterm-grace", daemon=True)
         patience.start()
-        # Started first: the main thread may be leaving the block just now, and joins what it finds here.
+        # Assign after the start: the main thread may leave the block now, and joins whatever it finds here.
         self._patience = patience
 
     def _lose_patience(self) -> None:
-        """A loop that waits in native code for input that never comes reaches no boundary: end its wait."""
+        """Save and close the session of a loop that reaches no boundary, such as one blocked in native code."""
         grace_secs = self._run.grace_secs
+        session = self._session
+        is_loop = session is not None and self._run.ends_by_itself(session)
         if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
             return
         session = self._session
         if session is None:
             return
-        _log.warning("the training loop goes on %g s after SIGTERM: its session is saved and closed", grace_secs)
+        if is_loop:
+            # Closing would end no wait, and would lose a step that may still be done.
+            _log.warning("the program goes on %g s after SIGTERM: its last step is saved when it is done", grace_secs)
+            return
+        _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)
         self._run.save()
         self._run.close(session)
 
@@ -159,7 +197,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._left.set()
         patience = self._patience
         if patience is not None:
-            # It may be saving the last step just now.
+            # The patience thread may be saving the last step.
             patience.join()
         try:
             self._run.stop()
@@ -171,9 +209,12 @@ class ManagedSession(AbstractContextManager[SessionT]):
             finally:
                 self._sigterm.finish()
 
-    def _end_quietly(self, error: BaseException) -> None:
+    def _end_quietly(self, error: BaseException) -> bool:
+        """End the run, and return whether that succeeded."""
         try:
             self._end()
         except Exception as later:  # noqa: BLE001 - `error` is on its way out, and carries this one
             if later is not error:
                 add_note(error, f"while stopping: {described(later)}")
+            return False
+        return True

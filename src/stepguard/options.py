@@ -1,8 +1,8 @@
 """The options of a Supervisor, in groups that check themselves when they are made.
 
-A Supervisor takes what is set every day as keywords of its own, and the groups besides. An option has one name in both,
-and may be given in one of them. Each front door decorates its constructor with :func:`each_option_once`, merges the two
-with :meth:`Options.of`, and hands the result to the core.
+A Supervisor takes the options that people set every day as keywords of its own, and all options in groups. An option
+has the same name in both forms, and may be given in only one of them. Each front door decorates its constructor with
+:func:`each_option_once`, merges keywords and groups with :meth:`Options.of`, and hands the result to the core.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,23 +28,23 @@ _GroupT = TypeVar("_GroupT", bound="_Group")
 
 
 class _Group:
-    """The base of the groups: it knows which options were named when it was made."""
+    """The base of the groups. ``given`` holds the names of the options that were passed to the constructor."""
 
     __slots__ = ("given",)
     given: frozenset[str]
 
-    # The fields' own constructor, the dataclass's, sees the defaults and what was given alike.
+    # __new__, because the dataclass's __init__ cannot tell a default from a value that was passed.
     def __new__(cls, **given: Any) -> Any:
         group = object.__new__(cls)
         defaults = _defaults(cls)
         if given.keys() == defaults.keys():
-            # dataclasses.replace names every field; what differs from the defaults was meant.
+            # dataclasses.replace passes every field: count only those that differ from the defaults as given.
             given = {name: value for name, value in given.items() if value != defaults[name]}
         object.__setattr__(group, "given", frozenset(given))
         return group
 
     def __reduce__(self) -> Any:
-        """A copy was given what this one was."""
+        """Rebuild a copy from the options that were given, so that ``given`` survives the copy."""
         return functools.partial(type(self), **{name: getattr(self, name) for name in self.given}), ()
 
 
@@ -54,19 +54,19 @@ def _defaults(kind: type[_Group]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving(_Group):
-    """When the model is saved, under which name, and what is kept.
+    """When the model is saved, under which name, and which checkpoints are kept.
 
     Args:
-        save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
-        save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps. One that
-            falls due while the last is still being written is skipped.
-        save_at_end: whether the last step is saved when the run ends without an error. By default it is when
-            ``save_model_secs`` or ``save_model_steps`` asks for checkpoints at all.
-        max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all. With TensorFlow this is the Saver's.
-        keep_checkpoint_every_n_hours: of those that are not kept, one for each so many hours stays. With TensorFlow
-            this is the Saver's.
-        checkpoint_basename: what the names of the checkpoints begin with.
-        max_unprotected_secs: how long saves may fail, in seconds, with retries, before that stops the run.
+        save_model_secs: seconds between checkpoints; 0 or ``None`` turns the timer off.
+        save_model_steps: steps between checkpoints, in addition to those on the timer; ``None`` saves by time only. A
+            checkpoint that falls due while the last one is still being written is skipped.
+        save_at_end: whether the last step is saved when the run ends without an error. By default it is saved if
+            ``save_model_secs`` or ``save_model_steps`` is set.
+        max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all. With TensorFlow, the Saver's own setting.
+        keep_checkpoint_every_n_hours: one checkpoint of every N hours is kept in addition to ``max_to_keep``. With
+            TensorFlow, the Saver's own setting.
+        checkpoint_basename: the beginning of the names of the checkpoints.
+        max_unprotected_secs: for how many seconds saves may fail, retries included, before the run stops.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -108,9 +108,13 @@ class Stopping(_Group):
     """How a run is stopped.
 
     Args:
-        stop_grace_secs: how long, in seconds, threads may take to stop, and the last checkpoint to be written.
-        stop_on_sigterm: whether ``managed_session`` answers SIGTERM with a stop at the next step, a last checkpoint
-            and an end by that signal; a handler of the program's own is left alone in any case.
+        stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
+        stop_on_sigterm: whether ``managed_session`` answers SIGTERM by stopping at the next step, saving that step, and
+            ending the process by the signal. A SIGTERM handler of the program itself is never replaced.
+        exit_code: the exit code, 0 to 255, of a program that was asked to stop (by SIGTERM, Ctrl-C or
+            ``request_stop``) and stopped without an error, for a scheduler that restarts the program on this code. By
+            default a signal ends the program as signals do, and after ``request_stop`` the program continues below the
+            block.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -118,28 +122,30 @@ class Stopping(_Group):
 
     stop_grace_secs: float = 120
     stop_on_sigterm: bool = True
+    exit_code: int | None = None
 
     def __post_init__(self) -> None:
         check_seconds("stop_grace_secs", self.stop_grace_secs)
+        check_count("exit_code", self.exit_code, most=255, or_none=True)
         check_switch("stop_on_sigterm", self.stop_on_sigterm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watching(_Group):
-    """How a run is watched while it lasts, besides the ledger and the heartbeats in its logdir.
+    """How a run is watched, in addition to the ledger and the heartbeats in its logdir.
 
     Args:
         progress: whether to show a progress line where standard error is a terminal.
-        total_steps: the step that the program trains to, for the progress line and ``stepguard status``; nothing is
-            stopped there. By default what the framework's session knows of it.
+        total_steps: the step that the program trains to, shown by the progress line and ``stepguard status``; the run
+            does not stop there. By default the number that the framework's session reports.
         save_summaries_secs: seconds between summaries and step rates; 0 or ``None`` writes neither.
-        hang_secs: seconds without a step boundary after which the stacks of all threads are written to a file in
-            ``logdir/stacks``; more than the longest step, the first included. ``None`` does not watch.
-        end_on_hang: whether the process is then killed, so that ``stepguard run`` starts it again.
-        metrics_port: the port for ``/metrics``; 0 takes a free one, ``None`` serves none.
-        metrics_host: the address to serve it on; by default this machine alone can reach it.
-        peer_timeout_secs: how long a server that the graph needs may be silent, in seconds, before the session counts
-            as lost and its runs raise UnavailableError; ``None`` waits for ever. For TensorFlow's remote masters.
+        hang_secs: after this many seconds without a step boundary, the stacks of all threads are written to a file in
+            ``logdir/stacks``. Choose more than the longest step, the first included. ``None`` turns the watch off.
+        end_on_hang: whether a process that hangs is killed, so that ``stepguard run`` starts it again.
+        metrics_port: the port for ``/metrics``; 0 takes a free port, ``None`` serves no metrics.
+        metrics_host: the address that metrics are served on; by default only this machine can reach it.
+        peer_timeout_secs: after this many seconds of silence from a server that the graph needs, the session counts as
+            lost and its runs raise UnavailableError; ``None`` waits for ever. For TensorFlow's remote masters.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -172,10 +178,9 @@ class Guarding(_Group):
     """What happens when a loss, a summary or the state to be saved is not finite.
 
     Args:
-        nan_guard: ``"stop"`` ends the run with a :class:`stepguard.NonFiniteError`; ``"return"`` puts the model back to
-            the newest good checkpoint, and goes on with the data that comes next, in a run of one process. ``None``
-            looks at nothing.
-        nan_returns: how often, at most, a process returns before it stops all the same; with ``"return"`` only.
+        nan_guard: ``"stop"`` ends the run with a :class:`stepguard.NonFiniteError`; ``"return"`` restores the newest
+            good checkpoint and continues with the next data, in a run of one process. ``None`` checks nothing.
+        nan_returns: how many times a process returns before it stops instead; only with ``"return"``.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or value; the message names it.
@@ -185,32 +190,52 @@ class Guarding(_Group):
     nan_returns: int = 3
 
     def __post_init__(self) -> None:
-        if self.nan_guard not in (None, STOP, RETURN):
-            raise ValueError(f"nan_guard must be 'stop', 'return' or None, got {self.nan_guard!r}")
+        _check_choice("nan_guard", self.nan_guard, STOP, RETURN, None)
         check_count("nan_returns", self.nan_returns, least=1, what="returns")
 
     @property
     def returns(self) -> bool:
-        """Whether the run goes back to a good checkpoint."""
+        """Whether the run returns to a good checkpoint instead of stopping."""
         return self.nan_guard == RETURN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restoring(_Group):
-    """How a run comes back.
+    """How a start restores the run before it.
 
     Args:
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
-            that is an error, since it throws the run away.
+            that is an error, because starting over throws the run away.
+        hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
+            the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
+            the difference in either case. For PyTorch, like the options that follow.
+        only: the names of the parts of the state to restore, or patterns such as ``"model*"``. At each start the other
+            parts keep the values that the program gave them. By default every part is restored.
+        leave_out: patterns for parameters and buffers, such as ``"model.head.*"``, that are not restored: at each start
+            they keep the values that the program gave them.
+        init_from: the first weights of a run that has no checkpoint yet: the logdir or a checkpoint of another run, a
+            file with a plain ``state_dict``, or a mapping from names of parts to such paths.
+        init_fit: ``"whole"`` if these weights must fit the model exactly, ``"part"`` to load the weights that fit.
 
     Raises:
-        TypeError: the option is neither on nor off.
+        TypeError, ValueError: an option is of the wrong type or value; the message names it.
     """
 
     start_over_when_all_damaged: bool = False
+    hyperparameters: str = "checkpoint"
+    only: Sequence[str] | None = None
+    leave_out: Sequence[str] = ()
+    init_from: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None
+    init_fit: str = "whole"
 
     def __post_init__(self) -> None:
         check_switch("start_over_when_all_damaged", self.start_over_when_all_damaged)
+        _check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
+        _check_patterns("only", self.only, or_none=True)
+        _check_patterns("leave_out", self.leave_out)
+        if not isinstance(self.init_from, (str, os.PathLike, Mapping, type(None))):
+            raise wrong_type("init_from", "a path, a mapping of paths, or None", self.init_from)
+        _check_choice("init_fit", self.init_fit, "whole", "part")
 
 
 _GROUPS: dict[str, type[_Group]] = {
@@ -234,9 +259,9 @@ class Options:
 
     @classmethod
     def of(cls, **given: Any) -> Options:
-        """The options of a front door, from what it was given: its flat keywords, and groups or ``None``.
+        """Merge what a front door was given: its flat keywords, and each group or ``None``.
 
-        An option that was named in its group is taken from there; see :func:`each_option_once`.
+        An option that was given in its group is taken from the group; see :func:`each_option_once`.
 
         Raises:
             TypeError, ValueError: an option, or a group, is of the wrong type or value; the message names it.
@@ -245,10 +270,10 @@ class Options:
         return cls(**groups)
 
     def check_return(self, *, commits: bool) -> None:
-        """Check that there is something to return to; ``commits`` says whether checkpoints have a place.
+        """Raise unless the NaN guard has checkpoints to return to; ``commits`` says whether the run commits any.
 
         Raises:
-            ValueError: the guard is to return, and nothing is saved.
+            ValueError: ``nan_guard`` is ``"return"``, and nothing is saved.
         """
         if self.guarding.returns and not (commits and self.saving.is_on):
             raise ValueError(
@@ -269,7 +294,7 @@ def _merged(keyword: str, kind: type[_GroupT], given: dict[str, Any]) -> _GroupT
 
 
 def each_option_once(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a front door's constructor: an option given flat and in its group is a TypeError that names both."""
+    """Decorate a front door's constructor: raise TypeError for an option given both as a keyword and in its group."""
     parameters = list(inspect.signature(init).parameters)
 
     @functools.wraps(init)
@@ -288,10 +313,10 @@ def each_option_once(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def refuse(group: _Group | None, *names: str, because: str) -> None:
-    """Refuse options that an engine has no use for, if ``group`` was given one of them: none is accepted and ignored.
+    """Refuse the options ``names``, which an engine cannot honour, instead of accepting and ignoring them.
 
     Raises:
-        ValueError: it was.
+        ValueError: ``group`` was given one of them.
     """
     for name in names:
         if group is not None and name in group.given:
@@ -312,12 +337,12 @@ def check_local(name: str, place: str | os.PathLike[str]) -> None:
 
 
 def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
-    """Raise unless ``value`` is a switch: what is merely true, such as the text ``"no"``, is a mistake.
+    """Raise unless ``value`` is a bool, 0 or 1. A merely true value, such as the text ``"no"``, is a mistake.
 
     Raises:
-        TypeError: it is none; the message names the option, what was expected and what was found.
+        TypeError: ``value`` is anything else; the message names the option, what was expected and what was found.
     """
-    # A bool of NumPy is named like that too, and is what `ranks == 0` gives.
+    # Matched by name, so that NumPy's bool, which `ranks == 0` returns, counts without importing NumPy.
     is_switch = type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1))
     if is_switch or (or_none and value is None):
         return
@@ -334,11 +359,11 @@ def check_seconds(
     is_finite: bool = False,
     or_none: bool = False,
 ) -> None:
-    """Raise unless ``value`` is a number of seconds, or of another ``unit``: no NaN, and at least ``least``.
+    """Raise unless ``value`` is a number of seconds, or of another ``unit``, that is at least ``least`` and not NaN.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is out of range.
     """
     if value is None and or_none:
         return
@@ -355,11 +380,11 @@ def check_seconds(
 def check_count(
     name: str, value: Any, *, what: str = "", least: int = 0, most: int | None = None, or_none: bool = False
 ) -> None:
-    """Raise unless ``value`` is a whole number, of ``what``, from ``least`` to ``most``.
+    """Raise unless ``value`` is a whole number from ``least`` to ``most``; ``what`` is counted.
 
     Raises:
-        TypeError: it is no whole number.
-        ValueError: it is out of range.
+        TypeError: ``value`` is not a whole number.
+        ValueError: ``value`` is out of range.
     """
     if value is None and or_none:
         return
@@ -372,7 +397,7 @@ def check_count(
 
 
 def wrong_type(name: str, expected: str, found: object) -> TypeError:
-    """The error for an argument that is not what it must be."""
+    """The TypeError for an argument: its name, what was expected and what was found."""
     return TypeError(f"{name} must be {expected}, got {type(found).__name__}: {found!r:.80}")
 
 
@@ -381,3 +406,18 @@ def _check_text(name: str, value: object, expected: str) -> None:
         raise wrong_type(name, expected, value)
     if not value:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, *choices: object) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in choices):
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r:.80}")
+
+
+def _check_patterns(name: str, value: Any, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    # A str is a sequence too, of characters: refuse it.
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not is_sequence or not all(isinstance(one, str) and one for one in value):
+        raise wrong_type(name, f"a sequence of names such as ('model',){' or None' if or_none else ''}", value)

@@ -6,58 +6,73 @@ import atexit
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
-from stepguard.coordination.services import StepCounter, WhileOpen
-from stepguard.engine import Engine, EventLog, Prepared, SessionT
+from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
+from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
+from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
 
-# Also with a grace period of 0: the last step of a good run is worth a moment.
+# How long the last save may take when the grace period is 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
-# How long a process that ends without having stopped its run waits for the threads of that run; where a disk hangs, its
-# last lines get a moment more.
+# How long a process that exits without calling stop() waits for the threads of its run. The last lines of the event log
+# and the ledger get at least _LAST_LINES_SECS of their own, in case a disk has hung until then.
 _EXIT_SECS = 2.0
 _LAST_LINES_SECS = 0.5
+
+
+@dataclass(slots=True)
+class _Life:
+    """What the supervisor knows about the session that it opened last."""
+
+    pid: int = field(default_factory=os.getpid)
+    # What the preparation recovered, kept for services that are started later.
+    recovered: Recovery | None = None
+    # Why the run stops, where the coordinator cannot tell: a signal, or an exception that left the `with` block.
+    stop_reason: str | None = None
 
 
 class Supervisor(Generic[SessionT]):
     """Runs the services around the training loop of one program, through one engine.
 
-    An engine's own Supervisor adds a constructor in the words of its framework, and properties; it overrides nothing
-    that is here.
+    An engine's own Supervisor adds properties and a constructor in the terms of its framework. It overrides nothing
+    that is defined here.
 
     Args:
-        engine: what differs between frameworks.
+        engine: everything that differs between frameworks.
         coord: carries the stop flag and the first error.
         is_chief: whether this process initialises, restores, saves and logs.
-        logdir: where the run leaves its files, the same for the chief and its workers; ``None`` when it leaves none.
-        store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
+        logdir: where the run writes its files, the same for the chief and its workers; ``None`` when it writes none.
+        store: where checkpoints are committed; ``None`` when only the framework can reach the place.
         events: the event log, or ``None``.
         has_summaries: whether the program has summaries to compute.
-        saves_model: whether there is anything to save, and a place for it.
+        saves_model: whether there is a model to save and a place to save it.
         options: how the run is saved, stopped, watched and guarded; see :meth:`stepguard.options.Options.check_return`.
-            Of what is saved, a worker does nothing.
-        role: what a worker is called in the ledger and its heartbeat.
+            A worker saves nothing, whatever the saving options say.
+        role: the name of a worker in the ledger and in its heartbeat.
 
     Raises:
-        ValueError: hangs are to be watched for, and there is no place for the stacks.
+        ValueError: ``hang_secs`` is set, and there is no logdir for the stacks.
     """
+
+    _step_counter: StepCounter | None = None
 
     def __init__(
         self,
@@ -93,11 +108,7 @@ class Supervisor(Generic[SessionT]):
         )
         self._worker_role = role
         self._built_in = os.getcwd()
-        self._pid = os.getpid()
-        # Of the session that was opened last, for services that are started later.
-        self._recovered: Recovery | None = None
-        # What `stop` records as the end of a run without an error.
-        self._stop_reason = "finished"
+        self._life = _Life()
         self._guard = self._make_guard()
 
     def _make_guard(self) -> NanGuard | None:
@@ -138,15 +149,15 @@ class Supervisor(Generic[SessionT]):
     # --- the stop flag ---
 
     def request_stop(self, ex: BaseException | tuple[Any, Any, Any] | None = None) -> None:
-        """Ask everything to stop; ``ex`` is raised again when the run ends. Any thread, also a signal handler."""
+        """Ask everything to stop; ``ex`` is re-raised when the run ends. Any thread, or a signal handler."""
         self._coord.request_stop(ex)
 
     def should_stop(self) -> bool:
-        """Whether a stop was requested: what a training loop asks at each turn."""
+        """Whether a stop was requested. A training loop asks this at each iteration."""
         return self._coord.should_stop()
 
     def stop_on_exception(self) -> AbstractContextManager[None]:
-        """A context that requests a stop with the exception that leaves it, for the program's own threads."""
+        """A context that turns an exception leaving it into a stop request, for the program's own threads."""
         return self._coord.stop_on_exception()
 
     def wait_for_stop(self) -> None:
@@ -164,8 +175,8 @@ class Supervisor(Generic[SessionT]):
     ) -> LooperThread:
         """Call ``target(*args, **kwargs)`` every ``timer_interval_secs`` seconds on a thread until the run stops.
 
-        ``None`` as the interval calls it again and again without a pause. An error that it raises stops the run. The
-        thread is one of those that :meth:`stop` waits for.
+        With ``None`` as the interval, the calls follow each other without a pause. An error from ``target`` stops the
+        run. :meth:`stop` waits for the thread.
         """
         looper = LooperThread(self._coord, timer_interval_secs, target=target, args=args, kwargs=kwargs)
         self._is_running()
@@ -180,7 +191,7 @@ class Supervisor(Generic[SessionT]):
 
         Raises:
             RuntimeError: this is not the chief.
-            ValueError: no logdir was given, so there is no place for what the services write.
+            ValueError: no logdir was given, so the services have nowhere to write.
         """
         if not self._is_chief:
             raise RuntimeError(
@@ -203,22 +214,27 @@ class Supervisor(Generic[SessionT]):
                 summarise = functools.partial(self._engine.summarise, sess)
                 threads.append(self._service("summary", self.save_summaries_secs, sess, summarise))
             if step is not None:
-                counter = StepCounter(self._engine, sess, self._events)
-                threads.append(self._service("step-counter", self.save_summaries_secs, sess, counter))
+                self._step_counter = StepCounter(self._engine, sess, self._events)
+                counting = WhileOpen(self._engine, sess, self._step_counter)
+                threads.append(
+                    StepCounterThread(
+                        self._coord, self.save_summaries_secs, target=counting, name="stepguard-step-counter"
+                    )
+                )
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
             checkpointer = self._saving.start(sess, step, self._guard)
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, self._recovered)
+        self._observer.session_ready(sess, step, self._life.recovered)
         for thread in threads:
             thread.start()
         return threads
 
     def _observe(self) -> None:
-        """Begin to tell of this run, if that has not begun."""
-        # An evaluator is a chief too, in a logdir where another one trains.
+        """Start the ledger, the heartbeat and the other ways of watching, unless they have started."""
+        # An evaluator is a chief too, although another process trains in this logdir.
         is_passing = self._is_chief and self._store is not None and not self._saving.holds_logdir
         role = f"process-{os.getpid()}" if is_passing else "chief" if self._is_chief else self._worker_role
         self._observer.begin(role, is_passing=is_passing)
@@ -239,21 +255,20 @@ class Supervisor(Generic[SessionT]):
         waits_for_another: bool = False,
         on_open: Callable[[SessionT], object] | None = None,
     ) -> SessionT:
-        """A prepared session with its services running: what ``prepare_or_wait_for_session`` returns.
+        """Return a prepared session with its services running, as ``prepare_or_wait_for_session`` does.
 
         Args:
             prepare: the engine's ``prepare``, with its arguments bound.
             start_standard_services: whether to start the services: checkpoints, summaries, step rate.
-            waits_for_another: whether ``prepare`` waits for the chief of the logdir, in another process: the logdir is
-                left to that one meanwhile.
-            on_open: called with the session when its services run, for what the framework starts then.
+            waits_for_another: whether ``prepare`` waits for a chief in another process. The logdir is left to that
+                chief meanwhile.
+            on_open: called with the session once its services run; the framework starts its own threads there.
 
-        What fails is closed before the error leaves.
+        If anything fails, the session is closed before the error leaves.
         """
         self._coord.clear_stop()
         self._warn_of_another_directory()
-        self._pid = os.getpid()
-        self._stop_reason = "finished"
+        self._life.pid, self._life.stop_reason = os.getpid(), None
         if self._events is not None:
             self._events.reopen()
         try:
@@ -264,7 +279,8 @@ class Supervisor(Generic[SessionT]):
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
             raise
-        session, self._recovered = prepared.session, prepared.recovered
+        session, self._life.recovered = prepared.session, prepared.recovered
+        self._is_running()
         try:
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
@@ -273,7 +289,7 @@ class Supervisor(Generic[SessionT]):
                 if self._logdir:
                     self.start_standard_services(session)
                 else:
-                    _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+                    self._engine.call_after_steps(session, 1, self._warn_of_no_logdir)
                     self._observer.session_ready(session, None, None)
             elif start_standard_services:
                 self._observer.session_ready(session, None, None)
@@ -287,9 +303,9 @@ class Supervisor(Generic[SessionT]):
     def managed(
         self, open_session: Callable[[], SessionT], *, close_summary_writer: bool
     ) -> AbstractContextManager[SessionT]:
-        """The context that a training loop lives in: what ``managed_session`` returns.
+        """Return the context that a training loop lives in, as ``managed_session`` does.
 
-        ``open_session`` gives the session, by :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
+        ``open_session`` opens the session through :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
         """
         return ManagedSession(_Block(self, open_session, close_summary_writer))
 
@@ -306,14 +322,19 @@ class Supervisor(Generic[SessionT]):
                 os.path.join(here, logdir),
             )
 
+    def _warn_of_no_logdir(self) -> int:
+        """Warn at the first step, and not before: a program that only reads or evaluates has nothing to lose."""
+        _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
+        return sys.maxsize
+
     def _begin_observation(self) -> None:
         if self._is_chief:
             self._saving.claim_logdir()
         self._observe()
 
     def _give_up(self, session: SessionT, error: BaseException) -> None:
-        """End what was begun for a session that could not be prepared; ``error`` is on its way out."""
-        self._coord.request_stop()
+        """Undo the opening of ``session`` after ``error``, which the caller raises next."""
+        self._coord.end()
         if self._guard is not None:
             self._guard.end(was_asked=True)
         self._engine.close(session)
@@ -329,18 +350,18 @@ class Supervisor(Generic[SessionT]):
 
         Args:
             threads: more threads to wait for, besides those of the services, of ``loop()`` and of queue runners.
-            close_summary_writer: whether to write the record STOP and close the event log.
-            ignore_live_threads: whether threads that do not stop in ``stop_grace_secs`` are only warned of.
+            close_summary_writer: whether to write the STOP record and close the event log.
+            ignore_live_threads: whether threads that outlive ``stop_grace_secs`` cause a warning instead of an error.
 
         Raises:
-            Exception: the first error that was reported while the run lasted; later ones are its notes.
+            Exception: the first error that was reported during the run, with later errors as its notes.
             RuntimeError: threads did not stop in time.
         """
         if self._is_of_parent():
             return
         _unstopped.discard(self)
         was_asked = self._coord.should_stop()
-        self._coord.request_stop()
+        self._coord.end()
         self._observer.stopping()
         try:
             try:
@@ -350,27 +371,30 @@ class Supervisor(Generic[SessionT]):
                     threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
                 )
             finally:
-                self._finish_saving()
-            # A last checkpoint that could not be written is an error of the run like any other.
+                self._finish_saving(is_finished=not was_asked and self._life.stop_reason is None)
+            # A failed last checkpoint is an error of the run like any other.
             self._coord.raise_requested_exception()
         except BaseException as error:
-            self._observer.end("error", error)
+            self._observer.end("error", error, request=self._life.stop_reason)
             raise
         else:
-            self._observer.end(self._stop_reason)
+            reason = self._life.stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
+            exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
+            self._observer.end(reason, exit_code=exit_code)
         finally:
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
                 self._events.close()
 
-    def _finish_saving(self) -> None:
-        """Save the last step, unless the run has failed: its state may be what is wrong. Threads that would not stop
-        are no reason to lose it.
+    def _finish_saving(self, *, is_finished: bool) -> None:
+        """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
+        the fault.
         """
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
             if not self._coord.failed:
-                self._saving.save_last(deadline)
+                self._finish_counting()
+                self._saving.save_last(deadline, is_finished=is_finished)
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
@@ -378,31 +402,38 @@ class Supervisor(Generic[SessionT]):
                 )
             self._saving.leave_logdir()
 
+    def _finish_counting(self) -> None:
+        counter, self._step_counter = self._step_counter, None
+        if counter is not None:
+            counter.finish()
+
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
         if self._is_of_parent():
             return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
+        self._finish_counting()
         try:
-            self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
+            deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
+            self._saving.save_last(deadline, is_finished=not self._coord.should_stop())
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.report(error)
 
     def _is_of_parent(self) -> bool:
-        """Whether this process was forked while the run lasted: the run, and its threads, are its parent's."""
-        return os.getpid() != self._pid
+        """Whether this process was forked during the run: the run and its threads belong to the parent."""
+        return os.getpid() != self._life.pid
 
     def _is_running(self) -> None:
         _watch_exit(os.getpid())
         _unstopped.add(self)
 
     def _end_with_process(self, deadline: float) -> None:
-        """The program ends and has not stopped this run: have its threads at rest when the interpreter goes."""
-        self._coord.request_stop()
+        """Bring the threads of a run that the program never stopped to rest before the interpreter exits."""
+        self._coord.end()
         if self._guard is not None:
-            self._guard.end(was_asked=True)
-        # The session is closed when it is collected, too late for a thread that would save it.
+            self._guard.end(was_asked=True, within_secs=max(0.0, deadline - time.monotonic()))
+        # The session closes when it is garbage-collected, too late for a thread that still wants to save it.
         self._saving.stop(deadline)
         failure = None
         try:
@@ -410,11 +441,31 @@ class Supervisor(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             failure = error
             _log.error("the program ended without stop(), which would have raised: %s", described(error))
+        if self._events is not None:
+            _call_within(max(_LAST_LINES_SECS, deadline - time.monotonic()), self._events.flush)
         self._observer.end(
             "exit" if failure is None else "error",
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+
+
+def _call_within(secs: float, function: Callable[[], object]) -> None:
+    """Call ``function`` in a thread and wait ``secs`` for it at most: it may be blocked by a disk that hangs."""
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - a thread's edge, and nobody is left to raise it to
+            _log.warning("%s", described(error))
+
+    thread = threading.Thread(target=call, name="stepguard-last-lines", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        call()  # Some versions of Python start no threads while the process exits.
+    else:
+        thread.join(secs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +484,14 @@ class _Block(Generic[SessionT]):
     def stops_on_sigterm(self) -> bool:
         return self.supervisor._options.stopping.stop_on_sigterm
 
+    @property
+    def exit_code(self) -> int | None:
+        return self.supervisor._options.stopping.exit_code
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        return self.supervisor._coord.stop_was_asked
+
     def request_stop(self, error: BaseException | None) -> None:
         self.supervisor.request_stop(error)
 
@@ -440,7 +499,19 @@ class _Block(Generic[SessionT]):
         self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)
 
     def note_end(self, reason: str) -> None:
-        self.supervisor._stop_reason = reason
+        self.supervisor._life.stop_reason = reason
+
+    def ending(self) -> str:
+        return self.supervisor._observer.ending()
+
+    def ends_by_itself(self, session: SessionT) -> bool:
+        supervisor = self.supervisor
+        engine: object = supervisor._engine
+        if not isinstance(engine, RestsBetweenLoops):
+            return False
+        if engine.is_resting(session) and engine.is_alone(session):
+            supervisor._saving.save_now(supervisor._stop_grace_secs or _LAST_SAVE_SECS)
+        return True
 
     def save(self) -> None:
         self.supervisor._save_before_close()
@@ -457,14 +528,16 @@ _unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()
 
 @functools.cache
 def _watch_exit(pid: int) -> None:
-    """A daemon thread that comes back from native code while the interpreter goes is ended by force, and C++ takes that
-    for an error of the program: it aborts.
+    """Stop the runs that are still open when the process exits, once per process.
+
+    The interpreter ends a daemon thread by force when the thread returns from native code during the exit. C++ takes
+    that for an unhandled exception, and aborts the process.
     """
     atexit.register(_end_unstopped, pid)
 
 
 def _end_unstopped(pid: int) -> None:
-    # The threads of a forked child's parent are not its own.
+    # A forked child inherits this handler, but not the threads of its parent.
     if os.getpid() != pid:
         return
     deadline = time.monotonic() + _EXIT_SECS

@@ -1,4 +1,4 @@
-"""How lists and spans of time are put into words: the same in every message, line and table."""
+"""Lists and durations as text, the same in every message, line and table."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 
 def listed(items: Iterable[str], *, most: int = 5, separator: str = ", ") -> str:
-    """``items`` in a row; of more than ``most`` the first ones, and how many more there are."""
+    """Join ``items``; if there are more than ``most``, join the first ``most`` and say how many more there are."""
     shown = list(items)
     more = f"{separator}and {len(shown) - most} more" if len(shown) > most else ""
     return separator.join(shown[:most]) + more
 
 
 def duration(secs: float) -> str:
-    """``42 s``, ``3 min``, ``2 h 05 min``, ``3 d 4 h``; no time is less than none."""
+    """``secs`` as ``42 s``, ``3 min``, ``2 h 05 min`` or ``3 d 4 h``; a negative duration counts as 0."""
     secs = max(0.0, secs)
     if secs < 100:
         return f"{int(secs)} s"

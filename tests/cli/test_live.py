@@ -13,7 +13,7 @@ from logdirs import commit
 
 from stepguard.cli.commands import verify
 from stepguard.cli.logdir import contents
-from stepguard.cli.logdir.contents import identity
+from stepguard.cli.logdir.contents import commit_id
 from stepguard.store import CheckpointStore, recovery
 from stepguard.store.layout import Layout
 
@@ -126,7 +126,7 @@ def test_a_training_that_prunes_all_that_was_listed_leaves_no_empty_logdir(
 
 
 def test_a_training_that_prunes_all_that_is_being_read_is_read_again(overtaking, tmp_path, stepguard, monkeypatch):
-    monkeypatch.setattr(verify, "prove", first_of_all(20, overtaking, verify.prove))
+    monkeypatch.setattr(verify, "read_fully", first_of_all(20, overtaking, verify.read_fully))
     shown = stepguard("verify", tmp_path, "--json")
     assert shown.exit_code == 0, shown.output
     assert [one["state"] for one in json.loads(shown.stdout)["checkpoints"]] == ["good"]
@@ -156,7 +156,7 @@ def test_one_that_was_replaced_while_it_was_read_is_gone_and_not_damaged(tmp_pat
     shutil.copy(tmp_path / "model.ckpt-3.manifest.json", kept)
 
     place = Layout(kept, "model.ckpt", ".index")
-    assert identity(Layout(tmp_path, "model.ckpt", ".index"), "model.ckpt-3") is not None
-    assert identity(place, "model.ckpt-3") is None
+    assert commit_id(Layout(tmp_path, "model.ckpt", ".index"), "model.ckpt-3") is not None
+    assert commit_id(place, "model.ckpt-3") is None
     (tmp_path / "model.ckpt-3.manifest.json").unlink()
-    assert identity(place, "model.ckpt-3") is not None
+    assert commit_id(place, "model.ckpt-3") is not None

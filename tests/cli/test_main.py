@@ -1,14 +1,21 @@
 """The frame of the command: help, exit codes, errors in one line, and what it loads."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from logdirs import commit
 
 from stepguard.cli.main import cli
+from stepguard.store.manifest import Manifest
 
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google", "tensorboard", "matplotlib"}
 
@@ -73,6 +80,45 @@ def test_a_number_that_is_none_is_a_mistake(command, option, value):
     assert refused.exit_code == 2
     assert f"Invalid value for '{option}'" in refused.stderr
     assert value == "-1" or "expected a finite number of seconds" in refused.stderr
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_that_ctrl_c_ends_exits_with_130_and_one_line(name, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.get_command(click.Context(cli), name), "invoke", interrupted)
+    ending = run(name, *{"diff": [".", "."], "run": ["true"]}.get(name, ["."]))
+    assert (ending.exit_code, ending.stderr) == (130, "stepguard: interrupted\n")
+
+
+def test_verify_that_ctrl_c_ends_in_the_middle_of_a_file_exits_with_130_and_one_line(tmp_path):
+    commit(tmp_path, 1, entry_suffix=None)
+    weights = tmp_path / "model.ckpt-1" / "model.pt"
+    # So large that nothing reads it to its end; it takes no room on the disk.
+    os.truncate(weights, 1 << 42)
+    manifest = tmp_path / "model.ckpt-1.manifest.json"
+    record = Manifest.from_json(manifest.read_bytes(), manifest)
+    (one,) = record.files
+    manifest.write_bytes(replace(record, files=(replace(one, size=1 << 42),)).to_json())
+    verifying = subprocess.Popen(
+        [sys.executable, "-m", "stepguard", "verify", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60.0
+        while not any(os.path.realpath(one) == str(weights) for one in Path(f"/proc/{verifying.pid}/fd").iterdir()):
+            assert verifying.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        verifying.send_signal(signal.SIGINT)
+        assert verifying.communicate(timeout=60.0) == ("", "stepguard: interrupted\n")
+        assert verifying.returncode == 130
+    finally:
+        verifying.kill()
+        verifying.communicate()
 
 
 def test_the_module_is_the_command():

@@ -1,4 +1,4 @@
-"""`stepguard run` around real programs that end in every way, and real signals."""
+"""``stepguard run``: what is started again, and how it is stopped."""
 
 import contextlib
 import fcntl
@@ -13,57 +13,12 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
+from launches import SOON_SECS, TRAINING, ended, events, is_gone, is_training, newest, run, wait_until
 
-from stepguard.cli.launcher.attempt_outcome import Runs
-from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Failure, Restart, Restarts
-from stepguard.cli.logdir.run_state import look
-from stepguard.store import CheckpointStore
-from stepguard.testing import FakeSupervisor
-from stepguard.watching import heartbeat, ledger
-
-SOON_SECS = 60.0
-TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]
-
-
-def run(*arguments, options=(), **how):
-    """Start the launcher; delays are short unless the options say otherwise."""
-    command = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", *options, "--", *arguments]
-    piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(one) for one in command], **{**piped, **how})
-
-
-def ended(launcher):
-    """Its exit code, and what it and its program wrote to stdout and stderr."""
-    output, errors = launcher.communicate(timeout=SOON_SECS)
-    return launcher.returncode, output, errors
-
-
-def wait_until(condition, what):
-    deadline = time.monotonic() + SOON_SECS
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {SOON_SECS:g} s"
-        time.sleep(0.01)
-    return found
-
-
-def is_training(logdir, role="chief"):
-    beat = heartbeat.read_one(logdir, role)
-    return beat if beat is not None and beat.phase == "training" and (beat.step or 0) > 0 else None
-
-
-def is_gone(pid):
-    return not heartbeat.is_running(pid, None)
-
-
-def newest(logdir):
-    return CheckpointStore(logdir).newest_good().checkpoint
-
-
-def events(logdir, *names):
-    return [one for one in ledger.read(logdir) if one["event"] in names]
+from stepguard.cli.logdir.run_state import read_run_state
+from stepguard.watching import heartbeat
 
 
 def counting(path, script):
@@ -73,17 +28,6 @@ def counting(path, script):
 
 def starts(path):
     return len(path.read_text().split())
-
-
-@pytest.fixture
-def children():
-    """Processes that are gone at the end of the test, with all that they have started."""
-    started = []
-    yield started
-    for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, signal.SIGKILL)
-        one.communicate()
 
 
 # --- what is started again ---
@@ -162,7 +106,7 @@ def test_crashes_with_progress_go_on_to_the_end(tmp_path):
     assert "4 restarts" in summary
     assert re.search(r"productive \d+ s, replayed \d+ s, down \d+ s", summary)
     # A process that SIGKILL ended has told nothing of its end itself.
-    assert look(logdir).last_error.startswith("SIGKILL")
+    assert read_run_state(logdir).last_error.startswith("SIGKILL")
 
 
 def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress(tmp_path):
@@ -265,6 +209,56 @@ def test_a_program_that_was_itself_asked_to_stop_is_not_started_again(tmp_path, 
     assert [one["reason"] for one in events(logdir, "stop")] == [reason]
 
 
+@pytest.mark.parametrize("reason", ["sigterm", "interrupt", "request_stop"])
+def test_a_requested_stop_ends_with_the_exit_code_that_the_program_has_chosen(tmp_path, children, reason):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, "choose to stop" if reason == "request_stop" else "choose")
+    children.append(launcher)
+    if reason != "request_stop":
+        pid = wait_until(lambda: is_training(logdir), "training").pid
+        os.kill(pid, signal.SIGTERM if reason == "sigterm" else signal.SIGINT)
+    code, _, errors = ended(launcher)
+    assert code == 75, errors
+    (stop,) = events(logdir, "stop")
+    assert (stop["reason"], stop["exit_code"], stop["error"]) == (reason, 75, None)
+    assert newest(logdir).step == stop["step"]
+    assert len(events(logdir, "launch")) == 1
+    assert f"stopped ({reason}), exit code 75, after" in errors
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_in_one_line_that_says_what_was_saved(tmp_path, children):
+    logdir = tmp_path / "run"
+    training = subprocess.Popen([*TRAINING, logdir, "train"], stderr=subprocess.PIPE, text=True)
+    children.append(training)
+    wait_until(lambda: is_training(logdir), "training")
+    training.send_signal(signal.SIGINT)
+    _, errors = training.communicate(timeout=SOON_SECS)
+    assert training.returncode == -signal.SIGINT
+    step = newest(logdir).step
+    # A checkpoint that was skipped on a slow disk is told of before.
+    assert errors.splitlines()[-1] == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}"
+    assert "Traceback" not in errors
+
+
+def test_an_interrupt_that_the_program_raises_elsewhere_keeps_its_traceback(tmp_path):
+    program = (
+        "import sys\n"
+        "from stepguard.testing import FakeSupervisor\n"
+        "try:\n"
+        "    with FakeSupervisor(sys.argv[1]).managed_session():\n"
+        "        raise KeyboardInterrupt\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ValueError('of the program') from None\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert ending.returncode == 1
+    assert "Traceback" in ending.stderr
+    assert "ValueError: of the program" in ending.stderr
+
+
 def test_sigterm_that_was_no_clean_stop_is_a_crash(tmp_path):
     program = counting(tmp_path / "starts", "kill -TERM $$")
     assert ended(run(*program, options=["--max-restarts=1"]))[0] == 128 + signal.SIGTERM
@@ -290,76 +284,6 @@ def test_a_launcher_that_is_killed_leaves_no_run_behind(tmp_path, children):
     (stop,) = events(logdir, "stop")
     assert stop["reason"] == "sigterm"
     assert newest(logdir).step == stop["step"]
-
-
-# --- several processes ---
-
-
-def replicas(tmp_path, end):
-    one, two = (shlex.join([*TRAINING, str(tmp_path / name), "train"]) for name in ("one", "two"))
-    return ["sh", "-c", f"{one} & {two} & {end}"]
-
-
-def test_replicas_of_a_script_are_stopped_cleanly_with_it(tmp_path, children):
-    launcher = run(*replicas(tmp_path, "wait"))
-    children.append(launcher)
-    both = [tmp_path / "one", tmp_path / "two"]
-    wait_until(lambda: all(map(is_training, both)), "training")
-    launcher.send_signal(signal.SIGTERM)
-    assert ended(launcher)[0] == 128 + signal.SIGTERM
-    for logdir in both:
-        (stop,) = events(logdir, "stop")
-        assert (stop["reason"], newest(logdir).step) == ("sigterm", stop["step"])
-        assert [one["event"] for one in events(logdir, "launch", "exit")] == ["launch", "exit"]
-
-
-def test_replicas_that_a_failed_script_left_behind_are_stopped_before_it_is_started_again(tmp_path, children):
-    # The first start fails once both train; the second ends well, with none of them.
-    script = replicas(tmp_path, "sleep 1000 & wait $!; exit 3")
-    script[2] = f"test $STEPGUARD_ATTEMPT = 2 && exit 0; {script[2]}"
-    launcher = run(*script)
-    children.append(launcher)
-    both = [tmp_path / "one", tmp_path / "two"]
-    beats = wait_until(lambda: all(map(is_training, both)) and [is_training(one) for one in both], "training")
-    (sleeper,) = (pid for pid in _family(launcher.pid) if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()[:5])
-    os.kill(sleeper, signal.SIGKILL)
-    code, _, errors = ended(launcher)
-    assert code == 0, errors
-    assert "progress: exit code 3" in errors
-    assert all(is_gone(one.pid) for one in beats)
-    assert [events(logdir, "stop")[0]["reason"] for logdir in both] == ["sigterm"] * 2
-
-
-def test_what_is_left_behind_and_ignores_sigterm_is_killed_after_its_grace(tmp_path):
-    pid = tmp_path / "pid"
-    script = f"(trap '' TERM; echo > {pid}-ready; exec sleep 1000) & echo $! > {pid}; "
-    script += f"while ! test -e {pid}-ready; do sleep 0.01; done; exit 3"
-    code, _, errors = ended(run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=0.2"]))
-    assert code == 3
-    assert "left behind are killed" in errors
-    assert is_gone(int(pid.read_text()))
-
-
-def test_a_crash_loop_names_the_worker_that_failed_and_not_the_chief_that_lost_it(tmp_path):
-    logdir = tmp_path / "run"
-    chief, worker = (shlex.join([*TRAINING, str(logdir), what]) for what in ("lose the worker", "fail as worker"))
-    waits = f"while ! test -d {logdir}/{heartbeat.DIR_NAME}; do sleep 0.01; done"
-    code, _, errors = ended(
-        run("sh", "-c", f"{chief} & {waits}; {worker}; wait $!; exit 1", options=["--logdir", logdir])
-    )
-    assert code == 70
-    assert {one["error"] for one in events(logdir, "stop")} == {
-        "ValueError: bad batch",
-        "RuntimeError: connection closed by peer",
-    }
-    failures = [one["failure"] for one in events(logdir, "exit", "gave_up")]
-    assert set(failures) == {"exit code 1: ValueError: bad batch"}
-    assert "in the same way (exit code 1: ValueError: bad batch)" in errors
-
-
-def _family(pid):
-    found = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return found + [below for one in found for below in _family(one)]
 
 
 # --- in a terminal ---
@@ -426,157 +350,3 @@ def test_ctrl_c_reaches_the_program_once_and_it_has_a_terminal(terminal):
     assert "interrupts: 1\r\n" in seen
     assert "restart 1" not in seen
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-
-
-# --- the decision ---
-
-
-def decide(*failures, most=100, first=1.0, longest=300.0):
-    restarts = Restarts(most=most, first_delay_secs=first, longest_delay_secs=longest, uniform=lambda low, high: high)
-    return [restarts.after(Failure(*one[:2]), has_progressed=one[2:] == (True,)) for one in failures]
-
-
-def test_the_delay_doubles_without_progress_and_begins_anew_with_it():
-    failures = [("exit code 1", word) for word in ("a", "b", "c", "d")]
-    delays = [
-        one.delay_secs for one in decide(*failures, ("exit code 1", "e", True), ("exit code 1", "f"), longest=5.0)
-    ]
-    assert delays == [1.0, 2.0, 4.0, 5.0, 1.0, 1.0]
-    many = [("exit code 1", "ab"[number % 2]) for number in range(2000)]
-    assert decide(*many, most=5000)[-1].delay_secs == 300.0
-
-
-def test_the_delay_is_shortened_by_up_to_a_half():
-    seen = []
-    restarts = Restarts(
-        most=9, first_delay_secs=8.0, longest_delay_secs=9.0, uniform=lambda *of: seen.append(of) or 0.5
-    )
-    assert restarts.after(Failure("SIGKILL", ""), has_progressed=False) == Restart(1, 4.0)
-    assert seen == [(0.5, 1.0)]
-
-
-def test_three_same_failures_without_progress_are_a_crash_loop():
-    same = ("exit code 1", "ValueError: no")
-    assert decide(same, same, same)[-1] is CRASH_LOOP
-    assert decide(same, same, ("exit code 3", "ValueError: no"), same)[-1] != CRASH_LOOP
-    assert decide(same, same, (*same, True), same, same)[-1] != CRASH_LOOP
-    assert decide(same, same, (*same, True), same, same, same)[-1] is CRASH_LOOP
-
-
-def test_numbers_and_addresses_make_no_other_failure():
-    assert Failure("exit code 1", "at 0xdeadbeef, step 12").is_same(Failure("exit code 1", "at 0x1, step 9"))
-    assert not Failure("exit code 1", "no disk").is_same(Failure("exit code 1", "no memory"))
-    assert Failure("SIGKILL", "saved step 12").is_same(Failure("SIGKILL", "began"))
-
-
-def test_restarts_are_limited():
-    one, two = ("SIGKILL", "", True), ("SIGKILL", "", True)
-    assert decide(one, two, most=1) == [Restart(1, 1.0), NO_RESTARTS_LEFT]
-    assert decide(one, most=0) == [NO_RESTARTS_LEFT]
-
-
-# --- the cause ---
-
-
-def stopped(time, role, error):
-    return {"time": time, "role": role, "reason": "error", "error": error}
-
-
-def test_the_cause_is_the_first_error_of_any_process_since_the_start(tmp_path):
-    book = ledger.Ledger(tmp_path, role="chief")
-    for line in (
-        stopped(5.0, "worker-1", "before"),
-        stopped(12.0, "worker-2", "first, on a host whose clock is late"),
-        {"time": 11.0, "role": "worker-1", "reason": "sigterm", "error": None},
-        stopped(11.5, "chief", "what follows from it"),
-    ):
-        book.append("stop", **line)
-    found = Runs(tmp_path, tmp_path / "nothing-announced")
-    assert found.cause(10.0) == "first, on a host whose clock is late"
-    assert found.cause(0.0) == "before"
-    assert found.cause(20.0) is None
-    # torchrun has started all of them again, and then something else has failed.
-    for role in ("worker-1", "worker-2", "chief"):
-        book.append("start", time=13.0, role=role)
-    assert found.cause(10.0) is None
-    book.append("stop", **stopped(14.0, "chief", "last"))
-    assert found.cause(10.0) == "last"
-
-
-# --- progress ---
-
-
-def runs(tmp_path, logdir):
-    """What the launcher sees of a logdir that was announced after the start."""
-    announcements = tmp_path / "announcements"
-    announcements.mkdir()
-    found = Runs(None, announcements)
-    (announcements / "1.logdir").write_text(str(logdir))
-    found.look()
-    return found
-
-
-def test_checkpoints_that_were_there_before_are_no_progress(tmp_path):
-    with FakeSupervisor(str(tmp_path / "run")).managed_session() as session:
-        session.run_step()
-    began = time.time() + 0.001
-    found = runs(tmp_path, tmp_path / "run")
-    assert not found.has_progressed(began)
-    book = ledger.Ledger(tmp_path / "run", role="chief")
-    wait_until(lambda: time.time() > began + 0.001, "a moment")
-    book.append("restore", step=1, previous_step=1)
-    assert not found.has_progressed(began)
-    book.append("checkpoint", step=2)
-    assert found.has_progressed(began)
-    assert not found.has_progressed(time.time() + 1)
-
-
-def test_a_checkpoint_whose_line_in_the_ledger_is_missing_is_progress(tmp_path):
-    began = time.time() - 0.001
-    with FakeSupervisor(str(tmp_path / "run")).managed_session() as session:
-        session.run_step()
-    book = tmp_path / "run" / ledger.FILE_NAME
-    book.write_bytes(b"".join(line for line in book.read_bytes().splitlines(True) if b'"fresh"' in line))
-    (tmp_path / "run" / heartbeat.DIR_NAME / "chief.json").unlink()
-    assert runs(tmp_path, tmp_path / "run").has_progressed(began)
-
-
-def test_a_run_that_damage_has_thrown_back_makes_progress_below_where_it_was(tmp_path):
-    logdir = tmp_path / "run"
-    logdir.mkdir()
-    book = ledger.Ledger(logdir, role="chief")
-    book.append("checkpoint", step=500)
-    began = time.time() + 0.001
-    wait_until(lambda: time.time() > began + 0.001, "a moment")
-    book.append("restore", step=50, previous_step=500)
-    found = runs(tmp_path, logdir)
-    assert not found.has_progressed(began)
-    book.append("checkpoint", step=60)
-    assert found.has_progressed(began)
-
-
-def test_checkpoints_of_other_tools_in_a_logdir_that_is_given_are_progress(tmp_path):
-    def save(step):
-        (tmp_path / f"model.ckpt-{step}.data-00000-of-00001").write_bytes(b"x")
-        (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"x")
-
-    save(7)
-    given = Runs(tmp_path, tmp_path / "nothing-announced")
-    began = time.time() - 0.001
-    assert not given.has_progressed(began)
-    save(9)
-    assert given.has_progressed(began)
-    assert not given.has_progressed(began)
-
-
-def test_a_logdir_that_is_made_known_late_is_told_all(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    told = Runs(None, tmp_path)
-    told.tell("launch", 1.0, attempt=1)
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.logdir").write_text(str(tmp_path / name))
-        told.look()
-    told.tell("exit", 2.0, attempt=1)
-    for name in ("one", "two"):
-        assert [(one["event"], one["time"]) for one in ledger.read(tmp_path / name)] == [("launch", 1.0), ("exit", 2.0)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.cli.main import cli
 from stepguard.options import Saving
 from stepguard.testing import FakeSupervisor
@@ -337,3 +338,18 @@ def test_follow_refreshes_in_place_in_a_terminal(tmp_path):
     os.write(master, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(master)
+
+
+def test_a_thousand_processes_are_told_of_in_a_moment(tmp_path):
+    book = ledger.Ledger(tmp_path, role="chief")
+    lines = []
+    for number in range(1000):
+        role = f"worker-{number}"
+        tell(tmp_path, role=role, pid=10**6 + number, host="another")
+        lines += [{"event": "warning", "time": time.time(), "pid": 10**6 + number, "host": "another", "role": role}] * 3
+    book.path.write_bytes(b"".join(map(ledger.encode, lines)))
+    began = time.process_time()
+    found = read_run_state(tmp_path)
+    # Each process against all lines took four seconds.
+    assert time.process_time() - began < 1.5
+    assert len(found.processes) == 1000

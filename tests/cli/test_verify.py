@@ -139,3 +139,11 @@ def test_without_tensorflow_it_says_that_nothing_is_known(tmp_path, stepguard, m
     assert shown.exit_code == 0
     assert "1 unverified" in shown.stdout
     assert "pip install 'stepguard[tensorflow]'" in shown.stdout
+
+
+def test_the_current_directory_is_a_logdir_or_a_checkpoint_too(tmp_path, stepguard, monkeypatch):
+    commit(tmp_path, 1, entry_suffix=None)
+    monkeypatch.chdir(tmp_path)
+    assert stepguard("verify", ".").exit_code == 0
+    monkeypatch.chdir(tmp_path / "model.ckpt-1")
+    assert stepguard("verify", ".").exit_code == 0

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from stepguard.options import Watching
+from stepguard.options import Stopping, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import ledger
 
@@ -26,6 +26,7 @@ def train(logdir: str, what: str, steps: int) -> None:
         save_model_steps=5,
         save_summaries_secs=None,
         watching=Watching(total_steps=10**9),
+        stopping=Stopping(exit_code=75 if what.startswith("choose") else None),
     )
     with sv.managed_session() as session:
         first = session.step
@@ -37,6 +38,8 @@ def train(logdir: str, what: str, steps: int) -> None:
                 while not os.path.exists(f"{logdir}/model.ckpt-{first + 5}.manifest.json"):
                     time.sleep(0.005)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "choose to stop" and session.step == first + 8:
+                sv.request_stop()
             if what == "fail as worker":
                 raise ValueError("bad batch")
             if what == "lose the worker" and _has_lost_its_worker(logdir):

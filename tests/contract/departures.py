@@ -139,6 +139,11 @@ DEPARTURES: dict[str, Departure] = {
         "the second session overwrites the event file of the first",
         "both are kept",
     ),
+    "first_rate": Departure(
+        "a rate is written when one was measured",
+        "begins each start with a global_step/sec of 0, and a start shorter than save_summaries_secs has only that",
+        "begins it after the first save_summaries_secs; a shorter start gets one rate at its end",
+    ),
     "event_file_of_a_new_supervisor": Departure(
         "a name of its own for each event file (the departure above) makes TensorFlow open the file at once",
         "the event file appears with the first record",
@@ -157,7 +162,7 @@ DEPARTURES: dict[str, Departure] = {
     "wrong_types": Departure(
         "an error should come where the mistake is",
         "most arguments of a wrong type fail in the session, some never",
-        "fail at construction with TypeError or ValueError",
+        "fail at construction with TypeError or ValueError; what nothing asks for in this process is warned of",
     ),
     "basenames_that_could_not_be_restored": Departure(
         "a checkpoint that is saved is to be found and restored",

@@ -137,11 +137,9 @@ def wait_for_ticks(sv: Any, logdir: str) -> None:
     """Wait until each of the standard services has done its first work, and it can be read."""
     writer = sv.summary_writer
     missing = set()
-    if sv.save_summaries_secs and writer:
-        if sv.summary_op is not None:
-            missing.add("summary")
-        if sv.global_step is not None:
-            missing.add("rate")
+    # Not for the rate, which comes with the first tick on one side and with the second on the other: "first_rate".
+    if sv.save_summaries_secs and writer and sv.summary_op is not None:
+        missing.add("summary")
     if sv.save_model_secs and sv.saver:
         missing.add("checkpoint")
         if writer and sv.global_step is not None:
@@ -156,8 +154,8 @@ def wait_for_ticks(sv: Any, logdir: str) -> None:
             for record in records:
                 if record[:2] == ("session_log", "CHECKPOINT"):
                     missing.discard("checkpoint record")
-                elif record[0] == "summary":
-                    missing.discard("rate" if record[1][0][0].endswith("/sec") else "summary")
+                elif record[0] == "summary" and not is_rate(record):
+                    missing.discard("summary")
         if tf.train.latest_checkpoint(logdir):
             missing.discard("checkpoint")
         return not missing
@@ -246,17 +244,23 @@ def _record(event: Any, logdir: str) -> tuple[Any, ...]:
         path = relative(log.checkpoint_path, logdir)
         return kind, v1.SessionLog.SessionStatus.Name(log.status), event.step, path, log.msg
     if kind == "summary":
-        # A rate is a matter of time; any other value is the model's.
-        values = tuple(
-            (value.tag, None if value.tag.endswith("/sec") else round(_scalar(value), 6))
-            for value in event.summary.value
-        )
+        values = tuple((value.tag, round(_scalar(value), 6)) for value in event.summary.value)
         return kind, values, event.step
     if kind == "file_version":
         return kind, event.file_version, event.step
     if kind == "tagged_run_metadata":
         return kind, event.tagged_run_metadata.tag, event.step
     return kind, "", event.step
+
+
+def is_rate(record: tuple[Any, ...]) -> bool:
+    """Whether a record is one of the curve of steps per second."""
+    return record[0] == "summary" and any(tag.endswith("/sec") for tag, _ in record[1])
+
+
+def rates(logdir: str) -> list[tuple[float, int]]:
+    """Steps per second, and the step at which they were written, from every event file."""
+    return [(record[1][0][1], record[2]) for one in events(logdir) for record in one if is_rate(record)]
 
 
 def _scalar(value: Any) -> float:
@@ -270,6 +274,7 @@ def life(logdir: str) -> list[list[Any]]:
 
     The services write from their own threads: what they write between two other records is put together as a set.
     The path, step and number of CHECKPOINT records are left out: departures "checkpoint-path" and "final-checkpoint".
+    So are the rates, which are a matter of time: departure "first_rate".
     """
     lives = []
     for records in events(logdir):
@@ -277,6 +282,8 @@ def life(logdir: str) -> list[list[Any]]:
         services: set[Any] = set()
         for record in records:
             is_checkpoint = record[:2] == ("session_log", "CHECKPOINT")
+            if is_rate(record):
+                continue
             if record[0] == "summary" or is_checkpoint:
                 services.add("CHECKPOINT" if is_checkpoint else record)
                 continue

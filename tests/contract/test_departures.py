@@ -21,6 +21,7 @@ from harness import (
     files,
     operations,
     outcome,
+    rates,
     run,
     saved_values,
     v1,
@@ -563,6 +564,19 @@ def test_summary_op_that_is_an_operation(tmp_path):
         model = counting_model()
         with pytest.raises(TypeError, match="summary_op: expected an operation with one output"):
             OURS.Supervisor(logdir=str(tmp_path), summary_op=tf.group(model.weights.initializer))
+
+
+def test_first_rate(tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        sv = side.Supervisor(logdir=logdir)
+        with sv.managed_session() as sess:
+            wait_for_ticks(sv, logdir)
+            for _ in range(3):
+                sess.run("train")
+        return [(rate > 0, step) for rate, step in rates(logdir)]
+
+    assert both(scenario, tmp_path) == ([(False, 0)], [(True, 3)])
 
 
 def test_our_files(tmp_path):

@@ -295,4 +295,4 @@ def test_other_arguments_of_a_wrong_kind_are_refused_and_leave_nothing_behind(co
         LooperThread(coord, 1, print, args=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         LooperThread(coord, 1, print, kwargs=5)  # type: ignore[arg-type]
-    assert not coord._registered
+    assert not coord._registered_threads

@@ -103,6 +103,40 @@ class TestTheStepRate:
 
         assert events.records == [("global_step/sec", float("inf"), 1)]
 
+    def test_of_a_run_that_was_too_short_to_be_measured_is_written_at_its_end(self, engine, session, events, clock):
+        counter = StepCounter(engine, session, events)
+        session.run_step()
+        clock.now += 4
+        for _ in range(2):
+            counter.finish()
+
+        assert events.records == [("global_step/sec", 0.25, 1)]
+
+    def test_of_a_run_that_was_measured_gets_no_further_point_at_its_end(self, engine, session, events, clock):
+        counter = StepCounter(engine, session, events)
+        clock.now += 1
+        counter()
+        session.run_step()
+        counter.finish()
+
+        assert events.records == [("global_step/sec", 0.0, 0)]
+
+    def test_of_a_run_without_a_step_is_not_known(self, engine, session, events, clock):
+        counter = StepCounter(engine, session, events)
+        clock.now += 1
+        counter.finish()
+
+        assert events.records == []
+
+    def test_is_not_worth_an_error_of_a_run_that_ends(self, engine, session, events, monkeypatch):
+        counter = StepCounter(engine, session, events)
+        monkeypatch.setattr(engine, "step", _raising(ConnectionError("the server has ended as well")))
+        counter.finish()
+        engine.close(session)
+        counter.finish()
+
+        assert events.records == []
+
     def test_is_logged_ten_times_and_then_no_more(self, engine, session, events, caplog):
         counter = StepCounter(engine, session, events)
         with caplog.at_level(logging.INFO, "stepguard"):

@@ -15,16 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("programs", "programs_fake", "programs_tensorflow", "programs_torch")
-
-from programs import EngineUnderTest, Gate, wait_until  # noqa: E402
-
 ENGINES = {
     "fake": ("programs_fake", "FakeUnderTest"),
     "tensorflow": ("programs_tensorflow", "TensorFlowUnderTest"),
     "torch": ("programs_torch", "TorchUnderTest"),
 }
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("programs", *(module for module, _ in ENGINES.values()))
+
+from programs import EngineUnderTest, Gate, wait_until  # noqa: E402
 
 _ready: dict[str, EngineUnderTest] = {}
 

@@ -40,6 +40,10 @@ class Program(ABC):
         """One training step. Any thread."""
 
     @abstractmethod
+    def run_step_with(self, session: Any, halfway: Callable[[], object]) -> None:
+        """One training step that calls ``halfway()`` in its middle, when some of the integers are raised."""
+
+    @abstractmethod
     def values(self, session: Any) -> Values:
         """The integers of the model."""
 

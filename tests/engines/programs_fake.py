@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ class FakeProgram(Program):
 
     def run_step(self, session: Any) -> None:
         session.run_step()
+
+    def run_step_with(self, session: Any, halfway: Callable[[], object]) -> None:
+        with session.in_step():
+            session.values[0] += 1
+            halfway()
+            for index in range(1, len(session.values)):
+                session.values[index] += 1
 
     def values(self, session: Any) -> Values:
         return list(session.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class TorchProgram(Program):
     def run_step(self, session: Any) -> None:
         with session.step():
             for value in self._model.buffers():
+                value += 1
+
+    def run_step_with(self, session: Any, halfway: Callable[[], object]) -> None:
+        first, *others = self._model.buffers()
+        with session.step():
+            first += 1
+            halfway()
+            for value in others:
                 value += 1
 
     def values(self, session: Any) -> Values:

@@ -12,6 +12,7 @@ import child
 import xxhash  # noqa: F401 - here, where it can be read: a child may be another user
 from zygote import report
 
+from stepguard.engine import Prepared
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, FakeSession, FakeSupervisor
 
@@ -19,13 +20,13 @@ from stepguard.testing import FakeEngine, FakeSession, FakeSupervisor
 class AdoptingEngine(FakeEngine):
     """Goes on pruning where the run before it ended, as the TensorFlow engine does."""
 
-    def prepare(self) -> FakeSession:
-        session = super().prepare()
+    def prepare(self) -> Prepared[FakeSession]:
+        prepared = super().prepare()
         if self.store is not None:
             self.store.adopt(self.store.listed_by_state())
-        for warning in self.warnings:
-            report("damage", text=warning)
-        return session
+        if prepared.recovered is not None and prepared.recovered.damaged:
+            report("damage", text=prepared.recovered.message())
+        return prepared
 
 
 def supervisor(logdir: str, **options: Any) -> FakeSupervisor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,11 +14,12 @@ from typing import Any
 
 import breaks
 import child
+import states_at_end
 import tensorflow as tf
 from model import Model, read, wrong
 from zygote import report
 
-from stepguard import files
+from stepguard import Watching, files
 from stepguard.errors import LogdirInUseError
 from stepguard.options import Stopping
 from stepguard.store import CheckpointStore
@@ -335,6 +337,54 @@ def _end(way: str, session: Any, model: Model, writing: threading.Event) -> None
         raise ZeroDivisionError("this is the end")
 
 
+def serves(address: str) -> None:
+    """Be the parameter server of a cluster of one worker, for ever."""
+    server = tf.distribute.Server({"ps": [address], "worker": ["127.0.0.1:0"]}, job_name="ps", task_index=0)
+    report("serving")
+    server.join()
+
+
+def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0) -> None:
+    """End in one of the states of ``states_at_end.py``.
+
+    The session is ``local``, with a queue runner that waits for gradients (``sync``), on a ``server`` of this process,
+    or on one that needs the parameter server ``ps``, a ``replica``; with ``silent`` that one is stopped before the end.
+    """
+    master = ""
+    if kind == "server":
+        master = tf.distribute.Server.create_local_server().target
+    elif kind in ("replica", "silent"):
+        spec = {"ps": [ps], "worker": [f"127.0.0.1:{free_port()}"]}
+        master = tf.distribute.Server(spec, job_name="worker", task_index=0).target
+    with tf.Graph().as_default():
+        with tf.device("/job:ps/task:0" if kind in ("replica", "silent") else None):
+            step = v1.train.get_or_create_global_step()
+            train_op = v1.assign_add(step, 1, use_locking=True)
+        queue = v1.FIFOQueue(2, [tf.int64])
+        filling = queue.enqueue(v1.constant(1, tf.int64))
+        if kind == "sync":
+            gradients = v1.ConditionalAccumulator(tf.float32, [])
+            filling = v1.assign_add(step, tf.cast(gradients.take_grad(1), tf.int64)).op
+            train_op = gradients.apply_grad(1.0, local_step=10**6)
+        v1.train.add_queue_runner(v1.train.QueueRunner(queue, [filling]))
+        options = {"watching": Watching(peer_timeout_secs=2)} if kind == "silent" else {}
+        sv = Supervisor(logdir=logdir, save_summaries_secs=0, summary_op=None, stop_grace_secs=2, **options)
+        states_at_end.end(
+            state,
+            sv,
+            lambda **options: sv.prepare_or_wait_for_session(master, **options),
+            lambda: sv.managed_session(master),
+            lambda session: session.run(train_op),
+            lambda: os.kill(ps_pid, signal.SIGSTOP) if kind == "silent" else None,
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 # ------------------------------------------------------------------------------------------------ two chiefs
 
 
@@ -381,3 +431,21 @@ def _until(reached: threading.Event, session: Any, model: Model) -> None:
     while not reached.is_set():
         session.run(model.train_op)
     report("ending")
+
+
+# ------------------------------------------------------------------------------------------------ summaries
+
+
+def summarises(logdir: str) -> None:
+    """Write summaries in a session that nobody manages or stops, and then wait for a signal."""
+    with tf.Graph().as_default():
+        model, sv = build(logdir, save_model_secs=0)
+        session = sv.prepare_or_wait_for_session()
+        for step in range(1, 51):
+            session.run(model.train_op)
+            summary = v1.Summary(value=[v1.Summary.Value(tag="computed", simple_value=step)])
+            sv.summary_computed(session, summary, step)
+            sv.summary_writer.add_summary(v1.Summary(value=[v1.Summary.Value(tag="own", simple_value=step)]), step)
+        report("wrote")
+        while True:
+            session.run(model.train_op)

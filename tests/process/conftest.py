@@ -42,3 +42,11 @@ def tensorflow_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zy
     zygote = Zygote(tmp_path_factory.mktemp("tensorflow-children"), "children_tensorflow")
     yield zygote
     zygote.close()
+
+
+@pytest.fixture(scope="session")
+def torch_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts processes that run functions of ``children_torch.py``."""
+    zygote = Zygote(tmp_path_factory.mktemp("torch-children"), "children_torch")
+    yield zygote
+    zygote.close()

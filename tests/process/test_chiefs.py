@@ -73,9 +73,9 @@ COUNT = 1000
 def crowded(memory_path: Path) -> Path:
     """A logdir with a thousand committed checkpoints."""
     logdir = memory_path / "run"
-    store = CheckpointStore(logdir)
+    store = CheckpointStore(logdir, engine="fake")
     engine = FakeEngine(size=4)
-    session = engine.prepare()
+    session = engine.prepare().session
     for _ in range(COUNT):
         session.run_step()
         snapshot = engine.snapshot(session)
@@ -114,10 +114,10 @@ class TestAThousandCheckpoints:
     def test_are_pruned_to_the_newest_by_the_run_that_owns_them(self, crowded: Path) -> None:
         logdir = crowded.with_name("pruned")
         shutil.copytree(crowded, logdir)
-        store = CheckpointStore(logdir, max_to_keep=5)
+        store = CheckpointStore(logdir, engine="fake", max_to_keep=5)
         store.adopt(reversed(store.candidates()))
         engine = FakeEngine(size=4)
-        session = engine.prepare()
+        session = engine.prepare().session
         session.step = COUNT + 1
         name = engine.checkpoint_name(session.step)
         began = time.monotonic()

@@ -312,9 +312,9 @@ class Save:
     """Saves of a fake engine through the real writer and the real store."""
 
     def __init__(self, logdir: Path) -> None:
-        self.store = CheckpointStore(logdir, max_to_keep=2)
+        self.store = CheckpointStore(logdir, engine="fake", max_to_keep=2)
         self.engine = FakeEngine(self.store, size=8)
-        self.session: FakeSession = self.engine.prepare()
+        self.session: FakeSession = self.engine.prepare().session
         self.errors: list[BaseException] = []
         self.writer = CheckpointWriter(
             Committer(self.engine, self.store), self.errors.append, retry=Backoff(60, first_secs=0.002)

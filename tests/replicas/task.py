@@ -365,6 +365,30 @@ def client(cluster: dict[str, list[str]], index: int, *, master: str, supervisor
             report("session", step=int(sess.run(step)))
 
 
+def train_on_master(cluster: dict[str, list[str]], index: int, *, master: str, supervisor: dict[str, Any]) -> None:
+    """A trainer on the server of another process, with the loop of TensorFlow's documentation for lost masters."""
+    from stepguard.tensorflow import Supervisor
+
+    def once() -> None:
+        with tf.Graph().as_default():
+            inputs = v1.train.input_producer(tf.constant([1.0, 2.0]))
+            step = v1.train.get_or_create_global_step()
+            with tf.control_dependencies([inputs.dequeue()]):
+                train_op = v1.assign_add(step, 1)
+            sv = Supervisor(**supervisor)
+            config = v1.ConfigProto(device_filters=["/job:ps"])
+            with sv.managed_session(master, config=config) as sess:
+                report("session", step=int(sess.run(step)))
+                while not sv.coord.should_stop():
+                    report("step", step=int(sess.run(train_op)))
+
+    while True:
+        try:
+            once()
+        except tf.errors.AbortedError as error:
+            report("lost", type=type(error).__name__, message=str(error)[:500])
+
+
 def measure(cluster: dict[str, list[str]], index: int, *, secs: float, kind: str, supervisor: dict[str, Any]) -> None:
     """Report steps per second, over a model of about a millisecond a step; ``bare`` has no supervisor at all."""
     server = server_for(cluster, "worker", index)

@@ -411,3 +411,53 @@ class TestInASession:
         assert waiting.result(20) == 11
         session.unwatch()
         session.close()
+
+
+class TestAStepForOthers:
+    """A step that one under way may wait for."""
+
+    def test_passes_a_holder_that_waits_for_the_other(self, boundary, threads):
+        waiting = Step(boundary, threads)
+        assert waiting.began.wait(20)
+        held, may_end = threading.Event(), threading.Event()
+        holding = threads.submit(hold_until, boundary, held, may_end)
+        wait_until(is_waiting(boundary), "somebody waits for the boundary")
+        boundary.enter_for_others("apply")
+        # It has to end as well.
+        waiting.end()
+        assert not held.wait(0.1)
+        boundary.leave()
+        assert held.wait(20)
+        may_end.set()
+        holding.result(20)
+
+    def test_waits_for_a_holder_that_has_its_boundary(self, boundary, threads):
+        held, may_end = threading.Event(), threading.Event()
+        holding = threads.submit(hold_until, boundary, held, may_end)
+        assert held.wait(20)
+        entering = threads.submit(boundary.enter_for_others, "apply")
+        with pytest.raises(TimeoutError):
+            entering.result(0.1)
+        may_end.set()
+        holding.result(20)
+        entering.result(20)
+
+    def test_is_not_stopped(self, boundary):
+        boundary.stop(lambda: False)
+        boundary.enter_for_others("apply")
+        boundary.leave()
+        with pytest.raises(StopRequested):
+            boundary.enter("train")
+
+
+def test_a_long_first_step_does_not_tell_how_long_steps_are(boundary, monkeypatch):
+    now = itertools.count(0.0, 5.0)
+    monkeypatch.setattr(boundary_module, "monotonic", lambda: next(now))
+    boundary.enter("the first")
+    boundary.leave()
+    assert boundary.usual_secs == 5.0
+    monkeypatch.setattr(boundary_module, "monotonic", lambda: 0.0)
+    for _ in range(50):
+        boundary.enter("train")
+        boundary.leave()
+    assert boundary.usual_secs < 0.1

@@ -213,6 +213,25 @@ class TestSaversOfTheProgramsOwn:
         assert tried
         assert committed(tmp_path) == [3]
 
+    @pytest.mark.parametrize(("saves", "named"), [(True, "model.ckpt-2"), (False, "")])
+    def test_that_do_not_say_what_they_wrote_are_logged_with_what_is_there(self, graph, tmp_path, caplog, saves, named):
+        class Silent(v1.train.Saver):
+            def save(self, *arguments: Any, **options: Any) -> None:
+                if saves:
+                    super().save(*arguments, write_meta_graph=False, **options)
+
+        step = counting_step()
+        supervisor = Supervisor(
+            logdir=str(tmp_path), saver=Silent(), saving=Saving(save_model_secs=0, save_at_end=True)
+        )
+        with caplog.at_level(logging.INFO, "stepguard"), supervisor.managed_session() as session:
+            for _ in range(2):
+                session.run(step)
+
+        (line,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("saved step")]
+        assert line.startswith(f"saved step 2 to {tmp_path / named} in "), line
+        assert committed(tmp_path) == ([2] if saves else [])
+
     def test_that_write_over_a_committed_step_leave_a_good_checkpoint(self, graph, tmp_path, caplog):
         step, own = counting_step(), v1.train.Saver()
         supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0, saving=Saving(save_model_steps=1))
@@ -223,6 +242,27 @@ class TestSaversOfTheProgramsOwn:
 
         assert train(tmp_path, 0) == 1
         assert "damaged" not in caplog.text
+
+
+class TestWithoutALogdir:
+    def test_who_only_reads_is_not_warned_of_a_run_that_a_crash_would_lose(self, graph, caplog):
+        counting_step()
+        accuracy, update = v1.metrics.mean(v1.global_variables()[0])
+        with Supervisor().managed_session() as session:
+            for _ in range(3):
+                session.run(update)
+            session.run(accuracy)
+
+        assert "logdir" not in caplog.text
+
+    def test_who_trains_is_warned_once_at_the_first_step(self, graph, caplog):
+        step = counting_step()
+        with Supervisor().managed_session() as session:
+            assert "logdir" not in caplog.text
+            for _ in range(3):
+                session.run(step)
+
+        assert caplog.text.count("no logdir was given") == 1
 
 
 class TestGoingBack:

@@ -407,6 +407,156 @@ class TestWhereCheckpointsLie:
             assert session.run(step) == 7
 
 
+def copy_files(logdir: Path, name: str, as_name: str) -> None:
+    """What `cp` makes of a checkpoint: its manifest, if it has one, is forgotten."""
+    for path in logdir.glob(f"{name}.*"):
+        if not path.name.endswith(".manifest.json"):
+            shutil.copy(path, logdir / path.name.replace(name, as_name))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING)
+
+
+class TestANameThatIsNotTheStepThatIsHeld:
+    """Files without a manifest can be copied and renamed: the global step that they hold counts, and not their name."""
+
+    def test_a_copy_beside_checkpoints_of_tensorflows_own(self, tmp_path, caplog):
+        write_theirs(tmp_path, [10, 20], a=[1])
+        copy_files(tmp_path, "model.ckpt-10", "model.ckpt-60")
+
+        assert steps_at_start(tmp_path) == 20
+        assert "model.ckpt-60 is passed over (it has no manifest, and holds step 10)" in said(caplog)
+
+    def test_a_copy_is_said_in_the_heartbeat_too(self, tmp_path):
+        write_ours(tmp_path, 20, a=[1])
+        write_theirs(tmp_path / "other", [10], a=[1])
+        for path in (tmp_path / "other").glob("model.ckpt-10.*"):
+            shutil.copy(path, tmp_path / path.name.replace("-10", "-60"))
+
+        write_ours(tmp_path, 1, a=[1])
+
+        assert "model.ckpt-60 is passed over" in (tmp_path / "heartbeats" / "chief.json").read_text()
+
+    @pytest.mark.parametrize("state", ["kept", "removed"])
+    def test_the_only_one_renamed_is_gone_on_with_from_the_step_that_it_holds(self, state, tmp_path, caplog):
+        write_theirs(tmp_path, [20], a=[1])
+        for path in tmp_path.glob("model.ckpt-20.*"):
+            path.rename(tmp_path / path.name.replace("-20", "-60"))
+        if state == "removed":
+            (tmp_path / "checkpoint").unlink()
+
+        assert steps_at_start(tmp_path) == 20
+        assert "resuming from" in said(caplog)
+        assert "model.ckpt-60, which holds step 20" in said(caplog)
+
+    def test_a_copy_that_a_state_file_names_on_purpose_is_gone_on_with_and_said(self, tmp_path, caplog):
+        write_theirs(tmp_path, [10, 20], a=[1])
+        copy_files(tmp_path, "model.ckpt-10", "model.ckpt-60")
+        tf.compat.v1.train.update_checkpoint_state(str(tmp_path), str(tmp_path / "model.ckpt-60"))
+
+        assert steps_at_start(tmp_path) == 10
+        assert "model.ckpt-60, which holds step 10" in said(caplog)
+
+    def test_a_copy_under_another_basename_that_the_state_file_names_is_not_newer(self, tmp_path):
+        write_ours(tmp_path, 20, a=[1])
+        write_theirs(tmp_path, [5], name="mine", a=[1])
+        copy_files(tmp_path, "mine-5", "mine-60")
+        tf.compat.v1.train.update_checkpoint_state(str(tmp_path), str(tmp_path / "mine-60"))
+
+        assert steps_at_start(tmp_path) == 20
+
+    def test_one_without_a_step_in_its_name_that_the_program_has_saved_last_is_gone_on_with(self, tmp_path):
+        write_ours(tmp_path, 20, a=[1])
+        with tf.Graph().as_default():
+            step, *_ = model(a=[1])
+            raise_step = step.assign_add(10)
+            supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0)
+            with supervisor.managed_session() as session:
+                session.run(raise_step)
+                supervisor.saver.save(session, str(tmp_path / "on_stop.ckpt"))
+
+        assert steps_at_start(tmp_path) == 30
+
+    def test_one_whose_step_is_counted_by_another_variable_goes_by_its_name(self, tmp_path):
+        write_ours(tmp_path, 20, a=[1])
+        with tf.Graph().as_default(), v1.Session() as session:
+            other = v1.get_variable("other_step", initializer=7)
+            session.run(other.initializer)
+            v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=60)
+
+        with pytest.raises(CheckpointMismatchError, match=r"model\.ckpt-60 does not fit"):
+            steps_at_start(tmp_path)
+
+
+class TestANewerOneWithoutAManifest:
+    def test_that_is_damaged_and_named_by_the_state_file_costs_a_step_back_and_is_said(self, tmp_path, caplog):
+        write_ours(tmp_path, 5, a=[1])
+        write_theirs(tmp_path, [7], a=[1])
+        cut(tmp_path / "model.ckpt-7.index", 0.5)
+
+        assert steps_at_start(tmp_path) == 5
+        assert "model.ckpt-7 is damaged" in said(caplog)
+        assert (tmp_path / "quarantine" / "model.ckpt-7").is_dir()
+
+    @pytest.mark.parametrize("is_damaged", [False, True])
+    def test_that_the_state_file_does_not_name_is_passed_over_and_said(self, is_damaged, tmp_path, caplog):
+        write_ours(tmp_path, 5, a=[1])
+        state = (tmp_path / "checkpoint").read_bytes()
+        write_theirs(tmp_path, [7], a=[1])
+        (tmp_path / "checkpoint").write_bytes(state)
+        if is_damaged:
+            cut(tmp_path / "model.ckpt-7.index", 0.5)
+
+        assert steps_at_start(tmp_path) == 5
+        assert "model.ckpt-7 is passed over (it has no manifest, and the state file does not name it)" in said(caplog)
+
+    def test_is_the_last_resort_when_all_that_was_committed_is_damaged(self, tmp_path, caplog):
+        write_ours(tmp_path, 5, a=[1])
+        state = (tmp_path / "checkpoint").read_bytes()
+        write_theirs(tmp_path, [7], a=[1])
+        (tmp_path / "checkpoint").write_bytes(state)
+        cut(tmp_path / "model.ckpt-5.index", 0.5)
+
+        assert steps_at_start(tmp_path) == 7
+        assert "model.ckpt-5 is damaged" in said(caplog)
+
+    def test_that_the_program_lists_in_a_state_file_of_another_name_is_passed_over_and_said(self, tmp_path, caplog):
+        """As on TensorFlow's own class, which reads the file ``checkpoint`` and no other."""
+        write_ours(tmp_path, 20, a=[1])
+        with tf.Graph().as_default():
+            step, *_ = model(a=[1])
+            raise_step = step.assign_add(10)
+            supervisor = Supervisor(logdir=str(tmp_path), save_model_secs=0)
+            with supervisor.managed_session() as session:
+                session.run(raise_step)
+                supervisor.saver.save(session, supervisor.save_path, global_step=step, latest_filename="by_hand")
+
+        assert steps_at_start(tmp_path) == 20
+        assert "model.ckpt-30 is passed over" in said(caplog)
+
+
+class TestWhatOnlyTheStateFileLeadsTo:
+    def test_and_is_damaged_costs_a_step_back(self, tmp_path, caplog):
+        write_theirs(tmp_path / "elsewhere", [10, 20], name="theirs", a=[1])
+        (tmp_path / "logdir").mkdir()
+        shutil.copy(tmp_path / "elsewhere" / "checkpoint", tmp_path / "logdir")
+        cut(tmp_path / "elsewhere" / "theirs-20.data-00000-of-00001", 0.5)
+
+        assert steps_at_start(tmp_path / "logdir") == 10
+        assert "theirs-20 is damaged" in said(caplog)
+        assert "10 steps earlier" in said(caplog)
+
+    def test_and_is_all_damaged_is_no_fresh_start(self, tmp_path):
+        write_theirs(tmp_path / "elsewhere", [10], name="theirs", a=[1])
+        (tmp_path / "logdir").mkdir()
+        shutil.copy(tmp_path / "elsewhere" / "checkpoint", tmp_path / "logdir")
+        cut(tmp_path / "elsewhere" / "theirs-10.data-00000-of-00001", 0.5)
+
+        with pytest.raises(NoGoodCheckpointError, match="theirs-10"):
+            steps_at_start(tmp_path / "logdir")
+
+
 OLD_FORMAT = {"write_version": v1.train.SaverDef.V1}
 
 
@@ -487,3 +637,13 @@ class TestTheOldFormat:
         shutil.move(tmp_path / "before", tmp_path / "now")
 
         assert train_with(Supervisor, tmp_path / "now", sharded=is_sharded) == 3
+
+    def test_copied_under_a_newer_name_is_not_gone_on_with_before_what_was_committed(self, is_sharded, tmp_path):
+        train_with(v1.train.Supervisor, tmp_path, **OLD_FORMAT, sharded=is_sharded)
+        data = "-00000-of-00001" if is_sharded else ""
+        shutil.copy(tmp_path / f"model.ckpt-3{data}", tmp_path / f"model.ckpt-60{data}")
+        assert train_with(Supervisor, tmp_path, sharded=is_sharded) == 3
+        pattern = "-?????-of-00001" if is_sharded else ""
+        v1.train.update_checkpoint_state(str(tmp_path), str(tmp_path / f"model.ckpt-60{pattern}"))
+
+        assert train_with(Supervisor, tmp_path, sharded=is_sharded) == 6

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--loop-steps", type=int, help="the steps of one of many loops; rank 0 evaluates after each")
+    parser.add_argument("--epoch-ends", action="store_true", help="a loop over epochs, with work at the end of each")
+    parser.add_argument("--kill-in-end", help="RANK:EPOCH, SIGKILL of itself, once, when the end was begun")
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself, once")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
+    parser.add_argument("--leave", help="RANK:STEP:break or RANK:STEP:exit, in the middle of a loop that goes on")
+    parser.add_argument("--join", help="the numbers of batches of each rank, which come to their ends under Join")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -64,7 +69,7 @@ def main() -> None:
         guarding=Guarding(nan_guard="stop" if args.nan else None),
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
-    with sv.managed_session() as session:
+    with sv.managed_session() as session, joined(model, args):
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
         for index, inputs, targets in batches(session, loader, args):
             optimizer.zero_grad()
@@ -78,6 +83,10 @@ def main() -> None:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
             if f"{rank}:{session.global_step}" in args.kill and is_new(session.global_step, seen):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if args.leave == f"{rank}:{session.global_step}:exit":
+                sys.exit(7)
+            if args.leave == f"{rank}:{session.global_step}:break":
+                break
     # Not after SIGTERM, which ends one process: to put the weights together takes all.
     if session.global_step == args.steps:
         outcome = f"{session.global_step} {digest(net, optimizer)}"
@@ -87,7 +96,25 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def joined(model: torch.nn.Module, args: argparse.Namespace) -> AbstractContextManager[object]:
+    if not args.join:
+        return nullcontext()
+    from torch.distributed.algorithms.join import Join
+
+    return Join([model])
+
+
 def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> Iterator[list[torch.Tensor]]:
+    if args.join:
+        count = int(args.join.split(",")[dist.get_rank()])
+        inputs = [[torch.arange(4), torch.ones(4, 4), torch.ones(4, 1)]] * count
+        yield from session.steps(inputs, epochs=1)
+        return
+    if args.epoch_ends:
+        for epoch in session.epochs(args.epochs):
+            yield from session.steps(loader)
+            end_epoch(epoch, args)
+        return
     if not args.loop_steps:
         yield from session.steps(loader, max_steps=args.steps, epochs=args.epochs)
     while args.loop_steps and session.global_step < args.steps:
@@ -95,6 +122,19 @@ def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> I
         if dist.get_rank() == 0:
             args.logdir.with_suffix(".evaluating").touch()
             time.sleep(1)
+
+
+def end_epoch(epoch: int, args: argparse.Namespace) -> None:
+    """Draws, as an evaluation does, and goes on for long enough to be saved meanwhile."""
+    rank = dist.get_rank()
+    random.random()
+    torch.rand(3)
+    ends = args.logdir.with_suffix(f".ends-{rank}")
+    with ends.open("a") as lines:
+        lines.write(f"{epoch}\n")
+    if args.kill_in_end == f"{rank}:{epoch}" and ends.read_text().split().count(str(epoch)) == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_new(step: int, seen: Path) -> bool:

@@ -40,7 +40,9 @@ def test_a_run_writes_its_summaries_its_rate_and_its_records(tmp_path):
 
     assert curve(tmp_path, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
     assert curve(tmp_path, "rate") == [(0, 0.0), (1, 2.0), (2, 4.0)]
-    assert curve(tmp_path, "global_step/sec")
+    ((step, rate),) = curve(tmp_path, "global_step/sec")
+    assert step == 3
+    assert rate > 0
     found = records(tmp_path)
     assert found[0] == ("START", 0)
     assert ("CHECKPOINT", 3) in found

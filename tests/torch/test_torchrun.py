@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import time
 
 import pytest
-from launch import outcomes, run, run_two, seen, steps_saved, terminate_one, torchrun, torchrun_command
+from launch import outcomes, run, run_two, seen, start_two, steps_saved, terminate_one, torchrun, torchrun_command
 
 from stepguard.watching import ledger
 
@@ -29,6 +30,22 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     for rank in range(2):
         assert seen(killed, rank) == seen(whole, rank)
     assert steps_saved(killed)[0] == 60
+
+
+def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # 50 items in batches of 4 are 7 steps of two processes.
+    training = ["--epoch-ends", "--epochs=4", "--steps=28"]
+    torchrun(whole, 2, *training)
+    launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
+    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1"))
+
+    assert outcomes(killed, 2) == outcomes(whole, 2)
+    for rank in range(2):
+        assert seen(killed, rank) == seen(whole, rank)
+        assert whole.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "2", "3"]
+        # The other may have come to the next epoch, and waited there in vain.
+        assert killed.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -102,3 +119,29 @@ def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
 
     assert not [line for text in errors for line in text.splitlines() if "stopping" in line or "round of" in line]
     assert len({len(seen(tmp_path / "run", rank)) for rank in range(2)}) == 1
+
+
+@pytest.mark.parametrize("leave", ["0:14:exit", "1:14:break"])
+def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
+    logdir = tmp_path / "run"
+    leaver, step, how = leave.split(":")
+    processes = start_two(logdir, "--steps=100000", "--save-steps=5", f"--leave={leave}")
+    left, stays = processes if leaver == "0" else reversed(processes)
+    left.communicate(timeout=200)
+    began = time.monotonic()
+    said = stays.communicate(timeout=200)[1]
+
+    assert time.monotonic() - began < 20  # For the end of the interpreter, on a busy machine.
+    assert left.returncode == (7 if how == "exit" else 0)
+    assert stays.returncode == 1
+    assert f"PeerLeftError: rank {leaver} has left the training after {int(step) + 1} steps of this session" in said
+
+
+@pytest.mark.parametrize("batches", ["12,20", "20,12"])
+def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
+    logdir = tmp_path / "run"
+    run_two(logdir, "--steps=100000", "--save-steps=5", f"--join={batches}")
+
+    counts = [int(count) for count in batches.split(",")]
+    assert [len(seen(logdir, rank)) for rank in range(2)] == counts
+    assert steps_saved(logdir)[0] == counts[0]

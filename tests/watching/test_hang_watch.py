@@ -163,6 +163,23 @@ def test_a_process_that_is_suspended_does_not_hang(start) -> None:
     assert child.hangs() == []
 
 
+def test_a_process_that_was_frozen_together_with_its_monitor_does_not_hang(start) -> None:
+    child = start("asleep", hang_secs=4.0, end_on_hang=True)
+    (monitor,) = child.monitors()
+    before = monitor.num_ctx_switches().voluntary
+    wait_until(lambda: monitor.num_ctx_switches().voluntary >= before + 2, "the last step, and no more")
+    for pid in (child.process.pid, monitor.pid):
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: monitor.status() == psutil.STATUS_STOPPED, "the freeze")
+    time.sleep(4.1)  # longer than a hang
+    for pid in (child.process.pid, monitor.pid):
+        os.kill(pid, signal.SIGCONT)
+    (child.logdir / "wake").touch()
+
+    assert child.process.wait(SOON_SECS) == 0, child.errors.read_text()
+    assert child.hangs() == []
+
+
 def test_what_follows_the_last_step_does_not_hang(start) -> None:
     # Such as the evaluation of the model: the three steps were all.
     child = start("asleep", hang_secs=0.5, end_on_hang=True, total_steps=3)

@@ -42,7 +42,7 @@ class Story:
         return self.tell("stop", time, pid=pid, reason=reason, **fields)
 
     def of(self, last=None, **options):
-        return history.of(self.events, last, **options)
+        return history.from_events(self.events, last, **options)
 
 
 def times(found):
@@ -56,7 +56,7 @@ def crashed_once():
 
 
 def test_an_empty_ledger_is_a_run_of_no_time():
-    assert history.of([]) == history.History((), 0, 0.0, 0.0, 0.0, 0)
+    assert history.from_events([]) == history.History((), 0, 0.0, 0.0, 0.0, 0)
 
 
 def test_a_run_without_a_crash_is_productive_from_its_first_step_on():
@@ -75,6 +75,12 @@ def test_after_a_crash_the_time_since_the_checkpoint_is_replayed_and_the_gap_is_
     first, second = found.attempts
     assert (first.reason, first.last_step, first.ended) == (None, 1000, 100.0)
     assert (second.first_step, second.last_step) == (600, 2000)
+
+
+def test_a_run_whose_first_lines_are_lost_trains_from_the_first_line_that_is_left():
+    story = Story().checkpoint(100, 5).checkpoint(200, 9).start(204, pid=2)
+    story.restore(210, 9, 2, previous_time=202.0, previous_step=9).stop(230, pid=2)
+    assert times(story.of()) == (122.0, 0.0, 8.0)
 
 
 def test_a_crash_before_the_first_checkpoint_replays_all_of_it():
@@ -267,12 +273,12 @@ def test_any_lines_may_be_missing_torn_or_of_other_types(tmp_path, seed):
         kept = list(lines)
         kept[torn] = kept[torn][: len(kept[torn]) * (seed + 1) // 4] + b"\n"
         path.write_bytes(b"".join(kept))
-        found = history.of(ledger.read(tmp_path))
+        found = history.from_events(ledger.read(tmp_path))
         assert min(times(found)) >= 0.0
         assert sum(times(found)) <= 150.0
     for event, value in itertools.product(whole, (None, [], {}, "x", True, -1)):
         wrong = {key: value if key not in ("event", "time") else kept for key, kept in event.items()}
-        found = history.of([wrong if one is event else one for one in whole])
+        found = history.from_events([wrong if one is event else one for one in whole])
         assert min(times(found)) >= 0.0
         json.dumps(found.attempts[0].last_step)
         history.last_seen([wrong if one is event else one for one in whole])

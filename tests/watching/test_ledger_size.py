@@ -71,7 +71,7 @@ def test_what_was_put_aside_still_counts(tmp_path: Path, monkeypatch: pytest.Mon
             path.write_bytes(b"".join(one for one in path.read_bytes().splitlines(True) if b'"stop"' not in one))
             heartbeat.forget(logdir, "chief")
         assert bool(list(logdir.glob("run.*.jsonl"))) == (limit == 4000)
-        found = history.of(ledger.read(logdir))
+        found = history.from_events(ledger.read(logdir))
         sums.append((found.restarts, found.lost_steps))
         start = [one for one in ledger.read(logdir) if one["event"] == "start"][-1]
         assert start["restarts"] == found.restarts
@@ -85,9 +85,9 @@ def test_the_sums_of_a_start_stand_for_the_lines_before_it() -> None:
         run = a_crashed_run(1000.0 * number, number, restarts=number)
         run[1]["so_far"] = history.totals([*events, *run[:2]])
         events += run
-    whole = history.of(events)
+    whole = history.from_events(events)
     for cut in range(0, len(events) - 55, 7):
-        part = history.of(events[cut:])
+        part = history.from_events(events[cut:])
         assert part.restarts == whole.restarts, cut
         assert part.productive_secs == pytest.approx(whole.productive_secs), cut
         assert part.down_secs == pytest.approx(whole.down_secs), cut

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,36 @@ class TestTheLedger:
 
         (stop,) = events(tmp_path, "stop")
         assert (stop["reason"], stop["error"]) == (reason, None)
+
+    @pytest.mark.parametrize("how", ["sv.request_stop()", "sv.coord.request_stop()", "threading.Thread(...)"])
+    def test_tells_that_a_run_was_stopped_by_the_program_and_has_not_finished(self, tmp_path: Path, how: str) -> None:
+        sv = FakeSupervisor(str(tmp_path))
+        with sv.managed_session() as session:
+            session.run_step()
+            if how == "sv.request_stop()":
+                sv.request_stop()
+            elif how == "sv.coord.request_stop()":
+                sv.coord.request_stop()
+            else:
+                thread = threading.Thread(target=sv.request_stop)
+                thread.start()
+                thread.join()
+
+        assert [one["reason"] for one in events(tmp_path, "stop")] == ["request_stop"]
+
+    @pytest.mark.parametrize("how", ["its block ends", "its input ends", "its input ends in a thread"])
+    def test_tells_that_a_run_has_finished_when_it_came_to_its_end(self, tmp_path: Path, how: str) -> None:
+        sv = FakeSupervisor(str(tmp_path))
+        with sv.managed_session() as session:
+            session.run_step()
+            if how == "its input ends":
+                raise EOFError
+            if how == "its input ends in a thread":
+                sv.request_stop(EOFError())
+                # Who asks then asks for what has come already.
+                sv.request_stop()
+
+        assert [one["reason"] for one in events(tmp_path, "stop")] == ["finished"]
 
     def test_tells_of_a_preparation_that_failed(self, tmp_path: Path) -> None:
         sv = FakeSupervisor(str(tmp_path))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.cli.logdir.contents import ENTRY_SUFFIX, Surveyed, survey, survey_one
+from stepguard.cli.logdir.contents import ENTRY_SUFFIX, ListedCheckpoint, list_contents, list_one
 from stepguard.cli.text import output
 from stepguard.options import check_local
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
@@ -41,7 +41,7 @@ def _check_local(value: str | os.PathLike[str]) -> None:
 
 
 class _Seconds(click.FloatRange):
-    """A number of seconds that comes to an end: NaN is in no range and fails no comparison, and so passes a range."""
+    """A finite number of seconds. A range alone lets NaN pass, since no comparison with NaN is true."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = float(super().convert(value, param, ctx))
@@ -51,14 +51,14 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS = _Seconds(min=0)
-"""A finite number of seconds, or none: 0."""
+"""A finite number of seconds, at least 0."""
 
 _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_SUFFIX)}|\.data-\d+-of-\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
+    """The meaning of a path: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
 
     ``file`` is the path of a single file of PyTorch, in a checkpoint or alone.
     """
@@ -68,16 +68,16 @@ class Target:
     name: str | None
     file: Path | None = None
 
-    def checkpoint(self) -> Surveyed:
-        """What is to be read: the single file, or the checkpoint; of a logdir the one that a restart would take.
+    def checkpoint(self) -> ListedCheckpoint:
+        """The checkpoint or single file to read; for a logdir, the checkpoint that a restart would take.
 
         Raises click.UsageError if there is none.
         """
         if self.file is not None:
-            return survey_one(self.file.parent, self.file.name)
+            return list_one(self.file.parent, self.file.name)
         if self.name is not None:
-            return survey_one(self.root, self.name)
-        for one in survey(self.root).found:
+            return list_one(self.root, self.name)
+        for one in list_contents(self.root).found:
             if one.is_next:
                 return one
         raise click.UsageError(
@@ -86,7 +86,7 @@ class Target:
 
 
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
-    """An argument that is a logdir or a checkpoint: its directory, its TensorFlow prefix, or one of its files.
+    """An argument that names a logdir, or a checkpoint by its directory, its TensorFlow prefix or one of its files.
 
     A path that is neither is a mistake in the arguments.
     """
@@ -95,7 +95,8 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 def _target(value: str) -> Target:
     _check_local(value)
-    path = Path(value)
+    # Resolve ".", which has no name and may be a checkpoint. "/" has no name at all, and is no checkpoint.
+    path = Path(value) if Path(value).name else Path(value).absolute()
     holder = path.parent if path.parent.name else path.absolute().parent
     if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():
         return Target(path, holder.parent, holder.name, path if _is_single(path) else None)
@@ -110,6 +111,8 @@ def _target(value: str) -> Target:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    if not path.name:
+        return False
     if any(path.with_name(path.name + suffix).is_file() for suffix in (MANIFEST_SUFFIX, ENTRY_SUFFIX)):
         return True
     if path.is_file():
@@ -119,5 +122,5 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_single(path: Path) -> bool:
-    """Whether this is a file that can be shown by itself."""
+    """Whether `show` can read this file by itself."""
     return path.suffix in (".pt", ".pth") and path.is_file()

@@ -9,17 +9,17 @@ import click
 from stepguard.errors import printable
 
 FINDING = 1
-"""What was looked at is damaged, or different, or the command refuses."""
+"""The command has found damage or a difference, or refuses."""
 NOT_DONE = 3
-"""It could not be done: no permission, an unknown format, a missing package."""
+"""The command could not do its work: no permission, an unknown format, a missing package."""
 INTERRUPTED = 130
-"""Ctrl-C: what a shell shows for a program that SIGINT ended."""
+"""Ctrl-C ended the command. A shell reports the same code for a program that SIGINT ended."""
 READER_GONE = 141
-"""The reader of the pipe has gone away: what a shell shows for a program that SIGPIPE ended."""
+"""The reader of the pipe has gone. A shell reports the same code for a program that SIGPIPE ended."""
 
 
-class Failure(click.ClickException):
-    """The end of a command by an error: one line on stderr."""
+class CommandError(click.ClickException):
+    """An error that ends a command, with one line on stderr."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         # It may quote what a file holds, or how it is called.

@@ -11,18 +11,18 @@ from typing import Any
 import click
 
 from stepguard import __version__
-from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Failure
+from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
 _COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run")
 """Their names, in the order in which --help has them."""
 
-# What the command was asked to look for, or why it refuses; every other error means that it could not do its work.
+# Findings and refusals. Every other error means that the command could not do its work.
 _FINDINGS = (CheckpointCorruptError, NoGoodCheckpointError, LogdirInUseError)
 
 
 class Commands(click.Group):
-    """The commands by name, and how an error of any of them ends the process."""
+    """The group of commands. An error of any command ends the process with one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of `_COMMANDS`."""
@@ -33,19 +33,18 @@ class Commands(click.Group):
         return _command(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. What goes wrong becomes one line on stderr, and an exit code, and not a traceback."""
+        """Run the command. An error becomes one line on stderr and an exit code; no traceback is shown."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            # Click's own code for it is 1, which says that something is damaged.
-            ctx.exit(INTERRUPTED)
         except StepguardError as error:
-            raise Failure(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
+            raise CommandError(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
-            raise Failure(_described(error), NOT_DONE) from error
+            raise CommandError(_described(error), NOT_DONE) from error
+        except KeyboardInterrupt as error:
+            raise CommandError("interrupted", INTERRUPTED) from error
 
 
 def _command(name: str) -> click.Command | None:
@@ -92,7 +91,7 @@ def _described(error: OSError) -> str:
 
 
 def _leave_the_pipe() -> None:
-    # What is left in the buffer would raise once more when the interpreter flushes it at its end.
+    # The interpreter flushes the buffer at its end, which would raise the same error once more.
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):
@@ -126,6 +125,6 @@ def main() -> None:
     """Run the command that the arguments name. Ends the process."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Where the encoding of the terminal has not all characters, the others are shown as escapes.
+            # Characters that the terminal's encoding lacks are shown as escapes.
             stream.reconfigure(errors="backslashreplace")
     cli(prog_name="stepguard")

@@ -1,1 +1,1 @@
-"""What stops together, and what stops it: the coordinator, loopers on timers, services, and SIGTERM."""
+"""The coordinator and the threads that it stops together: loopers on timers, services, and the SIGTERM watch."""

@@ -3,10 +3,18 @@
 The semantics are those that TensorFlow documents for `tf.train.Coordinator
 <https://www.tensorflow.org/api_docs/python/tf/train/Coordinator>`_; docs/ lists where this one departs.
 
-The class takes no lock. Its methods may be called from any thread and from a signal handler, and a handler runs
-in the middle of whatever the main thread was doing: a lock that the interrupted method holds would never be released,
-and `threading.Event` has such a lock. Instead, every change of state is one atomic operation (an assignment, a
-list.append, a set.pop), ordered so that whoever looks in between loses nothing.
+The protocol: any thread requests the stop; the others poll `should_stop` or block in `wait_for_stop`; one thread,
+usually the main thread, blocks in `join` until they have ended. Each thread in `wait_for_stop` blocks on a lock of its
+own, which it has put into `_waiters`; `request_stop` pops and releases every lock there, so each is released exactly
+once. A waiter checks the flag again after it has put its lock there, so that it cannot miss a request made just before.
+`join` polls the threads: every `_LOOK_SECS` until a stop is requested, then at least once every `_LONGEST_LOOK_SECS`.
+
+No deadlock is possible, because the class takes no lock that another thread waits for. Its methods may run in a signal
+handler, and a handler runs in the middle of a method of the main thread: a lock that the interrupted method held would
+never be released (`threading.Event` has such a lock). Instead, every change of state is one atomic operation (an
+assignment, a list.append, a set.pop). An error is recorded before the flag is set, so a thread that sees the flag also
+sees the error; and `join` sets `joined` before it reads the errors, whereas `request_stop` records its error before it
+reads `joined`, so at least one of the two raises the error. Nothing here is on disk: a kill leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -29,41 +37,46 @@ __all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
-# How often a join with a shorter grace period than this looks for a stop request.
+# The shortest grace period of a join: even a thread that waits for the stop needs a moment to wake up and end.
 _SHORTEST_LOOK_SECS = 0.05
-# A note is one line to read; the log has the whole text, with its traceback.
+# The time between two looks of a join at the threads, before a stop was requested.
+_LOOK_SECS = 0.05
+# The longest time between two checks of a join whether a running thread has entered `not_joined`.
+_LONGEST_LOOK_SECS = 0.2
+# A note is one readable line; the log has the whole text with its traceback.
 _NOTE_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An error as it was reported: the traceback it had then, and the thread that reported it."""
+    """An error as it was reported: with its traceback at that time, and the name of the reporting thread."""
 
     error: BaseException
     traceback: TracebackType | None
     thread_name: str
 
     def raise_error(self) -> None:
-        # Raising adds frames to the traceback; starting from the reported one keeps it from growing at each raise.
+        # Raising adds frames to the traceback. Reset it to the reported one, so that it does not grow at each raise.
         error = self.error.with_traceback(self.traceback)
         try:
             raise error
         finally:
-            # This frame is in the traceback now: what it still names would be in a cycle with the error.
+            # The traceback now refers to this frame: drop the frame's references, or they form a cycle with the error.
             del error, self
 
 
 @dataclass(slots=True)
 class _Stop:
-    """All that clear_stop resets, in one object, so that it is replaced in one assignment."""
+    """All state that clear_stop resets, in one object, so that one assignment replaces it."""
 
     requested_at: float | None = None
+    was_asked: bool = False
     main_thread_was_told: bool = False
     joined: bool = False
     failures: list[_Failure] = field(default_factory=list)
 
     def record(self, failure: _Failure) -> None:
-        """Keeps the failure: the first to be appended is the one that is raised, the others become its notes."""
+        """Keeps the failure. The first one appended is the one to raise; later ones become its notes."""
         self.failures.append(failure)
         first = self.failures[0]
         if first is failure:
@@ -79,10 +92,10 @@ class _Stop:
 
 
 class Coordinator:
-    """Stops a set of threads together, and brings their first error to whoever joins them.
+    """Stops a set of threads together, and raises their first error in the thread that joins them.
 
     Threads ask `should_stop()` or wait in `wait_for_stop()`; any of them ends the run with `request_stop()`; the
-    thread that started them calls `join()`, which raises what went wrong::
+    thread that started them calls `join()`, which raises the first error::
 
         coord = Coordinator()
         threads = [threading.Thread(target=work, args=(coord,)) for _ in range(4)]
@@ -90,15 +103,15 @@ class Coordinator:
             thread.start()
         coord.join(threads)
 
-    Any thread may call any method, and so may a signal handler (`join` excepted: it waits).
+    Any thread may call any method. A signal handler may call any method but `join`, which waits.
 
     Args:
-      clean_stop_exception_types: exceptions that ask for a stop and are no error, such as "end of input".
-      late_noise_types: exceptions that are no error once a stop was requested, being only its consequence, such as
-        "cancelled". Before a stop, they are errors like any other.
+      clean_stop_exception_types: exceptions that request a stop and are not errors, such as "end of input".
+      late_noise_types: exceptions that are not errors after a stop request, because they are its consequence, such as
+        "cancelled". Before a stop request they are errors like any other.
 
     Raises:
-      TypeError: if one of the two is not made of exception types.
+      TypeError: if one of the arguments is not an iterable of exception types.
     """
 
     def __init__(
@@ -109,32 +122,39 @@ class Coordinator:
         self._clean_types = _exception_types("clean_stop_exception_types", clean_stop_exception_types)
         self._noise_types = _exception_types("late_noise_types", late_noise_types)
         self._stop = _Stop()
-        # Locked by whoever waits in wait_for_stop, released by request_stop: each is popped, so released, once.
+        # One lock for each thread in wait_for_stop. request_stop pops a lock before it releases it: once each.
         self._waiters: set[threading.Lock] = set()
-        # By id: a Thread subclass may define an __eq__ of its own.
-        self._registered: dict[int, threading.Thread] = {}
+        # Keyed by id, because a Thread subclass may define its own __eq__.
+        self._registered_threads: dict[int, threading.Thread] = {}
+        # The idents of the threads inside `not_joined`. A thread is inside at most once.
+        self._not_joined: set[int] = set()
 
     def should_stop(self) -> bool:
-        """True once a stop was requested. Cheap: made to be asked at every step."""
+        """True once a stop was requested. Cheap enough to call at every step."""
         stop = self._stop
         if stop.requested_at is None:
             return False
-        # Who only looks, to do something about it for the main thread, has to look at stop_requested.
+        # The question counts as the main thread's own. Internal code in the main thread reads `stop_requested` instead.
         if threading.current_thread() is threading.main_thread():
             stop.main_thread_was_told = True
         return True
 
     @property
+    def stop_was_asked(self) -> bool:
+        """Whether `request_stop` was called without an error before the run was over or had failed."""
+        return self._stop.was_asked
+
+    @property
     def stop_requested(self) -> bool:
-        """The same, for a look that does not count as the main thread's question."""
+        """True once a stop was requested. Unlike `should_stop`, reading it does not count as having told a thread."""
         return self._stop.requested_at is not None
 
     def main_thread_was_told(self) -> bool:
-        """Whether a stop was requested, and the main thread has asked for it: it ends by itself, in its own way."""
+        """Whether `should_stop` has returned True in the main thread, which then ends the run in its own way."""
         return self._stop.main_thread_was_told
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
-        """Waits until a stop is requested, or for `timeout` seconds. True if it was requested."""
+        """Waits until a stop is requested, or for `timeout` seconds. True if a stop was requested."""
         if self.should_stop():
             return True
         if timeout is not None and timeout <= 0:
@@ -143,7 +163,7 @@ class Coordinator:
         waiter.acquire()
         self._waiters.add(waiter)
         try:
-            # Asked again now that request_stop can see the waiter: a stop before this line released nobody.
+            # Check again now that request_stop can see the waiter: a request before this line did not release it.
             if self.should_stop():
                 return True
             waiter.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
@@ -158,16 +178,16 @@ class Coordinator:
         | tuple[None, None, None]
         | None = None,
     ) -> None:
-        """Asks all threads to stop and, with `ex`, says why. Returns at once.
+        """Asks all threads to stop; `ex` is the error that makes it necessary. Returns at once.
 
-        The first error is the one that `join` and `raise_requested_exception` raise, also when the stop was first
-        requested without one, or with a clean-stop type. Different errors after it are attached to it as notes.
+        `join` and `raise_requested_exception` raise the first error, even if the stop was first requested without an
+        error or with a clean-stop type. Different errors after the first are attached to it as notes.
 
         Args:
-          ex: an exception, being handled or not, or the tuple of `sys.exc_info()`.
+          ex: an exception, or the tuple of `sys.exc_info()`.
 
         Raises:
-          ex itself: if `join` had finished and so may not raise it any more; never a clean-stop type.
+          ex itself: if `join` had already finished and can no longer raise it; never a clean-stop type.
           TypeError: if `ex` is neither. The stop is requested all the same, with that TypeError as its error.
         """
         stop = self._stop
@@ -176,29 +196,34 @@ class Coordinator:
         except TypeError as error:
             self._request_stop(stop, _Failure(error, error.__traceback__, threading.current_thread().name))
             raise
+        was_asked = failure is None
         if failure is not None and self._is_harmless(failure.error, after_stop=stop.requested_at is not None):
             failure = None
-        self._request_stop(stop, failure)
+        self._request_stop(stop, failure, was_asked=was_asked)
+
+    def end(self) -> None:
+        """Asks all threads to stop because the run is over. This does not count as a requested stop."""
+        self._request_stop(self._stop, None)
 
     def report(self, error: BaseException) -> None:
-        """Like `request_stop`, for a thread's edge, where nobody could catch what it raises: `error` itself is not."""
+        """Like `request_stop`, but never raises `error` itself: for the edge of a thread, where nothing catches it."""
         try:
             self.request_stop(error)
         except BaseException as raised:
-            # After a join it raises in the thread that reports as well; whoever joins next is told all the same.
+            # After a join, request_stop also raises in the reporting thread. The next join raises the error anyway.
             if raised is not error:
                 raise
 
     def clear_stop(self) -> None:
-        """Makes the coordinator as new: no stop requested, no error, not joined. Registered threads stay so."""
+        """Resets the coordinator: no stop requested, no error, not joined. Registered threads stay registered."""
         self._stop = _Stop()
 
     @contextlib.contextmanager
     def stop_on_exception(self) -> Iterator[None]:
         """`with coord.stop_on_exception():` passes an exception of the block to `request_stop`, and ends the block.
 
-        `Exception` ends there, to be raised by `join`. What is none (KeyboardInterrupt, SystemExit, GeneratorExit)
-        is reported too, and goes on. After `join` had finished, everything but a clean stop goes on.
+        An `Exception` is swallowed, and raised later by `join`. Other exceptions (KeyboardInterrupt, SystemExit,
+        GeneratorExit) are reported and propagate. After `join` has finished, everything but a clean stop propagates.
         """
         try:
             yield
@@ -208,13 +233,23 @@ class Coordinator:
                 raise
 
     def register_thread(self, thread: threading.Thread) -> None:
-        """Adds a thread to those that `join` waits for. It may be started later.
+        """Adds a thread to those that `join` waits for. The thread may be started later.
 
         Raises:
           TypeError: if `thread` is not a thread.
         """
         _check_thread(thread)
-        self._registered[id(thread)] = thread
+        self._registered_threads[id(thread)] = thread
+
+    @contextlib.contextmanager
+    def not_joined(self) -> Iterator[None]:
+        """A context in which `join` does not wait for the calling thread after a stop, since it waits for the end."""
+        ident = threading.get_ident()
+        self._not_joined.add(ident)
+        try:
+            yield
+        finally:
+            self._not_joined.discard(ident)
 
     def join(
         self,
@@ -224,30 +259,30 @@ class Coordinator:
     ) -> None:
         """Waits until all threads have ended, then raises the first error that was reported, if any.
 
-        Waits for `threads` and for the registered ones, those registered meanwhile included; not for threads that
-        were never started, nor for the calling thread. Returns as soon as the last has ended. While no stop is
-        requested, waits without limit; once it is, for `stop_grace_period_secs` from then, or from this call if that
-        came later. May be called again, from any thread; raises the same error then.
+        Waits for `threads` and for all registered threads, including those registered during the wait; not for threads
+        that were never started, nor for the calling thread. Returns as soon as the last thread has ended. Without a
+        stop request, waits without limit; after one, for `stop_grace_period_secs` from the request or from this call,
+        whichever is later. May be called again, from any thread, and then raises the same error.
 
         Args:
-          threads: started threads to wait for, besides the registered ones.
-          stop_grace_period_secs: seconds that the threads have to end, from the request on.
-          ignore_live_threads: log a warning about threads that did not end in time, in place of the error.
+          threads: started threads to wait for, in addition to the registered ones.
+          stop_grace_period_secs: seconds that the threads have to end after the request.
+          ignore_live_threads: log a warning about threads that did not end in time, instead of raising.
 
         Raises:
-          the first error: with a note for each later one, and one for the threads that did not end in time.
+          the first error: with a note for each later error, and a note for the threads that did not end in time.
           RuntimeError: if no error was reported and threads did not end in time. It names them.
-          TypeError, ValueError: for arguments that are not as above; before any waiting.
+          TypeError, ValueError: for invalid arguments, before any waiting.
         """
-        # A thread that waits for the stop still needs a moment to wake up.
+        # Even a thread that waits for the stop needs a moment to wake up and end.
         grace_secs = max(_grace_secs(stop_grace_period_secs), _SHORTEST_LOOK_SECS)
         live = self._wait_for_threads(_thread_list(threads), grace_secs, time.monotonic())
         stop = self._stop
-        # Joined first, errors read second: request_stop does it the other way round, and so one of both sees it.
-        stop.joined = True
-        for thread in list(self._registered.values()):
+        # Set `joined`, then read the errors; request_stop does the reverse, so at least one of them raises an error.
+        self._set_joined(stop)
+        for thread in list(self._registered_threads.values()):
             if thread.ident is not None and not thread.is_alive():
-                self._registered.pop(id(thread), None)
+                self._registered_threads.pop(id(thread), None)
         if live:
             report = f"threads still running {grace_secs:g} s after the stop was requested: {_names(live)}"
             if ignore_live_threads:
@@ -260,12 +295,15 @@ class Coordinator:
         try:
             self.raise_requested_exception()
         finally:
-            # This frame is in the traceback of our error now: it must not keep us alive in a cycle.
+            # The traceback of our error now refers to this frame: it must not keep the coordinator alive in a cycle.
             del self
+
+    def _set_joined(self, stop: _Stop) -> None:
+        stop.joined = True
 
     @property
     def joined(self) -> bool:
-        """True once a `join` has finished, also with an error."""
+        """True once a `join` has finished, with or without an error."""
         return self._stop.joined
 
     @property
@@ -274,7 +312,7 @@ class Coordinator:
         return bool(self._stop.failures)
 
     def raise_requested_exception(self) -> None:
-        """Raises the first error that was reported, if any, at each call, with the traceback it was reported with."""
+        """Raises the first reported error, if any, with the traceback it had when reported. May be called again."""
         failures = self._stop.failures
         if not failures:
             return
@@ -286,7 +324,7 @@ class Coordinator:
             del first
 
     def _is_harmless(self, error: BaseException, *, after_stop: bool) -> bool:
-        # StopRequested only carries a request that was made before it.
+        # StopRequested only passes on a stop that was requested before.
         if isinstance(error, (StopRequested, *self._clean_types)):
             return True
         if after_stop and isinstance(error, self._noise_types):
@@ -294,13 +332,14 @@ class Coordinator:
             return True
         return False
 
-    def _request_stop(self, stop: _Stop, failure: _Failure | None) -> None:
-        # Error first, flag second: who sees the flag can rely on the error being there.
+    def _request_stop(self, stop: _Stop, failure: _Failure | None, *, was_asked: bool = False) -> None:
+        # Error first, flag second: a thread that sees the flag also sees the error.
         if failure is not None:
             stop.record(failure)
         if stop.requested_at is None:
+            stop.was_asked = was_asked
             stop.requested_at = time.monotonic()
-        # suppress: another thread, or a signal handler, may pop the last one between our look and our pop.
+        # suppress: another thread, or a signal handler, may pop the last waiter between our check and our pop.
         with contextlib.suppress(KeyError):
             while self._waiters:
                 self._waiters.pop().release()
@@ -313,27 +352,35 @@ class Coordinator:
         """The threads that are still alive at the end of the grace period."""
         me = threading.current_thread()
         while True:
-            union = {id(thread): thread for thread in [*given, *list(self._registered.values())]}
-            live = [thread for thread in union.values() if thread is not me and thread.is_alive()]
+            union = {id(thread): thread for thread in [*given, *list(self._registered_threads.values())]}
+            live = [thread for thread in union.values() if thread is not me and self._is_awaited(thread)]
             if not live:
                 return []
             left_secs = self._grace_left_secs(grace_secs, began)
             if left_secs <= 0:
                 return live
-            # All have to end, so it is no matter which we wait for.
-            live[0].join(min(left_secs, threading.TIMEOUT_MAX))
+            if self._stop.requested_at is None:
+                # A stop starts the grace period. Like TensorFlow's, a join before it looks at the threads now and then:
+                # its own tests rely on a moment more for threads that nobody has registered.
+                self.wait_for_stop(min(left_secs, _LOOK_SECS))
+                continue
+            # Any one will do, as all have to end. Wait only briefly, because the thread may enter `not_joined`.
+            live[0].join(min(left_secs, _LONGEST_LOOK_SECS))
+
+    def _is_awaited(self, thread: threading.Thread) -> bool:
+        return thread.is_alive() and not (self.stop_requested and thread.ident in self._not_joined)
 
     def _grace_left_secs(self, grace_secs: float, began: float) -> float:
         requested_at = self._stop.requested_at
         if requested_at is None:
-            # Requested now at the earliest, so no deadline can fall before a whole grace period has passed: no need
-            # to be woken by the request, only to look again then.
+            # A stop is requested now at the earliest, so the deadline is at least one whole grace period away. The
+            # request need not wake this thread, which checks again by then.
             return max(grace_secs, _SHORTEST_LOOK_SECS)
         return max(requested_at, began) + grace_secs - time.monotonic()
 
 
 def _failure(ex: object) -> _Failure | None:
-    """What request_stop was given, as a failure, or None for nothing. TypeError if it is no exception."""
+    """The argument of request_stop as a failure, or None if it holds none. TypeError if it is not an exception."""
     if ex is None or ex == (None, None, None):
         return None
     error, trace = ex, None
@@ -350,13 +397,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """Adds the note unless the error has it already, as at the second of two joins."""
+    """Adds the note unless the error already has it: a second join adds the same notes."""
     if note in getattr(error, "__notes__", ()):
         return
     try:
         add_note(error, note)
     except (AttributeError, TypeError):
-        # A frozen exception takes no notes.
+        # A frozen exception accepts no notes.
         _log.error("%s: %s", _one_line(error), note)
 
 
@@ -365,7 +412,7 @@ def _names(threads: Iterable[threading.Thread]) -> str:
 
 
 def _check_thread(thread: object) -> None:
-    # Not isinstance: TensorFlow's takes whatever has these two, a multiprocessing.Process say.
+    # No isinstance check: TensorFlow accepts any object with these two methods, such as a multiprocessing.Process.
     if not (callable(getattr(thread, "is_alive", None)) and callable(getattr(thread, "join", None))):
         raise TypeError(f"expected a thread, got {thread!r}")
 
@@ -382,7 +429,7 @@ def _thread_list(threads: object) -> list[threading.Thread]:
 
 
 def _grace_secs(secs: Any) -> float:
-    # Less than none is none: the contract sets no bound.
+    # The contract sets no lower bound: a negative grace period counts as 0.
     check_seconds("stop_grace_period_secs", secs, least=-math.inf)
     return float(secs)
 

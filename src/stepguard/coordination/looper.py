@@ -1,4 +1,10 @@
-"""LooperThread: call a function every n seconds, until its coordinator says stop."""
+"""LooperThread: call a function every n seconds until the coordinator stops.
+
+The protocol: the thread waits for its next tick inside `Coordinator.wait_for_stop`, so it is woken by the time or by a
+stop request, whichever comes first. It waits for nothing else and holds no lock while it calls the function, so it
+cannot deadlock with the thread that joins it; a call that blocks delays that thread by the grace period at most. The
+thread is a daemon: a kill, or the end of the process, leaves nothing of its own behind.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +24,25 @@ class LooperThread(threading.Thread):
     """A daemon thread that calls `target`, or an overridden `run_loop`, on a timer until the coordinator stops.
 
     The first call is made as soon as the thread starts, the others at multiples of the interval after it. Ticks that
-    pass while a call is still running are skipped, never made up for in a burst: the next call waits for the next
-    tick. A stop request ends the wait at once; it does not interrupt a call.
+    pass during a call are skipped, never made up for in a burst: the next call waits for the next tick. A stop request
+    ends the wait at once; it does not interrupt a call.
 
-    The thread registers itself with the coordinator when it is made. An exception ends it and is passed to
+    The constructor registers the thread with the coordinator. An exception ends the thread and is passed to
     `Coordinator.request_stop`.
 
     Args:
-      coord: what asks the thread to stop, and receives its exception.
-      timer_interval_secs: seconds from one call to the next. None or 0: call again and again, without a pause.
+      coord: the coordinator that asks the thread to stop, and receives its exception.
+      timer_interval_secs: seconds from one call to the next. None or 0 calls without a pause.
       target: the function to call. None is for subclasses that override `run_loop`.
-      args: its positional arguments.
-      kwargs: its keyword arguments.
-      name: the thread's name; by default it says what is called.
+      args: the positional arguments of the function.
+      kwargs: the keyword arguments of the function.
+      name: the name of the thread; by default it contains the name of the function.
       clock: returns monotonic seconds; for tests.
 
     Raises:
-      ValueError: if `coord` is not a Coordinator, the interval is negative or not finite, or there are `args` or
-        `kwargs` and no `target`.
-      TypeError: if the interval is not a number, or `target`, `args` or `kwargs` are not what a call needs.
+      ValueError: if `coord` is not a Coordinator, the interval is negative or not finite, or `args` or `kwargs` are
+        given without a `target`.
+      TypeError: if the interval is not a number, `target` is not callable, or `args` or `kwargs` have the wrong type.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class LooperThread(threading.Thread):
         super().__init__(name=name or f"stepguard-loop-{called}", daemon=True)
         self._coord = coord
         self._interval_secs = _interval_secs(timer_interval_secs)
-        # Thread has _target, _args and _kwargs of its own.
+        # Other names, because Thread itself has _target, _args and _kwargs.
         self._call = target
         self._call_args = tuple(args or ())
         self._call_kwargs = dict(kwargs or {})
@@ -86,11 +92,11 @@ class LooperThread(threading.Thread):
 
     @property
     def skipped_ticks(self) -> int:
-        """How many ticks had no call, because an earlier call was still running. Any thread may read it."""
+        """The number of ticks without a call, because an earlier call was still running. Any thread may read it."""
         return self._skipped_ticks
 
     def run(self) -> None:
-        """The life of the thread: `start_loop`, `run_loop` at every tick, `stop_loop`. `start` calls it."""
+        """Calls `start_loop`, then `run_loop` at every tick, then `stop_loop`. `start` runs this in the thread."""
         with self._coord.stop_on_exception():
             self.start_loop()
             if self._interval_secs:
@@ -109,16 +115,16 @@ class LooperThread(threading.Thread):
             self._call(*self._call_args, **self._call_kwargs)
 
     def stop_loop(self) -> None:
-        """Called once, in the thread, when it stops; not when it fails. Does nothing; for subclasses."""
+        """Called once, in the thread, when it stops without an error. Does nothing; for subclasses."""
 
     def _run_on_ticks(self, interval_secs: float) -> None:
         started_at = self._clock()
         tick = 0
         while not self._wait_until(started_at + tick * interval_secs):
             self.run_loop()
-            # Rounded up, as a tick that is due this very moment is not missed.
+            # Rounded up: a tick that is due at this very moment is not missed.
             next_due = math.ceil((self._clock() - started_at) / interval_secs)
-            # At least one more: rounding, or a short call, must not run the same tick twice.
+            # At least the next tick: after rounding or a short call, the same tick must not run twice.
             self._skipped_ticks += max(next_due - (tick + 1), 0)
             tick = max(next_due, tick + 1)
 

@@ -1,8 +1,13 @@
-"""SIGTERM while a run lasts: a stop at the next step boundary, a last checkpoint, and an end as the signal asks.
+"""SIGTERM during a run: stop at the next step boundary, save a last checkpoint, and end the process by the signal.
 
-A Python signal handler runs in the main thread between two bytecodes, so never while that thread waits in native
-code, for input that only a stop would end. The interpreter's own C handler, however, writes the number of each signal
-to a file descriptor at once: a thread reads it there.
+The protocol: a Python signal handler runs in the main thread, between two bytecodes. It never runs while that thread
+waits in native code for input that only a stop would end. The interpreter's C handler, however, writes the number of
+each signal to a file descriptor (a socket) at once, and the thread ``stepguard-sigterm`` blocks in a read of the other
+end. That thread calls ``on_sigterm``, which only sets flags and starts threads. It must not wait for the main thread,
+because :meth:`SigtermWatch.finish` runs there, shuts the socket down to end the read, and joins the watch thread. Only
+the C handler writes to the socket, and it never blocks: a full socket drops the byte. A second SIGTERM ends the process
+from the watch thread, since the main thread may never return to Python; like any kill, it leaves the newest committed
+checkpoint. A forked child closes its copies of the socket before it can receive a SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +33,8 @@ _ECHO_SECS = 0.5
 class SigtermWatch:
     """Calls ``on_sigterm`` at the first SIGTERM, and ends the process at once at the second.
 
-    It does nothing outside the main thread, and where the program has a handler of its own for SIGTERM or for the
-    wake-up descriptor. ``is_echoed``: a launcher may pass on a signal that the process has had itself. Use
+    The watch does nothing outside the main thread, or if the program has its own SIGTERM handler or wake-up descriptor.
+    ``is_echoed`` says that a launcher may pass on a signal which the process itself has already received. Call
     :meth:`start` and :meth:`finish` in the same thread.
     """
 
@@ -43,11 +48,11 @@ class SigtermWatch:
 
     @property
     def received(self) -> bool:
-        """Whether a SIGTERM came."""
+        """Whether a SIGTERM has arrived."""
         return self._received > 0
 
     def start(self) -> None:
-        """Watch for SIGTERM, if that is ours to do."""
+        """Watch for SIGTERM, unless the program handles it."""
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -69,7 +74,7 @@ class SigtermWatch:
         signal.signal(signal.SIGTERM, _wake)
 
     def finish(self) -> None:
-        """Put the default action back."""
+        """Stop watching, and restore the default action of SIGTERM."""
         if self._ends is None:
             return
         reader, writer = self._ends
@@ -77,7 +82,7 @@ class SigtermWatch:
         if signal.getsignal(signal.SIGTERM) is _wake:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        # Closing alone does not end the thread's read: a process that was forked meanwhile may hold the other end.
+        # Closing alone may not end the thread's read, because a forked process may hold another copy of the writer.
         writer.shutdown(socket.SHUT_RDWR)
         writer.close()
         if self._thread is not None:
@@ -85,7 +90,7 @@ class SigtermWatch:
         reader.close()
 
     def _forget_in_child(self) -> None:
-        """A forked child shares the socket, and what it writes there would be taken for a signal to its parent."""
+        """Close the socket in a forked child: the parent would take the child's signals for its own."""
         if self._ends is None:
             return
         ends, self._ends, self._thread = self._ends, None, None
@@ -104,7 +109,7 @@ class SigtermWatch:
     def _sigterm(self) -> None:
         now = time.monotonic()
         if self._received and now < self._first_at + _ECHO_SECS and self._is_echoed:
-            # Who signals all processes of a job signals the launcher too, and that passes it on.
+            # A signal to all processes of a job also reaches the launcher, which passes it on to this process.
             return
         self._received += 1
         if self._received == 1:
@@ -112,25 +117,49 @@ class SigtermWatch:
             _log.warning("SIGTERM: stopping at the next step boundary; a second one ends the process at once")
             self._on_sigterm()
         else:
-            # What a shell reports for a process that SIGTERM has ended. The main thread may never come back to
-            # Python, so it cannot be asked.
+            # The code that a shell reports for a process ended by SIGTERM. Exit from here, because the main thread may
+            # never return to Python.
             os._exit(128 + signal.SIGTERM)
 
 
-def end_by_sigterm() -> None:
-    """End the process as SIGTERM does by default: whoever sent it sees that it was obeyed."""
-    # Nothing runs after this: neither the buffers of these nor those of a log file would be written.
+def end_by_sigterm(exit_code: int | None = None) -> None:
+    """End the process by SIGTERM, so that the sender sees that it was obeyed; or with ``exit_code`` if given."""
+    # No Python code runs after this, so flush the standard streams and the log files now.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     logging.shutdown()
+    if exit_code is not None:
+        os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGTERM)
-    # The first process of a container is spared by the kernel.
+    # The kernel does not deliver the signal to the first process of a container.
     os._exit(128 + signal.SIGTERM)
 
 
+def show_as_line(error: BaseException, line: str) -> None:
+    """Make ``error`` print ``line`` instead of a traceback if nothing catches it. The exit code stays the same."""
+    error.__dict__["stepguard_line"] = line
+    hook = sys.excepthook
+    if not isinstance(hook, _LineHook):
+        sys.excepthook = _LineHook(hook)
+
+
+class _LineHook:
+    """An exception hook for the errors of `show_as_line`; it passes all others to the previous hook."""
+
+    def __init__(self, before: Callable[[type[BaseException], BaseException, TracebackType | None], object]) -> None:
+        self._before = before
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        line = getattr(error, "stepguard_line", None)
+        if line is None:
+            self._before(kind, error, traceback)
+            return
+        print("; ".join([line, *getattr(error, "__notes__", ())]), file=sys.stderr)
+
+
 def _wake(number: int, frame: FrameType | None) -> None:
-    """Only there so that the interpreter writes to the wake-up descriptor in place of the default action."""
+    """Do nothing: with a Python handler installed, the interpreter writes each signal to the wake-up descriptor."""
 
 
 _watches: weakref.WeakSet[SigtermWatch] = weakref.WeakSet()
@@ -138,7 +167,7 @@ _mask_before_fork = threading.local()
 
 
 def _before_fork() -> None:
-    # A SIGTERM for the child that comes before it has let go of the socket would be taken for one to its parent.
+    # Block SIGTERM until the child has closed the socket: the parent would take the child's signal for its own.
     _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _watches else None
 
 

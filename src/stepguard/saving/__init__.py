@@ -1,1 +1,1 @@
-"""How a run is saved: when a snapshot is taken, the thread that makes it durable, and what is not worth keeping."""
+"""How a run is saved and restored: when snapshots are taken, the writer thread, the NaN guard, the restore policy."""

@@ -1,4 +1,4 @@
-"""Checkpoints that the framework writes by itself into the directory of the run: they are committed and counted too."""
+"""Adoption: committing and counting the checkpoints that the framework itself writes into the directory of the run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ import logging
 import os
 from typing import Any
 
-from stepguard.engine import Engine, KeepsCheckpoints
+from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
 from stepguard.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
 
 
 class Adoption:
-    """Keeps the store's list of checkpoints and the framework's own list one list. Writer thread."""
+    """Keeps the store's list of checkpoints equal to the framework's own list. Writer thread."""
 
     def __init__(self, engine: Engine[Any], store: CheckpointStore) -> None:
         self._saver = engine if isinstance(engine, KeepsCheckpoints) else None
+        self._hearer = engine if isinstance(engine, HearsOfCommits) else None
         self._store = store
 
     def adopt(self) -> None:
-        """Take over what the program has saved through its framework since, and forget what that has removed."""
+        """Add the checkpoints that the program has saved through its framework, and forget those it has removed."""
         kept = () if self._saver is None else self._saver.kept_checkpoints()
         if kept and set(kept) != {one.name for one in self._store.owned}:
             found = {one.name: one for one in self._store.candidates()}
             self._store.adopt([found[name] for name in kept if name in found])
 
     def tell(self) -> None:
-        """Tell the framework which checkpoints there are, after a commit of the store's."""
-        if self._saver is not None:
-            self._saver.committed([(str(one.path), one.time) for one in self._store.owned])
+        """Tell the engine, after a commit of the store, which checkpoints are kept."""
+        if self._hearer is not None:
+            self._hearer.committed([(str(one.path), one.time) for one in self._store.owned])
 
     def commit(self, written: str) -> None:
-        """Commit the checkpoint that the framework has just written to ``written``, if that lies in the store."""
+        """Commit the checkpoint that the framework has just written to ``written``, if the path is in the store."""
         store = self._store
         if not store.holds(written):
             _log.info("%s was saved by the program's own saver, in files of its own: no manifest is written", written)
@@ -44,7 +45,7 @@ class Adoption:
         store.forget_removed()
 
     def reject(self, written: str) -> None:
-        """Keep a later start from the checkpoint that the framework has written to ``written``."""
+        """Quarantine the checkpoint that the framework has written to ``written``, so that no start restores it."""
         store = self._store
         if not store.holds(written):
             return

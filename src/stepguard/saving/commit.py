@@ -1,4 +1,4 @@
-"""What makes one snapshot durable, and records that it is."""
+"""The committer: makes one snapshot durable, and records the new checkpoint."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from stepguard.watching.observer import Observer
 
 _log = logging.getLogger(__name__)
 
-# Besides the tensors: index, meta graph, manifest.
+# Room for the files besides the tensors: index, meta graph, manifest.
 _SPARE_BYTES = 1 << 20
 
 
 class Committer:
     """Commits snapshots to a store, and tells the event log and the observer of them. Writer thread.
 
-    ``store`` is ``None`` where checkpoints lie on a file system that only the framework can reach; the framework has
-    then written the snapshot itself, and there is nothing left to commit.
+    ``store`` is ``None`` if checkpoints are on a file system that only the framework can reach. The framework has then
+    written the snapshot itself, and nothing is left to commit.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Committer:
         return None if self._store is None else self._store.root
 
     def commit(self, snapshot: Snapshot, taken_at: float) -> str:
-        """Make ``snapshot``, taken at that Unix time, durable; returns the path that it has."""
+        """Make ``snapshot`` durable and return its path. ``taken_at`` is the Unix time when it was taken."""
         if snapshot.written is not None:
             if self._adoption is not None:
                 self._adoption.commit(snapshot.written)
@@ -59,12 +59,12 @@ class Committer:
         return str(self._write(self._store, self._adoption, snapshot, taken_at))
 
     def reject(self, snapshot: Snapshot) -> None:
-        """Keep a later start from a snapshot that the framework has written already, and that is not to be kept."""
+        """Discard ``snapshot``. If the framework has already written it, quarantine it against later starts."""
         if snapshot.written is not None and self._adoption is not None:
             self._adoption.reject(snapshot.written)
 
     def record(self, snapshot: Snapshot, path: str, secs: float, stall_secs: float) -> None:
-        """``snapshot`` is durable at ``path``: nothing that fails in here has it written again."""
+        """Record that ``snapshot`` is durable at ``path``. A failure in here does not repeat the write."""
         if self._events is not None:
             self._events.checkpointed(snapshot.step, path)
         _log.info("saved step %s to %s in %.2f s", snapshot.step, path, secs)
@@ -75,13 +75,13 @@ class Committer:
             self._prune(self._store)
 
     def warn(self, message: str) -> None:
-        """Log what the user should know of the saving of this run, and have it kept. Any thread."""
+        """Log a warning about saving, and keep it in the run's record. Any thread."""
         _log.warning("%s", message)
         if self._observer is not None:
             self._observer.warn(message)
 
     def warn_of_failure(self, message: str) -> None:
-        """The same of a try that has failed, and is repeated."""
+        """Log and record a try that has failed and will be repeated."""
         _log.warning("%s", message)
         if self._observer is not None:
             self._observer.save_failed(message)
@@ -95,8 +95,8 @@ class Committer:
             digests = self._engine.write(snapshot, stage, name)
             checkpoint = store.commit(name, snapshot.step, digests=digests, taken_at=taken_at)
         except BaseException:
-            # A full disk stays full when every failed save leaves its files behind.
-            with contextlib.suppress(OSError):  # The error that is on its way says more.
+            # A full disk would stay full if every failed save left its files behind.
+            with contextlib.suppress(OSError):  # The original error says more.
                 store.discard(stage)
             raise
         if checkpoint.manifest is not None:
@@ -105,7 +105,7 @@ class Committer:
         return checkpoint.path
 
     def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
-        """Not to fill the disk for others with a checkpoint that will not fit."""
+        """Raise OSError before a checkpoint that will not fit fills the disk for everyone."""
         needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
         usage = shutil.disk_usage(store.root)
         free = usage.free
@@ -121,5 +121,5 @@ class Committer:
         try:
             store.prune()
         except OSError as error:
-            # The step is saved all the same; the next save tries again.
+            # The step is saved anyway; the next save prunes again.
             self.warn(f"an old checkpoint could not be removed: {error}")

@@ -1,4 +1,4 @@
-"""What a mismatch is, in every framework: a good checkpoint that does not fit the program, told part by part."""
+"""A mismatch, in every framework: the parts in which a good checkpoint does not fit the program."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _MOST_NAMED = 10
 
 @dataclass(slots=True)
 class Mismatch:
-    """The parts of a state by name: those that only the program has (``missing``), those that only the checkpoint
-    holds (``unexpected``), and those of another shape, type or kind in each (``reshaped``: expected, found).
+    """The differences between program and checkpoint, by name: parts that only the program has (``missing``), that only
+    the checkpoint holds (``unexpected``), or whose shape, type or kind differs (``reshaped``: expected, found).
     """
 
     missing: list[str] = field(default_factory=list)
@@ -24,13 +24,13 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.reshaped)
 
     def add(self, other: Mismatch) -> None:
-        """Take over the differences of ``other``."""
+        """Add the differences of ``other``."""
         self.missing += other.missing
         self.unexpected += other.unexpected
         self.reshaped.update(other.reshaped)
 
     def __str__(self) -> str:
-        """The differences, the first few of each kind by name."""
+        """Describe the differences; name the first few of each kind."""
         parts = []
         if self.missing:
             parts.append(f"the program has {listed(self.missing, most=_MOST_NAMED)}, and the checkpoint does not")

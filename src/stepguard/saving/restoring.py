@@ -1,34 +1,35 @@
-"""The restore policy, the same for every engine: which checkpoint a start goes on from, and what becomes of the others.
+"""The restore policy, the same for every engine: which checkpoint a start continues from, and what happens to the rest.
 
-Newest first, a checkpoint is proven (sizes and digests), refused if another engine wrote it, and given to the engine to
-be restored. Damage costs a step back: what was damaged goes to quarantine once a good one is found, and the state file
-points to that. Where none is good the start is refused, or starts over if that was asked for. What the run before has
-kept is adopted, so that retention goes on where it stopped.
+Checkpoints are tried newest first. Each is verified (sizes and digests), refused if another engine wrote it, and then
+restored by the engine. A damaged checkpoint costs a step back: once an older one is found good, the damaged ones move
+to quarantine, and the state file names the good one. If none is good, the start is refused, or starts over if the user
+asked for that. The checkpoints that the previous run kept are adopted, so that retention continues.
 
-Nothing is moved while another process is the chief of the logdir: a reader never touches what a chief may be writing.
+Nothing is moved while another process is the chief of the logdir: a reader never touches files that a chief may be
+writing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from stepguard import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
-from stepguard.store import Checkpoint, CheckpointStore, Damage, Recovery, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
 
 _log = logging.getLogger(__name__)
 
 Restore = Callable[[Checkpoint], None]
-"""Puts a proven checkpoint into the session.
+"""Loads a verified checkpoint into the session.
 
-Raises CheckpointMismatchError if it does not fit the program, with nothing changed, and CheckpointCorruptError if it is
-damaged after all: then the next older one is tried.
+Raises CheckpointMismatchError, with nothing changed, if the checkpoint does not fit the program; and
+CheckpointCorruptError if it is damaged after all, so that the next older one is tried.
 """
 
 
@@ -40,16 +41,16 @@ def restore_newest(
     step_held: Callable[[Path], int | None] | None = None,
     refuses_missing: bool = True,
 ) -> Recovery:
-    """Restore the newest good checkpoint of the run's own store; say in one warning what was lost.
+    """Restore the newest good checkpoint of the run's own store; log one warning that says what was lost.
 
-    ``step_held`` reads the step that a checkpoint without a manifest holds, for an engine whose framework writes such.
-    With ``refuses_missing`` a state file that names checkpoints of which no file is there is no fresh start.
+    ``step_held`` reads the step of a checkpoint that has no manifest, for engines whose framework writes such
+    checkpoints. With ``refuses_missing``, a start is refused if the state file names checkpoints that do not exist.
 
-    Returns what was found: without a checkpoint, the session is to be initialised.
+    Returns the result of the search. If it holds no checkpoint, initialise the session.
 
     Raises:
         NoGoodCheckpointError: checkpoints exist, or are named by the state file, and none is good. Nothing was changed.
-        CheckpointMismatchError: a good checkpoint does not fit the program, or is another engine's.
+        CheckpointMismatchError: a good checkpoint does not fit the program, or another engine wrote it.
     """
     try:
         found = find_newest(store, restore, step_held=step_held, refuses_missing=refuses_missing)
@@ -74,35 +75,30 @@ def find_newest(
     step_held: Callable[[Path], int | None] | None = None,
     refuses_missing: bool = True,
 ) -> Recovery:
-    """Restore the newest good checkpoint of any store; move nothing, and say nothing yet.
+    """Restore the newest good checkpoint of any store, without moving files or logging.
 
-    Raises as `restore_newest` does.
+    Raises the same errors as `restore_newest`.
     """
     found = store.newest_good(
         attempt=lambda checkpoint: _attempt(store, restore, checkpoint), quarantine=False, step_held=step_held
     )
     if found.checkpoint is None and found.damaged and refuses_missing:
-        raise none_is_good(store.root, found.damaged)
+        reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged)
+        raise NoGoodCheckpointError(
+            f"{store.root}: expected a checkpoint, found none ({reasons}). Nothing was changed. Put it back; or, to "
+            f"start over from step 0, use another logdir, pass restoring=Restoring(start_over_when_all_damaged=True), "
+            f"or move the file {statefile.FILE_NAME!r} away",
+            path=store.root,
+        )
     return found
 
 
-def none_is_good(root: Path, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
-    """The error for a directory whose state file names checkpoints, none of which is there and good."""
-    reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in damaged)
-    return NoGoodCheckpointError(
-        f"{root}: expected the checkpoint that the file {statefile.FILE_NAME!r} names, found none that is good "
-        f"({reasons}). Nothing was changed. Put it back; or, to start over from step 0, use another logdir, pass "
-        f"restoring=Restoring(start_over_when_all_damaged=True), or move the file {statefile.FILE_NAME!r} away",
-        path=root,
-    )
-
-
 def restore_one(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint) -> Checkpoint:
-    """Restore this checkpoint and no other, and return it, proven.
+    """Verify and restore exactly this checkpoint, and return it.
 
     Raises:
-        CheckpointCorruptError: it is damaged.
-        CheckpointMismatchError: it does not fit the program, or is another engine's.
+        CheckpointCorruptError: the checkpoint is damaged.
+        CheckpointMismatchError: the checkpoint does not fit the program, or another engine wrote it.
     """
     good = store.verify(checkpoint)
     _attempt(store, restore, good)
@@ -110,7 +106,7 @@ def restore_one(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint
 
 
 def report(found: Recovery) -> None:
-    """Log what was restored, and in one warning what that has cost."""
+    """Log which checkpoint was restored, and one warning that says what was lost."""
     if found.checkpoint is None:
         return
     if message := found.message():
@@ -123,29 +119,29 @@ def _attempt(store: CheckpointStore, restore: Restore, checkpoint: Checkpoint) -
     if manifest is not None and manifest.engine != store.engine:
         raise CheckpointMismatchError(
             f"{checkpoint.path}: expected a checkpoint of the engine {store.engine!r}, found one of "
-            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed; give this run "
-            f"another logdir",
+            f"{manifest.engine!r}: another program saves in {checkpoint.root}. Nothing was changed. Use another "
+            f"logdir for this one",
             path=checkpoint.path,
         )
     try:
         restore(checkpoint)
     except CheckpointMismatchError:
-        raise  # It could be read, and is for another model.
+        raise  # The checkpoint is readable, and belongs to another model.
     except Exception:
         if manifest is not None:
-            # It was proven good: unless it was pruned since, or has just been damaged, the error is the program's.
+            # Verify again: unless the checkpoint was pruned or damaged since, the error is the program's.
             store.verify(checkpoint)
         raise
 
 
 def _put_aside(store: CheckpointStore, found: Recovery) -> Recovery:
-    """Move what was damaged to quarantine, and have the state file name the good one."""
+    """Move the damaged checkpoints to quarantine, and make the state file name the good one."""
     with store.holding() as may_move:
         if not may_move:
             return found
         present = {(one.root, one.name) for one in store.candidates()}
         damaged = tuple(
-            # What only the state file names is not there to be moved.
+            # A checkpoint that only the state file names does not exist and cannot be moved.
             store.quarantine(one.checkpoint, one.reason)
             if (one.checkpoint.root, one.checkpoint.name) in present
             else one
@@ -157,14 +153,14 @@ def _put_aside(store: CheckpointStore, found: Recovery) -> Recovery:
 
 
 def start_over(store: CheckpointStore, error: NoGoodCheckpointError) -> None:
-    """Move all that is there to quarantine, as asked for. Raises ``error`` if another process is the chief."""
+    """Move every checkpoint to quarantine, as the user asked. Raises ``error`` if another process is the chief."""
     with store.holding() as may_move:
         if not may_move:
             raise error
         for candidate in store.candidates():
             store.quarantine(candidate, "none of the checkpoints was good, and starting over was asked for")
         with contextlib.suppress(FileNotFoundError):
-            # In a copied logdir it may still name good ones elsewhere, which are not this run's.
+            # The state file of a copied logdir may name good checkpoints elsewhere, which belong to another run.
             files.make_dirs(store.root / QUARANTINE)
             files.move(store.root / statefile.FILE_NAME, store.root / QUARANTINE / statefile.FILE_NAME)
     _log.warning(

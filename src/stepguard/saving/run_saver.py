@@ -1,4 +1,4 @@
-"""How a run is saved: who may write to its logdir, when a snapshot is taken, and what makes it durable."""
+"""The saver of a run: holds its logdir, and joins the checkpointer, the step trigger and the writer of a session."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 class RunSaver(Generic[SessionT]):
     """Saves the sessions of one supervisor, one after the other.
 
-    Threads: by whoever opens and stops a session.
+    Threads: all methods are called by the thread that opens and stops a session.
 
     Args:
-        engine: takes the snapshots, and writes them.
-        store: where checkpoints are committed; ``None`` when the framework alone can reach the place.
+        engine: takes the snapshots and writes them.
+        store: where checkpoints are committed; ``None`` when only the framework can reach the place.
         events: is told of every checkpoint.
-        observer: likewise.
-        options: when it saves; ``None`` when there is nothing to save, or no place for it.
-        on_error: called, in the thread that saves, with the error of a save that is given up.
+        observer: is told of every checkpoint.
+        options: when to save; ``None`` when there is nothing to save or no place to save it.
+        on_error: called, in the thread that saves, with the error of a save that was given up.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RunSaver(Generic[SessionT]):
         self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
-        # Held by whoever writes a checkpoint: see the store.
+        # Held while a checkpoint is written: see the store.
         self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
         self.checkpointer: Checkpointer | None = None
@@ -67,11 +67,11 @@ class RunSaver(Generic[SessionT]):
 
     @property
     def holds_logdir(self) -> bool:
-        """Whether this process is the chief of the logdir: no other one saves there."""
+        """Whether this process is the chief of the logdir, the only process that saves there."""
         return self._hold is not None
 
     def claim_logdir(self) -> None:
-        """Become the chief of the logdir, if anything is saved there, and remove what a killed one has left.
+        """Become the chief of the logdir, if this run saves there, and remove the leftovers of a killed chief.
 
         Raises:
             LogdirInUseError: another process is the chief.
@@ -79,12 +79,12 @@ class RunSaver(Generic[SessionT]):
         if self._store is None or not self.is_on or self._hold is not None:
             return
         self._hold = self._store.acquire()
-        # Another supervisor of this process may just be saving.
+        # Sweep only at the first hold: another supervisor of this process may be saving now.
         for leftover in self._store.sweep() if self._hold.is_first else ():
             _log.info("removed %s, left behind by a run that was killed", leftover)
 
     def leave_logdir(self) -> None:
-        """Let another process be the chief."""
+        """Give up being the chief, so that another process may be."""
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
@@ -92,12 +92,12 @@ class RunSaver(Generic[SessionT]):
     # --- a session ---
 
     def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Checkpointer:
-        """Save ``session``, which starts at ``step``, from now on; what saves it when it is called, on a timer say.
+        """Save ``session``, which starts at ``step``, from now on. Call the returned checkpointer on a timer, say.
 
-        Only where :attr:`is_on`.
+        Call this only if :attr:`is_on`.
         """
         assert self._options is not None
-        # A second session shares the writer of one that was not stopped: nobody would end the first one's.
+        # If an earlier session was not stopped, share its writer: nobody would end that writer otherwise.
         if self.writer is None:
             self.writer = CheckpointWriter(
                 Committer(self._engine, self._store, self._events, self._observer),
@@ -116,31 +116,47 @@ class RunSaver(Generic[SessionT]):
         return checkpointer
 
     def _is_newest_saved(self, step: int | None) -> bool:
-        """Whether ``step``, at which a session starts, is committed: what it was restored from, unless by others."""
+        """Whether the newest checkpoint is a committed one of ``step``, the step at which the session starts."""
         newest = self._store.candidates()[:1] if self._store is not None else []
         return any(one.is_committed and one.name == self._engine.checkpoint_name(step) for one in newest)
 
     def went_back(self) -> None:
-        """The run was put back to an earlier step. At a boundary."""
+        """Note that the run was put back to an earlier step. At a boundary."""
+        if self.checkpointer is not None:
+            self.checkpointer.went_back()
         if self._step_trigger is not None:
             self._step_trigger.went_back()
 
-    def save_last(self, deadline: float) -> None:
-        """Save the last step, if that is wanted, and wait until it is durable: until ``deadline``, by the monotonic
-        clock.
+    def save_now(self, timeout_secs: float) -> None:
+        """Save the last step, after what is being written: at most ``timeout_secs`` are waited for that.
+
+        An error goes to ``on_error``.
+        """
+        checkpointer, writer = self.checkpointer, self.writer
+        if checkpointer is None or writer is None or self._options is None or not self._options.saves_last_step:
+            return
+        try:
+            if writer.drain(timeout_secs):
+                checkpointer()
+        except Exception as error:  # noqa: BLE001 - a thread's edge
+            self._on_error(error)
+
+    def save_last(self, deadline: float, *, is_finished: bool) -> None:
+        """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``
+        (monotonic clock). ``is_finished`` is as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
 
         Raises:
             SaveFailedError: writing took longer.
         """
         if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
-            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()))
+            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()), is_finished=is_finished)
 
     def stop(self, deadline: float) -> bool:
-        """Take no more snapshots, and end the writer; ``False`` if it is still writing at ``deadline``."""
+        """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""
         self._step_trigger = None
         checkpointer, self.checkpointer = self.checkpointer, None
         if checkpointer is not None:
             checkpointer.close()
         writer, self.writer = self.writer, None
-        # A snapshot that is being written holds a good step, whatever else went wrong.
+        # Let the writer finish: its snapshot holds a good step, whatever else went wrong.
         return writer is None or writer.close(max(0.0, deadline - time.monotonic()))

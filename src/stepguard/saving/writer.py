@@ -1,12 +1,16 @@
-"""The writer thread: one snapshot at a time is made durable while training goes on, again if the disk fails.
+"""The writer thread: makes one snapshot at a time durable while training goes on, and retries when the disk fails.
 
-The protocol: whoever has taken a snapshot leaves it as the writer's order and goes on at once; while there is an order
-no other is accepted, so nobody ever waits to hand one over. The writer's thread takes the order, and removes it when it
-is done or given up. It waits for nobody but, between two tries, for the clock. :meth:`CheckpointWriter.drain` waits for
-the order to be gone, for a time that it is given, and wakes a writer that waits for its next try: from then on a try
-that fails after the deadline is the last. During a try ``one_save`` is held; whoever else holds it (the program that
-saves by itself, the NaN guard that puts the session back) waits for no order, so that neither waits for the other in a
-circle. A kill at any point leaves a stage that the next chief sweeps, or a committed checkpoint.
+The protocol: a thread that has taken a snapshot submits it as the writer's order and goes on at once. The writer
+accepts no second order before the first is done or given up, so no thread waits to submit one. The writer's thread
+waits on the condition ``_wake`` for an order, and between two tries for the time of the next; a retake also waits for a
+step boundary, whose wait has a limit. :meth:`CheckpointWriter.drain` waits on the same condition until the order is
+gone, at most for its timeout. It wakes a writer that waits for its next try, and sets the deadline after which a failed
+try is the last. The lock of the condition is never held during a write.
+
+``one_save`` is held during a try, but never while the writer waits for a step boundary or for the next try. The other
+holders of ``one_save`` (the program's own saves, the NaN guard) do not wait for an order, so no circle of waits exists.
+A kill during the write leaves a stage, which the next chief sweeps; a kill after the manifest leaves a committed
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,19 +27,19 @@ from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.retry import Retry
 from stepguard.store import NameTakenError
 
-# Takes a snapshot at a step boundary; with the seconds that training waited for it.
+# Takes a snapshot at a step boundary; returns it with the seconds that training waited.
 Take = Callable[[], tuple[Snapshot, float]]
 
 
 @dataclass(slots=True)
 class _Order:
-    """One snapshot to be made durable; ``None`` when it has to be taken, after taking it has failed with ``error``."""
+    """One snapshot to be made durable. ``snapshot`` is ``None`` if it must be taken again, after ``error``."""
 
     snapshot: Snapshot | None
     stall_secs: float = 0.0
     take: Take | None = None
     error: BaseException | None = None
-    # When the snapshot was taken (Unix time), and what the guard knew then.
+    # When the snapshot was taken (Unix time), and the NaN guard's mark at that time.
     taken_at: float = field(default_factory=time.time)
     mark: int | None = None
     failed_tries: int = 0
@@ -43,21 +47,21 @@ class _Order:
 
     @property
     def what(self) -> str:
-        """Its name in messages."""
+        """The name of the snapshot in messages."""
         return "a checkpoint" if self.snapshot is None else f"step {self.snapshot.step}"
 
 
 class CheckpointWriter:
     """Writes, commits and records one snapshot at a time.
 
-    A save that the disk fails is tried again while training goes on, as often as ``retry`` wants; then it is an error
-    of the run. Where the framework writes the snapshot itself, a new one is taken for each try. What ``guard`` does not
-    admit is not committed; where the framework has written it already, it is put into quarantine.
+    A save that fails because of the disk is tried again while training goes on, as long as ``retry`` allows; after that
+    it is an error of the run. If the framework writes the snapshot itself, each try takes a new one. A snapshot that
+    ``guard`` does not admit is not committed; if the framework has already written it, it goes to quarantine.
 
-    ``one_save`` is held during each try: others that write checkpoints to the same place hold it too.
+    ``one_save`` is held during each try. Every other writer of checkpoints in the same place holds it too.
 
     Threads: :meth:`submit`, :meth:`retake`, :meth:`drain` and :meth:`close` from any thread, one at a time; everything
-    else happens on the writer's own thread. ``on_error`` is called there with the error of a save that is given up.
+    else happens in the writer's own thread, including the call of ``on_error`` with the error of a save given up.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class CheckpointWriter:
         self._one_save = threading.Lock() if one_save is None else one_save
         self._guard = guard
         self._wake = threading.Condition(threading.Lock())
-        # The one that is not done yet, and the same until the thread takes it.
+        # `_order` is set until the order is done; `_waiting` is the same order until the thread takes it.
         self._order: _Order | None = None
         self._waiting: _Order | None = None
         self._closing = False
@@ -84,18 +88,20 @@ class CheckpointWriter:
 
     @property
     def storage_errors(self) -> tuple[type[BaseException], ...]:
-        """What is raised when the disk fails."""
+        """The errors that are raised when the disk fails."""
         return self._committer.storage_errors
 
     def submit(self, snapshot: Snapshot, stall_secs: float = 0.0, take: Take | None = None) -> bool:
-        """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` while another one is.
+        """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` if the writer is busy.
 
-        ``take`` takes another one in its place, should what its framework has written not last.
+        If the files that the framework has written itself fail to commit, ``take`` takes another snapshot.
         """
         return self._accept(_Order(snapshot, stall_secs, take))
 
     def retake(self, take: Take, error: BaseException) -> bool:
-        """The framework could not write a snapshot for ``error``, one of the `storage_errors`: have it taken again."""
+        """Have a snapshot taken again by ``take``, after the framework failed to write one with ``error``, one of the
+        `storage_errors`; ``False`` if the writer is busy.
+        """
         return self._accept(_Order(None, take=take, error=error))
 
     def _accept(self, order: _Order) -> bool:
@@ -104,7 +110,7 @@ class CheckpointWriter:
                 return False
             order.mark = self._mark()
             self._order = self._waiting = order
-            # The deadline of an earlier drain was for an earlier snapshot.
+            # The deadline of an earlier drain does not apply to this snapshot.
             self._gives_up_at = None
             self._wake.notify_all()
             if self._thread is None:
@@ -118,12 +124,12 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is being written, or waits to be tried again."""
+        """Whether a snapshot is being written or waits for its next try."""
         return self._order is not None
 
     @property
     def retrying(self) -> bool:
-        """Whether the last try to write the snapshot at hand has failed."""
+        """Whether a try to write the current snapshot has failed."""
         order = self._order
         return order is not None and order.failed_tries > 0
 
@@ -134,13 +140,13 @@ class CheckpointWriter:
         return None if order is None else order.last_error
 
     def warn(self, message: str) -> None:
-        """Log what the user should know of the saving of this run, and have it kept. Any thread."""
+        """Log a warning about saving, and keep it in the run's record. Any thread."""
         self._committer.warn(message)
 
     def drain(self, timeout_secs: float) -> bool:
         """Wait until nothing is being written; ``False`` if that takes longer than ``timeout_secs``.
 
-        A save that fails is not tried again after that time, but given up with its error.
+        A save that fails after that time is not tried again, but given up with its error.
         """
         with self._wake:
             self._gives_up_at = time.monotonic() + timeout_secs
@@ -148,7 +154,7 @@ class CheckpointWriter:
             return self._wake.wait_for(lambda: self._order is None, min(timeout_secs, threading.TIMEOUT_MAX))
 
     def close(self, timeout_secs: float) -> bool:
-        """Drain, and end the thread; ``False`` if it is still writing after ``timeout_secs``."""
+        """Drain, and end the thread; ``False`` if the thread is still writing after ``timeout_secs``."""
         is_idle = self.drain(timeout_secs)
         with self._wake:
             self._closing = True
@@ -171,7 +177,7 @@ class CheckpointWriter:
                 self._write_with_retries(order)
             except NoBoundaryError as error:
                 self.warn(f"checkpoint skipped: {error}")
-            except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator carries it on
+            except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator raises it
                 self._on_error(error)
             finally:
                 del order
@@ -193,7 +199,7 @@ class CheckpointWriter:
             self._committer.record(*saved, time.monotonic() - tried_at, order.stall_secs)
 
     def _try(self, order: _Order) -> tuple[Snapshot, str] | None:
-        """The snapshot, and where it is durable; ``None`` if it is not finite, and so not saved."""
+        """Return the snapshot and the path at which it is durable; ``None`` if the guard did not admit it."""
         snapshot = self._taken(order)
         with self._one_save:
             if self._guard is not None and not self._guard.admits(snapshot, order.mark):
@@ -202,7 +208,7 @@ class CheckpointWriter:
             return snapshot, self._committer.commit(snapshot, order.taken_at)
 
     def _taken(self, order: _Order) -> Snapshot:
-        """The snapshot, taken now if need be. Re-raises the earlier error of taking it once, as the first try's."""
+        """Return the snapshot, taken now if it is missing. Raise the earlier error once, as that of the first try."""
         error, order.error = order.error, None
         if error is not None:
             raise error
@@ -213,7 +219,7 @@ class CheckpointWriter:
         return order.snapshot
 
     def _wait_after(self, error: BaseException, order: _Order, failing_secs: float, gave_up_at: float | None) -> None:
-        """A try has failed with ``error``: wait for the next one, or raise SaveFailedError if there is to be none."""
+        """After a try failed with ``error``, wait for the next one, or raise SaveFailedError if that was the last."""
         what = order.what
         is_written = order.snapshot is not None and order.snapshot.written is not None
         if order.take is not None and (is_written or isinstance(error, NameTakenError)):
@@ -234,11 +240,12 @@ class CheckpointWriter:
         )
 
     def _may_wait(self, wait_secs: float, gave_up_at: float | None) -> bool:
-        """Wait until the next try; ``False`` when there is to be none.
+        """Wait until the next try; ``False`` if there is no next try.
 
-        A stop that was requested since the last try began (when the deadline was ``gave_up_at``) ends the wait.
+        ``gave_up_at`` is the deadline at the start of the last try. A drain since then has changed it: that ends the
+        wait.
         """
         with self._wake:
             self._wake.wait_for(lambda: self._gives_up_at != gave_up_at, wait_secs)
-            # A stop does not shorten the retries to none: the disk has until its deadline to come back.
+            # A drain does not end the retries at once: the disk has until the deadline to recover.
             return self._gives_up_at is None or time.monotonic() < self._gives_up_at

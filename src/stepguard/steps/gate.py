@@ -1,94 +1,274 @@
-"""Where the steps of one process wait for the others.
+"""The gate at which the steps of one process wait for the agreement of all processes.
 
-Two threads meet here: the one that trains, and the one that listens to the other processes. The first waits in
-:meth:`Gate.begin` while its next step lies behind the limit; only the second moves the limit. That is all that either
-waits for, and the second never waits here, so the two cannot deadlock. What the second waits for is another process: it
-gives up after its patience, and then opens the gate, so that no step waits for somebody who is gone. A kill leaves
-nothing: the gate is memory of its process.
+The protocol: the training thread calls :meth:`Gate.begin` before each step and :meth:`Gate.done` after it. It waits
+only in ``begin``: at a limit, until the thread that listens to the other processes moves the limit; and at a step where
+all processes meet, until it may copy this process's part of a checkpoint there. The methods that move the gate notify
+the condition ``_changed``, on which it waits. The listening thread never waits for a step, so the two cannot deadlock.
+Threads that do wait for a step (for a snapshot, or for a stop) call :meth:`Gate.await_change`, each with a patience of
+its own; ``begin``, ``done`` and ``end`` wake them. When nobody will move the gate any more, it is abandoned, and so
+opened. The attendant is called without the lock. A kill leaves nothing, because all of this is memory of one process.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class Loop(Enum):
+    """The state of the program's loop over steps."""
+
+    RUNS = "runs"
+    LEFT = "left"
+    """The program has left the loop by ``break`` or by an exit; another loop may follow."""
+    ENDED = "ended"
+    """The loop has ended as intended: no more data, the last step, or a stop. Another loop may follow."""
+
+
+# A process that is between two steps for longer than this does something else, and is not asked to go to a later step.
+_PAUSE_SECS = 1.0
+
+
+class Attendant(Protocol):
+    """The object that a gate calls, on the training thread and between two steps."""
+
+    def take_state(self) -> None:
+        """Copy this process's part of a checkpoint. Raises nothing."""
+
+    def loop_changed(self) -> None:
+        """A loop has begun, was left, or has ended. Raises nothing."""
+
+
+@dataclass(slots=True)
+class _Meetings:
+    """The steps after which all processes take their states unasked."""
+
+    next_at: float = math.inf
+    every: float = math.inf
+    # Whether the last captured state is no longer needed, and whether the chief will come to the next meeting.
+    is_free: bool = True
+    has_chief: bool = True
+
+    def is_due(self, step: int) -> bool:
+        return step >= self.next_at and (self.is_free or not self.has_chief)
+
+    def pass_by(self, step: int) -> None:
+        if step >= self.next_at:
+            self.next_at += self.every * ((step - self.next_at) // self.every + 1)
 
 
 class Gate:
-    """Where the steps of one process wait for the others."""
+    """Lets steps begin. Training threads call ``begin``, ``done`` and ``end``; any thread calls the other methods."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._begun = 0
+        self._done = 0
+        self._moved_at = self._began_at = time.monotonic()
+        self._step_secs = math.inf
+        self._loop = Loop.LEFT
         self._limit = math.inf
         self._is_last = False
-        self._meets_at = math.inf
-        self._every = math.inf
-        self._is_awaiting_chief = False
-        self._has_ended = False
+        self._refusal: Exception | None = None
+        self._attendant: Attendant | None = None
+        self._captures_at = math.inf
+        self._meetings = _Meetings()
+        # The training thread; if there are several, the one that began the last step.
+        self.trainer: int | None = None
+
+    # --- the training thread ---
 
     def begin(self, steps_done: int) -> bool:
-        """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may."""
+        """Wait until the step after ``steps_done`` may begin; ``False`` if it never may.
+
+        Raises:
+            Exception: the error that :meth:`refuse_after` was given: another process takes no part in this step.
+        """
+        while not (is_let := self._is_let(steps_done)):
+            if is_let is None:
+                return False
+            self._take_state()
+        return True
+
+    def _is_let(self, steps_done: int) -> bool | None:
+        """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
         with self._changed:
-            while steps_done >= min(self._limit, self._meets_at):
-                if steps_done >= self._limit and self._is_last:
+            while steps_done >= min(self._limit, self._meetings.next_at) or steps_done >= self._captures_at:
+                if self._must_capture(steps_done):
                     return False
-                self._is_awaiting_chief = steps_done >= self._meets_at
+                if steps_done >= self._limit and self._refusal is not None:
+                    raise self._refusal
+                if steps_done >= self._limit and self._is_last:
+                    self._loop = Loop.ENDED
+                    return None
                 self._changed.wait()
-            self._is_awaiting_chief = False
-            self._has_ended = False
+            was, self._loop = self._loop, Loop.RUNS
             self._begun = steps_done + 1
-            return True
+            self._note_pace(was)
+            self.trainer = threading.get_ident()
+            self._changed.notify_all()
+        if was is not Loop.RUNS:
+            self._tell_of_loop()
+        return True
 
-    def end(self, steps_done: int) -> None:
-        """There was no input for the step that had begun: the loop ends after ``steps_done``, as all others do."""
+    def _note_pace(self, was: Loop) -> None:
+        """Update the time from one step's beginning to the next, input included. One long pause counts only in part."""
+        now = time.monotonic()
+        if was is Loop.RUNS:
+            secs = min(now - self._began_at, 4 * self._step_secs)
+            self._step_secs = secs if self._step_secs == math.inf else 0.8 * self._step_secs + 0.2 * secs
+        self._began_at = self._moved_at = now
+
+    def _must_capture(self, steps_done: int) -> bool:
+        if steps_done < self._captures_at and not self._meetings.is_due(steps_done):
+            return False
+        self._captures_at = math.inf
+        self._meetings.is_free = False
+        self._meetings.pass_by(steps_done)
+        return True
+
+    def _take_state(self) -> None:
+        if self._attendant is not None:
+            self._attendant.take_state()
+
+    def _tell_of_loop(self) -> None:
+        if self._attendant is not None:
+            self._attendant.loop_changed()
+
+    def done(self, steps: int) -> None:
+        """Note that ``steps`` steps are done."""
         with self._changed:
-            self._begun = steps_done
-            self._has_ended = True
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether no step will follow those that are done."""
-        return self._has_ended
-
-    def meet_chief(self, first: int, every: int) -> None:
-        """Let no step begin after ``first`` steps, and after each ``every`` more, until the chief has passed there."""
-        with self._changed:
-            self._meets_at, self._every = first, every
-
-    @property
-    def is_awaiting_chief(self) -> bool:
-        """Whether a step waits for the chief."""
-        return self._is_awaiting_chief
-
-    def chief_passed(self, steps: int) -> None:
-        """The chief has done ``steps``, and what it does after them."""
-        with self._changed:
-            if steps >= self._meets_at:
-                self._meets_at += self._every * ((steps - self._meets_at) // self._every + 1)
+            self._done, self._moved_at = steps, time.monotonic()
             self._changed.notify_all()
 
-    def pause(self) -> int:
-        """Let no further step begin; how many have."""
+    def end(self, steps_done: int, how: Loop = Loop.ENDED) -> None:
+        """Note that the loop ends after ``steps_done`` steps. A begun step that found no input does not count."""
         with self._changed:
-            self._limit = self._begun
-            return self._begun
+            self._begun = self._done = steps_done
+            self._loop = how
+            must_capture = self._must_capture(steps_done)
+            self._changed.notify_all()
+        if must_capture:
+            self._take_state()
+        self._tell_of_loop()
+
+    # --- how far this process is ---
+
+    @property
+    def loop(self) -> Loop:
+        """The state of the loop."""
+        return self._loop
+
+    @property
+    def begun(self) -> int:
+        """The number of steps that have begun."""
+        return self._begun
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last step of the run is settled."""
+        return self._is_last
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no step is running, and possibly none will follow."""
+        with self._changed:
+            is_between = self._begun == self._done and time.monotonic() - self._moved_at > _PAUSE_SECS
+            return self._loop is not Loop.RUNS or is_between
+
+    @property
+    def step_secs(self) -> float:
+        """The usual length of a step in seconds; infinite before the first."""
+        return self._step_secs
+
+    def await_change(self, timeout_secs: float, is_so: Callable[[], bool]) -> bool:
+        """Wait until ``is_so()`` is true, for at most ``timeout_secs``. It is called after each change of the gate."""
+        with self._changed:
+            return self._changed.wait_for(is_so, timeout_secs)
+
+    # --- how far it may go ---
+
+    def pause(self, ahead: int = 0) -> tuple[int, bool]:
+        """Let only ``ahead`` more steps begin; return that limit, in steps begun, and whether the loop is over."""
+        with self._changed:
+            # A loop that is not running promises no steps, because nobody knows how far it will go.
+            limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
+            if self._refusal is None and not self._is_last:
+                self._limit = limit
+            return limit, self._loop is Loop.ENDED
 
     def open_until(self, step: float, *, is_last: bool = False) -> None:
         """Let steps begin until ``step`` are done; with ``is_last`` the run ends there."""
         with self._changed:
-            self._limit = step
+            if self._refusal is None and not (self._is_last and not is_last):
+                self._limit = step
             self._is_last = self._is_last or is_last
             self._changed.notify_all()
 
-    def abandon(self) -> None:
-        """Nobody will say any more how far this process may go: let it, unless the run is to end."""
+    def refuse_after(self, step: int, error: Exception) -> bool:
+        """Have ``begin`` raise ``error`` for a step after ``step``; return whether such a step has already begun."""
         with self._changed:
-            self._meets_at = math.inf
-            if not self._is_last:
+            if self._is_last or self._refusal is not None:
+                return False
+            self._limit, self._refusal = step, error
+            self._meetings = _Meetings()
+            self._changed.notify_all()
+            return self._begun > step
+
+    def abandon(self) -> None:
+        """Open the gate, because nobody will move it any more; it stays closed if the run is to end."""
+        with self._changed:
+            self._meetings = _Meetings()
+            self._captures_at = math.inf
+            if not self._is_last and self._refusal is None:
                 self._limit = math.inf
             self._changed.notify_all()
 
+    # --- this process's part of a checkpoint ---
+
+    def attend(self, attendant: Attendant) -> None:
+        """Call ``attendant`` from now on."""
+        self._attendant = attendant
+
+    def capture_at(self, step: int) -> None:
+        """Capture the state after ``step`` steps, and go on."""
+        with self._changed:
+            self._captures_at = step
+            self._meetings.is_free = False
+            self._changed.notify_all()
+
+    def meet_every(self, first: int, every: int) -> None:
+        """Capture the state after ``first`` steps, and after each ``every`` more.
+
+        If the last captured state is still needed, steps wait until it is not, or until the chief passes the meeting.
+        """
+        with self._changed:
+            self._meetings = _Meetings(first, every)
+
     @property
-    def is_last(self) -> bool:
-        """Whether the step at which the run ends is settled."""
-        return self._is_last
+    def is_free(self) -> bool:
+        """Whether what was captured last is not wanted any more."""
+        return self._meetings.is_free
+
+    def free(self) -> None:
+        """Note that the last captured state is no longer needed."""
+        with self._changed:
+            self._meetings.is_free = True
+            self._changed.notify_all()
+
+    def pass_meeting(self, step: int) -> None:
+        """Skip the meeting after ``step`` steps and all earlier ones: nothing is captured there."""
+        with self._changed:
+            self._meetings.pass_by(step)
+            self._changed.notify_all()
+
+    def expect_chief(self, is_coming: bool) -> None:
+        """Say whether the chief will come to the meetings. If not, no step waits there, and the last capture counts."""
+        with self._changed:
+            self._meetings.has_chief = is_coming
+            self._changed.notify_all()

@@ -1,76 +1,99 @@
 """Several processes that train one model: they save, and they stop, after the same step.
 
-The processes of one training run the same steps, but not at the same moment: when one of them stands at the boundary
-after step 10, another may be in the middle of step 11, and wait there for the first to take part in its all-reduce. So
-nobody can be told to stop where he is. Instead the chief opens a round: every process begins no further step and says
-how many it has begun; the largest of these numbers is one that all can reach, and there they meet. Checkpoints every so
-many steps need no round to agree on one: there each process waits by itself until the chief has saved, or has not.
+The processes run the same steps, but not at the same moment. When one process stands at the boundary after step 10,
+another may be in the middle of step 11 and wait there for the all-reduce of the first. So no process can be told to
+stop where it is. Instead the chief asks each process how many steps it has begun; all processes can reach the largest
+of these numbers.
 
-All of this goes through the store that the processes have in common. No collective operation is used, so that nothing
-comes between those of the training, and a step costs one comparison.
+Who waits for whom: each process has a thread that listens to the words that are said to all (:mod:`.word_log`). This
+thread never waits for anything else: it moves the gate of its process, and starts threads for longer work. A step waits
+only at the gate, so only for the listening thread. The chief's saving thread waits for the answers of all listening
+threads, which come at once, and for steps of its own process. The threads that write wait for steps of their own
+process and for each other (see :mod:`.exchange`). This order has no circle, so no deadlock is possible: listening
+threads wait for no other thread, steps wait for listening threads, and all other threads wait for these two kinds. Each
+wait for another process has a patience, or ends when that process is gone.
+
+A round for a checkpoint stops no process. Each process promises not to go further than a number of steps ahead, as many
+as are run while the answers travel. The largest promise is the step of the checkpoint, and all processes know it before
+they reach that step. Each process copies its part of the checkpoint when it passes that step, and goes on; it writes
+its file when the chief's writer asks for it. If all processes know the steps of the checkpoints beforehand, the chief
+asks nothing.
+
+A kill leaves the store as it is; the next start uses another part of it. If the process that holds the store is killed,
+the others notice the end of their connections. If another process is killed, their collective operations fail, and a
+round that waits for it is given up after the patience. A process that leaves while the others go on says so, and they
+end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError
-from stepguard.steps.common_store import CommonStore
+from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
+from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.word_log import Word, WordLog
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECS = 0.01
-_PATIENCE_SECS = 30.0
-# After a second Ctrl-C, which is to end this process at once.
+PATIENCE_SECS = 30.0
+# The patience after a second Ctrl-C, which is meant to end this process at once.
 _IMPATIENCE_SECS = 1.0
-# How long a process that has failed waits for the parts of the others, who may have ended too.
+# How long a process that has failed waits for the parts of the others, which may have ended too.
 _FAREWELL_SECS = 5.0
+# How often the thread that waits for a stop of its process checks whether the session was closed without one.
+_CLOSED_LOOK_SECS = 0.5
 
 
 class Member(Protocol):
     """One process of the training, as its rendezvous sees it. Any thread."""
 
     def steps_done(self) -> int:
-        """The steps that are done in this session."""
+        """The number of steps done in this session."""
 
-    def process_state(self) -> bytes:
-        """What this process adds to a checkpoint; called while no step is to begin."""
+    def take_state(self) -> int:
+        """Copy this process's part of a checkpoint between two steps; return the number of steps done then.
 
-    def write_part(self, exchange: Exchange, place: str) -> None:
-        """Write the part that this process has of the snapshot taken last. A thread that writes."""
+        Raises:
+            NoBoundaryError: no boundary came in time.
+        """
+
+    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+        """Write the copied part into the directory ``place`` of the logdir, and answer the chief. Never raises.
+
+        Inside ``held`` the part exists and does not change. If it does not exist, ``held`` raises, and the error is the
+        answer.
+        """
 
     def should_stop(self) -> bool:
         """Whether this process was asked to stop."""
 
     def wait_for_stop(self, timeout_secs: float) -> object:
-        """Wait until it is, and at most so long."""
+        """Wait until this process is asked to stop, at most ``timeout_secs``."""
 
     def request_stop(self, error: BaseException | None) -> None:
-        """Ask it, for ``error`` if there is one."""
+        """Ask this process to stop, because of ``error`` if there is one."""
 
     def error(self) -> BaseException | None:
-        """What it stops for, if that is an error; a NonFiniteError is told to the others, who stop for it too."""
+        """The error for which this process stops, if any. The others are told of a NonFiniteError, and stop for it."""
 
     def is_impatient(self) -> bool:
-        """Whether a second Ctrl-C has ended it."""
+        """Whether a second Ctrl-C has ended this process."""
 
 
-class Rendezvous:
-    """What one process has to do with the others during one session.
+class Rendezvous(ABC):
+    """The connection of one process with the others during one session.
 
     ``grace_secs`` is how long, in seconds, the others wait in a step for a chief that is between two loops.
-    Threads: ``start`` and ``close`` by the thread of the session, the others by any.
+    Threads: the thread of the session calls ``start`` and ``close``; any thread calls the other methods.
     """
 
     def __init__(
@@ -82,217 +105,151 @@ class Rendezvous:
         self._gate = gate
         self._member = member
         self._grace_secs = grace_secs
-        self._messages = 0
-        self._is_sight_shared = False
-        self._message_lock = threading.Lock()
-        self._round_lock = threading.Lock()
-        self._writing: threading.Thread | None = None
+        self._words = WordLog(store, rank)
+        # Set when listening ends: because the run is over, or because a process is gone (`_gone` says which and why).
+        self._is_over = threading.Event()
+        self._gone: str | None = None
+        self._finished_after: int | None = None
         self._failed_at: float | None = None
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        gate.attend(self)
+        self._thread = threading.Thread(target=self._listen, name="stepguard-peers", daemon=True)
 
     def start(self) -> None:
         """Listen to the others."""
-        self._thread = threading.Thread(target=self._listen, name="stepguard-peers", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._await_stop, name="stepguard-stop", daemon=True).start()
+
+    # --- the thread that trains, between two steps ---
+
+    @abstractmethod
+    def take_state(self) -> None:
+        """Copy this process's part of a checkpoint."""
+
+    @abstractmethod
+    def loop_changed(self) -> None:
+        """A loop has begun, was left, or has ended."""
+
+    # --- listening ---
 
     def _listen(self) -> None:
         try:
-            self._lead() if self._rank == 0 else self._follow()
-        except ConnectionError as error:
-            # The store ends with the process that has it: the others have ended, or torchrun is about to end us.
+            for word in self._words.listen():
+                if word.kind == "over":
+                    break
+                if word.kind == "gone":
+                    self._hear_gone(word.rank, *word.content)
+                    break
+                if word.kind == "finished":
+                    self._hear_finished(word.rank, *word.content)
+                else:
+                    self._hear(word)
+        except StoreLostError as error:
+            # The store ends with the process that holds it. The others have ended, or a launcher is about to end us.
             _log.debug("no word from the other processes: %s", error)
-            # What they would have to say is not waited for any longer: the next collective operation fails by itself.
+            self._gone = "the process that holds the common store has ended"
+        finally:
+            # No step waits for the others any longer; if one of them is gone, the next collective operation fails.
             self._gate.abandon()
+            self._is_over.set()
+
+    @abstractmethod
+    def _hear(self, word: Word) -> None:
+        """Do what ``word`` asks for, without waiting for anything."""
+
+    def _hear_finished(self, rank: int, steps: int) -> None:
+        """Handle the word that ``rank`` has left its loop after ``steps`` steps, without a stop of all processes."""
+        self._finished_after = steps
+        error = PeerLeftError(
+            f"rank {rank} has left the training after {steps} steps of this session, by `break` or an exit, and this "
+            f"process was to go on: all processes have to leave their loops after the same step",
+            rank=rank,
+        )
+        if rank != self._rank and self._gate.refuse_after(steps, error):
+            # This step may be in a collective operation that waits for the other process; it fails when that one ends.
+            self._member.request_stop(error)
+            self._words.say("over", unless_said=True)
+
+    def _hear_gone(self, rank: int, why: str) -> None:
+        self._gone = f"rank {rank} was left {why}"
+        if rank == self._rank:
+            return
+        _log.warning("%s: nothing is saved any more together with it", self._gone)
+        gate = self._gate
+        if self._member.should_stop():
+            gate.open_until(gate.begun, is_last=True)
+            return
+        error = PeerLeftError(f"{self._gone}, and this process was to go on", rank=rank)
+        gate.refuse_after(gate.begun, error)
+        if gate.loop is Loop.RUNS:
+            self._member.request_stop(error)
+
+    def _await_stop(self) -> None:
+        """Wait until this process is asked to stop, and tell the others. Runs on a thread of its own."""
+        with contextlib.suppress(StoreLostError):
+            while not self._closing.is_set():
+                if not self._member.should_stop():
+                    self._member.wait_for_stop(_CLOSED_LOOK_SECS)
+                elif self._gate.loop is Loop.LEFT:
+                    # The program has left its loop. If it ends here, `close` tells the others; or it begins a new loop.
+                    self._gate.await_change(_CLOSED_LOOK_SECS, lambda: self._gate.loop is not Loop.LEFT)
+                else:
+                    self._ask_stop()
+                    return
+
+    @abstractmethod
+    def _ask_stop(self) -> None:
+        """Have all processes stop after the same step."""
+
+    # --- closing ---
 
     def close(self, timeout_secs: float) -> None:
-        """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
-        if self._rank == 0:
-            if self._member.should_stop():
-                self._join(timeout_secs)
-            with contextlib.suppress(ConnectionError):
-                self._store.set("over", b"1")
-        elif self._member.is_impatient():
-            with contextlib.suppress(ConnectionError):
-                self._store.set("left", str(self._rank).encode())
-        elif not self._has_failed():
-            deadline = time.monotonic() + timeout_secs
-            with contextlib.suppress(ConnectionError):
-                while not self._store.check("over") and time.monotonic() < deadline and not self._has_failed():
-                    time.sleep(_LOOK_SECS)
-        writing = self._writing
-        if writing is not None:
-            # This process has failed, or the chief has: a part that is being written may complete a checkpoint.
-            writing.join(min(timeout_secs, _FAREWELL_SECS))
-        self._gate.open_until(math.inf)
+        """Stop listening. The chief first settles the last step with the others; a worker waits for the chief's end."""
+        with contextlib.suppress(StoreLostError):
+            if not self._is_over.is_set():
+                self._say_farewell(timeout_secs)
         self._closing.set()
-        self._join()
+        self._gate.abandon()
+        self._thread.join(_FAREWELL_SECS)
 
-    def _join(self, timeout_secs: float | None = None) -> None:
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_secs)
-
-    # --- the chief ---
-
-    @contextmanager
-    def meeting(self, what: str, *, is_last: bool = False) -> Iterator[dict[int, bytes]]:
-        """A block in which all processes stand after the same step; gives the states of the others, by rank.
-
-        Raises:
-            NoBoundaryError: a process did not answer in time.
-        """
-        with self._round_lock:
-            begun = self._gate.pause()
-            key = self._send("last" if is_last else "save")
-            try:
-                target = max([begun, *(int(self._get(f"{key}/begun/{rank}", what)) for rank in self._others())])
-                self._store.set(f"{key}/target", str(target).encode())
-                self._gate.open_until(target)
-                self._await_step(target, what)
-
-                def is_evaluating() -> bool:
-                    # Others are in a step that takes all of them: they wait for this process.
-                    return self._gate.has_ended and self._member.steps_done() < target
-
-                states = {rank: self._get(f"{key}/state/{rank}", what, is_evaluating) for rank in self._others()}
-                # Each has told before its state what it has seen until here.
-                sight = self._share_sight()
-                if sight is not None and not is_last:
-                    raise NoBoundaryError(f"{what} is not taken: {sight}")
-                yield states
-            finally:
-                self._store.set(f"{key}/done", b"1")
-                if not is_last and not self._gate.is_last:
-                    self._gate.open_until(math.inf)
-
-    def passed(self) -> None:
-        """The chief has done what it does at this boundary: the others need not wait for it here."""
-        self._store.set("passed", str(self._member.steps_done()).encode())
-
-    def exchange(self, place: str) -> Exchange:
-        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
-        return self._exchange(self._send("write", place))
-
-    def _send(self, kind: str, *content: str) -> str:
-        """Tell all others, who take one message after the other; the beginning of the keys of their answers."""
-        with self._message_lock:
-            self._messages += 1
-            key = f"message/{self._messages}"
-            self._store.set(key, json.dumps([kind, *content]).encode())
-        return key
-
-    def _lead(self) -> None:
-        """Settle the last step when any process is asked to stop."""
-        while not self._closing.is_set():
-            if self._member.should_stop() or self._store.check("stop"):
-                self._settle_last_step()
-                self._member.request_stop(None)
-                return
-            self._member.wait_for_stop(_LOOK_SECS)
-
-    def _settle_last_step(self) -> None:
-        try:
-            # After an error, perhaps the loss of a process, there is nothing to agree on.
-            if not self._has_failed():
-                with self.meeting("a stop", is_last=True):
-                    return
-        except NoBoundaryError as error:
-            _log.warning("stopping without the others: %s", error)
-        finally:
-            # Only now: who leaves its loop has to know whether the run has ended well.
-            self._gate.open_until(self._member.steps_done(), is_last=True)
-
-    def _others(self) -> range:
-        return range(1, self._size)
-
-    # --- a worker ---
-
-    def _follow(self) -> None:
-        number = 1
-        has_asked = False
-        while not self._closing.is_set():
-            if self._member.should_stop() and not has_asked:
-                self._share_sight()
-                self._store.set("stop", b"1")
-                has_asked = True
-            if self._store.check(f"message/{number}"):
-                self._obey(f"message/{number}")
-                number += 1
-            elif self._gate.is_awaiting_chief:
-                self._look_for_chief()
-                self._closing.wait(_LOOK_SECS / 5)
-            else:
-                self._closing.wait(_LOOK_SECS)
-
-    def _look_for_chief(self) -> None:
-        if self._store.check("over"):
-            self._gate.chief_passed(sys.maxsize)
-        elif self._store.check("passed"):
-            self._gate.chief_passed(int(self._store.get("passed")))
-
-    def _obey(self, key: str) -> None:
-        kind, *content = json.loads(self._store.get(key))
-        if kind == "write":
-            # In a thread of its own: the next message may be a stop.
-            arguments = (self._exchange(key), *content)
-            self._writing = threading.Thread(
-                target=self._member.write_part, args=arguments, name="stepguard-writer", daemon=True
-            )
-            self._writing.start()
-        else:
-            self._take_part(key, is_last=kind == "last")
-
-    def _take_part(self, key: str, *, is_last: bool) -> None:
-        self._store.set(f"{key}/begun/{self._rank}", str(self._gate.pause()).encode())
-        try:
-            target = int(self._get(f"{key}/target", "a checkpoint"))
-            self._gate.open_until(target)
-            self._await_step(target, "a checkpoint", lambda: not self._store.check(f"{key}/done"))
-            self._share_sight()
-            # Nothing is saved at a stop itself, and the memory for it may still be being written.
-            self._store.set(f"{key}/state/{self._rank}", b"" if is_last else self._member.process_state())
-            self._get(f"{key}/done", "a checkpoint")
-            self._share_sight()
-        except NoBoundaryError as error:
-            _log.warning("a round of the chief was left: %s", error)
-        finally:
-            if is_last:
-                # Not before: who leaves its loop has to know whether the run has ended well.
-                self._member.request_stop(None)
-                self._gate.open_until(self._member.steps_done(), is_last=True)
-        if not is_last and not self._gate.is_last:
-            self._gate.open_until(math.inf)
-
-    # --- both ---
+    @abstractmethod
+    def _say_farewell(self, timeout_secs: float) -> None:
+        """End the listening thread of this process; the chief ends the listening threads of all processes."""
 
     def _has_failed(self) -> bool:
-        """Not so after a sight of the NaN guard: this process runs as well as ever, and can stop with the others."""
+        """Whether an error ends this process. A NonFiniteError does not count: it can still stop with the others."""
         return not isinstance(self._member.error(), (NonFiniteError, type(None)))
 
-    def _share_sight(self) -> NonFiniteError | None:
-        """Tell the others what this process has seen that is not finite, or stop for what one of them has."""
-        own = self._member.error()
-        if isinstance(own, NonFiniteError):
-            if not self._is_sight_shared:
-                self._is_sight_shared = True
-                content = [f"rank {self._rank}: {own}", own.step, own.names]
-                self._store.set("sight", json.dumps(content).encode())
-            return own
-        if not self._store.check("sight"):
-            return None
-        text, step, names = json.loads(self._store.get("sight"))
-        theirs = NonFiniteError(text, step=step, names=names)
-        self._is_sight_shared = True
-        self._member.request_stop(theirs)
-        return theirs
+    def _say_if_left(self) -> None:
+        """Tell the others if they cannot know that this process begins no further step."""
+        error = self._member.error()
+        if self._member.is_impatient():
+            self._words.say("gone", "by a second Ctrl-C", unless_said=True)
+        elif error is not None and self._has_failed() and not isinstance(error, PeerLeftError):
+            self._words.say("gone", f"for an error, {described(error):.500}", unless_said=True)
+        elif error is not None and self._has_failed():
+            self._words.say("over", unless_said=True)
+        elif self._gate.loop is not Loop.ENDED and self._finished_after != self._member.steps_done():
+            self._words.say("finished", self._member.steps_done(), unless_said=True)
 
-    def _exchange(self, key: str) -> Exchange:
-        return Exchange(self._store.below(key), self._rank, self._size, self._check_alive)
+    # --- waiting for others ---
+
+    def _sight(self) -> list[object] | None:
+        """The message for the others about a non-finite value that this process has seen; ``None`` without one."""
+        error = self._member.error()
+        if not isinstance(error, NonFiniteError):
+            return None
+        return [f"rank {self._rank}: {error}", error.step, list(error.names)]
+
+    def _exchange(self, number: int) -> Exchange:
+        return Exchange(self._store.below(f"write/{number}"), self._rank, self._size, self._check_alive)
 
     def _check_alive(self, what: str) -> None:
-        """A write may take any time, as long as all are there."""
+        """Raise CheckpointError if an exchange cannot be completed. A write has no time limit while all are alive."""
         if self._closing.is_set():
             raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
+        if self._gone is not None:
+            raise CheckpointError(f"{what}: {self._gone}")
         if not self._has_failed():
             self._failed_at = None
         elif self._failed_at is None:
@@ -300,45 +257,40 @@ class Rendezvous:
         elif time.monotonic() > self._failed_at + _FAREWELL_SECS:
             raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
-    def _await_step(self, target: int, what: str, is_excused: Callable[[], bool] = lambda: False) -> None:
-        where = f"{what}: step {target} of this session is still under way in rank {self._rank}"
-        self._await(lambda: self._member.steps_done() >= target or self._gate.has_ended, where, is_excused)
+    def _gather(self, keys: Sequence[str], what: str, patience_secs: float = PATIENCE_SECS) -> list[bytes]:
+        """Wait for answers that the others give at once, and return them.
 
-    def _get(self, key: str, what: str, is_excused: Callable[[], bool] = lambda: False) -> bytes:
-        missing = f"{what}: no answer to {key}; a process may have ended"
-        self._await(lambda: self._store.check(key), missing, is_excused)
-        return self._store.get(key)
+        Raises:
+            NoBoundaryError: an answer did not come in time.
+        """
+        patience = self._patience(f"{what}: no answer from another process; one may have ended", patience_secs)
+        return awaited(self._store, keys, patience)
 
-    def _await(self, is_there: Callable[[], bool], text: str, is_excused: Callable[[], bool] = lambda: False) -> None:
-        """Wait; the time that is excused does not count, but for ``grace_secs``."""
-        began = counted_from = time.monotonic()
-        while True:
-            now = time.monotonic()
-            patience_secs = _IMPATIENCE_SECS if self._member.is_impatient() else _PATIENCE_SECS
-            if not self._member.is_impatient() and now < began + self._grace_secs and is_excused():
-                counted_from = now
-            # Asked first: what was there when this process closed has come in time.
-            is_over = self._closing.is_set() or self._has_failed() or now > counted_from + patience_secs
-            left = self._rank == 0 and self._store.check("left")
-            if is_there():
-                return
-            if left:
-                text = f"{text}: rank {self._store.get('left').decode()} was left by a second Ctrl-C"
-            if is_over or left:
+    def _patience(self, text: str, patience_secs: float = PATIENCE_SECS) -> Callable[[], None]:
+        """A function that raises NoBoundaryError if the time is over, or if there is nothing left to wait for."""
+        began = time.monotonic()
+
+        def check() -> None:
+            left_secs = began + patience_secs - time.monotonic()
+            if self._member.is_impatient():
+                left_secs = min(left_secs, began + _IMPATIENCE_SECS - time.monotonic())
+            if self._gone is not None:
+                raise NoBoundaryError(f"no step boundary for {text}: {self._gone}")
+            if left_secs < 0 or self._closing.is_set() or self._is_over.is_set() or self._has_failed():
                 raise NoBoundaryError(f"no step boundary for {text}")
-            self._closing.wait(_LOOK_SECS / 5)
+
+        return check
+
+    def _await_steps(self, steps: int, check: Callable[[], None]) -> None:
+        """Wait until ``steps`` steps are done or the loop has ended; ``check`` raises when the time is over."""
+        gate, member = self._gate, self._member
+        while not gate.await_change(0.05, lambda: member.steps_done() >= steps or gate.loop is Loop.ENDED):
+            check()
 
 
-def announce(store: CommonStore, number: int, restored: str | None) -> None:
-    """The chief tells the workers which checkpoint it has restored in its session ``number``, or that there is none."""
-    store.set(f"restored/{number}", json.dumps(restored).encode())
-
-
-def announced(store: CommonStore, number: int, should_stop: Callable[[], bool]) -> str | None:
-    """A worker waits for that, however long the chief takes to verify it."""
-    while not store.check(f"restored/{number}"):
-        if should_stop():
-            raise RuntimeError("stopped while waiting for the chief to restore the model")
-        time.sleep(_LOOK_SECS)
-    name = json.loads(store.get(f"restored/{number}"))
-    return None if name is None else str(name)
+def as_error(sight: Sequence[object] | None) -> NonFiniteError | None:
+    """The error for a non-finite value that another process has seen."""
+    if sight is None:
+        return None
+    text, step, names = sight
+    return NonFiniteError(str(text), step=step, names=names)  # type: ignore[arg-type]

@@ -43,11 +43,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One checkpoint that was not good: why, and the directory it was moved to (None: it was left where it was)."""
+    """One checkpoint that was not good: why, and the directory it was moved to (None: it was left where it was).
+
+    ``is_gone``: there is no file of it, so that somebody has removed it.
+    """
 
     checkpoint: Checkpoint
     reason: str
     moved_to: Path | None = None
+    is_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +104,7 @@ class Recovery:
 
 
 def _told(damage: Damage) -> str:
+    if damage.is_gone:
+        return f"{damage.checkpoint.path} is gone ({damage.reason})"
     where = f"moved to {damage.moved_to}" if damage.moved_to is not None else "left where it is"
     return f"{damage.checkpoint.path} is damaged ({damage.reason}; {where})"

@@ -486,9 +486,10 @@ class CheckpointStore:
         """
         # Not what the state file names, where it could not be written anew: TensorFlow's own tools would find nothing.
         doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated})
+        files_of = self._layout.grouped() if doomed else {}
         for number, one in enumerate(doomed):
             try:
-                self._take_away(one.name, self._layout.present(one.name))
+                self._take_away(one.name, self._layout.present(one.name, files_of.get(one.name, ())))
             except OSError:
                 self._retention.put_back(doomed[number:])
                 raise

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -46,6 +47,10 @@ _OLD_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})")
 _PLAIN_SUFFIX = re.compile(r"\.[^./]+")
 
 
+# Longer than the tick of any file system's clock but FAT's, whose times have whole seconds.
+_SETTLED_NSECS = 2_100_000_000
+
+
 def staged_name(file_name: str) -> str:
     """Return the name of the checkpoint that is written in a staging directory of this name."""
     return file_name[len(STAGE) :].partition("~")[0]
@@ -70,9 +75,13 @@ class Layout:
         self.basename = basename
         self.entry_suffix = entry_suffix
         self._name_pattern = re.compile(re.escape(basename) + rf"(?:-([0-9]{{1,{MOST_DIGITS}}}))?")
+        # When the directory had changed last as it was listed, and its names by checkpoint.
+        self._listing: tuple[int | None, dict[str, list[str]]] | None = None
 
     def within(self, root: Path) -> Layout:
         """Return the same layout for another directory."""
+        if root == self.root:
+            return self
         return Layout(root, self.basename, self.entry_suffix)
 
     # --- names ---
@@ -209,8 +218,31 @@ class Layout:
                 return True
             return self.may_hold(one, name) if listed is None else one in listed
 
-        names = [entry.name for entry in self.entries()] if among is None else among
+        names = self._listed_near(name) if among is None else among
         return sorted(one for one in names if belongs(one))
+
+    def _listed_near(self, name: str) -> Sequence[str]:
+        """The names in the directory that may belong to the checkpoint ``name``.
+
+        The directory is listed again only if it has changed: whoever looks at thousands of checkpoints, one after the
+        other, would else list it thousands of times.
+        """
+        if not self.is_name(name):
+            # Of another basename: a state file may lead to the end of another run.
+            return [entry.name for entry in self.entries()]
+        try:
+            changed = os.stat(self.root).st_mtime_ns
+        except OSError:
+            changed = None
+        if self._listing is None or changed is None or self._listing[0] != changed:
+            began = time.time_ns()
+            groups = self.grouped()
+            # The clock of a file system is coarse: what changes right after the last change has the same time.
+            is_settled = changed is not None and abs(began - changed) > _SETTLED_NSECS
+            self._listing = (changed, groups) if is_settled else None
+        else:
+            groups = self._listing[1]
+        return groups.get(name, ())
 
     def is_candidate(self, name: str, present: Sequence[str]) -> bool:
         """Whether a checkpoint with these files would be listed by `candidates`."""

@@ -89,7 +89,7 @@ class LogdirHold:
         self.is_first = is_first
         self.is_locked = held is not None
         self._held = held
-        self._finalizer = weakref.finalize(self, _release, held) if held is not None else None
+        self._finalizer = self._released_with(held) if held is not None else None
 
     def renew(self) -> bool:
         """See that the locked file is still the one that others would lock, and lock that if it is not: the logdir was
@@ -111,7 +111,7 @@ class LogdirHold:
                     return False  # A filesystem on which a file is not the same twice: the lock is our own.
                 raise
             held.holds += 1
-            self._held, self._finalizer = held, weakref.finalize(self, _release, held)
+            self._held, self._finalizer = held, self._released_with(held)
             finalizer()
             return True
 
@@ -123,8 +123,14 @@ class LogdirHold:
                 raise
             return
         held.holds += 1
-        self._held, self._finalizer = held, weakref.finalize(self, _release, held)
+        self._held, self._finalizer = held, self._released_with(held)
         self._is_to_be_locked, self.is_locked = False, True
+
+    def _released_with(self, held: _Held) -> weakref.finalize[[_Held], LogdirHold]:
+        finalizer = weakref.finalize(self, _release, held)
+        # The kernel does it when the process ends. A thread that opens files on a disk that hangs may hold the guard.
+        finalizer.atexit = False
+        return finalizer
 
     def release(self) -> None:
         """Give the hold back; repeated calls do nothing. Any thread may call it."""

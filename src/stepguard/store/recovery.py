@@ -143,7 +143,7 @@ def missing_by_state(layout: Layout, found: Search) -> Damage | None:
         return None
     there = f"only {', '.join(present)}" if present else "no file of it"
     reason = f"the file {statefile.FILE_NAME!r} names it as the newest, and there is {there}"
-    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason)
+    return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason, is_gone=not present)
 
 
 def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
@@ -203,7 +203,7 @@ def finish_quarantine(layout: Layout) -> list[Path]:
 
 
 def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
-    """What lies in the directory; only if that is nothing, what the state file names in another one.
+    """What lies in the directory; only if that is nothing, what the state file lists in another one, newest first.
 
     A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
     """
@@ -212,16 +212,17 @@ def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
     if state is None or state.path.parent in (Path(), layout.root):
         return found
     place = layout.within(layout.root / state.path.parent)
-    name = state.newest
     try:
-        is_there = place.is_candidate(name, place.present(name))
+        return [
+            _as_held(
+                Checkpoint(place.root, name, split_name(name)[1], 0.0, os.path.lexists(place.manifest(name))), step_held
+            )
+            for name in dict.fromkeys([state.newest, *reversed(state.names)])
+            if place.is_candidate(name, place.present(name))
+        ]
     except OSError as error:
         _log.warning("%s, which the file %r names, cannot be read: %s", state.path, statefile.FILE_NAME, error)
         return []
-    if not is_there:
-        return []
-    is_committed = os.path.lexists(place.manifest(name))
-    return [_as_held(Checkpoint(place.root, name, split_name(name)[1], 0.0, is_committed), step_held)]
 
 
 def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:

@@ -198,7 +198,7 @@ class TensorFlowEvents:
         self._is_open = True
 
     def started(self, step: int) -> None:
-        """The session log record START."""
+        """Write the session log record START."""
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.START), step)
         self._flush()
 
@@ -212,39 +212,44 @@ class TensorFlowEvents:
             self._flush()
 
     def _flush(self) -> None:
-        # What SIGKILL finds in memory is lost. A writer of the program's own is flushed when the program wants it.
+        # SIGKILL loses the events in memory. A writer that the program made is flushed by the program.
         if self._is_ours:
             self.writer.flush()
 
+    def flush(self) -> None:
+        """Hand all events so far to the system, also for a writer that the program made."""
+        if self._is_open:
+            self.writer.flush()
+
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of one curve."""
+        """Write one value of one curve."""
         self.writer.add_summary(_v1.Summary(value=[_v1.Summary.Value(tag=tag, simple_value=value)]), step)
 
     def summary(self, summary: Any, step: int | None) -> None:
-        """A Summary proto, or one serialised."""
+        """Write a Summary proto, or the bytes of one."""
         self.writer.add_summary(summary, step)
 
     def graph(self, graph: Any, meta_graph: Any) -> None:
-        """The graph and the meta graph, once in each event file."""
+        """Write the graph and the meta graph, once into each event file."""
         if not self._graph_is_in:
             self.writer.add_graph(graph)
             self.writer.add_meta_graph(meta_graph)
             self._graph_is_in = True
 
     def stopped(self) -> None:
-        """The session log record STOP; nothing after :meth:`close`, when a program stops a second time."""
+        """Write the session log record STOP. After :meth:`close` (a second stop of the program) do nothing."""
         if not self._is_open:
             return
         self.writer.add_session_log(_v1.SessionLog(status=_v1.SessionLog.STOP))
 
     def close(self) -> None:
-        """Close the writer; the next file gets the graph again."""
+        """Close the writer. The next event file gets the graph again."""
         if self._is_open:
             self.writer.close()
         self._is_open = False
         self._graph_is_in = False
 
     def reopen(self) -> None:
-        """Open a new event file when the last one was closed."""
+        """Open a new event file if the last one was closed."""
         self.writer.reopen()
         self._is_open = True

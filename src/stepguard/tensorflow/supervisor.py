@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -24,27 +25,42 @@ from stepguard.tensorflow.engine import TensorFlowEngine
 from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
+from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
 
-class Supervisor(CoreSupervisor[Any]):
+# The attributes that the core needs as long as the Supervisor lives; a subclass must not set them.
+_CORE = (
+    "_engine",
+    "_events",
+    "_guard",
+    "_observer",
+    "_options",
+    "_saving",
+    "_store",
+    "_tensorflow",
+    "_tensorflow_events",
+)
+
+
+class Supervisor(Subclassable, CoreSupervisor[Any]):
     """Initialises or restores a model, saves it, writes its summaries, stops cleanly, and comes back after a crash.
 
     The arguments up to ``local_init_run_options`` are those of ``tf.compat.v1.train.Supervisor``, in its order and
-    with its defaults; ``USE_DEFAULT`` takes what is in the graph's collections, or builds it and adds it there. The
-    graph is finalised.
+    with its defaults. ``USE_DEFAULT`` takes the part from the graph's collections, or builds it and adds it there. The
+    constructor finalises the graph.
 
     Args:
         graph: the graph of the model; the default graph if ``None``.
-        ready_op: 1-D string tensor naming what is not ready. ``None`` checks nothing.
-        ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
-        is_chief: whether this process initialises, restores, saves and logs; the others wait for it.
+        ready_op: 1-D string tensor with the names of what is not ready. ``None`` checks nothing.
+        ready_for_local_init_op: the same, checked before ``local_init_op`` is run.
+        is_chief: whether this process initialises, restores, saves and logs; the other processes wait for it.
         init_op: run by the chief when nothing can be restored. ``None`` initialises only through ``init_fn``.
         init_feed_dict: feeds for ``init_op``.
         local_init_op: run in every new session: tables and local variables. ``None`` runs nothing.
-        logdir: directory for checkpoints and events, created if missing; ``None`` leaves nothing behind.
+        logdir: directory for checkpoints and events, created if missing. ``None`` writes no files.
         summary_op: returns a serialised Summary. ``None`` computes no summaries.
         saver: saves and restores the model. ``None`` does neither.
         global_step: integer tensor of rank 0, or of rank 1 and size 1, that counts steps. ``None`` counts none.
@@ -57,12 +73,12 @@ class Supervisor(CoreSupervisor[Any]):
         summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
         init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
         local_init_run_options: ``RunOptions`` for ``local_init_op``.
-        saving: more of when the model is saved. Keyword only, like all that follow; they are Stepguard's own. What is
-            above may be given in these groups instead. How many checkpoints are kept is the Saver's to say.
+        saving: when the model is saved. Keyword only, like all that follow; these groups are Stepguard's own. An option
+            that is also listed above may be given in its group instead. The Saver says how many checkpoints are kept.
         stopping: how the run is stopped.
-        watching: how it is watched.
-        guarding: what happens when a number is not finite.
-        restoring: how the run comes back.
+        watching: how the run is watched.
+        guarding: what happens if a number is not finite.
+        restoring: how the run is restored.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -108,10 +124,14 @@ class Supervisor(CoreSupervisor[Any]):
                 "tf.compat.v1.disable_eager_execution() first"
             )
         options = Options.of(
-            save_summaries_secs=save_summaries_secs,
-            save_model_secs=save_model_secs,
-            stop_grace_secs=stop_grace_secs,
-            checkpoint_basename=checkpoint_basename,
+            **arguments.forgiving(
+                is_chief=bool(is_chief),
+                logdir=logdir,
+                save_summaries_secs=save_summaries_secs,
+                save_model_secs=save_model_secs,
+                stop_grace_secs=stop_grace_secs,
+                checkpoint_basename=checkpoint_basename,
+            ),
             saving=saving,
             stopping=stopping,
             watching=watching,
@@ -124,13 +144,19 @@ class Supervisor(CoreSupervisor[Any]):
             "keep_checkpoint_every_n_hours",
             because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
         )
+        refuse(
+            restoring,
+            *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),
+            because="it is for PyTorch; with TensorFlow a Saver's var_list says what is restored, and init_fn is "
+            "called when nothing was",
+        )
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
             refuse(watching, "peer_timeout_secs", because=because)
             refuse(restoring, "start_over_when_all_damaged", because=because)
-        checkpoint_basename = options.saving.checkpoint_basename
         graph = _v1.get_default_graph() if graph is None else graph
-        arguments.check(
+        given = arguments.checked(
+            options,
             is_chief=bool(is_chief),
             graph=graph,
             ready_op=ready_op,
@@ -143,93 +169,136 @@ class Supervisor(CoreSupervisor[Any]):
             saver=saver,
             global_step=global_step,
             recovery_wait_secs=recovery_wait_secs,
-            checkpoint_basename=checkpoint_basename,
             session_manager=session_manager,
             summary_writer=summary_writer,
             init_fn=init_fn,
             local_init_run_options=local_init_run_options,
         )
-        self._returns = options.guarding.returns
-        model = defaults.resolve(
-            graph,
-            ready_op=ready_op,
-            ready_for_local_init_op=ready_for_local_init_op,
-            init_op=init_op,
-            init_feed_dict=init_feed_dict,
-            local_init_op=local_init_op,
-            saver=saver,
-            summary_op=summary_op,
-            global_step=global_step,
-        )
-        self._model = model
-        everyones_logdir = os.fspath(logdir) if logdir else None
-        logdir = everyones_logdir if is_chief else None
-        self._save_path = os.path.join(logdir, checkpoint_basename) if logdir else None
-        saves_model = bool(model.saver) and self._save_path is not None
-        coord = Coordinator()
-        store = _open_store(self._save_path, model.saver) if saves_model else None
-        save_plan = plan(model.saver, graph) if store is not None else None
-        options.check_return(commits=store is not None)
-        if options.guarding.nan_guard is not None and saves_model and options.saving.is_on and save_plan is None:
+        before = dict(vars(self))
+        self._given_options = options
+        self._everyones_logdir = os.fspath(given["logdir"]) if given["logdir"] else None
+        with graph.as_default():
+            self._init_ready_op(ready_op=given["ready_op"], ready_for_local_init_op=given["ready_for_local_init_op"])
+            self._init_init_op(init_op=given["init_op"], init_feed_dict=given["init_feed_dict"])
+            self._init_local_init_op(local_init_op=given["local_init_op"])
+            self._init_saver(saver=given["saver"])
+            self._init_summary_op(summary_op=given["summary_op"])
+            self._init_global_step(global_step=given["global_step"])
+        self._graph = graph
+        self._is_chief = is_chief
+        self._coord = Coordinator()
+        self._recovery_wait_secs = given["recovery_wait_secs"]
+        self._stop_grace_secs = options.stopping.stop_grace_secs
+        self._init_fn = given["init_fn"]
+        self._local_init_run_options = given["local_init_run_options"]
+        self._logdir = self._everyones_logdir if is_chief else None
+        self._save_summaries_secs = options.watching.save_summaries_secs if is_chief else None
+        self._save_model_secs = options.saving.save_model_secs if is_chief else None
+        self._save_path = os.path.join(self._logdir, options.saving.checkpoint_basename) if self._logdir else None
+        self._plan_saving()
+        with graph.as_default():
+            self._meta_graph_def = _v1.train.export_meta_graph(
+                graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(self._saver, "saver_def", None)
+            )
+        self._graph_added_to_summary = False
+        self._own_writer: Any = None
+        self._own_manager: SessionManager | None = None
+        self._summary_writer = given["summary_writer"] if is_chief else None
+        self._init_session_manager(session_manager=session_manager)
+        self._verify_setup()
+        if defaults.is_default(self._summary_writer):
+            self._summary_writer = self._own_writer = open_writer(self._logdir) if self._logdir else None
+        self._build()
+        refuse_names(type(self), sorted(name for name in before if vars(self)[name] is not before[name]))
+        # From here on the graph must not change: every session, thread and checkpoint relies on it.
+        graph.finalize()
+
+    def _init_session_manager(self, session_manager: Any = None) -> None:
+        if session_manager is None:
+            session_manager = self._own_manager = SessionManager(
+                local_init_op=self._local_init_op,
+                ready_op=self._ready_op,
+                ready_for_local_init_op=self._ready_for_local_init_op,
+                graph=self._graph,
+                recovery_wait_secs=self._recovery_wait_secs,
+                local_init_run_options=self._local_init_run_options,
+                wait_for_stop=self._coord.wait_for_stop,
+                peer_timeout_secs=self._given_options.watching.peer_timeout_secs,
+                on_lost=self._coord.report,
+            )
+        self._session_manager = session_manager
+
+    def _write_graph(self) -> None:
+        """Write the graph to the logdir and to the event log."""
+        self._tensorflow.write_graph()
+        self._graph_added_to_summary = self._tensorflow_events is not None
+
+    def _plan_saving(self) -> None:
+        """Find out where and how the saver saves. Errors in that are raised before anything is written."""
+        saver, path, options = self._part("saver"), self._part("save_path"), self._given_options
+        saves_model = bool(saver) and path is not None
+        self._saved_store = _open_store(path, saver) if saves_model else None
+        self._saved_plan = plan(saver, self._graph) if self._saved_store is not None else None
+        options.check_return(commits=self._saved_store is not None)
+        if options.guarding.nan_guard is not None and saves_model and options.saving.is_on and self._saved_plan is None:
             raise ValueError(
                 "nan_guard looks at the state before it is saved, and this saver writes by means of its own (a "
                 "subclass of Saver, an old format, or a place that only TensorFlow can reach): use a "
                 "tf.compat.v1.train.Saver and a logdir on this machine's file systems, saver=None, or nan_guard=None"
             )
-        with graph.as_default():
-            meta_graph = _v1.train.export_meta_graph(
-                graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(model.saver, "saver_def", None)
+
+    def _build(self) -> None:
+        """Make the engine and the core from the attributes. Called again if a subclass has set other values."""
+        parts, options = self._parts(), self._given_options
+        writer, manager, own_manager = parts["summary_writer"], parts["session_manager"], self._own_manager
+        if own_manager is not None and own_manager is manager:
+            own_manager.restorer = Restorer(self._saved_store, options.restoring)
+        if self._is_chief:
+            options = replace(
+                options,
+                saving=replace(options.saving, save_model_secs=parts["save_model_secs"]),
+                watching=replace(options.watching, save_summaries_secs=parts["save_summaries_secs"]),
             )
-        if not is_chief:
-            arguments.check_devices(graph)
-            writer = None
-        elif defaults.is_default(summary_writer):
-            writer = open_writer(logdir) if logdir else None
-        else:
-            writer = summary_writer
-        if session_manager is None:
-            session_manager = SessionManager(
-                local_init_op=model.local_init_op,
-                ready_op=model.ready_op,
-                ready_for_local_init_op=model.ready_for_local_init_op,
-                graph=graph,
-                recovery_wait_secs=recovery_wait_secs,
-                local_init_run_options=local_init_run_options,
-                restorer=Restorer(store, options.restoring),
-                wait_for_stop=coord.wait_for_stop,
-                peer_timeout_secs=options.watching.peer_timeout_secs,
-                on_lost=coord.report,
-            )
-        self._session_manager = session_manager
-        events = None if writer is None else TensorFlowEvents(writer, is_ours=defaults.is_default(summary_writer))
-        self._tensorflow_events = events
+        options = replace(options, stopping=replace(options.stopping, stop_grace_secs=parts["stop_grace_secs"]))
+        self._tensorflow_events = TensorFlowEvents(writer, is_ours=writer is self._own_writer) if writer else None
         self._tensorflow = TensorFlowEngine(
-            model,
-            meta_graph=meta_graph,
-            session_manager=session_manager,
-            plan=save_plan,
-            events=events,
-            logdir=logdir,
-            save_path=self._save_path,
-            init_fn=init_fn,
-            store=store,
+            defaults.Model(**{name: parts[name] for name in defaults.Model.__dataclass_fields__}),
+            meta_graph=parts["meta_graph_def"],
+            session_manager=manager,
+            plan=self._saved_plan,
+            events=self._tensorflow_events,
+            logdir=parts["logdir"],
+            save_path=parts["save_path"],
+            init_fn=parts["init_fn"],
+            store=self._saved_store,
+            not_joined=self._coord.not_joined,
         )
         super().__init__(
             self._tensorflow,
-            coord=coord,
-            is_chief=bool(is_chief),
-            logdir=everyones_logdir,
-            store=store,
-            events=events,
-            has_summaries=model.summary_op is not None,
-            saves_model=saves_model,
+            coord=self._coord,
+            is_chief=bool(self._is_chief),
+            logdir=parts["logdir"] if self._is_chief else self._everyones_logdir,
+            store=self._saved_store,
+            events=self._tensorflow_events,
+            has_summaries=parts["summary_op"] is not None,
+            saves_model=bool(parts["saver"]) and parts["save_path"] is not None,
             options=options,
             role=arguments.worker_role(),
         )
-        # From here on the graph must not change: every session, thread and checkpoint relies on it.
-        graph.finalize()
+        self._built_from = parts
+        self._built = {name: vars(self)[name] for name in _CORE}
 
-    # --- what the supervisor works with ---
+    def _take_changes(self) -> None:
+        """Use the attributes that a subclass or the program has set since the last session."""
+        refuse_names(type(self), sorted(name for name in self._built if vars(self)[name] is not self._built[name]))
+        parts = self._parts()
+        if is_same(parts, self._built_from):
+            return
+        if not is_same(parts, self._built_from, ("saver", "save_path")):
+            self._plan_saving()
+        self._build()
+
+    # --- the parts of the supervisor ---
 
     @property
     def session_manager(self) -> Any:
@@ -239,47 +308,57 @@ class Supervisor(CoreSupervisor[Any]):
     @property
     def init_op(self) -> Any:
         """The operation that initialises the model, or ``None``."""
-        return self._model.init_op
+        return self._init_op
 
     @property
     def init_feed_dict(self) -> Any:
         """The feeds for ``init_op``, or ``None``."""
-        return self._model.init_feed_dict
+        return self._init_feed_dict
 
     @property
     def ready_op(self) -> Any:
-        """The tensor that names what is not ready, or ``None``."""
-        return self._model.ready_op
+        """The tensor with the names of what is not ready, or ``None``."""
+        return self._ready_op
 
     @property
     def ready_for_local_init_op(self) -> Any:
-        """The tensor that names what stands in the way of ``local_init_op``, or ``None``."""
-        return self._model.ready_for_local_init_op
+        """The tensor with the names of what must be ready before ``local_init_op`` is run, or ``None``."""
+        return self._ready_for_local_init_op
 
     @property
     def saver(self) -> Any:
         """The Saver, or ``None``."""
-        return self._model.saver
+        return self._saver
 
     @property
     def save_path(self) -> str | None:
-        """The prefix of the checkpoints, without the step; ``None`` in a worker or without a logdir."""
+        """The prefix of the checkpoints, without the step; ``None`` in a worker, or without a logdir."""
         return self._save_path
+
+    @property
+    def save_model_secs(self) -> float | None:
+        """Seconds between timed checkpoints; ``None`` in a worker."""
+        return self._save_model_secs
+
+    @property
+    def save_summaries_secs(self) -> float | None:
+        """Seconds between summaries; ``None`` in a worker."""
+        return self._save_summaries_secs
 
     @property
     def summary_op(self) -> Any:
         """The tensor of the serialised Summary, or ``None``."""
-        return self._model.summary_op
+        return self._summary_op
 
     @property
     def summary_writer(self) -> Any:
         """The writer of the event file, or ``None``."""
-        return None if self._tensorflow_events is None else self._tensorflow_events.writer
+        return self._summary_writer
 
     @property
     def global_step(self) -> Any:
         """The integer tensor that counts steps, or ``None``."""
-        return self._model.global_step
+        return self._global_step
 
     # --- sessions ---
 
@@ -291,7 +370,7 @@ class Supervisor(CoreSupervisor[Any]):
         max_wait_secs: float | None = 7200,
         start_standard_services: bool = True,
     ) -> Any:
-        """A session on ``master`` whose model is ready: restored or initialised by the chief, waited for by others.
+        """A session on ``master`` with a ready model. The chief restores or initialises it; a worker waits for that.
 
         Args:
             master: ``""`` for this process, ``"local"``, or ``"grpc://host:port"``.
@@ -301,14 +380,17 @@ class Supervisor(CoreSupervisor[Any]):
             start_standard_services: whether to start the services and the queue runners.
 
         Raises:
-            RuntimeError: the model could not be made ready; or ``nan_guard="return"`` and it is shared with others.
+            RuntimeError: the model could not be made ready; or ``nan_guard="return"`` was given and the model is on a
+                server, or the session does not mark its steps.
             tf.errors.DeadlineExceededError: a worker has waited ``max_wait_secs`` for its chief.
         """
-        if self._returns and master:
+        if self._given_options.guarding.returns and master:
             raise RuntimeError(
                 f"nan_guard='return' is for a model in this process, and the master is {master!r}: others may train "
                 f"the same model; use nan_guard='stop', and start the run again from its newest checkpoint"
             )
+
+        self._take_changes()
 
         def prepare() -> Prepared[Any]:
             prepared = self._tensorflow.prepare(
@@ -319,7 +401,13 @@ class Supervisor(CoreSupervisor[Any]):
                 max_wait_secs=max_wait_secs,
             )
             session = prepared.session
-            if self._returns and not isinstance(session, Session):
+            try:
+                if self._is_chief:
+                    self._write_graph()
+            except BaseException:
+                session.close()
+                raise
+            if self._given_options.guarding.returns and not isinstance(session, Session):
                 session.close()
                 raise RuntimeError(
                     f"nan_guard='return' needs to know the step boundaries, and a {type(session).__name__} of the "
@@ -328,7 +416,7 @@ class Supervisor(CoreSupervisor[Any]):
             return prepared
 
         def start_queue_runners(session: Any) -> None:
-            with self._model.graph.as_default():
+            with self._graph.as_default():
                 self.start_queue_runners(session)
 
         return self.open_session(
@@ -347,13 +435,13 @@ class Supervisor(CoreSupervisor[Any]):
         *,
         max_wait_secs: float | None = 7200,
     ) -> AbstractContextManager[Any]:
-        """A context that gives a prepared session, and ends the run when it is left.
+        """A context that returns a prepared session. The end of its block ends the run.
 
         An error of the block or of a service is raised again after all threads have stopped and the session is
-        closed; ``OutOfRangeError`` is the end of the input, and a clean end.
+        closed. ``OutOfRangeError`` means the end of the input: the run ends cleanly.
 
         Args:
-            master: see :meth:`prepare_or_wait_for_session`, as for ``config`` and ``max_wait_secs``.
+            master: see :meth:`prepare_or_wait_for_session`, also for ``config`` and ``max_wait_secs``.
             config: ``ConfigProto`` for the session.
             start_standard_services: whether to start the services and the queue runners.
             close_summary_writer: whether to close the summary writer at the end.
@@ -371,7 +459,7 @@ class Supervisor(CoreSupervisor[Any]):
         return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
-        """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.
+        """Start the threads of ``queue_runners`` (by default those in the graph's collection) and return the threads.
 
         Raises:
             RuntimeError: eager execution is enabled.
@@ -382,7 +470,7 @@ class Supervisor(CoreSupervisor[Any]):
                 "inside `with graph.as_default():`, or read the input with tf.data"
             )
         if queue_runners is None:
-            queue_runners = self._model.graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
+            queue_runners = self._graph.get_collection(_v1.GraphKeys.QUEUE_RUNNERS)
         if isinstance(sess, RemoteSession):
             sess = sess.for_queue_runners(self._coord.should_stop)
         threads: list[threading.Thread] = []
@@ -395,12 +483,12 @@ class Supervisor(CoreSupervisor[Any]):
 
         Args:
             sess: the session, from which the step is fetched when ``global_step`` is ``None``.
-            summary: a Summary proto, or one serialised to bytes.
+            summary: a Summary proto, or the bytes of one.
             global_step: the step of the summary.
 
         Raises:
             TypeError: ``summary`` is neither a Summary proto nor bytes.
-            RuntimeError: there is no summary writer: no ``logdir``, or a worker.
+            RuntimeError: there is no summary writer, because there is no ``logdir`` or this process is a worker.
         """
         if self._tensorflow_events is None:
             raise RuntimeError(
@@ -416,7 +504,7 @@ class Supervisor(CoreSupervisor[Any]):
             global_step = self._engine.step(sess)
         self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
 
-    # --- the contract's second spelling ---
+    # --- the aliases of the contract ---
 
     PrepareSession = prepare_or_wait_for_session
     StartQueueRunners = start_queue_runners
@@ -431,7 +519,7 @@ class Supervisor(CoreSupervisor[Any]):
 
 
 def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
-    """The store for ``save_path``; ``None`` on a file system that only TensorFlow can reach."""
+    """The store for ``save_path``; ``None`` if only TensorFlow can reach its file system."""
     if save_path is None or "://" in save_path:
         return None
     definition = getattr(saver, "saver_def", None)

@@ -1,4 +1,4 @@
-"""For tests of Stepguard and of programs that use it: a framework without a framework, and a recorded event log."""
+"""For tests of Stepguard and of programs that use it: a fake engine, and an event log that records its calls."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A framework without a framework: a model of plain integers, with steps, snapshots and checkpoints of its own.
+"""The fake engine: a model of plain integers, with steps, snapshots and checkpoints, and no framework.
 
-It is the proof that the core knows no framework, and the smallest example of an engine.
+It proves that the core knows no framework, and it is the smallest complete example of an engine.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _STATE_FILE = "state.json"
 
 
 class FakeSession:
-    """A model of integers. A step raises each of them by one, slowly enough for a torn snapshot to be seen.
+    """A model of integers. A step raises each integer by one, slowly enough that a torn snapshot shows.
 
-    Besides these it has a ``weight``, which steps leave alone, and a ``loss``, which each of them reports: either may
-    be made NaN. Where its steps begin and end is known to a ``stepguard.steps.boundary.Boundary``.
+    The session also has a ``weight``, which steps leave alone, and a ``loss``, which every step reports; a test may set
+    either to NaN. A ``stepguard.steps.boundary.Boundary`` knows where steps begin and end.
     """
 
     def __init__(self, size: int) -> None:
@@ -60,7 +60,7 @@ class FakeSession:
         self.before_close: Callable[[], None] | None = None
 
     def run_step(self) -> None:
-        """One training step."""
+        """Run one training step."""
         with self.in_step():
             for index in range(len(self.values)):
                 self.values[index] += 1
@@ -68,10 +68,10 @@ class FakeSession:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """A training step: the block. It is counted if it is not left by an error.
+        """Make the block one training step. The step counts unless an error ends the block.
 
         Raises:
-            StopRequested: the run is to stop at this boundary.
+            StopRequested: the run is asked to stop at this boundary.
         """
         self.boundary.enter()
         try:
@@ -82,16 +82,16 @@ class FakeSession:
         try:
             yield
         except BaseException:
-            # Half of the integers may have been raised: this is the state of no step.
+            # Only some of the integers may have been raised: the state belongs to no step.
             self.boundary.leave_torn()
             raise
         self.step += 1
         self.boundary.leave()
-        # Ctrl-C that came during the step.
+        # Raise a Ctrl-C that came during the step.
         self.interrupts.raise_if_held()
 
     def report(self, loss: float) -> None:
-        """A number that the program has computed; between two steps."""
+        """Report a number that the program has computed, between two steps."""
         if self.watch is not None and self.watch.look({"loss": loss}):
             self.watch.settle()
 
@@ -136,7 +136,7 @@ class FakeEngine:
         self.summaries = 0
 
     def prepare(self) -> Prepared[FakeSession]:
-        """A session restored from the newest good checkpoint, or at step 0."""
+        """Return a session restored from the newest good checkpoint, or one at step 0."""
         if self.fail_prepare is not None:
             raise self.fail_prepare
         session = FakeSession(self.size)
@@ -145,7 +145,7 @@ class FakeEngine:
         return Prepared(session, restore_newest(self.store, functools.partial(self.restore, session), self.restoring))
 
     def restore(self, session: FakeSession, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
-        """Take over the integers of a checkpoint; there are no random states and no data that would go on."""
+        """Load the integers of a checkpoint. The fake has no random states and no position in data to restore."""
         path = checkpoint.path
         state = json.loads((path / _STATE_FILE).read_text())
         if len(state["values"]) != self.size:
@@ -156,7 +156,7 @@ class FakeEngine:
         session.returns += in_run
 
     def step(self, session: FakeSession) -> int:
-        """The steps done."""
+        """The number of steps done."""
         return session.step
 
     def step_name(self) -> str:
@@ -164,27 +164,27 @@ class FakeEngine:
         return "global_step"
 
     def total_steps(self, session: FakeSession) -> None:
-        """Nobody knows."""
+        """Return ``None``: the session does not know."""
 
     def watch(self, session: FakeSession, before_close: Callable[[], None]) -> None:
-        """The session marks its steps already; from now on Ctrl-C waits for the end of one."""
+        """Hold Ctrl-C back until the end of a step from now on. The session marks its steps in any case."""
         session.before_close = before_close
         session.interrupts.start()
 
     def watch_values(self, session: FakeSession, watch: ValueWatch) -> None:
-        """The session reports its loss."""
+        """Have the session report its loss to ``watch``."""
         session.watch = watch
 
     def stop_at_boundary(self, session: FakeSession, main_thread_was_told: Callable[[], bool]) -> None:
-        """The next step raises."""
+        """Make the next step raise."""
         session.boundary.stop(main_thread_was_told)
 
     def call_after_steps(self, session: FakeSession, steps: int, callback: Callable[[], int]) -> None:
-        """The boundary counts the steps."""
+        """Have the boundary count the steps and call back."""
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: FakeSession) -> object:
-        """Each step changes the state, and so does each return."""
+        """The numbers of steps and returns: both change the state."""
         return session.step, session.returns
 
     def at_boundary(
@@ -198,15 +198,15 @@ class FakeEngine:
         return FakeSnapshot(session.step, tuple(session.values), weight=session.weight)
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
-        """The weight alone can be."""
+        """``weight``, if it is not finite: integers always are."""
         return () if math.isfinite(snapshot.weight) else ("weight",)
 
     def checkpoint_name(self, step: int | None) -> str:
-        """The store's basename and the step."""
+        """The basename of the store and the step."""
         return f"{'model.ckpt' if self.store is None else self.store.basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> dict[str, tuple[int, str]]:
-        """One JSON file in a directory."""
+        """Write one JSON file in a directory."""
         if self.fail_writes:
             raise self.fail_writes.pop(0)
         (stage / name).mkdir()
@@ -222,7 +222,7 @@ class FakeEngine:
         self.summaries += 1
 
     def is_open(self, session: FakeSession) -> bool:
-        """Whether the session was closed."""
+        """Whether the session is still open."""
         return session.is_open
 
     def close(self, session: FakeSession) -> None:
@@ -262,6 +262,8 @@ class FakeSupervisor(Supervisor[FakeSession]):
             restoring=restoring,
         )
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
+        for_parts = ("hyperparameters", "only", "leave_out", "init_from", "init_fit")
+        refuse(restoring, *for_parts, because="the fake engine's model has no parts")
         store = None
         if logdir:
             check_local("logdir", logdir)
@@ -289,13 +291,13 @@ class FakeSupervisor(Supervisor[FakeSession]):
         )
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> FakeSession:
-        """A prepared session."""
+        """Open a prepared session."""
         return self.open_session(self.engine.prepare, start_standard_services)
 
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
     ) -> AbstractContextManager[FakeSession]:
-        """The context that a training loop lives in."""
+        """Return the context that a training loop lives in."""
         return self.managed(
             lambda: self.prepare_or_wait_for_session(start_standard_services),
             close_summary_writer=close_summary_writer,

@@ -1,4 +1,4 @@
-"""An event log for tests."""
+"""An event log for tests, which records its calls."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from typing import Any
 
 
 class RecordedEvents:
-    """An event log that keeps what it was told, as tuples in the order in which it came."""
+    """An event log that records each call as a tuple, in order, in ``records``."""
 
     def __init__(self) -> None:
         self.records: list[tuple[Any, ...]] = []
         self.is_open = True
 
     def started(self, step: int) -> None:
-        """The record of a start."""
+        """Record a start."""
         self.records.append(("started", step))
 
     def checkpointed(self, step: int | None, path: str) -> None:
-        """The record of a checkpoint."""
+        """Record a checkpoint."""
         self.records.append(("checkpointed", step, path))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of a curve; the value itself depends on time and is left out."""
+        """Record a value of a curve by tag and step; the value itself depends on time and is left out."""
         self.records.append(("scalar", tag, step))
 
     def stopped(self) -> None:
-        """The record of a stop."""
+        """Record a stop."""
         self.records.append(("stopped",))
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
         """Close the log."""

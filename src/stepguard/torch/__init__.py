@@ -1,9 +1,10 @@
-"""Stepguard for PyTorch: a training loop of the program's own, supervised."""
+"""Stepguard for PyTorch: supervises the program's own training loop."""
 
 from __future__ import annotations
 
 from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.reading import Newest, States, load, newest
 from stepguard.torch.session import Session
 from stepguard.torch.supervisor import Supervisor
 
-__all__ = ["Session", "Supervisor", "Values"]
+__all__ = ["Newest", "Session", "States", "Supervisor", "Values", "load", "newest"]

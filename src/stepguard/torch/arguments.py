@@ -1,4 +1,4 @@
-"""The constructor's arguments, checked at the door: a wrong one is named before anything is built or written."""
+"""Checks the constructor's arguments, so that a wrong one is reported before anything is built or written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check(**given: Any) -> None:
     """Check the types of the Supervisor's arguments that are no options.
 
     Raises:
-        TypeError, ValueError: the message names the argument, what was expected and what was found.
+        TypeError, ValueError: the message names the argument, the expected and the found value.
     """
     check_switch("is_chief", given["is_chief"], or_none=True)
     for name in ("summaries", "init_fn"):

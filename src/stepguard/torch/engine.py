@@ -1,12 +1,13 @@
-"""PyTorch programs, as the core sees them."""
+"""The engine of PyTorch programs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ import torch
 from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
-from stepguard.steps.common_store import CommonStore
-from stepguard.steps.gate import Gate
-from stepguard.steps.rendezvous import Rendezvous, announce, announced
+from stepguard.options import Restoring
+from stepguard.steps.engine import LoopEngine
+from stepguard.steps.exchange import Exchange
+from stepguard.steps.peers import Peers
 from stepguard.store import Checkpoint, Recovery
-from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, write_file
-from stepguard.torch.checkpoint.restore import ENGINE, Restorer
+from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
+from stepguard.torch.checkpoint.first_weights import take_first_weights
+from stepguard.torch.checkpoint.program import Program
+from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
-from stepguard.torch.checkpoint.state import Component
-from stepguard.torch.distributed.joint_write import write_all
-from stepguard.torch.distributed.member import TorchMember, loaded_process_state
+from stepguard.torch.distributed.joint_write import collect_processes, write_all
+from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
@@ -34,16 +37,15 @@ from stepguard.torch.session import Session
 _log = logging.getLogger(__name__)
 
 
-class TorchEngine:
-    """The engine over the objects that a program saves. Threads: see :class:`stepguard.engine.Engine`."""
-
-    storage_error_types: tuple[type[BaseException], ...] = ()
+class TorchEngine(LoopEngine[Session]):
+    """The engine over the objects that a program saves. For threads see :class:`stepguard.engine.Engine`."""
 
     def __init__(
         self,
-        components: Sequence[Component],
+        program: Program,
         *,
         root: Path | None,
+        restoring: Restoring,
         restorer: Restorer | None,
         events: TorchEvents | None,
         basename: str,
@@ -53,46 +55,56 @@ class TorchEngine:
         stop_grace_secs: float,
     ) -> None:
         self.name = ENGINE
-        self._components = components
+        self._program = program
         self._root = root
+        self._restoring = restoring
         self._restorer = restorer
         self._events = events
         self._basename = basename
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
-        self._stop_grace_secs = stop_grace_secs
-        self._rank, self._processes = world()
-        self.can_return = self._processes == 1
-        self._shared = shared_store() if self._processes > 1 else None
-        self._sessions = 0
-        self._peers: Rendezvous | None = None
+        rank, processes = world()
+        self.can_return = processes == 1
+        store = shared_store() if processes > 1 else None
+        self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
-        self._is_met = False
-        self._peer_states: Mapping[int, Any] = {}
-        self._memory = HostMemory()
+        # With the snapshots in them, as long as somebody has these.
+        self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
         self._watch: ValueWatch | None = None
 
     # --- the session ---
 
     def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
-        """A session that goes on from the newest good checkpoint; without one, from the model as it is.
+        """Prepare a session from the newest good checkpoint; without one, from the model as it is.
 
-        Several processes wait for the chief after each ``meets_every`` steps, so that it can save exactly there.
+        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
-        gate = None if self._shared is None else Gate()
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._processes)
-        self._sessions += 1
-        recovered, is_restored = self._go_on(session)
-        if not is_restored and self._init_fn is not None:
-            self._init_fn()
-        if self._shared is not None and gate is not None:
-            self._meet_peers(session, self._shared, gate)
-            self._is_met = meets_every is not None
-            if meets_every is not None and self._rank > 0:
-                gate.meet_chief(meets_every - session.global_step % meets_every, meets_every)
+        gate = self._peers.gate()
+        holders = {one.name: one.holder for one in self._program.components}
+        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size, optimizers=optimizers)
+        self._peers.open(gate, functools.partial(self._new_member, session))
+        try:
+            recovered, is_restored = self._go_on(session)
+            if not is_restored:
+                self._initialise()
+        except BaseException:
+            self.close(session)
+            raise
+        if meets_every is not None:
+            self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
         return Prepared(session, recovered)
+
+    def _new_member(self, session: Session) -> TorchMember:
+        self._member = TorchMember(self._coord, session, self._program.components, HostMemory(), self._root)
+        return self._member
+
+    def _initialise(self) -> None:
+        if self._init_fn is not None:
+            self._init_fn()
+        take_first_weights(self._program, self._restoring)
 
     def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
         """Load the state into the objects of the program."""
@@ -100,72 +112,49 @@ class TorchEngine:
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
+            # With options, what the program has done to the state may be what is wanted; and with other processes none
+            # may differ from the others.
+            if self._restoring == Restoring() and not self._peers.has_any:
+                session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
-        # The training runs on streams of its own threads.
+        # The loads may run on another CUDA stream than the training.
         _synchronize()
 
+    def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
+        """Once more what the session was restored with, before its first step."""
+        restorer.return_to(path, session)
+        session.put_gradients_back()
+
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
-        """What the search of this process has found, and whether the session was restored: also by the chief's word."""
-        recovered = None
-        if self._shared is None or self._rank == 0:
-            restore = functools.partial(self.restore, session)
-            recovered = None if self._restorer is None else self._restorer.restore_newest(restore)
-            good = None if recovered is None else recovered.checkpoint
-            name = None if good is None else good.name
-            if self._shared is not None:
-                announce(self._shared, self._sessions, name)
-        else:
-            name = announced(self._shared, self._sessions, self._coord.should_stop)
-            if name is not None and self._restorer is not None:
-                self._restorer.restore_named(session, name, self._rank)
-        return recovered, name is not None
+        """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
+        found: list[Recovery] = []
 
-    def _meet_peers(self, session: Session, shared: CommonStore, gate: Gate) -> None:
-        self._member = TorchMember(self._coord, session, self._components, self._memory, self._root)
-        self._peers = Rendezvous(
-            shared.below(f"session/{self._sessions}"),
-            self._rank,
-            self._processes,
-            gate,
-            self._member,
-            grace_secs=self._stop_grace_secs,
-        )
-        self._peers.start()
+        def restore_newest() -> str | None:
+            if self._restorer is None:
+                return None
+            found.append(self._restorer.restore_newest(functools.partial(self.restore, session)))
+            good = found[0].checkpoint
+            return None if good is None else good.name
 
-    def is_open(self, session: Session) -> bool:
-        """Whether the session can still run."""
-        return session.is_open
+        def restore_named(name: str) -> None:
+            if self._restorer is not None:
+                self._restorer.restore_named(session, name, self._peers.rank)
+
+        name = self._peers.restored(restore_newest, restore_named)
+        return next(iter(found), None), name is not None
 
     def close(self, session: Session) -> None:
         """Close the session."""
         session.unwatch()
-        peers, self._peers = self._peers, None
-        if peers is not None:
-            peers.close(self._stop_grace_secs)
-        session.close()
+        self._peers.close()
+        super().close(session)
 
     # --- steps ---
 
-    def step(self, session: Session) -> int:
-        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
-        return session.global_step - self._is_cut_short(session)
-
-    def step_name(self) -> str:
-        """The name of the step-rate curve's counter, the same as TensorFlow's."""
-        return "global_step"
-
-    def total_steps(self, session: Session) -> int | None:
-        """What ``steps`` was given as ``max_steps``."""
-        return session.total_steps
-
-    def watch(self, session: Session, before_close: Callable[[], None]) -> None:
-        """A session marks its steps from the beginning; this only tells it whom to call."""
-        session.watch(before_close)
-
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
-        """Show it what is summarised; a step returns no numbers."""
+        """Show ``watch`` the values that are summarised; a step returns no numbers."""
         self._watch = watch
         if self._member is not None:
             self._member.watch = watch
@@ -173,94 +162,94 @@ class TorchEngine:
 
     def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""
-        if self._peers is None:
+        if not self._peers.has_any:
             session.boundary.stop(main_thread_was_told)
-        # Else the request that came with this one is passed on, and all of them stop after the same step.
+        # With several processes the rendezvous passes the stop request on, and all stop after the same step.
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
-        peers = self._peers
-        if peers is not None and self._is_met:
-            callback = _Passing(peers, callback)
-        elif peers is not None:
-            # It meets the others, and they may need the next step of this process to come there.
-            callback = _InBackground(session, callback)
-        session.boundary.call_after_steps(steps, callback)
-
-    def progress(self, session: Session) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - self._is_cut_short(session)
-
-    def _is_cut_short(self, session: Session) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
-
-        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
-        """
-        return session.is_left and (self._coord.failed or session.boundary.is_torn)
+        session.boundary.call_after_steps(steps, self._peers.saving(session, callback))
 
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """Hold the steps back: of all processes after the same step, where there are several."""
+        """Hold the steps back; with several processes, those of all processes after the same step."""
         session.finish_step()
-        # Before the others are asked to come to it.
+        # Checked before the others are asked to come to this boundary.
         session.boundary.check_whole(what)
-        with ExitStack() as stack:
-            if self._peers is not None:
-                states = stack.enter_context(self._peers.meeting(what))
-                self._peer_states = {rank: loaded_process_state(state) for rank, state in states.items()}
-            stack.enter_context(session.boundary.hold(what, patience_secs))
+        with self._peers.meeting(what), session.boundary.hold(what, patience_secs):
             yield
 
     # --- checkpoints ---
 
     def snapshot(self, session: Session) -> TorchSnapshot:
-        """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
+        """Copy the state into host memory, which is used again when nobody has the snapshot in it any more."""
+        memory = self._free_memory()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
-            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._components}
-            processes = {0: self._memory.copy("process", session.process_state.capture(), copies), **self._peer_states}
+            states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
+            own = memory.copy("process", session.process_state.capture(), copies)
+            process = {**own, "program": self._program.notes()}
             copies.close()
-        return TorchSnapshot(session.global_step, states, processes, nbytes(states), copies)
+        self._memories.append((memory, weakref.ref(copies)))
+        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+
+    def _free_memory(self) -> HostMemory:
+        """Memory in which no snapshot is: there is a second one only where a loop ends while another is written."""
+        free = [memory for memory, copies in self._memories if copies() is None]
+        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
+        return free[0] if free else HostMemory()
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
-        """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
+        """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""
         snapshot.copies.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
 
     def checkpoint_name(self, step: int | None) -> str:
-        """``model.ckpt-1200``."""
+        """The name of a checkpoint, such as ``model.ckpt-1200``."""
         return f"{self._basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
-        """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
+        """Write a directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
 
-        Objects that are sharded lie in the files of ``torch.distributed.checkpoint``, to which every process writes.
+        Sharded objects go to the files of ``torch.distributed.checkpoint``, which all processes write.
         """
         snapshot.copies.finish()
-        files.make_dir(stage / name)
+        directory = stage / name
+        files.make_dir(directory)
+        place = directory if self._root is None else directory.relative_to(self._root)
+        exchange = self._peers.exchange(place.as_posix())
+        try:
+            digests = self._write_own(snapshot, directory, exchange)
+        except BaseException:
+            # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
+            # so theirs are ignored.
+            with contextlib.suppress(Exception):
+                collect_processes(exchange)
+            raise
+        others = collect_processes(exchange)
+        return {f"{name}/{file}": digest for file, digest in {**digests, **others}.items()}
+
+    def _write_own(self, snapshot: Any, directory: Path, exchange: Exchange | None) -> dict[str, tuple[int, str]]:
         sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
         written = {f"{part}{SUFFIX}": state for part, state in snapshot.states.items() if part not in sharded}
-        for rank, process in snapshot.processes.items():
-            written[f"{PROCESS}{rank}{SUFFIX}"] = {"global_step": snapshot.step, **process}
+        process = written[process_file(0)] = {"global_step": snapshot.step, **snapshot.process}
         digests = {}
         if sharded:
-            # Of what was put into those files: they lose which keys were numbers, and what was empty.
-            bare = {part: skeleton(part, state) for part, state in sharded.items()}
-            written[f"{PROCESS}0{SUFFIX}"]["sharded"] = bare
-            digests = self._write_sharded(sharded, stage / name)
-        digests |= {file: write_file(stage / name / file, state) for file, state in written.items()}
-        return {f"{name}/{file}": digest for file, digest in digests.items()}
+            # The sharded format loses integer keys and empty containers; the skeleton keeps the structure.
+            process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
+            digests = write_all(exchange, directory, sharded)
+        return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
-    def _write_sharded(self, states: Mapping[str, Any], directory: Path) -> dict[str, tuple[int, str]]:
-        if self._peers is None or self._root is None:
-            return write_all(None, directory, states)
-        return write_all(self._peers.exchange(directory.relative_to(self._root).as_posix()), directory, states)
+    def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
+        """Tell the other processes that they can free their parts."""
+        self._peers.settled()
 
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
-        """Evaluate the program's summary function between two steps, without moving the random states. Not after the
-        last step of a loop: the program may be using the model itself, in another mode.
+        """Evaluate the program's summary function between two steps, without moving the random states.
+
+        It is not called after the last step of a loop, because the program may then use the model in another mode.
         """
         if self._summaries is None or self._events is None:
             return
@@ -272,14 +261,14 @@ class TorchEngine:
         self.write_summary(values, step, where="summaries")
 
     def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
-        """Values that the program has computed itself, and given to ``where``. Any thread.
+        """Write values that the program has computed itself and given to ``where``. Any thread.
 
         Raises:
-            TypeError: one of them is no number, or they are no dictionary.
+            TypeError: a value is no number, or ``values`` is no dictionary.
         """
         check_values(values, where)
         if self._watch is None and self._events is None:
-            return  # Nobody looks: what is on a GPU is not waited for.
+            return  # No one uses the values, so do not wait for those on a GPU.
         values = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(values, step)
@@ -291,41 +280,3 @@ def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
-
-
-class _Passing:
-    """Calls ``callback``, and then tells the others, who wait where it may save, that it is done."""
-
-    def __init__(self, peers: Rendezvous, callback: Callable[[], int]) -> None:
-        self._peers = peers
-        self._callback = callback
-
-    def __call__(self) -> int:
-        try:
-            return self._callback()
-        finally:
-            self._peers.passed()
-
-
-class _InBackground:
-    """Calls ``callback`` in a thread of its own, and looks at each step whether it is done."""
-
-    def __init__(self, session: Session, callback: Callable[[], int]) -> None:
-        self._session = session
-        self._callback = callback
-        self._thread: threading.Thread | None = None
-        self._next_at = 0
-
-    def __call__(self) -> int:
-        steps = self._session.boundary.steps
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._call, args=(steps,), name="stepguard-save", daemon=True)
-            self._thread.start()
-            return 1
-        if self._thread.is_alive():
-            return 1
-        self._thread = None
-        return max(1, self._next_at - steps)
-
-    def _call(self, steps: int) -> None:
-        self._next_at = steps + self._callback()

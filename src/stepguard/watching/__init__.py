@@ -1,1 +1,1 @@
-"""What a run says of itself: ledger, heartbeats, history, progress line, metrics, and the hang watch."""
+"""How a run is watched: ledger, heartbeats, history, progress line, metrics, and the hang watch."""

@@ -1,9 +1,10 @@
-"""The process beside a training process that sees it hang, also while no Python runs in there.
+"""A small process beside a training process that notices a hang even while no Python runs in the training process.
 
 Run as a script, with the standard library only: ``hang_monitor.py DESCRIPTOR PID SIGNAL SECS ENDS STACKS LEDGER HEAD``.
-Bytes come in at the descriptor: ``.`` for a step boundary, ``w`` for "I have warned myself". When there is none for
-SECS, the signal makes the process write its stacks to the file STACKS, the hang goes into the LEDGER, whose line begins
-with the JSON object HEAD, and, with ENDS of 1, the process is killed. It ends when its parent has.
+The parent writes bytes to the descriptor: ``.`` for a step boundary, ``w`` for "I have warned myself". After SECS
+without a boundary, the monitor sends SIGNAL, which makes the parent write its stacks to the file STACKS, and appends a
+line to the LEDGER, whose first fields are the JSON object HEAD. If ENDS is 1, the monitor then kills the parent. The
+monitor ends when its parent ends; ``hang_watch.py`` describes the protocol between the two.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import time
 
 BOUNDARY = b"."
 WARNED = b"w"
-# So often is looked whether the parent is still there: what it has forked may hold the other end open.
+# How often the monitor checks its parent: a fork of the parent may keep the pipe open after the parent's end.
 _LOOK_SECS = 1.0
-# The parent writes its stacks, and says that it has warned, if any Python runs there.
+# How long the monitor waits for the parent to write its stacks, and to say that it has warned, if Python runs there.
 _STACKS_SECS = 2.0
 
 
 class Monitor:
-    """Waits for boundaries; Unix only."""
+    """Waits for step boundaries and reports a hang. Unix only."""
 
     def __init__(
         self, descriptor: int, pid: int, number: int, secs: float, ends: bool, stacks: str, ledger: str, head: str
@@ -39,19 +40,23 @@ class Monitor:
         self._head = json.loads(head)
 
     def run(self) -> None:
-        """Watch until the parent has ended, or closes its end."""
+        """Watch until the parent ends or closes the pipe."""
         last = time.monotonic()
         reported = False
         while True:
-            left_secs = _LOOK_SECS if reported else last + self._secs - time.monotonic()
-            came = self._read(min(max(left_secs, 0.0), _LOOK_SECS))
+            began = time.monotonic()
+            left_secs = _LOOK_SECS if reported else last + self._secs - began
+            wait_secs = min(max(left_secs, 0.0), _LOOK_SECS)
+            came = self._read(wait_secs)
+            # Do not count time in which this process was stopped too: a frozen container, or a machine asleep.
+            last += max(0.0, time.monotonic() - began - wait_secs)
             if came == b"" or os.getppid() != self._pid:
                 return
             if came is not None and BOUNDARY in came:
                 last = time.monotonic()
                 reported = False
             elif self._is_stopped():
-                # By Ctrl-Z, or by a scheduler that suspends jobs: it goes on later, and has as long again then.
+                # Ctrl-Z or a scheduler has suspended the parent. It gets the full time again when it continues.
                 last = time.monotonic()
             elif not reported and time.monotonic() >= last + self._secs:
                 reported = True
@@ -59,20 +64,20 @@ class Monitor:
                     return
 
     def _read(self, timeout_secs: float) -> bytes | None:
-        """What came; ``None`` for nothing so far, empty when the other end was closed."""
+        """The bytes that arrived; ``None`` if none arrived in time, empty if the pipe was closed."""
         ready, _, _ = select.select([self._descriptor], [], [], timeout_secs)
         return os.read(self._descriptor, 4096) if ready else None
 
     def _is_stopped(self) -> bool:
         try:
             with open(f"/proc/{self._pid}/stat", "rb") as stat:
-                # After the name, which is in parentheses and may hold anything.
+                # The state follows the name, which is in parentheses and may contain anything.
                 return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
         except (OSError, IndexError):
             return False
 
     def _report(self, secs: float) -> bool:
-        """Have the stacks written; whether there is still anything to watch."""
+        """Make the parent write its stacks, and report the hang. Returns whether a parent is left to watch."""
         ends = ", and ends it" if self._ends else ""
         when = time.strftime("%Y-%m-%d %H:%M:%S %z")
         self._append(self._stacks, f"{when}: no step boundary for {secs:.1f} s in process {self._pid}\n")
@@ -92,7 +97,7 @@ class Monitor:
         return True
 
     def _wait_for_stacks(self) -> None:
-        """Until no more comes, as far as can be seen from outside."""
+        """Wait until the file of stacks stops growing."""
         deadline = time.monotonic() + _STACKS_SECS
         size = -1
         while time.monotonic() < deadline:
@@ -114,7 +119,7 @@ class Monitor:
     def _append(self, path: str, text: str) -> None:
         if not path:
             return
-        # A full disk must not keep the process from being ended.
+        # A full disk must not prevent the kill that follows.
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -126,9 +131,9 @@ class Monitor:
 
 
 def main(arguments: list[str]) -> None:
-    """Watch as the arguments say; they are our own, from ``hang_watch``."""
+    """Run the monitor with the arguments that ``hang_watch`` passes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Those are for the parent; whoever sends them to all must not take the watch away before it.
+        # These signals are meant for the parent. One sent to the whole job must not end the watch before the parent.
         signal.signal(number, signal.SIG_IGN)
     descriptor, pid, asking, secs, ends, stacks, ledger, head = arguments
     Monitor(int(descriptor), int(pid), int(asking), float(secs), ends == "1", stacks, ledger, head).run()

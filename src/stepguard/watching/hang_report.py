@@ -1,4 +1,4 @@
-"""Feeds the hang watch with the steps that were done, and says what it has found."""
+"""Passes finished steps on to the hang watch, and reports the hangs that it finds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stepguard.watching.step_meter import StepMeter
 
 _log = logging.getLogger(__name__)
 
-# A boundary as young as this has come after the hang.
+# A boundary no older than this must have come after the hang.
 _JUST_NOW_SECS = 1.0
 
 
 class HangReport(Part):
-    """Tells ``watch`` of each boundary that ``meter`` has seen, and the record and the log of each hang."""
+    """Tells ``watch`` of each boundary that ``meter`` saw, and writes each hang to the record and the log."""
 
     def __init__(self, watch: HangWatch, meter: StepMeter, record: RunRecord, hang_secs: float) -> None:
         self._watch = watch
@@ -29,13 +29,13 @@ class HangReport(Part):
         watch.start()
 
     def look(self) -> None:
-        """Pass on what the meter has just seen."""
+        """Tell the watch of new boundaries, and report a hang that has begun or ended."""
         now, moves = self._record.now, self._meter.moves
         if moves != self._moves_seen:
             self._moves_seen = moves
             self._watch.beat()
         if now.phase != "training" or self._has_come_to_the_end():
-            # What comes after the last step is none; saving it, or waiting for threads, has limits of its own.
+            # Not a hang: the last save, and the wait for threads, come after the last step and have their own limits.
             self._watch.beat()
         elif self._watch.reported() and now.stacks is None:
             now.stacks = os.fspath(self._watch.stacks)
@@ -52,5 +52,5 @@ class HangReport(Part):
         return step is not None and total is not None and step >= total
 
     def close(self) -> None:
-        """Watch no longer: also while the observer's thread waits for a disk, when no boundary is passed on."""
+        """End the watch, even while the observer's thread waits for a disk and passes no boundary on."""
         self._watch.finish()

@@ -1,4 +1,16 @@
-"""The hang watch: no step boundary for too long, and the stacks of all threads go to a file, whoever holds the GIL."""
+"""The hang watch: after too long without a step boundary, the stacks of all threads go to a file.
+
+The protocol between two processes: native code that holds the GIL stops all Python of this process, so a child process
+(``hang_monitor.py``) measures the time. The observer's thread writes a byte for each boundary to a pipe and never
+waits for the child: the pipe does not block, and a full or closed pipe drops the byte. The child waits for the pipe, a
+second at most, and is woken by a byte, by the end of the pipe, or by the time. After a hang it sends a signal. The
+handler is C code of ``faulthandler``, which writes the stacks without the GIL. The child then waits a limited time for
+the message that this process has warned by itself. Only :meth:`HangWatch.finish` waits for the child, after it has
+killed the child, and for ``_REAP_SECS`` at most. So neither process can block the other.
+
+If this process is killed at any point, the pipe ends or the child gets another parent, and the child exits. If the
+child is killed, the run goes on without a watch.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +32,19 @@ from stepguard.watching import hang_monitor
 _log = logging.getLogger(__name__)
 
 DIR_NAME = "stacks"
+_REAP_SECS = 1.0
 
 
 class HangWatch:
-    """Watches the process it is in, from a small process beside it. One thread.
-
-    Python code of this process could not see it hang while some native code holds the interpreter's lock, nor end it.
-    So a child process does both; the stacks are written by a signal handler in C that needs no interpreter.
+    """Watches its own process from a small child process. Call it from one thread.
 
     Args:
         hang_secs: seconds without a boundary that count as a hang.
-        ends_process: whether the process is then killed, so that a launcher starts it again.
+        ends_process: whether the monitor then kills the process, so that a launcher starts it again.
         logdir: where ``stacks/<role>-<pid>.txt`` is written.
-        role: of this process, for the name of that file.
-        ledger: the ledger's path, and
-        head: the fields with which its line begins.
+        role: the role of this process, for the name of that file.
+        ledger: the path of the ledger.
+        head: the first fields of the line that the monitor adds to the ledger.
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class HangWatch:
         self._reported_size = 0
 
     def start(self) -> None:
-        """Begin to watch. What hinders it is logged: a run goes on without."""
+        """Begin to watch. An error is logged, and the run goes on without the watch."""
         try:
             self._start()
         except (OSError, ValueError, RuntimeError) as error:
@@ -71,11 +81,11 @@ class HangWatch:
         arguments += [self.stacks, self._ledger, json.dumps(self._head)]
         try:
             self._monitor = subprocess.Popen(
-                # Isolated and without site-packages: the standard library is all it needs, and starts in an instant.
+                # Isolated, without site-packages: the monitor needs only the standard library, and starts fast so.
                 [sys.executable, "-I", "-S", hang_monitor.__file__, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Where the program has none, descriptor 2 may be any file that it has opened since.
+                # In a program without stderr, descriptor 2 may be any file that the program has opened.
                 stderr=None if sys.stderr is not None else subprocess.DEVNULL,
                 pass_fds=[reader],
                 start_new_session=True,
@@ -84,11 +94,11 @@ class HangWatch:
             os.close(reader)
 
     def beat(self) -> None:
-        """A step boundary was seen."""
+        """Tell the monitor that a step boundary was seen."""
         self._send(hang_monitor.BOUNDARY)
 
     def reported(self) -> bool:
-        """Whether stacks were written since the last call; the monitor is told that this process says so itself."""
+        """Whether stacks were written since the last call. If so, the monitor leaves the warning to this process."""
         try:
             size = self.stacks.stat().st_size
         except OSError:
@@ -99,15 +109,17 @@ class HangWatch:
         return has_grown
 
     def finish(self) -> None:
-        """Watch no longer. An empty file of stacks is removed."""
+        """End the watch. An empty file of stacks is removed."""
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             os.close(pipe)
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
-            # Another fork of this process may hold the pipe's end.
+            # Kill it: a fork of this process may keep the pipe open.
             monitor.kill()
-            monitor.wait()
+            # A monitor that writes to a disk that hangs does not even end by a kill.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                monitor.wait(_REAP_SECS)
         number, self._signal = self._signal, None
         if number is not None:
             faulthandler.unregister(number)
@@ -122,17 +134,17 @@ class HangWatch:
 
     def _send(self, message: bytes) -> None:
         if self._pipe is not None:
-            # Full: the monitor was stopped. Closed: it has ended.
+            # A full pipe: the monitor is suspended. A closed pipe: the monitor has ended.
             with contextlib.suppress(OSError):
                 os.write(self._pipe, message)
 
 
-# Python does not know of handlers in C.
+# The signals in use: signal.getsignal does not show handlers in C.
 _used_signals: set[int] = set()
 
 
 def _free_signal() -> int:
-    """A real-time signal that nobody handles: those of lower numbers have meanings that programs rely on."""
+    """A real-time signal without a handler. Programs rely on the meanings of the ordinary signals."""
     if not hasattr(signal, "SIGRTMIN"):
         raise RuntimeError("this system has no real-time signals, which the stacks are asked for with")
     for number in range(signal.SIGRTMAX - 1, signal.SIGRTMIN, -1):

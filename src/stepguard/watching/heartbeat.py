@@ -1,7 +1,7 @@
-"""Signs of life: ``heartbeats/<role>.json`` in the logdir, written anew every two seconds by each process of a run.
+"""Heartbeats: each process of a run rewrites ``heartbeats/<role>.json`` in the logdir every two seconds.
 
-A process that is gone leaves its last one behind, which says how far it had come; one that hangs with the interpreter's
-lock held, or was stopped, writes no more.
+A dead process leaves its last heartbeat behind, which says how far the process had come. A process that hangs with the
+GIL held, or is suspended, writes no heartbeats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepguard.processes import is_running, process_start
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0
-# So long may a heartbeat be late before its process counts as gone or stuck: a busy machine, a slow network disk.
+# How late a heartbeat may be before its process counts as silent: machines may be busy, and network disks slow.
 LATE_SECS = 10.0
 
 _MOST_BYTES = 1 << 20
@@ -38,11 +38,11 @@ _CHECKPOINT: schema.Kinds = {
 
 @dataclass(slots=True)
 class Heartbeat:
-    """What a process of a run says of itself. Times are Unix seconds; ``None`` is what it does not know.
+    """The state that a process of a run reports. Times are Unix seconds; ``None`` means unknown.
 
-    ``phase`` is "preparing", "training", "stopping" or "stopped"; ``reason``, of one that has stopped, "finished",
-    "sigterm", "interrupt", "exit" or "error". ``boundary_time`` is when it was last seen that a step had ended, and
-    ``stacks`` the file with the stacks of a hang that is going on.
+    ``phase`` is "preparing", "training", "stopping" or "stopped". The ``reason`` of a stopped process is "finished",
+    "sigterm", "interrupt", "request_stop", "exit" or "error". ``boundary_time`` is when the end of a step was last
+    seen. ``stacks`` is the file with the stacks of a hang that still lasts.
     """
 
     role: str
@@ -59,7 +59,7 @@ class Heartbeat:
     total_steps: int | None = None
     steps_per_sec: float | None = None
     boundary_time: float | None = None
-    # name, step, time, bytes, secs (to write it), stall_secs (that training waited for it)
+    # name, step, time, bytes, secs (of the write), stall_secs (for which training waited)
     last_checkpoint: dict[str, Any] | None = None
     restarts: int = 0
     save_failures: int = 0
@@ -70,16 +70,17 @@ class Heartbeat:
 
 
 def prepare(logdir: str | os.PathLike[str]) -> None:
-    """Make the directory for the heartbeats, and the logdir, once: a logdir that is gone later, with its mount, must
-    not be made again on the disk below. Raises OSError.
+    """Make the logdir and its directory of heartbeats, once. Raises OSError.
+
+    If the file system of the logdir is unmounted later, nothing may make the logdir again on the disk below.
     """
     files.make_dirs(Path(logdir) / DIR_NAME)
 
 
 def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
-    """Leave a sign of life in a directory that :func:`prepare` has made; also when the logdir was cleared since.
+    """Write ``heartbeat`` into the directory that :func:`prepare` has made. Raises OSError.
 
-    Raises OSError.
+    If the logdir was cleared meanwhile, the directory of heartbeats is made again.
     """
     path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
     heartbeat.time = time.time()
@@ -112,22 +113,25 @@ def read(
     except OSError as error:
         on_unreadable(place, error)
         return []
-    found = []
-    for name in names:
-        if name.endswith(".json") and not name.startswith("."):
-            try:
-                found.append(_heartbeat(files.read_own(place / name, most=_MOST_BYTES), name.removesuffix(".json")))
-            except FileNotFoundError:
-                pass  # Removed since.
-            except OSError as error:
-                on_unreadable(place / name, error)
-            except ValueError:
-                pass
+    paths = [place / name for name in names if name.endswith(".json") and not name.startswith(".")]
+    found = [one for path in paths if (one := _read_file(path, on_unreadable)) is not None]
     return sorted(found, key=lambda one: (one.role != "chief", one.role))
 
 
+def _read_file(path: Path, on_unreadable: Callable[[Path, OSError], None] = _pass_over) -> Heartbeat | None:
+    try:
+        return _heartbeat(files.read_own(path, most=_MOST_BYTES), path.name.removesuffix(".json"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        on_unreadable(path, error)
+    except ValueError:
+        pass  # Damaged.
+    return None
+
+
 def forget_the_gone(logdir: str | os.PathLike[str], role: str) -> None:
-    """Remove the heartbeats of processes that have ended, but for those of ``role`` and the chief: a new run begins."""
+    """At the start of a run, remove the heartbeats of ended processes, except those of ``role`` and the chief."""
     for one in read(logdir):
         if one.role not in (role, "chief") and state(one) in ("stopped", "dead"):
             forget(logdir, one.role)
@@ -139,15 +143,20 @@ def forget(logdir: str | os.PathLike[str], role: str) -> None:
 
 
 def read_one(logdir: str | os.PathLike[str], role: str) -> Heartbeat | None:
-    """The newest heartbeat of one role."""
-    return next((one for one in read(logdir) if one.role == role), None)
+    """The last heartbeat of one role; ``None`` if it is missing or damaged.
+
+    Only that file is read, because each of a thousand processes asks for its own at its start.
+    """
+    found = _read_file(Path(logdir) / DIR_NAME / f"{role}.json")
+    return found if found is not None and found.role == role else None
 
 
 def state(heartbeat: Heartbeat, now: float | None = None) -> str:
-    """What is known of the process now: "alive", "stopped", "dead", or "silent".
+    """The state of the process now: "alive", "stopped", "dead", or "silent".
 
-    "stopped" has said so itself. "dead" was found to be gone, which only its own host can see. "silent" has given no
-    sign for longer than ``LATE_SECS``: it hangs, or was stopped by a signal, or its host cannot be reached.
+    A "stopped" process has reported that itself. A "dead" process no longer exists, which only its own host can see. A
+    "silent" process has written no heartbeat for longer than ``LATE_SECS``: it hangs, a signal has suspended it, or its
+    host cannot be reached.
     """
     if heartbeat.phase == "stopped":
         return "stopped"

@@ -1,22 +1,23 @@
-"""What the ledger of a run adds up to: its starts, and the time that was productive, replayed and down.
+"""The history of a run, computed from its ledger: its starts, and its productive, replayed and down time.
 
-Time is counted along the chief's lines, in the order in which they were written: a clock that was set back stands
-still for a moment, and nothing is ever negative.
+Time is counted along the chief's lines, in the order in which they were written. When a clock was set back, the counted
+time stands still for a moment, so that no span is ever negative.
 
 - An *attempt* is one start of the training process. It trains from its `restore` or `fresh` to its last sign of life:
-  its `stop`, the last heartbeat before the next start, or its last line. One that the hang watch ended trained until
-  its last step boundary.
-- *Replayed* is the part of training whose steps were done again: from the moment of a checkpoint to the end of the
-  attempt that lost what came after it. A return of the NaN guard gives up steps in the same way.
+  its `stop`, the last heartbeat before the next start, or its last line. An attempt that the hang watch ended trained
+  until its last step boundary.
+- *Replayed* is the training time whose steps were done again: from the time of a checkpoint to the end of the attempt
+  that lost the steps after that checkpoint. A return of the NaN guard gives up steps in the same way.
 - *Productive* is the rest of training.
-- *Down* is the time between attempts that trained, those that failed to start in between included; not the time after
-  one that had finished, nor the time since the last sign of life.
+- *Down* is the time between attempts that trained, including attempts in between that failed to start. The time after a
+  finished attempt, and the time since the last sign of life, do not count.
 - A *restart* is a start after a crash: after an attempt that left no `stop`, or stopped with an error. A start by
-  `stepguard run` counts too where the program failed before it opened a session.
+  `stepguard run` counts too if the program failed before it opened a session.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
 LAUNCHER = "launcher"
+REQUESTS = frozenset({"sigterm", "interrupt", "request_stop"})
+"""The reasons of a requested stop, after which a run has neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
 
@@ -35,9 +38,9 @@ _Span = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of the training process. Times are Unix seconds, as its own clock told them.
+    """One start of the training process. Times are Unix seconds by its own clock.
 
-    ``ended`` is the last sign of life, ``reason`` that of its stop: ``None`` while it runs, and after a crash.
+    ``ended`` is the last sign of life. ``reason`` is why the attempt stopped: ``None`` while it runs and after a crash.
     """
 
     pid: int | None
@@ -52,7 +55,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What became of the time of a run; `lost_steps` are those that were done again."""
+    """How the time of a run was spent. `lost_steps` is the number of steps that were done again."""
 
     attempts: tuple[Attempt, ...]
     restarts: int
@@ -62,15 +65,15 @@ class History:
     lost_steps: int
 
 
-def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
+def from_events(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, role: str = CHIEF) -> History:
     """The history of ``role`` from the events of a ledger, as `stepguard.watching.ledger.read` gives them.
 
     Args:
-        events: of all roles.
-        last: the newest heartbeat of ``role``, which may be newer than its last event.
-        role: whose time is counted.
+        events: the events of all roles.
+        last: the last heartbeat of ``role``, which may be newer than its last event.
+        role: the role whose time is counted.
     """
-    reader = _Reader(role)
+    reader = _EventReader(role)
     for event in events:
         if event.get("role") == LAUNCHER:
             reader.launcher(event)
@@ -80,11 +83,12 @@ def of(events: Iterable[Mapping[str, Any]], last: Heartbeat | None = None, *, ro
 
 
 def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbeat | None:
-    """What the ledger alone tells of the newest start of ``role``, in the form of its last heartbeat, which a power
-    loss may have emptied; None if it tells of no start. Its step is that of its last line.
+    """The newest start of ``role`` in the ledger, as a heartbeat: a substitute if a power loss emptied the real one.
+
+    Returns ``None`` if the ledger has no start of ``role``. The step is that of the last line.
     """
     own = [one for one in events if one.get("role") == role]
-    known = [one for one in of(own, role=role).attempts if one.pid is not None and one.host is not None]
+    known = [one for one in from_events(own, role=role).attempts if one.pid is not None and one.host is not None]
     if not known:
         return None
     last = known[-1]
@@ -113,14 +117,14 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
 
 
 def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
-    """A heartbeat with what its process, and its hang watch, have put into the ledger, which may be newer."""
+    """Update a heartbeat from the lines that its process and its hang watch added to the ledger afterwards."""
     own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
     own = [one for one in own if one["time"] >= last.started]
     steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
     found = replace(
         last,
         step=max((one for one in steps if isinstance(one, int)), default=None),
-        # The watch's line is no sign of life of the process that it watches.
+        # A line of the hang watch, a process of its own, does not prove that the watched process is alive.
         time=max([last.time, *(one["time"] for one in own if one["event"] != "hang")]),
     )
     ended = [one for one in own if one["event"] == "hang" and one.get("ended")]
@@ -134,7 +138,7 @@ def totals(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> dict[str, 
     """What the time of ``role`` adds up to, for the field ``so_far`` of the last of the events, by which a start begins
     to train: who reads a ledger from there on needs no more of what came before.
     """
-    found = of(events, role=role)
+    found = from_events(events, role=role)
     return {
         "productive_secs": round(found.productive_secs, 3),
         "replayed_secs": round(found.replayed_secs, 3),
@@ -162,11 +166,11 @@ def needed(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
-    """Why the newest start ended of those that ended by an error, also when the run goes on since.
+    """The error of the newest start that ended with one, even if the run goes on now.
 
-    Of a start that is its first error, from which those of other processes follow; or that its hang watch ended it; or,
-    where it has told of nothing itself, what `stepguard run` saw before it started the program again or gave up: that
-    it was asked to stop is no error.
+    The error of a start is the first error that a process reported, because those of other processes follow from it, or
+    the end by the hang watch. If the start reported none, it is the failure that `stepguard run` saw before it started
+    the program again or gave up. A requested stop is not an error.
     """
     last: str | None = None
     told_at: float | None = None
@@ -180,7 +184,8 @@ def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
             if told_at is not None and one["time"] > told_at:
                 told_at = None
         elif event == "stop" and told_at is None and _text(one.get("error")):
-            last, told_at = _text(one.get("error")), one["time"]
+            # An error after a stop request may be its consequence: a failure that the launcher saw says more.
+            last, told_at = _text(one.get("error")), None if _text(one.get("request")) else one["time"]
         elif event == "hang" and told_at is None and one.get("ended"):
             last, told_at = _hang(one), one["time"]
         elif event == "exit" and is_launcher:
@@ -194,8 +199,8 @@ def _hang(event: Mapping[str, Any]) -> str:
     return f"ended by its hang watch: no step boundary for {event.get('secs')} s"
 
 
-class _Run:
-    """An attempt while it is read. ``begin``, ``trained``, ``end`` and ``hung`` are on the clock of the reader."""
+class _OpenAttempt:
+    """An attempt while its events are read. ``begin``, ``trained``, ``end`` and ``hung`` use the reader's clock."""
 
     def __init__(self, event: Mapping[str, Any], begin: float, *, is_restart: bool) -> None:
         self.pid, self.host = _integer(event.get("pid")), _text(event.get("host"))
@@ -211,11 +216,11 @@ class _Run:
 
     @property
     def has_crashed(self) -> bool:
-        """Whether it ended so that the next start is a restart; also while it runs, of which a next start is proof."""
+        """Whether the next start is a restart. True while the attempt runs: a next start would prove a crash."""
         return self.reason in (None, "error")
 
     def alive_at(self, time: float) -> None:
-        """A sign of life after its last event, by the clock of its host."""
+        """Note a sign of life after the last event, by the clock of the attempt's host."""
         if time > self.ended:
             self.end += time - self.ended
             self.ended = time
@@ -226,7 +231,7 @@ class _Run:
             self.last_step = step if self.last_step is None else max(self.last_step, step)
 
     def span(self) -> _Span | None:
-        """When it trained."""
+        """The time in which the attempt trained; ``None`` if it never did."""
         if self.trained is None:
             return None
         end = self.end if self.hung is None else min(self.hung, self.end)
@@ -238,16 +243,16 @@ class _Run:
         )
 
 
-class _Reader:
+class _EventReader:
     def __init__(self, role: str) -> None:
         self._role = role
         self._now = 0.0
         self._time: float | None = None
-        self._runs: list[_Run] = []
+        self._runs: list[_OpenAttempt] = []
         self._lost: list[_Span] = []
         self._lost_steps = 0
         self._saved: dict[str | int | None, float] = {}
-        # The launch that no session was seen of so far, and the newest start of a session: attempt and time.
+        # The newest launch that has opened no session yet; then the attempt and time of the newest opened session.
         self._launched: int | None = None
         self._newest_start: tuple[int | None, float] = (None, 0.0)
         self._failed_launches = 0
@@ -257,10 +262,10 @@ class _Reader:
         self._so_far = {"productive_secs": 0.0, "replayed_secs": 0.0, "down_secs": 0.0, "lost_steps": 0}
 
     def launcher(self, event: Mapping[str, Any]) -> None:
-        """An event of the launcher: it tells of the starts that came to no session."""
+        """Read an event of the launcher, which also records starts that opened no session."""
         if event["event"] == "launch":
             attempt, (started, time) = _integer(event.get("attempt")), self._newest_start
-            # The launcher learns only from its program where the ledger is: its line may come after the program's.
+            # The launcher learns the logdir from its program, so the launcher's line may follow the program's.
             self._launched = None if attempt == started and event["time"] <= time else attempt
         elif event["event"] == "exit" and self._launched is not None:
             self._failed_launches += self._launched > 1
@@ -295,8 +300,8 @@ class _Reader:
             lost_steps=self._lost_steps,
         )
 
-    def _run_of(self, event: Mapping[str, Any]) -> _Run:
-        """The attempt that an event belongs to: a new one at a start, and where the line of the start is lost."""
+    def _run_of(self, event: Mapping[str, Any]) -> _OpenAttempt:
+        """The attempt of an event. A `start` begins a new attempt, and so does an event whose `start` was lost."""
         process = _integer(event.get("pid")), _text(event.get("host"))
         if event["event"] != "start":
             for run in reversed(self._runs):
@@ -308,19 +313,19 @@ class _Reader:
             self._restarts_before, self._failed_launches = _integer(event.get("restarts")) or 0, 0
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
-        self._runs.append(_Run(event, self._now, is_restart=is_restart))
+        self._runs.append(_OpenAttempt(event, self._now, is_restart=is_restart))
         return self._runs[-1]
 
-    def _on_fresh(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         step = _integer(event.get("step"))
-        # At a later step it goes on with a model that lived on elsewhere, such as in parameter servers.
+        # A fresh start at a later step continues a model that stayed alive elsewhere, as in parameter servers.
         if before is not None and before.reason != "finished" and step in (None, 0):
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
         self._take_sums(event)
 
-    def _on_restore(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_restore(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         lost = _integer(event.get("lost_steps"))
         if lost != 0 and not (lost is None and (before is None or not before.has_crashed)):
@@ -335,29 +340,32 @@ class _Reader:
             made = self._now - (0.0 if made_at is None else max(0.0, event["time"] - made_at))
         self._lost.append((made, self._now))
 
-    def _on_checkpoint(self, _: _Run, event: Mapping[str, Any]) -> None:
-        # What was done while it was being written is not in it.
+    def _on_checkpoint(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
+        if run.trained is None:
+            # The lines of its start were lost, but a checkpoint proves that the attempt trained.
+            run.trained = run.begin
+        # The checkpoint holds the state at the beginning of the write.
         moment = self._now - max(0.0, _number(event.get("secs")) or 0.0)
         self._saved[_text(event.get("name"))] = self._saved[_integer(event.get("step"))] = moment
 
-    def _on_return(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_return(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         step, to_step = _integer(event.get("step")), _integer(event.get("to_step"))
         if step is not None and to_step is not None:
             self._lost_steps += max(0, step - to_step)
         began = run.begin if run.trained is None else run.trained
         self._lost.append((self._saved.get(to_step, began), self._now))
 
-    def _on_hang(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_hang(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         secs = _number(event.get("secs"))
         if event.get("ended") is True and secs is not None:
             run.hung = self._now - max(0.0, secs)
 
-    def _on_stop(self, run: _Run, event: Mapping[str, Any]) -> None:
+    def _on_stop(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         run.reason = _text(event.get("reason")) or "error"
         run.error = _text(event.get("error"))
 
-    def _begins_to_train(self, run: _Run, event: Mapping[str, Any]) -> _Run | None:
-        """Note it, and what the event tells of the attempt before, which is returned."""
+    def _begins_to_train(self, run: _OpenAttempt, event: Mapping[str, Any]) -> _OpenAttempt | None:
+        """Note that the attempt trains. Update the attempt before it from the event, and return that attempt."""
         if run.trained is None:
             run.trained = self._now
             run.first_step = _integer(event.get("step"))
@@ -397,7 +405,7 @@ class _Reader:
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:
-    """The same time in spans that do not overlap, in order."""
+    """Merge spans into ordered spans that do not overlap."""
     merged: list[_Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -408,7 +416,17 @@ def _union(spans: Iterable[_Span]) -> list[_Span]:
 
 
 def _common(some: Sequence[_Span], others: Sequence[_Span]) -> list[_Span]:
-    return [(max(a[0], b[0]), min(a[1], b[1])) for a in some for b in others if max(a[0], b[0]) < min(a[1], b[1])]
+    """The intersection of two lists of ordered spans that do not overlap."""
+    found: list[_Span] = []
+    first = 0
+    for begin, end in some:
+        while first < len(others) and others[first][1] <= begin:
+            first += 1
+        for other in itertools.islice(others, first, None):
+            if other[0] >= end:
+                break
+            found.append((max(begin, other[0]), min(end, other[1])))
+    return found
 
 
 def _length(spans: Iterable[_Span]) -> float:

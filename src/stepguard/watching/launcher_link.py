@@ -1,8 +1,8 @@
-"""What `stepguard run` and the programs that it starts tell each other: through two variables of the environment.
+"""How `stepguard run` and the programs that it starts communicate: through two environment variables.
 
-``STEPGUARD_ATTEMPT`` is the number of the start, from 1. ``STEPGUARD_LAUNCHER_DIR`` is a directory of the launcher,
-where each process of a run leaves the name of its logdir, so that the launcher finds ledger, heartbeats and
-checkpoints: whoever started the process in between, such as torchrun or a script, need not know of it.
+``STEPGUARD_ATTEMPT`` is the number of the start, from 1. ``STEPGUARD_LAUNCHER_DIR`` is a directory of the launcher, in
+which each process of a run leaves the name of its logdir, so that the launcher finds ledger, heartbeats and
+checkpoints. A program in between, such as torchrun or a script, passes the variables on without knowing them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SUFFIX = ".logdir"
 
 
 def attempt() -> int | None:
-    """The number of this start, from 1; ``None`` where no launcher has started this process."""
+    """The number of this start, from 1; ``None`` if no launcher started this process."""
     given = os.environ.get(ATTEMPT, "")
     return int(given) if given.isascii() and given.isdigit() else None
 
 
 def announce(logdir: str | os.PathLike[str]) -> None:
-    """Tell the launcher, if there is one, the logdir of this process. A launcher that is gone is no error."""
+    """Tell the launcher, if there is one, the logdir of this process. Does nothing if the launcher has ended."""
     directory = os.environ.get(LAUNCHER_DIR)
     if directory:
         with contextlib.suppress(OSError):
@@ -34,7 +34,7 @@ def announce(logdir: str | os.PathLike[str]) -> None:
 
 
 def announced(directory: Path) -> list[Path]:
-    """The logdirs that were told so far, each once, sorted."""
+    """The logdirs that processes have announced so far, sorted, without duplicates."""
     found = set()
     for path in directory.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The ledger of a logdir: ``run.jsonl``, one line for each thing that happened to the run, never changed again.
+"""The ledger of a logdir: ``run.jsonl``, one line for each event of the run. Lines are never changed.
 
 Every line is a JSON object with ``event``, ``time`` (Unix seconds), ``pid``, ``host`` and ``role`` (``chief``,
 ``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Events are only ever added to that
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 FILE_NAME = "run.jsonl"
 
-# What a full disk makes wait; the oldest of it is given up first.
+# The most lines kept in memory while the disk is full; the oldest are dropped first.
 _MOST_WAITING = 1000
 
 _MOST_BYTES = 1 << 20
@@ -71,8 +71,8 @@ _HIDDEN = "***"
 class Ledger:
     """Appends to the ledger of one logdir. Any thread; other processes may append at the same time.
 
-    A run never fails for its ledger: what cannot be written is kept in memory and written with the next event, and the
-    first failure of a row is logged.
+    A run never fails because of its ledger. Lines that cannot be written stay in memory and are written with the next
+    event. The first failure of a series is logged.
     """
 
     def __init__(self, logdir: str | os.PathLike[str], *, role: str) -> None:
@@ -84,7 +84,7 @@ class Ledger:
         self._is_failing = False
 
     def append(self, event: str, *, durable: bool = True, **fields: Any) -> None:
-        """Add one line, unless the disk fails: a kill does not undo it, and if it is ``durable`` no power loss."""
+        """Add one line, unless the disk fails. A line survives a kill, and with ``durable`` also a power loss."""
         line = {
             "event": event,
             "time": round(time.time(), 3),
@@ -145,7 +145,7 @@ def without_secrets(argv: Sequence[Any]) -> list[str]:
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
-    """One line of the ledger. Numbers that are not finite, which JSON has no words for, become their names."""
+    """Encode one line of the ledger. Numbers that are not finite become strings, since JSON cannot express them."""
     return json.dumps(_plain(line), allow_nan=False, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 

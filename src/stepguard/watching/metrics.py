@@ -1,4 +1,4 @@
-"""The metrics of a run, for Prometheus: read from the run's own record when they are asked for."""
+"""The metrics of a run for Prometheus. Each request reads them from the record of the run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stepguard.watching.part import Part
 
 @dataclass(slots=True)
 class Totals:
-    """What adds up while this process runs: of checkpoints their number, the seconds to write them, their bytes, and
-    the seconds that training waited for them.
+    """Sums over the checkpoints of this process: their number, the seconds to write them, their bytes, and the seconds
+    that training waited for their snapshots.
     """
 
     checkpoints: int = 0
@@ -26,11 +26,11 @@ class Totals:
 
 
 class MetricsServer(Part):
-    """Serves ``/metrics`` on ``host:port``; port 0 takes a free one. A daemon thread of ``prometheus_client`` answers.
+    """Serves ``/metrics`` on ``host:port``; port 0 takes a free port. A thread of ``prometheus_client`` answers.
 
     Raises:
-        ModuleNotFoundError: ``prometheus_client`` is not installed; the message says how to get it.
-        OSError: the port cannot be had; the message names it.
+        ModuleNotFoundError: ``prometheus_client`` is not installed; the message says how to install it.
+        OSError: the port is not available; the message names it.
     """
 
     def __init__(self, now: Heartbeat, totals: Totals, *, host: str, port: int) -> None:
@@ -57,18 +57,18 @@ class MetricsServer(Part):
         self._now = now
 
     def leave(self) -> None:
-        """Nobody is to look for it any more."""
+        """Remove the URL from the heartbeat, because the server is about to close."""
         self._now.metrics_url = None
 
     def close(self) -> None:
-        """Serve no longer."""
+        """Stop serving, and join the server's thread."""
         _servers.discard(self)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
-# A child that outlives the process must not keep its port.
+# The open servers. A forked child closes their sockets, so that a child that outlives the process frees the port.
 _servers: weakref.WeakSet[MetricsServer] = weakref.WeakSet()
 
 

@@ -1,10 +1,15 @@
-"""What a run says of itself while it lasts: the ledger, the heartbeat, the progress line, metrics and the hang watch.
+"""The observer of a run: it keeps the ledger, the heartbeat, the progress line, the metrics and the hang watch.
 
-Each is a :class:`stepguard.watching.part.Part`; the observer begins them, and passes on what happens.
+Each way of watching is a :class:`stepguard.watching.part.Part`. The observer starts the parts and passes events on to
+them.
 
-The thread that ends a run hands the reason to the observer's thread and waits for it, for ``within_secs``: the last
-lines go to a disk that may hang, and a run does not. Whatever becomes of them, that thread then closes the parts. So
-neither waits for the other for ever.
+The protocol: the observer's thread waits on a queue, and is woken by its interval or by the ending of the run. At each
+interval it lets every part look. It never waits for the training thread: it reads the step counter without a boundary.
+The thread that ends the run puts the ending into the queue, and joins the observer's thread for ``within_secs`` at
+most, because the last lines go to a disk that may hang. It then closes the parts itself, whether the observer's thread
+has ended or not, so neither waits for the other for ever. Other threads only append to the ledger, under the ledger's
+own lock, and replace fields of the heartbeat in single assignments. A kill leaves a ledger without a `stop` line, and
+the last heartbeat; the next start reads both.
 """
 
 from __future__ import annotations
@@ -27,35 +32,35 @@ from stepguard.watching.metrics import MetricsServer
 from stepguard.watching.part import Part
 from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
-from stepguard.watching.run_record import Room, RunRecord, describe
+from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
 
 _log = logging.getLogger(__name__)
 
 # How often the step counter is read.
 _LOOK_SECS = 1.0
-# The longest wait for the last lines.
+# How long the end of a run waits for the last lines to be written.
 _FAREWELL_SECS = 2.0
 
 
 class Observer:
     """Watches one process of a run, from a thread of its own that looks at the step counter once a second.
 
-    Threads: :meth:`begin`, :meth:`session_ready` and :meth:`end` by whoever opens and stops the session;
-    :meth:`checkpointed`, :meth:`save_failed`, :meth:`warn` and :meth:`returned` by any.
+    Threads: :meth:`begin`, :meth:`session_ready` and :meth:`end` are called by the thread that opens and stops the
+    session; :meth:`checkpointed`, :meth:`save_failed`, :meth:`warn` and :meth:`returned` by any thread.
 
     Args:
-        engine: tells how many steps were done.
-        logdir: where the ledger and the heartbeats go; ``None`` writes neither.
-        is_chief: whether this process may create them; a worker adds to those of its chief only.
-        options: what else is wanted.
+        engine: reports the number of steps done.
+        logdir: where the ledger and the heartbeats are written; ``None`` writes neither.
+        is_chief: whether this process may create them; a worker only adds to those of its chief.
+        options: the other ways of watching to start.
 
     Raises:
-        ValueError: hangs are to be watched for, and there is no place for the stacks.
+        ValueError: ``hang_secs`` is set, and there is no logdir for the stacks.
     """
 
     def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Watching) -> None:
-        # A place that only the framework can reach has neither ledger nor heartbeats.
+        # No ledger or heartbeats in a place that only the framework can reach.
         self._place = None if logdir is None or "://" in logdir else logdir
         if options.hang_secs is not None and self._place is None:
             raise ValueError(
@@ -69,27 +74,27 @@ class Observer:
 
     @property
     def now(self) -> Heartbeat:
-        """What is known of the run."""
+        """The current state of the run."""
         return self._record.now
 
     def _heartbeat(self, role: str) -> Heartbeat:
         total = self._options.total_steps
-        # A plain int: the heartbeat is JSON, which knows no number of NumPy.
+        # A plain int, because JSON cannot encode NumPy's numbers.
         return Heartbeat(role, engine=self._engine.name, total_steps=None if total is None else int(total))
 
     # --- the life of the run ---
 
     def begin(self, role: str, *, is_passing: bool = False) -> None:
-        """A session is going to be prepared by this process as ``role``. The second call in a row does nothing.
+        """Start watching, before this process prepares a session as ``role``. A second call in a row does nothing.
 
-        ``is_passing`` is an evaluator, say: it looks into the logdir of a chief, and its heartbeat ends with it.
+        ``is_passing`` marks a visitor of a chief's logdir, such as an evaluator: its heartbeat is removed at its end.
 
         Raises:
             ModuleNotFoundError, OSError: the metrics cannot be served.
         """
         if self._watch is not None:
             return
-        # Relative to where the program is now, as its checkpoints are; from here on it stays.
+        # Resolve a relative logdir now, against the same directory as the checkpoints; it stays the same later.
         room = Room(None if self._place is None else Path(self._place).absolute(), self._is_chief)
         self._record = record = RunRecord(self._heartbeat(role), room)
         metrics = self._serve_metrics(record)
@@ -105,7 +110,7 @@ class Observer:
 
     def _serve_metrics(self, record: RunRecord) -> list[Part]:
         port = self._options.metrics_port
-        # One port of a host is for one process: a worker serves only what it can choose itself.
+        # Only one process of a host can have a fixed port: a worker serves metrics only on a free port.
         if port is None or (port and not self._is_chief):
             return []
         metrics = MetricsServer(record.now, record.totals, host=self._options.metrics_host, port=port)
@@ -113,8 +118,8 @@ class Observer:
         return [metrics]
 
     def session_ready(self, session: Any, step: int | None, recovery: Recovery | None) -> None:
-        """The session can run, from ``step`` on if that is known. ``recovery`` is what was found to restore; ``None``
-        in one who looks for nothing. Quick: the program waits, and others train already.
+        """Note that the session can run, from ``step`` on if known. ``recovery`` is the result of the search for
+        a checkpoint; ``None`` in a process that did not search. This must be fast, because the program waits for it.
         """
         watch = self._watch
         if watch is None:
@@ -124,7 +129,7 @@ class Observer:
         if self.now.phase == "preparing":
             watch.parts = [*self._watch_for_hangs(watch.meter), *self._show_progress(), *watch.parts]
         self.now.phase = "training"
-        # Last: from now on the observer's thread uses all of the above.
+        # Last, because from now on the observer's thread uses all of the above.
         watch.meter.follow(session)
 
     def _watch_for_hangs(self, meter: StepMeter) -> list[Part]:
@@ -145,39 +150,62 @@ class Observer:
         return [ProgressLine(self.now)] if self._options.progress else []
 
     def stopping(self) -> None:
-        """The loop is over: what follows has no step boundaries, and is no hang."""
+        """Note that the loop is over: the rest of the run has no step boundaries, and is not a hang."""
         if self._watch is not None:
             self.now.phase = "stopping"
 
-    def end(self, reason: str, error: BaseException | None = None, *, within_secs: float = _FAREWELL_SECS) -> None:
-        """The run has stopped: ``finished``, ``sigterm``, ``interrupt``, ``exit`` or ``error``."""
+    def end(
+        self,
+        reason: str,
+        error: BaseException | None = None,
+        *,
+        request: str | None = None,
+        exit_code: int | None = None,
+        within_secs: float = _FAREWELL_SECS,
+    ) -> None:
+        """Stop watching at the end of the run. For the arguments see :class:`stepguard.watching.run_record.Ending`."""
         watch, self._watch = self._watch, None
-        if watch is not None and not watch.end(reason, error, within_secs):
+        ending = Ending(reason, error, request, exit_code)
+        if watch is not None and not watch.end(ending, within_secs):
             _log.warning("%s: ledger and heartbeat could not be ended in %.1f s", self._record.logdir, within_secs)
+
+    def ending(self) -> str:
+        """One line that says at which step the run stopped and which step is saved. After :meth:`end`."""
+        now, logdir = self.now, self._record.logdir
+        stopped = "stopped" if now.step is None else f"stopped at step {now.step}"
+        last = now.last_checkpoint
+        if not self._is_chief:
+            return stopped
+        if last is None:
+            return f"{stopped}: no checkpoint is saved"
+        name = last["name"] if logdir is None else logdir / last["name"]
+        return f"{stopped}: " + (
+            f"{name} is saved" if last["step"] is None else f"step {last['step']} is saved in {name}"
+        )
 
     # --- what happens meanwhile ---
 
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
-        """A checkpoint was committed: its size, how long that took, and how long training waited for the snapshot."""
+        """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
         self._record.checkpointed(name, step, nbytes, secs, stall_secs)
 
     def save_failed(self, message: str) -> None:
-        """A try to save has failed; it is tried again."""
+        """Note a failed try to save, which will be repeated."""
         self.now.save_failures += 1
         self._record.warn(message)
 
     def warn(self, message: str) -> None:
-        """Something that the user should know has happened; it was logged already."""
+        """Keep a warning for the user, which was already logged."""
         self._record.warn(message)
 
     def returned(self, *, step: int | None, to_step: int | None, reason: str, number: int, message: str) -> None:
-        """The run went back from ``step`` to ``to_step``, the ``number``-th time; ``message`` was logged already."""
+        """Note the ``number``-th return of the run, from ``step`` to ``to_step``. ``message`` was already logged."""
         self._record.append("return", step=step, to_step=to_step, reason=reason, number=number)
         self._record.warn(message)
 
 
 class _Watch:
-    """The observer's thread, and the parts that it looks after between the meter and the heartbeat."""
+    """The observer's thread. In each round it serves the step meter first, then the parts, the heartbeat last."""
 
     def __init__(
         self, record: RunRecord, meter: StepMeter, pulse: Pulse, parts: Sequence[Part], interval_secs: float
@@ -187,18 +215,18 @@ class _Watch:
         self._record = record
         self._pulse = pulse
         self._interval_secs = interval_secs
-        self._ending: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
+        self._ending: queue.SimpleQueue[Ending] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="stepguard-observer", daemon=True)
         self._thread.start()
 
-    def end(self, reason: str, error: BaseException | None, within_secs: float) -> bool:
-        """Have all parts leave, and close them; ``False`` if they have not left in time."""
-        self._ending.put((reason, error))
+    def end(self, ending: Ending, within_secs: float) -> bool:
+        """Make all parts leave, and close them; ``False`` if they did not leave in time."""
+        self._ending.put(ending)
         self._thread.join(within_secs)
         for part in self.parts:
             try:
                 part.close()
-            except Exception as failure:  # noqa: BLE001 - a run that ended well does not fail for how it was watched
+            except Exception as failure:  # noqa: BLE001 - a good run must not fail because of a way of watching it
                 _log.warning("%s", describe(failure))
         return not self._thread.is_alive()
 
@@ -208,12 +236,12 @@ class _Watch:
                 part.look()
         for part in (self.meter, *self.parts):
             part.leave()
-        self._record.stop(*ending)
-        # The heartbeat last: it tells what the others have put into the record.
+        self._record.stop(ending)
+        # The heartbeat comes last, because it reports what the other parts have put into the record.
         self._pulse.leave()
 
-    def _wait(self) -> tuple[str, BaseException | None] | None:
-        """Wait for the next look; what the run has stopped for, if it has."""
+    def _wait(self) -> Ending | None:
+        """Wait for the next round. Returns the ending of the run if it has ended, else ``None``."""
         try:
             return self._ending.get(timeout=self._interval_secs)
         except queue.Empty:

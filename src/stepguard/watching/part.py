@@ -1,19 +1,19 @@
-"""What the ways of watching a run have in common."""
+"""The interface of every way of watching a run."""
 
 from __future__ import annotations
 
 
 class Part:
-    """One way of watching one process of a run; what it does not override it does not do.
+    """One way of watching one process of a run. The methods do nothing unless they are overridden.
 
-    Threads: :meth:`look` and :meth:`leave` in the observer's thread, :meth:`close` in the one that ends the run.
+    Threads: :meth:`look` and :meth:`leave` run in the observer's thread, :meth:`close` in the thread that ends the run.
     """
 
     def look(self) -> None:
-        """Called again and again, at least once a second, until the run stops."""
+        """Look at the run. Called at least once a second until the run stops."""
 
     def leave(self) -> None:
-        """The run has stopped: what is to be seen of it last. This may have to wait for a disk that hangs."""
+        """Show the final state of a stopped run. This may have to wait for a disk that hangs."""
 
     def close(self) -> None:
-        """Give back what is held. After :meth:`leave`, or instead of it where that hangs."""
+        """Release the resources. Called after :meth:`leave`, or while :meth:`leave` hangs."""

@@ -1,4 +1,4 @@
-"""The progress line of a run in a terminal; nothing where there is none."""
+"""The progress line of a run. Nothing is shown without a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class ProgressLine(Part):
-    """A line at the bottom of the terminal of standard error; what the program prints appears above it. One thread."""
+    """A line at the bottom of the terminal of standard error, below the output of the program. One thread."""
 
     def __init__(self, now: Heartbeat) -> None:
         self._now = now
@@ -26,13 +26,13 @@ class ProgressLine(Part):
         self._led_above: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def look(self) -> None:
-        """Draw the line anew, if standard error is a terminal. Nothing any more once the terminal has gone away."""
+        """Redraw the line if standard error is a terminal that still exists."""
         if self._has_gone:
             return
         try:
             self._draw()
         except OSError as error:
-            # EIO: somebody has closed the window. The training is not to end for that.
+            # EIO: the window was closed. That must not end the training.
             _log.debug("the terminal has gone away: %s", error)
             self._has_gone = True
             self._give_back()
@@ -52,7 +52,7 @@ class ProgressLine(Part):
         self._progress.refresh()
 
     def leave(self) -> None:
-        """Leave the line as it is now, and the terminal to the program."""
+        """Draw the line for the last time, and give the terminal back to the program."""
         if self._progress is None:
             return
         self.look()
@@ -64,7 +64,7 @@ class ProgressLine(Part):
             return
         for handler, stream in self._led_above:
             handler.setStream(stream)
-        # It gives back the standard streams, whatever the terminal answers.
+        # stop() restores the standard streams even if the terminal raises an error.
         with contextlib.suppress(OSError):
             progress.stop()
 
@@ -83,7 +83,7 @@ class ProgressLine(Part):
             TextColumn("{task.fields[rate]}{task.fields[left]}{task.fields[saved]}"),
             console=Console(file=stream),
             auto_refresh=False,
-            # What goes into a file or a pipe goes there.
+            # Redirect stdout only if it is a terminal: output to a file or a pipe must stay there.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
             expand=bool(bar),
         )
@@ -93,7 +93,7 @@ class ProgressLine(Part):
         return True
 
     def _lead_logs_above(self, terminal: Any) -> None:
-        """Rich takes care of what is written to sys.stderr; a handler keeps the stream that it was made with."""
+        """Redirect log handlers to Rich's sys.stderr: a handler keeps the stream that it was made with."""
         for handler in [*logging.getLogger().handlers, *logging.getLogger("stepguard").handlers]:
             if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
                 handler.setStream(sys.stderr)

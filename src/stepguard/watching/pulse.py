@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 class Pulse(Part):
     """Writes ``now`` into ``room`` every two seconds, and once at the end.
 
-    ``is_passing`` is an evaluator, say: it looks into the logdir of a chief, and its heartbeat ends with it.
+    ``is_passing`` marks a visitor of a chief's logdir, such as an evaluator: its heartbeat is removed at its end.
     """
 
     def __init__(self, now: Heartbeat, room: Room, *, is_passing: bool) -> None:
@@ -28,23 +28,23 @@ class Pulse(Part):
         self._next_beat = time.monotonic()
 
     def look(self) -> None:
-        """Write, if it is time."""
+        """Write the heartbeat if it is due."""
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + heartbeat.INTERVAL_SECS
             self.beat()
 
     def leave(self) -> None:
-        """Write for the last time."""
+        """Write the last heartbeat; a visitor then removes its own."""
         self.beat()
         logdir = self._room.logdir
         if self._is_passing and logdir is not None:
-            # The chief speaks for the run; where there is none, this one does, until the next comes.
+            # The chief's heartbeat describes the run. Without a chief, keep this one until the next process starts.
             with contextlib.suppress(OSError):
                 if heartbeat.read_one(logdir, history.CHIEF) is not None:
                     heartbeat.forget(logdir, self._now.role)
 
     def beat(self) -> None:
-        """Write now. A disk that fails is warned of once."""
+        """Write the heartbeat now. A failing disk causes one warning."""
         if self._room.logdir is None or not self._room.is_open():
             return
         try:

@@ -1,4 +1,4 @@
-"""What is known of one process of a run, and the lines that it adds to the ledger."""
+"""The record of one process of a run: its current state, and the lines that it adds to the ledger."""
 
 from __future__ import annotations
 
@@ -24,30 +24,48 @@ _WARNINGS_KEPT = 5
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where a process of a run leaves its ledger and its heartbeat; ``logdir`` is ``None`` where there is no place."""
+    """Where a process of a run writes its ledger and its heartbeat. If ``logdir`` is ``None``, it writes neither."""
 
     logdir: Path | None
     is_chief: bool
 
     def make(self) -> None:
-        """Make the directory of the heartbeats, if this is the chief."""
+        """Make the directory of heartbeats if this process is the chief."""
         if self.logdir is None or not self.is_chief:
             return
         try:
             heartbeat.prepare(self.logdir)
         except OSError as error:
-            # The first checkpoint will say the same, and try again.
+            # The first checkpoint will try again, and report the same error.
             _log.debug("%s: no place for heartbeats: %s", self.logdir, error)
 
     def is_open(self) -> bool:
-        """Whether this process may write: a worker leaves nothing but beside the heartbeat of its chief."""
+        """Whether this process may write: a worker writes only where its chief has made the directory."""
         return self.logdir is not None and (self.is_chief or (self.logdir / heartbeat.DIR_NAME).is_dir())
 
 
-class RunRecord:
-    """What is known of one process of a run from its start on, and its lines in the ledger.
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run has ended.
 
-    ``now`` is what its heartbeat says, and ``totals`` what its metrics add up. Any thread.
+    Args:
+        reason: ``finished``, one of `history.REQUESTS`, ``exit`` or ``error``.
+        error: the error that ended the run.
+        request: the stop request before ``error``, if there was one. The request may be the cause: SIGTERM to all
+            processes of a job also ends the workers of a data loader.
+        exit_code: the exit code that the program has chosen for a requested stop.
+    """
+
+    reason: str
+    error: BaseException | None = None
+    request: str | None = None
+    exit_code: int | None = None
+
+
+class RunRecord:
+    """The state of one process of a run since its start, and its lines in the ledger.
+
+    ``now`` is the content of its heartbeat, ``totals`` the sums for its metrics. Any thread.
     """
 
     def __init__(self, now: Heartbeat, room: Room) -> None:
@@ -55,25 +73,25 @@ class RunRecord:
         self.totals = Totals()
         self._room = room
         self._ledger = None if room.logdir is None else Ledger(room.logdir, role=now.role)
-        # The line of the start, while there is no place for it.
+        # The `start` line, as long as the chief has not made the directory yet.
         self._start: dict[str, Any] | None = None
-        # The last sign of life of the start before this one.
+        # The last heartbeat of the previous start.
         self._previous: Heartbeat | None = None
         # The events of the ledger up to the start of this process.
         self._before: list[dict[str, Any]] = []
 
     @property
     def logdir(self) -> Path | None:
-        """Where its ledger lies, if it has one."""
+        """The directory of the ledger, if there is one."""
         return self._room.logdir
 
     def begin(self) -> None:
-        """This process begins to prepare a session: read what the run before has left, and add the line of a start."""
+        """Read the records of the previous run, and add a `start` line. Before a session is prepared."""
         if self._room.logdir is not None:
             self._read_the_run_before(self._room.logdir)
         self.append(
             "start",
-            # A sync would keep the program, and those who wait for this one, waiting. The next line brings it.
+            # No fsync, which would delay the program and its workers. The fsync of the next durable line covers it.
             durable=False,
             engine=self.now.engine,
             argv=list(sys.orig_argv),
@@ -84,7 +102,7 @@ class RunRecord:
         )
 
     def _read_the_run_before(self, logdir: Path) -> None:
-        """A run never fails for what an earlier one has left to be read here."""
+        """Read the previous run's ledger and heartbeat. Unreadable ones cause a warning, never a failure."""
         now = self.now
         try:
             events = ledger.read(logdir)
@@ -97,10 +115,10 @@ class RunRecord:
         self._previous = None if last is None else history.completed(last, events)
         mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
         self._before = [*events, {**mine, "role": now.role}]
-        now.restarts = history.of(self._before, role=now.role).restarts
+        now.restarts = history.from_events(self._before, role=now.role).restarts
 
     def trains(self, recovery: Recovery | None) -> None:
-        """The session can run. ``recovery`` is what was found to restore; ``None`` in one who looks for nothing."""
+        """Note that the session can run. ``recovery`` is ``None`` in a process that did not search for a checkpoint."""
         now, previous = self.now, self._previous
         checkpoint = None if recovery is None else recovery.checkpoint
         before = {
@@ -108,7 +126,7 @@ class RunRecord:
             "previous_time": None if previous is None else previous.time,
         }
         if recovery is None and not self._room.is_chief:
-            # A worker takes what its chief has restored.
+            # A worker uses the state that its chief has restored.
             return
         if recovery is None or checkpoint is None:
             self._begin_training("fresh", step=now.step, **before)
@@ -137,11 +155,11 @@ class RunRecord:
                 for one in recovery.damaged
             ],
         )
-        # What was damaged has been said already, with what it costs.
+        # If checkpoints were damaged, a warning has already said what was lost.
         if lost and not recovery.damaged:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
-        if recovery.damaged:
-            self.note_warning(recovery.message())
+        if message := recovery.message():
+            self.note_warning(message)
 
     def _begin_training(self, event: str, **fields: Any) -> None:
         """The line by which this start begins to train, with what the time before it adds up to."""
@@ -152,7 +170,7 @@ class RunRecord:
         self.append(event, durable=False, **fields, so_far=so_far)
 
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
-        """A checkpoint was committed: its size, how long that took, and how long training waited for the snapshot."""
+        """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
         self.totals.checkpoints += 1
         self.totals.write_secs += secs
         self.totals.written_bytes += nbytes
@@ -168,20 +186,20 @@ class RunRecord:
         self.append("checkpoint", **fields)
 
     def warn(self, message: str) -> None:
-        """Something that the user should know has happened; it was logged already."""
+        """Keep a warning for the user, which was already logged."""
         self.note_warning(message)
         self.append("warning", message=message)
 
     def note_warning(self, message: str) -> None:
-        """A warning for the heartbeat; the ledger has a line of another kind for it."""
+        """Add a warning to the heartbeat only: the ledger has another kind of line for it."""
         self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add a line to the ledger, if there is one, and before it the line of the start, if that had to wait."""
+        """Add a line to the ledger, if there is one. A `start` line that had to wait is added first."""
         if self._ledger is None:
             return
         if not self._room.is_open():
-            # Not yet: a worker may be there before its chief.
+            # A worker may start before its chief: keep its `start` line for later.
             if event == "start":
                 self._start = fields
             return
@@ -190,12 +208,20 @@ class RunRecord:
             self._ledger.append("start", **start)
         self._ledger.append(event, **fields)
 
-    def stop(self, reason: str, error: BaseException | None) -> None:
-        """The run has stopped."""
-        self.now.phase, self.now.reason = "stopped", reason
-        if error is not None:
-            self.now.error = describe(error)
-        self.append("stop", reason=reason, step=self.now.step, error=self.now.error)
+    def stop(self, ending: Ending) -> None:
+        """Note that the run has stopped, and add the `stop` line."""
+        now = self.now
+        now.phase, now.reason = "stopped", ending.reason
+        if ending.error is not None:
+            now.error = describe(ending.error)
+        self.append(
+            "stop",
+            reason=ending.reason,
+            step=now.step,
+            error=now.error,
+            request=ending.request,
+            exit_code=ending.exit_code,
+        )
 
 
 def describe(error: BaseException) -> str:

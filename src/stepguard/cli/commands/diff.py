@@ -11,7 +11,7 @@ import click
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir import tensor_readers
-from stepguard.cli.logdir.contents import Surveyed
+from stepguard.cli.logdir.contents import ListedCheckpoint
 from stepguard.cli.logdir.tensor_statistics import Difference, compare
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
@@ -78,7 +78,7 @@ def command(ctx: click.Context, a: Target, b: Target, as_json: bool) -> None:
         ctx.exit(FINDING)
 
 
-def _compared(one: Surveyed, other: Surveyed) -> tuple[list[Change], int]:
+def _compared(one: ListedCheckpoint, other: ListedCheckpoint) -> tuple[list[Change], int]:
     """The differences, and how many are equal."""
     left = {tensor.name: tensor for tensor in tensor_readers.read_tensors(one)}
     right = {tensor.name: tensor for tensor in tensor_readers.read_tensors(other)}

@@ -14,7 +14,7 @@ import click
 
 from stepguard import files
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.exits import NOT_DONE, Failure
+from stepguard.cli.exits import NOT_DONE, CommandError
 from stepguard.cli.logdir.event_files import Curve, event_files, read_curves
 from stepguard.cli.text import output
 from stepguard.cli.text.plot import plotted
@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Show the scalars in the event files of LOGDIR: how many, from which step to which, the last value, the extremes.
 
-    They are those that TensorBoard shows: what a killed run had written for steps that were done again is left out.
-    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` can be given.
+    The scalars are those that TensorBoard shows: values of a killed run for steps that were done again are left out.
+    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` may be given.
     """
     _check_stdout(csv_path, png_path, as_json=as_json)
     curves = read_curves(logdir, tags)
@@ -73,7 +73,7 @@ def command(
         _write(csv_path, _csv(curves))
     if png_path is not None:
         if not curves:
-            raise Failure(f"{logdir}: expected scalars to draw, found none", NOT_DONE)
+            raise CommandError(f"{logdir}: expected scalars to draw, found none", NOT_DONE)
         _write(png_path, _png(logdir, curves))
     if Path("-") in (csv_path, png_path):
         return
@@ -84,7 +84,7 @@ def command(
 
 
 def _check_stdout(csv_path: Path | None, png_path: Path | None, *, as_json: bool) -> None:
-    """Only one of them can be read from there."""
+    """Raise UsageError if more than one of the options writes to stdout."""
     wanted = [name for name, path in (("--csv -", csv_path), ("--png -", png_path)) if path == Path("-")]
     wanted += ["--json"] if as_json else []
     if len(wanted) > 1:
@@ -169,11 +169,13 @@ def _defused(tag: str) -> str:
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
     if len(curves) > _MOST_DRAWN:
-        raise Failure(f"--png: expected at most {_MOST_DRAWN} curves, found {len(curves)}: choose with --tag", NOT_DONE)
+        raise CommandError(
+            f"--png: expected at most {_MOST_DRAWN} curves, found {len(curves)}: choose with --tag", NOT_DONE
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Failure(
+        raise CommandError(
             f"--png cannot be drawn without matplotlib ({error}): pip install 'stepguard[plots]'", NOT_DONE
         ) from error
     figure = Figure(figsize=(8, 2.5 * len(curves)), layout="constrained")

@@ -10,7 +10,7 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir.contents import Survey, Surveyed, survey
+from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
 from stepguard.words import duration
@@ -41,16 +41,16 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
 
     \b
-    good        the manifest is right, and every file that a restore needs is there with its size
+    good        the manifest is valid, and every file that a restore needs has the right size
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
-    damaged     a file is missing or of another size, or the manifest is damaged
-    incomplete  being written or removed just now, or cut short by a kill
+    damaged     a file is missing or of a wrong size, or the manifest is damaged
+    incomplete  being written or removed, or cut short by a kill
 
     The data are not read for this: a bit that has flipped is found by `stepguard verify`.
 
     Exit code 1: the system could not read something, which is named and passed over.
     """
-    found = survey(logdir)
+    found = list_contents(logdir)
     if as_json:
         output.print_json(_document(found))
     else:
@@ -59,7 +59,7 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
         ctx.exit(FINDING)
 
 
-def _document(found: Survey) -> dict[str, Any]:
+def _document(found: LogdirContents) -> dict[str, Any]:
     now = time.time()
     return {
         "logdir": str(found.root),
@@ -70,7 +70,7 @@ def _document(found: Survey) -> dict[str, Any]:
     }
 
 
-def _json(one: Surveyed, now: float) -> dict[str, Any]:
+def _json(one: ListedCheckpoint, now: float) -> dict[str, Any]:
     checkpoint = one.checkpoint
     return {
         "name": checkpoint.name,
@@ -87,7 +87,7 @@ def _json(one: Surveyed, now: float) -> dict[str, Any]:
     }
 
 
-def _print(found: Survey) -> None:
+def _print(found: LogdirContents) -> None:
     now = time.time()
     if found.found:
         print_table(_COLUMNS, [_row(one, now) for one in found.found])
@@ -105,7 +105,7 @@ def _print(found: Survey) -> None:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
 
 
-def _row(one: Surveyed, now: float) -> tuple[str, ...]:
+def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
     checkpoint = one.checkpoint
     return (
         ">" if one.is_next else " ",

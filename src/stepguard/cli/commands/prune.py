@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.exits import FINDING, Failure
-from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, Surveyed, survey
-from stepguard.cli.logdir.full_read import prove
+from stepguard.cli.exits import FINDING, CommandError
+from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, ListedCheckpoint, list_contents
+from stepguard.cli.logdir.full_read import read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.store import CheckpointStore
@@ -23,16 +23,16 @@ _LOOKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done with the checkpoints of one basename, each list from newest to oldest.
+    """What to do with the checkpoints of one basename; each list goes from newest to oldest.
 
     ``newest_good`` was read to its end.
     """
 
     basename: str
-    newest_good: Surveyed
-    removed: tuple[Surveyed, ...]
-    kept: tuple[Surveyed, ...]
-    damaged: tuple[Surveyed, ...]
+    newest_good: ListedCheckpoint
+    removed: tuple[ListedCheckpoint, ...]
+    kept: tuple[ListedCheckpoint, ...]
+    damaged: tuple[ListedCheckpoint, ...]
 
 
 @click.command(
@@ -54,9 +54,9 @@ def command(
 ) -> None:
     """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
 
-    The newest good one, which is read to its end to make sure, stays in any case, and so does all that is newer.
-    Damaged ones do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
-    quarantine/. Checkpoints with different names are counted apart.
+    The newest good checkpoint always stays (it is read to its end to make sure), and so does every newer one. Damaged
+    checkpoints do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
+    quarantine/. Checkpoints with different basenames are counted separately.
 
     Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good, and nothing was removed; or the
     system could not read something, which is named and left as it is.
@@ -73,7 +73,7 @@ def command(
         output.print_json(_document(logdir, plans, dry_run=dry_run))
     else:
         _print(logdir, plans, dry_run=dry_run)
-    unreadable = survey(logdir).unreadable
+    unreadable = list_contents(logdir).unreadable
     for reason in unreadable if not as_json else ():
         click.echo(output.printable(reason))
     if unreadable or any(one.is_unreadable for plan in plans for one in plan.damaged):
@@ -81,7 +81,7 @@ def command(
 
 
 def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
-    """The chief's lock: whoever trains holds it, and so does another `prune`. One that removes nothing needs none."""
+    """The chief's lock, which a training or another `prune` may hold. A dry run removes nothing and needs no lock."""
     return nullcontext() if dry_run else CheckpointStore(logdir).acquire()
 
 
@@ -96,31 +96,31 @@ def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[
     return [plan for plan in found if plan is not None]
 
 
-def _by_basename(logdir: Path) -> dict[str, list[Surveyed]]:
-    groups: dict[str, list[Surveyed]] = {}
-    for one in survey(logdir).found:
-        # What is just being replaced is left to the chief.
+def _by_basename(logdir: Path) -> dict[str, list[ListedCheckpoint]]:
+    groups: dict[str, list[ListedCheckpoint]] = {}
+    for one in list_contents(logdir).found:
+        # Leave a checkpoint that is being replaced to the chief.
         if one.is_candidate and one.checkpoint.root == logdir:
             groups.setdefault(one.basename, []).append(one)
     return groups
 
 
 def _plan(
-    logdir: Path, basename: str, found: Sequence[Surveyed], keep_last: int | None, keep_every: int | None
+    logdir: Path, basename: str, found: Sequence[ListedCheckpoint], keep_last: int | None, keep_every: int | None
 ) -> Plan | None:
-    """What to do; None if a training has pruned all of them while they were read: there are newer ones then."""
+    """The plan for one basename; None if a training has pruned all of ``found`` meanwhile, so that newer ones exist."""
     found, newest_good = _proven(found)
     if not found:
         return None
     if newest_good is None:
-        raise Failure(
+        raise CommandError(
             f"{logdir}: expected a good checkpoint {basename}-*, found none among {len(found)}: nothing was removed; "
             f"`stepguard verify` says what is wrong with them",
             FINDING,
         )
     sound = [one for one in found if one.state != DAMAGED]
-    kept: list[Surveyed] = []
-    removed: list[Surveyed] = []
+    kept: list[ListedCheckpoint] = []
+    removed: list[ListedCheckpoint] = []
     for number, one in enumerate(sound):
         is_kept = number <= sound.index(newest_good) or (keep_last is not None and number < keep_last)
         step = one.checkpoint.step
@@ -130,27 +130,27 @@ def _plan(
     return Plan(basename, newest_good, tuple(removed), tuple(kept), tuple(damaged))
 
 
-def _proven(found: Sequence[Surveyed]) -> tuple[list[Surveyed], Surveyed | None]:
+def _proven(found: Sequence[ListedCheckpoint]) -> tuple[list[ListedCheckpoint], ListedCheckpoint | None]:
     """Read from newest to oldest until one is proven good by its manifest, or else by TensorFlow's own checksums.
 
-    Gives all of them with what is known now, and the newest good. Those that a training has pruned meanwhile are left
-    out: while it trains there is only a dry run.
+    Returns all checkpoints with their states as known now, and the newest good one. Checkpoints that a training has
+    pruned meanwhile are left out; this happens in a dry run only.
     """
-    known: list[Surveyed] = []
+    known: list[ListedCheckpoint] = []
     readable = None
     with reading("reading the newest", sum(one.size for one in found[:1])) as on_block:
         for number, one in enumerate(found):
             if one.state == DAMAGED:
                 known.append(one)
                 continue
-            proof = prove(one, on_block=on_block)
-            if proof is None:
+            read = read_fully(one, on_block=on_block)
+            if read is None:
                 continue
-            known.append(proof.surveyed)
-            if proof.state == GOOD:
-                return [*known, *found[number + 1 :]], proof.surveyed
-            if proof.is_readable and readable is None:
-                readable = proof.surveyed
+            known.append(read.listed)
+            if read.state == GOOD:
+                return [*known, *found[number + 1 :]], read.listed
+            if read.is_readable and readable is None:
+                readable = read.listed
     return known, readable
 
 

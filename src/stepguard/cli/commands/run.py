@@ -78,19 +78,19 @@ def command(
 ) -> None:
     """Start PROGRAM, and start it again after a crash, with growing delays in between.
 
-    It is not started again after a clean end, a request to stop (SIGTERM, Ctrl-C, a closed terminal), a mistake in its
-    arguments (exit code 2), or a crash loop: three starts in a row that made no progress, neither a newer step nor a
-    newer checkpoint, and ended with the same failure.
+    PROGRAM is not started again after a clean end, a stop request (SIGTERM, Ctrl-C, a closed terminal), a mistake in
+    its arguments (exit code 2), or a crash loop: three starts in a row that made no progress, neither a newer step nor
+    a newer checkpoint, and ended with the same failure.
 
-    Signals are passed on to the program; a second request to stop kills it, and all that it has started. Any program
-    under Stepguard will do, torchrun or a script that starts several replicas too; of one that never opens a session
-    only the exit code tells.
+    Signals are passed on to the program; a second stop request kills the program and every process that it has
+    started. PROGRAM may also be torchrun or a script that starts several replicas. For a program that never opens a
+    session, only the exit code is known.
     """
     began = time.time()
     restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)
     launcher = Launcher(program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say)
     exit_code = launcher.run()
-    _say(_summary(exit_code, restarts.done, time.time() - began, launcher.histories()))
+    _say(_summary(exit_code, launcher.request, restarts.done, time.time() - began, launcher.histories()))
     context.exit(exit_code)
 
 
@@ -99,8 +99,12 @@ def _say(line: str) -> None:
     click.echo(f"stepguard: {line}", err=True)
 
 
-def _summary(exit_code: int, restarts: int, secs: float, histories: list[tuple[Path, History]]) -> str:
+def _summary(
+    exit_code: int, request: str | None, restarts: int, secs: float, histories: list[tuple[Path, History]]
+) -> str:
     ending = "ended well" if exit_code == 0 else f"ended with exit code {exit_code}"
+    if request is not None:
+        ending = f"stopped ({request}), exit code {exit_code},"
     lines = [f"{ending} after {duration(secs)}, {output.counted(restarts, 'restart')}"]
     lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
     return "\n  ".join(lines)

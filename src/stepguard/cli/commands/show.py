@@ -8,14 +8,14 @@ import click
 
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.logdir import tensor_readers
-from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, Surveyed
+from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint
 from stepguard.cli.logdir.tensor_statistics import Statistics, describe
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import Column, print_table, warning
 from stepguard.store.saved_tensor import SavedTensor
 
-# A list of more numbers than this is told by its length.
+# Of a list with more numbers than this, only the length is shown.
 _SHORT = 8
 
 _COLUMNS = (
@@ -44,14 +44,14 @@ Examples:
 @click.option("--all", "with_values", is_flag=True, help="Also numbers and strings that are saved beside the tensors.")
 @output.json_option
 def command(target: Target, with_values: bool, as_json: bool) -> None:
-    """Show the tensors of a checkpoint of TensorFlow or PyTorch, with what is in them.
+    """Show the tensors of a TensorFlow or PyTorch checkpoint, with statistics of their values.
 
     CHECKPOINT is a TensorFlow prefix or a PyTorch directory, such as runs/digits/model.ckpt-1200, or a logdir. MIN,
-    MAX and MEAN leave out what is NaN; of complex numbers they are those of the magnitudes. Digests are not compared:
-    that is `stepguard verify`.
+    MAX and MEAN leave NaN out; for complex numbers they are those of the magnitudes. Digests are not compared: use
+    `stepguard verify` for that.
     """
     one = target.checkpoint()
-    # A single file is no checkpoint: it has no state.
+    # A single file is not a checkpoint and has no state.
     state = one.state if target.file is None else None
     rows = []
     with reading("reading", one.size) as on_block:
@@ -70,7 +70,7 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
 _Row = tuple[SavedTensor, Any, Statistics | None]
 
 
-def _document(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
+def _document(one: ListedCheckpoint, state: str | None, rows: list[_Row], *, with_values: bool) -> dict[str, Any]:
     document = {
         "checkpoint": str(one.checkpoint.path),
         "step": one.checkpoint.step,
@@ -101,7 +101,7 @@ def _json(tensor: SavedTensor, found: Statistics | None) -> dict[str, Any]:
     }
 
 
-def _print(one: Surveyed, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
+def _print(one: ListedCheckpoint, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
     checkpoint = one.checkpoint
     step = "no step" if checkpoint.step is None else f"step {checkpoint.step}"
     click.echo(
@@ -138,7 +138,7 @@ def _cells(tensor: SavedTensor, found: Statistics | None) -> tuple[str, ...]:
 
 
 def _read(tensor: SavedTensor) -> _Row:
-    """A plain value is kept as it is, and of a tensor only what is said about it."""
+    """Keep a plain value as it is, and only the statistics of a tensor."""
     array = None if tensor.read is None else tensor.read()
     if tensor.is_plain:
         return tensor, array, None

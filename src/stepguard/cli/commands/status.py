@@ -14,14 +14,14 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir.contents import GOOD, Surveyed
-from stepguard.cli.logdir.run_state import Launcher, Process, Situation, document, look
+from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint
+from stepguard.cli.logdir.run_state import Launcher, Process, RunState, document, read_run_state
 from stepguard.cli.text import output
 from stepguard.watching.history import CHIEF
 from stepguard.words import duration
 
 _LOOK_SECS = 1.0
-# A look at a large logdir on a slow disk must not keep that disk busy.
+# Polling a large logdir must not keep a slow disk busy.
 _MOST_SHARE = 0.2
 _WARNINGS_SHOWN = 3
 _LABEL_WIDTH = 12
@@ -55,15 +55,15 @@ Exit codes, besides those of every command:
 @output.json_option
 @click.pass_context
 def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -> None:
-    """Say what is known of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
+    """Show the state of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
 
     \b
     alive    a heartbeat came within the last seconds
-    silent   none came, and the process runs, or is on another host: it hangs, was suspended, or cannot be reached
-    dead     the process is gone and has not said that it stops
-    stopped  it has said so, and why
+    silent   no heartbeat came, and the process runs or is on another host: it hangs, was suspended, or is unreachable
+    dead     the process no longer exists, and has not reported a stop
+    stopped  the process has reported a stop and its reason
 
-    "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost, and done
+    "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost and done
     again) or down (between a crash and the next start that trained).
     """
     if follow:
@@ -71,7 +71,7 @@ def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -
             _follow(logdir, as_json=as_json)
         except KeyboardInterrupt:
             return
-    found = look(logdir)
+    found = read_run_state(logdir)
     if as_json:
         output.print_json(document(found))
     else:
@@ -95,10 +95,10 @@ def _follow(logdir: Path, *, as_json: bool) -> None:
                 click.echo(f"{time.strftime('%H:%M:%S', time.localtime(found.now))} {line}")
 
 
-def _looks(logdir: Path) -> Iterator[Situation]:
+def _states(logdir: Path) -> Iterator[RunState]:
     while True:
         began = time.monotonic()
-        yield look(logdir)
+        yield read_run_state(logdir)
         time.sleep(max(_LOOK_SECS, (time.monotonic() - began) / _MOST_SHARE))
 
 
@@ -109,14 +109,14 @@ def _refresh(logdir: Path) -> None:
 
     console = Console()
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        for found in _looks(logdir):
+        for found in _states(logdir):
             live.update(Text.from_ansi(_text(found, console.width)), refresh=True)
 
 
-def _changes(logdir: Path) -> Iterator[tuple[Situation, list[str]]]:
-    """What changed, besides the step, with a line for each process and for the launcher that it concerns."""
+def _changes(logdir: Path) -> Iterator[tuple[RunState, list[str]]]:
+    """Yield the state whenever more than the step has changed, with one line for each change."""
     seen: dict[str, object] = {}
-    for found in _looks(logdir):
+    for found in _states(logdir):
         lines = []
         for key, value, line in _watched(found):
             if key not in seen or seen[key] != value:
@@ -126,8 +126,8 @@ def _changes(logdir: Path) -> Iterator[tuple[Situation, list[str]]]:
             yield found, lines
 
 
-def _watched(found: Situation) -> Iterator[tuple[str, object, str]]:
-    """What is looked at for changes: a name, its value, and the line that tells of it."""
+def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
+    """What `--follow` watches for changes: a name, its value, and the line to print."""
     for one in found.processes:
         beat, role = one.beat, output.printable(one.beat.role)
         saved = None if beat.last_checkpoint is None else str(beat.last_checkpoint.get("name"))
@@ -148,8 +148,8 @@ def _watched(found: Situation) -> Iterator[tuple[str, object, str]]:
 # --- text ---
 
 
-def _text(found: Situation, width: int | None) -> str:
-    """All of it, on lines of ``width`` columns, or of any length."""
+def _text(found: RunState, width: int | None) -> str:
+    """The state as text, wrapped at ``width`` columns; with None, not wrapped."""
     lines: list[_Line] = []
     for one in found.processes:
         lines += _left_behind(one) if one.is_left_behind else _process_lines(one, found)
@@ -166,7 +166,7 @@ def _text(found: Situation, width: int | None) -> str:
     return "\n".join(text)
 
 
-def _process_lines(one: Process, found: Situation) -> list[_Line]:
+def _process_lines(one: Process, found: RunState) -> list[_Line]:
     beat = one.beat
     colour = "green" if one.is_well else _COLOURS[one.state] if one.state != "stopped" and not one.hangs else "red"
     lines: list[_Line] = [(output.printable(beat.role), _headline(one), colour)]
@@ -196,7 +196,7 @@ def _left_behind(one: Process) -> list[_Line]:
     return [(output.printable(one.beat.role), text, "bright_black")]
 
 
-def _run_lines(found: Situation) -> list[_Line]:
+def _run_lines(found: RunState) -> list[_Line]:
     lines: list[_Line] = [("unreadable", output.printable(one), "red") for one in found.unreadable]
     if found.is_empty:
         lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
@@ -252,7 +252,7 @@ def _step(one: Process) -> str:
     return f"{step:,} of {total:,} ({100 * step // total} %)"
 
 
-def _checkpoint(one: Surveyed | None, now: float) -> str:
+def _checkpoint(one: ListedCheckpoint | None, now: float) -> str:
     if one is None:
         return "none"
     step = "" if one.checkpoint.step is None else f"step {one.checkpoint.step:,}, "

@@ -10,8 +10,8 @@ import click
 
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, Surveyed, survey, survey_one
-from stepguard.cli.logdir.full_read import Proof, prove
+from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint, list_contents, list_one
+from stepguard.cli.logdir.full_read import FullRead, read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import STATE, Column, print_table
@@ -43,53 +43,52 @@ Examples:
 def command(ctx: click.Context, target: Target, as_json: bool) -> None:
     """Read every byte of the checkpoints of a logdir, or of one checkpoint, and compare it with the manifest.
 
-    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads all of it,
-    and its own checksums are what is known then. One that is just being written, "incomplete", is passed over, unless
-    it was asked for by name.
+    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads it and
+    checks its own checksums. An "incomplete" checkpoint, which is being written, is skipped unless you name it.
 
-    One of which only the meta graph is missing or damaged stays good: a restore does not read that.
+    A checkpoint whose meta graph alone is missing or damaged stays good: a restore does not read the meta graph.
 
     Exit code 1: a file is damaged or cannot be read, or there is nothing to verify.
     """
-    proofs, missing, unreadable = _verified(target)
+    reads, missing, unreadable = _verified(target)
     if as_json:
-        checkpoints = [_json(one) for one in proofs]
+        checkpoints = [_json(one) for one in reads]
         output.print_json({"checkpoints": checkpoints, "missing": list(missing), "unreadable": list(unreadable)})
     else:
-        _print(target, proofs, missing)
+        _print(target, reads, missing)
         for reason in unreadable:
             click.echo(output.printable(reason))
-    bad = [one for one in proofs if one.damages or one.state in (DAMAGED, INCOMPLETE)]
-    if bad or missing or unreadable or not proofs:
+    bad = [one for one in reads if one.damages or one.state in (DAMAGED, INCOMPLETE)]
+    if bad or missing or unreadable or not reads:
         ctx.exit(FINDING)
 
 
-def _verified(target: Target) -> tuple[list[Proof], tuple[str, ...], tuple[str, ...]]:
-    """The proofs, the names of what is gone, and what else could not be read."""
+def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...], tuple[str, ...]]:
+    """The reads, the names of what is gone, and what else could not be read."""
     if target.name is not None:
-        return _proofs([survey_one(target.root, target.name)]), (), ()
+        return _read_all([list_one(target.root, target.name)]), (), ()
     deadline = time.monotonic() + _LOOK_SECS
     while True:
-        found = survey(target.root)
+        found = list_contents(target.root)
         candidates = [one for one in found.found if one.is_candidate]
-        proofs = _proofs(candidates)
+        reads = _read_all(candidates)
         # A training may have pruned them all while they were read: there are newer ones then.
-        if proofs or not candidates or time.monotonic() >= deadline:
-            return proofs, found.missing, found.unreadable
+        if reads or not candidates or time.monotonic() >= deadline:
+            return reads, found.missing, found.unreadable
 
 
-def _proofs(found: list[Surveyed]) -> list[Proof]:
-    proofs = []
+def _read_all(found: list[ListedCheckpoint]) -> list[FullRead]:
+    reads = []
     with reading("verifying", sum(one.size for one in found)) as on_block:
         for one in found:
-            proof = prove(one, on_block=on_block) if one.is_candidate else Proof(one)
-            if proof is not None:
-                proofs.append(proof)
-    return proofs
+            read = read_fully(one, on_block=on_block) if one.is_candidate else FullRead(one)
+            if read is not None:
+                reads.append(read)
+    return reads
 
 
-def _json(proof: Proof) -> dict[str, Any]:
-    one = proof.surveyed
+def _json(read: FullRead) -> dict[str, Any]:
+    one = read.listed
     return {
         "name": one.checkpoint.name,
         "path": str(one.checkpoint.path),
@@ -98,28 +97,28 @@ def _json(proof: Proof) -> dict[str, Any]:
         "engine": one.engine,
         "state": one.state,
         "reasons": list(one.reasons),
-        "damage": [{"file": None if path is None else str(path), "reason": reason} for path, reason in proof.damages],
-        "readable": proof.is_readable,
+        "damage": [{"file": None if path is None else str(path), "reason": reason} for path, reason in read.damages],
+        "readable": read.is_readable,
     }
 
 
-def _print(target: Target, proofs: list[Proof], missing: tuple[str, ...]) -> None:
-    if not proofs and not missing:
+def _print(target: Target, reads: list[FullRead], missing: tuple[str, ...]) -> None:
+    if not reads and not missing:
         click.echo(f"{output.printable(str(target.path))}: expected checkpoints, found none")
         return
-    if proofs:
-        print_table(_COLUMNS, [_row(one) for one in proofs])
-    for proof in proofs:
-        for reason in proof.surveyed.reasons:
-            click.echo(f"{output.printable(proof.surveyed.checkpoint.name)}: {output.printable(reason)}")
+    if reads:
+        print_table(_COLUMNS, [_row(one) for one in reads])
+    for read in reads:
+        for reason in read.listed.reasons:
+            click.echo(f"{output.printable(read.listed.checkpoint.name)}: {output.printable(reason)}")
     for name in missing:
         click.echo(output.missing_newest(name))
-    states = Counter(one.state for one in proofs)
+    states = Counter(one.state for one in reads)
     click.echo(", ".join(f"{count} {state}" for state, count in states.items()))
 
 
-def _row(proof: Proof) -> tuple[str, ...]:
-    one = proof.surveyed
+def _row(read: FullRead) -> tuple[str, ...]:
+    one = read.listed
     manifest = one.checkpoint.manifest
     return (
         one.state,

@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from stepguard.cli.launcher.attempt_outcome import Runs
+from stepguard.cli.launcher.launched_logdirs import LaunchedLogdirs
 from stepguard.cli.launcher.processes import Processes, send
 from stepguard.cli.launcher.relay import Relay
-from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Failure, GiveUp, Restart, Restarts
+from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Crash, GiveUp, Restart, Restarts
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
 from stepguard.processes import process_start
 from stepguard.watching import launcher_link
-from stepguard.watching.history import History
+from stepguard.watching.history import REQUESTS, History
 from stepguard.words import duration
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
 USAGE, CANNOT_EXECUTE, NOT_FOUND = 2, 126, 127
-"""The exit codes of a program that was called wrongly, cannot be executed, or is not there: as in a shell."""
+"""The exit codes, as in a shell, of a program that was called wrongly, cannot be executed, or does not exist."""
 
 _LOOK_SECS = 0.5
-# Two signals so close are one request: `timeout` and some schedulers send it to a process, and to its group.
+# Two signals within this time are one request: `timeout` and some schedulers signal a process and then its group.
 _ONE_REQUEST_SECS = 0.5
 _RELAY_SECS = 1.0
 _SHOWN_LINES = 10
+_ERROR = re.compile(r"error|exception|fatal|abort|panic|fault|terminate called|assert", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class AttemptEnd:
     """How one start of the program ended. ``code`` is negative for a signal."""
 
     code: int
     pid: int
     secs: float
     has_progressed: bool
-    failure: Failure
+    failure: Crash
     lines: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it."""
+        """The exit code that a shell reports: 128 + n for signal n."""
         return self.code if self.code >= 0 else 128 - self.code
 
 
@@ -78,17 +81,18 @@ class Launcher:
         self._say = say
         self._processes = Processes()
         self._signals = SignalQueue()
-        self._runs: Runs
+        self._logdirs: LaunchedLogdirs
         self._stop_asked: float | None = None
-        self._stopped_by: str | None = None
+        # The `stop` line of the chief of the last start.
+        self._stop: Mapping[str, Any] = {}
         self._attempt = 0
-        # The ledger's times are rounded.
+        # A millisecond earlier, because the ledger rounds its times.
         self._began = time.time() - 0.001
 
     def run(self) -> int:
         """The exit code: the program's own last one, 128 + n for signal n, or `CRASH_LOOP_EXIT`."""
         with self._signals, TemporaryDirectory(prefix="stepguard-run-", ignore_cleanup_errors=True) as announcements:
-            self._runs = Runs(self._logdir, Path(announcements))
+            self._logdirs = LaunchedLogdirs(self._logdir, Path(announcements))
             environment = {**os.environ, launcher_link.LAUNCHER_DIR: announcements}
             while True:
                 self._attempt += 1
@@ -98,14 +102,20 @@ class Launcher:
                 if (exit_code := self._exit_code(ended)) is not None:
                     return exit_code
 
+    @property
+    def request(self) -> str | None:
+        """The reason of the stop request to the last start, as in the ledger; None if its chief recorded none."""
+        reason = self._stop.get("reason")
+        return reason if reason in REQUESTS else None
+
     def histories(self) -> list[tuple[Path, History]]:
-        """What became of the time since `run` began, for each logdir that became known."""
-        return self._runs.histories(self._began)
+        """The history since `run` began, for every logdir that became known."""
+        return self._logdirs.histories(self._began)
 
     # --- one start ---
 
-    def _start(self, environment: dict[str, str]) -> Ended | int:
-        """One start, from its beginning to the end of the last of its processes; or why there was none."""
+    def _start(self, environment: dict[str, str]) -> AttemptEnd | int:
+        """Run one start until its last process has ended. Returns the exit code if the program could not be started."""
         relay = Relay()
         began, clock = time.time(), time.monotonic()
         shares_terminal = _is_in_foreground()
@@ -122,7 +132,7 @@ class Launcher:
             return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
         finally:
             relay.program_has_it()
-        self._runs.tell(
+        self._logdirs.record(
             "launch",
             began,
             attempt=self._attempt,
@@ -140,7 +150,7 @@ class Launcher:
         """Wait for the end of the program, passing signals on."""
         while (code := self._processes.ending(pid)) is None:
             received = self._signals.take(_LOOK_SECS)
-            self._runs.look()
+            self._logdirs.find_announced()
             if received is None:
                 continue
             if received.number == signal.SIGWINCH:
@@ -150,53 +160,53 @@ class Launcher:
                     self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
                     self._processes.kill_all(relay.pid, pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
-                # What the terminal sends has reached the program already.
+                # The terminal has already sent the signal to the program.
                 send(pid, received.number)
         return code
 
     def _is_first_request(self) -> bool:
-        """Whether the request to stop that came just now is the first; it is noted."""
+        """Note a request to stop; whether it is the first."""
         if self._stop_asked is not None:
             return False
-        self._stop_asked = time.monotonic()
+        self._stop_asked = self._signals.awake()
         return True
 
     def _is_second_request(self) -> bool:
-        """Whether a request that is not the first is more than its echo: the program would end at once by that."""
-        return self._stop_asked is not None and time.monotonic() - self._stop_asked > _ONE_REQUEST_SECS
+        """Whether the request is more than an echo of the first. A second request kills the program."""
+        return self._stop_asked is not None and self._signals.awake() - self._stop_asked > _ONE_REQUEST_SECS
 
     def _end_the_rest(self, relay: Relay) -> None:
-        """What the program has left behind gets SIGTERM too, once, and then SIGKILL: two of a run would be too many."""
-        deadline = time.monotonic() + self._grace_secs
+        """End what the program left behind, by SIGTERM and then SIGKILL: the next start must run alone."""
+        deadline = self._signals.awake() + self._grace_secs
         asked: set[int] = set()
         while orphans := self._processes.orphans(relay.pid):
             for pid in set(orphans) - asked:
                 send(pid, signal.SIGTERM)
             asked.update(orphans)
-            received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - time.monotonic())))
+            received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - self._signals.awake())))
             is_request = received is not None and received.number in STOPS and not self._is_first_request()
-            if (is_request and self._is_second_request()) or time.monotonic() >= deadline:
+            if (is_request and self._is_second_request()) or self._signals.awake() >= deadline:
                 self._say("processes that the program has left behind are killed")
                 self._processes.kill_all(relay.pid)
                 return
 
     def _end_relay(self, relay: Relay) -> None:
-        """Have the program's last words. What has left itself behind, and holds them open, is not waited for."""
-        deadline = time.monotonic() + _RELAY_SECS
-        while self._processes.ending(relay.pid) is None and (left := deadline - time.monotonic()) > 0:
+        """Wait until the program's last output was passed on, but not for leftover processes with the pipe open."""
+        deadline = self._signals.awake() + _RELAY_SECS
+        while self._processes.ending(relay.pid) is None and (left := deadline - self._signals.awake()) > 0:
             received = self._signals.take(min(left, 0.1))
             if received is not None and received.number in STOPS:
                 self._is_first_request()
         relay.close()
 
-    def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> Ended:
-        self._runs.look()
+    def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> AttemptEnd:
+        self._logdirs.find_announced()
         since = began - 0.001
-        stop = self._runs.stop(since)
-        why = self._runs.cause(since) or next((one.strip() for one in reversed(lines) if _says(one)), "")
-        failure = Failure(_ending(code), output.printable(why)[:500])
-        ended = Ended(code, pid, secs, self._runs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
-        self._runs.tell(
+        stop = self._logdirs.last_stop(since)
+        why = self._logdirs.cause(since) or _last_words(lines, code)
+        failure = Crash(_ending(code), output.printable(why)[:500])
+        ended = AttemptEnd(code, pid, secs, self._logdirs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
+        self._logdirs.record(
             "exit",
             time.time(),
             attempt=self._attempt,
@@ -207,13 +217,13 @@ class Launcher:
             progressed=ended.has_progressed,
             failure=str(failure) if code != 0 else None,
         )
-        self._stopped_by = None if stop is None else stop.get("reason")
+        self._stop = stop or {}
         return ended
 
     # --- what follows ---
 
-    def _exit_code(self, ended: Ended) -> int | None:
-        """The exit code, if the program is not started again; else it returns when it is time for the next start."""
+    def _exit_code(self, ended: AttemptEnd) -> int | None:
+        """The exit code if the program is not started again; None, after the delay, if it is."""
         if ended.code == 0 or self._stop_asked is not None:
             return ended.exit_code
         if ended.code in (USAGE, CANNOT_EXECUTE, NOT_FOUND):
@@ -227,13 +237,15 @@ class Launcher:
             return self._give_up(next_, ended)
         return None if self._is_back(next_, ended) else ended.exit_code
 
-    def _was_asked_to_stop(self, ended: Ended) -> bool:
-        if ended.exit_code == 128 + signal.SIGINT or self._stopped_by == "interrupt":
+    def _was_asked_to_stop(self, ended: AttemptEnd) -> bool:
+        if ended.exit_code == 128 + signal.SIGINT or self.request == "interrupt":
             return True
-        return ended.exit_code == 128 + signal.SIGTERM and self._stopped_by == "sigterm"
+        if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
+            return True
+        return ended.exit_code == 128 + signal.SIGTERM and self.request == "sigterm"
 
-    def _give_up(self, why: GiveUp, ended: Ended) -> int:
-        self._runs.tell("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
+    def _give_up(self, why: GiveUp, ended: AttemptEnd) -> int:
+        self._logdirs.record("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
         if why is CRASH_LOOP:
             self._say(
                 f"crash loop, not started again: {SAME_FAILURES} starts in a row made no progress and ended in the "
@@ -248,9 +260,9 @@ class Launcher:
             )
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
-    def _is_back(self, restart: Restart, ended: Ended) -> bool:
-        """Wait until it is time for the next start; False if a request to stop comes before."""
-        self._runs.tell("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
+    def _is_back(self, restart: Restart, ended: AttemptEnd) -> bool:
+        """Wait for the next start; False if a request to stop comes first."""
+        self._logdirs.record("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
         progress = "with" if ended.has_progressed else "without"
         self._say(
             f"ended after {duration(ended.secs)}, {progress} progress: {ended.failure}; "
@@ -260,14 +272,14 @@ class Launcher:
         while (left := deadline - time.monotonic()) > 0:
             received = self._signals.take(left)
             if received is not None and received.number in STOPS:
-                self._stop_asked = time.monotonic()
+                self._stop_asked = self._signals.awake()
                 self._say(f"{_name(received.number)}: not started again")
                 return False
         return self._stop_asked is None
 
 
 def _is_in_foreground() -> bool:
-    """Whether the terminal of this process sends its Ctrl-C to this process group, and so to a program in it."""
+    """Whether Ctrl-C in the terminal goes to this process group, and so to a program in it."""
     for descriptor in (0, 1, 2):
         try:
             return os.tcgetpgrp(descriptor) == os.getpgrp()
@@ -287,6 +299,11 @@ def _name(number: int) -> str:
         return f"SIG{number}"
 
 
-def _says(line: str) -> bool:
-    """Whether a line has words, and is not a rule below or above others."""
-    return any(one.isalpha() for one in line)
+def _last_words(lines: Sequence[str], code: int) -> str:
+    """The last line with words, or "". After a signal, which leaves a program no time for last words, a line counts
+    only if it mentions an error.
+    """
+    said = [line.strip() for line in lines if any(one.isalpha() for one in line)]
+    if code < 0:
+        said = [line for line in said if _ERROR.search(line)]
+    return said[-1] if said else ""

@@ -1,7 +1,7 @@
-"""The processes of a program: its start, its end, and that of all that it has started.
+"""The processes of a program: its start, its end, and the end of every process that it has started.
 
-On Linux the launcher inherits the children of a parent that has ended, whatever session they are in, so that it finds
-and ends them; and it has its program get SIGTERM when it is killed itself. Elsewhere it knows the program alone.
+On Linux the launcher inherits the children of a parent that has ended, in any session, so that it can find and end
+them; and the program gets SIGTERM when the launcher is killed. Elsewhere the launcher knows only the program itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Processes:
         has_own_group: bool,
         in_child: Callable[[], None],
     ) -> int:
-        """Start a program; ``in_child`` is called in its process before. Returns its pid.
+        """Start a program and return its pid. ``in_child`` is called in the new process before the program.
 
         Raises:
             OSError: there is no such program, or it cannot be executed.
@@ -54,13 +54,15 @@ class Processes:
                     os._exit(128 + signal.SIGTERM)
             in_child()
 
+        # Pids are reused: an orphan that ended earlier may have had the pid that this program gets.
+        self._ended.clear()
         process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
-        # Its end is found by `reap`, not by the object.
+        # `reap` collects the exit code; this keeps the object from waiting for it as well.
         process.returncode = 0
         return process.pid
 
     def reap(self) -> None:
-        """Take note of all children that have ended."""
+        """Reap all children that have ended, and keep their exit codes."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -76,21 +78,21 @@ class Processes:
         return self._ended.get(pid)
 
     def orphans(self, known: int) -> list[int]:
-        """The children that this process has inherited; ``known`` is none of them."""
+        """The children that this process has inherited, without ``known``."""
         self.reap()
         return [pid for pid in _children().get(os.getpid(), []) if pid != known]
 
     def kill_all(self, spared: int, program: int | None = None) -> None:
-        """SIGKILL for ``program`` and all that descends from this process, but ``spared``, until none is left."""
+        """Kill ``program`` and all descendants of this process except ``spared``, until none is left."""
         if program is not None:
-            # Where what descends from it cannot be found, its group can, if it has one of its own.
+            # Descendants are found on Linux only; elsewhere the program's group is reached, if it has its own.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 (os.killpg if os.getpgid(program) == program else os.kill)(program, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_SECS
         while (alive := _descendants(os.getpid(), spared)) and time.monotonic() < deadline:
             for pid in alive:
                 send(pid, signal.SIGKILL)
-            time.sleep(0.01)  # the kernel's turn; there is nothing to wait for besides a scan
+            time.sleep(0.01)  # nothing signals that a descendant has ended, so scan again
             self.reap()
 
 
@@ -109,7 +111,7 @@ def _descendants(root: int, spared: int) -> list[int]:
 
 
 def _children() -> dict[int, list[int]]:
-    """The processes of this machine that have not ended, by their parent."""
+    """The running processes of this machine, by the pid of their parent."""
     found: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

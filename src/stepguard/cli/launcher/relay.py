@@ -1,8 +1,8 @@
-"""Standard error of a program, passed on at once, and its end kept for whoever asks why it failed.
+"""Passes on the standard error of a program at once, and keeps its last lines, which tell why the program failed.
 
-A process of its own passes it on: it lives until the last writer has closed the pipe, also when the launcher is killed.
-The program then still can say what it has to, and is not ended by a broken pipe while it saves its last step. Where
-standard error is a terminal the program gets one too, so that its progress line works.
+A separate process does this. It lives until the last writer has closed the pipe, even if the launcher is killed. The
+program can then still write its last lines, and no broken pipe ends it while it saves its last step. If standard error
+is a terminal, the program gets a terminal too, so that its progress line works.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import tty
 _KEPT_BYTES = 1 << 14
 _LENGTH_BYTES = 8
 _BLOCK_BYTES = 1 << 16
+# A bar of tqdm with its times, and the counts that other progress lines show.
+_BAR = re.compile(r"[^|]*\d+%\|[^|]*\| *\S+/\S+(?: *\[[^\]]*\])?")
+_COUNT = re.compile(r"\d+ ?%|\d+ ?/ ?\d+|\d+ of \d+")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
 
 
@@ -31,7 +34,7 @@ class Relay:
         is_terminal = os.isatty(target)
         reader, self.writer = os.openpty() if is_terminal else os.pipe()
         if is_terminal:
-            # The real one makes "\r\n" of "\n", and must not do it twice.
+            # The real terminal turns "\n" into "\r\n"; this one must not do that again.
             tty.setraw(self.writer)
             _copy_size(target, self.writer)
         self._target = target
@@ -48,30 +51,30 @@ class Relay:
             os.close(reader)
 
     def program_has_it(self) -> None:
-        """The program was started: only its copy of the descriptor counts from now on."""
+        """Close our copy of the writer's descriptor, now that the program has its own."""
         os.close(self.writer)
 
     def resized(self) -> None:
-        """The terminal has another size."""
+        """Take over the size of the terminal, which has changed."""
         if self._terminal is not None:
             _copy_size(self._target, self._terminal)
 
     def close(self) -> None:
-        """Give back the descriptors. What is still written is passed on."""
+        """Close our descriptors. The relay goes on until the last writer has closed its end."""
         if self._terminal is not None:
             os.close(self._terminal)
             self._terminal = None
 
     def last_lines(self) -> list[str]:
-        """The end of what was passed on, without blank lines, colours, and what a progress line has overwritten."""
+        """The last lines that were passed on, without blank lines, colours and progress bars."""
         length = int.from_bytes(self._kept[:_LENGTH_BYTES], "little")
         text = self._kept[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
-        lines = (line.rstrip("\r").rpartition("\r")[2] for line in _ESCAPES.sub("", text).split("\n"))
+        lines = (_without_progress(line.rstrip("\r")) for line in _ESCAPES.sub("", text).split("\n"))
         return [line.rstrip() for line in lines if line.strip()]
 
     def _run(self, reader: int) -> None:
-        # Away from the terminal's signals, and from the pipes that others wait for the end of. The signals that the
-        # launcher has blocked stay blocked.
+        # A session of its own gets no signals of the terminal. Standard input and output are closed because others may
+        # wait for their end. The signals that the launcher has blocked stay blocked.
         os.setsid()
         for descriptor in {0, 1} - {self._target}:
             with contextlib.suppress(OSError):
@@ -84,11 +87,20 @@ class Relay:
             _write(self._target, block)
 
 
+def _without_progress(line: str) -> str:
+    """The line without a progress bar. Text that was written behind the bar is kept."""
+    *overwritten, last = line.split("\r")
+    bar = _BAR.match(last)
+    if bar is not None:
+        return last[bar.end() :]
+    return "" if overwritten and _COUNT.search(last) else last
+
+
 def _read(reader: int) -> bytes:
     try:
         return os.read(reader, _BLOCK_BYTES)
     except OSError:
-        # What Linux answers for a terminal that nobody has open any more.
+        # Linux answers EIO once nobody has the terminal open any more.
         return b""
 
 
@@ -100,7 +112,7 @@ def _write(target: int, block: bytes) -> None:
         except BlockingIOError:
             select.select([], [target], [])
         except OSError:
-            # Nobody reads it any more: that is no reason to end the program.
+            # The reader is gone, which must not end the program.
             return
 
 

@@ -1,4 +1,4 @@
-"""When a program that crashed is started again: back-off, crash loops, and the limit on restarts."""
+"""When a crashed program is started again: back-off, crash loops, and the limit on restarts."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SAME_FAILURES = 3
-"""So many starts in a row without progress, all with the same failure, are a crash loop."""
+"""How many starts in a row without progress, all ended by the same crash, are a crash loop."""
 
-# What differs between two runs into the same error: addresses, process ids, steps, times, sizes.
+# Addresses, process ids, steps, times and sizes differ between two crashes for the same reason.
 _CHANGING = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """How a program ended: what the system says of it, and the line that says most of why ("" if there is none)."""
+class Crash:
+    """How a program ended: its exit code or signal in words, and the line that best tells why ("" if there is none)."""
 
     ending: str
     line: str
 
-    def is_same(self, other: Failure) -> bool:
-        """Whether this is the same failure again. Of a program that a signal ended the last line tells nothing."""
+    def is_same(self, other: Crash) -> bool:
+        """Whether this is the same crash again. After a signal the lines, which may be unrelated, do not count."""
         if self.ending != other.ending or self.ending.startswith("SIG"):
             return self.ending == other.ending
         return _CHANGING.sub("#", self.line) == _CHANGING.sub("#", other.line)
@@ -33,7 +33,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Start it again, after so many seconds; ``number`` counts the restarts from 1."""
+    """Start the program again after ``delay_secs``; ``number`` counts the restarts from 1."""
 
     number: int
     delay_secs: float
@@ -41,7 +41,7 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Do not start it again, for this ``reason``."""
+    """Do not start the program again, for this ``reason``."""
 
     reason: str
 
@@ -70,9 +70,9 @@ class Restarts:
         self._uniform = uniform
         self._without_progress = 0
         self._same = 0
-        self._last: Failure | None = None
+        self._last: Crash | None = None
 
-    def after(self, failure: Failure, *, has_progressed: bool) -> Restart | GiveUp:
+    def after(self, failure: Crash, *, has_progressed: bool) -> Restart | GiveUp:
         """What to do after a crash."""
         if has_progressed:
             self._without_progress = self._same = 0
@@ -85,7 +85,7 @@ class Restarts:
         if self.done >= self._most:
             return NO_RESTARTS_LEFT
         self.done += 1
-        # Bounded: two to the power of a thousand is no float.
+        # Bounded, because 2.0**1024 overflows.
         doublings = min(max(0, self._without_progress - 1), 60)
         delay_secs = min(self._longest_delay_secs, self._first_delay_secs * 2.0**doublings)
         return Restart(self.done, delay_secs * self._uniform(0.5, 1.0))

@@ -1,20 +1,29 @@
-"""The signals of the launcher, taken one by one where it waits, so that none is lost and none comes in between."""
+"""The launcher takes its signals one by one where it waits, so that none is lost and none interrupts its work.
+
+The signals are blocked, and `SignalQueue.take` waits for one of them or for SIGALRM, which its own timer sends. It does
+not use ``signal.sigtimedwait``: when the launcher is stopped (SIGSTOP, Ctrl-Z, a debugger) past the time limit of that
+call, CPython returns a signal that nobody sent, read from memory that nobody filled.
+"""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""A request to stop."""
+"""The signals that ask to stop."""
 _OTHERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGWINCH)
+_FROM_A_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+
+_SHORTEST_SECS = 0.001  # a timer of 0 never rings
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A signal. ``is_from_kernel``: not sent by a process; of SIGINT, SIGQUIT and SIGHUP that means by the terminal."""
+    """A signal. ``is_from_kernel``: no process has sent it; SIGINT, SIGQUIT and SIGHUP then come from the terminal."""
 
     number: int
     is_from_kernel: bool
@@ -28,12 +37,13 @@ class SignalQueue:
 
     def __init__(self) -> None:
         ignored = {one for one in STOPS if signal.getsignal(one) is signal.SIG_IGN}
-        self._taken = {*STOPS, *_OTHERS} - ignored
+        self._taken = {*STOPS, *_OTHERS, signal.SIGALRM} - ignored
         self._mask: Iterable[int] = ()
+        self._stopped_secs = 0.0
 
     def __enter__(self) -> SignalQueue:  # noqa: PYI034 - typing.Self came with Python 3.11
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
-        # One that is ignored by default may not even be queued.
+        # A signal that is ignored by default may not even be queued.
         for number in (signal.SIGCHLD, signal.SIGWINCH):
             signal.signal(number, _nothing)
         return self
@@ -41,29 +51,41 @@ class SignalQueue:
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGCHLD, signal.SIGWINCH):
             signal.signal(number, signal.SIG_DFL)
+        # A late alarm is still queued, and would end this process. Ignoring the signal drops it.
+        before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, before)
         self.unblock()
 
     def unblock(self) -> None:
-        """As it was before: also for a program that is started, which inherits the mask."""
+        """Restore the previous mask. A program that is started inherits it."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def awake(self) -> float:
+        """A monotonic clock, in seconds, that stands still while this process is stopped.
+
+        Deadlines use this clock: a launcher that was stopped for longer than a grace period must still grant it.
+        """
+        return time.monotonic() - self._stopped_secs
 
     def take(self, timeout_secs: float) -> Received | None:
         """The next signal; None when none came in time."""
-        if hasattr(signal, "sigtimedwait"):
-            info = signal.sigtimedwait(self._taken, max(0.0, timeout_secs))
-            return None if info is None else Received(info.si_signo, info.si_code > 0)
-        return self._take_elsewhere(timeout_secs)
-
-    def _take_elsewhere(self, timeout_secs: float) -> Received | None:
-        """Without a time limit in the system call, and without a word on who sent it."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, timeout_secs))
-        number = signal.sigwait({*self._taken, signal.SIGALRM})
+        timeout_secs = max(_SHORTEST_SECS, timeout_secs)
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, timeout_secs)
+        received = self._wait()
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        if number == signal.SIGALRM:
-            return None
-        # One alarm that came at the same time would cut the next wait short, which does no harm.
-        return Received(number, number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP))
+        # A wait that ended late: this process was stopped meanwhile, or the machine is busy.
+        self._stopped_secs += max(0.0, time.monotonic() - began - timeout_secs)
+        # An alarm that rang together with a signal cuts the next wait short, which does no harm.
+        return None if received.number == signal.SIGALRM else received
+
+    def _wait(self) -> Received:
+        if hasattr(signal, "sigwaitinfo"):
+            info = signal.sigwaitinfo(self._taken)
+            return Received(info.si_signo, info.si_code > 0)
+        # macOS does not say who sent it.
+        number = signal.sigwait(self._taken)
+        return Received(number, number in _FROM_A_TERMINAL)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
-"""What lies in a logdir, as far as names, sizes and manifests tell: the states that `ls` shows.
+"""The checkpoints in a logdir and their states, judged by names, sizes and manifests: the content of `ls`.
 
-One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
-second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
-at again, and never taken for damaged.
+The directory is scanned once, and each manifest and the size of each file are read: 10,000 checkpoints take about a
+second. Nothing is locked, so a training may write and prune meanwhile. A checkpoint that looks damaged is inspected
+again, so that one being replaced or removed is never reported as damaged.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 GOOD = "good"
 """The manifest is right, and every file that a restore needs is there with its size. `verify` reads bytes as well."""
 UNVERIFIED = "unverified"
-"""Complete by its names, and no manifest vouches for it: TensorFlow's own tools wrote it."""
+"""Complete by its names but without a manifest: TensorFlow's own tools wrote it."""
 DAMAGED = "damaged"
 """A file is missing, or empty, or of another size than was committed, or the manifest itself is damaged."""
 INCOMPLETE = "incomplete"
-"""Files that no commit record makes a checkpoint: it is just being written or removed, or a kill cut that short."""
+"""Files without a commit record: a checkpoint that is being written or removed, or that a kill left half done."""
 
 ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
@@ -41,7 +41,7 @@ _LOOK_SECS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Surveyed:
+class ListedCheckpoint:
     """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
     a restart would take, as far as is known without reading the data. ``is_unreadable`` says that the system could not
     read a file of it.
@@ -58,20 +58,20 @@ class Surveyed:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether a restart would look at it."""
+        """Whether a restart would consider it."""
         return self.state != INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
+class LogdirContents:
+    """The checkpoints of a logdir: for each basename, incomplete ones first, then from newest to oldest.
 
     ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
     what lies in quarantine; ``unreadable`` says what else of the logdir's own could not be read, and was passed over.
     """
 
     root: Path
-    found: tuple[Surveyed, ...]
+    found: tuple[ListedCheckpoint, ...]
     missing: tuple[str, ...]
     quarantined: int
     unreadable: tuple[str, ...] = ()
@@ -82,22 +82,22 @@ class Survey:
         return bool(self.unreadable) or any(one.is_unreadable for one in self.found)
 
 
-def survey(root: Path) -> Survey:
-    """Look at a logdir. Raises OSError if it cannot be listed.
+def list_contents(root: Path) -> LogdirContents:
+    """List a logdir. Raises OSError if that is impossible.
 
-    A training may prune all that was listed before it is looked at: it is listed again then, for a while.
+    A training may prune all listed checkpoints before they are inspected. The logdir is then listed again, for a while.
     """
     deadline = time.monotonic() + _LOOK_SECS
     kinds: Mapping[str, bool] = {}
     while True:
         before, kinds = kinds, _kinds(root)
-        found = _survey(root, kinds)
+        found = _list_once(root, kinds)
         if any(one.is_candidate for one in found.found) or kinds == before or time.monotonic() >= deadline:
             return found
 
 
 def _kinds(root: Path) -> dict[str, bool]:
-    """The names in a directory, and whether each is a directory itself."""
+    """The names in a directory, each with whether it is itself a directory."""
     with os.scandir(root) as entries:
         return {entry.name: _is_dir(entry) for entry in entries}
 
@@ -109,17 +109,17 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _survey(root: Path, kinds: Mapping[str, bool]) -> Survey:
-    found: list[Surveyed] = []
+def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
+    found: list[ListedCheckpoint] = []
     listed: set[str] = set()
     for basename in basenames(kinds):
         layout = Layout(root, basename, ENTRY_SUFFIX)
-        of_basename = _surveyed(layout)
+        of_basename = _listed(layout)
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
     unfinished = _unfinished(root, kinds, listed)
     missing = _missing(root, kinds, listed)
-    return Survey(root, (*unfinished, *found), missing, _count(root / recovery.QUARANTINE), _unreadable(root))
+    return LogdirContents(root, (*unfinished, *found), missing, _count(root / recovery.QUARANTINE), _unreadable(root))
 
 
 def _unreadable(root: Path) -> tuple[str, ...]:
@@ -144,8 +144,8 @@ def _list_own(path: Path) -> list[str]:
     return os.listdir(path)
 
 
-def survey_one(root: Path, name: str) -> Surveyed:
-    """Look at one checkpoint, also at one that was never committed."""
+def list_one(root: Path, name: str) -> ListedCheckpoint:
+    """The state of one checkpoint, which may never have been committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
     entries = [layout.manifest(name), root / (name + ENTRY_SUFFIX)]
@@ -153,26 +153,26 @@ def survey_one(root: Path, name: str) -> Surveyed:
         times = [status.st_mtime for path in entries if (status := _stat(path)) is not None]
         is_committed = os.path.lexists(entries[0])
         candidate = Checkpoint(root, name, step, (times or [0.0])[0], is_committed)
-        found = look(layout, candidate, lambda: layout.present(name))
+        found = inspect(layout, candidate, lambda: layout.present(name))
         if found is not None:
             return found
     present = [name]
     checkpoint = Checkpoint(root, name, step, _newest_time(root, present), False)
     engine = _engine_of_files(root, name, present)
     reason = "it has no manifest: Stepguard has never committed it"
-    return Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
+    return ListedCheckpoint(checkpoint, basename, INCOMPLETE, engine, _bytes(root, present), (reason,))
 
 
-def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
-    """The newest checkpoint of a logdir, and the newest good one, without a look at the older ones. Raises OSError."""
-    first: list[Surveyed] = []
-    good: list[Surveyed] = []
+def newest(root: Path) -> tuple[ListedCheckpoint | None, ListedCheckpoint | None]:
+    """The newest checkpoint of a logdir, and the newest good one; older ones are not read. Raises OSError."""
+    first: list[ListedCheckpoint] = []
+    good: list[ListedCheckpoint] = []
     for basename in basenames(os.listdir(root)):
         layout = Layout(root, basename, ENTRY_SUFFIX)
         of_basename = []
         for candidate in recovery.newest_first(layout):
             place = layout.within(candidate.root)
-            found = look(layout, candidate, functools.partial(place.present, candidate.name))
+            found = inspect(layout, candidate, functools.partial(place.present, candidate.name))
             if found is not None:
                 of_basename.append(found)
                 if found.state == GOOD:
@@ -182,12 +182,12 @@ def newest(root: Path) -> tuple[Surveyed | None, Surveyed | None]:
     return max(first, key=_time, default=None), max(good, key=_time, default=None)
 
 
-def _time(one: Surveyed) -> float:
+def _time(one: ListedCheckpoint) -> float:
     return one.checkpoint.time
 
 
 def basenames(names: Iterable[str]) -> list[str]:
-    """What the names of the checkpoints among the file names begin with, sorted."""
+    """The basenames of the checkpoints among the file names, sorted."""
     names = names if isinstance(names, Mapping) else set(names)
     found = set()
     for name in names:
@@ -199,37 +199,39 @@ def basenames(names: Iterable[str]) -> list[str]:
             found.add(split_name(name[: -len(MANIFEST_SUFFIX)])[0])
         elif name.endswith(ENTRY_SUFFIX):
             basename, step = split_name(name[: -len(ENTRY_SUFFIX)])
-            # Without a step it may be the index of anything.
+            # Any file may end in ".index": without a step in its name there must be data beside it.
             if step is not None or basename == "model.ckpt" or f"{basename}.data-00000-of-00001" in names:
                 found.add(basename)
     return sorted(one for one in found if one and not one.startswith("."))
 
 
-def look(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed | None:
+def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint | None:
     """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
 
-    ``present`` gives its files, and is asked only where there is no manifest.
+    ``present`` returns the files of the checkpoint, and is called only if it has no manifest.
     """
     place = layout.within(candidate.root)
-    found = _looked(place, candidate, present)
+    found = _inspected(place, candidate, present)
     for _ in range(_LOOKS):
         if found.state != DAMAGED:
             break
-        # What was listed a moment ago may have been saved, or removed, since.
-        before = identity(place, candidate.name)
+        # The checkpoint may have been saved again, or removed, since it was listed.
+        before = commit_id(place, candidate.name)
         if before is None:
             return None
-        found = _looked(place, candidate, lambda: place.present(candidate.name))
-        if identity(place, candidate.name) == before:
+        found = _inspected(place, candidate, lambda: place.present(candidate.name))
+        if commit_id(place, candidate.name) == before:
             break
     return found
 
 
-def identity(place: Layout, name: str) -> tuple[int, int] | None:
-    """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
-    checkpoint takes its manifest away first. One that is kept while it is replaced is gone when the new one is there.
+def commit_id(place: Layout, name: str) -> tuple[int, int] | None:
+    """An identifier that differs between two commits of a name; None once the checkpoint is pruned.
+
+    It is read from the manifest, which a replacement or a removal takes away first. A checkpoint kept aside while it is
+    replaced counts as pruned once the new one exists.
     """
-    if place.root.name.startswith(layouts.REPLACED) and identity(place.within(place.root.parent), name) is not None:
+    if place.root.name.startswith(layouts.REPLACED) and commit_id(place.within(place.root.parent), name) is not None:
         return None
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
         try:
@@ -244,20 +246,20 @@ def identity(place: Layout, name: str) -> tuple[int, int] | None:
     return None
 
 
-def _surveyed(layout: Layout) -> list[Surveyed]:
+def _listed(layout: Layout) -> list[ListedCheckpoint]:
     entries = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
         if candidate.root == layout.root:
-            one = look(layout, candidate, lambda: entries.get(candidate.name, ()))  # noqa: B023 - called at once
+            one = inspect(layout, candidate, lambda: entries.get(candidate.name, ()))  # noqa: B023 - called at once
         else:
-            one = look(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
+            one = inspect(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:
             found.append(one)
     return found
 
 
-def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> Surveyed:
+def _inspected(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint:
     try:
         manifest = verification.read_manifest(place, candidate.name)
     except CheckpointCorruptError as error:
@@ -285,22 +287,22 @@ def _looked(place: Layout, candidate: Checkpoint, present: Callable[[], Sequence
 
 def _uncommitted(
     place: Layout, candidate: Checkpoint, state: str, entries: Sequence[str], reason: str | CheckpointError
-) -> Surveyed:
+) -> ListedCheckpoint:
     engine = _engine_of_files(place.root, candidate.name, entries)
     size = _bytes(place.root, entries)
     is_unreadable = isinstance(reason, verification.CheckpointUnreadableError)
-    return Surveyed(candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable)
+    return ListedCheckpoint(candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable)
 
 
 def _committed(
     place: Layout, candidate: Checkpoint, manifest: Manifest, wrong: Sequence[CheckpointCorruptError]
-) -> Surveyed:
+) -> ListedCheckpoint:
     checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
     is_damaged = any(verification.prevents_restore(place, candidate.name, one) for one in wrong)
     state = DAMAGED if is_damaged else GOOD
     reasons = tuple(map(str, wrong))
     is_unreadable = any(isinstance(one, verification.CheckpointUnreadableError) for one in wrong)
-    return Surveyed(
+    return ListedCheckpoint(
         checkpoint,
         place.basename,
         state,
@@ -311,7 +313,7 @@ def _committed(
     )
 
 
-def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
+def _marked(found: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
     marked = list(found)
     for number, one in enumerate(found):
         if one.state in (GOOD, UNVERIFIED):
@@ -320,7 +322,7 @@ def _marked(found: Sequence[Surveyed]) -> list[Surveyed]:
     return marked
 
 
-def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[Surveyed]:
+def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[ListedCheckpoint]:
     usual = {split_name(name)[0] for name in listed} | {"model.ckpt"}
     found: dict[str, tuple[str, list[str]]] = {}
     for entry, is_dir in kinds.items():
@@ -342,7 +344,7 @@ def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list
         basename, step = split_name(name)
         checkpoint = Checkpoint(root, name, step, _newest_time(root, entries), False)
         engine = _engine_of_files(root, name, entries)
-        rows.append(Surveyed(checkpoint, basename, INCOMPLETE, engine, _bytes(root, entries), (reason,)))
+        rows.append(ListedCheckpoint(checkpoint, basename, INCOMPLETE, engine, _bytes(root, entries), (reason,)))
     return sorted(rows, key=lambda one: (one.basename, -(one.checkpoint.step or 0)))
 
 

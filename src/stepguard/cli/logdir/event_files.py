@@ -1,7 +1,7 @@
 """Scalars from TensorBoard's event files, as TensorBoard shows them, read by its own package without TensorFlow.
 
-After a restart it drops what the killed run had written for later steps (session log START), it reads a file up to a
-record that was cut short, and it takes a file that is still being written as far as it goes.
+After a restart (session log START), TensorBoard drops the values of the killed run for later steps. It reads a file up
+to a truncated record, and a file that is still being written up to its current end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard.cli.exits import NOT_DONE, Failure
+from stepguard.cli.exits import NOT_DONE, CommandError
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The values of one tag in the order in which they were written, which after a purge is that of the steps."""
+    """The values of one tag, in the order of writing; after a restart was dropped, that is the order of the steps."""
 
     tag: str
     steps: tuple[int, ...]
@@ -42,7 +42,7 @@ def event_files(logdir: Path) -> list[Path]:
 def read_curves(logdir: Path, tags: Sequence[str]) -> list[Curve]:
     """The curves in the event files of ``logdir``, sorted by tag; those that match one of ``tags``, if there are any.
 
-    Raises Failure if the tensorboard package is not installed.
+    Raises CommandError if the tensorboard package is not installed.
     """
     accumulator, make_ndarray = _load(logdir)
     found = []
@@ -58,17 +58,17 @@ def read_curves(logdir: Path, tags: Sequence[str]) -> list[Curve]:
 
 
 def _load(logdir: Path) -> tuple[Any, Any]:
-    # The package reads by itself where it finds this module, and else imports TensorFlow, which takes seconds.
+    # With this module the tensorboard package reads by itself; without it, it imports TensorFlow, which takes seconds.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
         from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError as error:
-        raise Failure(
+        raise CommandError(
             f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[events]'",
             NOT_DONE,
         ) from error
-    # It warns of each restart in which it drops something, which is what it should do.
+    # It warns at each restart whose later steps it drops, which is wanted here.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # All scalars, and of images and histograms, which are not looked at, no more than one.
     accumulator = EventAccumulator(str(logdir), size_guidance={"tensors": 1}, tensor_size_guidance={"scalars": 0})

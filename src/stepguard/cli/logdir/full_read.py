@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard.cli.exits import Failure
+from stepguard.cli.exits import CommandError
 from stepguard.cli.logdir import tensor_readers
-from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, UNVERIFIED, Surveyed, identity, look
+from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, UNVERIFIED, ListedCheckpoint, commit_id, inspect
 from stepguard.store import verification
 from stepguard.store.layout import Layout
 
@@ -16,48 +16,48 @@ _LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What reading has shown: the checkpoint with its state, and each damaged file with the reason.
+class FullRead:
+    """The outcome of a full read: the checkpoint with its state, and each damaged file with the reason.
 
-    ``is_readable`` is, for one without a manifest, whether its framework could read all of it by its own checksums;
-    None if that was not tried.
+    ``is_readable`` says, for a checkpoint without a manifest, whether its framework could read it and its checksums
+    were right; None if that was not tried.
     """
 
-    surveyed: Surveyed
+    listed: ListedCheckpoint
     damages: tuple[tuple[Path | None, str], ...] = ()
     is_readable: bool | None = None
 
     @property
     def state(self) -> str:
-        """As in `survey`, where good now means that all bytes that a restore reads are those that were committed."""
-        return self.surveyed.state
+        """As in `list_contents`; here "good" means that every byte that a restore reads is the one committed."""
+        return self.listed.state
 
 
-def prove(one: Surveyed, *, on_block: Callable[[int], None] | None = None) -> Proof | None:
+def read_fully(one: ListedCheckpoint, *, on_block: Callable[[int], None] | None = None) -> FullRead | None:
     """Read all of a checkpoint. None if it was pruned meanwhile; a newer one of its name is read instead.
 
     Raises OSError for what is no proof of damage: too many open files, for one.
     """
     place = Layout(one.checkpoint.root, one.basename, ENTRY_SUFFIX)
     name = one.checkpoint.name
-    proof = None
+    read = None
     for _ in range(_LOOKS):
-        before = identity(place, name)
+        before = commit_id(place, name)
         if before is None:
             return None
-        found = look(place, one.checkpoint, lambda: place.present(name))
+        found = inspect(place, one.checkpoint, lambda: place.present(name))
         if found is None:
             return None
         try:
-            proof = _proof(place, found, on_block)
+            read = _compared_with_manifest(place, found, on_block)
         except FileNotFoundError:
-            continue  # Pruned or replaced under our eyes: looked at again.
-        if proof.state != DAMAGED or identity(place, name) == before:
-            return proof
-    return proof
+            continue  # Pruned or replaced during the read: inspect it again.
+        if read.state != DAMAGED or commit_id(place, name) == before:
+            return read
+    return read
 
 
-def _proof(place: Layout, found: Surveyed, on_block: Callable[[int], None] | None) -> Proof:
+def _compared_with_manifest(place: Layout, found: ListedCheckpoint, on_block: Callable[[int], None] | None) -> FullRead:
     manifest = found.checkpoint.manifest
     if manifest is None:
         return _unmanifested(found)
@@ -69,27 +69,27 @@ def _proof(place: Layout, found: Surveyed, on_block: Callable[[int], None] | Non
         is_damaged |= verification.prevents_restore(place, manifest.name, one)
         is_unreadable |= isinstance(one, verification.CheckpointUnreadableError)
     if not damages:
-        return Proof(replace(found, state=GOOD, reasons=()))
+        return FullRead(replace(found, state=GOOD, reasons=()))
     if verification.was_written_over(place, manifest):
         over = replace(found, checkpoint=replace(found.checkpoint, manifest=None), state=UNVERIFIED)
         return _unmanifested(replace(over, reasons=("TensorFlow's own tools have written over it",)))
     state = DAMAGED if is_damaged else GOOD
     reasons = tuple(reason for _, reason in damages)
-    return Proof(replace(found, state=state, reasons=reasons, is_unreadable=is_unreadable), tuple(damages))
+    return FullRead(replace(found, state=state, reasons=reasons, is_unreadable=is_unreadable), tuple(damages))
 
 
-def _unmanifested(found: Surveyed) -> Proof:
+def _unmanifested(found: ListedCheckpoint) -> FullRead:
     if found.state == DAMAGED:
-        return Proof(found, tuple((None, reason) for reason in found.reasons))
+        return FullRead(found, tuple((None, reason) for reason in found.reasons))
     if found.engine != "tensorflow" or found.checkpoint.is_committed:
-        return Proof(found)  # Its manifest is of a newer Stepguard, or could not be read: nothing is known.
+        return FullRead(found)  # The manifest is of a newer Stepguard, or could not be read: the state stays unknown.
     try:
         reason = tensor_readers.tensorflow_damage(found)
-    except Failure as error:
-        return Proof(replace(found, reasons=(*found.reasons, error.message)))
+    except CommandError as error:
+        return FullRead(replace(found, reasons=(*found.reasons, error.message)))
     if reason is None:
         readable = "TensorFlow can read every tensor of it"
-        return Proof(replace(found, reasons=(*found.reasons, readable)), is_readable=True)
+        return FullRead(replace(found, reasons=(*found.reasons, readable)), is_readable=True)
     path = found.checkpoint.path
     reason = f"{path}: {reason}"
-    return Proof(replace(found, state=DAMAGED, reasons=(reason,)), ((path, reason),), is_readable=False)
+    return FullRead(replace(found, state=DAMAGED, reasons=(reason,)), ((path, reason),), is_readable=False)

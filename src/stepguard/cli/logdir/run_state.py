@@ -1,4 +1,4 @@
-"""What is known of a run from its logdir: heartbeats, ledger and checkpoints put together, for `status`."""
+"""The state of a run for `status`, computed from the heartbeats, ledger and checkpoints in its logdir."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import processes
-from stepguard.cli.logdir.contents import Surveyed, newest
+from stepguard.cli.logdir.contents import ListedCheckpoint, newest
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -20,8 +20,8 @@ from stepguard.watching.history import History
 class Process:
     """One process of the run.
 
-    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one,
-    and ``is_from_ledger`` that there is no heartbeat of it, and the ledger tells of it.
+    ``state`` is the result of `heartbeat.state`. ``is_left_behind`` says that the process belongs to an earlier start,
+    ``is_from_ledger`` that it has no heartbeat and is known from the ledger only.
     """
 
     beat: Heartbeat
@@ -33,7 +33,7 @@ class Process:
 
     @property
     def hangs(self) -> bool:
-        """Whether its hang watch waits for a step."""
+        """Whether its hang watch has reported a hang that goes on."""
         return self.state == "alive" and self.beat.stacks is not None
 
     @property
@@ -57,8 +57,8 @@ class Launcher:
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
-    """All that is known. ``steps_at_risk`` would be lost by a crash now; None where the step is not known.
+class RunState:
+    """The state of a run. A crash now would lose ``steps_at_risk``; None if the step is unknown.
 
     ``last_error`` is that of the newest start that ended by one, also when the run goes on since. ``unreadable`` says
     what the system could not read, and was passed over.
@@ -67,8 +67,8 @@ class Situation:
     logdir: Path
     now: float
     processes: tuple[Process, ...]
-    newest: Surveyed | None
-    newest_good: Surveyed | None
+    newest: ListedCheckpoint | None
+    newest_good: ListedCheckpoint | None
     steps_at_risk: int | None
     history: History
     last_error: str | None
@@ -78,7 +78,7 @@ class Situation:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to tell of: no process, no ledger and no checkpoint."""
+        """Whether the logdir has no heartbeat, no ledger and no checkpoint."""
         return not self.processes and not self.has_ledger and self.newest is None
 
     @property
@@ -92,8 +92,8 @@ class Situation:
         return all(one.is_well for one in present)
 
 
-def look(logdir: Path) -> Situation:
-    """Look at a logdir. Nothing is locked or written. Raises OSError if it cannot be read."""
+def read_run_state(logdir: Path) -> RunState:
+    """Read the state of the run in a logdir. Locks and writes nothing. Raises OSError if it cannot be read."""
     now = time.time()
     unreadable: list[str] = []
 
@@ -103,20 +103,23 @@ def look(logdir: Path) -> Situation:
     events = ledger.read(logdir, note)
     beats = heartbeat.read(logdir, note)
     roles = {one.role for one in beats}
-    # Heartbeats are not synced: a power loss leaves an empty one of a run that was anything but well.
+    # Heartbeats are not synced: after a power loss the chief's may be empty, and only the ledger tells of it.
     if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
         beats = [told, *beats]
-    beats = [history.completed(one, events) for one in beats]
+    events_of: dict[object, list[dict[str, Any]]] = {}
+    for event in events:
+        events_of.setdefault(event.get("role"), []).append(event)
+    beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
-    return Situation(
+    return RunState(
         logdir=logdir,
         now=now,
         processes=tuple(_process(one, chief, now, is_from_ledger=one.role not in roles) for one in beats),
         newest=last,
         newest_good=good,
         steps_at_risk=_at_risk(chief, good),
-        history=history.of(events, chief),
+        history=history.from_events(events, chief),
         last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
@@ -124,8 +127,8 @@ def look(logdir: Path) -> Situation:
     )
 
 
-def document(found: Situation) -> dict[str, Any]:
-    """The situation for programs."""
+def document(found: RunState) -> dict[str, Any]:
+    """The state as a JSON document."""
     return {
         "logdir": str(found.logdir),
         "time": found.now,
@@ -158,7 +161,7 @@ def _secs_left(beat: Heartbeat, state: str) -> float | None:
     return max(0, beat.total_steps - beat.step) / beat.steps_per_sec
 
 
-def _at_risk(chief: Heartbeat | None, good: Surveyed | None) -> int | None:
+def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | None:
     if chief is None or chief.step is None:
         return None
     saved = [0]
@@ -167,7 +170,7 @@ def _at_risk(chief: Heartbeat | None, good: Surveyed | None) -> int | None:
             return None
         saved.append(good.checkpoint.step)
     elif chief.last_checkpoint is not None and isinstance(chief.last_checkpoint.get("step"), int):
-        # Checkpoints may be where only the framework sees them.
+        # The checkpoints may lie where only the framework can read them.
         saved.append(chief.last_checkpoint["step"])
     return max(0, chief.step - max(saved))
 
@@ -200,7 +203,7 @@ def _process_document(one: Process) -> dict[str, Any]:
     }
 
 
-def _checkpoint_document(one: Surveyed | None) -> dict[str, Any] | None:
+def _checkpoint_document(one: ListedCheckpoint | None) -> dict[str, Any] | None:
     if one is None:
         return None
     checkpoint = one.checkpoint

@@ -1,4 +1,4 @@
-"""The framework of a checkpoint, loaded by the name that its manifest has. The only place that does so."""
+"""Loads the framework of a checkpoint, by the engine's name in the manifest. No other module of the CLI does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from stepguard.cli.exits import FINDING, NOT_DONE, Failure
-from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, Surveyed
+from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
+from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, ListedCheckpoint
 from stepguard.store.saved_tensor import SavedTensor
 
 _ENGINES = ("tensorflow", "torch")
 
 
-def read_tensors(one: Surveyed) -> Iterator[SavedTensor]:
-    """The tensors of a checkpoint. Raises Failure where its framework is unknown or missing, or its files are gone."""
+def read_tensors(one: ListedCheckpoint) -> Iterator[SavedTensor]:
+    """The tensors of a checkpoint.
+
+    Raises:
+        CommandError: its framework is unknown or missing, or its files are gone.
+    """
     if one.state == DAMAGED and one.engine == UNKNOWN_ENGINE:
         raise _damaged(one)
     try:
@@ -26,32 +30,32 @@ def read_tensors(one: Surveyed) -> Iterator[SavedTensor]:
         raise _damaged(one) from error
 
 
-def tensorflow_damage(one: Surveyed) -> str | None:
+def tensorflow_damage(one: ListedCheckpoint) -> str | None:
     """What is wrong with a TensorFlow checkpoint without a manifest by its own checksums; None if all can be read.
 
-    Raises Failure where TensorFlow is not installed.
+    Raises CommandError where TensorFlow is not installed.
     """
     module = _module(one)
     error = module.damage(str(one.checkpoint.path))
     return None if error is None else str(module.cause(error))
 
 
-def _damaged(one: Surveyed) -> Failure:
+def _damaged(one: ListedCheckpoint) -> CommandError:
     path = one.checkpoint.path
-    return Failure(f"{path}: damaged: {'; '.join(one.reasons)}; `stepguard verify {path}` says more", FINDING)
+    return CommandError(f"{path}: damaged: {'; '.join(one.reasons)}; `stepguard verify {path}` says more", FINDING)
 
 
-def _module(one: Surveyed) -> Any:
+def _module(one: ListedCheckpoint) -> Any:
     path = one.checkpoint.path
     if one.engine not in _ENGINES:
-        raise Failure(
+        raise CommandError(
             f"{path}: expected a checkpoint of TensorFlow or PyTorch, found one of the engine {one.engine!r}", NOT_DONE
         )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else what it says of the processor comes before the table
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:
         return importlib.import_module(f"stepguard.{one.engine}.checkpoint.tensors")
     except ModuleNotFoundError as error:
-        raise Failure(
+        raise CommandError(
             f"{path}: its tensors cannot be read without its framework ({error}): "
             f"pip install 'stepguard[{one.engine}]'",
             NOT_DONE,

@@ -1,4 +1,4 @@
-"""What is said of the values of a tensor, and of the difference between two. NumPy is loaded when it is first used."""
+"""Statistics of one tensor, and of the difference between two. NumPy is loaded when it is first used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of the values that are not NaN. Of complex numbers: the magnitudes. None where there are none, and of strings."""
+    """Statistics of the values that are not NaN; for complex numbers, of their magnitudes. None for strings, and where
+    there are no values.
+    """
 
     minimum: int | float | None
     maximum: int | float | None

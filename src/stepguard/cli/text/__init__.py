@@ -1,1 +1,1 @@
-"""Showing it: tables, plots, a progress bar, and text that may hold anything."""
+"""Output: tables, plots, a progress bar, and escapes for text from files."""

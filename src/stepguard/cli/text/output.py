@@ -1,4 +1,4 @@
-"""How commands print: text that may hold anything, sizes and ages for people, and JSON for programs."""
+"""How commands print: arbitrary text, sizes and ages for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def size(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number in a column: integers whole, others with three digits; "-" for None."""
+    """A number in a column: an integer in full, a float with three digits, "-" for None."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """The shape of a tensor as "784x10", "scalar" for none."""
+    """The shape of a tensor, such as "784x10"; "scalar" if it has no dimensions."""
     return "x".join(map(str, sizes)) if sizes else "scalar"
 
 
@@ -55,7 +55,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def accounted(found: History) -> str:
-    """What became of the time of a run."""
+    """The time of a run as text: productive, replayed, down."""
     return (
         f"productive {duration(found.productive_secs)}, replayed {duration(found.replayed_secs)}, "
         f"down {duration(found.down_secs)}"
@@ -63,7 +63,7 @@ def accounted(found: History) -> str:
 
 
 def missing_newest(name: str) -> str:
-    """The line about a checkpoint that is gone."""
+    """The line about a newest checkpoint that no longer exists."""
     return f"the file 'checkpoint' names {printable(name)} as the newest, and there is no file of it"
 
 

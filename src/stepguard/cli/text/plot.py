@@ -62,7 +62,7 @@ def _canvas(
 
 
 def _scaled(value: float, low: float, high: float, size: int) -> int:
-    # Halves: between the largest and the smallest float lies more than a float can hold.
+    # Halves, because the difference of two floats may overflow.
     span = high / 2 - low / 2
     return round((value / 2 - low / 2) / span * size) if span > 0 else size // 2
 

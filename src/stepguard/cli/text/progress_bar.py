@@ -1,4 +1,4 @@
-"""A bar on stderr while much is read: in a terminal only."""
+"""A progress bar on stderr for long reads, in a terminal only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def reading(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show how much of ``total_bytes`` was read; gives a function to be told of each block. Gone at the end."""
+    """Show how much of ``total_bytes`` was read. Yields a function to call with the size of each block."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -1,4 +1,4 @@
-"""A table as text: aligned, whole when it is piped, fitted to the terminal when it is looked at.
+"""A table as text: aligned, complete when it is piped, fitted to the width of a terminal.
 
 Not rich's own: that one needs more than three seconds for the 10,000 checkpoints that `ls` has to list in two.
 """
@@ -22,9 +22,9 @@ _SHORTEST = 12
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``style`` gives the colour of a cell by click's name; of those that may ``shrink``, the widest does first.
+    """``style`` returns the click name of a cell's colour. Of columns that may ``shrink``, the widest shrinks first.
 
-    ``hide`` leaves a column that says nothing out of a terminal, where room is short; it is there where it is piped.
+    ``hide`` leaves out a column without information in a terminal, where room is short, but not in a pipe.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Column:
 
 
 def warning(count: str) -> str | None:
-    """The colour of a count that had better be 0."""
+    """The colour of a count that should be 0."""
     return None if count in _NOTHING else "red"
 
 
@@ -85,7 +85,7 @@ def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]
 
 
 def _fitted(cell: str, width: int) -> str:
-    """A cell that is too long keeps its beginning and its end, which in a name tell most."""
+    """Shorten a cell in its middle: the beginning and the end of a name tell most."""
     if cell_len(cell) <= width:
         return cell
     head = (width - 1) // 3

@@ -1,9 +1,13 @@
-"""Whether a saved state fits the objects of a program, found out before anything is changed."""
+"""Checks whether a saved state fits the objects of a program, before anything is changed."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import logging
 import random
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +16,116 @@ from torch import nn
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.saving.mismatch import Mismatch
+from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
 from stepguard.words import listed
 
-# What PyTorch's own optimizers keep in the shape of the parameter. Others may use the same names for what is smaller.
-_OF_PARAMETER_SHAPE = {
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_inf",
-    "momentum_buffer",
-    "square_avg",
-    "grad_avg",
-    "acc_delta",
-    "sum",
-    "prev",
-    "step_size",
-    "ax",
-}
+_log = logging.getLogger(__name__)
 
 
-def check_fits(
-    path: Path, components: Sequence[Component], held: Sequence[str], states: Mapping[str, Any], *, is_sharded: bool
-) -> None:
-    """Compare the objects of the program with the checkpoint at ``path``, which ``is_sharded`` or not.
-
-    ``held`` are the names of all that the checkpoint holds; ``states`` has the states of those that the program has.
-
-    Raises:
-        CheckpointMismatchError: there is a difference. It lists all of them.
-    """
-    names = [component.name for component in components]
-    found = Mismatch(
-        missing=[name for name in names if name not in held],
-        unexpected=[name for name in held if name not in names],
+def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> CheckpointMismatchError:
+    """The error for the checkpoint at ``path``, with the parts ``held``, that does not fit because of ``found``."""
+    return CheckpointMismatchError(
+        f"{path} does not fit this program: {found}. Nothing was changed. Start the program that wrote it, or use "
+        f"another logdir; or restore a part of it with restoring=Restoring(only=..., leave_out=...), or by hand with "
+        f"stepguard.torch.load({str(path)!r}), which has {listed(held)}",
+        path=path,
+        missing=found.missing,
+        unexpected=found.unexpected,
+        reshaped=found.reshaped,
     )
-    for component in components:
-        if component.name in held:
-            found.add(mismatch(component, states[component.name]))
-    if found:
-        raise CheckpointMismatchError(
-            f"{path} does not fit this program: {found}. Nothing was changed. Start the program that wrote it, or use "
-            f"another logdir; a part of it can be loaded with {_by_hand(path, is_sharded)}",
-            path=path,
-            missing=found.missing,
-            unexpected=found.unexpected,
-            reshaped=found.reshaped,
-        )
 
 
-def mismatch(component: Component, saved: Any) -> Mismatch:
-    """What keeps ``saved`` from being loaded into the object; nothing is changed."""
+def mismatch(component: Component, saved: Any, *, is_left_out: Callable[[str], bool]) -> Mismatch:
+    """The reasons why ``saved`` cannot be loaded into the object, without the names for which ``is_left_out`` is true.
+
+    The parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
+    """
     found = Mismatch()
-    holder, live = component.holder, component.state()
+    name, holder, live = component.name, component.holder, component.state()
     if not _is_of_this_kind(holder, live, saved):
-        found.reshaped[component.name] = (f"the state of a {type(holder).__name__}", _described(saved))
-    elif isinstance(holder, torch.optim.Optimizer):
-        _compare_groups(component.name, live, saved, found)
-        if not found and type(holder).step.__module__.startswith("torch.optim."):
-            _compare_parameters(component.name, holder, saved, found)
-    elif isinstance(live, Mapping) and isinstance(saved, Mapping):
-        # An object of another kind may itself accept a state of an older version, with fewer keys or more.
-        if isinstance(holder, nn.Module):
-            found.missing += [f"{component.name}.{key}" for key in live if key not in saved]
-            found.unexpected += [f"{component.name}.{key}" for key in saved if key not in live]
-        _compare_shapes(component.name, live, saved, found)
+        expected = f"the state of a {type(holder).__name__}" if live or not isinstance(live, Mapping) else "nothing"
+        found.reshaped[name] = (expected, _described(saved))
+    elif isinstance(holder, nn.Module):
+        _compare_modules(name, holder, live, saved, is_left_out, found)
+    elif isinstance(live, Mapping) and not isinstance(holder, torch.optim.Optimizer):
+        # Only shapes are compared: the object may accept a state of an older version, with fewer or more keys.
+        _compare_shapes(name, live, saved, found)
     return found
 
 
+def _compare_modules(
+    name: str, module: nn.Module, live: Any, saved: Any, is_left_out: Callable[[str], bool], found: Mismatch
+) -> None:
+    kept = {key: part for key, part in saved.items() if not is_left_out(f"{name}.{key}")}
+    wanted = {key: part for key, part in live.items() if not is_left_out(f"{name}.{key}")}
+    own = Mismatch(
+        missing=[f"{name}.{key}" for key in wanted if key not in kept],
+        unexpected=[f"{name}.{key}" for key in kept if key not in wanted],
+    )
+    _compare_shapes(name, wanted, kept, own)
+    if own and not _adapts(module, {**live, **kept}):
+        found.add(own)
+
+
+def _adapts(module: nn.Module, saved: Mapping[str, Any]) -> bool:
+    """Whether PyTorch loads ``saved`` because parts of the module have their own way of loading.
+
+    This is tried on a copy on the meta device, which has shapes and no values.
+    """
+    if not any(_loads_by_itself(part) for part in module.modules()):
+        return False
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    bare: dict[int, Any] = {}
+    for tensor in tensors:
+        kind = nn.Parameter if isinstance(tensor, nn.Parameter) else lambda one, **_: one
+        bare[id(tensor)] = kind(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+    try:
+        trial = copy.deepcopy(module, bare)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns that a load into meta tensors copies nothing.
+            trial.load_state_dict(Names(trial).as_live(saved, trial))
+    except Exception as error:  # noqa: BLE001 - the program's own code; any error means that the state does not fit
+        _log.debug("not adapted: %s", error)
+        return False
+    return True
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        kind.set_extra_state is not nn.Module.set_extra_state
+        or (
+            kind._load_from_state_dict is not nn.Module._load_from_state_dict
+            and not kind._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+        )
+        or kind.load_state_dict is not nn.Module.load_state_dict
+        or bool(module._load_state_dict_pre_hooks)
+    )
+
+
+def casts(component: Component, saved: Any) -> list[str]:
+    """The tensors of a module that have another type in the checkpoint, so that loading casts them."""
+    if not isinstance(component.holder, nn.Module):
+        return []
+    return [
+        f"{component.name}.{key} ({saved[key].dtype} in the checkpoint, {part.dtype} in the program)"
+        for key, part in component.state().items()
+        if isinstance(part, torch.Tensor)
+        and isinstance(saved.get(key), torch.Tensor)
+        and not _is_extra(key)
+        and saved[key].dtype != part.dtype
+    ]
+
+
+def _is_extra(key: str) -> bool:
+    # A module defines the form and size of its extra state itself.
+    return key.rpartition(".")[2] == "_extra_state"
+
+
 def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
-    """Whether ``saved`` may be the state of an object like ``holder``, as far as its kind has a form of its own."""
+    """Whether ``saved`` has the form of a state of an object like ``holder``, as far as that form is known."""
     if isinstance(live, Mapping) != isinstance(saved, Mapping):
         return False
     if isinstance(holder, torch.Generator):
@@ -92,32 +136,8 @@ def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
         return bool(saved.get("bit_generator") == live["bit_generator"])
     if isinstance(holder, torch.optim.Optimizer):
         return {"state", "param_groups"} <= set(saved)
-    return True
-
-
-def _compare_groups(name: str, live: Any, saved: Any, found: Mismatch) -> None:
-    """An optimizer knows its parameters by their order only, so their number in each group has to agree."""
-    has, held = live.get("param_groups", []), saved.get("param_groups", [])
-    if len(has) != len(held):
-        found.reshaped[f"{name}.param_groups"] = (f"{len(has)} groups", f"{len(held)} groups")
-        return
-    for index, (one, other) in enumerate(zip(has, held, strict=True)):
-        place = f"{name}.param_groups[{index}]"
-        if len(one["params"]) != len(other["params"]):
-            found.reshaped[place] = (f"{len(one['params'])} parameters", f"{len(other['params'])} parameters")
-        # Without momentum, or with other betas: another optimizer.
-        found.missing += [f"{place}.{key}" for key in one if key not in other]
-        found.unexpected += [f"{place}.{key}" for key in other if key not in one and key != "param_names"]
-
-
-def _compare_parameters(name: str, optimizer: torch.optim.Optimizer, saved: Any, found: Mismatch) -> None:
-    """What was kept for a parameter is given to the one in its place: in another order it would be that of another."""
-    for group, held in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for parameter, number in zip(group["params"], held["params"], strict=True):
-            for key, part in saved["state"].get(number, {}).items():
-                if key in _OF_PARAMETER_SHAPE and isinstance(part, torch.Tensor) and part.shape != parameter.shape:
-                    pair = str(list(parameter.shape)), str(list(part.shape))
-                    found.reshaped[f"{name}.state[{number}].{key}"] = pair
+    # A disabled GradScaler has an empty state, which an enabled one refuses.
+    return isinstance(holder, (nn.Module, Values)) or not isinstance(live, Mapping) or bool(live) == bool(saved)
 
 
 def _described(state: Any) -> str:
@@ -134,11 +154,5 @@ def _compare_shapes(path: str, live: Any, saved: Any, found: Mismatch) -> None:
             found.reshaped[path] = (str(live.layout), str(saved.layout))
     elif isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key in live:
-            if key in saved:
+            if key in saved and not _is_extra(str(key)):
                 _compare_shapes(f"{path}.{key}", live[key], saved[key], found)
-
-
-def _by_hand(path: Path, is_sharded: bool) -> str:
-    if is_sharded:
-        return f"torch.distributed.checkpoint.load(..., checkpoint_id={str(path)!r})"
-    return f"torch.load({str(path)!r} + '/<name>.pt')"

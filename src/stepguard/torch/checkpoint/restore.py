@@ -1,9 +1,9 @@
-"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+"""Finds and restores the checkpoint from which a run continues, or reports exactly why it cannot."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,37 @@ from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
-from stepguard.torch.checkpoint.mismatch import check_fits
+from stepguard.torch.checkpoint.fitting import Fitting, fit
+from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
-from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
 _log = logging.getLogger(__name__)
 
-ENGINE = "torch"
-"""What the manifests of this engine's checkpoints name."""
-
 
 class Restorer:
     """Restores the newest good checkpoint of a store into the objects of the program."""
 
-    def __init__(self, store: CheckpointStore, components: Sequence[Component], options: Restoring) -> None:
+    def __init__(self, store: CheckpointStore, program: Program, options: Restoring) -> None:
         self._store = store
-        self._components = components
+        self._program = program
         self._options = options
 
     def restore_newest(self, restore: restoring.Restore) -> Recovery:
-        """Have the newest good checkpoint restored; what was found has none when there is none at all.
+        """Restore the newest good checkpoint; the result has ``checkpoint=None`` if there are no checkpoints.
 
         Raises:
-            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            NoGoodCheckpointError: checkpoints exist, but all are damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
         return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
-        """Restore the checkpoint that the chief has verified and restored.
+        """Restore the checkpoint ``name``, which the chief has verified and restored.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
             FileNotFoundError: this process does not see the chief's logdir.
         """
         path = self._store.root / name
@@ -56,59 +53,70 @@ class Restorer:
         self.load(path, session, rank)
 
     def return_to(self, path: Path, session: Session) -> None:
-        """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
+        """Reset the objects and the step to the checkpoint at ``path``. Random states and data positions are kept.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
-        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
-        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
-        process = read_file(processes[f"{PROCESS}0"])
-        states = self._fitting(path, saved, process.pop("sharded", {}), mapped=False)
-        for component in self._components:
-            component.put_back(states[component.name])
+        process, files, _ = _files(path, 0)
+        fitting, states = self._fitting(path, files, process, Restoring(), mapped=False)
+        for part in fitting.parts:
+            if not part.is_stream:
+                fitting.load(part, states[part.name])
+                part.forget_gradients()
         session.global_step = process["global_step"]
 
     def load(self, path: Path, session: Session, rank: int = 0) -> None:
-        """Load what the process of that ``rank`` needs to go on from the checkpoint at ``path``.
+        """Load the state with which the process of ``rank`` continues from the checkpoint at ``path``.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
-        saved = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
-        processes = {name: saved.pop(name) for name in list(saved) if is_process(name)}
-        process = read_file(processes[f"{PROCESS}0"])
-        sharded = process.pop("sharded", {})
-        if f"{PROCESS}{rank}" not in processes:
-            # There are more processes than before: the streams of this one begin as the program has seeded them.
+        process, files, is_of_rank = _files(path, rank)
+        # Rank 0 has just verified these files, which reads them to their ends, so it may map them.
+        fitting, states = self._fitting(path, files, process, self._options, mapped=rank == 0)
+        for part in fitting.parts:
+            fitting.load(part, states.pop(part.name))
+        fitting.note_winners()
+        if rank == 0:
+            fitting.report(path)
+        if not is_of_rank:
+            # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
-        elif rank:
-            process = read_file(processes[f"{PROCESS}{rank}"])
-        # Rank 0 has just verified these files, and with that read them.
-        states = self._fitting(path, saved, sharded, mapped=rank == 0)
-        for component in self._components:
-            component.load(states.pop(component.name))
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 
     def _fitting(
-        self, path: Path, saved: dict[str, Path], sharded: Mapping[str, Any], *, mapped: bool
-    ) -> dict[str, Any]:
-        """All that the checkpoint holds, once it is sure that it can be put in place."""
-        names = [component.name for component in self._components]
-        held = [*saved, *sharded]
-        states = {}
-        for component in self._components:
-            if component.name in held:
-                # Of what is sharded these are the names and shapes.
-                whole = component.name in saved
-                states[component.name] = (
-                    read_file(saved[component.name], mapped=mapped) if whole else sharded[component.name]
-                )
-        check_fits(path, self._components, held, states, is_sharded=bool(sharded))
-        layouts = {component.name: component.layouts() for component in self._components}
-        in_parts = {name: states[name] for name in names if name not in saved}
+        self, path: Path, files: Mapping[str, Path], process: dict[str, Any], options: Restoring, *, mapped: bool
+    ) -> tuple[Fitting, dict[str, Any]]:
+        """Decide how the checkpoint goes into the program; return that, and the states. Raise if any does not fit."""
+        # For sharded objects these are skeletons: names and shapes.
+        states = {
+            **process.pop("sharded", {}),
+            **{name: read_file(file, mapped=mapped) for name, file in files.items()},
+        }
+        fitting = fit(path, self._program, states, process.pop("program", {}), options)
+        fitting.prepare(states)
+        shardings = {part.name: part.shardings() for part in fitting.parts}
+        in_parts = {name: states[name] for name in shardings if name not in files}
         if in_parts:
-            states.update(read_sharded(path, in_parts, layouts))
-        states.update({name: cut(name, states[name], layouts[name]) for name in names if name in saved})
-        return states
+            states.update(read_sharded(path, in_parts, shardings))
+        states.update({name: cut(name, states[name], shardings[name]) for name in shardings if name in files})
+        return fitting, states
+
+
+def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool]:
+    """The content of the process file of ``rank`` in the checkpoint at ``path``, and the files of whole parts by name.
+
+    The last value says whether that rank took part in the save; if not, the process file of rank 0 is returned. Keys
+    that only the chief writes are always taken from rank 0.
+    """
+    found = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+    processes = {name: found.pop(name) for name in list(found) if is_process(name)}
+    process = read_file(processes[f"{PROCESS}0"])
+    own = processes.get(f"{PROCESS}{rank}")
+    if rank and own is not None:
+        # How far the epochs are is for the chief to say as well: it may have been a moment ahead.
+        of_chief = {key: process[key] for key in ("sharded", "program", "epochs") if key in process}
+        process = {**read_file(own), **of_chief}
+    return process, found, own is not None

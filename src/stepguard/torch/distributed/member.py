@@ -1,9 +1,9 @@
-"""A process of a PyTorch training, as the rendezvous sees it: what it adds to a checkpoint, and writes of it itself."""
+"""One process of a distributed PyTorch training, as the rendezvous sees it: its part of the state, and writing it."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from stepguard.steps.member import SessionMember
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
 from stepguard.torch.checkpoint.state import Component
-from stepguard.torch.distributed.joint_write import write_mine
+from stepguard.torch.distributed.joint_write import answer_error, write_mine, write_process
 from stepguard.torch.session import Session
 from stepguard.words import listed
 
 
 class TorchMember(SessionMember):
-    """Holds what this process has of the snapshot taken last. Without ``root`` it sees no logdir."""
+    """Holds the part of the last snapshot that belongs to this process. Without ``root`` the process has no logdir."""
 
     def __init__(
         self,
@@ -38,49 +38,53 @@ class TorchMember(SessionMember):
         self._components = components
         self._memory = memory
         self._root = root
+        self._is_sharded = any(is_sharded(one.state()) for one in components)
+        self._process: Mapping[str, Any] = {}
         self._part: Mapping[str, Any] = {}
         self._copies = CopyStreams({})
-        # Who has to look at what this process saves, if anybody.
+        # The watch that must see the values that this process saves, if there is one.
         self.watch: ValueWatch | None = None
 
-    def process_state(self) -> bytes:
-        """Random states and positions; the parts of sharded objects are copied, to be written when asked for."""
+    def take_state(self) -> int:
+        """Copy the random states, the positions in the data and this process's parts of sharded objects."""
         session = self._torch_session
-        with session.boundary.hold("a checkpoint"):
-            self._copy_part()
-            buffer = io.BytesIO()
-            torch.save(session.process_state.capture(), buffer)
-        return buffer.getvalue()
-
-    def _copy_part(self) -> None:
-        copies = CopyStreams(self._torch_session.training_streams)
-        with torch.no_grad():
-            live = {one.name: one.state() for one in self._components}
-            self._part = {
-                name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)
-            }
+        copies = CopyStreams(session.training_streams)
+        with session.boundary.hold("a checkpoint"), torch.no_grad():
+            steps = session.boundary.steps
+            state = {"global_step": session.global_step, **session.process_state.capture()}
+            self._process = self._memory.copy("process", state, copies)
+            if self._is_sharded:
+                live = {one.name: one.state() for one in self._components}
+                self._part = {
+                    name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)
+                }
             copies.close()
         self._copies = copies
+        return steps
 
-    def write_part(self, exchange: Exchange, place: str) -> None:
-        """Write this process's part of the sharded objects into ``place`` below the logdir."""
-        # Without a logdir of its own it does not see the chief's, and says so.
-        write_mine(exchange, exchange.rank, (self._root or Path()) / place, self._finished_part)
+    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+        """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
+        # Without a logdir this directory does not exist, and `write_process` reports that to the chief.
+        directory = (self._root or Path()) / place
+        try:
+            with held:
+                self._copies.finish()
+                write_process(exchange, directory, self._process)
+                if self._is_sharded:
+                    write_mine(exchange, exchange.rank, directory, self._finite_part)
+        except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
+            answer_error(exchange, "process", error)
+            if self._is_sharded:
+                answer_error(exchange, "has", error)
 
-    def _finished_part(self) -> Mapping[str, Any]:
-        self._copies.finish()
+    def _finite_part(self) -> Mapping[str, Any]:
         if self.watch is not None:
             _check_finite(self._part)
         return self._part
 
 
-def loaded_process_state(content: bytes) -> dict[str, Any]:
-    """What another process has given as its :meth:`TorchMember.process_state`."""
-    return dict(torch.load(io.BytesIO(content), weights_only=True))
-
-
 def _check_finite(states: Mapping[str, Any]) -> None:
-    """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
+    """Raise NonFiniteError if a value is not finite. The chief cannot see these values; the error ends its save too."""
     names = [place for name, state in states.items() for place in non_finite(name, state)]
     if names:
         raise NonFiniteError(f"the state to be saved is not finite: {listed(names)}", step=None, names=names)

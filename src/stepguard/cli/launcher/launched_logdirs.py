@@ -1,4 +1,4 @@
-"""What the logdirs of a program say of one start of it: how far it came, how it stopped, and why."""
+"""The logdirs of a program: what they say about one start of it, such as its progress, its stop, and the cause."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepguard.watching.ledger import Ledger
 _Event = dict[str, Any]
 
 
-class Runs:
+class LaunchedLogdirs:
     """The logdirs that were given or announced, and the launcher's own lines in their ledgers."""
 
     def __init__(self, given: Path | None, announcements: Path) -> None:
@@ -24,25 +24,25 @@ class Runs:
         self._announcements = announcements
         self._ledgers: dict[Path, Ledger] = {}
         self._best: dict[Path, int | None] = {}
-        # All lines so far: for a logdir that is not known yet.
+        # All lines so far, for logdirs that become known later.
         self._told: list[tuple[str, _Event]] = []
         if given is not None:
-            self.look()
-            # Of an announced one its own ledger tells what was there before: it may have trained since.
+            self.find_announced()
+            # Read the state of an announced logdir from its ledger, because the program may have trained already.
             self._best = {logdir: _checkpoint(logdir)[0] for logdir in self._ledgers}
 
-    def look(self) -> None:
-        """Find out whether a process has announced its logdir meanwhile."""
+    def find_announced(self) -> None:
+        """Take up the logdirs that processes have announced since the last call."""
         found = launcher_link.announced(self._announcements)
         for logdir in found if self._given is None else [self._given.absolute(), *found]:
-            # One that is given may be made by the program only: a logdir that exists means something to some.
+            # The launcher must not create the logdir: some programs behave differently when it exists.
             if logdir not in self._ledgers and os.path.isdir(logdir):
                 self._ledgers[logdir] = Ledger(logdir, role=history.LAUNCHER)
                 for event, line in self._told:
                     self._ledgers[logdir].append(event, **line)
 
-    def tell(self, event: str, time: float, **fields: Any) -> None:
-        """Add a line to each ledger, now or as soon as it is known."""
+    def record(self, event: str, time: float, **fields: Any) -> None:
+        """Add a line to every ledger, including those that become known later."""
         line = {"time": round(time, 3), **fields}
         self._told.append((event, line))
         for one in self._ledgers.values():
@@ -50,12 +50,12 @@ class Runs:
 
     def has_progressed(self, since: float) -> bool:
         """Whether the start at ``since`` came to a step, or saved a checkpoint, that no start before it had."""
-        # Of all of them, since each is remembered for the next start.
+        # A list, not a generator: the best step of every logdir has to be remembered for the next start.
         progressed = [self._has_progressed(logdir, since) for logdir in self._ledgers]
         return any(progressed)
 
-    def stop(self, since: float) -> _Event | None:
-        """The last stop since then: of a chief, if one has told of it, and of one with an error, if there is one."""
+    def last_stop(self, since: float) -> _Event | None:
+        """The last `stop` line since then: preferably a chief's, and preferably one with an error."""
         stops = [one for one in self._since(since) if one["event"] == "stop"]
         return max(
             stops,
@@ -64,9 +64,9 @@ class Runs:
         )
 
     def cause(self, since: float) -> str | None:
-        """The first error since then, of whichever process: those of the others follow from it, as a lost peer does.
+        """The first error of any process since then: later errors, such as a lost peer, follow from it.
 
-        What a process has failed of before it was started once more, by torchrun say, is not what ended the program.
+        The error of a process that was restarted since, for example by torchrun, did not end the program.
         """
         firsts = [first for logdir in self._ledgers if (first := _first_error(_read(logdir), since)) is not None]
         return min(firsts, key=lambda one: one["time"])["error"] if firsts else None
@@ -86,19 +86,19 @@ class Runs:
         after = _highest(*(one.get("step") for one in began), *beats, newest_step)
         self._best[logdir] = _highest(before, after)
         if before is None:
-            # It came to no session, or counts no steps.
+            # No session was opened before, or the program counts no steps.
             return newest_time >= since
         if _is_beyond(after, before):
             return True
-        # After damage a run goes further back than it had been, and still comes on.
+        # After damage a run resumes from an older step than before, and makes progress below its best step.
         return _is_beyond(_highest(*saved), _highest(*(one.get("step") for one in starts)))
 
     def histories(self, since: float) -> list[tuple[Path, History]]:
-        """What became of the time since then, for each logdir whose chief has told of itself."""
+        """The history since then of every logdir that has lines of a chief."""
         found = []
         for logdir in self._ledgers:
             chief = next((one for one in _beats(logdir) if one.role == history.CHIEF), None)
-            became = history.of([one for one in _read(logdir) if one["time"] >= since], chief)
+            became = history.from_events([one for one in _read(logdir) if one["time"] >= since], chief)
             if became.attempts:
                 found.append((logdir, became))
         return found
@@ -107,7 +107,7 @@ class Runs:
         return [event for logdir in self._ledgers for event in _read(logdir) if event["time"] >= since]
 
 
-# What cannot be read is no reason to leave a program alone.
+# A logdir that cannot be read must not stop the launcher from restarting its program.
 
 
 def _read(logdir: Path) -> list[_Event]:
@@ -117,14 +117,18 @@ def _read(logdir: Path) -> list[_Event]:
 
 
 def _first_error(events: list[_Event], since: float) -> _Event | None:
-    """The first stop by an error, in the order of the lines: the clocks of several hosts may differ."""
+    """The first stop by an error, in the order of the lines: the clocks of several hosts may differ.
+
+    An error after a stop request does not count: a launcher of several processes ends the others when one has died,
+    and with them the workers of their loaders.
+    """
     failed: dict[object, _Event] = {}
     for one in events:
         if one["time"] < since:
             continue
         if one["event"] == "start":
             failed.pop(one.get("role"), None)
-        elif one["event"] == "stop" and isinstance(one.get("error"), str) and one["error"]:
+        elif one["event"] == "stop" and isinstance(one.get("error"), str) and one["error"] and not one.get("request"):
             failed.setdefault(one.get("role"), one)
     return next(iter(failed.values()), None)
 
@@ -136,7 +140,7 @@ def _beats(logdir: Path) -> list[Heartbeat]:
 
 
 def _checkpoint(logdir: Path) -> tuple[int | None, float]:
-    """Step and time of the newest that is not damaged; the beginning of time if there is none."""
+    """Step and time of the newest checkpoint that is not damaged; ``(None, 0.0)`` if there is none."""
     with contextlib.suppress(OSError):
         for found in newest(logdir):
             if found is not None and found.state != DAMAGED:

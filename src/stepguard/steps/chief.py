@@ -1,0 +1,247 @@
+"""The chief's side of the rendezvous: it opens the rounds, and asks for the parts of a checkpoint.
+
+The protocol is explained in :mod:`stepguard.steps.rendezvous`. Three threads run this code: the thread that saves (a
+timer's or the training thread), the thread that settles the last step, and the listening thread, which starts the
+second. The first two take turns by the lock ``_rounds``, and each of their waits for answers has a patience. The
+listening thread never takes that lock and so never waits for them. What a kill leaves is explained there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stepguard.errors import NoBoundaryError
+from stepguard.steps.common_store import CommonStore, StoreLostError
+from stepguard.steps.exchange import Exchange
+from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
+from stepguard.steps.word_log import Word
+
+_log = logging.getLogger(__name__)
+
+# A generous estimate of the length of a round, used before the first round.
+_ROUND_SECS = 0.05
+_ROUND_SECS_OF_A_PROCESS = 0.0001
+_MOST_STEPS_AHEAD = 100_000
+# How long a training thread that itself asks for a save waits for the others to come to its step.
+_HERE_SECS = 5.0
+_LOOK_SECS = 0.05
+# A process that has begun a step may find that its data has ended, so it is asked again, at growing intervals.
+_ASK_AGAIN_SECS = 0.02
+_ASK_AGAIN_AT_MOST_SECS = 5.0
+
+
+class Chief(Rendezvous):
+    """The rendezvous of the process of rank 0."""
+
+    def __init__(self, store: CommonStore, size: int, gate: Gate, member: Member, *, grace_secs: float) -> None:
+        super().__init__(store, 0, size, gate, member, grace_secs=grace_secs)
+        self._rounds = threading.Lock()
+        self._round_secs = _ROUND_SECS + size * _ROUND_SECS_OF_A_PROCESS
+        # The step of the last snapshot, and whether the others still keep their states of that step.
+        self._taken_at: int | None = None
+        self._is_wanted = False
+        # The thread and the step at which a training thread stands where all others take their states unasked.
+        self._knows_steps = False
+        self._met_at: tuple[int, int] | None = None
+        self._starting = threading.Lock()
+        self._settling: threading.Thread | None = None
+
+    def say_restored(self, name: str | None) -> None:
+        """Tell the others which checkpoint was restored, or that there is none."""
+        self._words.say("restored", name)
+
+    def take_state(self) -> None:
+        """Do nothing: the state of this process is in the snapshot itself."""
+
+    def loop_changed(self) -> None:
+        """If all processes know the steps of the checkpoints, tell the others whether the chief will come to them."""
+        if self._knows_steps:
+            self._say("loop", self._gate.loop is not Loop.ENDED)
+
+    # --- checkpoints ---
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """A block in which this process stands after the step at which all others take their states.
+
+        Raises:
+            NoBoundaryError: there is no such step, or it did not come in time.
+        """
+        if self._met_at == (threading.get_ident(), self._member.steps_done()):
+            step = self._member.steps_done()
+            if self._is_wanted:
+                # The others wait here, because the previous checkpoint may still need the states that they hold.
+                self._words.say("save", step)
+            self._note_taken(step)
+            yield
+            return
+        with self._rounds:
+            try:
+                self._note_taken(self._agree(what))
+                yield
+            finally:
+                self._gate.open_until(math.inf)
+
+    def _note_taken(self, step: int) -> None:
+        self._taken_at, self._is_wanted = step, True
+
+    def at_known_step(self, callback: Callable[[], int]) -> int:
+        """Call ``callback``, which may save, after a step at which all others take their states unasked."""
+        step = self._member.steps_done()
+        self._knows_steps = True
+        self._met_at = threading.get_ident(), step
+        try:
+            return callback()
+        finally:
+            self._met_at = None
+            if self._taken_at != step:
+                self._say("passed", step)
+
+    def settled(self) -> None:
+        """Tell the others that the last snapshot is committed, so that they can free their states of it."""
+        if self._is_wanted:
+            self._is_wanted = False
+            self._say("settled")
+
+    def exchange(self, place: str) -> Exchange:
+        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir."""
+        return self._exchange(self._words.say("write", self._taken_at, place))
+
+    def _say(self, kind: str, *content: object) -> None:
+        """Say a word, and ignore a lost store: the next collective operation reports that the others have ended."""
+        with contextlib.suppress(StoreLostError):
+            self._words.say(kind, *content)
+
+    def _agree(self, what: str) -> int:
+        """Open a round and go to its step. This process then waits there; the others do not wait."""
+        # A training thread cannot go to another step from here.
+        is_here = self._gate.trainer == threading.get_ident()
+        patience_secs = _HERE_SECS if is_here else self._grace_secs + PATIENCE_SECS
+        check = self._patience(f"{what}: another process has begun a step that this one has not", patience_secs)
+        try:
+            return self._agreed_step(what, check, is_here=is_here)
+        except NoBoundaryError:
+            self._say("resume")
+            raise
+
+    def _agreed_step(self, what: str, check: Callable[[], None], *, is_here: bool) -> int:
+        pause_secs = _ASK_AGAIN_SECS
+        while True:
+            step, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
+            is_there = step <= self._member.steps_done() or have_ended
+            if is_there or not (is_here or self._gate.is_resting):
+                # The processes that are behind come to the step where this process is.
+                step = max(step, self._member.steps_done())
+                self._words.say("save", step)
+                self._gate.open_until(step)
+                if is_there or self._has_come_to(step, what):
+                    return step
+            self._words.say("resume")
+            self._gate.open_until(math.inf)
+            # This process is between two loops. The others may be in a step that needs it, and wait for it.
+            self._gate.await_change(pause_secs, lambda: not self._gate.is_resting and not is_here)
+            pause_secs = min(2 * pause_secs, _ASK_AGAIN_AT_MOST_SECS)
+            check()
+
+    def _ask(self, what: str, ahead: int) -> tuple[int, bool]:
+        """Ask every process for its limit; return the first step that all can reach, and whether all loops are over."""
+        began = time.monotonic()
+        promises = [self._gate.pause(ahead)]
+        number = self._words.say("round", ahead)
+        answers = self._gather([f"round/{number}/{rank}" for rank in self._others()], what)
+        promises += [tuple(json.loads(answer)) for answer in answers]
+        self._round_secs = 2 * (time.monotonic() - began)
+        # With uneven inputs, a process whose data has ended has another number of steps, and comes to no further step.
+        running = [limit for limit, has_ended in promises if not has_ended]
+        return max(running or [limit for limit, _ in promises]), not running
+
+    def _steps_ahead(self) -> int:
+        """The number of steps that are run while the answers travel, so that no process has to wait."""
+        steps = self._round_secs / max(self._gate.step_secs, 1e-9)
+        return math.ceil(min(steps, _MOST_STEPS_AHEAD))
+
+    def _has_come_to(self, step: int, what: str) -> bool:
+        """Wait until this process has done ``step`` steps; ``False`` if its loop rests before that."""
+        gate, member = self._gate, self._member
+        text = f"{what}: step {step} of this session is still under way in rank 0"
+        done, check = -1, self._patience(text)
+        while (now := member.steps_done()) < step:
+            if gate.is_resting:
+                return False
+            if now > done:
+                done, check = now, self._patience(text)
+            gate.await_change(_LOOK_SECS, lambda: member.steps_done() >= step)
+            check()
+        return True
+
+    # --- the last step ---
+
+    def _hear(self, word: Word) -> None:
+        if word.kind == "stop":
+            self._start_settling()
+
+    def _ask_stop(self) -> None:
+        self._start_settling()
+
+    def _start_settling(self) -> threading.Thread:
+        with self._starting:
+            if self._settling is None:
+                self._settling = threading.Thread(target=self._settle_last_step, name="stepguard-last", daemon=True)
+                self._settling.start()
+            return self._settling
+
+    def _settle_last_step(self) -> None:
+        """Agree on the last step, and tell all processes to stop there. Runs on a thread of its own."""
+        if self._closing.is_set():
+            return
+        # No round may open between the last step and the closing of the gates.
+        with self._rounds:
+            sight = self._met_last()
+            self._say("last", sight)
+            # Not earlier: a thread that leaves its loop must already know whether the run has ended well.
+            self._member.request_stop(as_error(sight))
+            self._gate.open_until(self._member.steps_done(), is_last=True)
+
+    def _met_last(self) -> list[object] | None:
+        """Wait until all have come to the last step; return the non-finite values that one of them has seen, if any."""
+        what = "a stop"
+        # After an error, perhaps the loss of a process, there is nothing to agree on.
+        if self._has_failed():
+            return None
+        try:
+            check = self._patience(what, self._grace_secs + PATIENCE_SECS)
+            step, _ = self._ask(what, 0)
+            number = self._words.say("stop_at", step)
+            self._gate.open_until(step)
+            self._await_steps(step, check)
+            keys = [f"stop/{number}/{rank}" for rank in self._others()]
+            sights = [json.loads(one) for one in self._gather(keys, what, self._grace_secs + PATIENCE_SECS)]
+        except NoBoundaryError as error:
+            _log.warning("stopping without the others: %s", error)
+            return None
+        return next((one for one in (self._sight(), *sights) if one is not None), None)
+
+    def close(self, timeout_secs: float) -> None:
+        """Settle the last step with the others, then stop listening."""
+        super().close(timeout_secs)
+        with self._starting:
+            settling = self._settling
+        if settling is not None:
+            settling.join(timeout_secs)
+
+    def _say_farewell(self, timeout_secs: float) -> None:
+        if self._member.should_stop() and self._gate.loop is not Loop.LEFT and not self._has_failed():
+            self._start_settling().join(timeout_secs)
+        self._say_if_left()
+        self._words.say("over", unless_said=True)
+
+    def _others(self) -> range:
+        return range(1, self._size)

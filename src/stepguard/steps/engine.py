@@ -1,0 +1,91 @@
+"""The base of the engines of loop frameworks: the methods that their sessions can answer, in a run of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from stepguard.engine import ValueWatch
+from stepguard.steps.session import Session
+
+SessionT = TypeVar("SessionT", bound=Session)
+
+
+class LoopEngine(Generic[SessionT]):
+    """The base of an engine whose sessions are :class:`stepguard.steps.session.Session`.
+
+    It has the methods of :class:`stepguard.engine.Engine` that concern steps. A framework adds its ``name`` and the
+    methods that depend on it: ``prepare``, ``restore``, ``snapshot``, ``non_finite``, ``write`` and ``summarise``.
+    """
+
+    storage_error_types: tuple[type[BaseException], ...] = ()
+    can_return = True
+
+    def is_open(self, session: SessionT) -> bool:
+        """Whether the session can still run."""
+        return session.is_open
+
+    def close(self, session: SessionT) -> None:
+        """Close the session."""
+        session.unwatch()
+        session.close()
+
+    def step(self, session: SessionT) -> int:
+        """The number of steps done, without a step that an error has left, once the coordinator has that error."""
+        return session.global_step - session.is_cut_short
+
+    def step_name(self) -> str:
+        """The name of the step-rate curve's counter, the same as TensorFlow's."""
+        return "global_step"
+
+    def total_steps(self, session: SessionT) -> int | None:
+        """The ``max_steps`` that ``steps`` was given."""
+        return session.total_steps
+
+    def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
+        """Set the function that the session calls before it closes. It marks its steps from the beginning anyway."""
+        session.watch(before_close)
+
+    def watch_values(self, session: SessionT, watch: ValueWatch) -> None:
+        """Give the session the watch. A step returns no numbers; a subclass shows it those that are summarised."""
+        session.watch_values(watch)
+
+    def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
+        """``steps`` ends at the next boundary, and ``step`` raises there."""
+        session.boundary.stop(main_thread_was_told)
+
+    def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
+        """Count the steps of the session."""
+        session.boundary.call_after_steps(steps, callback)
+
+    def progress(self, session: SessionT) -> object:
+        """The number of steps done in this session, as in :meth:`step`, and of epochs whose ends are done."""
+        return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
+
+    def is_resting(self, session: SessionT) -> bool:
+        """Whether no loop over ``steps`` runs."""
+        return session.boundary.is_resting
+
+    def is_evaluating(self, session: SessionT) -> bool:
+        """Inside ``sess.evaluating()``."""
+        return session.is_evaluating
+
+    def is_alone(self, session: SessionT) -> bool:
+        """Whether the session has no gate, at which the steps of several processes wait for each other."""
+        return session.is_alone
+
+    def call_at_rest(self, session: SessionT, keep: Callable[[bool], None]) -> None:
+        """At the boundary at which the session rests."""
+        session.boundary.call_at_rest(keep)
+
+    def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
+        """To the end of a step with an evaluation in it."""
+        return session.defer(callback)
+
+    @contextmanager
+    def at_boundary(self, session: SessionT, what: str, patience_secs: float | None = None) -> Iterator[None]:
+        """Hold the steps back. If the body of a loop asks for this in the middle of its step, the step ends there."""
+        session.finish_step()
+        with session.boundary.hold(what, patience_secs):
+            yield

@@ -1,0 +1,196 @@
+"""Compares the hyperparameters that the program sets (learning rates, betas, schedules) with those of the checkpoint.
+
+``load_state_dict`` silently replaces the hyperparameters of an optimizer by the saved ones, so a learning rate that was
+changed in the program would have no effect. Each checkpoint therefore records the values that its program had set
+when it was built, besides the current values that a schedule has changed. They are compared at a restore, and
+differences are reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from stepguard.torch.checkpoint.state import Component
+
+Place = tuple[Any, ...]
+"""The keys and indices that lead from the state of an object to a value in it."""
+
+Settings = dict[str, Any]
+"""The values that a program has set for one object, by their places as :func:`_shown` writes them."""
+
+# These keys hold the progress of a schedule, not its settings.
+_MOVES = {
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "_get_lr_called_within_step",
+    "_is_initial",
+    "_growth_tracker",
+    "best",
+    "cooldown_counter",
+    "num_bad_epochs",
+}
+
+_NUMBERS = (bool, int, float, complex, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One value that the program sets differently from the run that wrote the checkpoint."""
+
+    part: str
+    kind: str
+    place: str
+    in_program: Any
+    in_checkpoint: Any
+    program_wins: bool = False
+
+    def __str__(self) -> str:
+        """The place, and the values in the program and in the checkpoint."""
+        return (
+            f"{self.part}.{self.place} of {self.kind} ({self.in_program} in the program, {self.in_checkpoint} in the "
+            f"checkpoint)"
+        )
+
+
+def settings(component: Component) -> Settings:
+    """The class and the numbers of an optimizer, a schedule or a scaler; empty for any other object."""
+    if not _has_settings(component.holder):
+        return {}
+    places = {_shown(place): value for place, value in _places(component)}
+    return {"class": type(component.holder).__name__, **places, **_of_functions(component.holder)}
+
+
+def _has_settings(holder: Any) -> bool:
+    return isinstance(holder, (torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler))
+
+
+def _places(component: Component) -> Iterator[tuple[Place, Any]]:
+    state = component.state()
+    if isinstance(component.holder, torch.optim.Optimizer):
+        state = {"param_groups": state["param_groups"]}
+    return _numbers((), state)
+
+
+def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    """The numbers and strings in a nested state that are settings, so that they do not change during a run."""
+    if isinstance(value, Counter):
+        # The milestones of MultiStepLR.
+        yield place, sorted(value.elements())
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in ("params", "param_names") and key not in _MOVES:
+                yield from _numbers((*place, key), part)
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _numbers((*place, index), part)
+    elif isinstance(value, torch.Tensor):
+        if value.numel() == 1:
+            yield place, value.item()
+    elif isinstance(value, _NUMBERS):
+        yield place, value
+
+
+def _of_functions(holder: Any) -> Settings:
+    """The numbers that the functions of a LambdaLR use; the length of a schedule is often one of them."""
+    found = {}
+    for index, function in enumerate(getattr(holder, "lr_lambdas", ())):
+        for name, value in _bound(function):
+            if isinstance(value, _NUMBERS):
+                found[f"lr_lambdas[{index}].{name}"] = value
+    return found
+
+
+def _bound(function: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(function, functools.partial):
+        yield from function.keywords.items()
+        yield from ((f"argument {number}", value) for number, value in enumerate(function.args))
+        function = function.func
+    if isinstance(function, types.FunctionType):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # The variable has no value yet.
+                yield name, cell.cell_contents
+
+
+def _shown(place: Place) -> str:
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).removeprefix(".")
+
+
+def differences(part: str, program: Settings, before: Settings, *, all_of_program: bool) -> list[Difference]:
+    """The values that the program sets differently from the run ``before``. Values that only one sets are ignored."""
+    return [
+        Difference(
+            part,
+            program["class"],
+            place,
+            value,
+            before[place],
+            program_wins=all_of_program or _program_must_win(program, place, before),
+        )
+        for place, value in program.items()
+        if place in before and value != before[place]
+    ]
+
+
+def _program_must_win(program: Settings, place: str, checkpoint: Settings) -> bool:
+    """Whether the checkpoint's value cannot be used.
+
+    A checkpoint holds no functions and no classes. And a OneCycleLR with the checkpoint's smaller ``total_steps`` would
+    raise an error after its cycle.
+    """
+    if place == "class" or place.startswith("lr_lambdas"):
+        return True
+    if program.get("class") != "OneCycleLR" or not place.startswith(("total_steps", "_schedule_phases")):
+        return False
+    return bool(program.get("total_steps", 0) > checkpoint.get("total_steps", 0))
+
+
+def with_programs(component: Component, saved: Any, found: Sequence[Difference], before: Settings) -> Any:
+    """The saved state, with the program's values in the places of those differences where the program wins.
+
+    If a schedule has changed the learning rate during the run, the program's rate is scaled by the same factor.
+    """
+    won = {one.place for one in found if one.program_wins}
+    now = settings(component)
+    for place, value in _places(component):
+        if _shown(place) in won:
+            is_rate = place[-1] == "lr"
+            saved = _replaced(saved, place, _moved(saved, place, value, before, now) if is_rate else value)
+    return saved
+
+
+def _moved(saved: Any, place: Place, value: float, before: Settings, now: Settings) -> float:
+    group, initial = saved[place[0]][place[1]], _shown((*place[:-1], "initial_lr"))
+    if not before.get(initial) or initial not in now:
+        return value
+    return float(group["lr"]) * float(now[initial]) / float(before[initial])
+
+
+def _replaced(state: Any, place: Place, value: Any) -> Any:
+    """A copy of a nested state with another value in one place; the state itself if it has no such place."""
+    if not place:
+        if isinstance(state, torch.Tensor):
+            return torch.full_like(state, value)
+        return Counter(value) if isinstance(state, Counter) else value
+    key, rest = place[0], place[1:]
+    if isinstance(state, Mapping):
+        if key not in state:
+            return state
+        changed = copy.copy(state)
+        changed[key] = _replaced(state[key], rest, value)  # type: ignore[index]
+        return changed
+    if key >= len(state):
+        return state
+    parts = list(state)
+    parts[key] = _replaced(state[key], rest, value)
+    return type(state)(parts)

@@ -1,0 +1,170 @@
+"""Restores the state that an optimizer keeps for each parameter, by the name of the parameter.
+
+PyTorch's optimizers know their parameters only by order. A checkpoint therefore also records their names. So each
+parameter gets its own state back, even if the program builds its layers in another order or adds groups while it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stepguard.saving.mismatch import Mismatch
+
+# The values that PyTorch's own optimizers keep in the shape of the parameter. Other optimizers may use these names for
+# smaller tensors.
+_OF_PARAMETER_SHAPE = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "momentum_buffer",
+    "square_avg",
+    "grad_avg",
+    "acc_delta",
+    "sum",
+    "prev",
+    "step_size",
+    "ax",
+}
+
+GroupNames = Sequence[Sequence[str | None]]
+"""The names of the parameters of each group; ``None`` for a parameter that is in no module of the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How the saved state of one optimizer is put in place.
+
+    ``order`` has, for each group, the numbers under which its parameters were saved. ``added`` has the parameters of
+    those saved groups that the newly built program does not have yet.
+    """
+
+    order: list[list[Any]] = field(default_factory=list)
+    added: list[list[torch.Tensor]] = field(default_factory=list)
+    is_reordered: bool = False
+
+
+def group_names(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> list[list[str | None]]:
+    """The names of the parameters, group by group."""
+    return [[known.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def place(
+    name: str,
+    live: GroupNames,
+    saved: Mapping[str, Any],
+    saved_names: GroupNames | None,
+    known: Mapping[str, torch.Tensor],
+    is_left_out: Callable[[str], bool],
+    found: Mismatch,
+) -> Placement:
+    """Decide where the saved state of the optimizer ``name`` goes; parameters without a place are added to ``found``.
+
+    ``known`` has the parameters of all modules in the state, by their names. A parameter that is left out begins anew,
+    and its saved state is dropped.
+    """
+    numbers = [list(group["params"]) for group in saved["param_groups"]]
+    if saved_names is None or [len(one) for one in saved_names] != [len(one) for one in numbers]:
+        return Placement(numbers)
+    added = _added(live, saved_names[len(live) :], known)
+    wanted, held = _told_apart([*live, *added]), _told_apart(saved_names)
+    number_of: dict[str, Any] = dict(zip(itertools.chain(*held), itertools.chain(*numbers), strict=True))
+    for one in filter(is_left_out, itertools.chain(*wanted)):
+        number_of[one] = f"left out: {one}"
+    missing = [one for one in itertools.chain(*wanted) if one not in number_of]
+    unexpected = number_of.keys() - set(itertools.chain(*wanted))
+    found.missing += [f"{name}: the parameter {one}" for one in missing]
+    found.unexpected += [f"{name}: the parameter {one}" for one in sorted(unexpected) if not is_left_out(one)]
+    if missing:
+        return Placement(numbers)
+    order = [[number_of[one] for one in group] for group in wanted]
+    return Placement(order, [[known[one] for one in group if one] for group in added], is_reordered=order != numbers)
+
+
+def _added(live: GroupNames, behind: GroupNames, known: Mapping[str, torch.Tensor]) -> list[list[str | None]]:
+    """The groups that were saved ``behind`` the live ones, if modules of the state have all their parameters."""
+    in_groups = set(itertools.chain(*live))
+    added = [list(group) for group in behind]
+    is_free = all(one in known and one not in in_groups for one in itertools.chain(*added))
+    return added if is_free else []
+
+
+def _told_apart(groups: GroupNames) -> list[list[str]]:
+    # Parameters without a name are told apart by their order.
+    number = itertools.count()
+    return [[f"number {next(number)} without a name" if one is None else one for one in group] for group in groups]
+
+
+def check_placed(
+    name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], placement: Placement, found: Mismatch
+) -> None:
+    """Compare the optimizer ``name`` with the state that is placed in it: its groups, their keys, and shapes."""
+    held = placed(saved, placement)["param_groups"]
+    has = [*optimizer.param_groups, *({**held[0], "params": one} for one in placement.added)]
+    if len(has) != len(held):
+        found.reshaped[f"{name}.param_groups"] = (f"{len(has)} groups", f"{len(held)} groups")
+        return
+    for index, (one, other) in enumerate(zip(has, held, strict=True)):
+        place = f"{name}.param_groups[{index}]"
+        if len(one["params"]) != len(other["params"]):
+            found.reshaped[place] = (f"{len(one['params'])} parameters", f"{len(other['params'])} parameters")
+        # Other keys mean another kind of optimizer.
+        found.missing += [f"{place}.{key}" for key in one if key not in other and key != "param_names"]
+        found.unexpected += [f"{place}.{key}" for key in other if key not in one and key != "param_names"]
+    if not found and type(optimizer).step.__module__.startswith("torch.optim."):
+        _compare_shapes(name, zip(has, held, strict=True), saved, found)
+
+
+def _compare_shapes(name: str, groups: Iterable[tuple[Any, Any]], saved: Any, found: Mismatch) -> None:
+    """Compare the shapes of the saved state with those of the parameters.
+
+    A parameter without a name gets the state that was saved in its position, which may belong to another parameter.
+    """
+    for group, held in groups:
+        for parameter, number in zip(group["params"], held["params"], strict=True):
+            for key, part in saved["state"].get(number, {}).items():
+                if key in _OF_PARAMETER_SHAPE and isinstance(part, torch.Tensor) and part.shape != parameter.shape:
+                    pair = str(list(parameter.shape)), str(list(part.shape))
+                    found.reshaped[f"{name}.state[{number}].{key}"] = pair
+
+
+def add_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], placement: Placement) -> None:
+    """Add the groups that the saved run had added, with their hyperparameters."""
+    for parameters, group in zip(placement.added, saved["param_groups"][len(optimizer.param_groups) :], strict=True):
+        held = {key: copy.deepcopy(part) for key, part in group.items() if key not in ("params", "param_names")}
+        if "param_names" in group:
+            parameters = list(zip(group["param_names"], parameters, strict=True))
+        optimizer.add_param_group({"params": parameters, **held})
+
+
+def placed(saved: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """The saved state with the parameters of its groups in the order of the program."""
+    groups = []
+    for group, order in zip(saved["param_groups"], placement.order, strict=True):
+        group = {**group, "params": order}
+        # The saved names are in the saved order; the optimizer's own names are in the program's order.
+        if placement.is_reordered:
+            group.pop("param_names", None)
+        groups.append(group)
+    return {**saved, "param_groups": groups}
+
+
+def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo the casts of ``load_state_dict``, which converts the state of a parameter to the parameter's type.
+
+    Without this, an optimizer that keeps float32 moments for bfloat16 parameters would continue with rounded moments.
+    """
+    numbers = itertools.chain(*(group["params"] for group in saved["param_groups"]))
+    parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+    for number, parameter in zip(numbers, parameters, strict=True):
+        kept = optimizer.state.get(parameter, {})
+        for key, part in saved["state"].get(number, {}).items():
+            now = kept.get(key)
+            if isinstance(part, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != part.dtype:
+                kept[key] = part.detach().clone().to(now.device)

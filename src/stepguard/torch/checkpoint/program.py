@@ -1,0 +1,119 @@
+"""The facts about a program that a checkpoint records besides its state.
+
+They are the names of the parameters of each optimizer, the hyperparameters that the program had set when it was built,
+and which parameters train. With them a later start gives each parameter its own moments, notices changes in the
+program, and unfreezes the parameters that the run had unfrozen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepguard.torch.checkpoint.hyperparameters import Settings, settings
+from stepguard.torch.checkpoint.names import parameter_names
+from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
+from stepguard.torch.checkpoint.state import Component, leaves
+from stepguard.words import listed
+
+_log = logging.getLogger(__name__)
+
+
+class Program:
+    """The objects that a program saves, and the facts recorded about them. For a thread that holds the boundary."""
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self.components = components
+        self.settings: dict[str, Settings] = {one.name: settings(one) for one in components}
+        """The settings of the newly built program, by the names of the objects."""
+        self.in_force: dict[str, Settings] = dict(self.settings)
+        """The settings that the run uses: the checkpoint's values in the places where they replace the program's."""
+        # Finding the names takes a walk through all modules. It is repeated only if an optimizer has other parameters.
+        self._walked_for: list[list[int]] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._groups: dict[str, GroupNames] = {}
+        self.frozen_as_built = self.frozen()
+        self._warn_of_strangers()
+
+    def optimizers(self) -> Iterator[tuple[Component, torch.optim.Optimizer]]:
+        """The optimizers among the objects."""
+        for one in self.components:
+            if isinstance(one.holder, torch.optim.Optimizer):
+                yield one, one.holder
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters of all modules, each under one name."""
+        self._walk()
+        return self._parameters
+
+    def group_names(self, name: str) -> GroupNames:
+        """The names of the parameters in each group of the optimizer ``name``."""
+        self._walk()
+        return self._groups[name]
+
+    def frozen(self) -> list[str]:
+        """The names of the parameters that do not train."""
+        return [name for name, parameter in self.parameters().items() if not parameter.requires_grad]
+
+    def notes(self) -> dict[str, Any]:
+        """The facts for a checkpoint of this moment, as plain values."""
+        return {
+            "parameters": {one.name: self.group_names(one.name) for one, _ in self.optimizers()},
+            "settings": self.in_force,
+            "frozen": self.frozen(),
+            "frozen as built": self.frozen_as_built,
+        }
+
+    def _walk(self) -> None:
+        sizes = [[len(group["params"]) for group in optimizer.param_groups] for _, optimizer in self.optimizers()]
+        if self._parameters and sizes == self._walked_for:
+            return
+        modules = [(one.name, one.holder) for one in self.components if isinstance(one.holder, nn.Module)]
+        names = parameter_names(modules)
+        self._parameters = {names[id(one)]: one for _, module in modules for one in module.parameters()}
+        self._groups = {one.name: group_names(optimizer, names) for one, optimizer in self.optimizers()}
+        self._walked_for = sizes
+
+    def _warn_of_strangers(self) -> None:
+        """Warn of parameters that an optimizer trains and no object of the state holds: a restart would lose them."""
+        held = {id(parameter) for parameter in self.parameters().values()}
+        addresses = set(self._addresses())
+        for one, optimizer in self.optimizers():
+            strangers = [
+                f"{place} {list(parameter.shape)}"
+                for place, parameter in _placed_parameters(optimizer)
+                if id(parameter) not in held and _address(parameter) not in addresses
+            ]
+            if strangers:
+                _log.warning(
+                    "%s trains parameters that nothing in the state holds, so that a restart loses what they have "
+                    "learned: %s; add the module that has them to the state",
+                    one.name,
+                    listed(strangers),
+                )
+
+    def _addresses(self) -> Iterator[tuple[torch.device, int]]:
+        """The addresses of the tensors in all objects but the optimizers."""
+        for one in self.components:
+            if not isinstance(one.holder, torch.optim.Optimizer):
+                for _, part in leaves("", one.state()):
+                    if isinstance(part, torch.Tensor):
+                        yield _address(part)
+
+
+def _placed_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names", range(len(group["params"])))
+        for name, parameter in zip(names, group["params"], strict=True):
+            yield f"param_groups[{index}].{name}", parameter
+
+
+def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    try:
+        return tensor.device, tensor.data_ptr()
+    except RuntimeError:  # The tensor has no memory of its own.
+        return tensor.device, id(tensor)

@@ -1,0 +1,31 @@
+"""What a program has written to its event file is there after a signal, also when it never stops its Supervisor."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+from zygote import Zygote
+
+
+def curves(logdir: Path) -> dict[str, list[int]]:
+    """The steps of each curve in the event files."""
+    found: dict[str, list[int]] = {}
+    for path in logdir.glob("events.out.tfevents.*"):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_summaries_are_there_after_a_signal(tensorflow_children: Zygote, tmp_path: Path, number: int) -> None:
+    child = tensorflow_children.start("summarises", logdir=str(tmp_path))
+    child.wait_for("wrote")
+    child.send(number)
+    assert child.wait() != 0
+    found = curves(tmp_path)
+    assert found["computed"] == list(range(1, 51))
+    assert found["own"] == list(range(1, 51))

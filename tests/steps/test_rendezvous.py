@@ -1,0 +1,301 @@
+"""The rounds of several processes, with the processes as threads: what depends on who comes first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+from fleet import Fleet, MemoryStore, until
+
+from stepguard.errors import NoBoundaryError, PeerLeftError
+from stepguard.steps import rendezvous
+from stepguard.steps.gate import Loop
+
+
+def test_a_chief_that_is_closed_settles_the_last_step_first(caplog):
+    fleet = Fleet(2)
+    fleet.request_stop()
+
+    # The chief has asked, and its session is closed before the worker has answered.
+    fleet.ends()
+    fleet.peers[0].start()
+    until(lambda: fleet.store.check("word/1"))
+    closing = threading.Thread(target=fleet.peers[0].close, args=(60,))
+    closing.start()
+    fleet.peers[1].start()
+    fleet.peers[1].close(60)
+    closing.join(60)
+
+    assert not closing.is_alive()
+    assert warnings(caplog) == []
+    assert all(gate.is_last for gate in fleet.gates)
+
+
+def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
+    fleet = Fleet(2)
+    gate = fleet.gates[1]
+    gate.capture_at(0)
+    gate.begin(0)  # What it has captured is still wanted at the next step.
+    gate.meet_every(1, 1)
+    may_begin: list[bool] = []
+    step = threading.Thread(target=lambda: may_begin.append(gate.begin(1)), daemon=True)
+    step.start()
+
+    # The store is a part of the chief's process.
+    fleet.peers[1].start()
+    fleet.store.end()
+    step.join(60)
+
+    assert may_begin == [True]
+
+
+def test_a_worker_that_a_second_interrupt_has_ended_is_not_waited_for(caplog):
+    fleet = Fleet(2)
+    fleet.ends()
+    fleet.request_stop()
+    fleet.members[1].impatient = True
+    fleet.peers[1].start()
+    fleet.peers[1].close(3600)
+    fleet.peers[0].start()
+    fleet.peers[0].close(3600)
+
+    assert "rank 1 was left by a second Ctrl-C" in caplog.text
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_a_chief_that_evaluates_between_two_loops_is_waited_for_in_the_next_step(is_stopping, monkeypatch, caplog):
+    fleet = Fleet(2)
+    # The worker is in the second step, which takes both; the chief has ended a loop after the first.
+    for rank in range(2):
+        fleet.step(rank)
+    fleet.gates[0].end(1)
+    assert fleet.gates[1].begin(1)
+    fleet.start()
+    met: list[int] = []
+
+    def meet() -> None:
+        with fleet.chief.meeting("a checkpoint"):
+            met.append(fleet.members[0].steps_done())
+
+    if is_stopping:
+        fleet.members[0].request_stop(None)
+    else:
+        threading.Thread(target=meet, daemon=True).start()
+    until(lambda: fleet.store.check("word/2"))
+    # For as long as the evaluation lasts, and no longer: a busy machine may take a while for the rest.
+    with monkeypatch.context() as impatient:
+        impatient.setattr(rendezvous, "PATIENCE_SECS", 0.1)
+        time.sleep(0.5)
+    assert not met
+    assert not fleet.gates[0].is_last
+    fleet.step(0)
+    fleet.members[1].finish_step()
+    if is_stopping:
+        until(lambda: all(gate.is_last for gate in fleet.gates))
+    else:
+        fleet.step_on_until(lambda: met)
+
+    assert warnings(caplog) == []
+    assert is_stopping or met[0] >= 2
+    fleet.close()
+
+
+def test_nothing_is_asked_while_nothing_happens():
+    fleet = Fleet(3)
+    fleet.start()
+    fleet.run_steps(5)
+    until(lambda: fleet.store.waiting == 3)
+    before = fleet.store.requests
+    fleet.run_steps(50)
+    time.sleep(0.2)
+
+    assert fleet.store.requests == before
+    fleet.close()
+
+
+def test_a_round_stops_nobody_and_all_take_the_state_of_the_same_step():
+    fleet = Fleet(3)
+    fleet.start()
+    training = fleet.train(step_secs=0.005)
+    until(lambda: fleet.members[0].steps_done() > 30)
+    # A word and its answers travel for longer than many steps.
+    fleet.store.latency_secs = 0.1
+    waited: list[float] = []
+    for _ in range(4):
+        for member in fleet.members:
+            member.waited_secs = 0.0
+        with fleet.chief.meeting("a checkpoint"):
+            step = fleet.members[0].steps_done()
+        assert fleet.write() == [step, step]
+        fleet.chief.settled()
+        waited.append(max(member.waited_secs for member in fleet.members))
+    training.stop()
+    latency_secs, fleet.store.latency_secs = fleet.store.latency_secs, 0.0
+
+    # The first does not know yet how long a round takes, and a busy machine may spoil one.
+    assert min(waited[1:]) < latency_secs / 2
+    fleet.close()
+
+
+def test_a_step_that_is_known_beforehand_is_not_talked_of():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.gates[1].meet_every(5, 5)
+    fleet.run_steps(5)
+    until(lambda: fleet.store.waiting == 2)
+    before = fleet.store.requests
+    taken: list[int] = []
+
+    def save() -> int:
+        with fleet.chief.meeting("a checkpoint"):
+            taken.append(fleet.members[0].steps_done())
+        return 5
+
+    fleet.step(1)  # The worker is past it before the chief has saved.
+    fleet.chief.at_known_step(save)
+
+    assert taken == [5]
+    assert fleet.store.requests == before
+    assert fleet.write() == [5]
+    fleet.close()
+
+
+def test_the_next_known_step_waits_until_the_last_checkpoint_is_settled():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.gates[1].meet_every(1, 1)
+    fleet.run_steps(1)
+    fleet.chief.at_known_step(fleet.save)
+    fleet.step(1)
+    begun: list[bool] = []
+    threading.Thread(target=lambda: begun.append(fleet.gates[1].begin(2)), daemon=True).start()
+    assert fleet.write() == [1]
+    assert not begun
+
+    fleet.chief.settled()
+    until(lambda: begun == [True])
+    assert fleet.members[1].taken == [1, 2]
+    fleet.close()
+
+
+def test_a_step_at_which_the_chief_does_not_save_is_passed():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.gates[1].meet_every(1, 1)
+    fleet.run_steps(1)
+    fleet.chief.at_known_step(fleet.save)
+    fleet.step(1)
+    begun: list[bool] = []
+    threading.Thread(target=lambda: begun.append(fleet.gates[1].begin(2)), daemon=True).start()
+
+    fleet.step(0)
+    fleet.chief.at_known_step(lambda: 1)
+    until(lambda: begun == [True])
+    # What it has taken at the first is kept: it is still to be written.
+    assert fleet.write() == [1]
+    fleet.close()
+
+
+def test_a_chief_whose_data_is_over_is_not_waited_for_at_a_known_step():
+    """Uneven inputs under ``Join``: what the others do goes on without the chief's batches."""
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.gates[1].meet_every(5, 5)
+    fleet.run_steps(5)
+    fleet.chief.at_known_step(fleet.save)
+    assert fleet.write() == [5]
+    fleet.chief.settled()
+    fleet.gates[0].end(5)
+    until(lambda: fleet.store.waiting == 2)
+
+    for _ in range(20):
+        fleet.step(1)
+    fleet.close()
+
+
+class TestOneThatLeaves:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_by_break_ends_the_others_where_they_would_begin_a_step(self, rank):
+        fleet = Fleet(3)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.gates[rank].end(3, Loop.LEFT)
+        leaving = fleet.close_in_background(rank)
+
+        for other in {0, 1, 2} - {rank}:
+            with pytest.raises(PeerLeftError, match=f"rank {rank} has left the training after 3 steps") as raised:
+                fleet.begin_until_refused(other)
+            assert raised.value.rank == rank
+            fleet.members[other].request_stop(raised.value)
+            fleet.close_in_background(other)
+        fleet.joined(leaving)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_by_break_ends_the_others_in_a_step_that_takes_all(self, rank):
+        fleet = Fleet(3)
+        fleet.start()
+        fleet.run_steps(3)
+        others = {0, 1, 2} - {rank}
+        for other in others:
+            fleet.gates[other].begin(3)
+        fleet.gates[rank].end(3, Loop.LEFT)
+        leaving = fleet.close_in_background(rank)
+
+        # It does not wait for those who wait for it, and so its process can end, and with it their step.
+        fleet.joined(leaving)
+        for other in others:
+            until(lambda other=other: isinstance(fleet.members[other].error(), PeerLeftError))
+
+    def test_all_by_break_after_the_same_step_is_no_error(self):
+        fleet = Fleet(3)
+        fleet.start()
+        fleet.run_steps(3)
+        for gate in fleet.gates:
+            gate.end(3, Loop.LEFT)
+        fleet.joined(*(fleet.close_in_background(rank) for rank in (1, 2, 0)))
+
+        assert [member.error() for member in fleet.members] == [None, None, None]
+
+    def test_for_an_error_ends_the_others(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.gates[0].begin(3)
+        fleet.members[1].request_stop(ZeroDivisionError("of the program"))
+        fleet.peers[1].close(60)
+
+        until(lambda: isinstance(fleet.members[0].error(), PeerLeftError))
+        assert "rank 1 was left for an error, ZeroDivisionError: of the program" in str(fleet.members[0].error())
+        fleet.peers[0].close(60)
+
+    def test_is_told_to_who_would_save_with_it(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.ends()
+        fleet.members[1].impatient = True
+        fleet.peers[1].close(60)
+
+        with pytest.raises(NoBoundaryError, match="rank 1 was left by a second Ctrl-C"), fleet.chief.meeting("it"):
+            pass
+        fleet.peers[0].close(60)
+
+
+def test_a_wait_that_is_given_up_leaves_no_thread_in_the_store():
+    from stepguard.steps.common_store import awaited
+
+    store, threads = MemoryStore(), threading.active_count()
+
+    def give_up() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        awaited(store, ["never/1", "never/2"], give_up)
+    assert store.waiting == 0
+    assert threading.active_count() == threads
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> Sequence[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
