@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
-from stepguard.cli.logdir.run_state import look
+from stepguard.cli.logdir.run_state import read_run_state
+from stepguard.options import Saving, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.ledger import Ledger, without_secrets
 
 
+LAST_STEP: dict[str, Any] = {"saving": Saving(save_at_end=True)}
+
+
 def train(logdir: Path, steps: int) -> FakeSupervisor:
-    sv = FakeSupervisor(str(logdir), save_model_secs=0, save_at_end=True)
+    sv = FakeSupervisor(str(logdir), save_model_secs=0, **LAST_STEP)
     with sv.managed_session() as session:
         for _ in range(steps):
             session.run_step()
@@ -45,7 +49,7 @@ def test_a_million_lines_cost_a_start_and_status_next_to_nothing(tmp_path: Path)
     assert (tmp_path / ledger.FILE_NAME).stat().st_size > 100_000_000
 
     began = time.process_time()
-    look(tmp_path)
+    read_run_state(tmp_path)
     status_secs = time.process_time() - began
     began = time.process_time()
     train(tmp_path, 1)
@@ -142,7 +146,7 @@ def test_only_the_chief_puts_it_aside_and_begins_the_next_with_what_is_needed(
 def test_a_field_of_another_kind_or_out_of_any_range_is_passed_over(line: bytes, left: Any, tmp_path: Path) -> None:
     (tmp_path / ledger.FILE_NAME).write_bytes(line + b"\n")
     assert ledger.read(tmp_path) == ([] if left is None else [left])
-    look(tmp_path)
+    read_run_state(tmp_path)
     train(tmp_path, 1)
 
 
@@ -166,7 +170,7 @@ def test_what_is_no_file_of_ours_costs_what_it_would_have_told(
     else:
         path.symlink_to(elsewhere if name in (heartbeat.DIR_NAME, "stacks") else precious)
     assert not [one for one in ledger.read(logdir) + heartbeat.read(logdir) if one]
-    sv = FakeSupervisor(str(logdir), save_model_secs=0, save_at_end=True)
+    sv = FakeSupervisor(str(logdir), save_model_secs=0, watching=Watching(hang_secs=60), **LAST_STEP)
     with sv.managed_session() as session:
         session.run_step()
     assert precious.read_bytes() == b"precious"

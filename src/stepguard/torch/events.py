@@ -44,7 +44,7 @@ def open_writer(logdir: str) -> Any:
 def _late(kind: type[Any]) -> type[Any]:
     """A kind of SummaryWriter whose file is opened when there is room for it."""
 
-    class LateWriter(kind):  # type: ignore[misc]
+    class LateWriter(kind):
         def _get_file_writer(self) -> Any:
             if self.file_writer is None and _no_room(self.log_dir) is not None:
                 # What the program itself writes meanwhile is a gap in its curves.

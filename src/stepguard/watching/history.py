@@ -256,7 +256,7 @@ class _EventReader:
         self._launched: int | None = None
         self._newest_start: tuple[int | None, float] = (None, 0.0)
         self._failed_launches = 0
-        # What came before the first start that was read, and the sums up to a start that tells them.
+        # Restarts of which no line is left, and the sums up to a start that tells them.
         self._restarts_before = 0
         self._since = 0.0
         self._so_far = {"productive_secs": 0.0, "replayed_secs": 0.0, "down_secs": 0.0, "lost_steps": 0}
@@ -293,7 +293,7 @@ class _EventReader:
         replayed = _length(_common(training, _union(self._lost)))
         return History(
             attempts=tuple(run.attempt() for run in self._runs),
-            restarts=self._restarts_before + sum(run.is_restart for run in self._runs) + self._failed_launches,
+            restarts=self._restarts(),
             productive_secs=self._so_far["productive_secs"] + max(0.0, _length(training) - replayed),
             replayed_secs=self._so_far["replayed_secs"] + replayed,
             down_secs=self._so_far["down_secs"] + self._down(),
@@ -308,13 +308,16 @@ class _EventReader:
                 if (run.pid, run.host) == process:
                     return run
         is_restart = bool(self._runs) and self._runs[-1].has_crashed
-        if event["event"] == "start" and not self._runs:
-            # Those before it, and itself.
-            self._restarts_before, self._failed_launches = _integer(event.get("restarts")) or 0, 0
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
         self._runs.append(_OpenAttempt(event, self._now, is_restart=is_restart))
+        if event["event"] == "start":
+            # It counts those before it, also where their lines were put aside.
+            self._restarts_before += max(0, (_integer(event.get("restarts")) or 0) - self._restarts())
         return self._runs[-1]
+
+    def _restarts(self) -> int:
+        return self._restarts_before + sum(run.is_restart for run in self._runs) + self._failed_launches
 
     def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
