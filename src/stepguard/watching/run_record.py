@@ -129,7 +129,8 @@ class RunRecord:
             # A worker uses the state that its chief has restored.
             return
         if recovery is None or checkpoint is None:
-            self._begin_training("fresh", step=now.step, **before)
+            so_far = self._so_far("fresh", step=now.step, **before)
+            self.append("fresh", durable=False, step=now.step, **before, so_far=so_far)
             return
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
@@ -143,13 +144,17 @@ class RunRecord:
             "secs": None,
             "stall_secs": None,
         }
-        self._begin_training(
+        restored = {"checkpoint": checkpoint.name, "checkpoint_time": committed_at, "lost_steps": lost}
+        so_far = self._so_far("restore", step=now.step, **before, **restored)
+        self.append(
             "restore",
+            durable=False,
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
             **before,
             lost_steps=lost,
+            so_far=so_far,
             damaged=[
                 {"name": one.checkpoint.name, "reason": one.reason, "moved_to": one.moved_to}
                 for one in recovery.damaged
@@ -161,13 +166,12 @@ class RunRecord:
         if message := recovery.message():
             self.note_warning(message)
 
-    def _begin_training(self, event: str, **fields: Any) -> None:
-        """The line by which this start begins to train, with what the time before it adds up to."""
+    def _so_far(self, event: str, **fields: Any) -> dict[str, float]:
+        """What the time before this start adds up to, for ``event``, by which it begins to train."""
         now = self.now
         before, self._before = self._before, []
         mine = {"event": event, "time": time.time(), "pid": now.pid, "host": now.host, "role": now.role}
-        so_far = history.totals([*before, {**mine, **fields}], role=now.role)
-        self.append(event, durable=False, **fields, so_far=so_far)
+        return history.totals([*before, {**mine, **fields}], role=now.role)
 
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
         """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
