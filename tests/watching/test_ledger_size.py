@@ -16,7 +16,6 @@ from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.ledger import Ledger, without_secrets
 
-
 LAST_STEP: dict[str, Any] = {"saving": Saving(save_at_end=True)}
 
 

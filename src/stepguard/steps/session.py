@@ -197,7 +197,7 @@ class Session:
         The block gets the number of the step. Steps of several threads run one after the other.
 
         Raises:
-            StopRequested: the run must stop at this boundary, for example after SIGTERM; ``managed_session`` handles it.
+            StopRequested: the run must stop at this boundary, as after SIGTERM; ``managed_session`` handles it.
         """
         self.boundary.come_back()
         self._settle()
@@ -326,7 +326,7 @@ class Session:
             self._gate.done(self.boundary.steps)
             if was_left:
                 self._gate.end(self.boundary.steps, Loop.LEFT)
-        # After `break` the generator is being closed, and an error raised here would be lost: the session's end raises it.
+        # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
 
