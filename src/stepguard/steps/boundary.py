@@ -1,16 +1,19 @@
-"""The step boundary of a training loop: the moment between two steps.
+"""Where one training step ends and the next has not begun.
 
-The protocol: a step and a service (a save, a summary) take the same lock, one at a time. Python's lock is not fair: a
-loop that releases it and takes it again at once would never let a service in. Therefore a service first sets up an
-event, its turn, and the next step waits for that event before it takes the lock. The service sets the event when it is
-done or when its patience is over. So a step waits for at most one service, and a service waits for at most one step,
-both for a limited time.
+A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
+gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
+and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
+its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
 
-No deadlock is possible: services queue for ``_holding`` before they take the lock, a step never holds the lock while it
-waits for a turn, and the code that a service runs while it holds the boundary waits for no step. An error inside a step
-marks the boundary torn; from then on no service gets it, because the state belongs to no step. Ctrl-C between two lines
-could leave the lock taken for ever. Therefore a thread that is taking or releasing the lock is in ``_changing``, and
-``interrupts`` holds the signal back meanwhile. A kill leaves nothing, because all of this is memory of one process.
+It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
+waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
+the boundary torn: from then on no service gets it, since the state belongs to no step. Ctrl-C between two lines would
+leave the lock taken for good; a thread that is taking it or giving it back is therefore in ``_changing``, and
+``interrupts`` holds the signal back until it is not. A kill leaves nothing: all of this is memory of one process.
+
+A step of the program's own loop returns to code of the program, which may lend the model to something else before it
+begins the next one. Its thread therefore leaves the boundary *away*: a service that waited already has its turn before
+that code runs, and one that comes later waits until the thread is back, or gives up.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ class Boundary:
         self._on_due: Callable[[], int] | None = None
         self._due_at = sys.maxsize
         self._is_torn = False
+        # The thread that is in code of the program's own between two steps, and what says that it is back.
+        self._away: int | None = None
+        self._is_back = threading.Event()
+        self._on_rest: Callable[[bool], None] | None = None
+        self._soon: Callable[[], None] | None = None
         self.steps = 0
         # Whether the program's loop over steps has ended, so that it may use the model for something else.
         self.is_resting = False
@@ -58,6 +66,8 @@ class Boundary:
     def enter(self) -> None:
         """Begin a step on this thread; wait while a service holds the boundary."""
         me = threading.get_ident()
+        if self._away is not None:
+            self.come_back()
         self._changing.add(me)
         try:
             turn = self._turn
@@ -70,17 +80,41 @@ class Boundary:
         self._began = time.monotonic()
         self.is_resting = False
 
-    def rest(self) -> None:
-        """No step follows for now. A service that holds the boundary is waited for."""
+    def rest(self, change: Callable[[], None] | None = None, *, is_last: bool = False) -> None:
+        """No step follows for now. A service that holds the boundary is waited for.
+
+        ``change`` is called first, then what :meth:`call_at_rest` was given, both before anybody else has the boundary.
+        """
         self.enter()
-        self.is_resting = True
+        try:
+            if change is not None:
+                change()
+            if self._on_rest is not None and not self._is_torn:
+                self._on_rest(is_last)
+            self.is_resting = True
+        finally:
+            self.leave(is_done=False)
+
+    def call_at_rest(self, callback: Callable[[bool], None]) -> None:
+        """Call ``callback(is_last)`` whenever a loop ends, in its thread; ``is_last``: the run is to end there."""
+        self._on_rest = callback
+
+    def go_away(self) -> None:
+        """The thread of the last step goes on in code of the program's own: from here nobody reads the state."""
+        # What waits since before is served first: it could not tell later what the program does meanwhile.
+        self.enter()
+        self._away = threading.get_ident()
+        self._is_back.clear()
         self.leave(is_done=False)
 
-    def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
-        """Refuse all further steps.
+    def come_back(self) -> None:
+        """The thread is back from there: the state is that of the training again."""
+        if self._away is not None:
+            self._away = None
+            self._is_back.set()
 
-        Exception: a main thread for which ``main_thread_was_told()`` is true may run further steps to finish.
-        """
+    def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
+        """Let no step begin, unless this is the main thread, which was told to stop and ends by itself."""
         self._main_thread_was_told = main_thread_was_told
         self.must_stop = True
 
@@ -113,8 +147,11 @@ class Boundary:
             self.call_due()
 
     def call_due(self) -> None:
-        """Call the callbacks that are due after the last step, unless they were called already."""
-        # `>=`, because another thread may have done one more step before this thread gets here.
+        """Do what is due after the last step, if that was not done."""
+        if self._soon is not None:
+            soon, self._soon = self._soon, None
+            soon()
+        # Not only at that very step: another thread may have done one more before this one comes here.
         if self.steps >= self._due_at and self._on_due is not None:
             # Called once, by the first thread that gets here.
             self._due_at = sys.maxsize
@@ -153,12 +190,13 @@ class Boundary:
             )
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
-        """Call ``callback`` after ``steps`` more steps, on the thread of the last one.
-
-        ``callback`` returns the number of steps until its next call.
-        """
+        """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
         self._on_due = callback
         self._due_at = self.steps + max(1, steps)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, at the end of the step that runs now, in its thread."""
+        self._soon = callback
 
     @contextmanager
     def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
@@ -183,14 +221,27 @@ class Boundary:
         patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
         if patience_secs is not None:
             patience = min(patience, patience_secs)
+        deadline = time.monotonic() + patience
         self._turn = threading.Event()
-        if not self._lock.acquire(timeout=patience):
-            began = self._began
-            self._end_turn()
-            raise NoBoundaryError(
-                f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
-                f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
-            )
+        # Whoever sets a patience ends the run: the program has come to its end, and begins no step.
+        waits_for_return = patience_secs is None
+        while True:
+            if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                began = self._began
+                self._end_turn()
+                raise NoBoundaryError(
+                    f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
+                    f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
+                )
+            if not waits_for_return or self._away in (None, threading.get_ident()):
+                break
+            self._lock.release()
+            if not self._is_back.wait(max(0.0, deadline - time.monotonic())):
+                self._end_turn()
+                raise NoBoundaryError(
+                    f"no step boundary for {what}: the program was between two steps of its own loop for "
+                    f"{patience:.1f} s, and what the model holds there is its own affair"
+                )
         try:
             self.check_whole(what)
         except NoBoundaryError:

@@ -26,7 +26,9 @@ class Feed(ABC):
         self.epoch = 0
         self.batches = 0
         self._iterator: Iterator[Any] | None = None
-        # The number of batches of the epoch that an earlier process has seen; the next iterator begins after them.
+        # How many of the current epoch were handed out: those of the step that runs are among them.
+        self._given = 0
+        # How many batches of the epoch another process has seen: the next iterator begins behind them.
         self._seen_before = 0
 
     def next(self, epochs: int | None) -> Any:
@@ -39,24 +41,34 @@ class Feed(ABC):
         while epochs is None or self.epoch < epochs:
             if self._iterator is None:
                 self._iterator = self._begin_epoch(self._seen_before)
-                self._seen_before = 0
+                self._given, self._seen_before = self._seen_before, 0
             batch = next(self._iterator, _END)
             if batch is not _END:
+                self._given += 1
                 return batch
-            if self.batches == 0:
-                raise ValueError(f"{_shown(self.loader)}: expected at least one batch in an epoch, found none")
             self._iterator = None
-            self.epoch += 1
-            self.batches = 0
-            if not self.is_repeatable:
+            if not self._given and not self.is_repeatable:
+                self.is_exhausted = True
                 break
+            if not self._given:
+                raise ValueError(f"{shown(self.loader)}: expected at least one batch in an epoch, found none")
+            self.epoch += 1
+            self.batches = self._given = 0
         raise StopIteration
 
     is_repeatable = True
+    is_exhausted = False
+    """Whether it is an iterator that has come to its end, and does not begin again."""
 
     def consumed(self) -> None:
-        """The step with the last batch is done."""
-        self.batches += 1
+        """The step with the batches handed out so far is done."""
+        self.batches = self._given
+
+    @property
+    def is_last_batch(self) -> bool | None:
+        """Whether the batch handed out last is the last of its epoch; ``None`` where the loader has no length."""
+        number = length(self.loader)
+        return None if number is None else self._given >= number
 
     def position(self) -> dict[str, Any]:
         """The current position, as plain values and tensors."""
@@ -82,7 +94,7 @@ class Feed(ABC):
                 if saved.get(key) != found.get(key)
             )
             raise CheckpointMismatchError(
-                f"{_shown(self.loader)}: this is not the loader with which the checkpoint was saved, so its position "
+                f"{shown(self.loader)}: this is not the loader with which the checkpoint was saved, so its position "
                 f"in the data (epoch {position['epoch']}, batch {position['batches']}) means nothing here "
                 f"({differences}). Use the same loader; or pass resume_data=False to begin a new epoch with this one"
             )
@@ -154,5 +166,6 @@ def length(sized: Any) -> int | None:
         return None
 
 
-def _shown(loader: Any) -> str:
+def shown(loader: Any) -> str:
+    """What was given to ``steps``, for messages."""
     return f"steps({type(loader).__name__})"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.steps.feeds import Feed
 from stepguard.steps.random_streams import RandomStreams
+
+_log = logging.getLogger(__name__)
 
 
 class ProcessState(ABC):
@@ -24,6 +28,11 @@ class ProcessState(ABC):
         # first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
+        # Of `Session.epochs`: those whose bodies are complete, and the loops that are over in the body that runs.
+        self.epochs_done = 0
+        self.loops_done = 0
+        # Whether a step was run in that body.
+        self._is_epoch_begun = False
 
     @abstractmethod
     def new_feed(self, loader: Any) -> Feed:
@@ -60,21 +69,57 @@ class ProcessState(ABC):
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
-        return {"random": self._streams.capture() if self._random is None else self._random, "loaders": positions}
+        return {
+            "random": self._streams.capture() if self._random is None else self._random,
+            "loaders": positions,
+            "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
         self._positions = list(state["loaders"])
-        # The streams are restored now, for draws before the first step, and again just before that step: draws in
-        # between, for example to build objects that are then restored, must not move the streams.
+        # A checkpoint of an earlier version has none.
+        epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
+        self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
+        self._is_epoch_begun = epochs["begun"]
+        # Once now, for whoever draws before the first step, and again in front of that: what is drawn before it, to
+        # build things that the restored run need not build again, must not move the streams.
         self._random = state["random"]
         self._streams.restore(state["random"])
 
+    def streams_preserved(self) -> AbstractContextManager[None]:
+        """A block that draws as it likes, and leaves the random streams as they were."""
+        return self._streams.preserved()
+
     def begin_step(self) -> None:
-        """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
+        """A step begins: the first after a restore draws what it would have drawn without one."""
+        self._is_epoch_begun = True
+        if self._random is not None:
+            self.resume_streams()
+
+    def resume_streams(self) -> None:
+        """What is drawn from here on belongs to the run that goes on, and not to the building of its parts."""
         if self._random is not None:
             self._streams.restore(self._random)
             self._random = None
+
+    def adopt_epochs(self) -> None:
+        """The program counts its epochs from now on; a run that was saved without a count has those of its loader."""
+        if not self.epochs_done and not self.loops_done and self.epoch:
+            self.epochs_done = self.epoch
+            _log.info("epochs: going on in epoch %d, which is that of the loader", self.epoch)
+
+    def begin_epoch(self) -> None:
+        """The body of the next epoch begins, or is begun again by a restart."""
+        # Begun again, it does once more what it did before its first step, and that must not move the streams.
+        if not self._is_epoch_begun:
+            self.resume_streams()
+
+    def complete_epoch(self) -> None:
+        """The body is done. Inside the boundary."""
+        self.epochs_done += 1
+        self.loops_done = 0
+        self._is_epoch_begun = False
 
     def close(self) -> None:
         """End the workers of the loaders."""
