@@ -32,6 +32,22 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     assert steps_saved(killed)[0] == 60
 
 
+def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # 50 items in batches of 4 are 7 steps of two processes.
+    training = ["--epoch-ends", "--epochs=4", "--steps=28"]
+    torchrun(whole, 2, *training)
+    launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
+    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1"))
+
+    assert outcomes(killed, 2) == outcomes(whole, 2)
+    for rank in range(2):
+        assert seen(killed, rank) == seen(whole, rank)
+        assert whole.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "2", "3"]
+        # The other may have come to the next epoch, and waited there in vain.
+        assert killed.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "1", "2", "3"]
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path):
     logdir = tmp_path / "run"

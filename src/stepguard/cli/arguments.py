@@ -39,7 +39,7 @@ _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
+    """The meaning of a path: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
 
     ``file`` is the path of a single file of PyTorch, in a checkpoint or alone.
     """
@@ -73,7 +73,7 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 
 def _target(value: str) -> Target:
-    # "." has no name of its own, and may be a checkpoint; "/" has none at all, and is none.
+    # Resolve ".", which has no name and may be a checkpoint. "/" has no name at all, and is no checkpoint.
     path = Path(value) if Path(value).name else Path(value).absolute()
     holder = path.parent if path.parent.name else path.absolute().parent
     if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():

@@ -1,9 +1,10 @@
-"""Where one training step ends and the next has not begun.
+"""The step boundary of a training loop: the moment between two steps.
 
-A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
-gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
-and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
-its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
+The protocol: a step and a service (a save, a summary) take the same lock, one at a time. Python's lock is not fair: a
+loop that releases it and takes it again at once would never let a service in. Therefore a service first sets up an
+event, its turn, and the next step waits for that event before it takes the lock. The service sets the event when it is
+done or when its patience is over. So a step waits for at most one service, and a service waits for at most one step,
+both for a limited time.
 
 It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
 waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
@@ -114,7 +115,10 @@ class Boundary:
             self._is_back.set()
 
     def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
-        """Let no step begin, unless this is the main thread, which was told to stop and ends by itself."""
+        """Refuse all further steps.
+
+        Exception: a main thread for which ``main_thread_was_told()`` is true may run further steps to finish.
+        """
         self._main_thread_was_told = main_thread_was_told
         self.must_stop = True
 
@@ -190,7 +194,10 @@ class Boundary:
             )
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
-        """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
+        """Call ``callback`` after ``steps`` more steps, on the thread of the last one.
+
+        ``callback`` returns the number of steps until its next call.
+        """
         self._on_due = callback
         self._due_at = self.steps + max(1, steps)
 

@@ -60,8 +60,28 @@ class LoopEngine(Generic[SessionT]):
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: SessionT) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - session.is_cut_short
+        """The number of steps done in this session, as in :meth:`step`, and of epochs whose ends are done."""
+        return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
+
+    def is_resting(self, session: SessionT) -> bool:
+        """Whether no loop over ``steps`` runs."""
+        return session.boundary.is_resting
+
+    def is_evaluating(self, session: SessionT) -> bool:
+        """Inside ``sess.evaluating()``."""
+        return session.is_evaluating
+
+    def is_alone(self, session: SessionT) -> bool:
+        """Whether the session has no gate, at which the steps of several processes wait for each other."""
+        return session.is_alone
+
+    def call_at_rest(self, session: SessionT, keep: Callable[[bool], None]) -> None:
+        """At the boundary at which the session rests."""
+        session.boundary.call_at_rest(keep)
+
+    def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
+        """To the end of a step with an evaluation in it."""
+        return session.defer(callback)
 
     @contextmanager
     def at_boundary(self, session: SessionT, what: str, patience_secs: float | None = None) -> Iterator[None]:

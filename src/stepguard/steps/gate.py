@@ -250,6 +250,11 @@ class Gate:
         with self._changed:
             self._meetings = _Meetings(first, every)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether what was captured last is not wanted any more."""
+        return self._meetings.is_free
+
     def free(self) -> None:
         """Note that the last captured state is no longer needed."""
         with self._changed:

@@ -12,11 +12,13 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
+from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import Member, Rendezvous, as_error
@@ -40,6 +42,7 @@ class Worker(Rendezvous):
         self._asked_for: int | None = None
         self._not_taken: Exception | None = None
         self._taking = threading.Lock()
+        self._budget = CopyingBudget()
         self._writing: threading.Thread | None = None
         self._earlier: Exchange | None = None
         self._answered: str | None = None
@@ -58,7 +61,18 @@ class Worker(Rendezvous):
         return self._restored[0]
 
     def loop_changed(self) -> None:
-        """Nothing: who leaves says so when the session is closed."""
+        """Who leaves says so when the session is closed. Where no loop runs, the state is taken before the program
+        goes on: it may use its streams, and the model, for something else.
+        """
+        if self._gate.loop is Loop.RUNS or not self._gate.is_free:
+            return
+        # The end of an epoch has changed what was taken at the end of its loop.
+        self._taken_at = None
+        if not self._budget.allows_one():
+            return
+        began = time.monotonic()
+        self.take_state()
+        self._budget.spend(time.monotonic() - began)
 
     # --- what the chief says ---
 

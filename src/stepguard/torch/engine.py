@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,8 @@ class TorchEngine(LoopEngine[Session]):
         store = shared_store() if processes > 1 else None
         self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
-        self._memory = HostMemory()
+        # With the snapshots in them, as long as somebody has these.
+        self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
         self._watch: ValueWatch | None = None
 
     # --- the session ---
@@ -79,7 +81,9 @@ class TorchEngine(LoopEngine[Session]):
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
         gate = self._peers.gate()
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size)
+        holders = {one.name: one.holder for one in self._program.components}
+        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size, optimizers=optimizers)
         self._peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
@@ -94,7 +98,7 @@ class TorchEngine(LoopEngine[Session]):
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
-        self._member = TorchMember(self._coord, session, self._program.components, self._memory, self._root)
+        self._member = TorchMember(self._coord, session, self._program.components, HostMemory(), self._root)
         return self._member
 
     def _initialise(self) -> None:
@@ -108,11 +112,20 @@ class TorchEngine(LoopEngine[Session]):
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
+            # With options, what the program has done to the state may be what is wanted; and with other processes none
+            # may differ from the others.
+            if self._restoring == Restoring() and not self._peers.has_any:
+                session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
         # The loads may run on another CUDA stream than the training.
         _synchronize()
+
+    def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
+        """Once more what the session was restored with, before its first step."""
+        restorer.return_to(path, session)
+        session.put_gradients_back()
 
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
@@ -169,14 +182,22 @@ class TorchEngine(LoopEngine[Session]):
     # --- checkpoints ---
 
     def snapshot(self, session: Session) -> TorchSnapshot:
-        """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
+        """Copy the state into host memory, which is used again when nobody has the snapshot in it any more."""
+        memory = self._free_memory()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
-            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._program.components}
-            own = self._memory.copy("process", session.process_state.capture(), copies)
+            states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
+            own = memory.copy("process", session.process_state.capture(), copies)
             process = {**own, "program": self._program.notes()}
             copies.close()
+        self._memories.append((memory, weakref.ref(copies)))
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+
+    def _free_memory(self) -> HostMemory:
+        """Memory in which no snapshot is: there is a second one only where a loop ends while another is written."""
+        free = [memory for memory, copies in self._memories if copies() is None]
+        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
+        return free[0] if free else HostMemory()
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""

@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Show the scalars in the event files of LOGDIR: how many, from which step to which, the last value, the extremes.
 
-    They are those that TensorBoard shows: what a killed run had written for steps that were done again is left out.
-    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` can be given.
+    The scalars are those that TensorBoard shows: values of a killed run for steps that were done again are left out.
+    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` may be given.
     """
     _check_stdout(csv_path, png_path, as_json=as_json)
     curves = read_curves(logdir, tags)

@@ -36,15 +36,15 @@ Examples:
 @click.argument("logdir", type=LOGDIR)
 @output.json_option
 def command(logdir: Path, as_json: bool) -> None:
-    """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
+    """List the checkpoints of LOGDIR, from newest to oldest; > marks the one that a restart would take.
 
     \b
-    good        the manifest is right, and every file that a restore needs is there with its size
+    good        the manifest is valid, and every file that a restore needs has the right size
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
-    damaged     a file is missing or of another size, or the manifest is damaged
-    incomplete  being written or removed just now, or cut short by a kill
+    damaged     a file is missing or of a wrong size, or the manifest is damaged
+    incomplete  being written or removed, or cut short by a kill
 
-    The data are not read for this: a bit that has flipped is found by `stepguard verify`.
+    The data are not read: use `stepguard verify` to find a flipped bit.
     """
     found = list_contents(logdir)
     if as_json:

@@ -23,7 +23,7 @@ _LOOKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done with the checkpoints of one basename, each list from newest to oldest.
+    """What to do with the checkpoints of one basename; each list goes from newest to oldest.
 
     ``newest_good`` was read to its end.
     """
@@ -51,9 +51,9 @@ Examples:
 def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
     """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
 
-    The newest good one, which is read to its end to make sure, stays in any case, and so does all that is newer.
-    Damaged ones do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
-    quarantine/. Checkpoints with different names are counted apart.
+    The newest good checkpoint always stays (it is read to its end to make sure), and so does every newer one. Damaged
+    checkpoints do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
+    quarantine/. Checkpoints with different basenames are counted separately.
 
     Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good. Nothing was removed then.
     """
@@ -90,7 +90,7 @@ def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[
 def _by_basename(logdir: Path) -> dict[str, list[ListedCheckpoint]]:
     groups: dict[str, list[ListedCheckpoint]] = {}
     for one in list_contents(logdir).found:
-        # A checkpoint that is being replaced is the chief's business.
+        # Leave a checkpoint that is being replaced to the chief.
         if one.is_candidate and one.checkpoint.root == logdir:
             groups.setdefault(one.basename, []).append(one)
     return groups
@@ -124,8 +124,8 @@ def _plan(
 def _proven(found: Sequence[ListedCheckpoint]) -> tuple[list[ListedCheckpoint], ListedCheckpoint | None]:
     """Read from newest to oldest until one is proven good by its manifest, or else by TensorFlow's own checksums.
 
-    Gives all of them with what is known now, and the newest good. Those that a training has pruned meanwhile are left
-    out: while it trains there is only a dry run.
+    Returns all checkpoints with their states as known now, and the newest good one. Checkpoints that a training has
+    pruned meanwhile are left out; this happens in a dry run only.
     """
     known: list[ListedCheckpoint] = []
     readable = None

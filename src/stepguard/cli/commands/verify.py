@@ -43,11 +43,10 @@ Examples:
 def command(ctx: click.Context, target: Target, as_json: bool) -> None:
     """Read every byte of the checkpoints of a logdir, or of one checkpoint, and compare it with the manifest.
 
-    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads all of it,
-    and its own checksums are what is known then. One that is just being written, "incomplete", is passed over, unless
-    it was asked for by name.
+    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads it and
+    checks its own checksums. An "incomplete" checkpoint, which is being written, is skipped unless you name it.
 
-    One of which only the meta graph is missing or damaged stays good: a restore does not read that.
+    A checkpoint whose meta graph alone is missing or damaged stays good: a restore does not read the meta graph.
 
     Exit code 1: a file is damaged, or there is nothing to verify.
     """
@@ -70,7 +69,7 @@ def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...]]:
         found = list_contents(target.root)
         candidates = [one for one in found.found if one.is_candidate]
         reads = _read_all(candidates)
-        # A training may have pruned all of them during the reads; newer ones exist then.
+        # A training may have pruned all of them during the reads. Newer ones then exist.
         if reads or not candidates or time.monotonic() >= deadline:
             return reads, found.missing
 

@@ -1,8 +1,8 @@
-"""The checkpoints in a logdir and their states, as far as names, sizes and manifests tell: what `ls` shows.
+"""The checkpoints in a logdir and their states, judged by names, sizes and manifests: the content of `ls`.
 
-One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
-second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
-at again, and never taken for damaged.
+The directory is scanned once, and each manifest and the size of each file are read: 10,000 checkpoints take about a
+second. Nothing is locked, so a training may write and prune meanwhile. A checkpoint that looks damaged is inspected
+again, so that one being replaced or removed is never reported as damaged.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _LOOK_SECS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ListedCheckpoint:
-    """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
-    a restart would take, as far as is known without reading the data.
+    """One checkpoint and its state. ``reasons`` say why it is not good; ``is_next`` marks the one that a restart would
+    take, as far as is known without reading the data.
     """
 
     checkpoint: Checkpoint
@@ -62,10 +62,10 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class LogdirContents:
-    """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
+    """The checkpoints of a logdir: for each basename, incomplete ones first, then from newest to oldest.
 
-    ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
-    what lies in quarantine.
+    ``missing`` are the newest names in state files for which no file exists; ``quarantined`` counts the checkpoints in
+    quarantine.
     """
 
     root: Path
@@ -75,9 +75,9 @@ class LogdirContents:
 
 
 def list_contents(root: Path) -> LogdirContents:
-    """List a logdir. Raises OSError if that cannot be done.
+    """List a logdir. Raises OSError if that is impossible.
 
-    A training may prune all that was listed before it is looked at: it is listed again then, for a while.
+    A training may prune all listed checkpoints before they are inspected. The logdir is then listed again, for a while.
     """
     deadline = time.monotonic() + _LOOK_SECS
     kinds: Mapping[str, bool] = {}
@@ -89,7 +89,7 @@ def list_contents(root: Path) -> LogdirContents:
 
 
 def _kinds(root: Path) -> dict[str, bool]:
-    """The names in a directory; whether each is itself a directory."""
+    """The names in a directory, each with whether it is itself a directory."""
     with os.scandir(root) as entries:
         return {entry.name: entry.is_dir() for entry in entries}
 
@@ -176,9 +176,9 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint | None:
-    """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
+    """The state of one checkpoint by names and sizes; None if it was removed meanwhile.
 
-    ``present`` gives its files, and is asked only where there is no manifest.
+    ``present`` returns the files of the checkpoint, and is called only if it has no manifest.
     """
     place = layout.within(candidate.root)
     found = _inspected(place, candidate, present)
@@ -196,8 +196,10 @@ def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequenc
 
 
 def commit_id(place: Layout, name: str) -> tuple[int, int] | None:
-    """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
-    checkpoint takes its manifest away first. One that is kept while it is replaced is gone when the new one is there.
+    """An identifier that differs between two commits of a name; None once the checkpoint is pruned.
+
+    It is read from the manifest, which a replacement or a removal takes away first. A checkpoint kept aside while it is
+    replaced counts as pruned once the new one exists.
     """
     if place.root.name.startswith(layouts.REPLACED) and commit_id(place.within(place.root.parent), name) is not None:
         return None

@@ -20,8 +20,8 @@ _LOOKS = 3
 class FullRead:
     """The outcome of a full read: the checkpoint with its state, and each damaged file with the reason.
 
-    ``is_readable`` is, for one without a manifest, whether its framework could read all of it by its own checksums;
-    None if that was not tried.
+    ``is_readable`` says, for a checkpoint without a manifest, whether its framework could read it and its checksums
+    were right; None if that was not tried.
     """
 
     listed: ListedCheckpoint
@@ -37,7 +37,7 @@ class FullRead:
 def read_fully(one: ListedCheckpoint, *, on_block: Callable[[int], None] | None = None) -> FullRead | None:
     """Read all of a checkpoint. None if it was pruned meanwhile; a newer one of its name is read instead.
 
-    Raises OSError for what is no proof of damage: a missing permission, for one.
+    Raises OSError for an error that does not prove damage, such as a missing permission.
     """
     place = Layout(one.checkpoint.root, one.basename, ENTRY_SUFFIX)
     name = one.checkpoint.name

@@ -1,4 +1,4 @@
-"""The state of a run, put together from the heartbeats, ledger and checkpoints in its logdir; for `status`."""
+"""The state of a run for `status`, computed from the heartbeats, ledger and checkpoints in its logdir."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from stepguard.watching.history import History
 class Process:
     """One process of the run.
 
-    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one,
-    and ``is_from_ledger`` that there is no heartbeat of it, and the ledger tells of it.
+    ``state`` is the result of `heartbeat.state`. ``is_left_behind`` says that the process belongs to an earlier start,
+    ``is_from_ledger`` that it has no heartbeat and is known from the ledger only.
     """
 
     beat: Heartbeat
@@ -57,9 +57,9 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """All that is known of a run. A crash now would lose ``steps_at_risk``; None where the step is not known.
+    """The state of a run. A crash now would lose ``steps_at_risk``; None if the step is unknown.
 
-    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    ``last_error`` is the error of the newest start that ended with one, even if the run goes on now.
     """
 
     logdir: Path

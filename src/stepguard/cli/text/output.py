@@ -1,4 +1,4 @@
-"""How commands print: text that may hold anything, sizes and ages for people, and JSON for programs."""
+"""How commands print: arbitrary text, sizes and ages for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def accounted(found: History) -> str:
 
 
 def missing_newest(name: str) -> str:
-    """The line about a checkpoint that is gone."""
+    """The line about a newest checkpoint that no longer exists."""
     return f"the file 'checkpoint' names {printable(name)} as the newest, and there is no file of it"
 
 

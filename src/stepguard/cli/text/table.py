@@ -20,9 +20,9 @@ _SHORTEST = 12
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``style`` gives the colour of a cell by click's name; of those that may ``shrink``, the widest does first.
+    """``style`` returns the click name of a cell's colour. Of columns that may ``shrink``, the widest shrinks first.
 
-    ``hide`` leaves a column that says nothing out of a terminal, where room is short; it is there where it is piped.
+    ``hide`` leaves out a column without information in a terminal, where room is short, but not in a pipe.
     """
 
     title: str
