@@ -6,15 +6,15 @@ event, its turn, and the next step waits for that event before it takes the lock
 done or when its patience is over. So a step waits for at most one service, and a service waits for at most one step,
 both for a limited time.
 
-It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
-waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
-the boundary torn: from then on no service gets it, since the state belongs to no step. Ctrl-C between two lines would
-leave the lock taken for good; a thread that is taking it or giving it back is therefore in ``_changing``, and
-``interrupts`` holds the signal back until it is not. A kill leaves nothing: all of this is memory of one process.
+No deadlock is possible: services queue for ``_holding`` before they take the lock, a step never holds the lock while it
+waits for a turn, and the code that a service runs while it holds the boundary waits for no step. An error inside a step
+marks the boundary torn; from then on no service gets it, because the state belongs to no step. Ctrl-C between two lines
+could leave the lock taken for ever. Therefore a thread that is taking or releasing the lock is in ``_changing``, and
+``interrupts`` holds the signal back meanwhile. A kill leaves nothing, because all of this is memory of one process.
 
-A step of the program's own loop returns to code of the program, which may lend the model to something else before it
-begins the next one. Its thread therefore leaves the boundary *away*: a service that waited already has its turn before
-that code runs, and one that comes later waits until the thread is back, or gives up.
+After a step of the program's own loop, code of the program runs, which may use the model for something else before the
+next step. The training thread therefore marks itself *away* at the boundary. A service that is already waiting gets its
+turn before that code runs; a service that comes later waits until the thread is back, or gives up.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Boundary:
         self._on_due: Callable[[], int] | None = None
         self._due_at = sys.maxsize
         self._is_torn = False
-        # The thread that is in code of the program's own between two steps, and what says that it is back.
+        # The thread that runs code of the program between two steps, and the event that says that it is back.
         self._away: int | None = None
         self._is_back = threading.Event()
         self._on_rest: Callable[[bool], None] | None = None
@@ -82,9 +82,9 @@ class Boundary:
         self.is_resting = False
 
     def rest(self, change: Callable[[], None] | None = None, *, is_last: bool = False) -> None:
-        """No step follows for now. A service that holds the boundary is waited for.
+        """Note that no step follows for now; wait while a service holds the boundary.
 
-        ``change`` is called first, then what :meth:`call_at_rest` was given, both before anybody else has the boundary.
+        ``change`` is called first, then the callback of :meth:`call_at_rest`, both while this thread has the boundary.
         """
         self.enter()
         try:
@@ -97,19 +97,19 @@ class Boundary:
             self.leave(is_done=False)
 
     def call_at_rest(self, callback: Callable[[bool], None]) -> None:
-        """Call ``callback(is_last)`` whenever a loop ends, in its thread; ``is_last``: the run is to end there."""
+        """Call ``callback(is_last)`` on the loop's thread whenever a loop ends; ``is_last`` if the run ends there."""
         self._on_rest = callback
 
     def go_away(self) -> None:
-        """The thread of the last step goes on in code of the program's own: from here nobody reads the state."""
-        # What waits since before is served first: it could not tell later what the program does meanwhile.
+        """Mark that this thread now runs code of the program: no service reads the state until it is back."""
+        # A service that is already waiting gets its turn first, while the state is still that of the step.
         self.enter()
         self._away = threading.get_ident()
         self._is_back.clear()
         self.leave(is_done=False)
 
     def come_back(self) -> None:
-        """The thread is back from there: the state is that of the training again."""
+        """Mark that the thread is back: the state is that of the training again."""
         if self._away is not None:
             self._away = None
             self._is_back.set()
@@ -151,11 +151,11 @@ class Boundary:
             self.call_due()
 
     def call_due(self) -> None:
-        """Do what is due after the last step, if that was not done."""
+        """Call the callbacks that are due after the last step, unless they were called already."""
         if self._soon is not None:
             soon, self._soon = self._soon, None
             soon()
-        # Not only at that very step: another thread may have done one more before this one comes here.
+        # `>=`, because another thread may have done one more step before this thread gets here.
         if self.steps >= self._due_at and self._on_due is not None:
             # Called once, by the first thread that gets here.
             self._due_at = sys.maxsize
@@ -202,7 +202,7 @@ class Boundary:
         self._due_at = self.steps + max(1, steps)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, at the end of the step that runs now, in its thread."""
+        """Call ``callback`` once, at the end of the running step, on its thread."""
         self._soon = callback
 
     @contextmanager
@@ -230,7 +230,7 @@ class Boundary:
             patience = min(patience, patience_secs)
         deadline = time.monotonic() + patience
         self._turn = threading.Event()
-        # Whoever sets a patience ends the run: the program has come to its end, and begins no step.
+        # A caller that sets a patience is ending the run: the program begins no further step.
         waits_for_return = patience_secs is None
         while True:
             if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):

@@ -1,20 +1,20 @@
-"""How often a copy of the state may be taken that perhaps nobody will ask for."""
+"""Limits the time spent on copies of the state that may never be used."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 
-# At most one part in so many of the time goes into such copies ...
+# At most one part in this many of the time is spent on such copies ...
 _SHARE = 20
-# ... but for the first ones, so that a program of a few short loops has one of each.
+# ... except for the first copies, so that a program of a few short loops has a copy of each.
 _FREE_SECS = 0.2
-# The least of so many is what a copy costs: on a busy machine any of them may have waited for the processor.
+# The cost of a copy is the least of this many, because on a busy machine any copy may have waited for the processor.
 _REMEMBERED = 8
 
 
 class CopyingBudget:
-    """A program of many short loops must not feel that each of them ends with a copy. One thread."""
+    """A budget of time for the copies at the ends of loops, so that many short loops stay fast. One thread."""
 
     def __init__(self) -> None:
         self._left_secs = _FREE_SECS
@@ -29,7 +29,7 @@ class CopyingBudget:
         return self._left_secs > 0
 
     def spend(self, secs: float) -> None:
-        """One was taken, which has lasted so long. The first, which takes its memory too, is free."""
+        """Record that a copy has taken ``secs``. The first copy, which also allocates its memory, is free."""
         self._lasted.append(secs)
         if len(self._lasted) > 1:
             self._left_secs -= min(self._lasted)

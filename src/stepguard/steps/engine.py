@@ -60,7 +60,7 @@ class LoopEngine(Generic[SessionT]):
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: SessionT) -> object:
-        """The number of steps done in this session, as in :meth:`step`, and of epochs whose ends are done."""
+        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs."""
         return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
 
     def is_resting(self, session: SessionT) -> bool:
@@ -68,7 +68,7 @@ class LoopEngine(Generic[SessionT]):
         return session.boundary.is_resting
 
     def is_evaluating(self, session: SessionT) -> bool:
-        """Inside ``sess.evaluating()``."""
+        """Whether the program is inside ``sess.evaluating()``."""
         return session.is_evaluating
 
     def is_alone(self, session: SessionT) -> bool:
@@ -76,11 +76,11 @@ class LoopEngine(Generic[SessionT]):
         return session.is_alone
 
     def call_at_rest(self, session: SessionT, keep: Callable[[bool], None]) -> None:
-        """At the boundary at which the session rests."""
+        """Call ``keep(is_last)`` at the boundary where a loop ends."""
         session.boundary.call_at_rest(keep)
 
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
-        """To the end of a step with an evaluation in it."""
+        """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)
 
     @contextmanager

@@ -26,9 +26,9 @@ class Feed(ABC):
         self.epoch = 0
         self.batches = 0
         self._iterator: Iterator[Any] | None = None
-        # How many of the current epoch were handed out: those of the step that runs are among them.
+        # The number of batches of the current epoch that were handed out, including those of the running step.
         self._given = 0
-        # How many batches of the epoch another process has seen: the next iterator begins behind them.
+        # The number of batches of the epoch that an earlier process has seen; the next iterator begins after them.
         self._seen_before = 0
 
     def next(self, epochs: int | None) -> Any:
@@ -58,7 +58,7 @@ class Feed(ABC):
 
     is_repeatable = True
     is_exhausted = False
-    """Whether it is an iterator that has come to its end, and does not begin again."""
+    """Whether this is an iterator that has ended and does not begin again."""
 
     def consumed(self) -> None:
         """The step with the batches handed out so far is done."""
@@ -66,7 +66,7 @@ class Feed(ABC):
 
     @property
     def is_last_batch(self) -> bool | None:
-        """Whether the batch handed out last is the last of its epoch; ``None`` where the loader has no length."""
+        """Whether the batch handed out last is the last of its epoch; ``None`` if the loader has no length."""
         number = length(self.loader)
         return None if number is None else self._given >= number
 
@@ -167,5 +167,5 @@ def length(sized: Any) -> int | None:
 
 
 def shown(loader: Any) -> str:
-    """What was given to ``steps``, for messages."""
+    """The argument of ``steps``, for messages."""
     return f"steps({type(loader).__name__})"

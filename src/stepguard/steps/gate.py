@@ -252,7 +252,7 @@ class Gate:
 
     @property
     def is_free(self) -> bool:
-        """Whether what was captured last is not wanted any more."""
+        """Whether the last captured state is no longer needed."""
         return self._meetings.is_free
 
     def free(self) -> None:

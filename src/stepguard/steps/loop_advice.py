@@ -1,4 +1,4 @@
-"""What the program should know of a loop that is not what it seems: one that trains nothing, or is not exact."""
+"""Warnings about loops that do not do what they seem to do: they train nothing, or do not resume exactly."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoopPlan:
-    """What one call of `steps` is to run."""
+    """The loop that one call of `steps` describes."""
 
     feed: Feed | None
     max_steps: int | None
-    # The loop ends when the feed has made so many epochs, and a step is so many of its batches.
+    # The loop ends when the feed has completed this number of epochs. A step has `accumulate` batches.
     until_epoch: int | None
     accumulate: int
-    # Which loop of the body of `epochs` it is; ``None`` outside of one.
+    # The number of the loop in the body of `epochs`; ``None`` outside of `epochs`.
     number: int | None
-    # As the program has asked for them.
+    # The `epochs` argument of the program.
     epochs: int | None
     thread: int
 
     @property
     def epochs_seen(self) -> int:
-        """The complete epochs over the loader."""
+        """The number of complete epochs over the loader."""
         return 0 if self.feed is None else self.feed.epoch
 
 
 class LoopAdvice:
-    """Warns of loops, of each kind once for each loader. By the thread that trains."""
+    """Warns of loops; each kind of warning once for each loader. For the training thread."""
 
     def __init__(self) -> None:
         self._told: set[tuple[str, int]] = set()
 
     def on_begin(self, plan: LoopPlan, *, is_first: bool) -> None:
-        """Of an epoch loop of the program's own: nobody knows which work between its loops was done already.
+        """Warn of an epoch loop of the program's own: it is unknown which work between its loops was already done.
 
-        ``is_first`` says that no loop was over this loader before, since the start.
+        ``is_first`` says that this is the first loop over this loader since the start.
         """
         feed, epochs = plan.feed, plan.epochs
         if feed is None or plan.number is not None or feed.batches:
             return
         has_more = epochs is not None and 0 < feed.epoch < epochs
         if is_first and has_more:
-            # Only at the end of a loop a position is at the beginning of an epoch that is not the first.
+            # A saved position at the beginning of an epoch, other than the first, is from the end of a loop.
             self._tell(
                 feed,
                 "%s: the checkpoint is of the end of epoch %d over it, and whether the work that the program does at "
@@ -65,7 +65,7 @@ class LoopAdvice:
             )
 
     def on_first_step(self, plan: LoopPlan) -> None:
-        """Of a thread that asks for steps of another's loop."""
+        """Warn if another thread than the one that began the loop asks for its steps."""
         if plan.thread != threading.get_ident():
             _log.warning(
                 "steps: the loop was begun in another thread than the one that asks for its steps. A step counts as "
@@ -74,7 +74,10 @@ class LoopAdvice:
             )
 
     def on_end(self, plan: LoopPlan, global_step: int, *, is_empty: bool) -> None:
-        """Of a loop that has trained less than was asked for; ``is_empty``: no step at all, of none that was left."""
+        """Warn of a loop that has trained less than it was asked for.
+
+        ``is_empty`` says that it has trained no step at all.
+        """
         feed = plan.feed
         if feed is not None and feed.is_exhausted and (is_empty or (plan.epochs or 0) > feed.epoch):
             self._tell(
@@ -102,7 +105,7 @@ class LoopAdvice:
             )
 
     def on_leftover(self, turns: int, accumulate: int) -> None:
-        """Of ``turns`` of a step that the end of the data has cut short."""
+        """Warn of ``turns`` that are too few for a step, because the data has ended."""
         _log.warning(
             "steps: the data ended in the middle of a step: %d of accumulate=%d batches made no update, since the "
             "loader has no length that tells which batch is its last. Clear their gradients before you go on",

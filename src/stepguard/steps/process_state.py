@@ -28,10 +28,10 @@ class ProcessState(ABC):
         # first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
-        # Of `Session.epochs`: those whose bodies are complete, and the loops that are over in the body that runs.
+        # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
         self.epochs_done = 0
         self.loops_done = 0
-        # Whether a step was run in that body.
+        # Whether a step was run in the running body.
         self._is_epoch_begun = False
 
     @abstractmethod
@@ -78,45 +78,45 @@ class ProcessState(ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
         self._positions = list(state["loaders"])
-        # A checkpoint of an earlier version has none.
+        # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
         self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
         self._is_epoch_begun = epochs["begun"]
-        # Once now, for whoever draws before the first step, and again in front of that: what is drawn before it, to
-        # build things that the restored run need not build again, must not move the streams.
+        # The streams are restored now, for draws before the first step, and again just before that step: draws in
+        # between, for example to build objects that are then restored, must not move the streams.
         self._random = state["random"]
         self._streams.restore(state["random"])
 
     def streams_preserved(self) -> AbstractContextManager[None]:
-        """A block that draws as it likes, and leaves the random streams as they were."""
+        """A block after which the random streams are as they were before, whatever it draws."""
         return self._streams.preserved()
 
     def begin_step(self) -> None:
-        """A step begins: the first after a restore draws what it would have drawn without one."""
+        """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
         self._is_epoch_begun = True
         if self._random is not None:
             self.resume_streams()
 
     def resume_streams(self) -> None:
-        """What is drawn from here on belongs to the run that goes on, and not to the building of its parts."""
+        """Restore the streams once more: draws from here on belong to the resumed run, not to the building of it."""
         if self._random is not None:
             self._streams.restore(self._random)
             self._random = None
 
     def adopt_epochs(self) -> None:
-        """The program counts its epochs from now on; a run that was saved without a count has those of its loader."""
+        """Count epochs from now on. If the run was saved without a count, take the epochs of its loader."""
         if not self.epochs_done and not self.loops_done and self.epoch:
             self.epochs_done = self.epoch
             _log.info("epochs: going on in epoch %d, which is that of the loader", self.epoch)
 
     def begin_epoch(self) -> None:
-        """The body of the next epoch begins, or is begun again by a restart."""
-        # Begun again, it does once more what it did before its first step, and that must not move the streams.
+        """Begin the body of the next epoch, or begin it again after a restart."""
+        # A body that is begun again repeats the draws before its first step, which must not move the streams.
         if not self._is_epoch_begun:
             self.resume_streams()
 
     def complete_epoch(self) -> None:
-        """The body is done. Inside the boundary."""
+        """Note that the body is done. Called inside the boundary."""
         self.epochs_done += 1
         self.loops_done = 0
         self._is_epoch_begun = False

@@ -23,12 +23,11 @@ from stepguard.steps.process_state import ProcessState
 class Session:
     """A run of a training program, from its start or restart to its stop.
 
-    ``global_step`` is the number of steps that are done: inside the first step it is 0. Steps are run by
-    :meth:`steps`, or one by one by :meth:`step`. ``is_update`` is false in the turns of an accumulation before its
-    last.
+    ``global_step`` is the number of steps done; inside the first step it is 0. :meth:`steps` runs many steps,
+    :meth:`step` runs one. ``is_update`` is false in all turns of an accumulation but the last.
 
-    A framework's own session gives ``process_state`` its feeds and streams, and may note in :meth:`_step_is_ending`
-    what its engine needs of a step.
+    A framework's own session gives ``process_state`` its feeds and streams. It may record in :meth:`_step_is_ending`
+    facts about a step that its engine needs.
     """
 
     def __init__(
@@ -53,14 +52,14 @@ class Session:
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self.is_update = True
-        # Inside the body of `epochs`: how many loops it has begun. And how often `steps` was given each loader.
+        # The number of loops begun in the body of `epochs` (``None`` outside); and how often `steps` got each loader.
         self._loops_begun: int | None = None
         self._epochs_wanted = 0
         self._calls: dict[int, int] = {}
         # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
         self._is_cut = False
         self._evaluations = 0
-        # Puts the restored state back, as long as no step was run; and whether a loop was begun.
+        # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
         self._advice = LoopAdvice()
@@ -79,30 +78,30 @@ class Session:
     ) -> Iterator[Any]:
         """The batches of ``loader``, one for each training step; without a loader the numbers of the steps.
 
-        The body of the loop is the step. It counts as done when the next one is asked for, and when the body is left
-        by ``break``. The iterator ends when a stop was requested, at ``max_steps`` and after ``epochs``; with neither
-        of the two it begins one epoch after the other. In the body of :meth:`epochs` it ends with the epoch.
+        The body of the loop is the step. A step counts as done when the next one is asked for, or when the body is left
+        by ``break``. The iterator ends when a stop was requested, at ``max_steps``, and after ``epochs``. Without these
+        two it begins one epoch after the other. In the body of :meth:`epochs` it ends with the epoch.
 
-        Because the next step is asked for when the one before is done, nothing may ask ahead: a prefetcher around this
-        iterator, or ``zip(sess.steps(loader), range(4))``, which asks for a fifth step before it sees that ``range`` is
-        over, counts steps that were never trained. Prefetch in the loader, and end a loop with ``max_steps`` or
-        ``break``. An iterator that another thread asks for steps is warned of.
+        Asking for the next step ends the current one, so nothing may ask ahead. A prefetcher around this iterator
+        counts steps that were never trained. So does ``zip(sess.steps(loader), range(4))``, which asks for a fifth step
+        before it sees the end of ``range``. Prefetch in the loader, and end a loop with ``max_steps`` or ``break``. A
+        warning is given if another thread asks for steps.
 
-        While no loop runs the state is the program's own: what is saved then is the state of the last step.
+        While no loop runs, the program may use the state for other work. A save then has the state of the last step.
 
         Args:
-            loader: a loader of the framework, one with ``state_dict``, or anything to iterate over.
-            max_steps: the global step to end at; steps done before a restart count.
-            epochs: how many epochs over this loader to make in all; those before a restart count.
+            loader: a loader of the framework, one with ``state_dict``, or any other iterable.
+            max_steps: the global step at which the loop ends; steps done before a restart count.
+            epochs: the number of epochs over this loader in all; those before a restart count.
             accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
                 ``is_update`` is true in the last turn of a step: call the optimizer there.
-            resume_data: whether a restarted run goes on with the batch after the last that was seen. With ``False``
-                it begins a new epoch, for a loader that has changed.
+            resume_data: whether a restarted run continues with the batch after the last one that was seen. With
+                ``False`` it begins a new epoch, for a loader that has changed.
 
         Raises:
             CheckpointMismatchError: the checkpoint was saved with another loader.
-            StopRequested: an earlier loop has ended for SIGTERM; ``managed_session`` ends it. Not where the program has
-                asked ``should_stop()`` since, and so ends by itself.
+            StopRequested: SIGTERM has ended an earlier loop; ``managed_session`` handles it. Not raised if the program
+                has called ``should_stop()`` since then, because it then ends by itself.
         """
         self._check_open()
         self._check_stop()
@@ -123,7 +122,7 @@ class Session:
         return self._steps(plan)
 
     def epochs(self, number: int) -> Iterator[int]:
-        """The numbers of the epochs that are left of ``number``, for what belongs to the end of an epoch::
+        """The numbers of the remaining epochs out of ``number``; the body may do work at the end of each epoch::
 
             for epoch in sess.epochs(10):
                 for batch in sess.steps(loader):
@@ -131,12 +130,14 @@ class Session:
                 evaluate()
                 scheduler.step()
 
-        A loop over ``steps`` in the body ends with the epoch of its loader. An epoch is complete when its body is: a
-        restart in an epoch goes on at its next batch, one in the epoch's end does that end again and nothing else, and
-        an epoch whose body was complete is not done again. ``break`` leaves the epoch incomplete.
+        A loop over ``steps`` in the body ends with the epoch of its loader. An epoch is complete when its body is
+        complete. After a restart in the middle of an epoch the run continues with the next batch. After a restart
+        during the work at an epoch's end, only that work is done again. A complete epoch is not done again. ``break``
+        leaves the epoch incomplete.
 
         Raises:
-            StopRequested: in ``steps``, where SIGTERM stops the run in the middle of an epoch: its end is not done.
+            StopRequested: raised by ``steps`` if SIGTERM stops the run in the middle of an epoch, so that the work at
+                the epoch's end is not done.
         """
         self._check_open()
         self._check_stop()
@@ -153,7 +154,7 @@ class Session:
         """Whether the batch of this step is the last of its epoch.
 
         Raises:
-            RuntimeError: no step over a loader runs.
+            RuntimeError: no step over a loader is running.
             TypeError: the loader has no length.
         """
         feed = self._feed_of_step
@@ -174,9 +175,9 @@ class Session:
             with sess.evaluating():
                 accuracy = evaluate(model)
 
-        What it draws at random does not change the training. It may take any time: it is no hang, and a stop that comes
-        meanwhile waits for the end of the step. A checkpoint that comes due inside a step is taken at its end; one
-        between two loops is of the last step.
+        Random draws inside the block do not change the training. The block may take any time: it is not reported as a
+        hang, and a stop that is requested meanwhile waits for the end of the step. A checkpoint that is due inside a
+        step is taken at the step's end; a checkpoint between two loops has the state of the last step.
         """
         self._check_open()
         self._evaluations += 1
@@ -197,7 +198,7 @@ class Session:
         The block gets the number of the step. Steps of several threads run one after the other.
 
         Raises:
-            StopRequested: the run must stop at this boundary, for example after SIGTERM; ``managed_session`` handles it.
+            StopRequested: the run must stop at this boundary, as after SIGTERM; ``managed_session`` handles it.
         """
         self.boundary.come_back()
         self._settle()
@@ -274,7 +275,7 @@ class Session:
         return self._gate is None
 
     def defer(self, callback: Callable[[], None]) -> bool:
-        """Where an evaluation is inside a step: call ``callback`` at the end of that step, in its thread."""
+        """If an evaluation runs inside a step, call ``callback`` at the end of that step, on its thread."""
         if not self.is_evaluating or self.boundary.is_resting or self._gate is not None:
             return False
         self.boundary.call_soon(callback)
@@ -303,7 +304,7 @@ class Session:
         return self._interrupts.is_impatient
 
     def put_back_with(self, put_back: Callable[[], None]) -> None:
-        """``put_back()`` puts the state in place that the session was restored with."""
+        """Set the function that resets the program's objects to the state that the session was restored with."""
         self._put_back = put_back
 
     def restore_process_state(self, state: Mapping[str, Any], step: int) -> None:
@@ -326,7 +327,7 @@ class Session:
             self._gate.done(self.boundary.steps)
             if was_left:
                 self._gate.end(self.boundary.steps, Loop.LEFT)
-        # After `break` the generator is being closed, and an error raised here would be lost: the session's end raises it.
+        # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
 
@@ -348,7 +349,7 @@ class Session:
         calls = self._calls[id(feed)] = self._calls.get(id(feed), 0) + 1
         if self._loops_begun is not None:
             return feed.epoch + 1
-        # An iterator has one epoch, unless it begins anew by itself: then each loop over it is one.
+        # An iterator has one epoch, unless it begins anew by itself; then each loop over it is one epoch.
         return calls if epochs is None and not feed.is_repeatable else epochs
 
     def _epochs(self, number: int) -> Iterator[int]:
@@ -367,7 +368,7 @@ class Session:
             self.total_steps = self.global_step
 
     def _complete_epoch(self, number: int) -> None:
-        """The body is done, and what it has changed belongs to the state that the next epoch begins with."""
+        """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
         state = self.process_state
         self._settle()
         is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
@@ -380,7 +381,7 @@ class Session:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
         began_at = boundary.steps, plan.epochs_seen
         if plan.number is not None and plan.number < self.process_state.loops_done:
-            # It was over when the checkpoint was taken: the rest of the epoch's body is what is left.
+            # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
             return
         self._advice.on_first_step(plan)
@@ -424,14 +425,13 @@ class Session:
                 try:
                     yield batch
                 except GeneratorExit:
-                    # The body was left: by `break`, and then it has trained with this batch, or by an error, and then
-                    # there is nothing to save. Nobody can tell here; the next step, if there is one, is the proof of a
-                    # `break`.
+                    # The body was left: by `break`, after training with this batch, or by an error, after which nothing
+                    # must be saved. The two cannot be told apart here; a next step, if there is one, proves a `break`.
                     is_mine = boundary.is_mine
                     if is_mine:
                         self._note_loop_over(plan)
                     self.finish_step(was_left=True)
-                    if is_mine:  # And not the garbage collector's, in the thread of a service perhaps.
+                    if is_mine:  # Otherwise the garbage collector closes the generator, perhaps on a service's thread.
                         boundary.rest(is_last=self._coord.stop_requested)
                     raise
                 if accumulate == 1 or self.is_update:
@@ -439,8 +439,10 @@ class Session:
             self.finish_step()
 
     def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
-        """A program with an epoch loop of its own comes by loops that were over before the restart, and does once more
-        what it does after each. That is in the restored state already, unless this state is the one at the loop's end.
+        """Put the restored state back before a loop that follows loops which had ended before the restart.
+
+        A program with an epoch loop of its own runs through these loops again, and repeats its work after each. The
+        restored state already includes that work, unless it is the state at the loop's end.
         """
         feed, put_back = plan.feed, self._put_back
         if put_back is None or plan.number is not None or feed is None or self.boundary.steps:
@@ -454,7 +456,7 @@ class Session:
             self._put_back = None
 
     def _note_loop_over(self, plan: LoopPlan) -> None:
-        """Inside the boundary: a checkpoint has the loop's last batch and this, or neither."""
+        """Record the end of the loop inside the boundary, so that a checkpoint has both its last batch and its end."""
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
@@ -463,7 +465,7 @@ class Session:
             self._watch.settle()
 
     def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
-        """What follows, such as an evaluation, is no step that hangs, nor one that the others could wait for."""
+        """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
         self.is_update = True
@@ -480,7 +482,7 @@ class Session:
         if is_stopped and not is_over:
             self._is_cut = True
             if plan.number is not None:
-                # What follows in the body is the end of an epoch that is not at its end.
+                # The rest of the body is work for an epoch's end, but the epoch has not ended.
                 self._check_stop()
         elif not is_stopped:
             self._advice.on_end(plan, self.global_step, is_empty=is_empty)
@@ -517,7 +519,7 @@ class Session:
 
 
 def _total_steps(loader: Any, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:
-    """The step that a loop ends at, if it is the only one of the run; ``None`` if nobody knows."""
+    """The step at which a loop ends, if it is the only loop of the run; ``None`` if unknown."""
     in_epochs = None
     if epochs is not None:
         # An iterable data set may have no length, or raise an error when asked for it.

@@ -61,12 +61,13 @@ class Worker(Rendezvous):
         return self._restored[0]
 
     def loop_changed(self) -> None:
-        """Who leaves says so when the session is closed. Where no loop runs, the state is taken before the program
-        goes on: it may use its streams, and the model, for something else.
+        """Take the state when a loop ends, before the program may use its streams or the model for something else.
+
+        A process that leaves for good says so when the session is closed.
         """
         if self._gate.loop is Loop.RUNS or not self._gate.is_free:
             return
-        # The end of an epoch has changed what was taken at the end of its loop.
+        # The end of an epoch has changed the state since it was taken at the end of the epoch's loop.
         self._taken_at = None
         if not self._budget.allows_one():
             return

@@ -69,7 +69,7 @@ class TorchEngine(LoopEngine[Session]):
         store = shared_store() if processes > 1 else None
         self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
-        # With the snapshots in them, as long as somebody has these.
+        # The memories, each with a weak reference to the snapshot in it.
         self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
         self._watch: ValueWatch | None = None
 
@@ -112,8 +112,8 @@ class TorchEngine(LoopEngine[Session]):
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
-            # With options, what the program has done to the state may be what is wanted; and with other processes none
-            # may differ from the others.
+            # With options for restoring, the program's changes to the state may be intended; and no process may differ
+            # from the others.
             if self._restoring == Restoring() and not self._peers.has_any:
                 session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
@@ -123,7 +123,7 @@ class TorchEngine(LoopEngine[Session]):
         _synchronize()
 
     def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
-        """Once more what the session was restored with, before its first step."""
+        """Reset the objects, before the first step, to the state that the session was restored with."""
         restorer.return_to(path, session)
         session.put_gradients_back()
 
@@ -182,7 +182,7 @@ class TorchEngine(LoopEngine[Session]):
     # --- checkpoints ---
 
     def snapshot(self, session: Session) -> TorchSnapshot:
-        """Copy the state into host memory, which is used again when nobody has the snapshot in it any more."""
+        """Copy the state into host memory, which is reused when its snapshot is no longer referenced."""
         memory = self._free_memory()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
@@ -194,7 +194,7 @@ class TorchEngine(LoopEngine[Session]):
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
 
     def _free_memory(self) -> HostMemory:
-        """Memory in which no snapshot is: there is a second one only where a loop ends while another is written."""
+        """Memory without a snapshot in it. A second one is made only if a loop ends while a snapshot is written."""
         free = [memory for memory, copies in self._memories if copies() is None]
         self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
         return free[0] if free else HostMemory()

@@ -1,7 +1,7 @@
-"""Gradients that came and were not applied: where a program calls its optimizer in each fourth turn, for one.
+"""Gradients that were computed and not yet applied, as in a program that calls its optimizer in every fourth turn.
 
-A checkpoint between such turns needs them, or the run that goes on from it makes another update. They are of no use
-after the optimizer's step, and then they are not saved.
+A checkpoint between such turns needs these gradients; without them a resumed run would make a different update. After
+the optimizer's step they are of no use, and are not saved.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class Gradients:
-    """Those of the parameters of one optimizer. For a thread that holds the boundary.
+    """The gradients of the parameters of one optimizer. For a thread that holds the boundary.
 
-    ``steps_done`` tells, at each step of the optimizer, in which step of the training that is.
+    ``steps_done`` returns the number of training steps done. It is called at each step of the optimizer.
     """
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> None:
@@ -37,7 +37,7 @@ class Gradients:
         self._mark_at_step = self._mark()
 
     def _mark(self) -> object:
-        """Another one when gradients come, with near certainty: those of all parameters come together."""
+        """A value that changes, almost certainly, when new gradients come; those of all parameters come together."""
         first = next((gradient for _, gradient in self._present()), None)
         return None if first is None else (id(first), first._version)
 
@@ -51,7 +51,7 @@ class Gradients:
                 number += 1
 
     def unapplied(self) -> dict[int, torch.Tensor]:
-        """By the numbers of their parameters in the optimizer; none where its last step was after they came."""
+        """The unapplied gradients by the numbers of their parameters; empty if the optimizer's last step came after."""
         if self._stepped_in >= self._steps_done() - 1 and self._mark() == self._mark_at_step:
             return {}
         found = dict(self._present())
@@ -68,7 +68,7 @@ class Gradients:
         return local
 
     def put_back(self, saved: Mapping[int, torch.Tensor]) -> None:
-        """Let the parameters have the gradients that a checkpoint was taken with."""
+        """Set the gradients of the parameters to those in a checkpoint."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         for number, gradient in saved.items():
             if number >= len(parameters) or parameters[number].shape != gradient.shape:
@@ -83,7 +83,7 @@ class Gradients:
             parameter.grad = gradient.to(parameter.device, copy=True)
 
     def close(self) -> None:
-        """Watch the optimizer no longer."""
+        """Stop watching the optimizer."""
         self._hook.remove()
 
 

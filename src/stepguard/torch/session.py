@@ -45,7 +45,7 @@ class Session(LoopSession):
         return self._training_streams
 
     def put_gradients_back(self) -> None:
-        """For the engine, which has just put the restored state back before the first step."""
+        """Restore the saved gradients. The engine calls this after it has put the restored state back."""
         self._torch_state.put_gradients_back()
 
     def _step_is_ending(self) -> None:
@@ -55,7 +55,7 @@ class Session(LoopSession):
 
 
 class _TorchProcessState(ProcessState):
-    """With gradients that were accumulated and not applied: in several processes each has its own."""
+    """Adds the gradients that were accumulated and not applied; each of several processes has its own."""
 
     def __init__(self, streams: RandomStreams, processes: int) -> None:
         super().__init__(streams, processes)
@@ -63,7 +63,7 @@ class _TorchProcessState(ProcessState):
         self._restored_gradients: Mapping[str, Any] = {}
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
-        """Save, from now on, what ``optimizers`` have not applied."""
+        """Save, from now on, the gradients that ``optimizers`` have not applied."""
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
     def new_feed(self, loader: Any) -> Feed:
@@ -80,7 +80,7 @@ class _TorchProcessState(ProcessState):
         self.put_gradients_back()
 
     def put_gradients_back(self) -> None:
-        """Until the first step: let the parameters have the gradients that the checkpoint was taken with."""
+        """Until the first step, set the gradients of the parameters to those in the checkpoint."""
         for name, saved in self._restored_gradients.items():
             if name in self._gradients:
                 self._gradients[name].put_back(saved)

@@ -116,7 +116,7 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
     process = read_file(processes[f"{PROCESS}0"])
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
-        # How far the epochs are is for the chief to say as well: it may have been a moment ahead.
+        # The count of epochs is the chief's too, because the chief may have been a moment ahead.
         of_chief = {key: process[key] for key in ("sharded", "program", "epochs") if key in process}
         process = {**read_file(own), **of_chief}
     return process, found, own is not None
