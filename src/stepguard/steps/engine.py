@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from stepguard.engine import ValueWatch
 from stepguard.steps.session import Session
 
 SessionT = TypeVar("SessionT", bound=Session)
@@ -16,7 +15,8 @@ class LoopEngine(Generic[SessionT]):
     """The base of an engine whose sessions are :class:`stepguard.steps.session.Session`.
 
     It has what :class:`stepguard.engine.Engine` asks about steps. A framework adds its ``name``, and what it alone
-    knows: ``prepare``, ``restore``, ``snapshot``, ``non_finite``, ``write`` and ``summarise``.
+    knows: ``prepare``, ``restore``, ``watch_values``, ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and
+    ``summarise``.
     """
 
     storage_error_types: tuple[type[BaseException], ...] = ()
@@ -46,10 +46,6 @@ class LoopEngine(Generic[SessionT]):
     def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
         """A session marks its steps from the beginning; this only tells it whom to call."""
         session.watch(before_close)
-
-    def watch_values(self, session: SessionT, watch: ValueWatch) -> None:
-        """A step returns no numbers; a subclass shows ``watch`` those that the program summarises."""
-        session.watch_values(watch)
 
     def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""

@@ -16,8 +16,8 @@ class ProcessState(ABC):
     Loaders have no names: the second one that a run comes to is the second one of the run before.
     """
 
-    def __init__(self, streams: RandomStreams, processes: int) -> None:
-        self._streams = streams
+    def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
+        self.streams = streams
         self._processes = processes
         self._feeds: list[Feed] = []
         # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
@@ -59,7 +59,7 @@ class ProcessState(ABC):
         """Random states and positions, as plain values and the framework's arrays. At a boundary."""
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
-        return {"random": self._streams.capture() if self._random is None else self._random, "loaders": positions}
+        return {"random": self.streams.capture() if self._random is None else self._random, "loaders": positions}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the process was that has captured ``state``."""
@@ -67,12 +67,12 @@ class ProcessState(ABC):
         # Once now, for whoever draws before the first step, and again in front of that: what is drawn before it, to
         # build things that the restored run need not build again, must not move the streams.
         self._random = state["random"]
-        self._streams.restore(state["random"])
+        self.streams.restore(state["random"])
 
     def begin_step(self) -> None:
         """A step begins: the first after a restore draws what it would have drawn without one."""
         if self._random is not None:
-            self._streams.restore(self._random)
+            self.streams.restore(self._random)
             self._random = None
 
     def close(self) -> None:
