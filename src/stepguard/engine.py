@@ -7,8 +7,8 @@ write the snapshot, and has it restore a checkpoint. A framework is one folder w
 **The session** is the handle that the program gets: see :class:`Session` for its four duties.
 
 **The engine** is an object with the methods of :class:`Engine`. Abilities that only some frameworks have are protocols
-of their own: :class:`SharedModel`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The core checks once, when it is
-built, which of them an engine implements.
+of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The
+core checks once, when it is built, which of them an engine implements.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:
@@ -316,6 +316,32 @@ class SharedModel(Protocol[_SessionT_contra]):
 
     def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
         """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes."""
+
+
+@runtime_checkable
+class RestsBetweenLoops(Protocol[_SessionT_contra]):
+    """An engine whose session drives the program's loops: while none runs, the state is the program's own.
+
+    Nothing reads it then. What is saved is the copy that was kept at the end of the last loop. A loop ends by itself at
+    the first boundary after a stop, so that a session is not closed under a step that takes long.
+    """
+
+    def is_resting(self, session: _SessionT_contra) -> bool:
+        """Whether no loop runs since the last one has ended. Any thread."""
+
+    def is_evaluating(self, session: _SessionT_contra) -> bool:
+        """Whether the program has said that it evaluates, so that no boundary is to be expected. Any thread."""
+
+    def is_alone(self, session: _SessionT_contra) -> bool:
+        """Whether no other process has to add its part of the same step to a checkpoint."""
+
+    def call_at_rest(self, session: _SessionT_contra, keep: Callable[[bool], None]) -> None:
+        """Call ``keep(is_last)`` when a loop has ended, in its thread, before the program goes on; ``is_last`` says
+        whether the run is to end there.
+        """
+
+    def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
+        """Where an evaluation is inside a step: call ``callback`` at the end of that step. Whether it will be."""
 
 
 @runtime_checkable

@@ -4,9 +4,15 @@ Every function reaches the disk through this module's ``os`` name and nothing el
 recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This is
 why it uses no pathlib methods.
 
-The functions promise what survives a power loss by these rules: the content of a file is on disk after ``fsync`` of
-the file; a name in a directory (created, renamed, removed) is on disk after ``fsync`` of that directory; everything
-else may be lost, in any order.
+Nothing in a logdir is trusted. Every file is opened here, without blocking, and only if it is a regular one: a FIFO
+would hold a start for ever, and a link to ``/dev/zero`` would fill the memory. Files of our own (what is not part of a
+checkpoint: lock, ledger, heartbeats, and whatever is written) are opened without following links, so that nothing
+outside the logdir is written or read in their place; what belongs to a checkpoint may be a link, and is only read. What
+is read as a whole has a bound.
+
+What a power loss may undo, and so what the functions promise, is said once here: the content of a file is on disk
+after ``fsync`` of the file; a name in a directory (created, renamed, removed) is on disk after ``fsync`` of that
+directory; nothing else is, in whatever order it was done.
 """
 
 from __future__ import annotations
@@ -35,7 +41,12 @@ _DIGEST_KIND = "xxh3_128"
 # there, and the files were fsynced. EIO and ENOSPC are real errors and are raised.
 _NO_DIRECTORY_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
 
-# The errors of file systems that have no hard links, or have too many of one file.
+# What one whole file that is read may hold at most: the manifest of a checkpoint with 100,000 files has 20 MiB.
+MOST_BYTES = 64 << 20
+
+_KINDS = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISLNK, "a link"))
+
+# What a filesystem answers that has no hard links, or has too many of one file.
 _NO_HARD_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
@@ -45,11 +56,82 @@ def fsync_file(path: Path) -> None:
     A failed fsync must not be repeated: the kernel has dropped the pages, and the second call would succeed over lost
     bytes. Write the file again instead.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> int:
+    """Open a file of a checkpoint for reading; a link is followed. Raises OSError for what is no regular file."""
+    return _open(path, os.O_RDONLY)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of our own, which is no link. Raises OSError for one, and for what is no regular file."""
+    try:
+        return _open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
+            raise OSError(
+                error.errno, "expected a file, found a link, which is not followed; remove it", path
+            ) from None
+        raise
+
+
+def check_own_dir(path: Path) -> None:
+    """Raise OSError unless ``path`` is a directory, and no link to one: FileNotFoundError if there is nothing."""
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        found = f"expected a directory, found {_kind(mode)}, which is not used; remove it"
+        raise OSError(errno.ENOTDIR, found, os.fspath(path))
+
+
+def make_own_dir(path: Path) -> None:
+    """Create one directory of our own, if there is none. Its name is the caller's to make durable.
+
+    Raises OSError if the name is taken by a link, also by one to a directory, or by a file.
+    """
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        check_own_dir(path)
+
+
+def _open(path: Path, flags: int) -> int:
+    # Not blocking: else a FIFO waits here for somebody at its other end. Of a regular file it changes nothing.
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    # What is truncated must be known first.
+    descriptor = os.open(path, flags & ~os.O_TRUNC, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENODEV
+            raise OSError(code, f"expected a regular file, found {_kind(status.st_mode)}", os.fspath(path))
+        if flags & os.O_TRUNC and status.st_size:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    if stat.S_ISREG(mode):
+        return "a file"
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+
+
+def size_of(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if there is no regular file of that name. A link is followed."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def fsync_dir(path: Path) -> None:
@@ -104,6 +186,15 @@ def write(path: Path, content: bytes) -> None:
     _write(path, content, durable=False)
 
 
+def write_named(path: Path, content: bytes) -> None:
+    """Write to a file, a link, a FIFO or a device that the user has named."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
 def write_durable(path: Path, content: bytes) -> None:
     """Write a file and fsync its content. The write is not atomic, and the name is not durable yet."""
     _write(path, content, durable=True)
@@ -136,13 +227,13 @@ def write_volatile(path: Path, content: bytes) -> None:
         raise
 
 
-def append_lines(path: Path, lines: bytes, *, durable: bool) -> None:
-    """Append whole lines to a file that several processes append to. A missing file is created.
+def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
+    """Append whole lines to a file that several processes append to; created if it is missing. Returns its size.
 
     If a killed writer left an unfinished last line, a line end is written first. The unfinished line then stays a bad
     line of its own, and the lines after it are whole.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -152,6 +243,7 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
         if durable:
             os.fsync(descriptor)
+        return size + len(lines)
     finally:
         os.close(descriptor)
 
@@ -170,7 +262,7 @@ class NewFile:
         self.path = path
         self.size = 0
         self._hasher = xxhash.xxh3_128()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._writeback: _Writeback | None = None
         self._writeback_began_at = 0
 
@@ -298,13 +390,40 @@ def link_tree(source: Path, target: Path) -> None:
         _copy_durable(source, target)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a whole small file."""
-    descriptor = os.open(path, os.O_RDONLY)
+def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
+    """Read a whole small file of a checkpoint. Raises OSError if it is none, or has more than ``most`` bytes."""
+    return _read(open_regular(path), path, most)
+
+
+def read_own(path: Path, *, most: int = MOST_BYTES) -> bytes:
+    """Read a whole small file of our own. Raises OSError if it is none, or a link, or has more than ``most`` bytes."""
+    return _read(open_own(path, os.O_RDONLY), path, most)
+
+
+def read_end(path: Path, most: int) -> tuple[bytes, bool]:
+    """Return the last bytes of a file of our own, ``most`` of them, and whether they are all."""
+    descriptor = open_own(path, os.O_RDONLY)
     try:
+        # As far as it went when it was opened: somebody may append faster than it is read.
+        end = os.fstat(descriptor).st_size
+        place = begin = max(0, end - most)
         blocks = []
+        while block := os.pread(descriptor, min(end - place, _BLOCK_BYTES), place):
+            blocks.append(block)
+            place += len(block)
+        return b"".join(blocks), begin == 0
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, path: Path, most: int) -> bytes:
+    try:
+        blocks, size = [], 0
         while block := os.read(descriptor, _BLOCK_BYTES):
             blocks.append(block)
+            size += len(block)
+            if size > most:
+                raise OSError(errno.EFBIG, f"expected at most {most} bytes, found more", os.fspath(path))
         return b"".join(blocks)
     finally:
         os.close(descriptor)
@@ -322,7 +441,7 @@ def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tupl
 
     hasher = xxhash.xxh3_128()
     size = 0
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         buffer = bytearray(_BLOCK_BYTES)
         view = memoryview(buffer)
@@ -344,26 +463,28 @@ def digest_bytes(content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes, *, durable: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        _write_all(descriptor, content)
         if durable:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def _copy_durable(source: Path, target: Path) -> None:
-    reading = os.open(source, os.O_RDONLY)
+    reading = open_regular(source)
     try:
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        writing = open_own(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             while block := os.read(reading, _BLOCK_BYTES):
-                view = memoryview(block)
-                while view:
-                    view = view[os.write(writing, view) :]
+                _write_all(writing, block)
             os.fsync(writing)
         finally:
             os.close(writing)

@@ -64,6 +64,9 @@ class Supervision(Protocol[SessionT]):
     def ending(self) -> str:
         """One line that says at which step the run stopped and which step is saved. After :meth:`stop`."""
 
+    def ends_by_itself(self, session: SessionT) -> bool:
+        """Whether the loop ends at the next boundary that it comes to; between two loops the last step is saved now."""
+
     def save(self) -> None:
         """Save the last step while the services still run. Any thread."""
 
@@ -169,10 +172,16 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def _lose_patience(self) -> None:
         """Save and close the session of a loop that reaches no boundary, such as one blocked in native code."""
         grace_secs = self._run.grace_secs
+        session = self._session
+        is_loop = session is not None and self._run.ends_by_itself(session)
         if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
             return
         session = self._session
         if session is None:
+            return
+        if is_loop:
+            # Closing would end no wait, and would lose a step that may still be done.
+            _log.warning("the program goes on %g s after SIGTERM: its last step is saved when it is done", grace_secs)
             return
         _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)
         self._run.save()

@@ -12,12 +12,16 @@ import inspect
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
 STOP = "stop"
 RETURN = "return"
+
+# Of one letter it is a drive of Windows. `pathlib` makes one slash of two.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 P = ParamSpec("P")
 _GroupT = TypeVar("_GroupT", bound="_Group")
@@ -317,6 +321,19 @@ def refuse(group: _Group | None, *names: str, because: str) -> None:
     for name in names:
         if group is not None and name in group.given:
             raise ValueError(f"{type(group).__name__}({name}={getattr(group, name)!r}): {because}")
+
+
+def check_local(name: str, place: str | os.PathLike[str]) -> None:
+    """Check that ``place`` is no address in a store, such as ``s3://bucket/run``: it would be a folder called ``s3:``.
+
+    Raises:
+        ValueError: it is.
+    """
+    if _SCHEME.match(os.fspath(place)):
+        raise ValueError(
+            f"{name} must be a directory that this machine can reach by a path, got {os.fspath(place)!r}, which is in "
+            f"another store; mount it and give its path, or keep the checkpoints here and copy them"
+        )
 
 
 def check_switch(name: str, value: object, *, or_none: bool = False) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Generic
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
-from stepguard.engine import Engine, EventLog, Prepared, SessionT
+from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
@@ -371,7 +371,7 @@ class Supervisor(Generic[SessionT]):
                     threads, stop_grace_period_secs=self._stop_grace_secs, ignore_live_threads=ignore_live_threads
                 )
             finally:
-                self._finish_saving()
+                self._finish_saving(is_finished=not was_asked and self._life.stop_reason is None)
             # A failed last checkpoint is an error of the run like any other.
             self._coord.raise_requested_exception()
         except BaseException as error:
@@ -386,7 +386,7 @@ class Supervisor(Generic[SessionT]):
                 self._events.stopped()
                 self._events.close()
 
-    def _finish_saving(self) -> None:
+    def _finish_saving(self, *, is_finished: bool) -> None:
         """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
         the fault.
         """
@@ -394,7 +394,7 @@ class Supervisor(Generic[SessionT]):
         try:
             if not self._coord.failed:
                 self._finish_counting()
-                self._saving.save_last(deadline)
+                self._saving.save_last(deadline, is_finished=is_finished)
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
@@ -415,7 +415,8 @@ class Supervisor(Generic[SessionT]):
             return
         self._finish_counting()
         try:
-            self._saving.save_last(time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS))
+            deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
+            self._saving.save_last(deadline, is_finished=not self._coord.should_stop())
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.report(error)
 
@@ -502,6 +503,15 @@ class _Block(Generic[SessionT]):
 
     def ending(self) -> str:
         return self.supervisor._observer.ending()
+
+    def ends_by_itself(self, session: SessionT) -> bool:
+        supervisor = self.supervisor
+        engine: object = supervisor._engine
+        if not isinstance(engine, RestsBetweenLoops):
+            return False
+        if engine.is_resting(session) and engine.is_alone(session):
+            supervisor._saving.save_now(supervisor._stop_grace_secs or _LAST_SAVE_SECS)
+        return True
 
     def save(self) -> None:
         self.supervisor._save_before_close()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from stepguard.cli.main import cli
 from stepguard.options import Saving
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("logdirs")
+pytest.register_assert_rewrite("launches", "logdirs")
 
 
 @pytest.fixture
@@ -98,3 +102,14 @@ def _train(logdir: Path) -> None:
                 with torch.no_grad():
                     model.bias.fill_(step)
                 sess.summary({"loss": 1 / (step + 1)})
+
+
+@pytest.fixture
+def children() -> Iterator[list[subprocess.Popen[Any]]]:
+    """Processes that are gone at the end of the test, with all that they have started."""
+    started: list[subprocess.Popen[Any]] = []
+    yield started
+    for one in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, signal.SIGKILL)
+        one.communicate()

@@ -1,39 +1,21 @@
-"""The coordinator: the stop flag, the errors, and the joining of threads."""
+"""The coordinator: its flag, its errors, and what it costs."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import logging
-import os
-import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from stopping_threads import SOON_SECS, BoomError, CutShortError, InputEndedError, Threads, boom, notes, raised
 
 from stepguard.coordination.coordinator import Coordinator
-
-# More than anything here takes, and less than anyone would wait.
-SOON_SECS = 30.0
-
-
-class BoomError(Exception):
-    """What goes wrong in these tests."""
-
-
-class InputEndedError(Exception):
-    """A clean stop."""
-
-
-class CutShortError(Exception):
-    """What a stop makes other threads say."""
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -45,56 +27,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-def boom(text: str = "boom") -> None:
-    raise BoomError(text)
-
-
-def raised(text: str = "boom") -> BoomError:
-    try:
-        boom(text)
-    except BoomError as error:
-        return error
-    raise AssertionError
-
-
-def notes(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", ()))
-
-
-@pytest.fixture
-def coord() -> Coordinator:
-    return Coordinator(clean_stop_exception_types=(InputEndedError,), late_noise_types=(CutShortError,))
-
-
-class Threads:
-    """Starts threads, and ends at the latest with the test."""
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-        self.started: list[threading.Thread] = []
-
-    def start(self, work: Callable[..., object], *args: object, name: str | None = None) -> threading.Thread:
-        thread = threading.Thread(target=work, args=args, name=name, daemon=True)
-        self.started.append(thread)
-        thread.start()
-        return thread
-
-    def stubborn(self, name: str = "stubborn") -> threading.Thread:
-        """A thread that does not listen to any coordinator."""
-        return self.start(self.release.wait, name=name)
-
-
-@pytest.fixture
-def threads() -> Iterator[Threads]:
-    some = Threads()
-    yield some
-    some.release.set()
-    for thread in some.started:
-        thread.join(SOON_SECS)
-        assert not thread.is_alive(), f"{thread.name} outlives its test"
-
-
-# --- the flag
+# --- the flag ---
 
 
 def test_no_stop_is_requested_at_first(coord: Coordinator) -> None:
@@ -144,7 +77,7 @@ def test_a_wait_that_times_out_leaves_nothing_behind(coord: Coordinator) -> None
     assert not coord._waiters
 
 
-# --- the first error
+# --- the first error ---
 
 
 def test_an_error_made_outside_an_except_block_stops_and_is_raised(coord: Coordinator) -> None:
@@ -296,7 +229,7 @@ def test_of_many_errors_at_once_none_is_lost(threads: Threads) -> None:
     assert [told.count(f"number {number}.") for number in range(16)] == [1] * 16
 
 
-# --- clean stops and their consequences
+# --- clean stops and their consequences ---
 
 
 def test_a_clean_stop_is_no_error(coord: Coordinator) -> None:
@@ -352,7 +285,7 @@ def test_lists_of_exception_types_are_taken_and_none_is_none() -> None:
     coord.join()
 
 
-# --- stop_on_exception
+# --- stop_on_exception ---
 
 
 def test_an_exception_of_the_block_ends_there_and_is_raised_by_join(coord: Coordinator) -> None:
@@ -436,254 +369,7 @@ def test_an_error_at_the_moment_when_join_finishes_is_raised_by_one_of_both(thre
         assert seen
 
 
-# --- join
-
-
-def test_joining_nothing_returns_at_once(coord: Coordinator) -> None:
-    coord.join()
-    coord.join([])
-    assert coord.joined
-
-
-@pytest.mark.parametrize("requested", [False, True])
-def test_join_returns_as_soon_as_the_last_thread_has_ended(
-    coord: Coordinator, threads: Threads, requested: bool
-) -> None:
-    late_secs: list[float] = []
-    for _ in range(3):
-        ended_at: list[float] = []
-
-        def work(secs: float, ended_at: list[float] = ended_at) -> None:
-            threads.release.wait(secs)
-            ended_at.append(time.monotonic())
-
-        working = [threads.start(work, secs) for secs in (0.15, 0.05, 0.1)]
-        if requested:
-            coord.request_stop()
-        coord.join(working)
-        late_secs.append(time.monotonic() - max(ended_at))
-        assert len(ended_at) == 3
-        coord.clear_stop()
-    # TensorFlow's looks once a second. The soonest: a machine has pauses of its own.
-    assert min(late_secs) < 0.5
-
-
-def test_join_waits_without_limit_until_a_stop_is_requested(coord: Coordinator, threads: Threads) -> None:
-    working = threads.stubborn()
-    errors: list[BaseException] = []
-    ended_at: list[float] = []
-
-    def join() -> None:
-        try:
-            coord.join([working], stop_grace_period_secs=0.05)
-        except RuntimeError as error:
-            errors.append(error)
-            ended_at.append(time.monotonic())
-
-    joining = threads.start(join)
-    joining.join(0.3)
-    assert joining.is_alive()
-    requested_at = time.monotonic()
-    coord.request_stop()
-    joining.join(SOON_SECS)
-    assert "stubborn" in str(errors[0])
-    assert 0.05 <= ended_at[0] - requested_at < SOON_SECS
-
-
-def test_a_stop_long_ago_leaves_the_whole_grace_period_to_join(coord: Coordinator, threads: Threads) -> None:
-    grace_secs = 0.3
-    coord.request_stop()
-    requested_at = time.monotonic()
-    while time.monotonic() < requested_at + grace_secs:
-        coord.wait_for_stop()
-    working = threads.stubborn()
-    began = time.monotonic()
-    with pytest.raises(RuntimeError):
-        coord.join([working], stop_grace_period_secs=grace_secs)
-    assert time.monotonic() - began > 0.9 * grace_secs
-
-
-def test_all_threads_share_one_deadline(coord: Coordinator, threads: Threads) -> None:
-    working = [threads.stubborn(f"stubborn-{number}") for number in range(5)]
-    coord.request_stop()
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="stubborn-0, stubborn-1, stubborn-2, stubborn-3, stubborn-4"):
-        coord.join(working, stop_grace_period_secs=0.5)
-    assert 0.45 < time.monotonic() - began < 5 * 0.45
-    assert coord.joined
-
-
-def test_a_thread_that_ended_meanwhile_is_not_named(coord: Coordinator, threads: Threads) -> None:
-    working = [threads.stubborn(), threads.start(coord.wait_for_stop, name="obedient")]
-    coord.request_stop()
-    with pytest.raises(RuntimeError, match="stubborn") as caught:
-        coord.join(working, stop_grace_period_secs=0.1)
-    assert "obedient" not in str(caught.value)
-
-
-def test_live_threads_may_be_ignored_with_one_warning(
-    coord: Coordinator, threads: Threads, caplog: pytest.LogCaptureFixture
-) -> None:
-    coord.request_stop()
-    coord.join([threads.stubborn()], stop_grace_period_secs=0.01, ignore_live_threads=True)
-    assert [(each.levelname, "stubborn" in each.getMessage()) for each in caplog.records] == [("WARNING", True)]
-    assert coord.joined
-
-
-def test_an_error_comes_before_live_threads_and_notes_them_once(coord: Coordinator, threads: Threads) -> None:
-    working = threads.stubborn()
-    coord.request_stop(raised())
-    for _ in range(2):
-        with pytest.raises(BoomError) as caught:
-            coord.join([working], stop_grace_period_secs=0.01)
-    (note,) = notes(caught.value)
-    assert "stubborn" in note
-
-
-def test_registered_threads_are_joined_with_the_given_ones(coord: Coordinator, threads: Threads) -> None:
-    given, registered = threads.stubborn("given"), threads.stubborn("registered")
-    coord.register_thread(registered)
-    coord.register_thread(registered)
-    coord.request_stop()
-    with pytest.raises(RuntimeError, match=": given, registered;"):
-        coord.join((each for each in [given]), stop_grace_period_secs=0.01)
-
-
-def test_a_thread_registered_while_joining_is_waited_for(coord: Coordinator, threads: Threads) -> None:
-    done: list[str] = []
-
-    def second() -> None:
-        threads.release.wait(0.2)
-        done.append("second")
-
-    def first() -> None:
-        threads.release.wait(0.1)
-        coord.register_thread(threads.start(second))
-
-    coord.join([threads.start(first)])
-    assert done == ["second"]
-
-
-def test_a_live_registered_thread_is_waited_for_again_and_an_ended_one_forgotten(
-    coord: Coordinator, threads: Threads
-) -> None:
-    coord.register_thread(threads.stubborn())
-    coord.request_stop()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="stubborn"):
-            coord.join(stop_grace_period_secs=0.01)
-    threads.release.set()
-    coord.join(stop_grace_period_secs=SOON_SECS)
-    assert not coord._registered_threads
-
-
-def test_a_thread_that_waits_for_what_comes_after_is_not_waited_for(coord: Coordinator, threads: Threads) -> None:
-    comes_after, is_waiting = threading.Event(), threading.Event()
-
-    def work() -> None:
-        coord.wait_for_stop()
-        with coord.not_joined():
-            is_waiting.set()
-            assert comes_after.wait(SOON_SECS)
-
-    thread = threads.start(work)
-    coord.register_thread(thread)
-    coord.request_stop()
-    began = time.monotonic()
-    coord.join(stop_grace_period_secs=SOON_SECS)
-    assert is_waiting.is_set()
-    assert time.monotonic() - began < SOON_SECS / 2
-    # It is still one of those that the coordinator knows.
-    comes_after.set()
-    thread.join(SOON_SECS)
-    coord.join()
-
-
-def test_before_a_stop_such_a_thread_is_waited_for(coord: Coordinator, threads: Threads) -> None:
-    comes_after, is_waiting = threading.Event(), threading.Event()
-
-    def work() -> None:
-        with coord.not_joined():
-            is_waiting.set()
-            assert comes_after.wait(SOON_SECS)
-
-    thread = threads.start(work)
-    assert is_waiting.wait(SOON_SECS)
-    joining = threads.start(lambda: coord.join([thread]))
-    joining.join(0.3)
-    assert joining.is_alive()
-    comes_after.set()
-    joining.join(SOON_SECS)
-    assert not joining.is_alive()
-
-
-def test_a_thread_never_started_is_not_waited_for(coord: Coordinator) -> None:
-    coord.register_thread(threading.Thread(target=boom))
-    coord.request_stop()
-    coord.join([threading.Thread(target=boom)])
-
-
-@pytest.mark.parametrize("requested", [False, True])
-def test_a_thread_that_joins_itself_does_not_wait_for_itself(coord: Coordinator, requested: bool) -> None:
-    if requested:
-        coord.request_stop()
-    coord.register_thread(threading.current_thread())
-    coord.join([threading.current_thread()])
-    assert coord.joined
-
-
-def test_two_threads_may_join_at_once(coord: Coordinator, threads: Threads) -> None:
-    seen: list[BaseException] = []
-
-    def join() -> None:
-        try:
-            coord.join([working])
-        except BoomError as error:
-            seen.append(error)
-
-    working = threads.start(coord.wait_for_stop)
-    joining = [threads.start(join) for _ in range(2)]
-    error = raised()
-    coord.request_stop(error)
-    for thread in joining:
-        thread.join(SOON_SECS)
-    assert seen == [error, error]
-
-
-@pytest.mark.parametrize("junk", [5, threading.current_thread(), [5], "threads", [None]])
-def test_what_is_no_list_of_threads_is_refused_before_waiting(coord: Coordinator, junk: object) -> None:
-    with pytest.raises(TypeError, match="thread"):
-        coord.join(junk)  # type: ignore[arg-type]
-    assert not coord.joined
-
-
-def test_what_is_no_thread_cannot_be_registered(coord: Coordinator) -> None:
-    with pytest.raises(TypeError, match="expected a thread"):
-        coord.register_thread(boom)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("junk", "kind"), [("1", TypeError), (None, TypeError), (True, TypeError), (float("nan"), ValueError)]
-)
-def test_a_grace_period_that_is_no_number_is_refused(coord: Coordinator, junk: float, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="stop_grace_period_secs"):
-        coord.join(stop_grace_period_secs=junk)
-    assert not coord.joined
-
-
-@pytest.mark.parametrize("grace_secs", [-1, 0])
-def test_no_grace_is_no_waiting(coord: Coordinator, threads: Threads, grace_secs: float) -> None:
-    coord.request_stop()
-    with pytest.raises(RuntimeError):
-        coord.join([threads.stubborn()], stop_grace_period_secs=grace_secs)
-
-
-def test_grace_without_end_is_possible(coord: Coordinator, threads: Threads) -> None:
-    coord.request_stop()
-    coord.join([threads.start(threads.release.wait, 0.1)], stop_grace_period_secs=float("inf"))
-
-
-# --- again
+# --- again ---
 
 
 def test_a_cleared_coordinator_is_as_new(coord: Coordinator, threads: Threads) -> None:
@@ -719,98 +405,7 @@ def test_registered_threads_outlive_a_clear(coord: Coordinator, threads: Threads
         coord.join(stop_grace_period_secs=0.01)
 
 
-# --- signals
-
-
-def run_program(program: str, *, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-HAMMER = """
-    import itertools, signal, threading, time
-    from stepguard.coordination.coordinator import Coordinator
-
-    coord = Coordinator()
-    signals = itertools.count()
-
-    def strike(*_):
-        next(signals)
-        coord.should_stop()
-        coord.request_stop()
-        coord.wait_for_stop(0.01)
-
-    signal.signal(signal.SIGALRM, strike)
-    # The interpreter looks for signals between two bytecodes: many strikes, each somewhere else in the loop's methods.
-    signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
-    deadline = time.monotonic() + 3
-    rounds = 0
-    while time.monotonic() < deadline:
-        rounds += 1
-        {work}
-    signal.setitimer(signal.ITIMER_REAL, 0, 0)
-    assert next(signals) > 300, signals
-    print("survived", rounds)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
-@pytest.mark.parametrize(
-    "work",
-    [
-        "coord.request_stop(); coord.clear_stop(); coord.should_stop(); coord.wait_for_stop(0)",
-        "coord.clear_stop(); coord.wait_for_stop(5)",
-        "coord.request_stop(ValueError('x')); coord.clear_stop(); coord.wait_for_stop(0.0001)",
-        "coord.clear_stop(); each = threading.Thread(target=coord.wait_for_stop); each.start(); coord.join([each])",
-    ],
-    ids=["request", "wait", "request-with-error", "join"],
-)
-def test_a_signal_handler_may_request_a_stop_at_any_moment(work: str) -> None:
-    assert "survived" in run_program(HAMMER.format(work=work))
-
-
-def test_a_signal_handler_ends_a_wait_without_a_timeout() -> None:
-    program = """
-        import signal, time
-        from stepguard.coordination.coordinator import Coordinator
-
-        coord = Coordinator()
-        signal.signal(signal.SIGALRM, lambda *_: coord.request_stop())
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        assert coord.wait_for_stop()
-        print("woken")
-    """
-    assert run_program(program).strip() == "woken"
-
-
-def test_ctrl_c_ends_a_join() -> None:
-    program = """
-        import os, signal, threading
-        from stepguard.coordination.coordinator import Coordinator
-
-        coord = Coordinator()
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            coord.join([threading.Thread(target=coord.wait_for_stop, daemon=True)])
-            lazy = threading.Thread(target=coord.wait_for_stop, daemon=True)
-            lazy.start()
-            coord.join([lazy])
-        except KeyboardInterrupt:
-            print("interrupted")
-    """
-    assert run_program(program).strip() == "interrupted"
-
-
-# --- cost
+# --- cost ---
 
 
 def test_asking_for_a_stop_costs_next_to_nothing(coord: Coordinator) -> None:

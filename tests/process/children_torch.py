@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import states_at_end
 import torch
 import torch._dynamo  # once, for all children: the first optimizer imports it
 import torch.utils.tensorboard
+from zygote import report
 
 from stepguard import Stopping
 from stepguard.torch import Supervisor
@@ -27,3 +30,34 @@ def ends_in(state: str, logdir: str) -> None:
             optimizer.step()
 
     states_at_end.end(state, sv, sv.prepare_or_wait_for_session, sv.managed_session, step)
+
+
+def evaluates(logdir: str, place: str, secs: float, is_told: bool) -> None:
+    """Train three epochs of five steps; in the second evaluate, for so long, in the last step or after the loop."""
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    loader = torch.utils.data.DataLoader(torch.ones(5, 1))
+    sv = Supervisor({"model": model}, logdir, save_summaries_secs=0, stopping=Stopping(stop_grace_secs=1))
+
+    def evaluate(session: Any) -> None:
+        kept = model.weight.detach().clone()
+        model.weight.data.fill_(-1000.0)
+        with session.evaluating() if is_told else contextlib.nullcontext():
+            report("evaluating")
+            deadline = time.monotonic() + secs
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+        model.weight.data.copy_(kept)
+
+    with sv.managed_session() as session:
+        report("begins", step=session.global_step, weight=model.weight.item())
+        for epoch in session.epochs(3):
+            for _ in session.steps(loader):
+                with torch.no_grad():
+                    model.weight += 1.0
+                if place == "step" and epoch == 1 and session.is_last_batch:
+                    evaluate(session)
+            if place == "between" and epoch == 1:
+                evaluate(session)
+            report("end", epoch=epoch)

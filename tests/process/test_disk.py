@@ -31,6 +31,7 @@ from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
 from stepguard.tensorflow import Supervisor
 from stepguard.testing import FakeEngine, FakeSession
+from stepguard.watching import heartbeat, ledger
 
 v1 = tf.compat.v1
 
@@ -181,6 +182,53 @@ class TestAFullDisk:
             run.train_until(lambda: disk.fill() and len(warned_of_failure(caplog)) >= 2, "two warnings")
             disk.fill().unlink()
             assert_whole(run.logdir, run.train_until_saved())
+
+
+@pytest.mark.usefixtures("quick_retries")
+class TestARestartOnAFullDisk:
+    def test_trains_and_saves_and_opens_its_event_log_when_there_is_room(
+        self, disk: Mount, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        logdir = disk.path / "run"
+        first = Run(logdir, summary_writer=Supervisor.USE_DEFAULT, save_summaries_secs=0.05)
+        with first.sv.managed_session() as first.session:
+            first.train_until_saved()
+        (logdir / "graph.pbtxt").unlink()
+        logs = sorted(logdir.glob("*tfevents*"))
+        disk.fill()
+
+        second = Run(logdir, summary_writer=Supervisor.USE_DEFAULT, save_summaries_secs=0.05)
+        with second.sv.managed_session() as second.session:
+            second.train_until(lambda: len(warned_of_failure(caplog)) >= 2, "two failed saves")
+            assert "the event log in" in caplog.text
+            assert "graph.pbtxt is written at the next checkpoint" in caplog.text
+            disk.fill().unlink()
+            second.train_until_saved()
+            second.train_until((logdir / "graph.pbtxt").exists, "the graph")
+            new = second.train_until(
+                lambda: [one for one in sorted(logdir.glob("*tfevents*")) if one not in logs and one.stat().st_size],
+                "a log",
+            )
+        records = [event for path in new for event in v1.train.summary_iterator(str(path))]
+        assert any(one.HasField("session_log") and one.session_log.status == v1.SessionLog.START for one in records)
+        assert any(one.HasField("graph_def") for one in records)
+        assert not list(logdir.glob("graph.pbtxt.tmp*"))
+
+    def test_keeps_ledger_heartbeat_and_lock_for_later(self, disk: Mount) -> None:
+        logdir = disk.path / "run"
+        logdir.mkdir()
+        disk.fill()
+        run = Run(logdir, summary_writer=None)
+        with run.sv.managed_session() as run.session:
+            for _ in range(5):
+                run.session.run(run.model.train_op)
+            disk.fill().unlink()
+            run.train_until_saved()
+        events = [one["event"] for one in ledger.read(logdir)]
+        assert events[0] == "start"
+        assert events[-1] == "stop"
+        (beat,) = heartbeat.read(logdir)
+        assert beat.phase == "stopped"
 
 
 @pytest.mark.usefixtures("quick_retries")

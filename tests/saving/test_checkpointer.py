@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,6 +23,7 @@ class RecordingWriter:
         self.steps: list[int] = []
         self.busy = False
         self.retrying = False
+        self.last_error: BaseException | None = None
         self.drains = True
 
     storage_errors = (OSError,)
@@ -214,6 +217,17 @@ class TestTheLastCheckpoint:
 
         with pytest.raises(SaveFailedError, match="stop_grace_secs"):
             checkpointer.save_last(0.01)
+
+    def test_says_what_the_disk_said_when_that_is_why_it_takes_too_long(self, checkpointer, session, writer):
+        session.run_step()
+        writer.drains = False
+        writer.last_error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with pytest.raises(SaveFailedError, match="No space left on device") as caught:
+            checkpointer.save_last(0.01)
+
+        assert "stop_grace_secs" not in str(caught.value)
+        assert caught.value.__cause__ is writer.last_error
 
     def test_is_given_up_with_a_warning_when_no_boundary_comes(self, checkpointer, engine, session, writer, caplog):
         session.run_step()

@@ -249,7 +249,7 @@ class TestAFailingDisk:
     def test_that_is_full_is_known_before_it_is_filled(self, rig, monkeypatch, caplog):
         rig.save(1)
         frees = [0, 1 << 40]
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=frees.pop(0)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, free=frees.pop(0)))
         written: list[str] = []
         original = rig.engine.write
         rig.engine.write = lambda *arguments: written.append("once") or original(*arguments)  # type: ignore[method-assign]

@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--loop-steps", type=int, help="the steps of one of many loops; rank 0 evaluates after each")
+    parser.add_argument("--epoch-ends", action="store_true", help="a loop over epochs, with work at the end of each")
+    parser.add_argument("--kill-in-end", help="RANK:EPOCH, SIGKILL of itself, once, when the end was begun")
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
@@ -108,6 +110,11 @@ def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> I
         inputs = [[torch.arange(4), torch.ones(4, 4), torch.ones(4, 1)]] * count
         yield from session.steps(inputs, epochs=1)
         return
+    if args.epoch_ends:
+        for epoch in session.epochs(args.epochs):
+            yield from session.steps(loader)
+            end_epoch(epoch, args)
+        return
     if not args.loop_steps:
         yield from session.steps(loader, max_steps=args.steps, epochs=args.epochs)
     while args.loop_steps and session.global_step < args.steps:
@@ -115,6 +122,19 @@ def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> I
         if dist.get_rank() == 0:
             args.logdir.with_suffix(".evaluating").touch()
             time.sleep(1)
+
+
+def end_epoch(epoch: int, args: argparse.Namespace) -> None:
+    """Draws, as an evaluation does, and goes on for long enough to be saved meanwhile."""
+    rank = dist.get_rank()
+    random.random()
+    torch.rand(3)
+    ends = args.logdir.with_suffix(f".ends-{rank}")
+    with ends.open("a") as lines:
+        lines.write(f"{epoch}\n")
+    if args.kill_in_end == f"{rank}:{epoch}" and ends.read_text().split().count(str(epoch)) == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_new(step: int, seen: Path) -> bool:

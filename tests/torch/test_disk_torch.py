@@ -130,6 +130,33 @@ def test_a_full_disk_makes_a_gap_in_the_curves_and_nothing_worse(disk: Mount, ca
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_restart_on_a_full_disk_trains_and_opens_its_log_when_there_is_room(disk: Mount, caplog, monkeypatch):
+    monkeypatch.setitem(Backoff.__init__.__kwdefaults__, "first_secs", 0.05)
+    first = Run(disk.path / "run")
+    with first.sv.managed_session() as session:
+        first.train_until(session, first.saved)
+    disk.fill()
+
+    def failed_to_save():
+        return any("No space left" in one and "saving" in one for one in warnings(caplog))
+
+    run = Run(disk.path / "run")
+    with run.sv.managed_session() as session:
+        assert session.global_step == first.saved()[0]
+        write_until(run, session, failed_to_save)
+        assert len(log_warnings(caplog)) == 1
+        # Written by the program itself, past the supervisor.
+        run.sv.summary_writer.add_scalar("own", 1.0, session.global_step)
+        disk.fill().unlink()
+        write_until(run, session, lambda: len(event_files(run)) == 2)
+        back_at = session.global_step
+        write_until(run, session, lambda: session.global_step >= back_at + 5)
+    accumulator = EventAccumulator(str(run.logdir))
+    accumulator.Reload()
+    assert session.global_step - 1 in [one.step for one in accumulator.Scalars("loss")]
+    assert run.saved()[0] == session.global_step
+
+
 def test_a_disk_that_is_full_at_the_end_is_no_error_of_a_run_that_saves_nothing(disk: Mount, caplog):
     run = Run(disk.path / "run", save_model_secs=0)
     for _ in range(2):

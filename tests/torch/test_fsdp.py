@@ -246,7 +246,7 @@ class TestMisfit:
 
         assert caught.value.reshaped["model.0.weight"] == ("[16, 5]", "[16, 4]")
         assert set(caught.value.missing) >= {"model.3.weight", "model.3.bias"}
-        assert caught.value.unexpected == ("model.2.bias",)
+        assert caught.value.unexpected == ("model.2.bias", "optimizer: the parameter model.2.bias")
         for name, tensor in net.state_dict().items():
             assert torch.equal(tensor.full_tensor(), before[name])
 

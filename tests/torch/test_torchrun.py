@@ -32,6 +32,22 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     assert steps_saved(killed)[0] == 60
 
 
+def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # 50 items in batches of 4 are 7 steps of two processes.
+    training = ["--epoch-ends", "--epochs=4", "--steps=28"]
+    torchrun(whole, 2, *training)
+    launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
+    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1"))
+
+    assert outcomes(killed, 2) == outcomes(whole, 2)
+    for rank in range(2):
+        assert seen(killed, rank) == seen(whole, rank)
+        assert whole.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "2", "3"]
+        # The other may have come to the next epoch, and waited there in vain.
+        assert killed.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "1", "2", "3"]
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path):
     logdir = tmp_path / "run"
@@ -78,7 +94,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     logdir = tmp_path / "run"
     errors = terminate_one(logdir, rank, by=by)
 
-    assert ("KeyboardInterrupt" in errors[rank]) == (by == signal.SIGINT)
+    assert ("Ctrl-C: stopping after the step at which all processes can" in errors[rank]) == (by == signal.SIGINT)
+    assert "Traceback" not in errors[rank]
     assert "stopping without the others" not in errors[0]
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]
@@ -90,7 +107,8 @@ def test_ctrl_c_while_the_chief_evaluates_and_the_other_waits_in_the_next_step(r
     logdir = tmp_path / "run"
     errors = terminate_one(logdir, rank, "--loop-steps=5", by=signal.SIGINT)
 
-    assert "KeyboardInterrupt" in errors[rank]
+    assert "Ctrl-C: stopping after the step at which all processes can" in errors[rank]
+    assert "stopped at step" in errors[rank]
     assert "stopping without the others" not in errors[0]
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]

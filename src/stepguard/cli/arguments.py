@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,30 @@ import click
 
 from stepguard.cli.logdir.contents import ENTRY_SUFFIX, ListedCheckpoint, list_contents, list_one
 from stepguard.cli.text import output
+from stepguard.options import check_local
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-LOGDIR = click.Path(exists=True, file_okay=False, path_type=Path)
-"""A directory that exists."""
+
+class _Logdir(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        _check_local(value)
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(output.printable(error.message), param, ctx)
+
+
+LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
+"""A directory that exists, on a file system of this machine."""
+
+
+def _check_local(value: str | os.PathLike[str]) -> None:
+    try:
+        check_local("the place", value)
+    except ValueError as error:
+        raise click.BadParameter(output.printable(str(error))) from error
 
 
 class _Seconds(click.FloatRange):
@@ -39,7 +58,7 @@ _OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a path means: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
+    """The meaning of a path: a logdir, with ``name`` None, or the checkpoint ``name`` in the directory ``root``.
 
     ``file`` is the path of a single file of PyTorch, in a checkpoint or alone.
     """
@@ -61,7 +80,9 @@ class Target:
         for one in list_contents(self.root).found:
             if one.is_next:
                 return one
-        raise click.UsageError(f"{self.path}: expected a checkpoint, found none that a restart could take")
+        raise click.UsageError(
+            f"{output.printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
+        )
 
 
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
@@ -73,7 +94,8 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 
 def _target(value: str) -> Target:
-    # "." has no name of its own, and may be a checkpoint; "/" has none at all, and is none.
+    _check_local(value)
+    # Resolve ".", which has no name and may be a checkpoint. "/" has no name at all, and is no checkpoint.
     path = Path(value) if Path(value).name else Path(value).absolute()
     holder = path.parent if path.parent.name else path.absolute().parent
     if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():

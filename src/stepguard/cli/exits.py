@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from stepguard.errors import printable
+
 FINDING = 1
 """The command has found damage or a difference, or refuses."""
 NOT_DONE = 3
@@ -20,7 +22,8 @@ class CommandError(click.ClickException):
     """An error that ends a command, with one line on stderr."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        # It may quote what a file holds, or how it is called.
+        super().__init__("\n".join(map(printable, message.split("\n"))))
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:

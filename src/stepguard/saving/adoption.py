@@ -39,11 +39,10 @@ class Adoption:
             _log.info("%s was saved by the program's own saver, in files of its own: no manifest is written", written)
             return
         name = os.path.basename(written)
-        before = {one.name for one in store.owned}
         self.adopt()
         store.commit_in_place(name, store.step_of(name))
-        # The framework prunes its own checkpoints and knows no manifests: remove the manifests that remain.
-        store.follow_removals(sorted(before - {one.name for one in store.owned}))
+        # The framework prunes by itself, and knows nothing of manifests.
+        store.forget_removed()
 
     def reject(self, written: str) -> None:
         """Quarantine the checkpoint that the framework has written to ``written``, so that no start restores it."""

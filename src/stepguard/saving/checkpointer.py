@@ -1,15 +1,32 @@
-"""When snapshots are taken: on a timer, every N steps, and at the end."""
+"""When snapshots are taken: on a timer, every N steps, and at the end.
+
+Between two loops the state is the program's own, which may have lent the model to something else. The copy that is
+saved then was taken when the last loop ended, in its thread, and is kept until the next copy is taken: it takes the
+memory that the copy before it had. A loop that ends soon after the copy before it may go without, so that many short
+loops cost little; then the older copy is what a timer or a stop saves.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from stepguard.engine import Engine, SharedModel, Snapshot
+from stepguard.engine import Engine, RestsBetweenLoops, SharedModel, Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.writer import CheckpointWriter
+from stepguard.steps.copying_budget import CopyingBudget
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A snapshot, the progress of the session there, and the seconds that training waited for it."""
+
+    snapshot: Snapshot
+    progress: object
+    stall_secs: float
 
 
 class Checkpointer:
@@ -18,6 +35,7 @@ class Checkpointer:
     def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
         self._engine = engine
         self._shared = engine if isinstance(engine, SharedModel) else None
+        self._loops = engine if isinstance(engine, RestsBetweenLoops) else None
         self._session = session
         self._writer = writer
         self._saving = threading.Lock()
@@ -25,8 +43,14 @@ class Checkpointer:
         # Whether the state at `_saved_progress` has a checkpoint. A model that was just initialised has none.
         self._is_saved = is_saved
         self._saved_progress = engine.progress(session)
+        # The youngest copy, of which nothing is read but while no loop runs.
+        self._copy: _Copy | None = None
+        self._budget = CopyingBudget()
+        self._reads_live_at_end = False
         # The number of checkpoints that fell due while the writer was busy with another.
         self.skipped = 0
+        if self._loops is not None:
+            self._loops.call_at_rest(session, self._keep)
 
     def __call__(self) -> None:
         """Save now, unless nothing has changed, the last snapshot is still being written, or no boundary comes."""
@@ -40,6 +64,8 @@ class Checkpointer:
 
     def _save_if_due(self) -> None:
         if self._is_closed or not self._has_changed():
+            return
+        if self._loops is not None and self._loops.defer(self._session, self):
             return
         try:
             if not self._writer.busy and self._save("a checkpoint", None):
@@ -63,15 +89,21 @@ class Checkpointer:
         """Whether the state may differ from the last snapshot."""
         if self._shared is not None and self._shared.is_shared(self._session):
             return True
-        return self._engine.progress(self._session) != self._saved_progress
+        copy = self._copy_at_rest()
+        progress = self._engine.progress(self._session) if copy is None else copy.progress
+        return progress != self._saved_progress
 
-    def save_last(self, timeout_secs: float) -> None:
+    def save_last(self, timeout_secs: float, *, is_finished: bool = False) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until the checkpoint is durable.
+
+        ``is_finished`` says that the program has come to its end by itself: a step of which no copy was kept is read
+        from the program then, since no other start would do it again.
 
         Raises:
             SaveFailedError: writing took longer than ``timeout_secs``.
         """
         deadline = time.monotonic() + timeout_secs
+        self._reads_live_at_end = is_finished
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
             if self._shared is not None:
                 self._shared.wait_for_others(self._session, deadline - time.monotonic())
@@ -83,6 +115,12 @@ class Checkpointer:
                 # A thread that does not stop keeps its step open. The run itself has ended without an error.
                 self._writer.warn(f"the last steps are not saved: {error}")
         if not self._writer.drain(max(0.0, deadline - time.monotonic())):
+            failure = self._writer.last_error
+            if failure is not None:
+                raise SaveFailedError(
+                    f"the last checkpoint could not be written in the {timeout_secs:g} s after the stop: {failure}; "
+                    f"the one before it is good. Make room or repair the disk, and start again"
+                ) from failure
             raise SaveFailedError(
                 f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
                 f"the one before it is good. Give it more time with a larger stop_grace_secs"
@@ -91,6 +129,32 @@ class Checkpointer:
     def close(self) -> None:
         """Take no more snapshots, even if a trigger still asks for one."""
         self._is_closed = True
+        self._copy = None
+
+    def went_back(self) -> None:
+        """The session was put back to a checkpoint: no copy of before is saved. At a boundary."""
+        self._copy = None
+        self._saved_progress, self._is_saved = self._engine.progress(self._session), True
+
+    def _keep(self, is_last: bool) -> None:
+        """A loop has ended, and the program goes on: keep a copy of its last step, if there is none."""
+        progress = self._engine.progress(self._session)
+        if self._is_closed or (self._is_saved and progress == self._saved_progress):
+            return
+        if self._copy is not None and self._copy.progress == progress:
+            return
+        if is_last or self._budget.allows_one():
+            self._budget.spend(self._take_copy().stall_secs)
+
+    def _copy_at_rest(self) -> _Copy | None:
+        """What is saved in place of the live state, which is the program's own just now."""
+        loops, copy = self._loops, self._copy
+        if loops is None or copy is None or not loops.is_resting(self._session):
+            return None
+        if copy.progress == self._engine.progress(self._session):
+            return copy
+        # With other processes it must be the step at which they stand, too.
+        return None if self._reads_live_at_end or not loops.is_alone(self._session) else copy
 
     def _save(self, what: str, patience_secs: float | None) -> bool:
         """Take a snapshot and hand it to the writer; ``False`` if the writer is busy with another."""
@@ -108,12 +172,21 @@ class Checkpointer:
     def _take(self, what: str, patience_secs: float | None) -> tuple[Snapshot, float]:
         """Take a snapshot; return it with the seconds that training waited. Also runs in the writer's thread."""
         with self._engine.at_boundary(self._session, what, patience_secs):
-            progress = self._engine.progress(self._session)
-            began = time.monotonic()
-            snapshot = self._engine.snapshot(self._session)
-            stall_secs = time.monotonic() - began
-        self._saved_progress, self._is_saved = progress, True
-        return snapshot, stall_secs
+            copy = self._copy_at_rest() or self._take_copy()
+            self._saved_progress, self._is_saved = copy.progress, True
+        return copy.snapshot, copy.stall_secs
+
+    def _take_copy(self) -> _Copy:
+        """A copy of the live state. At a boundary."""
+        # First: its memory is used for the next one.
+        self._copy = None
+        progress = self._engine.progress(self._session)
+        began = time.monotonic()
+        snapshot = self._engine.snapshot(self._session)
+        copy = _Copy(snapshot, progress, time.monotonic() - began)
+        if self._loops is not None:
+            self._copy = copy
+        return copy
 
 
 class StepTrigger:

@@ -107,8 +107,10 @@ class Committer:
     def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
         """Raise OSError before a checkpoint that will not fit fills the disk for everyone."""
         needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
-        free = shutil.disk_usage(store.root).free
-        if free < needed:
+        usage = shutil.disk_usage(store.root)
+        free = usage.free
+        # A file system that says it has 0 blocks does not tell: FUSE ones and some network ones.
+        if usage.total and free < needed:
             raise OSError(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",

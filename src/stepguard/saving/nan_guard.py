@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import Engine, EventLog, Snapshot
+from stepguard.engine import Engine, EventLog, RestsBetweenLoops, Snapshot
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.options import Guarding
 from stepguard.saving.way_back import WayBack, shown
@@ -83,6 +83,9 @@ class NanGuard:
         self._sight: _Sight | None = None
         self._is_over = False
         self._returning: threading.Thread | None = None
+        self._loops = engine if isinstance(engine, RestsBetweenLoops) else None
+        # Whether a thread that trains waits for the return, and so has the state back from whatever it lent it to.
+        self._is_awaited = False
         # The generation grows at each return, and snapshots of an older generation are not committed. Beside it, the
         # progress at the last return, if there was one.
         self._generation = 0
@@ -147,7 +150,9 @@ class NanGuard:
         """Wait for the return that :meth:`look` has started, if any. From a training thread, between two steps."""
         returning = self._returning
         if returning is not None and returning is not threading.current_thread():
+            self._is_awaited = True
             returning.join(_PATIENCE_SECS)
+            self._is_awaited = False
 
     # --- what is saved ---
 
@@ -214,6 +219,11 @@ class NanGuard:
         deadline = time.monotonic() + _PATIENCE_SECS
         # After a stop request, leave `_sight` set, so that `end` reports it.
         while not self._coord.should_stop():
+            if self._loops is not None and self._loops.is_resting(self._session) and not self._is_awaited:
+                # What the model holds between two loops may be something else, which would be put back after this.
+                self._coord.wait_for_stop(_PAUSE_SECS)
+                deadline = time.monotonic() + _PATIENCE_SECS
+                continue
             try:
                 # In this order: the program's own saves already hold `one_save` when they take a boundary.
                 with self._one_save, self._engine.at_boundary(self._session, "the return to a good checkpoint"):

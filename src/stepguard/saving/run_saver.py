@@ -122,18 +122,34 @@ class RunSaver(Generic[SessionT]):
 
     def went_back(self) -> None:
         """Note that the run was put back to an earlier step. At a boundary."""
+        if self.checkpointer is not None:
+            self.checkpointer.went_back()
         if self._step_trigger is not None:
             self._step_trigger.went_back()
 
-    def save_last(self, deadline: float) -> None:
+    def save_now(self, timeout_secs: float) -> None:
+        """Save the last step, after what is being written: at most ``timeout_secs`` are waited for that.
+
+        An error goes to ``on_error``.
+        """
+        checkpointer, writer = self.checkpointer, self.writer
+        if checkpointer is None or writer is None or self._options is None or not self._options.saves_last_step:
+            return
+        try:
+            if writer.drain(timeout_secs):
+                checkpointer()
+        except Exception as error:  # noqa: BLE001 - a thread's edge
+            self._on_error(error)
+
+    def save_last(self, deadline: float, *, is_finished: bool) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``
-        (monotonic clock).
+        (monotonic clock). ``is_finished`` is as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
 
         Raises:
             SaveFailedError: writing took longer.
         """
         if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
-            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()))
+            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()), is_finished=is_finished)
 
     def stop(self, deadline: float) -> bool:
         """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""

@@ -25,6 +25,7 @@ from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.retry import Retry
+from stepguard.store import NameTakenError
 
 # Takes a snapshot at a step boundary; returns it with the seconds that training waited.
 Take = Callable[[], tuple[Snapshot, float]]
@@ -42,6 +43,7 @@ class _Order:
     taken_at: float = field(default_factory=time.time)
     mark: int | None = None
     failed_tries: int = 0
+    last_error: BaseException | None = None
 
     @property
     def what(self) -> str:
@@ -131,6 +133,12 @@ class CheckpointWriter:
         order = self._order
         return order is not None and order.failed_tries > 0
 
+    @property
+    def last_error(self) -> BaseException | None:
+        """Why the last try to write the snapshot at hand has failed."""
+        order = self._order
+        return None if order is None else order.last_error
+
     def warn(self, message: str) -> None:
         """Log a warning about saving, and keep it in the run's record. Any thread."""
         self._committer.warn(message)
@@ -213,10 +221,12 @@ class CheckpointWriter:
     def _wait_after(self, error: BaseException, order: _Order, failing_secs: float, gave_up_at: float | None) -> None:
         """After a try failed with ``error``, wait for the next one, or raise SaveFailedError if that was the last."""
         what = order.what
-        if order.take is not None and order.snapshot is not None and order.snapshot.written is not None:
-            # The files that the framework has written cannot be trusted after the error.
+        is_written = order.snapshot is not None and order.snapshot.written is not None
+        if order.take is not None and (is_written or isinstance(error, NameTakenError)):
+            # What the framework has written is not to be relied upon; a name that cannot be had is that of one step.
             order.snapshot = None
         order.failed_tries += 1
+        order.last_error = error
         wait_secs = self._retry(order.failed_tries, failing_secs)
         if wait_secs is None or not self._may_wait(wait_secs, gave_up_at):
             raise SaveFailedError(

@@ -1,7 +1,7 @@
-"""What the sessions of loop frameworks share: where steps end, who may run one, and what a process goes on from.
+"""The code that the engines of all loop frameworks share. It knows no framework.
 
-It knows no framework. `boundary` is the moment between two steps, `interrupts` what Ctrl-C does to one, `gate` where a
-step waits for the other processes, `rendezvous` how these agree, over the `common_store`. `session` is the loop, and
-`engine` what every engine of one has; `process_state` what belongs to one process of it: its `feeds` and its
-`random_streams`. `values` are the program's own.
+`boundary` finds the moments between two steps, and `interrupts` holds Ctrl-C back until then. `gate` is where a step
+waits for the other processes, and `rendezvous` is how the processes agree, over the `common_store`. `session` is the
+training loop, and `engine` is the base of its engine. `process_state` is the state of one process: its `feeds` and its
+`random_streams`. `values` are plain values of the program.
 """

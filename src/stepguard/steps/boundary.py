@@ -1,15 +1,20 @@
-"""Where one training step ends and the next has not begun.
+"""The step boundary of a training loop: the moment between two steps.
 
-A step and a service (a save, a summary) want the same lock, one at a time. A lock of Python's is not fair: a loop that
-gives it back and takes it again at once would never let a service in. So a service first puts up an event, its turn,
-and the next step waits for that event before it asks for the lock; the service sets the event when it is done, or when
-its patience is over. A step therefore waits for one service at most, and a service for one step, for a bounded time.
+The protocol: a step and a service (a save, a summary) take the same lock, one at a time. Python's lock is not fair: a
+loop that releases it and takes it again at once would never let a service in. Therefore a service first sets up an
+event, its turn, and the next step waits for that event before it takes the lock. The service sets the event when it is
+done or when its patience is over. So a step waits for at most one service, and a service waits for at most one step,
+both for a limited time.
 
-It cannot deadlock: services queue for ``_holding`` before they touch the lock, a step never holds the lock while it
-waits for a turn, and what a service does while it holds the boundary waits for no step. An error inside a step marks
-the boundary torn: from then on no service gets it, since the state belongs to no step. Ctrl-C between two lines would
-leave the lock taken for good; a thread that is taking it or giving it back is therefore in ``_changing``, and
-``interrupts`` holds the signal back until it is not. A kill leaves nothing: all of this is memory of one process.
+No deadlock is possible: services queue for ``_holding`` before they take the lock, a step never holds the lock while it
+waits for a turn, and the code that a service runs while it holds the boundary waits for no step. An error inside a step
+marks the boundary torn; from then on no service gets it, because the state belongs to no step. Ctrl-C between two lines
+could leave the lock taken for ever. Therefore a thread that is taking or releasing the lock is in ``_changing``, and
+``interrupts`` holds the signal back meanwhile. A kill leaves nothing, because all of this is memory of one process.
+
+After a step of the program's own loop, code of the program runs, which may use the model for something else before the
+next step. The training thread therefore marks itself *away* at the boundary. A service that is already waiting gets its
+turn before that code runs; a service that comes later waits until the thread is back, or gives up.
 """
 
 from __future__ import annotations
@@ -22,41 +27,48 @@ from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, StopRequested
 
-# How long a boundary may be waited for, if steps are not longer than that themselves.
+# How long a service waits for a boundary, unless steps are longer than this.
 _PATIENCE_SECS = 5.0
 
 
 class Boundary:
-    """Lets one step run at a time, and a service in between two of them.
+    """Lets one step run at a time, and a service between two steps.
 
-    A step calls :meth:`enter` and :meth:`leave` in one thread; a service holds the boundary in :meth:`hold`.
+    A step calls :meth:`enter` and :meth:`leave` on one thread. A service holds the boundary by :meth:`hold`.
     """
 
     def __init__(self) -> None:
         # Taken while a step runs, and while the boundary is held.
         self._lock = threading.Lock()
-        # The lock is not fair: a loop that gives it back and takes it again would never let a service in. A service
-        # that waits is here, and the next step waits until it has had its turn.
+        # The turn of the service that waits or holds the boundary; the next step waits until it is set.
         self._turn: threading.Event | None = None
         self._holding = threading.Lock()
         self._stepping: int | None = None
-        # The threads that are taking the lock, or giving it back: an interrupt between two lines would leave it taken.
+        # The threads that are taking or releasing the lock; an interrupt between two lines could leave it taken.
         self._changing: set[int] = set()
         self._began = 0.0
         self._longest_secs = 0.0
         self._on_due: Callable[[], int] | None = None
         self._due_at = sys.maxsize
         self._is_torn = False
+        # The thread that runs code of the program between two steps, and the event that says that it is back.
+        self._away: int | None = None
+        self._is_back = threading.Event()
+        self._on_rest: Callable[[bool], None] | None = None
+        self._soon: Callable[[], None] | None = None
         self.steps = 0
-        # Whether the program's loop over steps has ended: it may use the model for something else now.
+        # Whether the program's loop over steps has ended, so that it may use the model for something else.
         self.is_resting = False
-        # Set once, by any thread: no step begins after it, but in a main thread that knows, and ends in its own way.
+        # Set once, by any thread. No step begins after that. Exception: a main thread that has already seen
+        # should_stop() return true may run further steps to finish.
         self.must_stop = False
         self._main_thread_was_told: Callable[[], bool] = lambda: False
 
     def enter(self) -> None:
-        """A step begins in this thread: wait while a service holds the boundary."""
+        """Begin a step on this thread; wait while a service holds the boundary."""
         me = threading.get_ident()
+        if self._away is not None:
+            self.come_back()
         self._changing.add(me)
         try:
             turn = self._turn
@@ -69,14 +81,44 @@ class Boundary:
         self._began = time.monotonic()
         self.is_resting = False
 
-    def rest(self) -> None:
-        """No step follows for now. A service that holds the boundary is waited for."""
+    def rest(self, change: Callable[[], None] | None = None, *, is_last: bool = False) -> None:
+        """Note that no step follows for now; wait while a service holds the boundary.
+
+        ``change`` is called first, then the callback of :meth:`call_at_rest`, both while this thread has the boundary.
+        """
         self.enter()
-        self.is_resting = True
+        try:
+            if change is not None:
+                change()
+            if self._on_rest is not None and not self._is_torn:
+                self._on_rest(is_last)
+            self.is_resting = True
+        finally:
+            self.leave(is_done=False)
+
+    def call_at_rest(self, callback: Callable[[bool], None]) -> None:
+        """Call ``callback(is_last)`` on the loop's thread whenever a loop ends; ``is_last`` if the run ends there."""
+        self._on_rest = callback
+
+    def go_away(self) -> None:
+        """Mark that this thread now runs code of the program: no service reads the state until it is back."""
+        # A service that is already waiting gets its turn first, while the state is still that of the step.
+        self.enter()
+        self._away = threading.get_ident()
+        self._is_back.clear()
         self.leave(is_done=False)
 
+    def come_back(self) -> None:
+        """Mark that the thread is back: the state is that of the training again."""
+        if self._away is not None:
+            self._away = None
+            self._is_back.set()
+
     def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
-        """Let no step begin, unless this is the main thread, which was told to stop and ends by itself."""
+        """Refuse all further steps.
+
+        Exception: a main thread for which ``main_thread_was_told()`` is true may run further steps to finish.
+        """
         self._main_thread_was_told = main_thread_was_told
         self.must_stop = True
 
@@ -87,9 +129,9 @@ class Boundary:
             raise StopRequested("stopped before the next step: the run was asked to stop")
 
     def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:
-        """The step of this thread has ended; ``is_done`` says whether it is to be counted.
+        """End the step of this thread; ``is_done`` says whether it counts.
 
-        Without ``calls_due`` what is due after it waits for :meth:`call_due`.
+        Without ``calls_due`` a callback that is due is left for :meth:`call_due`.
         """
         me = threading.get_ident()
         if self._stepping != me:
@@ -109,25 +151,28 @@ class Boundary:
             self.call_due()
 
     def call_due(self) -> None:
-        """Do what is due after the last step, if that was not done."""
-        # Not only at that very step: another thread may have done one more before this one comes here.
+        """Call the callbacks that are due after the last step, unless they were called already."""
+        if self._soon is not None:
+            soon, self._soon = self._soon, None
+            soon()
+        # `>=`, because another thread may have done one more step before this thread gets here.
         if self.steps >= self._due_at and self._on_due is not None:
-            # Once, whichever thread comes first.
+            # Called once, by the first thread that gets here.
             self._due_at = sys.maxsize
             self._due_at = self.steps + max(1, self._on_due())
 
     def leave_torn(self) -> None:
-        """The step was left half-way by an error, so that the state is that of no step."""
+        """End a step that an error has left half-way, so that the state belongs to no step."""
         self._is_torn = True
         self.leave(is_done=False)
 
     def mark_torn(self) -> None:
-        """The step of this thread is being left half-way."""
+        """Mark that this thread leaves its step half-way."""
         self._is_torn = True
 
     @property
     def is_torn(self) -> bool:
-        """Whether a step was left half-way: the state is that of none."""
+        """Whether a step was left half-way, so that the state belongs to no step."""
         return self._is_torn
 
     @property
@@ -149,16 +194,23 @@ class Boundary:
             )
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
-        """Call ``callback`` after ``steps`` more steps, in the thread of the last; it returns the number until then."""
+        """Call ``callback`` after ``steps`` more steps, on the thread of the last one.
+
+        ``callback`` returns the number of steps until its next call.
+        """
         self._on_due = callback
         self._due_at = self.steps + max(1, steps)
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, at the end of the running step, on its thread."""
+        self._soon = callback
+
     @contextmanager
     def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """A block in which no step runs; the one that runs now has at most ``patience_secs`` to end.
+        """A block in which no step runs. The running step has at most ``patience_secs`` to end.
 
         Raises:
-            NoBoundaryError: the step that runs now did not end in time, or one was left half-way.
+            NoBoundaryError: the running step did not end in time, or a step was left half-way.
         """
         me = threading.get_ident()
         with self._holding:
@@ -176,14 +228,27 @@ class Boundary:
         patience = max(_PATIENCE_SECS, 3 * self._longest_secs)
         if patience_secs is not None:
             patience = min(patience, patience_secs)
+        deadline = time.monotonic() + patience
         self._turn = threading.Event()
-        if not self._lock.acquire(timeout=patience):
-            began = self._began
-            self._end_turn()
-            raise NoBoundaryError(
-                f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
-                f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
-            )
+        # A caller that sets a patience is ending the run: the program begins no further step.
+        waits_for_return = patience_secs is None
+        while True:
+            if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                began = self._began
+                self._end_turn()
+                raise NoBoundaryError(
+                    f"no step boundary for {what}: step {self.steps + 1} of this session has been under way for "
+                    f"{time.monotonic() - began:.1f} s (waited {patience:.1f} s for it)"
+                )
+            if not waits_for_return or self._away in (None, threading.get_ident()):
+                break
+            self._lock.release()
+            if not self._is_back.wait(max(0.0, deadline - time.monotonic())):
+                self._end_turn()
+                raise NoBoundaryError(
+                    f"no step boundary for {what}: the program was between two steps of its own loop for "
+                    f"{patience:.1f} s, and what the model holds there is its own affair"
+                )
         try:
             self.check_whole(what)
         except NoBoundaryError:

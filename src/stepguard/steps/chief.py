@@ -1,8 +1,9 @@
-"""The rendezvous as the chief sees it: it opens the rounds, and asks for the parts of a checkpoint.
+"""The chief's side of the rendezvous: it opens the rounds, and asks for the parts of a checkpoint.
 
-The protocol is explained in :mod:`stepguard.steps.rendezvous`. Three threads are here: one that saves, on a timer or
-the training's own; one that settles the last step; and the one that listens, which starts the second. The first two
-take turns at the lock for rounds, which the third never takes.
+The protocol is explained in :mod:`stepguard.steps.rendezvous`. Three threads run this code: the thread that saves (a
+timer's or the training thread), the thread that settles the last step, and the listening thread, which starts the
+second. The first two take turns by the lock ``_rounds``, and each of their waits for answers has a patience. The
+listening thread never takes that lock and so never waits for them. What a kill leaves is explained there too.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from stepguard.steps.word_log import Word
 
 _log = logging.getLogger(__name__)
 
-# Before the first round it is not known how long one takes: these are generous.
+# A generous estimate of the length of a round, used before the first round.
 _ROUND_SECS = 0.05
 _ROUND_SECS_OF_A_PROCESS = 0.0001
 _MOST_STEPS_AHEAD = 100_000
-# How long a thread of the training that asks for a save itself waits for the others to be where it is.
+# How long a training thread that itself asks for a save waits for the others to come to its step.
 _HERE_SECS = 5.0
 _LOOK_SECS = 0.05
-# A process that says that it has begun a step may find that its data is over: it is asked again, ever more rarely.
+# A process that has begun a step may find that its data has ended, so it is asked again, at growing intervals.
 _ASK_AGAIN_SECS = 0.02
 _ASK_AGAIN_AT_MOST_SECS = 5.0
 
 
 class Chief(Rendezvous):
-    """Of the process of rank 0."""
+    """The rendezvous of the process of rank 0."""
 
     def __init__(self, store: CommonStore, size: int, gate: Gate, member: Member, *, grace_secs: float) -> None:
         super().__init__(store, 0, size, gate, member, grace_secs=grace_secs)
         self._rounds = threading.Lock()
         self._round_secs = _ROUND_SECS + size * _ROUND_SECS_OF_A_PROCESS
-        # The step of the snapshot taken last, and whether the others still keep what they have taken there.
+        # The step of the last snapshot, and whether the others still keep their states of that step.
         self._taken_at: int | None = None
         self._is_wanted = False
-        # Where a thread of the training stands at a step at which all others take their states by themselves.
+        # The thread and the step at which a training thread stands where all others take their states unasked.
         self._knows_steps = False
         self._met_at: tuple[int, int] | None = None
         self._starting = threading.Lock()
@@ -58,10 +59,10 @@ class Chief(Rendezvous):
         self._words.say("restored", name)
 
     def take_state(self) -> None:
-        """Nothing: this process is in the snapshot itself."""
+        """Do nothing: the state of this process is in the snapshot itself."""
 
     def loop_changed(self) -> None:
-        """Where the steps of checkpoints are known to all, tell the others whether this process comes to them."""
+        """If all processes know the steps of the checkpoints, tell the others whether the chief will come to them."""
         if self._knows_steps:
             self._say("loop", self._gate.loop is not Loop.ENDED)
 
@@ -69,15 +70,15 @@ class Chief(Rendezvous):
 
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
-        """A block in which this process stands after the step of which all others take their states.
+        """A block in which this process stands after the step at which all others take their states.
 
         Raises:
-            NoBoundaryError: there is no such step, or not in time.
+            NoBoundaryError: there is no such step, or it did not come in time.
         """
         if self._met_at == (threading.get_ident(), self._member.steps_done()):
             step = self._member.steps_done()
             if self._is_wanted:
-                # They wait here: for all that they know, the checkpoint before may still need what they have taken.
+                # The others wait here, because the previous checkpoint may still need the states that they hold.
                 self._words.say("save", step)
             self._note_taken(step)
             yield
@@ -93,7 +94,7 @@ class Chief(Rendezvous):
         self._taken_at, self._is_wanted = step, True
 
     def at_known_step(self, callback: Callable[[], int]) -> int:
-        """Call what may save after this step, after which all others take their states by themselves."""
+        """Call ``callback``, which may save, after a step at which all others take their states unasked."""
         step = self._member.steps_done()
         self._knows_steps = True
         self._met_at = threading.get_ident(), step
@@ -105,23 +106,23 @@ class Chief(Rendezvous):
                 self._say("passed", step)
 
     def settled(self) -> None:
-        """The snapshot taken last is committed: the others need not keep what they have taken for it."""
+        """Tell the others that the last snapshot is committed, so that they can free their states of it."""
         if self._is_wanted:
             self._is_wanted = False
             self._say("settled")
 
     def exchange(self, place: str) -> Exchange:
-        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
+        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir."""
         return self._exchange(self._words.say("write", self._taken_at, place))
 
     def _say(self, kind: str, *content: object) -> None:
-        """Where nobody is to raise that the others have ended: the next collective operation does."""
+        """Say a word, and ignore a lost store: the next collective operation reports that the others have ended."""
         with contextlib.suppress(StoreLostError):
             self._words.say(kind, *content)
 
     def _agree(self, what: str) -> int:
-        """Open a round, and come to its step: this process then waits there, and the others do not."""
-        # A thread that trains can be at no other step than this.
+        """Open a round and go to its step. This process then waits there; the others do not wait."""
+        # A training thread cannot go to another step from here.
         is_here = self._gate.trainer == threading.get_ident()
         patience_secs = _HERE_SECS if is_here else self._grace_secs + PATIENCE_SECS
         check = self._patience(f"{what}: another process has begun a step that this one has not", patience_secs)
@@ -137,7 +138,7 @@ class Chief(Rendezvous):
             step, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
             is_there = step <= self._member.steps_done() or have_ended
             if is_there or not (is_here or self._gate.is_resting):
-                # Those who are behind come to where this process is.
+                # The processes that are behind come to the step where this process is.
                 step = max(step, self._member.steps_done())
                 self._words.say("save", step)
                 self._gate.open_until(step)
@@ -145,30 +146,30 @@ class Chief(Rendezvous):
                     return step
             self._words.say("resume")
             self._gate.open_until(math.inf)
-            # Between two loops: the others may be in a step that takes all, and wait for this process.
+            # This process is between two loops. The others may be in a step that needs it, and wait for it.
             self._gate.await_change(pause_secs, lambda: not self._gate.is_resting and not is_here)
             pause_secs = min(2 * pause_secs, _ASK_AGAIN_AT_MOST_SECS)
             check()
 
     def _ask(self, what: str, ahead: int) -> tuple[int, bool]:
-        """The first step that all will come to who go no further than they promise now; whether all loops are over."""
+        """Ask every process for its limit; return the first step that all can reach, and whether all loops are over."""
         began = time.monotonic()
         promises = [self._gate.pause(ahead)]
         number = self._words.say("round", ahead)
         answers = self._gather([f"round/{number}/{rank}" for rank in self._others()], what)
         promises += [tuple(json.loads(answer)) for answer in answers]
         self._round_secs = 2 * (time.monotonic() - began)
-        # With uneven inputs those whose data is over have other numbers, and come to no step any more.
+        # With uneven inputs, a process whose data has ended has another number of steps, and comes to no further step.
         running = [limit for limit, has_ended in promises if not has_ended]
         return max(running or [limit for limit, _ in promises]), not running
 
     def _steps_ahead(self) -> int:
-        """As many as are run while the answers travel: so none of them has to wait."""
+        """The number of steps that are run while the answers travel, so that no process has to wait."""
         steps = self._round_secs / max(self._gate.step_secs, 1e-9)
         return math.ceil(min(steps, _MOST_STEPS_AHEAD))
 
     def _has_come_to(self, step: int, what: str) -> bool:
-        """Wait for it; ``False`` when the loop rests before."""
+        """Wait until this process has done ``step`` steps; ``False`` if its loop rests before that."""
         gate, member = self._gate, self._member
         text = f"{what}: step {step} of this session is still under way in rank 0"
         done, check = -1, self._patience(text)
@@ -198,19 +199,19 @@ class Chief(Rendezvous):
             return self._settling
 
     def _settle_last_step(self) -> None:
-        """A thread's edge."""
+        """Agree on the last step, and tell all processes to stop there. Runs on a thread of its own."""
         if self._closing.is_set():
             return
         # No round may open between the last step and the closing of the gates.
         with self._rounds:
             sight = self._met_last()
             self._say("last", sight)
-            # Only now: who leaves its loop has to know whether the run has ended well.
+            # Not earlier: a thread that leaves its loop must already know whether the run has ended well.
             self._member.request_stop(as_error(sight))
             self._gate.open_until(self._member.steps_done(), is_last=True)
 
     def _met_last(self) -> list[object] | None:
-        """What one of the processes has seen that is not finite, when all have come to the last step."""
+        """Wait until all have come to the last step; return the non-finite values that one of them has seen, if any."""
         what = "a stop"
         # After an error, perhaps the loss of a process, there is nothing to agree on.
         if self._has_failed():
@@ -229,7 +230,7 @@ class Chief(Rendezvous):
         return next((one for one in (self._sight(), *sights) if one is not None), None)
 
     def close(self, timeout_secs: float) -> None:
-        """Stop listening, when the last step is settled with the others."""
+        """Settle the last step with the others, then stop listening."""
         super().close(timeout_secs)
         with self._starting:
             settling = self._settling

@@ -1,12 +1,12 @@
-"""What the processes of one training have in common: a store of keys and values that one of them, or a service, holds.
+"""The key-value store that the processes of one training share; one of them, or a service, holds it.
 
-PyTorch has one (TCPStore), and so has JAX (its coordination service). What a framework's engine gives is an object that
-satisfies :class:`CommonStore`.
+PyTorch has such a store (TCPStore), and JAX has one (its coordination service). A framework's engine provides an object
+that satisfies :class:`CommonStore`.
 
-A wait is one request, and costs nothing until the store answers it. It ends in native code, where neither Ctrl-C nor an
-event of this process reaches it; therefore :func:`awaited` waits in a thread of its own, while its caller looks here,
-in its own process, whether waiting still makes sense. When it does not, the caller writes the missing keys itself: so
-the thread always returns, also where the process that was to write them is dead.
+A wait is one request, which costs nothing until the store answers it. It blocks in native code, where neither Ctrl-C
+nor an event of this process can end it. Therefore :func:`awaited` waits on a thread of its own, while its caller polls,
+in its own process only, whether to go on waiting. If not, the caller writes the missing keys itself. So the waiting
+thread always returns, even if the process that should have written the keys is dead.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from typing import Protocol
 
 from stepguard.errors import NoBoundaryError
 
-# How often the caller looks whether waiting still makes sense. It asks nobody but its own process.
+# How often the caller polls whether to go on waiting. This asks only its own process.
 _LOOK_SECS = 0.02
-# Not empty: nothing and an empty value are the same to a claim.
+# Not empty, because a claim cannot tell an empty value from a key that is not set.
 _VOID = b"-"
 
 
 class StoreLostError(NoBoundaryError):
-    """The store is not there any more, so the processes cannot agree on a step."""
+    """The store no longer exists, so the processes cannot agree on a step."""
 
 
 class CommonStore(Protocol):
     """Keys and values that every process sees. Any thread.
 
-    Every method raises StoreLostError when the store is not there any more: it ends with the process that holds it.
+    Every method raises StoreLostError if the store no longer exists; it ends with the process that holds it.
     """
 
     def set(self, key: str, value: bytes) -> None:
-        """Put ``value`` in the place of what ``key`` has held."""
+        """Set ``key`` to ``value``."""
 
     def claim(self, key: str, value: bytes) -> bytes:
-        """Put ``value`` there if ``key`` holds nothing; what it holds now."""
+        """Set ``key`` to ``value`` unless it is set, in one atomic request; return its value now."""
 
     def get(self, keys: Sequence[str]) -> list[bytes]:
-        """The values of ``keys``, all of which are there."""
+        """The values of ``keys``, all of which must be set."""
 
     def check(self, key: str) -> bool:
-        """Whether ``key`` is there."""
+        """Whether ``key`` is set."""
 
     def delete(self, key: str) -> None:
-        """Take ``key`` away; one that is not there is no error."""
+        """Delete ``key``. A key that is not set is no error."""
 
     def wait(self, keys: Sequence[str]) -> None:
-        """Wait, without a limit and on the side of the store, until all ``keys`` are there.
+        """Wait until all ``keys`` are set: without a limit, and by one request, not by polling.
 
-        Other calls, of other threads, go on meanwhile.
+        Calls of other threads go on meanwhile.
         """
 
     def below(self, name: str) -> CommonStore:
-        """The part of this store whose keys begin with ``name``, for one who knows nothing of the rest."""
+        """The part of this store whose keys begin with ``name``, as a store of its own."""
 
 
 def awaited(store: CommonStore, keys: Sequence[str], check: Callable[[], None]) -> list[bytes]:
-    """The values of ``keys``, once all are there; ``check`` is called meanwhile, and raises to give up.
+    """Wait until all ``keys`` are set, and return their values. ``check`` is polled meanwhile, and raises to give up.
 
-    No key is used again afterwards: one that nobody had written when this gave up is void.
+    If the wait is given up, keys that nobody has set are set to a void value; callers must not use them again.
     """
     if not keys:
         return []

@@ -1,4 +1,4 @@
-"""What the engines of loop frameworks share: all that their sessions can answer, in a run of one process."""
+"""The base of the engines of loop frameworks: the methods that their sessions can answer, in a run of one process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SessionT = TypeVar("SessionT", bound=Session)
 class LoopEngine(Generic[SessionT]):
     """The base of an engine whose sessions are :class:`stepguard.steps.session.Session`.
 
-    It has what :class:`stepguard.engine.Engine` asks about steps. A framework adds its ``name``, and what it alone
-    knows: ``prepare``, ``restore``, ``watch_values``, ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and
-    ``summarise``.
+    It has the methods of :class:`stepguard.engine.Engine` that concern steps. A framework adds its ``name`` and the
+    methods that depend on it: ``prepare``, ``restore``, ``watch_values``, ``snapshot``, ``non_finite``,
+    ``checkpoint_name``, ``write`` and ``summarise``.
     """
 
     storage_error_types: tuple[type[BaseException], ...] = ()
@@ -32,7 +32,7 @@ class LoopEngine(Generic[SessionT]):
         session.close()
 
     def step(self, session: SessionT) -> int:
-        """The steps done, without one that was left by an error: once the error has come to the coordinator."""
+        """The number of steps done, without a step that an error has left, once the coordinator has that error."""
         return session.global_step - session.is_cut_short
 
     def step_name(self) -> str:
@@ -40,11 +40,11 @@ class LoopEngine(Generic[SessionT]):
         return "global_step"
 
     def total_steps(self, session: SessionT) -> int | None:
-        """What ``steps`` was given as ``max_steps``."""
+        """The ``max_steps`` that ``steps`` was given."""
         return session.total_steps
 
     def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
-        """A session marks its steps from the beginning; this only tells it whom to call."""
+        """Set the function that the session calls before it closes. It marks its steps from the beginning anyway."""
         session.watch(before_close)
 
     def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
@@ -56,12 +56,32 @@ class LoopEngine(Generic[SessionT]):
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: SessionT) -> object:
-        """The number of steps done in this session, as in :meth:`step`."""
-        return session.boundary.steps - session.is_cut_short
+        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs."""
+        return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
+
+    def is_resting(self, session: SessionT) -> bool:
+        """Whether no loop over ``steps`` runs."""
+        return session.boundary.is_resting
+
+    def is_evaluating(self, session: SessionT) -> bool:
+        """Whether the program is inside ``sess.evaluating()``."""
+        return session.is_evaluating
+
+    def is_alone(self, session: SessionT) -> bool:
+        """Whether the session has no gate, at which the steps of several processes wait for each other."""
+        return session.is_alone
+
+    def call_at_rest(self, session: SessionT, keep: Callable[[bool], None]) -> None:
+        """Call ``keep(is_last)`` at the boundary where a loop ends."""
+        session.boundary.call_at_rest(keep)
+
+    def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
+        """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
+        return session.defer(callback)
 
     @contextmanager
     def at_boundary(self, session: SessionT, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """Hold the steps back. The body of a loop may ask for this in the middle of its step: that ends there."""
+        """Hold the steps back. If the body of a loop asks for this in the middle of its step, the step ends there."""
         session.finish_step()
         with session.boundary.hold(what, patience_secs):
             yield

@@ -1,9 +1,9 @@
-"""What the processes tell each other about one try to write one checkpoint, in the threads that write.
+"""The messages between the processes during one try to write one checkpoint, on the threads that write.
 
-The others answer the chief's questions, and the chief deals to each what is for it. Who waits for an answer looks
-meanwhile whether the others still can come: so a process that ends in the middle ends the exchange, and the checkpoint,
-and nobody waits for good. A question is answered also by who has failed, with its error. A kill leaves keys in the
-common store that nobody reads again.
+The protocol: the chief asks, the others answer, and the chief sends each of them its own content. A thread that waits
+for a message polls whether the others can still send it. So if a process ends in the middle, the exchange ends, the
+checkpoint fails, and no thread waits for ever. A process that has failed answers with its error. A kill leaves keys in
+the common store that no process reads again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, described
 from stepguard.steps.common_store import CommonStore, awaited
 
-# In place of the number of an error of the operating system.
+# Sent in place of the errno of an OSError.
 _NON_FINITE = -1
 _NO_BOUNDARY = -2
 
 
 class Exchange:
-    """One try, in a part of the store that belongs to it.
+    """The messages of one try, in a part of the store that belongs to it.
 
-    ``check_alive`` is called again and again while an answer is awaited, and raises when there will be none.
+    ``check_alive`` is polled during each wait for a message, and raises if no message can come.
     """
 
     def __init__(self, store: CommonStore, rank: int, size: int, check_alive: Callable[[str], None]) -> None:
@@ -31,43 +31,43 @@ class Exchange:
         self._store = store
         self._size = size
         self._check_alive = check_alive
-        # The store is in the memory of one process, for as long as the training lasts.
+        # The keys to delete at the end. The store is in the memory of one process as long as the training lasts.
         self._said: list[str] = []
 
     @property
     def others(self) -> int:
-        """How many processes there are besides the chief."""
+        """The number of processes besides the chief."""
         return self._size - 1
 
     # --- the chief ---
 
     def collect(self, what: str) -> list[bytes]:
-        """What the others say, in the order of their ranks, once all have said it.
+        """Wait until all others have answered; return the answers in the order of the ranks.
 
         Raises:
-            NonFiniteError: the state of one of them is not finite.
-            NoBoundaryError: one of them has not taken its state, and is past the step.
-            OSError: one of them could not write.
-            CheckpointError: one of them has failed in another way, or will not answer any more.
+            NonFiniteError: the state of a process is not finite.
+            NoBoundaryError: a process has not taken its state and is past the step.
+            OSError: a process could not write.
+            CheckpointError: a process has failed in another way, or no longer answers.
         """
-        # All of them first: who has failed may not be the last that still writes to the directory.
+        # Wait for all answers before raising an error: other processes may still be writing to the directory.
         keys = [f"{what}/{rank}" for rank in range(1, self._size)]
         answers = awaited(self._store, keys, self._check(" to ".join(sorted({keys[0], keys[-1]}))))
         return [_content_of(answer, rank) for rank, answer in enumerate(answers, start=1)]
 
     def deal(self, what: str, content: Sequence[bytes]) -> None:
-        """Tell each of the others its own."""
+        """Send each of the others its own part of ``content``."""
         for rank, one in enumerate(content, start=1):
             self._store.set(f"{what}/{rank}", one)
 
     # --- the others ---
 
     def answer(self, what: str, content: bytes) -> None:
-        """Tell the chief."""
+        """Send ``content`` to the chief."""
         self._answer(what, [], content)
 
     def answer_error(self, what: str, error: Exception) -> None:
-        """Tell the chief why there is no such thing."""
+        """Send the chief ``error`` in place of the content."""
         if isinstance(error, NonFiniteError):
             self._answer(what, [_NON_FINITE, str(error), error.step, error.names])
         elif isinstance(error, NoBoundaryError):
@@ -78,14 +78,14 @@ class Exchange:
             self._answer(what, [0, described(error)])
 
     def receive(self, what: str) -> bytes:
-        """What the chief says to this process."""
+        """Wait for the content that the chief sends to this process."""
         key = f"{what}/{self.rank}"
         content = awaited(self._store, [key], self._check(key))[0]
         self._said.append(key)
         return content
 
     def forget(self) -> None:
-        """Nobody asks any more: take away what was said to and by this process."""
+        """Delete the messages to and from this process, which no process reads any more."""
         for key in self._said:
             self._store.delete(key)
         self._said.clear()

@@ -1,4 +1,4 @@
-"""Batches from anything that can be iterated over, and the position in it: how a resumed run finds the next batch."""
+"""Batches from any iterable and the position in it, so that a resumed run continues with the next batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _END = object()
 
 
 class Feed(ABC):
-    """The batches of one loader, epoch after epoch. For the thread that trains, or one that holds the boundary.
+    """The batches of one loader, epoch after epoch. For the training thread, or a thread that holds the boundary.
 
-    ``epoch`` counts the epochs that are complete, ``batches`` the batches of the current one whose steps are done.
+    ``epoch`` is the number of complete epochs, ``batches`` the number of batches in this epoch whose steps are done.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -26,7 +26,9 @@ class Feed(ABC):
         self.epoch = 0
         self.batches = 0
         self._iterator: Iterator[Any] | None = None
-        # How many batches of the epoch another process has seen: the next iterator begins behind them.
+        # The number of batches of the current epoch that were handed out, including those of the running step.
+        self._given = 0
+        # The number of batches of the epoch that an earlier process has seen; the next iterator begins after them.
         self._seen_before = 0
 
     def next(self, epochs: int | None) -> Any:
@@ -39,39 +41,49 @@ class Feed(ABC):
         while epochs is None or self.epoch < epochs:
             if self._iterator is None:
                 self._iterator = self._begin_epoch(self._seen_before)
-                self._seen_before = 0
+                self._given, self._seen_before = self._seen_before, 0
             batch = next(self._iterator, _END)
             if batch is not _END:
+                self._given += 1
                 return batch
-            if self.batches == 0:
-                raise ValueError(f"{_shown(self.loader)}: expected at least one batch in an epoch, found none")
             self._iterator = None
-            self.epoch += 1
-            self.batches = 0
-            if not self.is_repeatable:
+            if not self._given and not self.is_repeatable:
+                self.is_exhausted = True
                 break
+            if not self._given:
+                raise ValueError(f"{shown(self.loader)}: expected at least one batch in an epoch, found none")
+            self.epoch += 1
+            self.batches = self._given = 0
         raise StopIteration
 
     is_repeatable = True
+    is_exhausted = False
+    """Whether this is an iterator that has ended and does not begin again."""
 
     def consumed(self) -> None:
-        """The step with the last batch is done."""
-        self.batches += 1
+        """The step with the batches handed out so far is done."""
+        self.batches = self._given
+
+    @property
+    def is_last_batch(self) -> bool | None:
+        """Whether the batch handed out last is the last of its epoch; ``None`` if the loader has no length."""
+        number = length(self.loader)
+        return None if number is None else self._given >= number
 
     def position(self) -> dict[str, Any]:
-        """Where this is now, as plain values and tensors."""
+        """The current position, as plain values and tensors."""
         return {"epoch": self.epoch, "batches": self.batches, "loader": self._description()}
 
     def resume(self, position: Mapping[str, Any], processes: int = 1) -> None:
-        """Begin at ``position``, which another process has saved; now there are ``processes`` of them.
+        """Begin at ``position``, which an earlier process has saved; ``processes`` is the number of processes now.
 
         Raises:
-            CheckpointMismatchError: it belongs to another loader.
+            CheckpointMismatchError: the position belongs to another loader.
         """
         saved, found = dict(position["loader"]), self._description()
         batches, before = position["batches"], position.get("processes", 1)
         if before != processes:
-            # Each process then has another share of the same epoch. Rounded down: rather seen twice than not at all.
+            # Each process now has another share of the epoch. Rounded down, so that a batch is seen twice, not never.
             batches = batches * before // processes
             saved.pop("batches in an epoch", None)
             found.pop("batches in an epoch", None)
@@ -82,7 +94,7 @@ class Feed(ABC):
                 if saved.get(key) != found.get(key)
             )
             raise CheckpointMismatchError(
-                f"{_shown(self.loader)}: this is not the loader with which the checkpoint was saved, so its position "
+                f"{shown(self.loader)}: this is not the loader with which the checkpoint was saved, so its position "
                 f"in the data (epoch {position['epoch']}, batch {position['batches']}) means nothing here "
                 f"({differences}). Use the same loader; or pass resume_data=False to begin a new epoch with this one"
             )
@@ -98,7 +110,7 @@ class Feed(ABC):
         """An iterator over the current epoch without its first ``skip`` batches."""
 
     def _description(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on here."""
+        """The properties of the loader that must be the same when a run resumes."""
         return {
             "kind": type(self).__name__,
             "batches in an epoch": length(self.loader),
@@ -107,9 +119,9 @@ class Feed(ABC):
 
 
 class IterableFeed(Feed):
-    """Anything else that can be iterated over: a resumed run reads again, and drops, what was seen.
+    """Any other iterable. A resumed run reads the seen batches again, and drops them.
 
-    The order must then be the same in each process that begins with the same random states.
+    The order must therefore be the same whenever iteration begins with the same random states.
     """
 
     def __init__(self, loader: Any, streams: RandomStreams) -> None:
@@ -119,7 +131,7 @@ class IterableFeed(Feed):
         self.is_repeatable = not isinstance(loader, Iterator)
 
     def position(self) -> dict[str, Any]:
-        """With the random states at the beginning of the epoch."""
+        """The position, with the random states at the beginning of the epoch."""
         position = super().position()
         if self.batches:
             position["order"] = self._order
@@ -147,12 +159,13 @@ class IterableFeed(Feed):
 
 
 def length(sized: Any) -> int | None:
-    """The number of its items; ``None`` where that is not known."""
+    """The number of items in ``sized``; ``None`` if unknown."""
     try:
         return len(sized)
     except (TypeError, NotImplementedError):
         return None
 
 
-def _shown(loader: Any) -> str:
+def shown(loader: Any) -> str:
+    """The argument of ``steps``, for messages."""
     return f"steps({type(loader).__name__})"

@@ -1,11 +1,12 @@
-"""Where the steps of one process wait for what the processes have agreed on.
+"""The gate at which the steps of one process wait for the agreement of all processes.
 
-The thread that trains calls :meth:`Gate.begin` before each step and :meth:`Gate.done` after it. It waits in ``begin``,
-and only there: at a limit, until the thread that listens to the other processes moves it; and at a step where all meet,
-until what this process adds to a checkpoint may be taken there. The listening thread never waits for a step, and so the
-two cannot deadlock. Threads that do wait for a step (for a snapshot, for a stop) do so in :meth:`Gate.await_change`,
-with a patience of their own; ``done`` and ``end`` wake them. A gate that nobody will move any more is abandoned, and
-open. A kill leaves nothing: all of this is memory of one process.
+The protocol: the training thread calls :meth:`Gate.begin` before each step and :meth:`Gate.done` after it. It waits
+only in ``begin``: at a limit, until the thread that listens to the other processes moves the limit; and at a step where
+all processes meet, until it may copy this process's part of a checkpoint there. The methods that move the gate notify
+the condition ``_changed``, on which it waits. The listening thread never waits for a step, so the two cannot deadlock.
+Threads that do wait for a step (for a snapshot, or for a stop) call :meth:`Gate.await_change`, each with a patience of
+its own; ``begin``, ``done`` and ``end`` wake them. When nobody will move the gate any more, it is abandoned, and so
+opened. The attendant is called without the lock. A kill leaves nothing, because all of this is memory of one process.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from typing import Protocol
 
 
 class Loop(Enum):
-    """What the program's loop over steps does."""
+    """The state of the program's loop over steps."""
 
     RUNS = "runs"
     LEFT = "left"
-    """By ``break`` or by an exit; another may follow."""
+    """The program has left the loop by ``break`` or by an exit; another loop may follow."""
     ENDED = "ended"
-    """As it was to end: no more data, the last step, or a stop. Another may follow."""
+    """The loop has ended as intended: no more data, the last step, or a stop. Another loop may follow."""
 
 
-# Between two steps for longer than this, a process does something else: it is not asked to come to a later one.
+# A process that is between two steps for longer than this does something else, and is not asked to go to a later step.
 _PAUSE_SECS = 1.0
 
 
 class Attendant(Protocol):
-    """Who is called by a gate, in the thread that trains and between two steps."""
+    """The object that a gate calls, on the training thread and between two steps."""
 
     def take_state(self) -> None:
-        """Take what this process adds to a checkpoint. Raises nothing."""
+        """Copy this process's part of a checkpoint. Raises nothing."""
 
     def loop_changed(self) -> None:
         """A loop has begun, was left, or has ended. Raises nothing."""
@@ -45,11 +46,11 @@ class Attendant(Protocol):
 
 @dataclass(slots=True)
 class _Meetings:
-    """The steps after which all processes take their states by themselves."""
+    """The steps after which all processes take their states unasked."""
 
     next_at: float = math.inf
     every: float = math.inf
-    # Whether what was taken last is not wanted any more, and whether the chief comes to the next one at all.
+    # Whether the last captured state is no longer needed, and whether the chief will come to the next meeting.
     is_free: bool = True
     has_chief: bool = True
 
@@ -62,7 +63,7 @@ class _Meetings:
 
 
 class Gate:
-    """Lets steps begin. ``begin``, ``done`` and ``end`` are for threads that train, the others for any."""
+    """Lets steps begin. Training threads call ``begin``, ``done`` and ``end``; any thread calls the other methods."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -77,16 +78,16 @@ class Gate:
         self._attendant: Attendant | None = None
         self._captures_at = math.inf
         self._meetings = _Meetings()
-        # The thread that trains; the last of them, where several do.
+        # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
 
-    # --- the thread that trains ---
+    # --- the training thread ---
 
     def begin(self, steps_done: int) -> bool:
-        """The step after ``steps_done`` is to begin: wait if it may not yet; ``False`` if it never may.
+        """Wait until the step after ``steps_done`` may begin; ``False`` if it never may.
 
         Raises:
-            Exception: what :meth:`refuse_after` was given, since another process takes no part in this step.
+            Exception: the error that :meth:`refuse_after` was given: another process takes no part in this step.
         """
         while not (is_let := self._is_let(steps_done)):
             if is_let is None:
@@ -95,7 +96,7 @@ class Gate:
         return True
 
     def _is_let(self, steps_done: int) -> bool | None:
-        """``True``, or ``None`` for never; ``False`` when a capture is to come first."""
+        """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
         with self._changed:
             while steps_done >= min(self._limit, self._meetings.next_at) or steps_done >= self._captures_at:
                 if self._must_capture(steps_done):
@@ -116,7 +117,7 @@ class Gate:
         return True
 
     def _note_pace(self, was: Loop) -> None:
-        """From the beginning of one step to that of the next, with the input; one long pause does not count for all."""
+        """Update the time from one step's beginning to the next, input included. One long pause counts only in part."""
         now = time.monotonic()
         if was is Loop.RUNS:
             secs = min(now - self._began_at, 4 * self._step_secs)
@@ -140,13 +141,13 @@ class Gate:
             self._attendant.loop_changed()
 
     def done(self, steps: int) -> None:
-        """So many steps are done."""
+        """Note that ``steps`` steps are done."""
         with self._changed:
             self._done, self._moved_at = steps, time.monotonic()
             self._changed.notify_all()
 
     def end(self, steps_done: int, how: Loop = Loop.ENDED) -> None:
-        """The loop ends after ``steps_done``; a step that had begun for which there was no input is none."""
+        """Note that the loop ends after ``steps_done`` steps. A begun step that found no input does not count."""
         with self._changed:
             self._begun = self._done = steps_done
             self._loop = how
@@ -160,42 +161,42 @@ class Gate:
 
     @property
     def loop(self) -> Loop:
-        """What the loop does."""
+        """The state of the loop."""
         return self._loop
 
     @property
     def begun(self) -> int:
-        """The steps that have begun."""
+        """The number of steps that have begun."""
         return self._begun
 
     @property
     def is_last(self) -> bool:
-        """Whether the step at which the run ends is settled."""
+        """Whether the last step of the run is settled."""
         return self._is_last
 
     @property
     def is_resting(self) -> bool:
-        """Whether no step runs, and none may follow."""
+        """Whether no step is running, and possibly none will follow."""
         with self._changed:
             is_between = self._begun == self._done and time.monotonic() - self._moved_at > _PAUSE_SECS
             return self._loop is not Loop.RUNS or is_between
 
     @property
     def step_secs(self) -> float:
-        """How long a step takes, in seconds; infinite before the first."""
+        """The usual length of a step in seconds; infinite before the first."""
         return self._step_secs
 
     def await_change(self, timeout_secs: float, is_so: Callable[[], bool]) -> bool:
-        """Wait until ``is_so``, asked after each step that begins or ends, or until time is over."""
+        """Wait until ``is_so()`` is true, for at most ``timeout_secs``. It is called after each change of the gate."""
         with self._changed:
             return self._changed.wait_for(is_so, timeout_secs)
 
     # --- how far it may go ---
 
     def pause(self, ahead: int = 0) -> tuple[int, bool]:
-        """Let no step begin but ``ahead`` more; how many will have begun then at most, and whether its loop is over."""
+        """Let only ``ahead`` more steps begin; return that limit, in steps begun, and whether the loop is over."""
         with self._changed:
-            # Nobody knows how far a loop will go that is not running.
+            # A loop that is not running promises no steps, because nobody knows how far it will go.
             limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
             if self._refusal is None and not self._is_last:
                 self._limit = limit
@@ -210,7 +211,7 @@ class Gate:
             self._changed.notify_all()
 
     def refuse_after(self, step: int, error: Exception) -> bool:
-        """Raise ``error`` in the step that begins after ``step``; whether one has begun already."""
+        """Have ``begin`` raise ``error`` for a step after ``step``; return whether such a step has already begun."""
         with self._changed:
             if self._is_last or self._refusal is not None:
                 return False
@@ -220,7 +221,7 @@ class Gate:
             return self._begun > step
 
     def abandon(self) -> None:
-        """Nobody will say any more how far this process may go: let it, unless the run is to end."""
+        """Open the gate, because nobody will move it any more; it stays closed if the run is to end."""
         with self._changed:
             self._meetings = _Meetings()
             self._captures_at = math.inf
@@ -228,41 +229,46 @@ class Gate:
                 self._limit = math.inf
             self._changed.notify_all()
 
-    # --- what it adds to a checkpoint ---
+    # --- this process's part of a checkpoint ---
 
     def attend(self, attendant: Attendant) -> None:
-        """Call it from now on."""
+        """Call ``attendant`` from now on."""
         self._attendant = attendant
 
     def capture_at(self, step: int) -> None:
-        """Capture after ``step`` steps, and go on."""
+        """Capture the state after ``step`` steps, and go on."""
         with self._changed:
             self._captures_at = step
             self._meetings.is_free = False
             self._changed.notify_all()
 
     def meet_every(self, first: int, every: int) -> None:
-        """Capture after ``first`` steps, and after each ``every`` more.
+        """Capture the state after ``first`` steps, and after each ``every`` more.
 
-        Where what was captured before is still wanted, steps wait until it is not, or until the chief passes.
+        If the last captured state is still needed, steps wait until it is not, or until the chief passes the meeting.
         """
         with self._changed:
             self._meetings = _Meetings(first, every)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the last captured state is no longer needed."""
+        return self._meetings.is_free
+
     def free(self) -> None:
-        """What was captured last is not wanted any more."""
+        """Note that the last captured state is no longer needed."""
         with self._changed:
             self._meetings.is_free = True
             self._changed.notify_all()
 
     def pass_meeting(self, step: int) -> None:
-        """Nothing is captured at the meeting after ``step`` steps, nor at those before it."""
+        """Skip the meeting after ``step`` steps and all earlier ones: nothing is captured there."""
         with self._changed:
             self._meetings.pass_by(step)
             self._changed.notify_all()
 
     def expect_chief(self, is_coming: bool) -> None:
-        """Whether the chief comes to the meetings: where it does not, nobody waits, and the last state taken counts."""
+        """Say whether the chief will come to the meetings. If not, no step waits there, and the last capture counts."""
         with self._changed:
             self._meetings.has_chief = is_coming
             self._changed.notify_all()

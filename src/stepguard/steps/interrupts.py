@@ -1,4 +1,4 @@
-"""Ctrl-C waits for the end of the step: a step that it cut in two would leave a model that belongs to no step."""
+"""Holds Ctrl-C back until the end of the step: a step cut in two would leave a model that belongs to no step."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _log = logging.getLogger(__name__)
 
 
 class InterruptHold:
-    """Raises KeyboardInterrupt at the next boundary; at the second Ctrl-C at once. Main thread only.
+    """Raises KeyboardInterrupt at the next boundary; a second Ctrl-C raises it at once. Main thread only.
 
-    A handler of the program's own is left alone. Between steps Ctrl-C is Python's own. Not so in one of several
-    processes, which has a ``request_stop``: the others may have begun a step that takes all of them, so it is a request
-    to stop, and is raised after the step at which all of them do.
+    A signal handler of the program's own is not replaced. Between steps, Ctrl-C raises at once as usual. With several
+    processes (``request_stop`` is given) it does not, because the others may already have begun a step that needs this
+    process. Then Ctrl-C requests a stop, and is raised after the last step of all processes.
     """
 
     def __init__(self, boundary: Boundary, request_stop: Callable[[], object] | None = None) -> None:
         self._boundary = boundary
         self._request_stop = request_stop
-        # Whether a second one has come: nothing is waited for.
+        # Whether a second Ctrl-C has come, after which this process waits for nothing.
         self.is_impatient = False
         self._is_installed = False
         self._is_held = False
 
     def start(self) -> None:
-        """Take Python's default handler out, if that is the one."""
+        """Replace the handler of SIGINT, if it is Python's default handler."""
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -38,7 +38,7 @@ class InterruptHold:
             self._is_installed = True
 
     def finish(self) -> None:
-        """Put Python's default handler back, and raise what is still held: nobody came to a boundary after it."""
+        """Put Python's default handler back, and raise a Ctrl-C that is still held, since no boundary came after it."""
         if not self._is_installed or threading.current_thread() is not threading.main_thread():
             return
         self._is_installed = False
@@ -47,7 +47,7 @@ class InterruptHold:
         self.raise_if_held()
 
     def raise_if_held(self, cause: BaseException | None = None) -> None:
-        """At a boundary: raise what was held back."""
+        """Raise a Ctrl-C that was held back. Called at a boundary."""
         if self._is_held and threading.current_thread() is threading.main_thread():
             self._is_held = False
             raise KeyboardInterrupt from cause

@@ -1,4 +1,4 @@
-"""What an engine does together with the engines of the other processes, session after session."""
+"""The steps that an engine takes together with the engines of the other processes, session after session."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from stepguard.steps.worker import Worker
 
 
 class Peers:
-    """The other processes of one Supervisor; without a ``store`` there are none, and everything is done alone.
+    """The other processes of one Supervisor. Without a ``store`` there are none, and this process acts alone.
 
-    Threads: ``open`` and ``close`` by the thread of the session, the others by any.
+    Threads: the thread of the session calls ``open`` and ``close``; any thread calls the other methods.
     """
 
     def __init__(self, store: CommonStore | None, rank: int, size: int, *, grace_secs: float) -> None:
@@ -33,15 +33,15 @@ class Peers:
 
     @property
     def has_any(self) -> bool:
-        """Whether there are others, and a session with them is open."""
+        """Whether other processes exist and a session with them is open."""
         return self._rendezvous is not None
 
     def gate(self) -> Gate | None:
-        """Where the steps of the next session wait for the others."""
+        """A new gate, where the steps of the next session wait for the others; ``None`` without others."""
         return None if self._store is None else Gate()
 
     def open(self, gate: Gate | None, member: Callable[[], Member]) -> None:
-        """Listen to the others in the session of ``gate``. Every process opens its sessions in the same order."""
+        """Listen to the others in the session of ``gate``. All processes must open their sessions in the same order."""
         self._sessions += 1
         self._knows_steps = False
         if self._store is None or gate is None:
@@ -54,18 +54,21 @@ class Peers:
         self._rendezvous.start()
 
     def close(self) -> None:
-        """End what was opened: the chief when the last step is settled with the others, a worker when the chief is
-        done.
+        """Close the session with the others.
+
+        The chief first settles the last step with the others; a worker first waits until the chief is done.
         """
         rendezvous, self._rendezvous = self._rendezvous, None
         if rendezvous is not None:
             rendezvous.close(self._grace_secs)
 
     def restored(self, restore_newest: Callable[[], str | None], restore_named: Callable[[str], None]) -> str | None:
-        """The chief restores the newest checkpoint, and the others the one that it names; the name, if there is one.
+        """Restore the same checkpoint in all processes; return its name, or ``None`` if there is none.
+
+        The chief restores the newest, and the others the one that the chief names.
 
         Raises:
-            RuntimeError: a stop was requested while the chief was waited for, or the chief has ended.
+            RuntimeError: a stop was requested during the wait for the chief, or the chief has ended.
         """
         if isinstance(self._rendezvous, Worker):
             name = self._rendezvous.restored()
@@ -78,40 +81,40 @@ class Peers:
         return name
 
     def meet_every(self, steps: int, gate: Gate | None, global_step: int) -> None:
-        """All take their states after each ``steps`` steps, so that the chief can save exactly there."""
+        """Have all processes take their states after each ``steps`` steps, so that the chief can save exactly there."""
         self._knows_steps = True
         if gate is not None and self.rank > 0:
             gate.meet_every(steps - global_step % steps, steps)
 
     def saving(self, session: Session, callback: Callable[[], int]) -> Callable[[], int]:
-        """What is to be called at boundaries in place of ``callback``, which may come to :meth:`meeting`."""
+        """The function to call at boundaries in place of ``callback``, which may enter :meth:`meeting`."""
         if self._rendezvous is None:
             return callback
         if isinstance(self._rendezvous, Chief) and self._knows_steps:
             return functools.partial(self._rendezvous.at_known_step, callback)
-        # It meets the others, and they may need the next step of this process to come there.
+        # The callback waits for the others, and they may need the next step of this process to get to that step.
         return _InBackground(session, callback)
 
     def meeting(self, what: str) -> AbstractContextManager[None]:
-        """A block in which this process stands after the step of which all others take their states.
+        """A block in which this process stands after the step at which all others take their states.
 
         Raises:
-            NoBoundaryError: there is no such step, or not in time.
+            NoBoundaryError: there is no such step, or it did not come in time.
         """
         return self._rendezvous.meeting(what) if isinstance(self._rendezvous, Chief) else nullcontext()
 
     def exchange(self, place: str) -> Exchange | None:
-        """Ask the others for their parts of the snapshot taken last, to be written to ``place`` below the logdir."""
+        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir."""
         return self._rendezvous.exchange(place) if isinstance(self._rendezvous, Chief) else None
 
     def settled(self) -> None:
-        """The snapshot taken last is committed: the others need not keep what they have taken for it."""
+        """Tell the others that the last snapshot is committed, so that they can free their states of it."""
         if isinstance(self._rendezvous, Chief):
             self._rendezvous.settled()
 
 
 class _InBackground:
-    """Calls ``callback`` in a thread of its own, and looks at each step whether it is done."""
+    """Calls ``callback`` on a thread of its own, and checks at each step whether it has returned."""
 
     def __init__(self, session: Session, callback: Callable[[], int]) -> None:
         self._session = session

@@ -1,42 +1,52 @@
-"""What belongs to one process rather than to the model: its random streams, and its position in the data."""
+"""The state that belongs to one process rather than to the model: its random streams and its positions in the data."""
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.steps.feeds import Feed
 from stepguard.steps.random_streams import RandomStreams
 
+_log = logging.getLogger(__name__)
+
 
 class ProcessState(ABC):
-    """The streams and the feeds of a session. For the thread that trains, or one that holds the boundary.
+    """The streams and the feeds of a session. For the training thread, or a thread that holds the boundary.
 
-    Loaders have no names: the second one that a run comes to is the second one of the run before.
+    Loaders have no names. They are matched by order: a run's second loader is the second loader of the earlier run.
     """
 
     def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
         self.streams = streams
         self._processes = processes
         self._feeds: list[Feed] = []
-        # Of the run before, for loaders that this one has not come to yet; and its random states, for the first step.
+        # The earlier run's positions, for loaders that this run has not used yet, and its random states until the
+        # first step.
         self._positions: list[Mapping[str, Any]] = []
         self._random: dict[str, Any] | None = None
+        # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
+        self.epochs_done = 0
+        self.loops_done = 0
+        # Whether a step was run in the running body.
+        self._is_epoch_begun = False
 
     @abstractmethod
     def new_feed(self, loader: Any) -> Feed:
         """A feed for ``loader``.
 
         Raises:
-            TypeError: it cannot be iterated over.
+            TypeError: ``loader`` cannot be iterated over.
         """
 
     def feed(self, loader: Any, *, is_resumed: bool = True) -> Feed:
-        """The one feed of ``loader``; with ``is_resumed`` a new one begins where the run before was in it.
+        """The one feed of ``loader``. With ``is_resumed`` a new feed begins at the position of the earlier run.
 
         Raises:
-            CheckpointMismatchError: the run before had another loader here.
+            CheckpointMismatchError: the earlier run had another loader here.
         """
         for feed in self._feeds:
             if feed.loader is loader:
@@ -50,30 +60,66 @@ class ProcessState(ABC):
 
     @property
     def epoch(self) -> int:
-        """The complete epochs over the loader that was used last; before that, those of the run that was restored."""
+        """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
         if self._feeds:
             return self._feeds[-1].epoch
         return int(self._positions[-1]["epoch"]) if self._positions else 0
 
     def capture(self) -> dict[str, Any]:
-        """Random states and positions, as plain values and the framework's arrays. At a boundary."""
+        """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
-        return {"random": self.streams.capture() if self._random is None else self._random, "loaders": positions}
+        return {
+            "random": self.streams.capture() if self._random is None else self._random,
+            "loaders": positions,
+            "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the process was that has captured ``state``."""
+        """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
         self._positions = list(state["loaders"])
-        # Once now, for whoever draws before the first step, and again in front of that: what is drawn before it, to
-        # build things that the restored run need not build again, must not move the streams.
+        # A checkpoint of an earlier version has no epochs.
+        epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
+        self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
+        self._is_epoch_begun = epochs["begun"]
+        # The streams are restored now, for draws before the first step, and again just before that step: draws in
+        # between, for example to build objects that are then restored, must not move the streams.
         self._random = state["random"]
         self.streams.restore(state["random"])
 
+    def streams_preserved(self) -> AbstractContextManager[None]:
+        """A block after which the random streams are as they were before, whatever it draws."""
+        return self.streams.preserved()
+
     def begin_step(self) -> None:
-        """A step begins: the first after a restore draws what it would have drawn without one."""
+        """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
+        self._is_epoch_begun = True
+        if self._random is not None:
+            self.resume_streams()
+
+    def resume_streams(self) -> None:
+        """Restore the streams once more: draws from here on belong to the resumed run, not to the building of it."""
         if self._random is not None:
             self.streams.restore(self._random)
             self._random = None
+
+    def adopt_epochs(self) -> None:
+        """Count epochs from now on. If the run was saved without a count, take the epochs of its loader."""
+        if not self.epochs_done and not self.loops_done and self.epoch:
+            self.epochs_done = self.epoch
+            _log.info("epochs: going on in epoch %d, which is that of the loader", self.epoch)
+
+    def begin_epoch(self) -> None:
+        """Begin the body of the next epoch, or begin it again after a restart."""
+        # A body that is begun again repeats the draws before its first step, which must not move the streams.
+        if not self._is_epoch_begun:
+            self.resume_streams()
+
+    def complete_epoch(self) -> None:
+        """Note that the body is done. Called inside the boundary."""
+        self.epochs_done += 1
+        self.loops_done = 0
+        self._is_epoch_begun = False
 
     def close(self) -> None:
         """End the workers of the loaders."""
@@ -82,5 +128,5 @@ class ProcessState(ABC):
 
 
 def describe_positions(state: Mapping[str, Any]) -> str:
-    """Where a run goes on in its data, for the log."""
+    """The positions from which a run continues in its data, for the log."""
     return "; ".join(f"epoch {one['epoch']}, batch {one['batches']}" for one in state["loaders"]) or "no loader yet"

@@ -1,4 +1,4 @@
-"""The random streams of the process: those of the generators that a program uses when it names none."""
+"""The random streams of the process: the global generators, which a program uses if it names none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 class RandomStreams:
-    """Python's stream, and NumPy's where the program has loaded it. A framework's subclass adds its own. Any thread."""
+    """Python's stream, and NumPy's if the program has imported it. A framework's subclass adds its own. Any thread."""
 
     def capture(self) -> dict[str, Any]:
         """The states, as plain values."""
         states: dict[str, Any] = {"python": random.getstate()}
-        # A program that has not loaded NumPy has drawn nothing from it.
+        # A program that has not imported NumPy has drawn nothing from it.
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             name, keys, position, has_gauss, cached_gaussian = numpy.random.get_state()
@@ -23,7 +23,7 @@ class RandomStreams:
         return states
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Continue the streams that :meth:`capture` has seen."""
+        """Set the streams to the states that :meth:`capture` has returned."""
         version, internal, gauss_next = states["python"]
         random.setstate((version, tuple(internal), gauss_next))
         numpy = sys.modules.get("numpy")
@@ -32,7 +32,7 @@ class RandomStreams:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """A block that draws as it likes, and leaves the streams as they were."""
+        """A block after which the streams are as they were before, whatever it draws."""
         states = self.capture()
         try:
             yield

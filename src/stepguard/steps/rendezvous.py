@@ -1,25 +1,28 @@
 """Several processes that train one model: they save, and they stop, after the same step.
 
-The processes run the same steps, but not at the same moment: when one of them stands at the boundary after step 10,
-another may be in the middle of step 11, and wait there for the first to take part in its all-reduce. So nobody can be
-told to stop where he is. Instead the chief asks how far each has begun, and the largest of these numbers is one that
-all can reach.
+The processes run the same steps, but not at the same moment. When one process stands at the boundary after step 10,
+another may be in the middle of step 11 and wait there for the all-reduce of the first. So no process can be told to
+stop where it is. Instead the chief asks each process how many steps it has begun; all processes can reach the largest
+of these numbers.
 
-Who waits for whom. Each process has a thread that listens to the words that are said to all (:mod:`.word_log`), and
-does nothing that could wait: it moves the gate of its process, and starts threads for what takes time. A step waits at
-the gate, so for that thread. The chief's saving thread waits for the answers of all listening threads, which come at
-once, and for steps of its own process. The threads that write wait for steps of their own process and for each other,
-as in :mod:`.exchange`. So there is no circle: listening threads wait for nobody, steps for listening threads, all
-others for these two. Each wait on another process has a patience, or ends when one of them is gone.
+Who waits for whom: each process has a thread that listens to the words that are said to all (:mod:`.word_log`). This
+thread never waits for anything else: it moves the gate of its process, and starts threads for longer work. A step waits
+only at the gate, so only for the listening thread. The chief's saving thread waits for the answers of all listening
+threads, which come at once, and for steps of its own process. The threads that write wait for steps of their own
+process and for each other (see :mod:`.exchange`). This order has no circle, so no deadlock is possible: listening
+threads wait for no other thread, steps wait for listening threads, and all other threads wait for these two kinds. Each
+wait for another process has a patience, or ends when that process is gone.
 
-A round for a checkpoint stops nobody: each process promises to go no more than so many steps ahead, as many as are run
-while the answers travel; the largest promise is the step of the checkpoint, and all have heard of it before they come
-there. Each takes what it adds to the checkpoint when it passes that step, and goes on; the files are written when the
-chief's writer asks for them. Where the steps of the checkpoints are known to all beforehand, nothing is asked at all.
+A round for a checkpoint stops no process. Each process promises not to go further than a number of steps ahead, as many
+as are run while the answers travel. The largest promise is the step of the checkpoint, and all processes know it before
+they reach that step. Each process copies its part of the checkpoint when it passes that step, and goes on; it writes
+its file when the chief's writer asks for it. If all processes know the steps of the checkpoints beforehand, the chief
+asks nothing.
 
-A kill leaves the store as it is: the next start uses another part of it. The others are told by the end of the
-connection when the process that holds the store is killed, and by their collective operations when it is another one;
-a round that waits for it is given up after the patience. Who leaves while the others go on says so, and they end.
+A kill leaves the store as it is; the next start uses another part of it. If the process that holds the store is killed,
+the others notice the end of their connections. If another process is killed, their collective operations fail, and a
+round that waits for it is given up after the patience. A process that leaves while the others go on says so, and they
+end.
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ from stepguard.steps.word_log import Word, WordLog
 _log = logging.getLogger(__name__)
 
 PATIENCE_SECS = 30.0
-# After a second Ctrl-C, which is to end this process at once.
+# The patience after a second Ctrl-C, which is meant to end this process at once.
 _IMPATIENCE_SECS = 1.0
-# How long a process that has failed waits for the parts of the others, who may have ended too.
+# How long a process that has failed waits for the parts of the others, which may have ended too.
 _FAREWELL_SECS = 5.0
-# How often a thread that waits for a stop of its own process looks whether its session was closed without one.
+# How often the thread that waits for a stop of its process checks whether the session was closed without one.
 _CLOSED_LOOK_SECS = 0.5
 
 
@@ -54,42 +57,43 @@ class Member(Protocol):
     """One process of the training, as its rendezvous sees it. Any thread."""
 
     def steps_done(self) -> int:
-        """The steps that are done in this session."""
+        """The number of steps done in this session."""
 
     def take_state(self) -> int:
-        """Copy what this process adds to a checkpoint, between two steps; after how many of them.
+        """Copy this process's part of a checkpoint between two steps; return the number of steps done then.
 
         Raises:
             NoBoundaryError: no boundary came in time.
         """
 
     def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
-        """Write what was taken into the directory ``place`` of the logdir, and answer the chief. A thread's edge.
+        """Write the copied part into the directory ``place`` of the logdir, and answer the chief. Never raises.
 
-        Inside ``held`` it is there, and stays; where it is not, that is raised there, and answered too.
+        Inside ``held`` the part exists and does not change. If it does not exist, ``held`` raises, and the error is the
+        answer.
         """
 
     def should_stop(self) -> bool:
         """Whether this process was asked to stop."""
 
     def wait_for_stop(self, timeout_secs: float) -> object:
-        """Wait until it is, and at most so long."""
+        """Wait until this process is asked to stop, at most ``timeout_secs``."""
 
     def request_stop(self, error: BaseException | None) -> None:
-        """Ask it, for ``error`` if there is one."""
+        """Ask this process to stop, because of ``error`` if there is one."""
 
     def error(self) -> BaseException | None:
-        """What it stops for, if that is an error; a NonFiniteError is told to the others, who stop for it too."""
+        """The error for which this process stops, if any. The others are told of a NonFiniteError, and stop for it."""
 
     def is_impatient(self) -> bool:
-        """Whether a second Ctrl-C has ended it."""
+        """Whether a second Ctrl-C has ended this process."""
 
 
 class Rendezvous(ABC):
-    """What one process has to do with the others during one session.
+    """The connection of one process with the others during one session.
 
     ``grace_secs`` is how long, in seconds, the others wait in a step for a chief that is between two loops.
-    Threads: ``start`` and ``close`` by the thread of the session, the others by any.
+    Threads: the thread of the session calls ``start`` and ``close``; any thread calls the other methods.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Rendezvous(ABC):
         self._member = member
         self._grace_secs = grace_secs
         self._words = WordLog(store, rank)
-        # Nothing more is heard of the others: the run is over, or one of them is gone, and which.
+        # Set when listening ends: because the run is over, or because a process is gone (`_gone` says which and why).
         self._is_over = threading.Event()
         self._gone: str | None = None
         self._finished_after: int | None = None
@@ -120,7 +124,7 @@ class Rendezvous(ABC):
 
     @abstractmethod
     def take_state(self) -> None:
-        """Take what this process adds to a checkpoint."""
+        """Copy this process's part of a checkpoint."""
 
     @abstractmethod
     def loop_changed(self) -> None:
@@ -141,20 +145,20 @@ class Rendezvous(ABC):
                 else:
                     self._hear(word)
         except StoreLostError as error:
-            # The store ends with the process that has it: the others have ended, or a launcher is about to end us.
+            # The store ends with the process that holds it. The others have ended, or a launcher is about to end us.
             _log.debug("no word from the other processes: %s", error)
             self._gone = "the process that holds the common store has ended"
         finally:
-            # What the others would have to say is not waited for any longer: a collective operation fails by itself.
+            # No step waits for the others any longer; if one of them is gone, the next collective operation fails.
             self._gate.abandon()
             self._is_over.set()
 
     @abstractmethod
     def _hear(self, word: Word) -> None:
-        """Do what it asks for, without waiting for anything."""
+        """Do what ``word`` asks for, without waiting for anything."""
 
     def _hear_finished(self, rank: int, steps: int) -> None:
-        """The process of ``rank`` begins no step after ``steps``, and has not asked the others."""
+        """Handle the word that ``rank`` has left its loop after ``steps`` steps, without a stop of all processes."""
         self._finished_after = steps
         error = PeerLeftError(
             f"rank {rank} has left the training after {steps} steps of this session, by `break` or an exit, and this "
@@ -162,7 +166,7 @@ class Rendezvous(ABC):
             rank=rank,
         )
         if rank != self._rank and self._gate.refuse_after(steps, error):
-            # Perhaps in a collective operation that the other will never take part in: it ends when that process does.
+            # This step may be in a collective operation that waits for the other process; it fails when that one ends.
             self._member.request_stop(error)
             self._words.say("over", unless_said=True)
 
@@ -181,13 +185,13 @@ class Rendezvous(ABC):
             self._member.request_stop(error)
 
     def _await_stop(self) -> None:
-        """Tell the others when this process is asked to stop. A thread's edge."""
+        """Wait until this process is asked to stop, and tell the others. Runs on a thread of its own."""
         with contextlib.suppress(StoreLostError):
             while not self._closing.is_set():
                 if not self._member.should_stop():
                     self._member.wait_for_stop(_CLOSED_LOOK_SECS)
                 elif self._gate.loop is Loop.LEFT:
-                    # Left by the program, which may end here: then `close` says so. Or it begins another loop.
+                    # The program has left its loop. If it ends here, `close` tells the others; or it begins a new loop.
                     self._gate.await_change(_CLOSED_LOOK_SECS, lambda: self._gate.loop is not Loop.LEFT)
                 else:
                     self._ask_stop()
@@ -200,7 +204,7 @@ class Rendezvous(ABC):
     # --- closing ---
 
     def close(self, timeout_secs: float) -> None:
-        """Stop listening: the chief when the last step is settled with the others, a worker when the chief is done."""
+        """Stop listening. The chief first settles the last step with the others; a worker waits for the chief's end."""
         with contextlib.suppress(StoreLostError):
             if not self._is_over.is_set():
                 self._say_farewell(timeout_secs)
@@ -210,10 +214,10 @@ class Rendezvous(ABC):
 
     @abstractmethod
     def _say_farewell(self, timeout_secs: float) -> None:
-        """Have the thread that listens come to its end, here and, where this is the chief, everywhere."""
+        """End the listening thread of this process; the chief ends the listening threads of all processes."""
 
     def _has_failed(self) -> bool:
-        """Not so after a sight of the NaN guard: this process runs as well as ever, and can stop with the others."""
+        """Whether an error ends this process. A NonFiniteError does not count: it can still stop with the others."""
         return not isinstance(self._member.error(), (NonFiniteError, type(None)))
 
     def _say_if_left(self) -> None:
@@ -231,7 +235,7 @@ class Rendezvous(ABC):
     # --- waiting for others ---
 
     def _sight(self) -> list[object] | None:
-        """What this process has seen that is not finite, as the others are told."""
+        """The message for the others about a non-finite value that this process has seen; ``None`` without one."""
         error = self._member.error()
         if not isinstance(error, NonFiniteError):
             return None
@@ -241,7 +245,7 @@ class Rendezvous(ABC):
         return Exchange(self._store.below(f"write/{number}"), self._rank, self._size, self._check_alive)
 
     def _check_alive(self, what: str) -> None:
-        """A write may take any time, as long as all are there."""
+        """Raise CheckpointError if an exchange cannot be completed. A write has no time limit while all are alive."""
         if self._closing.is_set():
             raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
         if self._gone is not None:
@@ -254,16 +258,16 @@ class Rendezvous(ABC):
             raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
 
     def _gather(self, keys: Sequence[str], what: str, patience_secs: float = PATIENCE_SECS) -> list[bytes]:
-        """The answers of others that are to come at once.
+        """Wait for answers that the others give at once, and return them.
 
         Raises:
-            NoBoundaryError: one of them did not come in time.
+            NoBoundaryError: an answer did not come in time.
         """
         patience = self._patience(f"{what}: no answer from another process; one may have ended", patience_secs)
         return awaited(self._store, keys, patience)
 
     def _patience(self, text: str, patience_secs: float = PATIENCE_SECS) -> Callable[[], None]:
-        """Raises NoBoundaryError once it is called when time is over, or when there is nothing to wait for."""
+        """A function that raises NoBoundaryError if the time is over, or if there is nothing left to wait for."""
         began = time.monotonic()
 
         def check() -> None:
@@ -278,14 +282,14 @@ class Rendezvous(ABC):
         return check
 
     def _await_steps(self, steps: int, check: Callable[[], None]) -> None:
-        """Wait until so many steps are done, or the loop has ended, in time that ``check`` allows."""
+        """Wait until ``steps`` steps are done or the loop has ended; ``check`` raises when the time is over."""
         gate, member = self._gate, self._member
         while not gate.await_change(0.05, lambda: member.steps_done() >= steps or gate.loop is Loop.ENDED):
             check()
 
 
 def as_error(sight: Sequence[object] | None) -> NonFiniteError | None:
-    """The error for what another process has seen."""
+    """The error for a non-finite value that another process has seen."""
     if sight is None:
         return None
     text, step, names = sight

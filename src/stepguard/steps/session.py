@@ -1,8 +1,10 @@
-"""What the ``with`` block gets in a loop framework: the handle that counts steps and knows where one ends."""
+"""The session of the loop frameworks, which the ``with`` block gets: it runs and counts steps, and marks their ends."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +13,21 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
-from stepguard.steps.feeds import Feed
+from stepguard.steps.feeds import Feed, shown
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.interrupts import InterruptHold
+from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
 
 
 class Session:
     """A run of a training program, from its start or restart to its stop.
 
-    ``global_step`` is the number of steps that are done: inside the first step it is 0. Steps are run by
-    :meth:`steps`, or one by one by :meth:`step`.
+    ``global_step`` is the number of steps done; inside the first step it is 0. :meth:`steps` runs many steps,
+    :meth:`step` runs one. ``is_update`` is false in all turns of an accumulation but the last.
 
-    A framework's own session gives ``process_state`` its feeds and streams, and may note in :meth:`_step_is_ending`
-    what its engine needs of a step.
+    A framework's own session gives ``process_state`` its feeds and streams. It may record in :meth:`_step_is_ending`
+    facts about a step that its engine needs.
     """
 
     def __init__(
@@ -36,20 +39,32 @@ class Session:
         gate: Gate | None = None,
     ) -> None:
         self.global_step = 0
-        # Of the loop that runs now, if it knows.
+        # The last step of the running loop, if it is known.
         self.total_steps: int | None = None
         self.boundary = Boundary()
         self.process_state = process_state
         self._coord = coord
-        # Where the processes of one training wait for each other; none when there is only one.
+        # The gate where the processes of one training wait for each other; ``None`` if there is only one process.
         self._gate = gate
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
         self._interrupts = InterruptHold(self.boundary, None if gate is None else coord.request_stop)
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
+        self.is_update = True
+        # The number of loops begun in the body of `epochs` (``None`` outside); and how often `steps` got each loader.
+        self._loops_begun: int | None = None
+        self._epochs_wanted = 0
+        self._calls: dict[int, int] = {}
+        # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
+        self._is_cut = False
+        self._evaluations = 0
+        # The function that puts the restored state back, until the first step; and whether a loop was begun.
+        self._put_back: Callable[[], None] | None = None
+        self._has_begun_loop = False
+        self._advice = LoopAdvice()
         self.is_open = True
-        # Whether the loop's body was left in its last step: by `break`, or by an error that nobody knows of yet.
+        # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
 
     def steps(
@@ -58,54 +73,134 @@ class Session:
         *,
         max_steps: int | None = None,
         epochs: int | None = None,
+        accumulate: int = 1,
         resume_data: bool = True,
     ) -> Iterator[Any]:
         """The batches of ``loader``, one for each training step; without a loader the numbers of the steps.
 
-        The body of the loop is the step. It counts as done when the next one is asked for, and when the body is left
-        by ``break``. The iterator ends when a stop was requested, at ``max_steps`` and after ``epochs``; with neither
-        of the two it begins one epoch after the other.
+        The body of the loop is the step. A step counts as done when the next one is asked for, or when the body is left
+        by ``break``. The iterator ends when a stop was requested, at ``max_steps``, and after ``epochs``. Without these
+        two it begins one epoch after the other. In the body of :meth:`epochs` it ends with the epoch.
+
+        Asking for the next step ends the current one, so nothing may ask ahead. A prefetcher around this iterator
+        counts steps that were never trained. So does ``zip(sess.steps(loader), range(4))``, which asks for a fifth step
+        before it sees the end of ``range``. Prefetch in the loader, and end a loop with ``max_steps`` or ``break``. A
+        warning is given if another thread asks for steps.
+
+        While no loop runs, the program may use the state for other work. A save then has the state of the last step.
 
         Args:
-            loader: a loader of the framework, one with ``state_dict``, or anything to iterate over.
-            max_steps: the global step to end at; steps done before a restart count.
-            epochs: how many epochs over this loader to make in all; those before a restart count.
-            resume_data: whether a restarted run goes on with the batch after the last that was seen. With ``False``
-                it begins a new epoch, for a loader that has changed.
+            loader: a loader of the framework, one with ``state_dict``, or any other iterable.
+            max_steps: the global step at which the loop ends; steps done before a restart count.
+            epochs: the number of epochs over this loader in all; those before a restart count.
+            accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
+                ``is_update`` is true in the last turn of a step: call the optimizer there.
+            resume_data: whether a restarted run continues with the batch after the last one that was seen. With
+                ``False`` it begins a new epoch, for a loader that has changed.
 
         Raises:
             CheckpointMismatchError: the checkpoint was saved with another loader.
-            StopRequested: an earlier loop has ended for SIGTERM; ``managed_session`` ends it. Not where the program has
-                asked ``should_stop()`` since, and so ends by itself.
+            StopRequested: SIGTERM has ended an earlier loop; ``managed_session`` handles it. Not raised if the program
+                has called ``should_stop()`` since then, because it then ends by itself.
         """
         self._check_open()
         self._check_stop()
-        _check_count("max_steps", max_steps)
-        _check_count("epochs", epochs)
-        if loader is None:
+        _check_count("steps", "max_steps", max_steps)
+        _check_count("steps", "epochs", epochs)
+        _check_count("steps", "accumulate", accumulate, least=1)
+        feed = self._feed(loader, epochs, is_resumed=resume_data)
+        number = self._loops_begun
+        if number is not None:
             if epochs is not None:
-                raise ValueError("steps: epochs are those of a loader, and none was given")
-            feed = None
-        else:
-            feed = self.process_state.feed(loader, is_resumed=resume_data)
-            if epochs is None and not feed.is_repeatable:
-                epochs = 1
-        self.total_steps = _total_steps(loader, max_steps, epochs)
-        return self._steps(feed, max_steps, epochs)
+                raise ValueError("steps: inside sess.epochs() the loop ends with the epoch; leave epochs= out")
+            self._loops_begun = number + 1
+        until_epoch = self._until_epoch(feed, epochs)
+        wanted = until_epoch if number is None else self._epochs_wanted
+        self.total_steps = _total_steps(loader, max_steps, wanted, accumulate)
+        plan = LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident())
+        self._advice.on_begin(plan, is_first=feed is not None and self._calls[id(feed)] == 1)
+        return self._steps(plan)
+
+    def epochs(self, number: int) -> Iterator[int]:
+        """The numbers of the remaining epochs out of ``number``; the body may do work at the end of each epoch::
+
+            for epoch in sess.epochs(10):
+                for batch in sess.steps(loader):
+                    train(batch)
+                evaluate()
+                scheduler.step()
+
+        A loop over ``steps`` in the body ends with the epoch of its loader. An epoch is complete when its body is
+        complete. After a restart in the middle of an epoch the run continues with the next batch. After a restart
+        during the work at an epoch's end, only that work is done again. A complete epoch is not done again. ``break``
+        leaves the epoch incomplete.
+
+        Raises:
+            StopRequested: raised by ``steps`` if SIGTERM stops the run in the middle of an epoch, so that the work at
+                the epoch's end is not done.
+        """
+        self._check_open()
+        self._check_stop()
+        _check_count("epochs", "number", number)
+        if number is None:
+            raise TypeError("epochs: expected the number of epochs, found None")
+        if self._loops_begun is not None:
+            raise RuntimeError("epochs: expected no loop over epochs around it, found one")
+        self.process_state.adopt_epochs()
+        return self._epochs(number)
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch of this step is the last of its epoch.
+
+        Raises:
+            RuntimeError: no step over a loader is running.
+            TypeError: the loader has no length.
+        """
+        feed = self._feed_of_step
+        if feed is None:
+            raise RuntimeError("is_last_batch: expected a step of sess.steps(loader) to run, found none")
+        is_last = feed.is_last_batch
+        if is_last is None:
+            raise TypeError(
+                f"is_last_batch: expected a loader with a length, found {shown(feed.loader)} without: put what belongs "
+                f"to the end of an epoch after the inner loop of `for epoch in sess.epochs(n)`"
+            )
+        return is_last
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An evaluation, inside a step or between two loops::
+
+            with sess.evaluating():
+                accuracy = evaluate(model)
+
+        Random draws inside the block do not change the training. The block may take any time: it is not reported as a
+        hang, and a stop that is requested meanwhile waits for the end of the step. A checkpoint that is due inside a
+        step is taken at the step's end; a checkpoint between two loops has the state of the last step.
+        """
+        self._check_open()
+        self._evaluations += 1
+        try:
+            with self.process_state.streams_preserved():
+                yield
+        finally:
+            self._evaluations -= 1
 
     @contextmanager
     def step(self) -> Iterator[int]:
-        """One training step, for a loop of the program's own::
+        """Run one training step, in a loop of the program's own::
 
             while not sv.should_stop():
                 with sess.step():
                     train(next(batches))
 
-        Gives the number of the step. Steps of several threads are run one after the other.
+        The block gets the number of the step. Steps of several threads run one after the other.
 
         Raises:
-            StopRequested: the run is to stop at this boundary, after SIGTERM for one; ``managed_session`` ends it.
+            StopRequested: the run must stop at this boundary, as after SIGTERM; ``managed_session`` handles it.
         """
+        self.boundary.come_back()
         self._settle()
         self.boundary.call_due()
         if not self._begin():
@@ -119,21 +214,24 @@ class Session:
         try:
             yield self.global_step
         except StopIteration:
-            # The input ended, so there is no batch that the step could have trained with.
+            # The input has ended, so the step had no batch to train with.
             self.boundary.leave(is_done=False)
             self._end_loop()
             raise
         except SystemExit:
-            # Like the `break` of a loop over steps(): who ends the program here has done what it wanted to.
+            # The same as `break` in a loop over steps(): the program ends here because its work is done.
             self.finish_step(was_left=True)
             raise
         except BaseException:
             self.boundary.leave_torn()
             raise
         self.finish_step()
+        self.boundary.go_away()
+        if self._gate is None:
+            self._interrupts.raise_if_held()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Write values to the event log, as curves over the global step; nothing where there is no log.
+        """Write values to the event log, as curves over the global step. Without an event log, do nothing.
 
         Raises:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
@@ -142,11 +240,11 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """The complete epochs over the loader that was used last; before that, those of the run that was restored."""
+        """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
         return self.process_state.epoch
 
     def close(self) -> None:
-        """End the session; a supervisor that still watches it saves the last step first."""
+        """End the session. A supervisor that still watches it saves the last step first."""
         before_close, self._before_close = self._before_close, None
         if before_close is not None:
             before_close()
@@ -159,42 +257,63 @@ class Session:
     # --- for the engine ---
 
     def watch(self, before_close: Callable[[], None]) -> None:
-        """Call ``before_close()`` when the program closes the session itself."""
+        """Call ``before_close()`` if the program itself closes the session."""
         self._before_close = before_close
 
     def watch_values(self, watch: ValueWatch) -> None:
-        """Wait, between two steps, for what ``watch`` does about numbers that are not finite."""
+        """Let ``watch`` handle non-finite numbers between two steps, and wait for that."""
         self._watch = watch
 
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether the program is inside :meth:`evaluating`. Any thread."""
+        return self._evaluations > 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process trains with this one."""
+        return self._gate is None
+
+    def defer(self, callback: Callable[[], None]) -> bool:
+        """If an evaluation runs inside a step, call ``callback`` at the end of that step, on its thread."""
+        if not self.is_evaluating or self.boundary.is_resting or self._gate is not None:
+            return False
+        self.boundary.call_soon(callback)
+        return True
+
     def unwatch(self) -> None:
-        """Close without a call back."""
+        """Close without calling ``before_close``."""
         self._before_close = None
         self._watch = None
 
     def hold_interrupts(self) -> None:
-        """From now on Ctrl-C waits for the end of the step. In the main thread only; else nothing is changed."""
+        """Hold Ctrl-C back until the end of the step, from now on. On other threads than the main one, do nothing."""
         self._interrupts.start()
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether the last step that the session counts was left by an error, or by a second Ctrl-C.
+        """Whether an error or a second Ctrl-C has left the last step that the session counts.
 
-        One that was left by ``break``, with an error after its loop, looks the same, and is not saved either.
+        A step that was left by ``break``, with an error after its loop, looks the same and is not saved either.
         """
         return self.is_left and (self._coord.failed or self.boundary.is_torn)
 
     @property
     def is_impatient(self) -> bool:
-        """Whether a second Ctrl-C has ended the run: nothing is waited for."""
+        """Whether a second Ctrl-C has ended the run, so that it waits for nothing."""
         return self._interrupts.is_impatient
 
+    def put_back_with(self, put_back: Callable[[], None]) -> None:
+        """Set the function that resets the program's objects to the state that the session was restored with."""
+        self._put_back = put_back
+
     def restore_process_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on where the process that saved ``state`` was."""
+        """Continue at ``step`` from ``state``, which an earlier process has saved."""
         self.global_step = step
         self.process_state.restore(state)
 
     def finish_step(self, *, was_left: bool = False) -> None:
-        """The step of this thread, if it is in one, is done: its body was left, or asks for a save."""
+        """End the step of this thread, if it is in one, because its body was left or asks for a save."""
         if not self.boundary.is_mine:
             return
         feed, self._feed_of_step = self._feed_of_step, None
@@ -208,66 +327,168 @@ class Session:
             self._gate.done(self.boundary.steps)
             if was_left:
                 self._gate.end(self.boundary.steps, Loop.LEFT)
-        # Raised while a generator is closed, as after `break`, it would reach nobody: the end of the session raises it.
+        # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
 
     # --- inside ---
 
     def _step_is_ending(self) -> None:
-        """For a subclass. Called in the thread of the step, while the step has the boundary still."""
+        """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
 
-    def _steps(self, feed: Feed | None, max_steps: int | None, epochs: int | None) -> Iterator[Any]:
-        boundary = self.boundary
+    def _feed(self, loader: Any, epochs: int | None, *, is_resumed: bool) -> Feed | None:
+        if loader is not None:
+            return self.process_state.feed(loader, is_resumed=is_resumed)
+        if epochs is not None:
+            raise ValueError("steps: epochs are those of a loader, and none was given")
+        return None
+
+    def _until_epoch(self, feed: Feed | None, epochs: int | None) -> int | None:
+        if feed is None:
+            return None
+        calls = self._calls[id(feed)] = self._calls.get(id(feed), 0) + 1
+        if self._loops_begun is not None:
+            return feed.epoch + 1
+        # An iterator has one epoch, unless it begins anew by itself; then each loop over it is one epoch.
+        return calls if epochs is None and not feed.is_repeatable else epochs
+
+    def _epochs(self, number: int) -> Iterator[int]:
+        state = self.process_state
+        while state.epochs_done < number and not self._must_end(None):
+            self._loops_begun, self._epochs_wanted, self._is_cut = 0, number, False
+            state.begin_epoch()
+            try:
+                yield state.epochs_done
+            finally:
+                self._loops_begun = None
+            if self._is_cut:
+                return
+            self._complete_epoch(number)
+        if not self._coord.stop_requested:
+            self.total_steps = self.global_step
+
+    def _complete_epoch(self, number: int) -> None:
+        """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
+        state = self.process_state
+        self._settle()
+        is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
+        self.boundary.rest(state.complete_epoch, is_last=is_last)
+        if self._gate is not None:
+            self._gate.end(self.boundary.steps)
+        self._interrupts.raise_if_held()
+
+    def _steps(self, plan: LoopPlan) -> Iterator[Any]:
+        boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
+        began_at = boundary.steps, plan.epochs_seen
+        if plan.number is not None and plan.number < self.process_state.loops_done:
+            # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
+            self.process_state.resume_streams()
+            return
+        self._advice.on_first_step(plan)
+        if self._put_back is not None:
+            self._undo_what_was_done_again(plan)
+        self.is_update = accumulate == 1
         while True:
-            # First: it may put the session back, and there are steps to be done again.
+            # Called first, because it may set the session back, so that steps must be done again.
             self._settle()
-            if self._must_end(max_steps):
-                self._end_loop()
+            if self._must_end(plan.max_steps):
+                self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
                 return
             boundary.call_due()
             if not self._begin():
-                boundary.rest()
+                self._is_cut = True
+                boundary.rest(is_last=True)
                 self._interrupts.raise_if_held()
+                if plan.number is not None:
+                    self._check_stop()
                 return
             self._feed_of_step = feed
-            try:
-                batch = self.global_step if feed is None else feed.next(epochs)
-            except StopIteration:
-                boundary.leave(is_done=False)
-                self._end_loop()
-                return
-            except BaseException as error:
-                boundary.leave_torn()
-                self._interrupts.raise_if_held(error)
-                raise
-            try:
-                yield batch
-            except GeneratorExit:
-                # The body was left: by `break`, and then it has trained with this batch, or by an error, and then there
-                # is nothing to save. Nobody can tell here; the next step, if there is one, is the proof of a `break`.
-                is_mine = boundary.is_mine
-                self.finish_step(was_left=True)
-                if is_mine:  # And not the garbage collector's, in the thread of a service perhaps.
-                    boundary.rest()
-                raise
+            turns = 0
+            while True:
+                try:
+                    batch = self.global_step if feed is None else feed.next(plan.until_epoch)
+                except StopIteration:
+                    self._feed_of_step = None
+                    if turns:
+                        self._advice.on_leftover(turns, accumulate)
+                    self._note_loop_over(plan)
+                    boundary.leave(is_done=False)
+                    self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
+                    return
+                except BaseException as error:
+                    boundary.leave_torn()
+                    self._interrupts.raise_if_held(error)
+                    raise
+                turns += 1
+                if accumulate > 1:
+                    self.is_update = turns == accumulate or (feed is not None and feed.is_last_batch is True)
+                try:
+                    yield batch
+                except GeneratorExit:
+                    # The body was left: by `break`, after training with this batch, or by an error, after which nothing
+                    # must be saved. The two cannot be told apart here; a next step, if there is one, proves a `break`.
+                    is_mine = boundary.is_mine
+                    if is_mine:
+                        self._note_loop_over(plan)
+                    self.finish_step(was_left=True)
+                    if is_mine:  # Otherwise the garbage collector closes the generator, perhaps on a service's thread.
+                        boundary.rest(is_last=self._coord.stop_requested)
+                    raise
+                if accumulate == 1 or self.is_update:
+                    break
             self.finish_step()
+
+    def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
+        """Put the restored state back before a loop that follows loops which had ended before the restart.
+
+        A program with an epoch loop of its own runs through these loops again, and repeats its work after each. The
+        restored state already includes that work, unless it is the state at the loop's end.
+        """
+        feed, put_back = plan.feed, self._put_back
+        if put_back is None or plan.number is not None or feed is None or self.boundary.steps:
+            self._put_back = None
+            return
+        if self._has_begun_loop:
+            with self.boundary.hold("the restored state"):
+                put_back()
+        self._has_begun_loop = True
+        if feed.batches == 0 and feed.epoch == plan.until_epoch:
+            self._put_back = None
+
+    def _note_loop_over(self, plan: LoopPlan) -> None:
+        """Record the end of the loop inside the boundary, so that a checkpoint has both its last batch and its end."""
+        if plan.number is not None:
+            self.process_state.loops_done = plan.number + 1
 
     def _settle(self) -> None:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
 
-    def _end_loop(self) -> None:
-        """What follows, such as an evaluation, is no step that hangs, nor one that the others could wait for."""
+    def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
+        """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
-        if not self._coord.stop_requested:
+        self.is_update = True
+        is_stopped = self._coord.stop_requested or self.boundary.must_stop
+        if not is_stopped:
             self.total_steps = self.global_step
-        self.boundary.rest()
+        change = None
+        if plan is not None and not is_over and not is_stopped:
+            change = functools.partial(self._note_loop_over, plan)
+        self.boundary.rest(change, is_last=is_stopped)
         self._interrupts.raise_if_held()
+        if plan is None:
+            return
+        if is_stopped and not is_over:
+            self._is_cut = True
+            if plan.number is not None:
+                # The rest of the body is work for an epoch's end, but the epoch has not ended.
+                self._check_stop()
+        elif not is_stopped:
+            self._advice.on_end(plan, self.global_step, is_empty=is_empty)
 
     def _must_end(self, max_steps: int | None) -> bool:
-        # Of several processes none ends by itself: the gate closes for all of them after the same step.
+        # With several processes no process ends on its own: the gate closes for all of them after the same step.
         if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
@@ -282,7 +503,7 @@ class Session:
             raise RuntimeError("this session is closed: run steps inside `with sv.managed_session() as sess:`")
 
     def _begin(self) -> bool:
-        """Enter the next step; ``False`` if none of the processes does."""
+        """Enter the next step; ``False`` if no process may."""
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()
@@ -297,18 +518,20 @@ class Session:
         self.process_state.begin_step()
 
 
-def _total_steps(loader: Any, max_steps: int | None, epochs: int | None) -> int | None:
-    """The step that a loop ends at, if it is the only one of the run; ``None`` if nobody knows."""
+def _total_steps(loader: Any, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:
+    """The step at which a loop ends, if it is the only loop of the run; ``None`` if unknown."""
     in_epochs = None
     if epochs is not None:
-        # An iterable data set may have no length, or say so only when asked.
+        # An iterable data set may have no length, or raise an error when asked for it.
         with contextlib.suppress(TypeError, NotImplementedError):
-            in_epochs = epochs * len(loader)
+            in_epochs = epochs * -(-len(loader) // accumulate)
     return min((one for one in (max_steps, in_epochs) if one is not None), default=None)
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(method: str, name: str, value: Any, *, least: int = 0) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"steps: expected {name} to be a number or None, found {type(value).__name__}: {value!r:.80}")
-    if value is not None and value < 0:
-        raise ValueError(f"steps: expected {name} >= 0, found {value}")
+        raise TypeError(
+            f"{method}: expected {name} to be a number or None, found {type(value).__name__}: {value!r:.80}"
+        )
+    if value is not None and value < least:
+        raise ValueError(f"{method}: expected {name} >= {least}, found {value}")

@@ -1,4 +1,4 @@
-"""Plain values of the program that are to be saved with the model: the best loss so far, a list of seen files."""
+"""Plain values that the program saves with the model, such as the best loss so far or a list of seen files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Values:
         self.__dict__.update(initial)
 
     def __getattr__(self, name: str) -> Any:
-        """Only called for what is not there."""
+        """Raise AttributeError. Python calls this only for a name that has no value."""
         raise AttributeError(f"no value {name!r}; there are: {', '.join(sorted(self.__dict__)) or 'none'}")
 
     def __repr__(self) -> str:
-        """As it would be written."""
+        """The expression that makes these values."""
         return f"Values({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,10 +36,10 @@ class Values:
         return dict(self.__dict__)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the values of ``state``, also those that are not here.
+        """Set all values in ``state``, including names that are not set here yet.
 
-        Those that ``state`` lacks keep what the program has given them, with a warning that names them: the program
-        was extended after it had saved.
+        Values that ``state`` lacks, because the program was extended after the save, keep what the program has set. A
+        warning names them.
         """
         kept = [name for name in self.__dict__ if name not in state]
         if kept:

@@ -1,8 +1,8 @@
-"""What is said to all processes: one list of words in their common store, which each of them reads in the same order.
+"""A broadcast log: one list of words in the common store, which all processes read in the same order.
 
-A word is written to the first number that holds none, by one atomic request, so that two who speak at once are both
-heard, one after the other. Who listens waits for the next number on the side of the store: nothing is asked while
-nothing is said. A process that is killed while it speaks has said its word or not; there are no halves.
+A word is written to the first free number, by one atomic request. If two processes speak at once, both words are heard,
+one after the other. A listener waits for the next number by one request, and does not poll. A process that is killed
+while it speaks has said its word completely or not at all.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 from stepguard.steps.common_store import CommonStore
 
-# How many words are left to those who are slow to listen. The others are taken away: the store is in the memory of one
-# process, for as long as the training lasts.
+# How many words are kept for slow listeners. Older words are deleted, because the store is in the memory of one process
+# as long as the training lasts.
 _KEPT = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What one process says to all. ``number`` is its place in the list, and belongs to no other."""
+    """A message of one process to all. ``number`` is its unique place in the list."""
 
     number: int
     rank: int
@@ -31,19 +31,19 @@ class Word:
 
 
 class WordLog:
-    """The list, as one process sees it. ``say`` is for any thread, ``listen`` for one."""
+    """The list, as one process uses it. Any thread may call ``say``; one thread calls ``listen``."""
 
     def __init__(self, store: CommonStore, rank: int) -> None:
         self._store = store.below("word")
         self._rank = rank
         self._serial = itertools.count()
-        # No word before it is missing.
+        # The number of the next word to hear; all words before it exist.
         self._next = 1
 
     def say(self, kind: str, *content: Any, unless_said: bool = False) -> int:
-        """Say it to all, this process included; its number.
+        """Say a word to all processes, this one included; return its number.
 
-        With ``unless_said`` it is not said where somebody was just quicker to say the same.
+        With ``unless_said`` it is not said if another process has just said a word of the same kind.
         """
         mine = json.dumps([self._rank, next(self._serial), kind, *content]).encode()
         number = self._next
@@ -54,7 +54,7 @@ class WordLog:
         return number
 
     def listen(self) -> Iterator[Word]:
-        """All words, as they are said. Ends with the store: raises StoreLostError."""
+        """All words, as they are said. Raises StoreLostError when the store ends."""
         while True:
             number = self._next
             self._store.wait([str(number)])

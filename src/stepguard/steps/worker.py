@@ -1,7 +1,9 @@
-"""The rendezvous as any process but the chief sees it: it does what the chief asks for.
+"""A worker's side of the rendezvous: it does what the chief asks for.
 
-The protocol is explained in :mod:`stepguard.steps.rendezvous`. The thread that listens answers at once how far this
-process may go; a thread for each checkpoint writes its part; one waits for the last step, and tells the chief.
+The protocol is explained in :mod:`stepguard.steps.rendezvous`. The listening thread answers at once, and waits for no
+other thread. For each checkpoint a thread waits for the training thread to take the state, and writes it; the two share
+the lock ``_taking``. One more thread waits for the last step and reports it to the chief. Each of these waits has a
+patience.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
+from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import Member, Rendezvous, as_error
@@ -24,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Worker(Rendezvous):
-    """Of a process whose rank is not 0."""
+    """The rendezvous of a process whose rank is not 0."""
 
     def __init__(
         self, store: CommonStore, rank: int, size: int, gate: Gate, member: Member, *, grace_secs: float
@@ -32,17 +36,21 @@ class Worker(Rendezvous):
         super().__init__(store, rank, size, gate, member, grace_secs=grace_secs)
         self._restored: list[str | None] = []
         self._is_restored = threading.Event()
-        # After how many steps this process has taken its state last, and what was in the way of that.
+        # The step at which this process has last taken its state, the step that the chief has asked for, and the error
+        # that prevented the last take.
         self._taken_at: int | None = None
         self._asked_for: int | None = None
         self._not_taken: Exception | None = None
         self._taking = threading.Lock()
+        self._budget = CopyingBudget()
         self._writing: threading.Thread | None = None
         self._earlier: Exchange | None = None
         self._answered: str | None = None
 
     def restored(self) -> str | None:
-        """The checkpoint that the chief has restored, or that there is none, however long it takes to verify it.
+        """Wait for the name of the checkpoint that the chief has restored; ``None`` if there is none.
+
+        The wait has no limit, because a verification may take any time.
 
         Raises:
             RuntimeError: a stop was requested, or the chief has ended.
@@ -53,7 +61,19 @@ class Worker(Rendezvous):
         return self._restored[0]
 
     def loop_changed(self) -> None:
-        """Nothing: who leaves says so when the session is closed."""
+        """Take the state when a loop ends, before the program may use its streams or the model for something else.
+
+        A process that leaves for good says so when the session is closed.
+        """
+        if self._gate.loop is Loop.RUNS or not self._gate.is_free:
+            return
+        # The end of an epoch has changed the state since it was taken at the end of the epoch's loop.
+        self._taken_at = None
+        if not self._budget.allows_one():
+            return
+        began = time.monotonic()
+        self.take_state()
+        self._budget.spend(time.monotonic() - began)
 
     # --- what the chief says ---
 
@@ -88,14 +108,14 @@ class Worker(Rendezvous):
             self._gate.free()
 
     def _hear_last(self, sight: list[object] | None) -> None:
-        # Not before: who leaves its loop has to know whether the run has ended well.
+        # Not after `open_until`: a thread that leaves its loop must already know whether the run has ended well.
         self._member.request_stop(as_error(sight))
         self._gate.open_until(self._member.steps_done(), is_last=True)
 
     def _answer(self, kind: str, number: int, content: object) -> None:
         key = f"{kind}/{number}/{self._rank}"
         self._store.set(key, json.dumps(content).encode())
-        # The store is in the memory of one process, for as long as the training lasts; and this one was read.
+        # Delete the previous answer, which was read: the store is in the memory of one process during all training.
         if self._answered is not None:
             self._store.delete(self._answered)
         self._answered = key
@@ -108,13 +128,13 @@ class Worker(Rendezvous):
     # --- its part of a checkpoint ---
 
     def take_state(self) -> None:
-        """Take what this process adds to a checkpoint, for the chief to ask for."""
+        """Copy this process's part of a checkpoint, which the chief may ask for later."""
         self._take(self._member.steps_done())
 
     def _take(self, step: int) -> None:
-        """Also in a thread that writes ``step``, where no step follows."""
+        """Copy the state of ``step``. Called on the training thread, or on a writing thread if no step follows."""
         with self._taking:
-            # The other thread may have been quicker, and the training has gone on.
+            # The other thread may have been quicker, and training may have gone on.
             if self._taken_at == step and self._not_taken is None:
                 return
             try:
@@ -123,11 +143,11 @@ class Worker(Rendezvous):
                 self._taken_at, self._not_taken = self._member.steps_done(), error
 
     def _start_writing(self, exchange: Exchange, step: int, place: str) -> None:
-        # In a thread of its own: the next word may be a stop.
+        # On a thread of its own, because the listening thread must be free for the next word, perhaps a stop.
         self._writing = self._start("stepguard-writer", self._write, exchange, step, place)
 
     def _write(self, exchange: Exchange, step: int, place: str) -> None:
-        """A thread's edge: what fails is answered."""
+        """Write this process's part. Runs on a thread of its own; an error is sent as the answer."""
         if self._earlier is not None:
             self._earlier.forget()
         self._earlier = exchange
@@ -135,15 +155,15 @@ class Worker(Rendezvous):
         try:
             self._member.write_part(exchange, place, self._held(step))
         except StoreLostError:
-            # The store has ended with the process that has it, and a launcher is about to end this one.
+            # The store has ended together with the process that holds it, and a launcher is about to end this one too.
             _log.debug("the chief could not be told", exc_info=True)
 
     @contextmanager
     def _held(self, step: int) -> Iterator[None]:
-        """A block in which the state of ``step`` is there, and stays.
+        """A block in which the state of ``step`` exists and does not change.
 
         Raises:
-            NoBoundaryError, NonFiniteError: it is not, and will not be.
+            NoBoundaryError, NonFiniteError: that state was not taken, and will not be.
         """
         self._await_taken(step)
         with self._taking:
@@ -152,17 +172,17 @@ class Worker(Rendezvous):
             yield
 
     def _await_taken(self, step: int) -> None:
-        """Wait until the state of ``step`` is taken: the chief has come to it before this process, perhaps.
+        """Wait until the state of ``step`` is taken; the chief may have come to that step before this process.
 
         Raises:
-            NoBoundaryError: it was not, and will not be.
+            NoBoundaryError: the state was not taken, and will not be.
         """
         check = self._patience(f"the part of rank {self._rank}")
         while self._taken_at != step:
             has_ended = self._gate.loop is Loop.ENDED
             done = self._member.steps_done()
             if done == step or has_ended:
-                # No step follows, or it has not begun. With uneven inputs it is not the chief's number.
+                # No step follows, or the next has not begun. With uneven inputs `done` may not be the chief's step.
                 self._take(done)
                 if self._taken_at == done:
                     break
@@ -179,7 +199,7 @@ class Worker(Rendezvous):
         self._words.say("stop", unless_said=True)
 
     def _come_to_last(self, number: int, step: int) -> None:
-        """A thread's edge."""
+        """Wait until ``step`` steps are done, and answer the chief. Runs on a thread of its own."""
         self._gate.open_until(step)
         try:
             check = self._patience("a stop", self._grace_secs + 30)
@@ -196,5 +216,5 @@ class Worker(Rendezvous):
             self._words.say("gone", f"after it had waited {timeout_secs:g} s for the chief to end", unless_said=True)
         writing = self._writing
         if writing is not None:
-            # This process has failed, or the chief has: a part that is being written may complete a checkpoint.
+            # Wait for the writer, even if this process or the chief has failed: its part may complete a checkpoint.
             writing.join(min(timeout_secs, 5.0))

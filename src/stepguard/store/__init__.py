@@ -6,8 +6,17 @@ TensorFlow's tools, `lock` the chief's lock, and `checkpoint_store`, which puts 
 """
 
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
-from stepguard.store.checkpoint_store import CheckpointStore
+from stepguard.store.checkpoint_store import CheckpointStore, NameTakenError
 from stepguard.store.lock import LogdirHold
 from stepguard.store.manifest import FileRecord, Manifest
 
-__all__ = ["Checkpoint", "CheckpointStore", "Damage", "FileRecord", "LogdirHold", "Manifest", "Recovery"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "Damage",
+    "FileRecord",
+    "LogdirHold",
+    "Manifest",
+    "NameTakenError",
+    "Recovery",
+]

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepguard.schema import MOST_DIGITS
 from stepguard.store.manifest import Manifest
 
-_WITH_STEP = re.compile(r"(.+)-([0-9]+)", re.DOTALL)
+# Of more digits, or of those of other scripts, it is no number that a step can be.
+_WITH_STEP = re.compile(rf"(.+)-([0-9]{{1,{MOST_DIGITS}}})", re.DOTALL)
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError
+from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -29,6 +29,14 @@ from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
 
 _log = logging.getLogger(__name__)
+
+_MOST_STAGES = 10
+
+
+class NameTakenError(OSError):
+    """A checkpoint cannot have its name, since files of that name are in the way and cannot be removed. One of another
+    step can be saved.
+    """
 
 
 class CheckpointStore:
@@ -65,6 +73,10 @@ class CheckpointStore:
         self._opened_at = clock()
         self._newest_good: str | None = None
         self._was_acquired = False
+        self._stages: dict[str, Path] = {}
+        self._has_warned_of_state = False
+        # What the state file names as the newest, where this run has written it.
+        self._stated: str | None = None
         self._device: int | None = None
         # Weak: a hold that nobody else refers to is given back.
         self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
@@ -97,9 +109,24 @@ class CheckpointStore:
         elif not self.root.is_dir():
             self._make_again()
         self._keep_hold()
-        stage = self._layout.stage(name)
-        files.remove(stage)
+        stage = self._stages[name] = self._vacant_stage(name)
         files.make_dir(stage)
+        return stage
+
+    def _vacant_stage(self, name: str) -> Path:
+        """The staging directory, removed; another one where it cannot be, as that of another user, or one with a file
+        in it that a client of NFS still has open.
+        """
+        for number in range(_MOST_STAGES):
+            stage = self._layout.stage(name, number)
+            try:
+                files.remove(stage)
+            except OSError as error:
+                if number == _MOST_STAGES - 1:
+                    raise
+                _log.debug("%s: could not be removed: %s", stage, error)
+            else:
+                break
         return stage
 
     def discard(self, stage: Path) -> None:
@@ -127,7 +154,7 @@ class CheckpointStore:
         disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
         """
-        stage = self._layout.stage(name)
+        stage = self._stages.get(name, self._layout.stage(name))
         staged = self._staged(stage, name)
         for entry in staged:
             files.fsync_tree(entry)
@@ -182,11 +209,10 @@ class CheckpointStore:
             files.remove(self._layout.manifest(name))
             files.fsync_dir(self.root)
 
-    def follow_removals(self, names: Iterable[str]) -> None:
-        """Remove the manifests of those of ``names`` whose files a program's own saver has removed."""
-        for name in names:
-            if self._layout.present(name) == [self._layout.manifest(name).name]:
-                self.uncommit(name)
+    def forget_removed(self) -> None:
+        """Remove the manifests of those checkpoints whose files a program's own saver has removed."""
+        for name in self._layout.removed():
+            self.uncommit(name)
 
     def _staged(self, stage: Path, name: str) -> list[Path]:
         """The staged entries in the order in which they become visible: the entry file last."""
@@ -214,13 +240,18 @@ class CheckpointStore:
         for path in sorted(path for entry in entries for path in _files_below(place / entry)):
             inside = path.relative_to(place).as_posix()
             size, digest = digests.get(inside) or files.digest(path)
-            if size != verification.size_of(path):
+            if size != files.size_of(path):
                 raise OSError(errno.EIO, f"expected the {size} bytes that were written, found another size", str(path))
             records.append(FileRecord(inside, size, digest))
-        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}))
+        owned = tuple(one.name for one in (*self._retention.doomed, *self._retention.owned) if one.name != name)
+        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}), owned=owned)
 
     def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
-        """Clear the way for a checkpoint whose name is taken, so that the previous one can still be restored."""
+        """Clear the way for a checkpoint whose name is taken, so that the previous one can still be restored.
+
+        Raises NameTakenError, with nothing removed that could be restored, if something in the way cannot be read or
+        removed.
+        """
         present = self._layout.present(name)
         if self._layout.is_candidate(name, present):
             replaced = self._layout.replaced(name)
@@ -232,7 +263,12 @@ class CheckpointStore:
             files.fsync_dir(self.root)
         # Leftovers of a failed save that a directory could not be renamed onto, or that another engine wrote.
         present += [one for one in incoming if one not in present and os.path.lexists(self.root / one)]
-        self._layout.remove(name, present)
+        try:
+            self._layout.remove(name, present)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NameTakenError(error.errno, f"{name} is in the way: {error.strerror}", error.filename) from error
 
     def _move_in(self, staged: Sequence[Path]) -> None:
         *first, last = staged
@@ -246,20 +282,37 @@ class CheckpointStore:
         files.fsync_dir(self.root)
 
     def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
-        # The checkpoint is durable: an error in here is raised, and loses nothing.
+        """What follows the manifest. The checkpoint is durable: what fails in here is warned of, and loses nothing."""
         self._newest_good = checkpoint.name
         self._retention.add(checkpoint)
-        if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
-            self._retention.anchor = self._stored_anchor()
+        self._set_anchor()
         kept = [one.name for one in self._retention.owned] or [checkpoint.name]
-        self._write_state(checkpoint.name, kept, self._retention.anchor)
-        files.remove_quietly(self._layout.stage(checkpoint.name))
+        try:
+            self._write_state(checkpoint.name, kept, self._retention.anchor)
+        except OSError as error:
+            if not self._has_warned_of_state:
+                _log.warning(
+                    "%s: could not be written (%s): TensorFlow's own tools find %s only once it can be; "
+                    "a restart finds it without",
+                    self.root / statefile.FILE_NAME,
+                    error,
+                    checkpoint.name,
+                )
+            self._has_warned_of_state = True
+        else:
+            self._has_warned_of_state = False
+        files.remove_quietly(self._stages.pop(checkpoint.name, self._layout.stage(checkpoint.name)))
         files.remove_quietly(self._layout.replaced(checkpoint.name))
         return checkpoint
 
     def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
         stated, *names = self._layout.stated([newest, *kept])
         statefile.write(self.root, stated, names, last_preserved=last_preserved, relative_paths=self.relative_paths)
+        self._stated = newest
+
+    def _set_anchor(self) -> None:
+        if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
+            self._retention.anchor = self._stored_anchor()
 
     def _stored_anchor(self) -> float:
         state = statefile.read(self.root)
@@ -324,15 +377,16 @@ class CheckpointStore:
         that of a copy. ``step_held`` reads the step that such a one holds, by which it is ranked.
 
         Raises NoGoodCheckpointError if checkpoints exist and none is good, with all of them left where they were, so
-        that the next start refuses as well. Errors of reading are no proof of damage: a missing permission, a stale
-        mount or too many open files is raised as itself. Only EIO, which is what a failing disk, and a filesystem
-        with checksums, answer for bytes that are gone, counts as damage, and only once another one could be read.
+        that the next start refuses as well. An error that the system raises for the files of one checkpoint counts as
+        damage of that one, and only once another one could be read: where none can be, it is raised as itself, since
+        the disk may come back. So is what says nothing of a file, such as too many open ones.
         """
         found = recovery.search(self._layout, attempt, step_held)
         missing = recovery.missing_by_state(self._layout, found)
         lost = [] if missing is None else [missing]
         if found.good is None:
             if found.unreadable is not None:
+                add_note(found.unreadable, "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged))
                 raise found.unreadable
             if found.damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
                 raise recovery.no_good_error(self._layout, [*lost, *found.damaged])
@@ -361,11 +415,14 @@ class CheckpointStore:
 
     def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
         # The time of its files is that of the last copy, where a logdir was copied.
-        try:
-            manifest = self.read_manifest(checkpoint)
-        except (CheckpointError, OSError):
-            return checkpoint  # Whether it is good is not asked here.
+        manifest = self._manifest_of(checkpoint)
         return checkpoint if manifest is None else replace(checkpoint, time=manifest.time)
+
+    def _manifest_of(self, checkpoint: Checkpoint) -> Manifest | None:
+        try:
+            return self.read_manifest(checkpoint)
+        except (CheckpointError, OSError):
+            return None  # Whether it is good is not asked here.
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:
@@ -377,19 +434,48 @@ class CheckpointStore:
         state = statefile.read(self.root)
         if state is None:
             return []
-        found = {one.name: one for one in self.candidates()}
-        return [found[name] for name in state.names if name in found]
+        return _listed(state, self.candidates())
 
     def adopt_earlier(self) -> list[Checkpoint]:
-        """Own what an earlier run owned, and return it, oldest first: what the state file lists, or, where that says
-        nothing, the newest of what was committed. Older ones may be those that stay for ever.
+        """Own what an earlier run owned, and return it, oldest first: what the state file lists, and what a kill kept
+        out of it; or, where it says nothing, the newest of what was committed. Older ones may be those that stay for
+        ever.
+
+        The chief removes what is too many, as the run before would have done next.
         """
-        owned = self.listed_by_state()
-        if not owned:
-            committed = [one for one in self.candidates() if one.is_committed]
-            owned = committed[: self._retention.max_to_keep or None][::-1]
+        state = statefile.read(self.root)
+        found = self.candidates()
+        if state is None or not (owned := _listed(state, found)):
+            owned = [one for one in found if one.is_committed][: self._retention.max_to_keep or None][::-1]
+        else:
+            owned = self._with_what_a_kill_left(owned, found)
         self.adopt(owned)
-        return owned
+        if self._hold() is None:
+            return owned
+        self._set_anchor()
+        self._retention.trim()
+        kept = list(self._retention.owned)
+        try:
+            is_stale = state is not None and self._layout.is_name(state.newest)
+            if state is not None and is_stale and kept and state.newest not in [one.name for one in kept]:
+                # Before it is removed.
+                self._write_state(kept[-1].name, [one.name for one in kept], state.last_preserved)
+            self.prune()
+        except OSError as error:
+            _log.warning("what the run before has kept too many could not be removed: %s", error)
+        return kept
+
+    def _with_what_a_kill_left(self, listed: Sequence[Checkpoint], found: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those that the state file lists; before them what it ceased to list and a kill kept from being removed, and
+        after them what was committed when a kill came before the state file was written.
+        """
+        others = [self._with_commit_time(one) for one in found if one.is_committed and one not in listed]
+        newest = max(self._with_commit_time(one).time for one in listed)
+        late = sorted((one for one in others if one.time > newest), key=lambda one: one.time)
+        last = (late or listed)[-1]
+        manifest = self._manifest_of(last)
+        doomed = [] if manifest is None else [one for one in others if one.name in manifest.owned and one not in late]
+        return [*sorted(doomed, key=lambda one: one.time), *listed, *late]
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
         """Remove what retention drops, and return it. To be called after a commit.
@@ -398,7 +484,8 @@ class CheckpointStore:
         of those that fall out, one for each ``keep_every_n_hours`` stays for ever. Never the newest good one, and not
         those whose names are in ``protect``: they wait for a later call.
         """
-        doomed = self._retention.take_doomed({*protect, self._newest_good})
+        # Not what the state file names, where it could not be written anew: TensorFlow's own tools would find nothing.
+        doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated})
         files_of = self._layout.grouped() if doomed else {}
         for number, one in enumerate(doomed):
             try:
@@ -438,6 +525,8 @@ class CheckpointStore:
 
     def _take_away(self, name: str, present: Sequence[str]) -> None:
         self._layout.remove(name, present, manifest_to=self.root / (layouts.PRUNED + name))
+        # What was kept when a save of that name failed goes with it.
+        files.remove(self._layout.replaced(name))
 
     # --- the chief ---
 
@@ -487,7 +576,7 @@ class CheckpointStore:
             self.uncommit(name)
             yield
             # Its framework removes what is too many by its own count, and knows nothing of manifests.
-            self.follow_removals([one.name for one in self.candidates()])
+            self.forget_removed()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[bool]:
@@ -511,25 +600,35 @@ class CheckpointStore:
         Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
         belong to a save or a removal that did not end.
         """
-        names = sorted(entry.name for entry in self._layout.entries())
         swept = []
-        for one in names:
-            path = self.root / one
-            if one.startswith(layouts.PRUNED):
-                self._finish_removal(one[len(layouts.PRUNED) :], path)
-            elif one.startswith(layouts.STAGE):
-                name = one[len(layouts.STAGE) :]
-                if not self._layout.is_candidate(name, self._layout.present(name)):
-                    self._finish_removal(name, path / self._layout.manifest(name).name)
-            elif one.startswith(layouts.REPLACED):
-                name = one[len(layouts.REPLACED) :]
-                if not self._layout.is_candidate(name, self._layout.present(name)):
-                    continue  # The previous checkpoint is the only one of its name.
-            elif not self._layout.is_aside(one):
-                continue
-            files.remove(path)
-            swept.append(path)
+        for one in sorted(entry.name for entry in self._layout.entries()):
+            try:
+                if self._sweep(one):
+                    swept.append(self.root / one)
+            except OSError as error:
+                _log.warning("%s: left behind by a run that was killed, and could not be removed: %s", one, error)
+        try:
+            self.forget_removed()
+            swept += recovery.finish_quarantine(self._layout)
+        except OSError as error:
+            _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept
+
+    def _sweep(self, one: str) -> bool:
+        """Remove, or put back, what is of the name ``one``; whether there was anything to do."""
+        path = self.root / one
+        if one.startswith(layouts.PRUNED):
+            self._finish_removal(one[len(layouts.PRUNED) :], path)
+        elif one.startswith(layouts.STAGE):
+            name = layouts.staged_name(one)
+            if not self._layout.is_candidate(name, self._layout.present(name)):
+                self._finish_removal(name, path / self._layout.manifest(name).name)
+        elif one.startswith(layouts.REPLACED):
+            self._layout.put_back(one[len(layouts.REPLACED) :])
+        elif not self._layout.is_aside(one):
+            return False
+        files.remove(path)
+        return True
 
     def _finish_removal(self, name: str, record: Path) -> None:
         """Remove the files of a checkpoint that has no manifest, if they are those that ``record`` describes."""
@@ -538,13 +637,18 @@ class CheckpointStore:
             return
         try:
             manifest = Manifest.from_json(files.read_bytes(record), path)
-        except (CheckpointCorruptError, FileNotFoundError, NotADirectoryError):
+        except (CheckpointError, OSError):
             return
         for one in manifest.files:
-            size = verification.size_of(self.root / one.name)
+            size = files.size_of(self.root / one.name)
             if size is not None and (size != one.size or files.digest(self.root / one.name)[1] != one.digest):
                 return  # Somebody wrote a checkpoint of that name since.
         self._layout.remove(name, sorted({one.name.split("/", 1)[0] for one in manifest.files}))
+
+
+def _listed(state: statefile.CheckpointState, found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    by_name = {one.name: one for one in found}
+    return [by_name[name] for name in state.names if name in by_name]
 
 
 def _files_below(path: Path) -> Iterable[Path]:

@@ -7,17 +7,24 @@ directory ``NAME/`` (PyTorch, JAX); its commit record is ``NAME.manifest.json``.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from stepguard import files
-from stepguard.errors import CheckpointCorruptError
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.schema import MOST_DIGITS
+from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
+
+_log = logging.getLogger(__name__)
 
 STAGE = ".stage-"
 """Before NAME: the directory in which a save is being written."""
@@ -44,6 +51,18 @@ _PLAIN_SUFFIX = re.compile(r"\.[^./]+")
 _SETTLED_NSECS = 2_100_000_000
 
 
+def staged_name(file_name: str) -> str:
+    """Return the name of the checkpoint that is written in a staging directory of this name."""
+    return file_name[len(STAGE) :].partition("~")[0]
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return files.read_bytes(one) == files.read_bytes(other)
+    except OSError:
+        return False
+
+
 class Layout:
     """The names in the directory ``root`` that belong to checkpoints of one ``basename``."""
 
@@ -55,9 +74,9 @@ class Layout:
         self.root = root
         self.basename = basename
         self.entry_suffix = entry_suffix
+        self._name_pattern = re.compile(re.escape(basename) + rf"(?:-([0-9]{{1,{MOST_DIGITS}}}))?")
         # When the directory had changed last as it was listed, and its names by checkpoint.
         self._listing: tuple[int | None, dict[str, list[str]]] | None = None
-        self._name_pattern = re.compile(re.escape(basename) + r"(?:-([0-9]+))?")
 
     def within(self, root: Path) -> Layout:
         """Return the same layout for another directory."""
@@ -83,9 +102,9 @@ class Layout:
             raise ValueError(f"expected a checkpoint name {self.basename} or {self.basename}-<step>, got {name!r}")
         return None if match.group(1) is None else int(match.group(1))
 
-    def stage(self, name: str) -> Path:
-        """Return the directory in which the checkpoint ``name`` is written."""
-        return self.root / (STAGE + name)
+    def stage(self, name: str, number: int = 0) -> Path:
+        """Return the directory in which the checkpoint ``name`` is written; another one for each ``number``."""
+        return self.root / (STAGE + name + (f"~{number}" if number else ""))
 
     def replaced(self, name: str) -> Path:
         """Return the directory that keeps the previous checkpoint ``name`` while it is replaced."""
@@ -114,29 +133,39 @@ class Layout:
     # --- what is there ---
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
-        """Return the entries of the directory; none if it is missing."""
+        """Return the entries of the directory; none if it is missing, or no directory."""
         try:
             with os.scandir(self.root) as found:
                 yield from found
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
 
     def candidates(self) -> list[Checkpoint]:
         """Return what may be a checkpoint, newest first (by step, then time), without opening any file."""
         found: dict[str, Checkpoint] = {}
         replaced: list[str] = []
+        names: set[str] = set()
         for entry in self.entries():
+            names.add(entry.name)
             if entry.name.startswith(REPLACED):
                 replaced.append(entry.name[len(REPLACED) :])
             else:
                 self._note(found, entry)
+        for name in self._removed(found, names):
+            del found[name]
         for name in replaced:
             # Only while its name is vacant: else the replacement was finished, and this is a leftover.
             if name not in found:
-                before = {one.name: one for one in self.within(self.replaced(name)).candidates()}
-                if name in before:
-                    found[name] = before[name]
+                found.update({one.name: one for one in self._kept(name) if one.name == name})
         return sorted(found.values(), key=lambda one: (-1 if one.step is None else one.step, one.time), reverse=True)
+
+    def _kept(self, name: str) -> list[Checkpoint]:
+        """The previous checkpoint of a name that is just being replaced."""
+        try:
+            return self.within(self.replaced(name)).candidates()
+        except OSError as error:
+            _log.warning("%s: what is kept there cannot be read: %s", self.replaced(name), error)
+            return []
 
     def _note(self, found: dict[str, Checkpoint], entry: os.DirEntry[str]) -> None:
         is_manifest = entry.name.endswith(MANIFEST_SUFFIX)
@@ -149,7 +178,11 @@ class Layout:
         try:
             modified = entry.stat().st_mtime
         except FileNotFoundError:
-            return  # Pruned since it was listed.
+            if not entry.is_symlink():
+                return  # Pruned since it was listed.
+            modified = 0.0
+        except OSError:
+            modified = 0.0  # Whoever reads it will say what is wrong with it.
         found[name] = Checkpoint(self.root, name, self.step_of(name), modified, is_manifest)
 
     def grouped(self) -> dict[str, list[str]]:
@@ -175,7 +208,7 @@ class Layout:
             records = Manifest.from_json(files.read_bytes(path), path).files
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except (CheckpointCorruptError, IsADirectoryError):
+        except (CheckpointCorruptError, OSError):
             listed = None  # Which files it had is lost; those that carry its name and one suffix go with it.
         else:
             listed = {one.name.split("/", 1)[0] for one in records}
@@ -218,7 +251,7 @@ class Layout:
     def missing_data(self, name: str, present: Sequence[str]) -> str | None:
         """Return the data file that the others of an unmanifested checkpoint call for and that is not there."""
         has_entry = any(self.is_entry(one, name) for one in present)
-        if not has_entry and name in present and (self.root / name).is_file():
+        if not has_entry and name in present and files.size_of(self.root / name) is not None:
             return None
         pattern, infix = (_TENSORFLOW_DATA, ".data") if has_entry else (_OLD_SHARD, "")
         shards = [match for one in present if (match := pattern.fullmatch(one[len(name) :]))]
@@ -249,7 +282,7 @@ class Layout:
         return [self._stated(name, totals.get(name)) for name in names]
 
     def _stated(self, name: str, total: str | None) -> str:
-        if total is None or (self.root / f"{name}{self.entry_suffix}").exists():
+        if total is None or os.path.exists(self.root / f"{name}{self.entry_suffix}"):
             return name
         return f"{name}-?????-of-{total}"
 
@@ -263,7 +296,53 @@ class Layout:
             return False
         return _TENSORFLOW_SUFFIX.fullmatch(file_name[len(name) :]) is not None
 
+    def removed(self) -> list[str]:
+        """Return the names of checkpoints whose files a framework's own saver has removed. It knows nothing of
+        manifests: that is all that is left, and the state file that the saver writes lists the checkpoint no longer.
+        """
+        names = {entry.name for entry in self.entries()}
+        manifests = [one.removesuffix(MANIFEST_SUFFIX) for one in names if one.endswith(MANIFEST_SUFFIX)]
+        return self._removed(filter(self.is_name, manifests), names)
+
+    def _removed(self, manifested: Iterable[str], names: AbstractSet[str]) -> list[str]:
+        suffix = self.entry_suffix
+        if suffix is None:
+            return []
+        # Not one that has its entry file, nor a directory of another engine's: only the few others are read.
+        lonely = [name for name in manifested if names.isdisjoint((name, name + suffix))]
+        state = statefile.read(self.root) if lonely else None
+        if state is None:
+            return []
+        return [name for name in lonely if name not in (state.newest, *state.names) and self._is_bare(name)]
+
+    def _is_bare(self, name: str) -> bool:
+        """Whether there is no file of those that the manifest of ``name`` lists, with an entry file among them."""
+        try:
+            listed = Manifest.from_json(files.read_bytes(self.manifest(name)), self.manifest(name)).files
+        except (CheckpointError, OSError):
+            return False
+        is_savers = any(self.is_entry(one.name, name) for one in listed)
+        return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
+
     # --- taking away ---
+
+    def put_back(self, name: str) -> None:
+        """Give a checkpoint that was kept while another should take its place its name again, unless the other has
+        taken it. What is kept stays whole until the other is.
+        """
+        kept, manifest = self.within(self.replaced(name)), self.manifest(name)
+        if not self.is_name(name):
+            return
+        present, here = kept.present(name), self.present(name)
+        # Else it was being kept when the kill came, and is whole here.
+        is_half_done = not set(present) <= set(here) and _is_same(kept.manifest(name), manifest)
+        if not present or (self.is_candidate(name, here) and not is_half_done):
+            return
+        self.remove(name, here)
+        # The entry file last: until then the manifest tells that this is not done.
+        for one in sorted(present, key=lambda one: (self.is_entry(one, name), one == manifest.name)):
+            files.link_tree(kept.root / one, self.root / one)
+            files.fsync_dir(self.root)
 
     def remove(self, name: str, present: Sequence[str], *, manifest_to: Path | None = None) -> None:
         """Remove files of a checkpoint so that, wherever it is cut short, no half of it looks like a whole.
@@ -298,8 +377,17 @@ class Layout:
         first = [one for one in present if self.is_entry(one, name)]
         order = [*first, *[one for one in present if one == manifest]]
         order += [one for one in present if one not in order]
-        for one in order:
-            files.move(self.root / one, target / one)
-            if one in first:
-                files.fsync_dir(self.root)
+        moved: list[str] = []
+        try:
+            for one in order:
+                files.move(self.root / one, target / one)
+                moved.append(one)
+                if one in first:
+                    files.fsync_dir(self.root)
+        except OSError:
+            # All or nothing: half of it here would be taken for a part of whatever has this name next.
+            for one in reversed(moved):
+                with contextlib.suppress(OSError):
+                    files.move(target / one, self.root / one)
+            raise
         return len(order)

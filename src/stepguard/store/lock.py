@@ -5,7 +5,8 @@ as soon as any code of the process opens and closes the file, which a copy or a 
 merely exists stays behind when its process is killed. ``flock`` ends with the last descriptor of the open file, so a
 killed chief leaves no lock, but a forked child would keep it alive: the children of ``os.fork`` (also by
 ``multiprocessing``, such as the workers of a PyTorch DataLoader, which survive the kill of their parent) close it at
-once, and programs started by ``exec`` never see it (close-on-exec).
+once, and programs started by ``exec`` never see it (close-on-exec). A child that C code has forked keeps it, and so
+does one that is just dying with its parent: `acquire` waits a moment where the process that is named is gone.
 
 The file itself stays, empty, after a release: removing it would let two processes lock two files of one name.
 """
@@ -19,10 +20,12 @@ import os
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, final
+from types import NoneType, TracebackType
+from typing import final
 
+from stepguard import files, processes, schema
 from stepguard.errors import LogdirInUseError
 
 try:
@@ -34,6 +37,19 @@ _log = logging.getLogger(__name__)
 
 FILE_NAME = ".stepguard.lock"
 
+# How long a lock is waited for whose holder is gone: its children are dying too.
+_DYING_SECS = 5.0
+_LOOK_SECS = 0.05
+_MOST_BYTES = 4096
+
+_NOTE: schema.Kinds = {
+    "host": (str, NoneType),
+    "pid": (int, NoneType),
+    "start": (int, NoneType),
+    "since": (float, NoneType),
+}
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -63,8 +79,12 @@ class LogdirHold:
     earlier one was never stopped: a hold that nobody refers to any more is given back by the garbage collector.
     """
 
-    def __init__(self, logdir: Path, held: _Held | None, *, is_first: bool = True) -> None:
+    def __init__(
+        self, logdir: Path, held: _Held | None, *, is_first: bool = True, is_to_be_locked: bool = False
+    ) -> None:
         self.logdir = logdir
+        # There was no room for the file of the lock.
+        self._is_to_be_locked = is_to_be_locked
         # No other store of this process was chief here: what lies there unfinished is not being written.
         self.is_first = is_first
         self.is_locked = held is not None
@@ -78,6 +98,9 @@ class LogdirHold:
         Raises LogdirInUseError if another process has locked it since, and OSError if it cannot be opened.
         """
         with _guard:
+            if self._is_to_be_locked:
+                self._lock_late()
+                return False
             finalizer = self._finalizer
             if self._held is None or finalizer is None or not finalizer.alive or self._held.is_alive():
                 return False
@@ -92,6 +115,17 @@ class LogdirHold:
             finalizer()
             return True
 
+    def _lock_late(self) -> None:
+        try:
+            held = _hold(self.logdir)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            return
+        held.holds += 1
+        self._held, self._finalizer = held, self._released_with(held)
+        self._is_to_be_locked, self.is_locked = False, True
+
     def _released_with(self, held: _Held) -> weakref.finalize[[_Held], LogdirHold]:
         finalizer = weakref.finalize(self, _release, held)
         # The kernel does it when the process ends. A thread that opens files on a disk that hangs may hold the guard.
@@ -100,6 +134,7 @@ class LogdirHold:
 
     def release(self) -> None:
         """Give the hold back; repeated calls do nothing. Any thread may call it."""
+        self._is_to_be_locked = False
         if self._finalizer is not None:
             self._finalizer()
 
@@ -119,30 +154,48 @@ _held_by_path: dict[str, _Held] = {}
 
 
 def acquire(logdir: Path) -> LogdirHold:
-    """Become the chief of ``logdir``, a directory that exists, without waiting. Any thread may call it.
+    """Become the chief of ``logdir``, a directory that exists. Any thread may call it.
+
+    It waits only where the process that holds the lock is gone, for some seconds: a child of it may be dying too.
 
     Raises LogdirInUseError, which names the other process, if one is chief already, and OSError if the logdir cannot
-    be written. On a filesystem without locks it warns and goes on: ``is_locked`` of the hold is then false.
+    be written. On a filesystem without locks, and where there is no room for the file of the lock, it warns and goes
+    on: ``is_locked`` of the hold is then false. Where there is room later, `LogdirHold.renew` locks it.
     """
-    unsupported: OSError | None = None
+    deadline = time.monotonic() + _DYING_SECS
+    while True:
+        try:
+            return _acquire(logdir)
+        except LogdirInUseError as error:
+            note = _note(logdir)
+            if not _is_gone(note) or time.monotonic() >= deadline:
+                raise _in_use(logdir, note) from error
+        time.sleep(_LOOK_SECS)
+
+
+def _acquire(logdir: Path) -> LogdirHold:
+    failure: OSError | None = None
     with _guard:
         held: _Held | None = None
         try:
             held = _hold(logdir)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in _UNSUPPORTED | _NO_ROOM:
                 raise
-            unsupported = error
+            failure = error
         is_first = held is None or held.holds == 0
         if held is not None:
             held.holds += 1
-    if held is None:
+    has_no_room = failure is not None and failure.errno in _NO_ROOM
+    if has_no_room:
         _log.warning(
-            "%s: its filesystem has no file locks (%s); make sure that only one process trains here",
-            logdir,
-            unsupported,
+            "%s: there is no room to lock it (%s); it is locked at a save, as soon as there is", logdir, failure
         )
-    return LogdirHold(logdir, held, is_first=is_first)
+    elif held is None:
+        _log.warning(
+            "%s: its filesystem has no file locks (%s); make sure that only one process trains here", logdir, failure
+        )
+    return LogdirHold(logdir, held, is_first=is_first, is_to_be_locked=has_no_room)
 
 
 def _hold(logdir: Path) -> _Held:
@@ -153,7 +206,7 @@ def _hold(logdir: Path) -> _Held:
         try:
             held = _lock(logdir)
         except BlockingIOError:
-            raise _in_use(logdir) from None
+            raise _in_use(logdir, _note(logdir)) from None
         _held_by_path[key] = held
     return held
 
@@ -162,10 +215,12 @@ def _lock(logdir: Path) -> _Held:
     if fcntl is None:  # pragma: no cover - Windows
         raise OSError(errno.ENOSYS, "this system has no flock")
     path = logdir / FILE_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = files.open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        holder = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time()}
+        pid = os.getpid()
+        start = processes.process_start(pid)
+        holder = {"host": os.uname().nodename, "pid": pid, "start": start, "since": time.time()}
         _describe(descriptor, json.dumps(holder).encode("utf-8"))
     except BaseException:
         os.close(descriptor)
@@ -194,25 +249,50 @@ def _release(held: _Held) -> None:
         os.close(descriptor)
 
 
-def _in_use(logdir: Path) -> LogdirInUseError:
-    holder: dict[str, Any] = {}
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What the file of the lock says of its holder."""
+
+    host: str | None = None
+    pid: int | None = None
+    start: int | None = None
+    since: float | None = None
+
+
+def _note(logdir: Path) -> _Note:
     try:
-        found = json.loads((logdir / FILE_NAME).read_bytes())
-        if isinstance(found, dict):
-            holder = found
+        return _Note(**schema.checked(schema.parse(files.read_own(logdir / FILE_NAME, most=_MOST_BYTES)), _NOTE))
     except (OSError, ValueError):
-        pass  # It is just being written; that somebody holds the lock is known without it.
-    host, pid, since = holder.get("host"), holder.get("pid"), holder.get("since")
-    who = f"process {pid} on {host}" if pid is not None else "another process"
-    when = f" since {time.strftime('%Y-%m-%d %H:%M:%S %z', time.localtime(since))}" if since is not None else ""
+        return _Note()  # It is just being written; that somebody holds the lock is known without it.
+
+
+def _is_gone(note: _Note) -> bool:
+    is_here = note.pid is not None and note.host == os.uname().nodename
+    return is_here and not processes.is_running(note.pid or 0, note.start)
+
+
+def _in_use(logdir: Path, note: _Note) -> LogdirInUseError:
+    who = f"process {note.pid} on {note.host}" if note.pid is not None else "another process"
+    if note.since is not None and note.since >= 0:
+        who += f" since {time.strftime('%Y-%m-%d %H:%M:%S %z', time.localtime(note.since))}"
+    if _is_gone(note):
+        who += f", which has ended; its lock is still held by {_still_holding(logdir)}"
     return LogdirInUseError(
-        f"{logdir}: expected no other chief, found {who}{when}; stop it, or give this run another logdir; "
+        f"{logdir}: expected no other chief, found {who}; stop it, or give this run another logdir; "
         f"one that only evaluates starts no services (start_standard_services=False)",
         logdir=logdir,
-        host=host,
-        pid=pid,
-        since=since,
+        host=note.host,
+        pid=note.pid,
+        since=note.since,
     )
+
+
+def _still_holding(logdir: Path) -> str:
+    try:
+        found = processes.with_open(os.stat(logdir / FILE_NAME))
+    except OSError:
+        found = []
+    return ", ".join(found) or "a process that cannot be seen from here"
 
 
 def _forget_in_child() -> None:

@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard import files, schema
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 
 FORMAT_VERSION = 1
@@ -33,12 +33,29 @@ class FileRecord:
     size: int
     digest: str
 
+    @classmethod
+    def from_json(cls, found: object, owner: str) -> FileRecord:
+        """The record of a file of the checkpoint ``owner``. Raises SchemaError.
+
+        Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must
+        never lead it to files of another checkpoint or outside the logdir.
+        """
+        kinds = schema.kinds_of(cls)
+        record = cls(**schema.checked(found, kinds, required=tuple(kinds)))
+        is_own = record.name.startswith(owner) and _OWN.fullmatch(record.name[len(owner) :])
+        if not is_own or not schema.is_name(record.name):
+            raise schema.SchemaError(f"expected only files of {owner}, found {record.name}")
+        if record.size < 0:
+            raise schema.SchemaError(f"{record.name}: expected a size of at least 0, found {record.size}")
+        return record
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What was committed: which engine wrote it, its step (None: none was counted), when (Unix time), and the files.
 
-    ``extra`` is the engine's own, any JSON values.
+    ``extra`` is the engine's own, any JSON values. ``owned`` are the names that retention counted when it was
+    committed, oldest first, those included that it was to remove next: after a kill the next run removes them.
     """
 
     name: str
@@ -48,6 +65,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    owned: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -64,6 +82,7 @@ class Manifest:
             "time": self.time,
             "files": [{"name": one.name, "size": one.size, "digest": one.digest} for one in self.files],
             "extra": dict(self.extra),
+            "owned": list(self.owned),
         }
         body["digest"] = files.digest_bytes(_canonical(body))
         return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
@@ -75,7 +94,7 @@ class Manifest:
         Raises CheckpointCorruptError if it is damaged, and CheckpointError if a newer Stepguard wrote it.
         """
         try:
-            body = json.loads(content)
+            body = schema.parse(content)
             found = body.pop("digest")
             expected = files.digest_bytes(_canonical(body))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -85,46 +104,38 @@ class Manifest:
             ) from error
         if found != expected:
             raise CheckpointCorruptError(
-                f"{path}: expected the digest {expected} of its own content, found {found}", path=path
+                f"{path}: expected the digest {expected} of its own content, found {found!r:.80}", path=path
             )
-        version = body.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        try:
+            return cls._from_body(body, path)
+        except schema.SchemaError as error:
+            raise CheckpointCorruptError(
+                f"{path}: expected the fields of a manifest, found them wrong: {error}", path=path
+            ) from error
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any], path: Path) -> Manifest:
+        version = schema.checked(body, {"format_version": (int,)}, required=("format_version",))["format_version"]
+        if version < 1:
+            raise schema.SchemaError(f"format_version: expected at least 1, found {version}")
+        if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: expected a manifest of format {FORMAT_VERSION} or older, found format {version}; "
                 f"it is not damaged, but a newer Stepguard wrote it: upgrade stepguard to read it",
                 path=path,
             )
-        try:
-            manifest = cls(
-                name=body["name"],
-                engine=body["engine"],
-                step=body["step"],
-                time=body["time"],
-                files=tuple(FileRecord(one["name"], one["size"], one["digest"]) for one in body["files"]),
-                extra=body["extra"],
-                format_version=version,
+        kinds = {**schema.kinds_of(cls), "files": (list,), "extra": (dict,), "owned": (list,)}
+        # Those of earlier versions do not say what was owned.
+        known = schema.checked({"owned": [], **body}, kinds, required=tuple(kinds))
+        if known["step"] is not None and known["step"] < 0:
+            raise schema.SchemaError(f"step: expected at least 0, found {known['step']}")
+        records = tuple(FileRecord.from_json(one, known["name"]) for one in known["files"])
+        if path.name != known["name"] + SUFFIX:
+            raise schema.SchemaError(
+                f"expected the manifest of {path.name[: -len(SUFFIX)]}, found that of {known['name']}"
             )
-        except (KeyError, TypeError) as error:
-            raise CheckpointCorruptError(
-                f"{path}: expected the fields of a manifest, found them incomplete ({error!r})", path=path
-            ) from error
-        manifest._check_names(path)
-        return manifest
-
-    def _check_names(self, path: Path) -> None:
-        # Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must
-        # never lead it to files of another checkpoint or outside the logdir.
-        if path.name != self.name + SUFFIX:
-            raise CheckpointCorruptError(
-                f"{path}: expected the manifest of {path.name[: -len(SUFFIX)]}, found that of {self.name}", path=path
-            )
-        for record in self.files:
-            parts = PurePosixPath(record.name).parts
-            is_own = record.name.startswith(self.name) and _OWN.fullmatch(record.name[len(self.name) :])
-            if ".." in parts or not is_own:
-                raise CheckpointCorruptError(
-                    f"{path}: expected only files of {self.name}, found {record.name}", path=path
-                )
+        owned = tuple(one for one in known["owned"] if isinstance(one, str))
+        return cls(**{**known, "files": records, "owned": owned})
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

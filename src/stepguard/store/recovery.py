@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +75,7 @@ def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
     try:
         manifest = verification.read_manifest(layout.within(checkpoint.root), checkpoint.name)
     except (CheckpointError, OSError):
-        manifest = None
+        manifest = None  # Whether it is good is not asked here.
     return checkpoint.time if manifest is None else manifest.time
 
 
@@ -91,21 +90,27 @@ def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_he
             tried.add((candidate.root, candidate.name))
             try:
                 good = _prove(layout.within(candidate.root), candidate)
-                if attempt is not None:
-                    attempt(good)
+                _attempt(attempt, good)
             except CheckpointCorruptError as error:
+                if isinstance(error, verification.CheckpointUnreadableError):
+                    unreadable = unreadable or error.error
                 place = layout.within(candidate.root)
                 # Else it was pruned while we read it.
                 if place.is_candidate(candidate.name, place.present(candidate.name)):
                     damaged.append(Damage(candidate, str(error)))
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                unreadable = unreadable or error
-                damaged.append(Damage(candidate, f"could not be read: {error}"))
             else:
                 return Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
     return Search(None, tuple(damaged), unreadable)
+
+
+def _attempt(attempt: Callable[[Checkpoint], None] | None, good: Checkpoint) -> None:
+    try:
+        if attempt is not None:
+            attempt(good)
+    except OSError as error:
+        if not verification.is_of_files(error, good.path):
+            raise
+        raise verification.CheckpointUnreadableError(good.path, error) from error
 
 
 def _passed_over(
@@ -156,16 +161,45 @@ def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
     """Move a damaged checkpoint out of the way. See `CheckpointStore.quarantine`."""
     if checkpoint.root not in (layout.root, layout.replaced(checkpoint.name)):
         return Damage(checkpoint, reason)  # The directory of somebody else: see _candidates.
+    target = None
     try:
         target = _quarantine_dir(layout.root, checkpoint.name)
         files.write(target / REASON_FILE, f"{checkpoint.path}\n{reason}\n".encode("utf-8", "replace"))
         layout.within(checkpoint.root).quarantine(checkpoint.name, target)
     except OSError as error:
         _log.warning("%s: could not be moved to %s: %s", checkpoint.path, layout.root / QUARANTINE, error)
+        if target is not None:
+            # Else each start leaves another one.
+            files.remove_quietly(target)
         return Damage(checkpoint, reason)
     if checkpoint.root != layout.root:
         files.remove_quietly(checkpoint.root)
     return Damage(checkpoint, reason, target)
+
+
+def finish_quarantine(layout: Layout) -> list[Path]:
+    """Move what a kill has left in the logdir of checkpoints whose manifest lies in quarantine already; say what.
+
+    Only for the chief, when nothing is being written.
+    """
+    try:
+        files.check_own_dir(layout.root / QUARANTINE)
+        places = sorted((layout.root / QUARANTINE).iterdir())
+    except OSError:
+        return []
+    moved = []
+    for place in places:
+        name = place.name if layout.is_name(place.name) else place.name.rpartition(".")[0]
+        if not layout.is_name(name) or not os.path.lexists(place / layout.manifest(name).name):
+            continue
+        left = layout.present(name)
+        if left and not layout.is_candidate(name, left):
+            for one in left:
+                # What is there already was moved, and this one is of a later save.
+                if not os.path.lexists(place / one):
+                    files.move(layout.root / one, place / one)
+                    moved.append(layout.root / one)
+    return moved
 
 
 def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
@@ -178,11 +212,17 @@ def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
     if state is None or state.path.parent in (Path(), layout.root):
         return found
     place = layout.within(layout.root / state.path.parent)
-    return [
-        _as_held(Checkpoint(place.root, name, split_name(name)[1], 0.0, place.manifest(name).is_file()), step_held)
-        for name in dict.fromkeys([state.newest, *reversed(state.names)])
-        if place.is_candidate(name, place.present(name))
-    ]
+    try:
+        return [
+            _as_held(
+                Checkpoint(place.root, name, split_name(name)[1], 0.0, os.path.lexists(place.manifest(name))), step_held
+            )
+            for name in dict.fromkeys([state.newest, *reversed(state.names)])
+            if place.is_candidate(name, place.present(name))
+        ]
+    except OSError as error:
+        _log.warning("%s, which the file %r names, cannot be read: %s", state.path, statefile.FILE_NAME, error)
+        return []
 
 
 def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:
@@ -195,8 +235,7 @@ def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:
 
 def _quarantine_dir(root: Path, name: str) -> Path:
     parent = root / QUARANTINE
-    with contextlib.suppress(FileExistsError):
-        files.make_dir(parent)
+    files.make_own_dir(parent)
     number = 0
     while True:
         target = parent / (f"{name}.{number}" if number else name)

@@ -43,7 +43,16 @@ class Retention:
         self._owned = [one for one in self._owned if one.name != checkpoint.name]
         self._fallen_out = [one for one in self._fallen_out if one.name != checkpoint.name]
         self._owned.append(checkpoint)
-        excess = max(0, len(self._owned) - self.max_to_keep)
+        self.trim()
+
+    @property
+    def doomed(self) -> tuple[Checkpoint, ...]:
+        """Those that have fallen out, and are to be removed, or to stay for ever: that is seen when they are."""
+        return tuple(self._fallen_out)
+
+    def trim(self) -> None:
+        """Have those fall out that are too many, as the next `add` would."""
+        excess = max(0, len(self._owned) - (self.max_to_keep or len(self._owned)))
         self._fallen_out += self._owned[:excess]
         del self._owned[:excess]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepguard import files
+from stepguard import files, schema
 
 FILE_NAME = "checkpoint"
 
@@ -70,10 +70,10 @@ def without_shards(path: str) -> str:
 
 
 def read(root: Path) -> CheckpointState | None:
-    """Read the state file of ``root``; None if it is missing, empty or garbage, which is never an error."""
+    """Read the state file of ``root``, which is a hint: None if it is missing, empty or garbage, or cannot be read."""
     try:
         text = files.read_bytes(root / FILE_NAME).decode("utf-8")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         return None
     newest = None
     names: list[str] = []
@@ -84,21 +84,30 @@ def read(root: Path) -> CheckpointState | None:
             continue
         key, double, single, bare = match.groups()
         if key == "last_preserved_timestamp" and bare is not None:
-            try:
-                last_preserved = float(bare)
-            except ValueError:
+            last_preserved = _time(bare)
+            if last_preserved is None:
                 return None
         quoted = double if double is not None else single
         if quoted is None:
             continue
         path = Path(without_shards(_unescaped(quoted)))
+        if not schema.is_name(path.name) or "\0" in str(path):
+            continue
         if key == "model_checkpoint_path":
             newest = path
         elif key == "all_model_checkpoint_paths":
             names.append(path.name)
-    if newest is None or not newest.name:
+    if newest is None:
         return None
     return CheckpointState(newest, tuple(names), last_preserved)
+
+
+def _time(text: str) -> float | None:
+    try:
+        time = float(text)
+    except ValueError:
+        return None
+    return time if schema.is_of(time, (float,)) else None
 
 
 def _escaped(character: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import stat
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,20 +19,64 @@ from stepguard.store.manifest import FileRecord, Manifest
 
 _log = logging.getLogger(__name__)
 
+# What the system answers when this process, or the machine, can open nothing more: it says nothing of the file.
+_OF_THE_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
+
+# What it answers for bytes that are gone, wherever they are read: a bad sector, a bad checksum, a bad structure.
+_OF_THE_MEDIUM = frozenset({errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO), errno.ESTALE})
+
+
+class CheckpointUnreadableError(CheckpointCorruptError):
+    """The system could not read a file of a checkpoint: ``error`` is what it answered.
+
+    For a search this is damage. It proves less than a wrong digest does, since a disk may come back.
+    """
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path}: could not be read: {error.strerror or error}", path=path)
+        self.error = error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What an error of the system in the block means, the only place that says so: that the file ``path`` of a
+    checkpoint is damaged, whatever the error, unless it is one of this process, which is raised as itself.
+
+    Raises CheckpointUnreadableError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_THE_PROCESS:
+            raise
+        raise CheckpointUnreadableError(path, error) from error
+
+
+def is_of_files(error: OSError, checkpoint: Path) -> bool:
+    """Whether an error that a framework met while it restored ``checkpoint`` is one of its files, and not one of the
+    program.
+    """
+    if error.errno in _OF_THE_PROCESS or error.errno is None:
+        return False
+    is_inside = isinstance(error.filename, (str, bytes)) and os.fsdecode(error.filename).startswith(str(checkpoint))
+    return error.errno in _OF_THE_MEDIUM or is_inside
+
 
 def read_manifest(layout: Layout, name: str) -> Manifest | None:
     """Return the manifest of the checkpoint ``name``, None if it has none.
 
-    Raises CheckpointCorruptError if it is damaged, CheckpointError if a newer Stepguard wrote it, and OSError if it
-    cannot be read.
+    Raises CheckpointCorruptError if it is damaged or cannot be read, and CheckpointError if a newer Stepguard wrote it.
     """
     path = layout.manifest(name)
     try:
-        content = files.read_bytes(path)
-    except FileNotFoundError:
-        return None
-    except IsADirectoryError as error:
-        raise CheckpointCorruptError(f"{path}: expected a manifest, found a directory", path=path) from error
+        with reading(path):
+            content = files.read_bytes(path)
+    except CheckpointUnreadableError as error:
+        if isinstance(error.error, FileNotFoundError) and not os.path.islink(path):
+            return None
+        if isinstance(error.error, IsADirectoryError):
+            raise CheckpointCorruptError(f"{path}: expected a manifest, found a directory", path=path) from error.error
+        raise
     manifest = Manifest.from_json(content, path)
     step = layout.step_of(name) if layout.is_name(name) else None
     if step is not None and manifest.step != step:
@@ -70,7 +115,7 @@ def damages(
     """Compare every file with the manifest, and yield an error for each that differs, unraised.
 
     All sizes come before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
-    ``on_block`` is told how many bytes were read, again and again. Raises OSError if something could not be read.
+    ``on_block`` is told how many bytes were read, again and again.
     """
     right_size = []
     for record in manifest.files:
@@ -93,7 +138,11 @@ def prevents_restore(layout: Layout, name: str, damage: CheckpointCorruptError) 
 def size_damage(layout: Layout, name: str, record: FileRecord) -> CheckpointCorruptError | None:
     """Compare the size of one file of the checkpoint ``name`` with the manifest, without reading the file."""
     path = layout.root / record.name
-    size = size_of(path)
+    try:
+        with reading(path):
+            size = files.size_of(path)
+    except CheckpointUnreadableError as error:
+        return error
     if size == record.size:
         return None
     found = "none" if size is None else f"{size} bytes"
@@ -115,20 +164,11 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
         committed = layout.manifest(manifest.name).stat().st_mtime_ns
         written = [(layout.root / name).stat().st_mtime_ns for name in names]
         stated = (layout.root / statefile.FILE_NAME).stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return False
     state = statefile.read(layout.root)
     is_listed = state is not None and manifest.name in (state.newest, *state.names)
     return is_listed and committed < min(written) and max(written) <= stated
-
-
-def size_of(path: Path) -> int | None:
-    """Return the size of a file in bytes; None if there is no file of that name."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> None:
@@ -140,8 +180,10 @@ def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> No
         path = layout.manifest(name)
         raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
     for one in present:
-        if layout.is_needed(one, name) and size_of(layout.root / one) == 0:
-            path = layout.root / one
+        path = layout.root / one
+        with reading(path):
+            is_empty = layout.is_needed(one, name) and files.size_of(path) == 0
+        if is_empty:
             raise CheckpointCorruptError(f"{path}: expected a file with content, found 0 bytes", path=path)
     missing = layout.missing_data(name, present)
     if missing is not None:
@@ -154,13 +196,12 @@ def _digest_damage(
 ) -> CheckpointCorruptError | None:
     path = layout.root / record.name
     try:
-        _, digest = files.digest(path, on_block=on_block)
-    except FileNotFoundError:
-        return _damage(layout, name, path, "expected a file, found none")
-    except OSError as error:
-        if error.errno != errno.EIO or layout.is_needed(path.name, name):
-            raise
-        return _damage(layout, name, path, f"expected {record.size} bytes, found them unreadable ({error})")
+        with reading(path):
+            _, digest = files.digest(path, on_block=on_block)
+    except CheckpointUnreadableError as error:
+        if isinstance(error.error, FileNotFoundError):
+            return _damage(layout, name, path, "expected a file, found none")
+        return error
     if digest == record.digest:
         return None
     return _damage(layout, name, path, f"expected the digest {record.digest}, found {digest}")

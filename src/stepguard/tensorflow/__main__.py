@@ -14,7 +14,7 @@ Runs a TensorFlow program unchanged, with tf.compat.v1.train.Supervisor replaced
 
 
 def main(arguments: list[str]) -> int:
-    """Run the program named by ``arguments`` as ``__main__``; its own exit code is the exit code."""
+    """Run the program named by ``arguments`` as ``__main__``, and exit with the program's exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         stream = sys.stdout if arguments else sys.stderr
         stream.write(_USAGE + "\n")
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         sys.path.insert(0, os.getcwd())
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
-        # Absolute, as Python has it too: the program finds the files beside it also after a chdir.
+        # Absolute, as in Python itself: the program finds the files beside it even after a chdir.
         program = os.path.abspath(program)
         sys.path.insert(0, os.path.dirname(program))
         runpy.run_path(program, run_name="__main__")

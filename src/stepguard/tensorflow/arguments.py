@@ -1,4 +1,4 @@
-"""The constructor's arguments, checked at the door: a wrong one is named before anything is built or written."""
+"""Checks the constructor's arguments, so that a wrong one is reported before anything is built or written."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _HAVE_DEFAULTS = (
     "global_step",
     "summary_writer",
 )
-# What TensorFlow's class takes for "none" when it is false in any way.
+# The arguments for which TensorFlow's class takes any false value as "none".
 _MAY_BE_FALSE = ("saver", "summary_writer", "init_fn", "init_feed_dict", "local_init_run_options", "logdir")
 _RECOVERY_WAIT_SECS = 30.0
-# A negative time makes TensorFlow's timers tick without a pause.
+# Used in place of a negative time, with which TensorFlow's timers would tick without a pause.
 _SHORTEST_SECS = 1.0
 _USUAL_BASENAME = Saving().checkpoint_basename
 _DEFAULTS = {
@@ -44,9 +44,10 @@ _DEFAULTS = {
 
 
 def forgiving(*, is_chief: bool, logdir: Any, **given: Any) -> dict[str, Any]:
-    """The arguments of TensorFlow's that are options of Stepguard's, put right where its class runs with a mistake.
+    """Correct mistakes with which TensorFlow's class still runs, in those arguments that are options of Stepguard's.
 
-    What is wrong all the same is left for the options to refuse, and the default taken where nothing asks for it.
+    An argument that cannot be corrected is left for the options to refuse. If nothing uses it in this process, the
+    default takes its place, with a warning.
     """
     for name, value in given.items():
         check = _basename if name == "checkpoint_basename" else _seconds
@@ -62,14 +63,14 @@ def forgiving(*, is_chief: bool, logdir: Any, **given: Any) -> dict[str, Any]:
 
 
 def checked(options: Options, *, is_chief: bool, **given: Any) -> dict[str, Any]:
-    """The Supervisor's other arguments as it works with them.
+    """Check the Supervisor's other arguments, and return them as it uses them.
 
-    What TensorFlow's class runs to the end with is no error here. A wrong argument that nothing asks for in this
-    process (the saver of a worker, a summary operation that is never run) is warned of and left alone, one that is
-    likely a mistake warned of and put right.
+    An argument with which TensorFlow's class runs to the end is no error here. A wrong argument that nothing uses in
+    this process (the saver of a worker, a summary operation that is never run) gives a warning and is left alone; a
+    likely mistake gives a warning and is corrected.
 
     Raises:
-        TypeError, ValueError: the message names the argument, what was expected and what was found.
+        TypeError, ValueError: the message names the argument, the expected and the found value.
     """
     graph = given["graph"]
     if not isinstance(graph, tf.Graph):
@@ -86,7 +87,7 @@ def checked(options: Options, *, is_chief: bool, **given: Any) -> dict[str, Any]
                 given[name] = None
             elif name in unused:
                 _log.warning("%s. It is not used here", error.args[0])
-                # These two are looked at all the same: by those who watch the run.
+                # These two are used even so, for watching the run.
                 given[name] = None if name in ("global_step", "logdir") else value
             else:
                 raise
@@ -94,7 +95,7 @@ def checked(options: Options, *, is_chief: bool, **given: Any) -> dict[str, Any]
 
 
 def _checks(options: Options, is_chief: bool, given: Mapping[str, Any]) -> dict[str, Callable[[str, Any], Any]]:
-    """How each argument is checked: by a function of its name and its value, which returns what to use."""
+    """The check of each argument: a function of the argument's name and value that returns the value to use."""
     graph, summarises = given["graph"], options.watching.save_summaries_secs
     return {
         "ready_op": partial(_tensor, graph),
@@ -115,7 +116,7 @@ def _checks(options: Options, is_chief: bool, given: Mapping[str, Any]) -> dict[
 
 
 def _unused(options: Options, is_chief: bool, given: Mapping[str, Any]) -> set[str]:
-    """The arguments that nothing asks for in a process with these."""
+    """The names of the arguments that nothing uses in a process with these arguments."""
     unused: set[str] = set()
     if not (is_chief and given["logdir"]):
         unused |= {"saver", "summary_op", "global_step"}
@@ -134,7 +135,7 @@ def _unused(options: Options, is_chief: bool, given: Mapping[str, Any]) -> set[s
 
 
 def worker_role() -> str:
-    """What a worker is called where the run is watched: by its index in ``TF_CONFIG``, else by its process."""
+    """The name of a worker for those who watch the run: by its index in ``TF_CONFIG``, else by its process id."""
     try:
         task = json.loads(os.environ.get("TF_CONFIG", ""))["task"]
         kind, index = str(task["type"]), int(task["index"])
@@ -144,10 +145,10 @@ def worker_role() -> str:
 
 
 def check_devices(graph: Any) -> None:
-    """A replica's variables must say where they live.
+    """Check that each variable of a replica has a device.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a variable has none.
     """
     for operation in graph.get_operations():
         if operation.type in ("Variable", "VariableV2") and not operation.device:
@@ -209,9 +210,9 @@ def _global_step(graph: Any, name: str, value: Any) -> Any:
 
 
 def _seconds(name: str, value: Any) -> float | None:
-    """Of one of the times with which TensorFlow's class runs to the end although they are none."""
+    """Return a time in seconds; correct the wrong values with which TensorFlow's class still runs."""
     if name == "stop_grace_secs":
-        # Not every number of NumPy's is one that a thread can wait for.
+        # A thread cannot wait for every kind of NumPy number.
         return float(value) if isinstance(value, numbers.Real) else value
     if value is None and name != "recovery_wait_secs":
         return None
@@ -280,7 +281,7 @@ def _basename(name: str, value: Any) -> str:
 
 
 def _directory(name: str, value: Any) -> Any:
-    """A logdir that cannot be used is said so now, and not after an hour of training."""
+    """Refuse an unusable logdir now, and not after an hour of training."""
     if not isinstance(value, (str, os.PathLike)):
         raise _wrong_type(name, "a path", value)
     if value and "://" not in os.fspath(value) and os.path.exists(value) and not os.path.isdir(value):

@@ -1,4 +1,18 @@
-"""Where one step ends and the next has not begun, when several threads run steps of one session."""
+"""The step boundary of a session whose steps several threads run: the moment when no step is under way.
+
+The protocol: a thread that runs steps announces each step in ``_running`` and then reads ``_hold``. A holder (a service
+that wants a boundary) sets ``_hold`` and then reads ``_running``. Whichever thread comes second sees the other, so a
+step that meets no holder takes no lock. A step that meets a holder withdraws its announcement and waits on
+``_condition`` until the hold ends; it announces itself again while it has the lock, which the next holder needs to set
+``_hold``. A holder waits on the same condition until all other threads have left their steps; ``leave`` notifies it.
+Several holders take turns, also on this condition.
+
+No deadlock is possible. Every wait of a holder has a deadline, after which it raises NoBoundaryError and lets the steps
+go on. A step waits only as long as a hold lasts: ``hold`` ends it in a ``finally``, and a block that may itself need a
+step limits the hold by ``at_most_secs``. A run that another step may be waiting for passes a holder that still waits
+for that step (``enter_for_others``). The block and the callback run without the lock. Nothing here is on disk: a kill
+leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +28,34 @@ from typing import Any
 from stepguard.errors import NoBoundaryError, StopRequested
 from stepguard.tensorflow.run_effects import RunKinds, describe
 
-# How long a boundary may keep the next step waiting before it exists. Longer runs than this raise the bound (see
-# `_patience`), so that only a run that waits for another run of ours is ever given up on.
+# How long new steps wait for a holder that has no boundary yet. `hold` raises this bound to a multiple of the longest
+# step seen, so that the holder gives up only on a run that waits for another run.
 _PATIENCE_SECS = 5.0
 _LONGEST_PATIENCE_SECS = 60.0
-# What is left of a step's length after each later step: after 25 of them a tenth.
+# The factor by which each later step shrinks the recorded length of a long step: after 25 steps a tenth is left.
 _FADING = 0.91
 
 
 class Boundary:
-    """Tells the runs of a session that change its saved state from all others, and finds the moments between them.
+    """Knows which runs of a session are steps (they can change the saved state), and finds the moments between them.
 
-    ``enter`` and ``leave`` are called around every step, by any thread. ``hold`` is called by a service: it keeps new
-    steps waiting until those that run have ended, and as long as its block lasts.
+    Any thread calls ``enter`` and ``leave`` around each of its steps. A service calls ``hold``: new steps wait while
+    the running ones end and while the block of ``hold`` lasts.
 
-    A run may wait for another one, as each step of synchronous training waits for the run of its queue runner that
-    applies the gradients. That one comes in by ``enter_for_others``: while a holder still waits for a step, it passes,
-    for the step may be waiting for it; when no step is under way any more, nobody is, and it waits like all others.
-
-    A step that nobody holds up takes no lock. It announces itself and then looks for a holder; a holder announces
-    itself and then looks for steps: whichever comes second sees the other.
+    A step may wait for another run. In synchronous training each step waits for the queue runner's run that applies
+    the gradients. That run calls ``enter_for_others``: it passes a holder that still waits for a step, because that
+    step may be waiting for this run. Once no step is under way, no step needs this run, and it waits as steps do.
     """
 
     def __init__(self, kinds: RunKinds) -> None:
         self.is_step = kinds.changes_state
-        # Set once, by any thread: no step begins after it, but in a main thread that knows, and ends in its own way.
+        # Set once, by any thread. No step begins after that. Exception: a main thread that has already seen
+        # should_stop() return true may run further steps to finish.
         self.must_stop = False
         self._main_thread_was_told: Callable[[], bool] = lambda: False
-        # The steps that run now: thread -> (what it fetches, when it began).
+        # The steps under way: thread -> (what the step fetches, when it began).
         self._running: dict[int, tuple[Any, float]] = {}
-        # Steps done: thread -> number. Each thread writes its own, so that none is lost.
+        # Steps done: thread -> number. Each thread counts in its own entry, so that no count is lost.
         self._done: dict[int, int] = {}
         self._longest_secs = 0.0
         self._usual_secs = 0.0
@@ -59,11 +71,11 @@ class Boundary:
 
     @property
     def usual_secs(self) -> float:
-        """The length of the longest of the last steps, in seconds: the first ones, which also prepare much, fade."""
+        """The length of the longest recent step, in seconds. The first steps, which also do much set-up, fade out."""
         return self._usual_secs
 
     def enter(self, fetches: Any) -> None:
-        """A step begins: wait while a service holds the boundary.
+        """Begin a step of this thread; wait while a service holds the boundary.
 
         Raises:
             StopRequested: the run is to stop at this boundary.
@@ -76,9 +88,9 @@ class Boundary:
             self._wait_for_holder(thread, fetches)
 
     def enter_for_others(self, fetches: Any) -> None:
-        """A step begins that one under way may be waiting for: it waits for a holder only when that has its boundary.
+        """Begin a step that a running step may be waiting for; wait only for a holder that has its boundary.
 
-        Nor is it stopped: without it the other would not come to its end.
+        A requested stop does not refuse this step: the step that waits for it could not end without it.
         """
         thread = get_ident()
         self._running[thread] = (fetches, monotonic())
@@ -91,9 +103,9 @@ class Boundary:
         return bool(self._running_elsewhere(get_ident()))
 
     def pass_by(self, fetches: Any) -> None:
-        """A run that is no step begins: nothing holds it up, but the main thread is told to stop here too.
+        """Begin a run that is no step. It waits for no holder, but in the main thread it obeys a requested stop.
 
-        A loop that only reads, of an evaluator for example, would never come to a step.
+        Without this, a loop that only reads (an evaluator, for example) would never meet the stop.
 
         Raises:
             StopRequested: the run is to stop, and this is the main thread.
@@ -102,7 +114,10 @@ class Boundary:
             self._stop_before(fetches)
 
     def stop(self, main_thread_was_told: Callable[[], bool]) -> None:
-        """Let no step begin, and nothing in the main thread, unless that was told to stop and ends by itself."""
+        """Refuse all further steps, and in the main thread all further runs.
+
+        Exception: a main thread for which ``main_thread_was_told()`` is true may run further steps to finish.
+        """
         self._main_thread_was_told = main_thread_was_told
         self.must_stop = True
 
@@ -112,12 +127,12 @@ class Boundary:
         raise StopRequested(f"the run was asked to stop, and does at this boundary, before {describe(fetches)}")
 
     def leave(self) -> None:
-        """The step of this thread has ended."""
+        """End the step of this thread."""
         thread = get_ident()
-        # Counted first: who finds no step under way must find this one among those done.
+        # Counted before the announcement is removed: a thread that finds no step under way must find this one counted.
         self._done[thread] = self._done.get(thread, 0) + 1
         announced = self._running.pop(thread, None)
-        # Nothing is there when a run inside this one, in the same thread, has left already.
+        # There is no announcement if a nested run of the same thread has already removed it.
         if announced is not None:
             secs = monotonic() - announced[1]
             self._longest_secs = max(self._longest_secs, secs)
@@ -139,14 +154,14 @@ class Boundary:
                 self._running.pop(thread, None)
                 self._condition.notify_all()
                 self._condition.wait(None if remaining == math.inf else remaining)
-                # Announced while the lock is held: the next holder needs it to announce itself.
+                # Announced while this thread has the lock: the next holder needs the lock to set `_hold`.
                 self._running[thread] = (fetches, monotonic())
 
     def _call_if_due(self, callback: Callable[[], int]) -> None:
         with self._condition:
             is_due = self.steps >= self._due_at
             if is_due:
-                # Until the callback has said when it is due again, it is not.
+                # The callback is not due again before it has returned the number of steps until the next call.
                 self._due_at = sys.maxsize
         if is_due:
             steps = 1
@@ -156,20 +171,23 @@ class Boundary:
                 self._due_at = self.steps + max(1, steps)
 
     def call_after_steps(self, steps: int, callback: Callable[[], int]) -> None:
-        """Call ``callback`` after ``steps`` more steps, between two of them; it returns the number until the next."""
+        """Call ``callback`` after ``steps`` more steps, between two steps.
+
+        ``callback`` returns the number of steps until its next call.
+        """
         self._due_at = self.steps + max(1, steps)
         self._on_due = callback
 
     @contextmanager
     def hold(self, what: str, *, patience_secs: float | None = None, at_most_secs: float = math.inf) -> Iterator[None]:
-        """Keep steps from starting; the block runs when none is under way.
+        """Keep new steps from starting, and run the block when no step is under way.
 
-        The steps that run now have a multiple of the longest step seen to end, so that only one is given up on that
-        waits for something, usually for another step; and never more than ``patience_secs``. After ``at_most_secs``
-        inside the block steps go on in spite of it: for a block that may itself wait for what only a step provides.
+        The running steps have three times the longest step seen to end, at least 5 s and at most ``patience_secs`` (by
+        default 60 s): only a step that waits for something, usually for another step, is given up on. After
+        ``at_most_secs`` inside the block, steps go on while the block runs: for a block that may need input of a step.
 
         Raises:
-            NoBoundaryError: the steps did not end in time; new ones go on.
+            NoBoundaryError: the running steps did not end in time; new steps go on.
         """
         longest_secs = _LONGEST_PATIENCE_SECS if patience_secs is None else patience_secs
         patience_secs = min(max(_PATIENCE_SECS, 3 * self._longest_secs), longest_secs)
@@ -178,11 +196,11 @@ class Boundary:
             self._wait_for_no_step(mine, what, patience_secs)
             with self._condition:
                 mine.until = monotonic() + at_most_secs
-                # The steps that wait for this hold wait from now on no longer than it may last.
+                # Wakes the waiting steps, so that they wait no longer than the new `until`.
                 self._condition.notify_all()
             yield
         finally:
-            # Also when Ctrl-C interrupts the wait: a hold that nobody ends would stop all training.
+            # Runs also when Ctrl-C interrupts the wait: a hold that nobody ends would stop all training.
             with self._condition:
                 if self._hold is mine:
                     self._hold = None
@@ -215,12 +233,12 @@ class Boundary:
         )
 
     def _running_elsewhere(self, me: int) -> list[tuple[Any, float]]:
-        # A thread that asks for a boundary is not inside a step, whatever an interrupted `leave` left behind.
+        # The asking thread is in no step, even if an interrupted `leave` has left its entry behind.
         return [step for thread, step in list(self._running.items()) if thread != me]
 
 
 class _Hold:
-    """Who keeps the steps waiting, until when, and whether the last of them has ended."""
+    """The thread that keeps steps waiting, the time until which it may, and whether the last step has ended."""
 
     __slots__ = ("is_granted", "thread", "until")
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from stepguard.coordination import coordinator
 
 CLEAN_STOP_TYPES = (tf.errors.OutOfRangeError,)
-# What a run says that a stop has cut short: the closing of a queue or of the session, not a failure of its own.
+# A run raises this when a stop has cut it short, by closing its queue or its session: it is no failure of the run.
 STOP_NOISE_TYPES = (tf.errors.CancelledError,)
 
 
@@ -18,11 +18,11 @@ class Coordinator(coordinator.Coordinator, tf.train.Coordinator):
     """A :class:`stepguard.coordination.coordinator.Coordinator` that is a ``tf.train.Coordinator`` by type.
 
     ``QueueRunner.create_threads``, ``tf.compat.v1.train.start_queue_runners`` and ``tf.compat.v1.train.LooperThread``
-    take it; nothing of TensorFlow's implementation is used.
+    accept it. It uses nothing of TensorFlow's implementation.
 
-    Who holds ``_lock``, as TensorFlow's own tests do, keeps other threads from changing anything meanwhile: no stop is
-    requested, no error reported, no thread registered, no join finished. It is re-entrant, for a signal handler may
-    come in the middle of any of these.
+    A thread that holds ``_lock``, as TensorFlow's own tests do, keeps all other threads from changing the state: no
+    stop is requested, no error reported, no thread registered, no join finished. The lock is re-entrant, because a
+    signal handler may run in the middle of any of these.
     """
 
     def __init__(self, clean_stop_exception_types: tuple[type[BaseException], ...] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""What a Supervisor works with when the program names nothing: found in the graph's collections, or built and added.
+"""The default parts of a Supervisor, where the program names none: found in the graph's collections, or built.
 
-All that builds is called with the graph as the default graph, before it is finalised. ``USE_DEFAULT`` ends in the
-methods of :mod:`stepguard.tensorflow.subclassing`: what comes out of them is a value or ``None``.
+Functions that build are called with the graph as the default graph, before it is finalised. ``USE_DEFAULT`` gets no
+further than the methods of :mod:`stepguard.tensorflow.subclassing`: they make a value or ``None`` of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ USE_DEFAULT = 0
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The parts of a graph that a supervisor drives. ``None`` means that the program wants to do without."""
+    """The parts of a graph that a supervisor drives. ``None`` means that the program does not want the part."""
 
     graph: Any
     ready_op: Any
@@ -34,7 +34,7 @@ class Model:
 
 
 def summary_tensor(summary_op: Any, graph: Any) -> Any:
-    """What to fetch for a summary: of an operation, its one output of strings; anything else as it is."""
+    """The element to fetch for a summary: the one string output of an operation; any other element unchanged."""
     element = graph.as_graph_element(summary_op)
     if isinstance(element, tf.Operation) and [output.dtype for output in element.outputs] == [tf.string]:
         return element.outputs[0]
@@ -42,7 +42,7 @@ def summary_tensor(summary_op: Any, graph: Any) -> Any:
 
 
 def is_default(given: Any) -> bool:
-    """Whether an argument asks for the default: only the number itself does, since tensors overload ``==``."""
+    """Whether an argument is ``USE_DEFAULT``. Only an ``int`` can be: tensors overload ``==``."""
     return type(given) is int and given == USE_DEFAULT
 
 
@@ -52,19 +52,19 @@ def local_init() -> Any:
 
 
 def saver_of_all_variables() -> Any:
-    """A Saver, or ``None`` where there is nothing to save."""
-    # A Saver without variables would refuse to be built.
+    """A Saver of all variables, or ``None`` if there are none."""
+    # A Saver cannot be built without variables.
     return _v1.train.Saver() if _v1.global_variables() else None
 
 
 def named_global_step() -> Any:
-    """The integer of size 1 named ``global_step``: a tensor, or the resource variable of that name."""
+    """The integer named ``global_step`` (a tensor or a resource variable), or ``None`` if there is none."""
     try:
         found = _v1.get_default_graph().get_tensor_by_name("global_step:0")
     except KeyError:
         return None
     if found.dtype == tf.resource:
-        # The tensor is only the handle of a resource variable; the variable is what can be read.
+        # The tensor is only the handle of a resource variable; the step is read from the variable.
         found = next((variable for variable in _v1.global_variables() if variable.name == "global_step:0"), None)
         if found is None:
             return None

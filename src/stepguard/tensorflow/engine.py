@@ -1,4 +1,4 @@
-"""TensorFlow graph programs, as the core sees them."""
+"""The engine of TensorFlow graph programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
 from stepguard.tensorflow.checkpoint.snapshot import SavePlan, TensorSnapshot, WrittenSnapshot, as_step, save_operations
 from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_for_standstill
 from stepguard.tensorflow.defaults import Model, summary_tensor
-from stepguard.tensorflow.events import TensorFlowEvents
+from stepguard.tensorflow.events import TensorFlowEvents, write_graph
 from stepguard.tensorflow.run_effects import RunKinds
 from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
@@ -31,13 +31,13 @@ from stepguard.tensorflow.session import Session
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# A summary may need input that only a training step provides: after this long, steps go on while it is computed.
+# A summary may need input that only a training step provides, so steps go on after this time while it is computed.
 _SUMMARY_HOLD_SECS = 1.0
-# A summary is no reason to keep other threads from training for longer than this, when one is in a long step.
+# How long a summary keeps other threads from training while one thread is in a long step.
 _SUMMARY_PATIENCE_SECS = 1.0
-# The old format has operations of its own.
+# The operations that save; the last two write the old format (V1).
 _SAVES = ("SaveV2", "SaveSlices", "Save")
-# How often a meta graph is exported once more while the program extends the graph.
+# How often the export of a meta graph is retried while the program extends the graph.
 _EXPORTS = 20
 _EXPORT_PAUSE_SECS = 0.005
 
@@ -45,9 +45,9 @@ _EXPORT_PAUSE_SECS = 0.005
 class TensorFlowEngine:
     """The engine over one graph, its session manager, its saver and its event log.
 
-    ``plan`` says how to take the state out of a session; without one the saver saves by its own means. Threads: see
-    :class:`stepguard.engine.Engine`. A new thread of a TensorFlow 2 program starts in eager mode, so everything that
-    a service thread may call enters the graph first.
+    ``plan`` says how to take the state out of a session; without a plan the saver writes the checkpoints itself. For
+    threads see :class:`stepguard.engine.Engine`. A new thread of a TensorFlow 2 program starts in eager mode, so each
+    method that a service thread may call enters the graph first.
     """
 
     name = ENGINE
@@ -83,6 +83,8 @@ class TensorFlowEngine:
         self._init_fn = init_fn
         self._store = store
         self._not_joined = not_joined
+        # Whether graph.pbtxt is still to be written, once there is room.
+        self._is_graph_due = False
         self._kinds: RunKinds | None = None
         self._watch: ValueWatch | None = None
         self._exported_meta: tuple[int, bytes] | None = None
@@ -99,7 +101,7 @@ class TensorFlowEngine:
         wait_for_checkpoint: bool = False,
         max_wait_secs: float | None = None,
     ) -> Prepared[Any]:
-        """A session from the session manager."""
+        """Prepare a session by the session manager."""
         if not is_chief:
             return Prepared(self._session_manager.wait_for_session(master, config=config, max_wait_secs=max_wait_secs))
         session = self._session_manager.prepare_session(
@@ -113,23 +115,23 @@ class TensorFlowEngine:
             init_feed_dict=self._model.init_feed_dict,
             init_fn=self._init_fn,
         )
-        # The session of another session manager does not say.
+        # A session of the program's own session manager has no such attribute.
         return Prepared(session, getattr(session, "recovered", None))
 
     def restore(self, session: Any, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
-        """Restore the saver's variables; what it does not save (queues, tables, local variables) goes on."""
+        """Restore the saver's variables. State that it does not save (queues, local variables) stays as it is."""
         restore_file(session.unmarked() if in_run else session, self._model.saver, str(checkpoint.path))
 
     def write_graph(self) -> None:
-        """Leave the graph in the logdir and in the event log, once in each event file."""
+        """Write the graph to the logdir and to the event log, once into each event file."""
         graph = self._model.graph
         if self._logdir:
-            tf.io.write_graph(graph.as_graph_def(add_shapes=True), self._logdir, "graph.pbtxt")
+            self._is_graph_due = not write_graph(graph, self._logdir)
         if self._events is not None:
             self._events.graph(graph, self._meta_graph)
 
     def is_open(self, session: Any) -> bool:
-        """Whether the session can still run. One that does not tell is taken to be open."""
+        """Whether the session can still run. A session that does not say counts as open."""
         return not getattr(session, "_closed", False)
 
     def close(self, session: Any) -> None:
@@ -154,14 +156,14 @@ class TensorFlowEngine:
             return as_step(session.read(global_step) if isinstance(session, Session) else session.run(global_step))
 
     def total_steps(self, session: Any) -> None:
-        """A graph does not say how often it will be run."""
+        """Unknown: a graph does not say how often it will be run."""
 
     def step_name(self) -> str:
         """The name of the operation that holds the global step."""
         return str(self._model.global_step.op.name)
 
     def watch(self, session: Any, before_close: Callable[[], None]) -> None:
-        """Have the session mark its steps, if it is one of ours; a second call changes nothing."""
+        """Have the session mark its steps, if it is one of ours. A second call changes nothing."""
         if isinstance(session, Session) and session.boundary is None:
             if self._kinds is None:
                 graph = self._model.graph
@@ -171,7 +173,7 @@ class TensorFlowEngine:
             session.watch(Boundary(self._kinds), before_close, self._around_save, self._not_joined)
 
     def watch_values(self, session: Any, watch: ValueWatch) -> None:
-        """Show it what is summarised, and the scalars that steps return; of a session of another kind, the former."""
+        """Show ``watch`` the summaries and, for a session of ours, the scalars that steps return."""
         self._watch = watch
         if isinstance(session, Session):
             session.watch_values(watch)
@@ -179,13 +181,13 @@ class TensorFlowEngine:
             _log.warning("this session does not mark its steps: what they return is not looked at by the NaN guard")
 
     def stop_at_boundary(self, session: Any, main_thread_was_told: Callable[[], bool]) -> None:
-        """Have the next run that changes the model raise. A session of another kind goes on until its loop asks."""
+        """Have the next run that changes the model raise. A session that is not ours goes on until its loop asks."""
         boundary = _boundary(session)
         if boundary is not None:
             boundary.stop(main_thread_was_told)
 
     def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
-        """Count the runs that change the model. A session of another kind tells of none."""
+        """Count the runs that change the model. A session that is not ours reports no runs."""
         boundary = _boundary(session)
         if boundary is None:
             _log.warning("this session does not mark its steps: no checkpoints are taken by steps")
@@ -193,45 +195,47 @@ class TensorFlowEngine:
         boundary.call_after_steps(steps, callback)
 
     def progress(self, session: Any) -> object:
-        """The runs that may have changed the state, and the global step, which others may count up as well."""
+        """The number of runs that may have changed the state, and the global step, which other processes may raise."""
         boundary = _boundary(session)
         return (None if boundary is None else boundary.steps, self.step(session))
 
     def is_shared(self, session: Any) -> bool:
-        """Of a model on a server, and where steps are not marked: not everybody counts the global step up."""
+        """True for a model on a server, and for a session whose steps are not marked: others may change the model."""
         return _boundary(session) is None or not session.is_local
 
     def wait_for_others(self, session: Any, timeout_secs: float) -> None:
-        """Wait for the last steps of the other replicas, which end when they see the step that ended this one."""
+        """Wait for the last steps of the other replicas: they end when they see the step that ended this replica."""
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:
             return
         wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs)
 
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
-        """Hold the steps of this process back. A session of another kind has no boundaries to wait for."""
+        """Hold back the steps of this process. A session that is not ours has no boundary to wait for."""
         boundary = _boundary(session)
         return nullcontext() if boundary is None else boundary.hold(what, patience_secs=patience_secs)
 
     # --- checkpoints ---
 
     def snapshot(self, session: Any) -> TensorSnapshot | WrittenSnapshot:
-        """Fetch what the saver would save; or, where only the saver knows, have it save."""
-        # A sharded saver writes where the variables are; any other brings them here, which a fetch does as well.
+        """Fetch the tensors that the saver would save. If only the saver knows them, have it save."""
+        # A sharded saver writes where the variables live. Any other saver brings them to one place, as a fetch does.
         if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
             return self._plan.take(session.read, self._model.global_step)
         with self._model.graph.as_default():
             step = self.step(session)
-            # By keyword, and no more than this: a saver with its own save() may know only the oldest arguments.
+            # No other arguments: a saver with a save() of its own may know only the oldest ones.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
         written = statefile.without_shards(os.fspath(path)) if path else self._found(step)
-        # The saver has read the step itself, and steps may have been done since: its file name has the right one.
+        # The saver has read the step itself, possibly after more steps: its file name has the right step.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
 
     def _found(self, step: int | None) -> str:
-        """What a saver has written whose ``save()`` does not say so: the last that it counts among its own, or what is
-        there by its name; else all that is known is the directory.
+        """The prefix that the saver has written, if its ``save()`` does not return it.
+
+        That is the last prefix on the saver's own list, else the one with the expected name. If no file of either
+        exists, only the directory is known and returned.
         """
         directory = os.path.dirname(str(self._save_path))
         for prefix in (*self._last_checkpoints()[-1:], os.path.join(directory, self.checkpoint_name(step))):
@@ -240,7 +244,7 @@ class TensorFlowEngine:
         return directory
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
-        """Variables, slots of optimizers among them, with NaN or infinity."""
+        """The names of variables (optimizer slots included) that hold NaN or infinity."""
         if isinstance(snapshot, WrittenSnapshot):
             reader = _v1.train.NewCheckpointReader(snapshot.written)
             types = reader.get_variable_to_dtype_map()
@@ -268,14 +272,18 @@ class TensorFlowEngine:
         return {**digests, meta.path.name: (meta.size, meta.digest)}
 
     def kept_checkpoints(self) -> list[str]:
-        """What the saver counts among its own: also what the program has saved by calling it."""
+        """The names on the saver's own list, which includes checkpoints that the program itself has saved by it."""
         kept = [path for path in self._last_checkpoints() if self._is_in_place(path)]
         return [os.path.basename(statefile.without_shards(path)) for path in kept]
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
-        """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself."""
+        """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself. There is
+        room, now, for what a full disk has held up.
+        """
+        if self._is_graph_due and self._logdir:
+            self._is_graph_due = not write_graph(self._model.graph, self._logdir)
         if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
-            # What the program has saved elsewhere is still the saver's own to prune.
+            # Checkpoints that the program has saved elsewhere stay on the list, for the saver to prune.
             elsewhere = [(path, 0.0) for path in self._last_checkpoints() if not self._is_in_place(path)]
             self._model.saver.set_last_checkpoints_with_time([*elsewhere, *kept])
 
@@ -286,7 +294,7 @@ class TensorFlowEngine:
         return os.path.dirname(path) == os.path.dirname(str(self._save_path))
 
     def _meta_bytes(self) -> bytes:
-        # The graph is finalised, so this is done once; a program may un-finalise it and go on building.
+        # The graph is finalised, so one export is enough, unless the program un-finalises it and goes on building.
         graph = self._model.graph
         if self._exported_meta is None or self._exported_meta[0] != graph.version:
             with graph.as_default():
@@ -298,15 +306,16 @@ class TensorFlowEngine:
             try:
                 return bytes(self._model.saver.export_meta_graph().SerializeToString())
             except KeyError:
-                # An operation that another thread is just adding is there by half.
+                # Another thread is just adding an operation, which is not complete yet.
                 time.sleep(_EXPORT_PAUSE_SECS)
         return bytes(self._model.saver.export_meta_graph().SerializeToString())
 
     @contextmanager
     def _around_save(self, fetches: str, feed_dict: Any) -> Iterator[None]:
-        """The program runs an operation by its name. If that is the save operation of a Saver, our own saves wait
-        meanwhile, and what it writes over is committed no longer: it is a checkpoint like one that TensorFlow's own
-        tools wrote, and its saver prunes it.
+        """Wrap a run that the program makes by the name of an operation, in case that is a Saver's save operation.
+
+        Meanwhile our own saves wait. A checkpoint that the Saver overwrites loses its commit: it then counts as one
+        that TensorFlow's own tools wrote, and its Saver prunes it.
         """
         with contextlib.ExitStack() as saving:
             if feed_dict and self._store is not None and self._is_save(fetches):
@@ -317,12 +326,12 @@ class TensorFlowEngine:
             yield
 
     def _is_save(self, fetches: str) -> bool:
-        """Whether the run of an operation or tensor of that name writes a checkpoint, by any Saver."""
+        """Whether a run of the operation or tensor with that name writes a checkpoint, by any Saver."""
         if fetches not in self._saves:
             try:
                 element = self._model.graph.as_graph_element(fetches)
             except (KeyError, ValueError):
-                return False  # The run itself says that there is none of that name.
+                return False  # The run itself reports that no element has that name.
             self._saves[fetches] = bool(save_operations(element, _SAVES))
         return self._saves[fetches]
 
@@ -344,7 +353,7 @@ class TensorFlowEngine:
         self.write_summary(summary, step)
 
     def write_summary(self, summary: Any, step: int | None) -> None:
-        """A Summary proto, or one serialised, into the event log. Any thread."""
+        """Write a Summary proto, or the bytes of one, to the event log. Any thread."""
         if self._events is not None:
             self._events.summary(summary, step)
         if self._watch is not None:
@@ -361,7 +370,7 @@ class TensorFlowEngine:
                     )
                     held.enter_context(hold)
                 except NoBoundaryError as error:
-                    # A summary of two steps is better than none; a long step is no reason to end the run.
+                    # A summary that mixes two steps is better than none, and better than the end of the run.
                     _log.info("the summary may mix two steps: %s", error)
             yield
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from stepguard.words import listed
 
-# Operations that take the handle of a variable, table or iterator and leave it as it is. Whatever is not listed is
-# taken for a change: a wrong guess on this side delays a snapshot by one run, on the other it would tear one.
+# Operations that take the handle of a variable, table or iterator and do not change its state. An operation that is not
+# listed counts as a change: if that is wrong, a snapshot is delayed by one run; the opposite error would tear one.
 _READS = frozenset(
     {
         "Enter",
@@ -45,7 +45,7 @@ _READS = frozenset(
         "VariableShape",
     }
 )
-# Operations whose handle may be that of anything, decided only when they run.
+# Operations whose handle is known only when they run: it may be the handle of any resource.
 _FED_HANDLES = frozenset({"Placeholder", "PlaceholderV2", "PlaceholderWithDefault"})
 _FED_ITERATORS = frozenset({"IteratorFromStringHandle", "IteratorFromStringHandleV2"})
 _MAX_REMEMBERED = 4096
@@ -54,9 +54,9 @@ _MAX_REMEMBERED = 4096
 class RunKinds:
     """Tells whether a run can change the state that is saved. Any thread.
 
-    A run changes the state when one of the operations that it needs takes the handle of a saved variable, table or
-    iterator and is not known to only read it. The operations of a graph are never changed once they exist, so an
-    answer holds for good and is remembered.
+    A run changes the state if it needs an operation that takes the handle of a saved variable, table or iterator and
+    that is not known to only read it. An operation never changes once it is in the graph, so each answer stays true
+    and is remembered.
     """
 
     def __init__(self, graph: Any, saved: Iterable[Any]) -> None:
@@ -64,12 +64,13 @@ class RunKinds:
         handles = _handles(saved)
         self._saved = {_resource(operation) for operation in handles}
         self._saves_iterators = any("Iterator" in operation.type for operation in handles)
-        # The key holds ids; the value holds the objects, so that no id is ever used again for something else.
+        # The key holds ids. The value keeps the objects alive, so that no id is reused for another object.
         self._known: dict[Any, tuple[Any, bool]] = {}
 
     def changes_state(self, fetches: Any) -> bool:
         """Whether ``session.run(fetches)`` can change the saved state."""
-        # Asked before every run: a plain list or dictionary is looked up by what it holds, without being flattened.
+        # Called before every run, so it must be fast: a plain list or dictionary is looked up by the ids of its items,
+        # without being flattened.
         kind = type(fetches)
         if kind is list or kind is tuple:
             known = self._known.get(tuple(map(id, fetches)))
@@ -83,10 +84,10 @@ class RunKinds:
         single = isinstance(fetches, (tf.Operation, tf.Tensor))
         flat = [fetches] if single else tf.nest.flatten(fetches, expand_composites=True)
         if not all(isinstance(item, (tf.Operation, tf.Tensor, tf.Variable, str)) for item in flat):
-            # Something that the program may change, or make anew for each run.
+            # The program may change such an object, or make a new one for each run: its answer is not remembered.
             return self._examine(flat)
-        # A list may be changed by the program, so only a single fetch is remembered by its own identity, and a list
-        # by those of what it holds; that is never a list again, which could be changed as well.
+        # A single fetch is remembered by its own id. A list may be changed by the program, so it is remembered by the
+        # ids of its items; they are flattened, so none of them is a list, which could be changed too.
         key = id(fetches) if single else tuple([item if isinstance(item, str) else id(item) for item in flat])
         known = self._known.get(key)
         if known is not None:
@@ -101,7 +102,7 @@ class RunKinds:
         try:
             elements = [self._graph.as_graph_element(item) for item in flat]
         except (TypeError, ValueError, KeyError):
-            # A kind of fetch that only the session itself can read, or an error that the run itself reports better.
+            # Only the session can read this kind of fetch; or the fetch is wrong, and the run reports it better.
             return True
         needed = ancestors(element if isinstance(element, tf.Operation) else element.op for element in elements)
         return any(self._changes(operation) for operation in needed)
@@ -133,7 +134,7 @@ def describe(fetches: Any) -> str:
 
 
 def _resource(operation: Any) -> tuple[bytes, bytes]:
-    """What the handle of ``operation`` stands for: several operations of one shared name share one variable."""
+    """The resource that the handle of ``operation`` refers to: operations with one shared name share one variable."""
     try:
         container, shared_name = operation.get_attr("container"), operation.get_attr("shared_name")
     except ValueError:
@@ -142,7 +143,7 @@ def _resource(operation: Any) -> tuple[bytes, bytes]:
 
 
 def _read_only_inputs(operation: Any) -> set[int]:
-    """The inputs that a call of functions (tf.cond, tf.while_loop, tf.function) is known to only read."""
+    """The inputs that a function call (tf.cond, tf.while_loop, tf.function) is known to only read."""
     try:
         return set(operation.get_attr("_read_only_resource_inputs"))
     except ValueError:
@@ -152,7 +153,7 @@ def _read_only_inputs(operation: Any) -> set[int]:
 def _takes_handle(operation: Any, index: int, tensor: Any) -> bool:
     if tensor.dtype == tf.resource:
         return True
-    # A reference that is taken by value is a read.
+    # An operation that takes a reference by value only reads it.
     return bool(tensor.dtype._is_ref_dtype) and _input_is_ref(operation, index)
 
 
@@ -172,7 +173,7 @@ def _input_is_ref(operation: Any, index: int) -> bool:
 
 
 def ancestors(operations: Iterable[Any]) -> set[Any]:
-    """The operations that have to run for ``operations`` to run, themselves included."""
+    """The operations that have to run before ``operations`` can, and ``operations`` themselves."""
     seen: set[Any] = set()
     waiting = list(operations)
     while waiting:
@@ -186,7 +187,7 @@ def ancestors(operations: Iterable[Any]) -> set[Any]:
 
 
 def _sources(tensor: Any) -> set[Any]:
-    """The operations that may have made the handle in ``tensor``: those it comes from through handles alone."""
+    """The operations that may have made the handle in ``tensor``: its sources, followed through handles only."""
     found: set[Any] = set()
     seen: set[Any] = set()
     waiting = [tensor.op]
@@ -204,7 +205,7 @@ def _sources(tensor: Any) -> set[Any]:
 
 
 def _handles(saved: Iterable[Any]) -> set[Any]:
-    """The operations that make the handles of what is read to compute the tensors ``saved``."""
+    """The operations that make the handles from which the tensors ``saved`` are computed."""
     return {
         operation
         for operation in ancestors(tensor.op for tensor in saved)

@@ -1,4 +1,4 @@
-"""The numbers in what TensorFlow returns, by name, for the NaN guard: results of runs, summaries, variables."""
+"""The numbers that the NaN guard looks at, by name: in results of runs, in summaries, in variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_FLOATS = (np.bool_, np.integer, np.character, np.object_)
 
 
 def of_run(fetches: Any, result: Any) -> dict[str, float]:
-    """The scalar floats that ``session.run(fetches)`` has returned, by the names of their tensors."""
+    """The scalar floats in ``result`` of ``session.run(fetches)``, by the names of their tensors."""
     found: dict[str, float] = {}
     _collect(fetches, result, found)
     return found
@@ -37,7 +37,7 @@ def _collect(fetches: Any, result: Any, found: dict[str, float]) -> None:
 
 
 def of_summary(summary: Any) -> dict[str, float]:
-    """The scalars in a Summary proto, or one serialised, by their tags; of its histograms and images nothing."""
+    """The scalars in a Summary proto, or in the bytes of one, by their tags. Histograms and images are ignored."""
     proto = _v1.Summary.FromString(summary) if isinstance(summary, bytes) else summary
     found: dict[str, float] = {}
     for value in proto.value:
@@ -51,14 +51,14 @@ def of_summary(summary: Any) -> dict[str, float]:
 
 
 def is_finite(array: Any) -> bool:
-    """Whether all numbers of an array of floats are."""
+    """Whether all numbers in an array of floats are finite."""
     array = np.asarray(array)
     if array.dtype.kind == "c":
         array = array.reshape(-1).view(array.real.dtype)
     if not array.size:
         return True
     with np.errstate(invalid="ignore"):
-        # One pass each, and no copy of the state: both ends are NaN where anything is.
+        # Two passes and no copy of the array. If any number is NaN, then minimum and maximum are NaN.
         return math.isfinite(float(array.min())) and math.isfinite(float(array.max()))
 
 
@@ -69,7 +69,7 @@ def _as_number(value: Any) -> float | None:
         return value
     if isinstance(value, complex):
         return abs(value)
-    # bfloat16 and its kin are scalars of NumPy, and no floats of Python.
+    # Scalars such as bfloat16 are NumPy's, and not Python floats.
     if isinstance(value, np.generic) and not isinstance(value, _NO_FLOATS):
         return abs(complex(value)) if isinstance(value, np.complexfloating) else float(value)
     return None

@@ -1,4 +1,4 @@
-"""A real ``tf.compat.v1.Session`` that knows where the step boundaries are."""
+"""A real ``tf.compat.v1.Session`` that marks its step boundaries."""
 
 from __future__ import annotations
 
@@ -23,35 +23,34 @@ from stepguard.tensorflow.cluster.sync_replicas import AggregatingRun, gradients
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
 from stepguard.tensorflow.scalars import of_run
 
-# How long the end of the process waits for threads that come back from a session that was closed for it.
+# How long the exit of the process waits for threads whose session it has closed.
 _EXIT_SECS = 1.0
 _LOOK_SECS = 0.005
 
 
 class Session(tf.compat.v1.Session):
-    """What ``managed_session`` gives to the program: TensorFlow's own session, with its step boundaries marked.
+    """The session that ``managed_session`` returns: TensorFlow's own session, with its step boundaries marked.
 
-    Until :meth:`watch` is called it is TensorFlow's session and nothing more. From then on a run that can change what
-    the supervisor saves is a step: a snapshot is taken between two of them, never during one. Every other run passes
-    untouched.
+    Until :meth:`watch` is called, it is TensorFlow's session and nothing more. From then on, each run that can change
+    the saved state is a step; snapshots are taken between two steps, never during one. All other runs are unchanged.
     """
 
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
-        # Whether the variables live in this process, so that what a run returns is all in its memory.
+        # Whether the variables live in this process.
         self.is_local = not target
         self._pid = os.getpid()
-        # The version of the finalised graph that the session has; ``None`` while the graph may still grow.
+        # The version of the finalised graph that the runtime already has; ``None`` while the graph may still grow.
         self._extended_to: int | None = None
         self._boundary: Boundary | None = None
         self._before_close: Callable[[], None] | None = None
         self._around_save: Callable[[str, Any], AbstractContextManager[None]] | None = None
         self._not_joined: Callable[[], AbstractContextManager[None]] = nullcontext
-        # The threads that are in such a wait.
+        # The threads that are inside `_waiting`.
         self._waits: set[int] = set()
-        # Shows the guard what a step that ran its first argument, and returned the last for the second, has returned.
+        # look_at(needed, fetches, result) shows the NaN guard the result of a step that ran `needed`.
         self._look_at: Callable[[Any, Any, Any], Any] | None = None
         self.recovered: Recovery | None = None
-        """What the search for a checkpoint found when the session was prepared; ``None`` where nobody searched."""
+        """The result of the search for a checkpoint during preparation; ``None`` if there was no search."""
         super().__init__(target, graph=graph, config=config)
 
     def watch(
@@ -61,11 +60,11 @@ class Session(tf.compat.v1.Session):
         around_save: Callable[[str, Any], AbstractContextManager[None]],
         not_joined: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Mark the steps in ``boundary``.
+        """Mark the steps of this session in ``boundary``.
 
-        ``before_close()`` is called when the program closes the session itself, and each run that is asked for by a
-        name is done inside ``around_save(name, feeds)``: that is how a Saver runs its operations. A thread that only
-        the closing of the session frees waits inside ``not_joined()``.
+        ``before_close()`` is called if the program itself closes the session. A run of an operation by its name, which
+        is how a Saver saves, is made inside ``around_save(name, feeds)``. A thread that only the closing of the session
+        can free waits inside ``not_joined()``.
         """
         self._not_joined = not_joined
         self._around_save = around_save
@@ -73,7 +72,7 @@ class Session(tf.compat.v1.Session):
         self._before_close = before_close
 
     def unwatch(self) -> None:
-        """Be TensorFlow's session and nothing more again."""
+        """Undo :meth:`watch`: from now on this is TensorFlow's session and nothing more."""
         self._boundary = None
         self._before_close = None
         self._around_save = None
@@ -82,7 +81,7 @@ class Session(tf.compat.v1.Session):
     def watch_values(self, watch: ValueWatch) -> None:
         """Show ``watch`` the scalars that each step returns.
 
-        The methods of this one object are replaced, so that a session that nobody watches pays nothing at its steps.
+        This replaces methods of this one object, so that a session that is not watched pays nothing for its steps.
         """
         self._unwatch_values()
         run, partial_run, make_callable = self.run, self.partial_run, self.make_callable
@@ -104,7 +103,7 @@ class Session(tf.compat.v1.Session):
 
         def watched_make_callable(fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Any:
             function = make_callable(fetches, feed_list, accept_options)
-            # With feeds it is one that calls `run`, which looks already.
+            # With feeds the function calls `run`, which already looks at the values.
             return function if feed_list else lambda *args, **kwargs: looked_at(fetches, function(*args, **kwargs))
 
         self._look_at = look_at
@@ -128,7 +127,7 @@ class Session(tf.compat.v1.Session):
         if type(fetches) is str and (around_save := self._around_save) is not None:
             with around_save(fetches, feed_dict):
                 return self._run_marked(boundary, fetches, feed_dict, options, run_metadata)
-        # The same as `_run_marked`, without the call: this is done at each step.
+        # The same as `_run_marked`, inlined because it runs at every step.
         if not boundary.is_step(fetches):
             boundary.pass_by(fetches)
             return super().run(fetches, feed_dict, options, run_metadata)
@@ -149,15 +148,15 @@ class Session(tf.compat.v1.Session):
             boundary.leave()
 
     def read(self, fetches: Any) -> Any:
-        """Run ``fetches``, which change nothing, whatever the boundary says: for those who hold it."""
+        """Run ``fetches``, which must change no state, as a holder of the boundary: the run does not wait for it."""
         return super().run(fetches)
 
     def unmarked(self) -> UnmarkedSession:
-        """This session, for those who hold the boundary and change what is saved."""
+        """This session for a holder of the boundary that changes the saved state: its runs are no steps."""
         return UnmarkedSession(self.graph, super().run)
 
     def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
-        """Continue a partial run. The boundary may fall between two parts of one."""
+        """Continue a partial run. A boundary may fall between two of its parts."""
         boundary = self._boundary
         if boundary is None or not boundary.is_step(fetches):
             return super().partial_run(handle, fetches, feed_dict)
@@ -175,10 +174,10 @@ class Session(tf.compat.v1.Session):
         return self._marked(fetches, super().make_callable(fetches, feed_list, accept_options))
 
     def _aggregating(self, fetches: Any, taken: list[Any]) -> Callable[..., Any]:
-        """A function that runs ``fetches``, which need the gradients ``taken``."""
+        """A function that runs ``fetches``, which need the gradients ``taken`` from accumulators."""
         run = super().run
         if isinstance(fetches, tf.Operation):
-            # A quarter of the time of a run: each step of the training waits for this.
+            # A callable takes a quarter of the time of a run; every training step waits for it.
             options = config_pb2.CallableOptions(feed=[one.name for one in taken], target=[fetches.name])
             apply = super()._make_callable_from_options(options)
         else:
@@ -201,7 +200,7 @@ class Session(tf.compat.v1.Session):
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """A wait in native code that nothing but the closing of this session ends."""
+        """Mark the block as a wait in native code that only the closing of this session ends."""
         thread = get_ident()
         self._waits.add(thread)
         try:
@@ -211,7 +210,7 @@ class Session(tf.compat.v1.Session):
             self._waits.discard(thread)
 
     def _make_callable_from_options(self, callable_options: Any) -> Callable[..., Any]:
-        """What Keras runs its steps with."""
+        """A function that runs the elements named in ``callable_options``; Keras runs its steps by it."""
         fetched, needed = self._elements(callable_options)
         function = self._marked(needed, super()._make_callable_from_options(callable_options))
 
@@ -222,12 +221,12 @@ class Session(tf.compat.v1.Session):
         return call
 
     def _elements(self, options: Any) -> tuple[list[Any], list[Any]]:
-        """What a callable with these options returns, and all that it runs."""
+        """The elements that a callable with these options returns, and all elements that it runs."""
         fetched = [self.graph.as_graph_element(name) for name in options.fetch]
         return fetched, [*fetched, *(self.graph.as_graph_element(name) for name in options.target)]
 
     def _marked(self, fetches: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which runs ``fetches``, with its steps marked."""
+        """Wrap ``function``, which runs ``fetches``, so that its steps are marked."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             boundary = self._boundary
@@ -242,8 +241,8 @@ class Session(tf.compat.v1.Session):
         return call
 
     def _extend_graph(self) -> None:
-        # TensorFlow does this before each run, inside a lock of the graph that stays locked for good when Ctrl-C comes
-        # while it is being taken: the next run, the one that saves the last step, would wait for ever.
+        # TensorFlow extends the graph before each run, inside a lock of the graph. If Ctrl-C comes while that lock is
+        # being taken, it stays locked, and the next run (which saves the last step) would wait for ever.
         graph = self.graph
         version = graph.version if graph.finalized else None
         if version is None or version != self._extended_to:
@@ -256,19 +255,19 @@ class Session(tf.compat.v1.Session):
         exec_value: BaseException | None,
         exec_tb: TracebackType | None,
     ) -> Any:
-        """Close the session at the end of a `with` block; after an error the last step is not saved."""
+        """Close the session at the end of a `with` block. After an error the last step is not saved."""
         if isinstance(exec_value, Exception) and not isinstance(exec_value, CLEAN_STOP_TYPES):
             self._before_close = None
         return super().__exit__(exec_type, exec_value, exec_tb)
 
     def __del__(self, _is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if _is_finalizing():
-            # The threads that would save the last step run no more.
+            # While the interpreter ends, the threads that would save the last step no longer run.
             self._before_close = None
         super().__del__()
 
     def close(self) -> None:
-        """Close the session; a supervisor that still watches it saves the last step first."""
+        """Close the session. A supervisor that still watches it saves the last step first."""
         before_close, self._before_close = self._before_close, None
         if before_close is not None:
             before_close()
@@ -276,13 +275,16 @@ class Session(tf.compat.v1.Session):
         super().close()
 
 
-# Sessions with a wait in native code that nothing but their closing ends.
+# The sessions in which a thread may wait in native code until the session is closed.
 _waiting: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_waiting() -> None:
-    """A thread that comes back from native code while the interpreter goes would take the process down with it."""
+    """Close the sessions in which threads wait in native code, and wait a moment for these threads.
+
+    A thread that returns from native code while the interpreter ends would crash the process.
+    """
     mine = [session for session in list(_waiting) if session._pid == os.getpid()]
     for session in mine:
         session.unwatch()
@@ -293,7 +295,7 @@ def _close_waiting() -> None:
 
 
 class UnmarkedSession:
-    """What a Saver needs of a session; its runs are no steps."""
+    """The part of a session that a Saver needs. Its runs are no steps."""
 
     def __init__(self, graph: Any, run: Callable[..., Any]) -> None:
         self.graph = graph

@@ -1,4 +1,4 @@
-"""Creating a session and making its model ready: by restoring it, by initialising it, or by waiting for the chief."""
+"""Creates a session and makes its model ready: by restoring it, by initialising it, or by waiting for the chief."""
 
 from __future__ import annotations
 
@@ -22,39 +22,40 @@ from stepguard.tensorflow.session import Session
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# The first checks for a model or a checkpoint come this quickly, then ever less often, up to recovery_wait_secs, and
-# up to this: a check is cheap, and a worker has nothing else to do than to notice its chief.
+# The wait before the first check for a model or a checkpoint, its growth, and its limit (recovery_wait_secs is the
+# other limit). The limit is short because a check is cheap, and a worker has nothing to do but to notice its chief.
 _FIRST_WAIT_SECS = 0.05
 _WAIT_GROWTH = 1.5
 _LONGEST_WAIT_SECS = 1.0
 
 PEER_TIMEOUT_SECS = 60.0
-# A server that was lost while somebody waits for the model is waited for like the model itself.
+# If a server is lost during the wait for the model, the wait goes on until both are there.
 _LOST_WHILE_WAITING = (tf.errors.AbortedError, tf.errors.UnavailableError)
 
 
 class SessionManager(tf.compat.v1.train.SessionManager):
     """Creates sessions and makes the model ready: TensorFlow's ``SessionManager``, for use alone or by a Supervisor.
 
-    Nothing of TensorFlow's own is used but its type, which programs may ask for.
+    It uses nothing of TensorFlow's implementation. It has TensorFlow's type because programs may check for it.
 
     Args:
         local_init_op: operation run in every new session, for tables and local variables. ``None`` runs nothing.
-        ready_op: 1-D string tensor that names what is not ready; empty when the model is. ``None`` checks nothing.
-        ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
+        ready_op: 1-D string tensor with the names of what is not ready; empty if the model is ready. ``None`` checks
+            nothing.
+        ready_for_local_init_op: the same, checked before ``local_init_op`` is run.
         graph: the graph of the model; the default graph if ``None``.
         recovery_wait_secs: the longest time between two checks, in seconds, while waiting for a model or a
-            checkpoint. The checks follow each other more quickly than that: at first in milliseconds, then each second.
+            checkpoint. The first checks come within milliseconds, later ones each second.
         local_init_run_options: ``RunOptions`` for running ``local_init_op``.
         local_init_feed_dict: feeds for running ``local_init_op``.
         restorer: how a checkpoint directory is searched and restored. Keyword only.
         wait_for_stop: ``wait_for_stop(timeout_secs)`` ends a wait when it returns true. Keyword only.
         peer_timeout_secs: how long a task that the graph needs may be silent, in seconds, before a session on a remote
             master counts as lost; ``None`` waits for ever. Keyword only.
-        on_lost: called with the error of a session that is lost, by a thread of its own. Keyword only.
+        on_lost: called with the error when a session is lost, on a thread of its own. Keyword only.
 
     Raises:
-        ValueError: ``ready_for_local_init_op`` without ``local_init_op``.
+        ValueError: ``ready_for_local_init_op`` was given without ``local_init_op``.
     """
 
     def __init__(
@@ -104,11 +105,11 @@ class SessionManager(tf.compat.v1.train.SessionManager):
     ) -> Session:
         """A session whose model is restored from its newest good checkpoint, or else initialised.
 
-        The model of a remote ``master`` that is initialised already is left as it lives. Without a checkpoint,
-        ``init_op`` is run, then ``init_fn(session)`` called. ``local_init_op`` is run in every case.
+        A model that is already initialised on a remote ``master`` is not changed. Without a checkpoint, ``init_op`` is
+        run and then ``init_fn(session)`` is called. ``local_init_op`` is run in every case.
 
         Raises:
-            RuntimeError: nothing to initialise the model with, or the model is not ready afterwards.
+            RuntimeError: there is nothing to initialise the model with, or the model is not ready afterwards.
             ValueError: both ``checkpoint_dir`` and ``checkpoint_filename_with_path`` were given.
             NoGoodCheckpointError: checkpoints exist, and all of them are damaged.
             CheckpointMismatchError: the checkpoint does not fit the graph; nothing was overwritten.
@@ -135,7 +136,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         max_wait_secs: float | None = 7200,
         config: Any = None,
     ) -> tuple[Session, bool]:
-        """A session, and whether its model could be recovered: it lives on a remote master, or was restored.
+        """A session, and whether its model was recovered: found alive on a remote master, or restored.
 
         Raises:
             ValueError: both ``checkpoint_dir`` and ``checkpoint_filename_with_path`` were given.
@@ -158,12 +159,12 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         return _prepared(session), True
 
     def wait_for_session(self, master: str, config: Any = None, max_wait_secs: float | None = math.inf) -> Session:
-        """A session, once another process has made the model ready.
+        """Wait until another process has made the model ready, and return a session.
 
-        Waits ``max_wait_secs`` seconds at most; ``None`` waits for ever.
+        The wait lasts at most ``max_wait_secs`` seconds; ``None`` waits for ever.
 
         Raises:
-            tf.errors.DeadlineExceededError: the model was not ready in time; the message says what is missing.
+            tf.errors.DeadlineExceededError: the model was not ready in time; the message says what was missing.
         """
         waits = _Waits(self._recovery_wait_secs, max_wait_secs)
         while True:
@@ -189,7 +190,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
                 raise tasks.StoppedWhileWaitingError(f"a stop was requested while waiting: {problem}")
 
     def _open(self, master: str, config: Any, waits: _Waits) -> Session:
-        """A session that gives up what it waits for when a stop is requested, or when the time is over."""
+        """Open a session whose runs are given up when a stop is requested or the time is over."""
         session = open_session(master, graph=self._graph, config=config)
 
         def give_up() -> BaseException | None:
@@ -205,7 +206,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         return session
 
     def _contacted(self, session: Session) -> None:
-        """All servers have answered: from here on a silent one is noticed, and work may take its time until a stop."""
+        """Watch the servers from now on: all have answered. Runs now have no time limit; only a stop ends them."""
         if isinstance(session, RemoteSession):
             session.watch_peers(self._peer_timeout_secs, self._on_lost)
             session.give_up = self._stopped
@@ -216,7 +217,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         return None
 
     def _is_ready_problem(self, session: Session) -> str | None:
-        """What a worker has to wait for; a server that was lost meanwhile comes back as one without a model."""
+        """The reason why a worker must wait, or ``None``. A lost server is a reason: it returns without a model."""
         try:
             return self._run_local_init(session) or self._not_ready(session, self._ready_op)
         except _LOST_WHILE_WAITING as error:
@@ -278,13 +279,13 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             raise
 
     def _lives(self, session: Session) -> bool:
-        """Whether the model in ``session`` was made ready by somebody else already."""
+        """Whether another process has already made the model in ``session`` ready."""
         if self._ready_op is None:
             return False
         try:
             return (self._run_local_init(session) or self._not_ready(session, self._ready_op)) is None
         except tf.errors.FailedPreconditionError:
-            # Local variables that start from global ones cannot be initialised before those are.
+            # A local variable whose initial value is a global variable cannot be initialised before that one.
             return False
 
     def _initialise(
@@ -314,7 +315,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             )
 
     def _run_local_init(self, session: Session) -> str | None:
-        """Run ``local_init_op`` if it can be run; what stands in its way, if anything."""
+        """Run ``local_init_op`` if it can be run; otherwise return what it needs first."""
         if self._local_init_op is None:
             return None
         problem = self._not_ready(session, self._ready_for_local_init_op)
@@ -323,7 +324,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         return problem
 
     def _not_ready(self, session: Session, ready_op: Any) -> str | None:
-        """What is not ready, by the word of ``ready_op``; ``None`` when all is."""
+        """What is not ready according to ``ready_op``; ``None`` if all is ready."""
         if ready_op is None:
             return None
         try:
@@ -332,14 +333,14 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             if "uninitialized" not in str(error):
                 raise
             return str(error)
-        # An int32 result comes from a program without variables: an empty tensor of the default type.
+        # Without variables, TensorFlow's default ready_op returns an empty tensor of the default type, int32.
         if names is None or names.dtype == "int32" or names.size == 0:
             return None
         return "variables not initialised: " + ", ".join(name.decode() for name in names)
 
 
 class _Waits:
-    """How long to wait before each next check: quick ones first, never beyond the deadline."""
+    """The waits before each next check: short at first, then growing, and never beyond the deadline."""
 
     def __init__(self, longest_secs: float, max_wait_secs: float | None) -> None:
         self._longest_secs = min(longest_secs, _LONGEST_WAIT_SECS)
@@ -347,7 +348,7 @@ class _Waits:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Start the time and the quick checks anew: what is waited for now is another thing."""
+        """Restart the time limit and the short waits, because the next wait is for another thing."""
         self._next_secs = min(_FIRST_WAIT_SECS, self._longest_secs)
         self._began = time.monotonic()
 
@@ -364,7 +365,7 @@ class _Waits:
         )
 
     def next(self) -> float | None:
-        """Seconds to wait now; ``None`` when the time is over."""
+        """The seconds to wait now; ``None`` if the time is over."""
         remaining = self._began + self._max_wait_secs - time.monotonic()
         if remaining <= 0:
             return None
@@ -374,7 +375,7 @@ class _Waits:
 
 
 def _prepared(session: Session) -> Session:
-    """The session as the program gets it: from here on its runs take as long as they take."""
+    """The session as the program gets it: its runs are no longer given up."""
     if isinstance(session, RemoteSession):
         session.give_up = None
     return session
@@ -385,7 +386,7 @@ def _shown(master: str) -> str:
 
 
 def _close(session: Session) -> None:
-    """Close a session that is given up; the error that it is given up for matters more than one from closing."""
+    """Close a session because of an error. That error matters more than an error from closing."""
     try:
         session.close()
     except tf.errors.OpError as error:

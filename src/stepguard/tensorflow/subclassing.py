@@ -1,11 +1,11 @@
-"""What subclasses of TensorFlow's Supervisor override and use by its private names.
+"""The private methods and attributes of TensorFlow's Supervisor that its subclasses override and use.
 
-Many public programs derive a class from it. Its constructor settles each part by a method that such a class may
-override (``_init_saver``, ``_verify_setup`` ...), and keeps each in an attribute (``_saver``, ``_summary_writer`` ...)
-that such a class reads, or sets before its first session. All of them are here, under the same names: the constructor
-calls the methods, and what a session works with is taken from the attributes when it is prepared.
+Many public programs subclass TensorFlow's Supervisor. Its constructor makes each part in a method that a subclass may
+override (``_init_saver``, ``_verify_setup`` ...) and keeps the part in an attribute (``_saver``, ``_summary_writer``
+...), which a subclass reads, or sets before its first session. This module has all of them under the same names: the
+constructor calls the methods, and each session is prepared from the values that the attributes then have.
 
-What cannot be had is an error when the class, or its object, is made: a name that Stepguard needs for itself.
+A subclass that uses a name which Stepguard needs for itself is refused when the class, or its object, is made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# TensorFlow's own: this is imported before anything can be put in its place.
+# The names of TensorFlow's own class: this module is imported before `install` can replace that class.
 _THEIRS = frozenset(dir(_v1.train.Supervisor))
 
 _PARTS = (
@@ -46,13 +46,13 @@ _PARTS = (
     "save_model_secs",
     "_stop_grace_secs",
 )
-"""What a session depends on, by the name under which TensorFlow's class reads it then."""
+"""The parts that a session depends on, by the names under which TensorFlow's class reads them."""
 
 
 class Subclassable:
-    """The methods by which the parts of a Supervisor are settled; each leaves its result in attributes.
+    """The methods that make the parts of a Supervisor; each leaves its result in attributes.
 
-    They are called by the constructor, in this order, and ``_write_graph`` when the chief has prepared a session.
+    The constructor calls them in this order. ``_write_graph`` is called when the chief has prepared a session.
     """
 
     _graph: Any
@@ -120,19 +120,22 @@ class Subclassable:
         return found
 
     def _parts(self) -> dict[str, Any]:
-        """What the attributes, and the properties that a subclass may override, hold now."""
+        """The current values of the attributes, and of the properties that a subclass may override."""
         return {name.removeprefix("_"): self._part(name) for name in _PARTS}
 
     def _part(self, name: str) -> Any:
         try:
             return getattr(self, name)
         except AttributeError:
-            # A property that a subclass derives from attributes of its own, which it sets later.
+            # A subclass has overridden this property, and sets the attributes that it needs only later.
             return getattr(self, f"_{name}")
 
 
 def is_same(parts: Mapping[str, Any], others: Mapping[str, Any], names: Iterable[str] | None = None) -> bool:
-    """Whether two sets of parts are the same objects, or the same texts and numbers; tensors overload ``==``."""
+    """Whether all parts are the same objects, or equal texts and numbers.
+
+    Other parts are not compared by ``==``, because tensors overload it.
+    """
     return all(
         parts[name] is others[name] or (isinstance(parts[name], (str, int, float)) and parts[name] == others[name])
         for name in (parts if names is None else names)
@@ -140,10 +143,10 @@ def is_same(parts: Mapping[str, Any], others: Mapping[str, Any], names: Iterable
 
 
 def refuse_names(cls: type, names: list[str]) -> None:
-    """Say that a subclass uses names that are Stepguard's own.
+    """Refuse a subclass that uses names which Stepguard needs for itself.
 
     Raises:
-        TypeError: there are any.
+        TypeError: ``names`` is not empty.
     """
     if names:
         raise TypeError(

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
 
-# What the core works with as long as the Supervisor lives; a subclass that sets one of them takes it away.
+# The attributes that the core needs as long as the Supervisor lives; a subclass must not set them.
 _CORE = (
     "_engine",
     "_events",
@@ -49,18 +49,18 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
     """Initialises or restores a model, saves it, writes its summaries, stops cleanly, and comes back after a crash.
 
     The arguments up to ``local_init_run_options`` are those of ``tf.compat.v1.train.Supervisor``, in its order and
-    with its defaults; ``USE_DEFAULT`` takes what is in the graph's collections, or builds it and adds it there. The
-    graph is finalised.
+    with its defaults. ``USE_DEFAULT`` takes the part from the graph's collections, or builds it and adds it there. The
+    constructor finalises the graph.
 
     Args:
         graph: the graph of the model; the default graph if ``None``.
-        ready_op: 1-D string tensor naming what is not ready. ``None`` checks nothing.
-        ready_for_local_init_op: the same, for whether ``local_init_op`` can be run.
-        is_chief: whether this process initialises, restores, saves and logs; the others wait for it.
+        ready_op: 1-D string tensor with the names of what is not ready. ``None`` checks nothing.
+        ready_for_local_init_op: the same, checked before ``local_init_op`` is run.
+        is_chief: whether this process initialises, restores, saves and logs; the other processes wait for it.
         init_op: run by the chief when nothing can be restored. ``None`` initialises only through ``init_fn``.
         init_feed_dict: feeds for ``init_op``.
         local_init_op: run in every new session: tables and local variables. ``None`` runs nothing.
-        logdir: directory for checkpoints and events, created if missing; ``None`` leaves nothing behind.
+        logdir: directory for checkpoints and events, created if missing. ``None`` writes no files.
         summary_op: returns a serialised Summary. ``None`` computes no summaries.
         saver: saves and restores the model. ``None`` does neither.
         global_step: integer tensor of rank 0, or of rank 1 and size 1, that counts steps. ``None`` counts none.
@@ -73,12 +73,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         summary_writer: writes the events, in place of one made for ``logdir``. ``None`` writes none.
         init_fn: ``init_fn(session)``, called after ``init_op`` when nothing could be restored.
         local_init_run_options: ``RunOptions`` for ``local_init_op``.
-        saving: more of when the model is saved. Keyword only, like all that follow; they are Stepguard's own. What is
-            above may be given in these groups instead. How many checkpoints are kept is the Saver's to say.
+        saving: when the model is saved. Keyword only, like all that follow; these groups are Stepguard's own. An option
+            that is also listed above may be given in its group instead. The Saver says how many checkpoints are kept.
         stopping: how the run is stopped.
-        watching: how it is watched.
-        guarding: what happens when a number is not finite.
-        restoring: how the run comes back.
+        watching: how the run is watched.
+        guarding: what happens if a number is not finite.
+        restoring: how the run is restored.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -229,12 +229,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         self._session_manager = session_manager
 
     def _write_graph(self) -> None:
-        """Leave the graph in the logdir and in the event log."""
+        """Write the graph to the logdir and to the event log."""
         self._tensorflow.write_graph()
         self._graph_added_to_summary = self._tensorflow_events is not None
 
     def _plan_saving(self) -> None:
-        """Find out where and how the saver saves; what is wrong with that is said before anything is written."""
+        """Find out where and how the saver saves. Errors in that are raised before anything is written."""
         saver, path, options = self._part("saver"), self._part("save_path"), self._given_options
         saves_model = bool(saver) and path is not None
         self._saved_store = _open_store(path, saver) if saves_model else None
@@ -248,7 +248,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             )
 
     def _build(self) -> None:
-        """Make the engine and the core for what the attributes hold; once more when a subclass has set others."""
+        """Make the engine and the core from the attributes. Called again if a subclass has set other values."""
         parts, options = self._parts(), self._given_options
         writer, manager, own_manager = parts["summary_writer"], parts["session_manager"], self._own_manager
         if own_manager is not None and own_manager is manager:
@@ -289,7 +289,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         self._built = {name: vars(self)[name] for name in _CORE}
 
     def _take_changes(self) -> None:
-        """What a subclass, or the program, has set since the last session counts from the next one on."""
+        """Use the attributes that a subclass or the program has set since the last session."""
         refuse_names(type(self), sorted(name for name in self._built if vars(self)[name] is not self._built[name]))
         parts = self._parts()
         if is_same(parts, self._built_from):
@@ -298,7 +298,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             self._plan_saving()
         self._build()
 
-    # --- what the supervisor works with ---
+    # --- the parts of the supervisor ---
 
     @property
     def session_manager(self) -> Any:
@@ -317,12 +317,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
 
     @property
     def ready_op(self) -> Any:
-        """The tensor that names what is not ready, or ``None``."""
+        """The tensor with the names of what is not ready, or ``None``."""
         return self._ready_op
 
     @property
     def ready_for_local_init_op(self) -> Any:
-        """The tensor that names what stands in the way of ``local_init_op``, or ``None``."""
+        """The tensor with the names of what must be ready before ``local_init_op`` is run, or ``None``."""
         return self._ready_for_local_init_op
 
     @property
@@ -332,7 +332,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
 
     @property
     def save_path(self) -> str | None:
-        """The prefix of the checkpoints, without the step; ``None`` in a worker or without a logdir."""
+        """The prefix of the checkpoints, without the step; ``None`` in a worker, or without a logdir."""
         return self._save_path
 
     @property
@@ -370,7 +370,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         max_wait_secs: float | None = 7200,
         start_standard_services: bool = True,
     ) -> Any:
-        """A session on ``master`` whose model is ready: restored or initialised by the chief, waited for by others.
+        """A session on ``master`` with a ready model. The chief restores or initialises it; a worker waits for that.
 
         Args:
             master: ``""`` for this process, ``"local"``, or ``"grpc://host:port"``.
@@ -380,7 +380,8 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             start_standard_services: whether to start the services and the queue runners.
 
         Raises:
-            RuntimeError: the model could not be made ready; or ``nan_guard="return"`` and it is shared with others.
+            RuntimeError: the model could not be made ready; or ``nan_guard="return"`` was given and the model is on a
+                server, or the session does not mark its steps.
             tf.errors.DeadlineExceededError: a worker has waited ``max_wait_secs`` for its chief.
         """
         if self._given_options.guarding.returns and master:
@@ -434,13 +435,13 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         *,
         max_wait_secs: float | None = 7200,
     ) -> AbstractContextManager[Any]:
-        """A context that gives a prepared session, and ends the run when it is left.
+        """A context that returns a prepared session. The end of its block ends the run.
 
         An error of the block or of a service is raised again after all threads have stopped and the session is
-        closed; ``OutOfRangeError`` is the end of the input, and a clean end.
+        closed. ``OutOfRangeError`` means the end of the input: the run ends cleanly.
 
         Args:
-            master: see :meth:`prepare_or_wait_for_session`, as for ``config`` and ``max_wait_secs``.
+            master: see :meth:`prepare_or_wait_for_session`, also for ``config`` and ``max_wait_secs``.
             config: ``ConfigProto`` for the session.
             start_standard_services: whether to start the services and the queue runners.
             close_summary_writer: whether to close the summary writer at the end.
@@ -458,7 +459,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:
-        """Start the threads of ``queue_runners``, by default those in the graph's collection; return the new ones.
+        """Start the threads of ``queue_runners`` (by default those in the graph's collection) and return the threads.
 
         Raises:
             RuntimeError: eager execution is enabled.
@@ -482,12 +483,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
 
         Args:
             sess: the session, from which the step is fetched when ``global_step`` is ``None``.
-            summary: a Summary proto, or one serialised to bytes.
+            summary: a Summary proto, or the bytes of one.
             global_step: the step of the summary.
 
         Raises:
             TypeError: ``summary`` is neither a Summary proto nor bytes.
-            RuntimeError: there is no summary writer: no ``logdir``, or a worker.
+            RuntimeError: there is no summary writer, because there is no ``logdir`` or this process is a worker.
         """
         if self._tensorflow_events is None:
             raise RuntimeError(
@@ -503,7 +504,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             global_step = self._engine.step(sess)
         self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
 
-    # --- the contract's second spelling ---
+    # --- the aliases of the contract ---
 
     PrepareSession = prepare_or_wait_for_session
     StartQueueRunners = start_queue_runners
@@ -518,7 +519,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
 
 
 def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
-    """The store for ``save_path``; ``None`` on a file system that only TensorFlow can reach."""
+    """The store for ``save_path``; ``None`` if only TensorFlow can reach its file system."""
     if save_path is None or "://" in save_path:
         return None
     definition = getattr(saver, "saver_def", None)

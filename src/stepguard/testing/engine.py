@@ -18,7 +18,17 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.files import NewFile
-from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import (
+    Guarding,
+    Options,
+    Restoring,
+    Saving,
+    Stopping,
+    Watching,
+    check_local,
+    each_option_once,
+    refuse,
+)
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.interrupts import InterruptHold
@@ -256,6 +266,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
         refuse(restoring, *for_parts, because="the fake engine's model has no parts")
         store = None
         if logdir:
+            check_local("logdir", logdir)
             store = CheckpointStore(
                 logdir,
                 basename=options.saving.checkpoint_basename,

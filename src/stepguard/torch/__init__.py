@@ -1,4 +1,4 @@
-"""Stepguard for PyTorch: a training loop of the program's own, supervised."""
+"""Stepguard for PyTorch: supervises the program's own training loop."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""PyTorch programs, as the core sees them."""
+"""The engine of PyTorch programs."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class TorchEngine(LoopEngine[Session]):
-    """The engine over the objects that a program saves. Threads: see :class:`stepguard.engine.Engine`."""
+    """The engine over the objects that a program saves. For threads see :class:`stepguard.engine.Engine`."""
 
     def __init__(
         self,
@@ -68,18 +69,21 @@ class TorchEngine(LoopEngine[Session]):
         store = shared_store() if processes > 1 else None
         self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
-        self._memory = HostMemory()
+        # The memories, each with a weak reference to the snapshot in it.
+        self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
         self._watch: ValueWatch | None = None
 
     # --- the session ---
 
     def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
-        """A session that goes on from the newest good checkpoint; without one, from the model as it is.
+        """Prepare a session from the newest good checkpoint; without one, from the model as it is.
 
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
         gate = self._peers.gate()
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size)
+        holders = {one.name: one.holder for one in self._program.components}
+        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size, optimizers=optimizers)
         self._peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
@@ -94,7 +98,7 @@ class TorchEngine(LoopEngine[Session]):
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
-        self._member = TorchMember(self._coord, session, self._program.components, self._memory, self._root)
+        self._member = TorchMember(self._coord, session, self._program.components, HostMemory(), self._root)
         return self._member
 
     def _initialise(self) -> None:
@@ -108,14 +112,23 @@ class TorchEngine(LoopEngine[Session]):
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
+            # With options for restoring, the program's changes to the state may be intended; and no process may differ
+            # from the others.
+            if self._restoring == Restoring() and not self._peers.has_any:
+                session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
-        # The training runs on streams of its own threads.
+        # The loads may run on another CUDA stream than the training.
         _synchronize()
 
+    def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
+        """Reset the objects, before the first step, to the state that the session was restored with."""
+        restorer.return_to(path, session)
+        session.put_gradients_back()
+
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
-        """What the search of this process has found, and whether the session was restored: also by the chief's word."""
+        """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
         found: list[Recovery] = []
 
         def restore_newest() -> str | None:
@@ -141,7 +154,7 @@ class TorchEngine(LoopEngine[Session]):
     # --- steps ---
 
     def watch_values(self, session: Session, watch: ValueWatch) -> None:
-        """Show it what is summarised; a step returns no numbers."""
+        """Show ``watch`` the values that are summarised; a step returns no numbers."""
         self._watch = watch
         if self._member is not None:
             self._member.watch = watch
@@ -151,7 +164,7 @@ class TorchEngine(LoopEngine[Session]):
         """``steps`` ends at the next boundary, and ``step`` raises there."""
         if not self._peers.has_any:
             session.boundary.stop(main_thread_was_told)
-        # Else the request that came with this one is passed on, and all of them stop after the same step.
+        # With several processes the rendezvous passes the stop request on, and all stop after the same step.
 
     def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
@@ -159,9 +172,9 @@ class TorchEngine(LoopEngine[Session]):
 
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """Hold the steps back: of all processes after the same step, where there are several."""
+        """Hold the steps back; with several processes, those of all processes after the same step."""
         session.finish_step()
-        # Before the others are asked to come to it.
+        # Checked before the others are asked to come to this boundary.
         session.boundary.check_whole(what)
         with self._peers.meeting(what), session.boundary.hold(what, patience_secs):
             yield
@@ -169,28 +182,36 @@ class TorchEngine(LoopEngine[Session]):
     # --- checkpoints ---
 
     def snapshot(self, session: Session) -> TorchSnapshot:
-        """Copy the state into host memory. One snapshot is in flight at a time, so the memory is used again."""
+        """Copy the state into host memory, which is reused when its snapshot is no longer referenced."""
+        memory = self._free_memory()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
-            states = {one.name: self._memory.copy(one.name, one.state(), copies) for one in self._program.components}
-            own = self._memory.copy("process", session.process_state.capture(), copies)
+            states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
+            own = memory.copy("process", session.process_state.capture(), copies)
             process = {**own, "program": self._program.notes()}
             copies.close()
+        self._memories.append((memory, weakref.ref(copies)))
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
 
+    def _free_memory(self) -> HostMemory:
+        """Memory without a snapshot in it. A second one is made only if a loop ends while a snapshot is written."""
+        free = [memory for memory, copies in self._memories if copies() is None]
+        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
+        return free[0] if free else HostMemory()
+
     def non_finite(self, snapshot: Any) -> Sequence[str]:
-        """Tensors with NaN or infinity, and plain numbers that are NaN, by their places."""
+        """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""
         snapshot.copies.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
 
     def checkpoint_name(self, step: int | None) -> str:
-        """``model.ckpt-1200``."""
+        """The name of a checkpoint, such as ``model.ckpt-1200``."""
         return f"{self._basename}-{step}"
 
     def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
-        """A directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
+        """Write a directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
 
-        Objects that are sharded lie in the files of ``torch.distributed.checkpoint``, to which every process writes.
+        Sharded objects go to the files of ``torch.distributed.checkpoint``, which all processes write.
         """
         snapshot.copies.finish()
         directory = stage / name
@@ -200,7 +221,8 @@ class TorchEngine(LoopEngine[Session]):
         try:
             digests = self._write_own(snapshot, directory, exchange)
         except BaseException:
-            # The others must not write on to what the next try has; what they say is later than this error.
+            # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
+            # so theirs are ignored.
             with contextlib.suppress(Exception):
                 collect_processes(exchange)
             raise
@@ -213,20 +235,21 @@ class TorchEngine(LoopEngine[Session]):
         process = written[process_file(0)] = {"global_step": snapshot.step, **snapshot.process}
         digests = {}
         if sharded:
-            # The sharded format loses which keys were numbers, and what was empty: it is kept here.
+            # The sharded format loses integer keys and empty containers; the skeleton keeps the structure.
             process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
             digests = write_all(exchange, directory, sharded)
         return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
-        """The other processes need not keep their parts any longer."""
+        """Tell the other processes that they can free their parts."""
         self._peers.settled()
 
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
-        """Evaluate the program's summary function between two steps, without moving the random states. Not after the
-        last step of a loop: the program may be using the model itself, in another mode.
+        """Evaluate the program's summary function between two steps, without moving the random states.
+
+        It is not called after the last step of a loop, because the program may then use the model in another mode.
         """
         if self._summaries is None or self._events is None:
             return
@@ -238,14 +261,14 @@ class TorchEngine(LoopEngine[Session]):
         self.write_summary(values, step, where="summaries")
 
     def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
-        """Values that the program has computed itself, and given to ``where``. Any thread.
+        """Write values that the program has computed itself and given to ``where``. Any thread.
 
         Raises:
-            TypeError: one of them is no number, or they are no dictionary.
+            TypeError: a value is no number, or ``values`` is no dictionary.
         """
         check_values(values, where)
         if self._watch is None and self._events is None:
-            return  # Nobody looks: what is on a GPU is not waited for.
+            return  # No one uses the values, so do not wait for those on a GPU.
         values = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(values, step)

@@ -1,8 +1,9 @@
-"""The records of a run in a TensorBoard event file, through the program's SummaryWriter or one of our own."""
+"""Writes the records of a run to a TensorBoard event file, by the program's SummaryWriter or by one of our own."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -20,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 _opened = itertools.count()
 
-# After the disk has failed a log of our own it is opened anew at the next checkpoint, or else after so long.
+# After a disk error, a log of our own is opened again at the next checkpoint, or after this time.
 _RETRY_SECS = 60.0
 _PROBE_BYTES = 1 << 16
 
 
 def open_writer(logdir: str) -> Any:
-    """A SummaryWriter for ``logdir``; ``None``, with a warning, where the tensorboard package is not installed."""
-    # Its import draws random numbers (so does TensorFlow's, which it loads where there is one), and a program that has
-    # seeded its streams before would train otherwise than without a supervisor.
+    """A SummaryWriter for ``logdir``; ``None``, with a warning, if the tensorboard package is not installed."""
+    # The import draws random numbers, and so does the import of TensorFlow, which tensorboard loads if it is installed.
+    # Without `preserved`, a program that has seeded its streams would train differently under a supervisor.
     with STREAMS.preserved():
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -36,11 +37,42 @@ def open_writer(logdir: str) -> Any:
             _log.warning("no summaries are written: %s; pip install tensorboard", error)
             return None
         # The names of event files count whole seconds: the suffix keeps two of them apart.
-        return SummaryWriter(log_dir=logdir, filename_suffix=f".{os.getpid()}.{next(_opened)}")
+        options = {"log_dir": logdir, "filename_suffix": f".{os.getpid()}.{next(_opened)}"}
+        return SummaryWriter(**options) if _no_room(logdir) is None else _late(SummaryWriter)(**options)
+
+
+def _late(kind: type[Any]) -> type[Any]:
+    """A kind of SummaryWriter whose file is opened when there is room for it."""
+
+    class LateWriter(kind):
+        def _get_file_writer(self) -> Any:
+            if self.file_writer is None and _no_room(self.log_dir) is not None:
+                # What the program itself writes meanwhile is a gap in its curves.
+                return _Nowhere()
+            return super()._get_file_writer()
+
+    return LateWriter
+
+
+class _Nowhere:
+    """An event file on a disk that is full."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _no_room(logdir: str) -> OSError | None:
+    """Why the disk takes nothing now; None where it does, or where that is no matter of room."""
+    try:
+        with tempfile.TemporaryFile(dir=logdir) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
+    return None
 
 
 def check_values(values: Any, where: str) -> None:
-    """Raises TypeError if ``values``, given to ``where``, are no numbers by the names of their curves."""
+    """Raise TypeError unless ``values``, given to ``where``, is a mapping from names of curves."""
     if not isinstance(values, Mapping):
         raise TypeError(
             f"{where}: expected numbers by the names of their curves, found {type(values).__name__}: {values!r:.80}"
@@ -48,10 +80,10 @@ def check_values(values: Any, where: str) -> None:
 
 
 def as_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
-    """Numbers, or tensors of one element, as numbers. Those on a GPU are waited for.
+    """Convert numbers, and tensors of one element, to floats. This waits for tensors on a GPU.
 
     Raises:
-        TypeError: one of them is none; the message names its curve, and ``where`` it was given.
+        TypeError: a value is no number; the message names its curve, and ``where`` it was given.
     """
     return {tag: _as_number(tag, value, where) for tag, value in values.items()}
 
@@ -73,60 +105,68 @@ def _as_number(tag: str, value: Any, where: str) -> float:
 class TorchEvents:
     """The event log over a ``torch.utils.tensorboard.SummaryWriter``, or anything that has its methods.
 
-    ``is_own`` says that the program has not made the writer itself. When the disk fails such a one, training goes on
-    and the curves have a gap; errors of the program's own writer are raised to the program.
+    ``is_own`` says that Stepguard, and not the program, has made the writer. After a disk error of such a writer
+    training goes on, and the curves have a gap. Errors of a writer that the program made are raised.
     """
 
     def __init__(self, writer: Any, *, is_own: bool = False) -> None:
         self.writer = writer
-        # A SummaryWriter that is written to after it was closed opens a new file, which nobody would close.
+        # A write to a closed SummaryWriter would open a new file, which nobody would close.
         self._is_open = True
         self._passed_over = _storage_errors() if is_own else ()
-        # When the file is to be opened anew, on the clock of time.monotonic; None while there is one.
+        # The time of the next try to open a file, on the clock of time.monotonic; None while a file is open.
         self._retry_at: float | None = None
-        self._opening = threading.Lock()
-        if is_own:
+        self._opening = threading.RLock()
+        # The step of a start of which no file has the record.
+        self._start_due: int | None = None
+        if is_own and writer.file_writer is None:
+            self._lose_file(_no_room(writer.log_dir) or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        elif is_own:
             self._quieten()
 
     def started(self, step: int) -> None:
-        """The session log record START: TensorBoard drops what an earlier run wrote for this step and later ones.
+        """Write the session log record START. TensorBoard then drops earlier values for this step and later steps.
 
-        A run that goes on from step 1,200 does the steps after it once more, and without this the curve of the run
-        that was killed at 1,350 would lie under the new one.
+        A run that resumes at step 1,200 does the later steps again. Without the record, the curve of the run that was
+        killed at step 1,350 would appear under the new curve.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+        if self._retry_at is not None:
+            self._start_due = step
+            return
+        self._start_due = None
         self._add(Event(step=step, file_version="brain.Event:2"))
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
 
     def checkpointed(self, step: int | None, path: str) -> None:
-        """The session log record CHECKPOINT, with the directory that was really written."""
+        """Write the session log record CHECKPOINT, with the directory that was written."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         if self._retry_at is not None:
-            # There is room again.
+            # A checkpoint was written, so the disk works again: retry now.
             self._retry_at = 0.0
         self._add(Event(step=step, session_log=SessionLog(status=SessionLog.CHECKPOINT, checkpoint_path=path)))
         self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One value of one curve."""
+        """Write one value of one curve."""
         self._write(lambda: self.writer.add_scalar(tag, value, step))
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
-        """One value of each of some curves."""
+        """Write one value for each of several curves."""
         for tag, value in values.items():
             self.scalar(tag, value, step)
 
     def stopped(self) -> None:
-        """The session log record STOP."""
+        """Write the session log record STOP."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         self._add(Event(session_log=SessionLog(status=SessionLog.STOP)))
 
     def close(self) -> None:
-        """Close the writer; what comes later, from a write that was given up, is not written."""
+        """Close the writer. Later records, from a write that was given up, are dropped."""
         self._is_open = False
         try:
             self.writer.close()
@@ -134,20 +174,20 @@ class TorchEvents:
             self._lose_file(error)
 
     def reopen(self) -> None:
-        """Let the writer be written to again: it then opens a new file."""
+        """Allow writing again; the writer then opens a new file."""
         self._is_open = True
         if self._retry_at is not None:
             self._retry_at = 0.0
 
     def _add(self, event: Any) -> None:
-        # A writer of another make that has no such file takes the curves, and goes without the records.
+        # A writer of another kind may have no file writer; then it gets the curves without the session log records.
         get = getattr(self.writer, "_get_file_writer", None)
         if get is not None:
             self._write(lambda: get().add_event(event, event.step or None))
 
     def flush(self) -> None:
-        """Hand what was written so far to the system."""
-        # Else the writer keeps its records for up to two minutes, and SIGKILL takes the curves before a checkpoint.
+        """Hand all records so far to the system."""
+        # The writer keeps records for up to two minutes, and a SIGKILL loses them: then a checkpoint has no curves.
         flush = getattr(self.writer, "flush", None)
         if flush is not None:
             self._write(flush)
@@ -159,7 +199,7 @@ class TorchEvents:
             return
         try:
             if self._passed_over and self.writer.file_writer is None:
-                # Held while the file is opened: the steps and a checkpoint would open two.
+                # The lock is held while the file is opened; else a step and a checkpoint could open two files.
                 with self._opening:
                     if self.writer.file_writer is None:
                         self._open_file()
@@ -170,12 +210,15 @@ class TorchEvents:
     def _open_file(self) -> None:
         if self._retry_at is not None:
             # Not with the event file itself: where it cannot be written, a thread dies and prints why.
-            with tempfile.TemporaryFile(dir=self.writer.log_dir) as probe:
-                probe.write(bytes(_PROBE_BYTES))
+            full = _no_room(self.writer.log_dir)
+            if full is not None:
+                raise full
         self.writer._get_file_writer()
         self._quieten()
         if self._retry_at is not None:
             self._retry_at = None
+            if self._start_due is not None:
+                self.started(self._start_due)
             _log.info("the event log is written again, to a new file in %s", self.writer.log_dir)
 
     def _lose_file(self, error: BaseException) -> None:
@@ -195,14 +238,14 @@ class TorchEvents:
                 file_writer.close()
 
     def _quieten(self) -> None:
-        """The thread that writes the file dies of the first error, which we are told of too: not on stderr as well."""
-        with contextlib.suppress(AttributeError):  # It has no public name; without it there is only more to read.
+        """Keep the thread that writes the file from printing its first error, which kills it and which we report."""
+        with contextlib.suppress(AttributeError):  # The thread has no public name; if not found, the error is printed.
             thread = self.writer.file_writer.event_writer._async_writer._worker
             thread._invoke_excepthook = lambda _: None
 
 
 def _storage_errors() -> tuple[type[BaseException], ...]:
-    """What the event file raises when the disk fails it: TensorFlow's file system is used where there is one."""
+    """The errors that the event file raises if the disk fails: also TensorFlow's, whose file system it may use."""
     from tensorboard.compat import tf
 
     named = getattr(tf.errors, "OpError", None)

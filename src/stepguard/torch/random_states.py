@@ -1,7 +1,7 @@
-"""The random states of the process: those of every program, and PyTorch's on the CPU and on CUDA.
+"""The random states of a PyTorch process: Python's and NumPy's, and PyTorch's on the CPU and on CUDA.
 
-A generator of the program's own is saved as state (``Supervisor({"noise": generator, ...})``); those of a loader and
-its sampler go with the position in the data.
+A program passes its own generators as state (``Supervisor({"noise": generator, ...})``). The generators of a loader
+and of its sampler are saved with the position in the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stepguard.steps.random_streams import RandomStreams
 
 
 class TorchStreams(RandomStreams):
-    """Adds PyTorch's own, as tensors."""
+    """Adds PyTorch's random states, as tensors."""
 
     def capture(self) -> dict[str, Any]:
         """The states, as tensors and plain values."""
@@ -25,7 +25,7 @@ class TorchStreams(RandomStreams):
         return states
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Continue the streams; devices that are not there any more are passed over."""
+        """Continue the streams. States of devices that no longer exist are ignored."""
         super().restore(states)
         torch.set_rng_state(states["torch"])
         if "cuda" in states and torch.cuda.is_available():
@@ -34,4 +34,4 @@ class TorchStreams(RandomStreams):
 
 
 STREAMS = TorchStreams()
-"""Those of this process."""
+"""The random streams of this process."""

@@ -1,4 +1,4 @@
-"""What the ``with`` block gets: the session of every loop framework, with PyTorch's loaders and streams."""
+"""The session of a PyTorch program: that of every loop framework, with PyTorch's loaders and streams."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
+from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.torch.data.feeds import feed_of
+from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
 
 
 class Session(LoopSession):
     """A run of a PyTorch program, from its start or restart to its stop.
 
-    ``global_step`` is the number of steps that are done: inside the first step it is 0. Steps are run by
-    :meth:`steps`, or one by one by :meth:`step`.
+    ``global_step`` is the number of steps done; inside the first step it is 0. :meth:`steps` runs many steps,
+    :meth:`step` runs one.
     """
 
     def __init__(
@@ -30,14 +32,21 @@ class Session(LoopSession):
         *,
         gate: Gate | None = None,
         processes: int = 1,
+        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     ) -> None:
-        super().__init__(coord, write_summary, _TorchProcessState(STREAMS, processes), gate=gate)
+        self._torch_state = _TorchProcessState(STREAMS, processes)
+        super().__init__(coord, write_summary, self._torch_state, gate=gate)
+        self._torch_state.watch_gradients(optimizers or {}, lambda: self.boundary.steps)
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def training_streams(self) -> Mapping[torch.device, torch.cuda.Stream]:
         """The CUDA streams on which the last step was run."""
         return self._training_streams
+
+    def put_gradients_back(self) -> None:
+        """Restore the saved gradients. The engine calls this after it has put the restored state back."""
+        self._torch_state.put_gradients_back()
 
     def _step_is_ending(self) -> None:
         if torch.cuda.is_initialized():
@@ -46,5 +55,41 @@ class Session(LoopSession):
 
 
 class _TorchProcessState(ProcessState):
+    """Adds the gradients that were accumulated and not applied; each of several processes has its own."""
+
+    def __init__(self, streams: RandomStreams, processes: int) -> None:
+        super().__init__(streams, processes)
+        self._gradients: dict[str, Gradients] = {}
+        self._restored_gradients: Mapping[str, Any] = {}
+
+    def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
+        """Save, from now on, the gradients that ``optimizers`` have not applied."""
+        self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
+
     def new_feed(self, loader: Any) -> Feed:
         return feed_of(loader)
+
+    def capture(self) -> dict[str, Any]:
+        unapplied = {name: one.unapplied() for name, one in self._gradients.items()}
+        unapplied = {name: found for name, found in unapplied.items() if found}
+        return {**super().capture(), **({"gradients": unapplied} if unapplied else {})}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._restored_gradients = state.get("gradients", {})
+        self.put_gradients_back()
+
+    def put_gradients_back(self) -> None:
+        """Until the first step, set the gradients of the parameters to those in the checkpoint."""
+        for name, saved in self._restored_gradients.items():
+            if name in self._gradients:
+                self._gradients[name].put_back(saved)
+
+    def resume_streams(self) -> None:
+        super().resume_streams()
+        self._restored_gradients = {}
+
+    def close(self) -> None:
+        super().close()
+        for one in self._gradients.values():
+            one.close()

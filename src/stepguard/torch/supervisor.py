@@ -1,4 +1,4 @@
-"""The Supervisor for PyTorch: the core's verbs, and a constructor in PyTorch's words."""
+"""The Supervisor for PyTorch: the core's methods, and a constructor with PyTorch's terms."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ class Supervisor(CoreSupervisor[Session]):
                 sess.summary({"loss": loss})
 
     Args:
-        state: what is saved, by name: anything with ``state_dict`` and ``load_state_dict``, generators of random
-            numbers, and plain values in a :class:`stepguard.torch.Values`. The global step, the random states of the
-            process and the position in the data are saved with it.
-        logdir: where checkpoints and event files go; without it nothing is saved.
-        is_chief: whether this process restores, saves and logs; by default rank 0 of ``torch.distributed`` does, which
-            is to be initialised before.
-        init_fn: called without arguments when there is no checkpoint to restore, before the first step.
+        state: the objects to save, by name: anything with ``state_dict`` and ``load_state_dict``, random number
+            generators, and plain values in a :class:`stepguard.torch.Values`. The global step, the random states of
+            the process and the position in the data are saved too.
+        logdir: the directory for checkpoints and event files; without it nothing is saved.
+        is_chief: whether this process restores, saves and logs. By default rank 0 of ``torch.distributed`` does;
+            initialise that before.
+        init_fn: called without arguments before the first step, if there is no checkpoint to restore.
         summaries: called without arguments between two steps, every ``save_summaries_secs``, without gradients; it
-            returns numbers by the names of their curves. What it draws at random does not change the training.
-        summary_writer: a ``SummaryWriter`` of the program's own; by default one for ``logdir``.
+            returns numbers by the names of their curves. Random numbers that it draws do not change the training.
+        summary_writer: the program's own ``SummaryWriter``; by default one is made for ``logdir``.
         save_summaries_secs: seconds between summaries and step rates; 0 or ``None`` writes neither.
         save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
         save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all.
-        progress: whether to show a progress line where standard error is a terminal.
-        saving: more of when and how the model is saved; the options above may be given in there instead.
+        progress: whether to show a progress line if standard error is a terminal.
+        saving: when and how the model is saved. An option that is also listed above may be given in its group instead.
         stopping: how the run is stopped.
-        watching: how it is watched; likewise.
-        guarding: what happens when a number is not finite.
-        restoring: how the run comes back.
+        watching: how the run is watched.
+        guarding: what happens if a number is not finite.
+        restoring: how the run is restored.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, or a part of the state cannot be saved; the
@@ -116,7 +116,7 @@ class Supervisor(CoreSupervisor[Session]):
         program = Program(components(state))
         if is_chief is None:
             is_chief = world()[0] == 0
-        # A program may change its directory while it trains.
+        # Absolute, because a program may change its working directory while it trains.
         self._everyones_root = everyones_root = os.path.abspath(logdir) if logdir else None
         root = everyones_root if is_chief else None
         basename = options.saving.checkpoint_basename
@@ -140,7 +140,7 @@ class Supervisor(CoreSupervisor[Session]):
             summary_writer, is_own = open_writer(root), True
         events = None if summary_writer is None or not is_chief else TorchEvents(summary_writer, is_own=is_own)
         self._torch_events = events
-        # What `next(batches)` raises in a loop of the program's own when there are no more.
+        # `next(batches)` in the program's own loop raises StopIteration at the end of the batches.
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._torch = TorchEngine(
             program,
@@ -156,7 +156,7 @@ class Supervisor(CoreSupervisor[Session]):
         )
         self._session: Session | None = None
         self._is_in_block = False
-        # Known to all processes, and not to the chief only.
+        # All processes need this value, not only the chief.
         self._saves_every = options.saving.save_model_steps if everyones_root is not None else None
         super().__init__(
             self._torch,
@@ -173,7 +173,7 @@ class Supervisor(CoreSupervisor[Session]):
 
     @property
     def save_path(self) -> str | None:
-        """The beginning of the paths of the checkpoints, without the step; ``None`` without a logdir."""
+        """The prefix of the paths of the checkpoints, without the step; ``None`` without a logdir."""
         return self._save_path
 
     @property
@@ -182,13 +182,13 @@ class Supervisor(CoreSupervisor[Session]):
         return None if self._torch_events is None else self._torch_events.writer
 
     def newest_step(self) -> int | None:
-        """The step that the next session goes on at, which is that of the newest good checkpoint; ``None`` without one.
+        """The step of the newest good checkpoint, where the next session continues; ``None`` without a checkpoint.
 
-        It is read and verified for this. :func:`stepguard.torch.newest` also tells what it holds, before there is a
-        Supervisor.
+        This reads and verifies the checkpoint. :func:`stepguard.torch.newest` also returns what it contains, and needs
+        no Supervisor.
 
         Raises:
-            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            NoGoodCheckpointError: checkpoints exist, but all are damaged.
         """
         found = None if self._everyones_root is None else newest(self._everyones_root)
         return None if found is None else found.step
@@ -196,13 +196,13 @@ class Supervisor(CoreSupervisor[Session]):
     # --- sessions ---
 
     def prepare_or_wait_for_session(self, start_standard_services: bool = True) -> Session:
-        """A session whose state is restored, or as the program has built it.
+        """Open a session. Its state is restored, or is the one that the program has built.
 
         Raises:
-            RuntimeError: the session before this one still runs.
-            LogdirInUseError: another process, or another supervisor of this one, saves to the logdir.
+            RuntimeError: the previous session of this supervisor still runs.
+            LogdirInUseError: another process, or another supervisor of this process, saves to the logdir.
             CheckpointMismatchError: the newest good checkpoint does not fit the program. Nothing was changed.
-            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            NoGoodCheckpointError: checkpoints exist, but all are damaged.
         """
         self._check_alone()
         meets_every = self._saves_every if start_standard_services else None
@@ -214,7 +214,7 @@ class Supervisor(CoreSupervisor[Session]):
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
     ) -> AbstractContextManager[Session]:
-        """A context that gives a session, and ends the run when it is left.
+        """A context that returns a session. The end of its block ends the run.
 
         An error of the block or of a service is raised again after all threads have stopped and the session is
         closed.
@@ -226,7 +226,7 @@ class Supervisor(CoreSupervisor[Session]):
 
         def open_session() -> Session:
             session = self.prepare_or_wait_for_session(start_standard_services)
-            # It is ended by its block, and by nobody else.
+            # Only the end of its block ends this session.
             self._is_in_block = True
             return session
 
@@ -237,7 +237,7 @@ class Supervisor(CoreSupervisor[Session]):
 
         Raises:
             TypeError: ``summary`` is no dictionary, or a value in it is no number.
-            RuntimeError: there is no summary writer: no ``logdir``, or a worker.
+            RuntimeError: there is no summary writer, because there is no ``logdir`` or this process is a worker.
         """
         if self._torch_events is None:
             raise RuntimeError(
@@ -248,7 +248,10 @@ class Supervisor(CoreSupervisor[Session]):
         self._torch.write_summary(summary, step, where="summary_computed")
 
     def _check_alone(self) -> None:
-        """A second session would be restored over the model that the first one trains."""
+        """Refuse a second session: it would be restored into the model that the first session trains.
+
+        An earlier session of another supervisor that saves to the same logdir and is in no `with` block is ended.
+        """
         if self._session is not None and self._session.is_open and not self.should_stop():
             raise RuntimeError(
                 "this supervisor has a session that still runs, and both would train the same model: leave its "
@@ -269,7 +272,10 @@ class Supervisor(CoreSupervisor[Session]):
             other._give_way()
 
     def _give_way(self) -> None:
-        """End a session that was opened by hand and is in the way of another one: a notebook's cell was run again."""
+        """End a session that was opened without a `with` block, so that another can start.
+
+        This happens when a cell of a notebook is run again.
+        """
         session = self._session
         assert session is not None
         _log.warning(
@@ -279,12 +285,12 @@ class Supervisor(CoreSupervisor[Session]):
         )
         try:
             self.stop()
-        except Exception as error:  # noqa: BLE001 - its errors are not those of the session that is opened now
+        except Exception as error:  # noqa: BLE001 - an error of the old session must not end the new one
             _log.warning("the earlier session has ended with an error: %s", described(error))
         session.close()
 
     def _saves_to(self, logdir: str | None) -> bool:
-        """Whether a session of this supervisor runs that saves there."""
+        """Whether a session of this supervisor is running and saves to ``logdir``."""
         runs = self._session is not None and self._session.is_open and not self.should_stop()
         return runs and self._saving.is_on and logdir is not None and logdir == self._logdir
 

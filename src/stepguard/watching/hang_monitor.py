@@ -121,7 +121,9 @@ class Monitor:
             return
         # A full disk must not prevent the kill that follows.
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            # As `files.open_own`, which this process does not import.
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
                 os.write(descriptor, text.encode())
             finally:

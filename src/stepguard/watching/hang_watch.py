@@ -70,8 +70,10 @@ class HangWatch:
             self.finish()
 
     def _start(self) -> None:
-        files.make_dirs(self.stacks.parent)
-        self._file = open(self.stacks, "ab", buffering=0)  # noqa: SIM115 - as long as the watch lasts
+        files.make_dirs(self.stacks.parent.parent)
+        files.make_own_dir(self.stacks.parent)
+        descriptor = files.open_own(self.stacks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
         self._reported_size = self.stacks.stat().st_size
         self._signal = _free_signal()
         faulthandler.register(self._signal, file=self._file, all_threads=True, chain=False)

@@ -6,25 +6,34 @@ GIL held, or is suspended, writes no heartbeats.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any
 
-from stepguard import files
+from stepguard import files, schema
+from stepguard.processes import is_running, process_start
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0
 # How late a heartbeat may be before its process counts as silent: machines may be busy, and network disks slow.
 LATE_SECS = 10.0
+
+_MOST_BYTES = 1 << 20
+_PHASES = ("preparing", "training", "stopping", "stopped")
+_CHECKPOINT: schema.Kinds = {
+    "name": (str, NoneType),
+    "step": (int, NoneType),
+    "time": (float, NoneType),
+    "bytes": (int, NoneType),
+    "secs": (float, NoneType),
+    "stall_secs": (float, NoneType),
+}
 
 
 @dataclass(slots=True)
@@ -76,31 +85,48 @@ def write(logdir: str | os.PathLike[str], heartbeat: Heartbeat) -> None:
     path = Path(logdir) / DIR_NAME / f"{heartbeat.role}.json"
     heartbeat.time = time.time()
     content = json.dumps(asdict(heartbeat)).encode()
-    try:
-        files.write_volatile(path, content)
-    except FileNotFoundError:
-        with contextlib.suppress(FileExistsError):
-            files.make_dir(path.parent)
-        files.write_volatile(path, content)
+    if Path(logdir).is_dir():
+        files.make_own_dir(path.parent)
+    files.write_volatile(path, content)
 
 
-def read(logdir: str | os.PathLike[str]) -> list[Heartbeat]:
-    """The last heartbeat of each process that ran for this logdir, the chief's first.
+def _pass_over(path: Path, error: OSError) -> None:
+    """One that is replaced, or removed, under our eyes is no news."""
 
-    A heartbeat that is damaged, has fields of wrong types, or is empty (after a power loss) is skipped.
+
+def read(
+    logdir: str | os.PathLike[str], on_unreadable: Callable[[Path, OSError], None] = _pass_over
+) -> list[Heartbeat]:
+    """The newest heartbeat of each process that ever ran for this logdir, the chief's first.
+
+    One that is empty, as a power loss leaves it, or damaged, or has fields of other kinds is passed over. So is what
+    the system cannot read, and what is no file: ``on_unreadable`` is told.
     """
+    place = Path(logdir) / DIR_NAME
     try:
-        names = sorted(os.listdir(Path(logdir) / DIR_NAME))
-    except (FileNotFoundError, NotADirectoryError):
+        files.check_own_dir(place)
+        names = sorted(os.listdir(place))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.lexists(place):
+            on_unreadable(place, error)
         return []
-    paths = [Path(logdir) / DIR_NAME / name for name in names if name.endswith(".json") and not name.startswith(".")]
-    found = [one for path in paths if (one := _read_file(path)) is not None]
+    except OSError as error:
+        on_unreadable(place, error)
+        return []
+    paths = [place / name for name in names if name.endswith(".json") and not name.startswith(".")]
+    found = [one for path in paths if (one := _read_file(path, on_unreadable)) is not None]
     return sorted(found, key=lambda one: (one.role != "chief", one.role))
 
 
-def _read_file(path: Path) -> Heartbeat | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        return _heartbeat(json.loads(files.read_bytes(path)))
+def _read_file(path: Path, on_unreadable: Callable[[Path, OSError], None] = _pass_over) -> Heartbeat | None:
+    try:
+        return _heartbeat(files.read_own(path, most=_MOST_BYTES), path.name.removesuffix(".json"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        on_unreadable(path, error)
+    except ValueError:
+        pass  # Damaged.
     return None
 
 
@@ -140,70 +166,15 @@ def state(heartbeat: Heartbeat, now: float | None = None) -> str:
     return "alive" if age_secs <= LATE_SECS else "silent"
 
 
-def is_running(pid: int, started: int | None) -> bool:
-    """Whether the process ``pid`` of this host still runs and is the process that was started at ``started``."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    now_started = process_start(pid)
-    # A zombie has ended; its parent has only not collected it yet.
-    if _stat(pid)[:1] == ["Z"]:
-        return False
-    return started is None or now_started is None or started == now_started
-
-
-def process_start(pid: int) -> int | None:
-    """The start of a process of this host, in clock ticks since boot; ``None`` if the system does not tell."""
-    stat = _stat(pid)
-    return int(stat[19]) if len(stat) > 19 else None
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of ``/proc/<pid>/stat``, see proc(5), from the third on: state, parent ..."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_bytes().decode("utf-8", "replace")
-    except OSError:
-        return []
-    # Skip the name, which is in parentheses and may contain anything.
-    return content.rpartition(")")[2].split()
-
-
-def _heartbeat(content: Any) -> Heartbeat:
-    if not isinstance(content, Mapping):
-        raise TypeError(f"expected an object, found {type(content).__name__}")
-    types = _field_types()
-    known = {name: value for name, value in content.items() if name in types}
-    for name, value in known.items():
-        if not _is_of(value, types[name]):
-            raise TypeError(f"{name}: found {type(value).__name__}")
-    return Heartbeat(**known)
-
-
-@functools.cache
-def _field_types() -> dict[str, tuple[type, ...]]:
-    """The types that JSON may have for each field."""
-    found = {}
-    for name, hint in get_type_hints(Heartbeat).items():
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        accepted = {get_origin(one) or one for one in kinds}
-        found[name] = tuple(accepted | {int} if float in accepted else accepted)
+def _heartbeat(content: bytes, role: str) -> Heartbeat:
+    found = Heartbeat(**schema.checked(schema.parse(content), schema.kinds_of(Heartbeat), required=("role",)))
+    # What is forgotten by its role is the file of that name.
+    if found.role != role:
+        raise schema.SchemaError(f"role: expected {role!r}, found {found.role!r}")
+    if found.phase not in _PHASES:
+        raise schema.SchemaError(f"phase: expected one of {_PHASES}, found {found.phase!r}")
+    if not all(isinstance(one, str) for one in found.warnings):
+        raise schema.SchemaError("warnings: expected texts")
+    if found.last_checkpoint is not None:
+        found.last_checkpoint = schema.checked(found.last_checkpoint, _CHECKPOINT)
     return found
-
-
-def _is_of(value: object, types: tuple[type, ...]) -> bool:
-    if isinstance(value, bool) or not isinstance(value, types):
-        return False
-    if isinstance(value, list):
-        return all(isinstance(one, str) for one in value)
-    # Code adds and formats times, so refuse an infinite number and one that does not fit a float.
-    return not (float in types and isinstance(value, (int, float))) or _is_finite(value)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False

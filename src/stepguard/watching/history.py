@@ -18,10 +18,12 @@ time stands still for a moment, so that no span is ever negative.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stepguard import schema
 from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
@@ -132,6 +134,37 @@ def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat
     return found
 
 
+def totals(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> dict[str, float]:
+    """What the time of ``role`` adds up to, for the field ``so_far`` of the last of the events, by which a start begins
+    to train: who reads a ledger from there on needs no more of what came before.
+    """
+    found = from_events(events, role=role)
+    return {
+        "productive_secs": round(found.productive_secs, 3),
+        "replayed_secs": round(found.replayed_secs, 3),
+        "down_secs": round(found.down_secs, 3),
+        "lost_steps": found.lost_steps,
+    }
+
+
+def needed(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those events that tell of the present start of each role, for a ledger that begins with them."""
+    starts: dict[object, int] = {}
+    last: dict[tuple[object, object], int] = {}
+    for number, one in enumerate(events):
+        role, event = one.get("role"), one["event"]
+        if event in ("start", "launch"):
+            starts[role] = number
+        last[role, event] = number
+    kept = {*starts.values(), *(number for key, number in last.items() if key[0] == LAUNCHER)}
+    for number, one in enumerate(events):
+        is_of_this_start = number > starts.get(one.get("role"), -1)
+        if is_of_this_start and (one["event"] in ("fresh", "restore", "return", "stop", "hang")):
+            kept.add(number)
+    kept |= {last[CHIEF, event] for event in ("checkpoint",) if (CHIEF, event) in last}
+    return [events[number] for number in sorted(kept)]
+
+
 def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
     """The error of the newest start that ended with one, even if the run goes on now.
 
@@ -144,8 +177,10 @@ def last_error(events: Iterable[Mapping[str, Any]]) -> str | None:
     failure: str | None = None
     for one in events:
         event, is_launcher = one["event"], one.get("role") == LAUNCHER
-        if event == "launch" or (event == "start" and one.get("role") == CHIEF):
-            # A `launch` line may be written late, with an earlier time.
+        if event == "rotated":
+            last, told_at = _text(one.get("error")) or last, None
+        elif event == "launch" or (event == "start" and one.get("role") == CHIEF):
+            # The line of a launch may come late, and tell of a time before.
             if told_at is not None and one["time"] > told_at:
                 told_at = None
         elif event == "stop" and told_at is None and _text(one.get("error")):
@@ -221,6 +256,10 @@ class _EventReader:
         self._launched: int | None = None
         self._newest_start: tuple[int | None, float] = (None, 0.0)
         self._failed_launches = 0
+        # Restarts of which no line is left, and the sums up to a start that tells them.
+        self._restarts_before = 0
+        self._since = 0.0
+        self._so_far = {"productive_secs": 0.0, "replayed_secs": 0.0, "down_secs": 0.0, "lost_steps": 0}
 
     def launcher(self, event: Mapping[str, Any]) -> None:
         """Read an event of the launcher, which also records starts that opened no session."""
@@ -249,14 +288,15 @@ class _EventReader:
             if (run.pid, run.host) == (last.pid, last.host):
                 run.alive_at(last.time)
                 run.came_to(last.step)
-        training = _union(span for run in self._runs if (span := run.span()) is not None)
+        since = [(self._since, math.inf)]
+        training = _common(_union(span for run in self._runs if (span := run.span()) is not None), since)
         replayed = _length(_common(training, _union(self._lost)))
         return History(
             attempts=tuple(run.attempt() for run in self._runs),
-            restarts=sum(run.is_restart for run in self._runs) + self._failed_launches,
-            productive_secs=max(0.0, _length(training) - replayed),
-            replayed_secs=replayed,
-            down_secs=self._down(),
+            restarts=self._restarts(),
+            productive_secs=self._so_far["productive_secs"] + max(0.0, _length(training) - replayed),
+            replayed_secs=self._so_far["replayed_secs"] + replayed,
+            down_secs=self._so_far["down_secs"] + self._down(),
             lost_steps=self._lost_steps,
         )
 
@@ -271,7 +311,13 @@ class _EventReader:
         if event["event"] == "start":
             self._launched, self._newest_start = None, (_integer(event.get("attempt")), float(event["time"]))
         self._runs.append(_OpenAttempt(event, self._now, is_restart=is_restart))
+        if event["event"] == "start":
+            # It counts those before it, also where their lines were put aside.
+            self._restarts_before += max(0, (_integer(event.get("restarts")) or 0) - self._restarts())
         return self._runs[-1]
+
+    def _restarts(self) -> int:
+        return self._restarts_before + sum(run.is_restart for run in self._runs) + self._failed_launches
 
     def _on_fresh(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
@@ -280,13 +326,17 @@ class _EventReader:
         if before is not None and before.reason != "finished" and step in (None, 0):
             self._lost.append((0.0, self._now))
             self._lost_steps += before.last_step or 0
+        self._take_sums(event)
 
     def _on_restore(self, run: _OpenAttempt, event: Mapping[str, Any]) -> None:
         before = self._begins_to_train(run, event)
         lost = _integer(event.get("lost_steps"))
-        if lost == 0 or (lost is None and (before is None or not before.has_crashed)):
-            return
-        self._lost_steps += lost or 0
+        if lost != 0 and not (lost is None and (before is None or not before.has_crashed)):
+            self._lose(event, lost or 0)
+        self._take_sums(event)
+
+    def _lose(self, event: Mapping[str, Any], steps: int) -> None:
+        self._lost_steps += steps
         made = self._saved.get(_text(event.get("checkpoint")))
         if made is None:
             made_at = _number(event.get("checkpoint_time"))
@@ -331,19 +381,30 @@ class _EventReader:
             before.came_to(event.get("previous_step"))
         return before
 
+    def _take_sums(self, event: Mapping[str, Any]) -> None:
+        """A start has added up what came before it: count from here on."""
+        told = event.get("so_far")
+        if isinstance(told, Mapping) and all(schema.is_of(told.get(name), (float,)) for name in self._so_far):
+            self._so_far = {name: max(0, told[name]) for name in self._so_far}
+            self._lost_steps = int(self._so_far["lost_steps"])
+            self._since = self._now
+            self._lost.clear()
+
     def _down(self) -> float:
         if not self._runs:
             return 0.0
         down = 0.0
-        first = self._runs[0]
+        # Those whose time a later start has added up have no part in it.
+        runs = [run for run in self._runs if max(run.end, run.begin) >= self._since]
+        first = runs[0]
         last_end, is_over = first.begin if first.trained is None else first.trained, False
-        for run in self._runs:
+        for run in runs:
             span = run.span()
             if span is None:
                 continue
             down += 0.0 if is_over else max(0.0, span[0] - last_end)
             last_end, is_over = max(last_end, span[1]), run.reason == "finished"
-        return down if is_over else down + max(0.0, max(run.end for run in self._runs) - last_end)
+        return down if is_over else down + max(0.0, max(run.end for run in runs) - last_end)
 
 
 def _union(spans: Iterable[_Span]) -> list[_Span]:

@@ -1,8 +1,13 @@
 """The ledger of a logdir: ``run.jsonl``, one line for each event of the run. Lines are never changed.
 
 Every line is a JSON object with ``event``, ``time`` (Unix seconds), ``pid``, ``host`` and ``role`` (``chief``,
-``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Later versions only add events and
-fields, so a reader must ignore those that it does not know.
+``worker-1``, ``launcher``), and the fields of its event, which docs/files.md lists. Events are only ever added to that
+list, and fields to an event: who reads a ledger passes over those that it does not know.
+
+A start and `stepguard status` read the end of it, a megabyte at most. So the chief puts a longer one aside, as
+``run.1.jsonl`` and so on, and begins the next with the lines that the present start needs and an event ``rotated``.
+What came before adds up in the lines of starts (``so_far``). A kill in between leaves the ledger that was put aside,
+whose end is read then.
 """
 
 from __future__ import annotations
@@ -11,14 +16,17 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from stepguard import files
+from stepguard import files, schema
+from stepguard.watching import history
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +34,38 @@ FILE_NAME = "run.jsonl"
 
 # The most lines kept in memory while the disk is full; the oldest are dropped first.
 _MOST_WAITING = 1000
+
+_MOST_BYTES = 1 << 20
+# Of lines that a new ledger begins with.
+_MOST_CARRIED = 1000
+
+_KINDS: schema.Kinds = {
+    **dict.fromkeys(("event", "host", "role"), (str,)),
+    **dict.fromkeys(
+        ("engine", "version", "name", "checkpoint", "reason", "error", "failure", "message", "stacks", "signal"),
+        (str, NoneType),
+    ),
+    **dict.fromkeys(
+        ("pid", "child_pid", "process_start", "attempt", "restarts", "bytes", "number", "code"), (int, NoneType)
+    ),
+    **dict.fromkeys(
+        ("step", "to_step", "previous_step", "lost_steps"),
+        (int, NoneType),
+    ),
+    **dict.fromkeys(("secs", "stall_secs", "delay_secs", "checkpoint_time", "previous_time"), (float, NoneType)),
+    **dict.fromkeys(("ended", "progressed"), (bool, NoneType)),
+    "time": (float,),
+    "argv": (list,),
+    "damaged": (list,),
+    "so_far": (dict,),
+    "archive": (str,),
+}
+
+_ARCHIVE = re.compile(r"run\.([0-9]{1,9})\.jsonl")
+_SECRET = re.compile(r"(?:token|key|password|passwd|passphrase|pwd|secret|credentials?|auth)$", re.IGNORECASE)
+_OPTION = re.compile(r"(-{0,2})([A-Za-z_][\w.:+-]*)(=.*)?", re.DOTALL)
+_USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+_HIDDEN = "***"
 
 
 class Ledger:
@@ -53,12 +93,17 @@ class Ledger:
             "role": self._role,
             **fields,
         }
+        if isinstance(line.get("argv"), list):
+            line["argv"] = without_secrets(line["argv"])
         failure = None
         with self._lock:
             self._waiting = [*self._waiting, encode(line)][-_MOST_WAITING:]
             try:
-                files.append_lines(self.path, b"".join(self._waiting), durable=durable)
+                size = files.append_lines(self.path, b"".join(self._waiting), durable=durable)
                 self._waiting = []
+                # Of several processes only one may.
+                if size > _MOST_BYTES and self._role == history.CHIEF:
+                    self._rotate()
                 self._is_failing = False
             except OSError as error:
                 if not self._is_failing:
@@ -67,39 +112,96 @@ class Ledger:
         if failure is not None:
             _log.warning("%s: the ledger could not be written (%s); its lines wait for the next", self.path, failure)
 
+    def _rotate(self) -> None:
+        events = read(self.path.parent)
+        archive = self.path.with_name(f"run.{_newest_archive(self.path.parent) + 1}.jsonl")
+        head = {"event": "rotated", "time": round(time.time(), 3), "pid": os.getpid(), "host": self._host}
+        told = {"role": self._role, "archive": archive.name, "error": history.last_error(events)}
+        lines = [*history.needed(events)[-_MOST_CARRIED:], {**head, **told}]
+        files.move(self.path, archive)
+        files.append_lines(self.path, b"".join(map(encode, lines)), durable=True)
+        files.fsync_dir(self.path.parent)
+
+
+def without_secrets(argv: Sequence[Any]) -> list[str]:
+    """The arguments of a program, without the values of those whose names end like that of a secret (``--api-key``,
+    ``HF_TOKEN=...``), and without users and passwords in addresses.
+    """
+    shown = []
+    is_value = False
+    for one in map(str, argv):
+        match = _OPTION.fullmatch(one)
+        is_secret = match is not None and _SECRET.search(match.group(2)) is not None
+        if is_value and not one.startswith("--"):
+            shown.append(_HIDDEN)
+            is_value = False
+        elif match is not None and is_secret and match.group(3) is not None:
+            shown.append(f"{match.group(1)}{match.group(2)}={_HIDDEN}")
+            is_value = False
+        else:
+            shown.append(_USER_IN_URL.sub(rf"\1{_HIDDEN}@", one))
+            is_value = match is not None and is_secret and bool(match.group(1))
+    return shown
+
 
 def encode(line: Mapping[str, Any]) -> bytes:
     """Encode one line of the ledger. Numbers that are not finite become strings, since JSON cannot express them."""
     return json.dumps(_plain(line), allow_nan=False, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 
-def read(logdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events of a logdir in the order in which they were written; empty if there is no ledger.
+def _warn(path: Path, error: OSError) -> None:
+    _log.warning("%s cannot be read, and is passed over: %s", path, error.strerror or error)
 
-    A line that is damaged, or was cut short by a kill, is skipped.
 
-    Raises:
-        OSError: the file exists and cannot be read.
+def read(
+    logdir: str | os.PathLike[str], on_unreadable: Callable[[Path, OSError], None] = _warn
+) -> list[dict[str, Any]]:
+    """The newest events of a logdir, a megabyte of them, in the order in which they were written.
+
+    A line that a kill has cut short, or that is damaged, is passed over, and so is a field of another kind than it has.
+    One that cannot be read, or is no file, is none: ``on_unreadable`` is told.
     """
+    root = Path(logdir)
+    found = _events(_lines(root / FILE_NAME, on_unreadable))
+    if not any(one["event"] == "rotated" for one in found) and (number := _newest_archive(root)):
+        # Killed between the two: what the new one should begin with is the end of the old.
+        return [*_events(_lines(root / f"run.{number}.jsonl", on_unreadable)), *found]
+    return found
+
+
+def _newest_archive(root: Path) -> int:
     try:
-        content = files.read_bytes(Path(logdir) / FILE_NAME)
+        names = os.listdir(root)
+    except OSError:
+        return 0
+    return max((int(match.group(1)) for one in names if (match := _ARCHIVE.fullmatch(one))), default=0)
+
+
+def _lines(path: Path, on_unreadable: Callable[[Path, OSError], None]) -> list[bytes]:
+    try:
+        content, is_whole = files.read_end(path, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return list(_events(content.split(b"\n")))
+    except OSError as error:
+        on_unreadable(path, error)
+        return []
+    lines = content.split(b"\n")
+    return lines if is_whole else lines[1:]
 
 
-def _events(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    found = []
     for line in lines:
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = schema.parse(line)
+        except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
-            yield event
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not isinstance(event, dict):
+            continue
+        event = schema.passed(event, _KINDS)
+        if event.get("event") and event.get("time") is not None:
+            found.append(event)
+    return found
 
 
 def _plain(value: Any) -> Any:

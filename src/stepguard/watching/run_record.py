@@ -77,6 +77,8 @@ class RunRecord:
         self._start: dict[str, Any] | None = None
         # The last heartbeat of the previous start.
         self._previous: Heartbeat | None = None
+        # The events of the ledger up to the start of this process.
+        self._before: list[dict[str, Any]] = []
 
     @property
     def logdir(self) -> Path | None:
@@ -112,7 +114,8 @@ class RunRecord:
             return
         self._previous = None if last is None else history.completed(last, events)
         mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
-        now.restarts = history.from_events([*events, {**mine, "role": now.role}], role=now.role).restarts
+        self._before = [*events, {**mine, "role": now.role}]
+        now.restarts = history.from_events(self._before, role=now.role).restarts
 
     def trains(self, recovery: Recovery | None) -> None:
         """Note that the session can run. ``recovery`` is ``None`` in a process that did not search for a checkpoint."""
@@ -126,7 +129,7 @@ class RunRecord:
             # A worker uses the state that its chief has restored.
             return
         if recovery is None or checkpoint is None:
-            self.append("fresh", durable=False, step=now.step, **before)
+            self._begin_training("fresh", step=now.step, **before)
             return
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
@@ -140,9 +143,8 @@ class RunRecord:
             "secs": None,
             "stall_secs": None,
         }
-        self.append(
+        self._begin_training(
             "restore",
-            durable=False,
             step=now.step,
             checkpoint=checkpoint.name,
             checkpoint_time=committed_at,
@@ -158,6 +160,14 @@ class RunRecord:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
         if message := recovery.message():
             self.note_warning(message)
+
+    def _begin_training(self, event: str, **fields: Any) -> None:
+        """The line by which this start begins to train, with what the time before it adds up to."""
+        now = self.now
+        before, self._before = self._before, []
+        mine = {"event": event, "time": time.time(), "pid": now.pid, "host": now.host, "role": now.role}
+        so_far = history.totals([*before, {**mine, **fields}], role=now.role)
+        self.append(event, durable=False, **fields, so_far=so_far)
 
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
         """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
-from stepguard.engine import Engine
+from stepguard.engine import Engine, RestsBetweenLoops
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
 
@@ -18,10 +18,13 @@ _RATE_SECS = 30.0
 
 
 class StepMeter(Part):
-    """Reads the step counter of a session into ``now``. ``moves`` counts the looks that found new steps."""
+    """Reads the step counter of a session into ``now``. ``moves`` counts the looks that found new steps, or an
+    evaluation.
+    """
 
     def __init__(self, engine: Engine[Any], now: Heartbeat) -> None:
         self._engine = engine
+        self._loops = engine if isinstance(engine, RestsBetweenLoops) else None
         self._now = now
         self._session: Any = None
         self._finds_total = now.total_steps is None
@@ -48,7 +51,9 @@ class StepMeter(Part):
             return
         try:
             progress = self._engine.progress(session)
-            has_moved = progress != self._progress_seen
+            # An evaluation that the program has told of is no hang, however long it takes.
+            is_evaluating = self._loops is not None and self._loops.is_evaluating(session)
+            has_moved = progress != self._progress_seen or is_evaluating
             if has_moved or now.step is None:
                 now.step = self._engine.step(session)
                 if now.first_step is None:

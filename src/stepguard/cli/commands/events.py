@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Show the scalars in the event files of LOGDIR: how many, from which step to which, the last value, the extremes.
 
-    They are those that TensorBoard shows: what a killed run had written for steps that were done again is left out.
-    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` can be given.
+    The scalars are those that TensorBoard shows: values of a killed run for steps that were done again are left out.
+    With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` may be given.
     """
     _check_stdout(csv_path, png_path, as_json=as_json)
     curves = read_curves(logdir, tags)
@@ -148,7 +148,7 @@ def _write(path: Path, content: bytes) -> None:
     if path == Path("-"):
         click.echo(content, nl=False)
     else:
-        files.write(path, content)
+        files.write_named(path, content)
 
 
 def _csv(curves: Sequence[Curve]) -> bytes:
@@ -156,8 +156,15 @@ def _csv(curves: Sequence[Curve]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("tag", "step", "wall_time", "value"))
     for curve in curves:
-        writer.writerows((curve.tag, *point) for point in zip(curve.steps, curve.times, curve.values, strict=True))
+        writer.writerows(
+            (_defused(curve.tag), *point) for point in zip(curve.steps, curve.times, curve.values, strict=True)
+        )
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _defused(tag: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{tag}" if tag.startswith(("=", "+", "-", "@", "\t", "\r")) else tag
 
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:

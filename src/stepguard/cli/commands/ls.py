@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
@@ -35,22 +36,27 @@ Examples:
 )
 @click.argument("logdir", type=LOGDIR)
 @output.json_option
-def command(logdir: Path, as_json: bool) -> None:
+@click.pass_context
+def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
 
     \b
-    good        the manifest is right, and every file that a restore needs is there with its size
+    good        the manifest is valid, and every file that a restore needs has the right size
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
-    damaged     a file is missing or of another size, or the manifest is damaged
-    incomplete  being written or removed just now, or cut short by a kill
+    damaged     a file is missing or of a wrong size, or the manifest is damaged
+    incomplete  being written or removed, or cut short by a kill
 
     The data are not read for this: a bit that has flipped is found by `stepguard verify`.
+
+    Exit code 1: the system could not read something, which is named and passed over.
     """
     found = list_contents(logdir)
     if as_json:
         output.print_json(_document(found))
     else:
         _print(found)
+    if found.is_unreadable:
+        ctx.exit(FINDING)
 
 
 def _document(found: LogdirContents) -> dict[str, Any]:
@@ -60,6 +66,7 @@ def _document(found: LogdirContents) -> dict[str, Any]:
         "checkpoints": [_json(one, now) for one in found.found],
         "missing": list(found.missing),
         "quarantined": found.quarantined,
+        "unreadable": list(found.unreadable),
     }
 
 
@@ -88,6 +95,12 @@ def _print(found: LogdirContents) -> None:
         click.echo(f"{output.printable(str(found.root))}: no checkpoints")
     for name in found.missing:
         click.echo(output.missing_newest(name))
+    for one in found.found:
+        if one.is_unreadable:
+            for reason in one.reasons:
+                click.echo(output.printable(reason))
+    for reason in found.unreadable:
+        click.echo(output.printable(reason))
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
 

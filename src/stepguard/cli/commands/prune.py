@@ -23,7 +23,7 @@ _LOOKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done with the checkpoints of one basename, each list from newest to oldest.
+    """What to do with the checkpoints of one basename; each list goes from newest to oldest.
 
     ``newest_good`` was read to its end.
     """
@@ -48,14 +48,18 @@ Examples:
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep each multiple of STEPS.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @output.json_option
-def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, logdir: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, as_json: bool
+) -> None:
     """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
 
-    The newest good one, which is read to its end to make sure, stays in any case, and so does all that is newer.
-    Damaged ones do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
-    quarantine/. Checkpoints with different names are counted apart.
+    The newest good checkpoint always stays (it is read to its end to make sure), and so does every newer one. Damaged
+    checkpoints do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
+    quarantine/. Checkpoints with different basenames are counted separately.
 
-    Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good. Nothing was removed then.
+    Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good, and nothing was removed; or the
+    system could not read something, which is named and left as it is.
     """
     if keep_last is None and keep_every is None:
         raise click.UsageError("expected --keep-last or --keep-every, or both: else all but one would be removed")
@@ -69,6 +73,11 @@ def command(logdir: Path, keep_last: int | None, keep_every: int | None, dry_run
         output.print_json(_document(logdir, plans, dry_run=dry_run))
     else:
         _print(logdir, plans, dry_run=dry_run)
+    unreadable = list_contents(logdir).unreadable
+    for reason in unreadable if not as_json else ():
+        click.echo(output.printable(reason))
+    if unreadable or any(one.is_unreadable for plan in plans for one in plan.damaged):
+        ctx.exit(FINDING)
 
 
 def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
@@ -90,7 +99,7 @@ def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[
 def _by_basename(logdir: Path) -> dict[str, list[ListedCheckpoint]]:
     groups: dict[str, list[ListedCheckpoint]] = {}
     for one in list_contents(logdir).found:
-        # A checkpoint that is being replaced is the chief's business.
+        # Leave a checkpoint that is being replaced to the chief.
         if one.is_candidate and one.checkpoint.root == logdir:
             groups.setdefault(one.basename, []).append(one)
     return groups
@@ -124,8 +133,8 @@ def _plan(
 def _proven(found: Sequence[ListedCheckpoint]) -> tuple[list[ListedCheckpoint], ListedCheckpoint | None]:
     """Read from newest to oldest until one is proven good by its manifest, or else by TensorFlow's own checksums.
 
-    Gives all of them with what is known now, and the newest good. Those that a training has pruned meanwhile are left
-    out: while it trains there is only a dry run.
+    Returns all checkpoints with their states as known now, and the newest good one. Checkpoints that a training has
+    pruned meanwhile are left out; this happens in a dry run only.
     """
     known: list[ListedCheckpoint] = []
     readable = None
@@ -167,7 +176,8 @@ def _print(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> None:
         for one in plan.removed:
             click.echo(f"{'would remove' if dry_run else 'removed'}  {output.printable(one.checkpoint.name)}")
         for one in plan.damaged:
-            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}")
+            why = f" ({output.printable('; '.join(one.reasons))})" if one.is_unreadable else ""
+            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}{why}")
         size = output.size(sum(one.size for one in plan.removed))
         done = "would be removed" if dry_run else "removed"
         newest = output.printable(plan.newest_good.checkpoint.name)

@@ -78,13 +78,13 @@ def command(
 ) -> None:
     """Start PROGRAM, and start it again after a crash, with growing delays in between.
 
-    It is not started again after a clean end, a request to stop (SIGTERM, Ctrl-C, a closed terminal), a mistake in its
-    arguments (exit code 2), or a crash loop: three starts in a row that made no progress, neither a newer step nor a
-    newer checkpoint, and ended with the same failure.
+    PROGRAM is not started again after a clean end, a stop request (SIGTERM, Ctrl-C, a closed terminal), a mistake in
+    its arguments (exit code 2), or a crash loop: three starts in a row that made no progress, neither a newer step nor
+    a newer checkpoint, and ended with the same failure.
 
-    Signals are passed on to the program; a second request to stop kills it, and all that it has started. Any program
-    under Stepguard will do, torchrun or a script that starts several replicas too; of one that never opens a session
-    only the exit code tells.
+    Signals are passed on to the program; a second stop request kills the program and every process that it has
+    started. PROGRAM may also be torchrun or a script that starts several replicas. For a program that never opens a
+    session, only the exit code is known.
     """
     began = time.time()
     restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)

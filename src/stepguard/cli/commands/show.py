@@ -15,7 +15,7 @@ from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import Column, print_table, warning
 from stepguard.store.saved_tensor import SavedTensor
 
-# A list of more numbers than this is told by its length.
+# Of a list with more numbers than this, only the length is shown.
 _SHORT = 8
 
 _COLUMNS = (
@@ -44,14 +44,14 @@ Examples:
 @click.option("--all", "with_values", is_flag=True, help="Also numbers and strings that are saved beside the tensors.")
 @output.json_option
 def command(target: Target, with_values: bool, as_json: bool) -> None:
-    """Show the tensors of a checkpoint of TensorFlow or PyTorch, with what is in them.
+    """Show the tensors of a TensorFlow or PyTorch checkpoint, with statistics of their values.
 
     CHECKPOINT is a TensorFlow prefix or a PyTorch directory, such as runs/digits/model.ckpt-1200, or a logdir. MIN,
-    MAX and MEAN leave out what is NaN; of complex numbers they are those of the magnitudes. Digests are not compared:
-    that is `stepguard verify`.
+    MAX and MEAN leave NaN out; for complex numbers they are those of the magnitudes. Digests are not compared: use
+    `stepguard verify` for that.
     """
     one = target.checkpoint()
-    # A single file is no checkpoint: it has no state.
+    # A single file is not a checkpoint and has no state.
     state = one.state if target.file is None else None
     rows = []
     with reading("reading", one.size) as on_block:

@@ -21,7 +21,7 @@ from stepguard.watching.history import CHIEF
 from stepguard.words import duration
 
 _LOOK_SECS = 1.0
-# A look at a large logdir on a slow disk must not keep that disk busy.
+# Polling a large logdir must not keep a slow disk busy.
 _MOST_SHARE = 0.2
 _WARNINGS_SHOWN = 3
 _LABEL_WIDTH = 12
@@ -55,15 +55,15 @@ Exit codes, besides those of every command:
 @output.json_option
 @click.pass_context
 def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -> None:
-    """Say what is known of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
+    """Show the state of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
 
     \b
     alive    a heartbeat came within the last seconds
-    silent   none came, and the process runs, or is on another host: it hangs, was suspended, or cannot be reached
-    dead     the process is gone and has not said that it stops
-    stopped  it has said so, and why
+    silent   no heartbeat came, and the process runs or is on another host: it hangs, was suspended, or is unreachable
+    dead     the process no longer exists, and has not reported a stop
+    stopped  the process has reported a stop and its reason
 
-    "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost, and done
+    "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost and done
     again) or down (between a crash and the next start that trained).
     """
     if follow:
@@ -197,7 +197,7 @@ def _left_behind(one: Process) -> list[_Line]:
 
 
 def _run_lines(found: RunState) -> list[_Line]:
-    lines: list[_Line] = []
+    lines: list[_Line] = [("unreadable", output.printable(one), "red") for one in found.unreadable]
     if found.is_empty:
         lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
     elif not found.processes:

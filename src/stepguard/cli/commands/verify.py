@@ -43,36 +43,38 @@ Examples:
 def command(ctx: click.Context, target: Target, as_json: bool) -> None:
     """Read every byte of the checkpoints of a logdir, or of one checkpoint, and compare it with the manifest.
 
-    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads all of it,
-    and its own checksums are what is known then. One that is just being written, "incomplete", is passed over, unless
-    it was asked for by name.
+    A checkpoint without a manifest, written by TensorFlow's own tools, stays "unverified": TensorFlow reads it and
+    checks its own checksums. An "incomplete" checkpoint, which is being written, is skipped unless you name it.
 
-    One of which only the meta graph is missing or damaged stays good: a restore does not read that.
+    A checkpoint whose meta graph alone is missing or damaged stays good: a restore does not read the meta graph.
 
-    Exit code 1: a file is damaged, or there is nothing to verify.
+    Exit code 1: a file is damaged or cannot be read, or there is nothing to verify.
     """
-    reads, missing = _verified(target)
+    reads, missing, unreadable = _verified(target)
     if as_json:
-        output.print_json({"checkpoints": [_json(one) for one in reads], "missing": list(missing)})
+        checkpoints = [_json(one) for one in reads]
+        output.print_json({"checkpoints": checkpoints, "missing": list(missing), "unreadable": list(unreadable)})
     else:
         _print(target, reads, missing)
+        for reason in unreadable:
+            click.echo(output.printable(reason))
     bad = [one for one in reads if one.damages or one.state in (DAMAGED, INCOMPLETE)]
-    if bad or missing or not reads:
+    if bad or missing or unreadable or not reads:
         ctx.exit(FINDING)
 
 
-def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...]]:
-    """The full reads, and the names of checkpoints that are gone."""
+def _verified(target: Target) -> tuple[list[FullRead], tuple[str, ...], tuple[str, ...]]:
+    """The reads, the names of what is gone, and what else could not be read."""
     if target.name is not None:
-        return _read_all([list_one(target.root, target.name)]), ()
+        return _read_all([list_one(target.root, target.name)]), (), ()
     deadline = time.monotonic() + _LOOK_SECS
     while True:
         found = list_contents(target.root)
         candidates = [one for one in found.found if one.is_candidate]
         reads = _read_all(candidates)
-        # A training may have pruned all of them during the reads; newer ones exist then.
+        # A training may have pruned them all while they were read: there are newer ones then.
         if reads or not candidates or time.monotonic() >= deadline:
-            return reads, found.missing
+            return reads, found.missing, found.unreadable
 
 
 def _read_all(found: list[ListedCheckpoint]) -> list[FullRead]:

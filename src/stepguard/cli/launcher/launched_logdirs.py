@@ -1,4 +1,4 @@
-"""What the logdirs of a program tell about one start of it: how far it came, how it stopped, and why."""
+"""The logdirs of a program: what they say about one start of it, such as its progress, its stop, and the cause."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LaunchedLogdirs:
         self._told: list[tuple[str, _Event]] = []
         if given is not None:
             self.find_announced()
-            # For an announced logdir the ledger tells what was there before: the program may have trained already.
+            # Read the state of an announced logdir from its ledger, because the program may have trained already.
             self._best = {logdir: _checkpoint(logdir)[0] for logdir in self._ledgers}
 
     def find_announced(self) -> None:
@@ -42,7 +42,7 @@ class LaunchedLogdirs:
                     self._ledgers[logdir].append(event, **line)
 
     def record(self, event: str, time: float, **fields: Any) -> None:
-        """Add a line to every ledger, also to those that become known later."""
+        """Add a line to every ledger, including those that become known later."""
         line = {"time": round(time, 3), **fields}
         self._told.append((event, line))
         for one in self._ledgers.values():
@@ -55,7 +55,7 @@ class LaunchedLogdirs:
         return any(progressed)
 
     def last_stop(self, since: float) -> _Event | None:
-        """The last line `stop` since then: rather a chief's than a worker's, and rather one with an error."""
+        """The last `stop` line since then: preferably a chief's, and preferably one with an error."""
         stops = [one for one in self._since(since) if one["event"] == "stop"]
         return max(
             stops,
@@ -66,7 +66,7 @@ class LaunchedLogdirs:
     def cause(self, since: float) -> str | None:
         """The first error of any process since then: later errors, such as a lost peer, follow from it.
 
-        An error of a process that was started again since, by torchrun say, has not ended the program.
+        The error of a process that was restarted since, for example by torchrun, did not end the program.
         """
         firsts = [first for logdir in self._ledgers if (first := _first_error(_read(logdir), since)) is not None]
         return min(firsts, key=lambda one: one["time"])["error"] if firsts else None
@@ -119,8 +119,8 @@ def _read(logdir: Path) -> list[_Event]:
 def _first_error(events: list[_Event], since: float) -> _Event | None:
     """The first stop by an error, in the order of the lines: the clocks of several hosts may differ.
 
-    An error after a request to stop is none: whoever starts several processes ends the others when one has died, and
-    with them the workers of their loaders.
+    An error after a stop request does not count: a launcher of several processes ends the others when one has died,
+    and with them the workers of their loaders.
     """
     failed: dict[object, _Event] = {}
     for one in events:

@@ -19,7 +19,8 @@ from stepguard.cli.launcher.relay import Relay
 from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Crash, GiveUp, Restart, Restarts
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
-from stepguard.watching import heartbeat, launcher_link
+from stepguard.processes import process_start
+from stepguard.watching import launcher_link
 from stepguard.watching.history import REQUESTS, History
 from stepguard.words import duration
 
@@ -82,7 +83,7 @@ class Launcher:
         self._signals = SignalQueue()
         self._logdirs: LaunchedLogdirs
         self._stop_asked: float | None = None
-        # The line `stop` of the last start's chief.
+        # The `stop` line of the chief of the last start.
         self._stop: Mapping[str, Any] = {}
         self._attempt = 0
         # A millisecond earlier, because the ledger rounds its times.
@@ -103,7 +104,7 @@ class Launcher:
 
     @property
     def request(self) -> str | None:
-        """Who asked the last start to stop, in the words of the ledger; None if its chief tells of no request."""
+        """The reason of the stop request to the last start, as in the ledger; None if its chief recorded none."""
         reason = self._stop.get("reason")
         return reason if reason in REQUESTS else None
 
@@ -114,7 +115,7 @@ class Launcher:
     # --- one start ---
 
     def _start(self, environment: dict[str, str]) -> AttemptEnd | int:
-        """One start, until the last of its processes has ended; the exit code if the program could not be started."""
+        """Run one start until its last process has ended. Returns the exit code if the program could not be started."""
         relay = Relay()
         began, clock = time.time(), time.monotonic()
         shares_terminal = _is_in_foreground()
@@ -137,7 +138,7 @@ class Launcher:
             attempt=self._attempt,
             argv=self._argv,
             child_pid=pid,
-            process_start=heartbeat.process_start(os.getpid()),
+            process_start=process_start(os.getpid()),
         )
         code = self._wait(pid, relay, shares_terminal=shares_terminal)
         if code != 0:
@@ -159,7 +160,7 @@ class Launcher:
                     self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
                     self._processes.kill_all(relay.pid, pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
-                # The terminal has sent it to the program already.
+                # The terminal has already sent the signal to the program.
                 send(pid, received.number)
         return code
 
@@ -190,7 +191,7 @@ class Launcher:
                 return
 
     def _end_relay(self, relay: Relay) -> None:
-        """Wait until the program's last output was passed on; not for processes left behind that hold the pipe open."""
+        """Wait until the program's last output was passed on, but not for leftover processes with the pipe open."""
         deadline = self._signals.awake() + _RELAY_SECS
         while self._processes.ending(relay.pid) is None and (left := deadline - self._signals.awake()) > 0:
             received = self._signals.take(min(left, 0.1))
@@ -299,8 +300,8 @@ def _name(number: int) -> str:
 
 
 def _last_words(lines: Sequence[str], code: int) -> str:
-    """The last line with words, "" if there is none. A program that a signal ended had no time for last words: there a
-    line counts only if it tells of an error.
+    """The last line with words, or "". After a signal, which leaves a program no time for last words, a line counts
+    only if it mentions an error.
     """
     said = [line.strip() for line in lines if any(one.isalpha() for one in line)]
     if code < 0:

@@ -1,7 +1,7 @@
-"""The processes of a program: its start, its end, and that of all that it has started.
+"""The processes of a program: its start, its end, and the end of every process that it has started.
 
-On Linux the launcher inherits the children of a parent that has ended, whatever session they are in, so that it finds
-and ends them; and it has its program get SIGTERM when it is killed itself. Elsewhere it knows the program alone.
+On Linux the launcher inherits the children of a parent that has ended, in any session, so that it can find and end
+them; and the program gets SIGTERM when the launcher is killed. Elsewhere the launcher knows only the program itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Processes:
         has_own_group: bool,
         in_child: Callable[[], None],
     ) -> int:
-        """Start a program; ``in_child`` is called in its process before. Returns its pid.
+        """Start a program and return its pid. ``in_child`` is called in the new process before the program.
 
         Raises:
             OSError: there is no such program, or it cannot be executed.

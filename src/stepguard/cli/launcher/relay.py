@@ -1,8 +1,8 @@
-"""Passes on the standard error of a program at once, and keeps its end, which tells why the program failed.
+"""Passes on the standard error of a program at once, and keeps its last lines, which tell why the program failed.
 
-A process of its own passes it on: it lives until the last writer has closed the pipe, also when the launcher is killed.
-The program then still can say what it has to, and is not ended by a broken pipe while it saves its last step. Where
-standard error is a terminal the program gets one too, so that its progress line works.
+A separate process does this. It lives until the last writer has closed the pipe, even if the launcher is killed. The
+program can then still write its last lines, and no broken pipe ends it while it saves its last step. If standard error
+is a terminal, the program gets a terminal too, so that its progress line works.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Relay:
         is_terminal = os.isatty(target)
         reader, self.writer = os.openpty() if is_terminal else os.pipe()
         if is_terminal:
-            # The real terminal turns "\n" into "\r\n"; this one must not do so as well.
+            # The real terminal turns "\n" into "\r\n"; this one must not do that again.
             tty.setraw(self.writer)
             _copy_size(target, self.writer)
         self._target = target
@@ -112,7 +112,7 @@ def _write(target: int, block: bytes) -> None:
         except BlockingIOError:
             select.select([], [target], [])
         except OSError:
-            # The reader has gone, which is no reason to end the program.
+            # The reader is gone, which must not end the program.
             return
 
 

@@ -1,4 +1,4 @@
-"""When a program that crashed is started again: back-off, crash loops, and the limit on restarts."""
+"""When a crashed program is started again: back-off, crash loops, and the limit on restarts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Crash:
     line: str
 
     def is_same(self, other: Crash) -> bool:
-        """Whether this is the same crash again. After a signal the line is not compared: it may tell of anything."""
+        """Whether this is the same crash again. After a signal the lines, which may be unrelated, do not count."""
         if self.ending != other.ending or self.ending.startswith("SIG"):
             return self.ending == other.ending
         return _CHANGING.sub("#", self.line) == _CHANGING.sub("#", other.line)

@@ -51,19 +51,19 @@ class SignalQueue:
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGCHLD, signal.SIGWINCH):
             signal.signal(number, signal.SIG_DFL)
-        # An alarm that rang after the last wait is still queued, and would end this process: to ignore it drops it.
+        # A late alarm is still queued, and would end this process. Ignoring the signal drops it.
         before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, before)
         self.unblock()
 
     def unblock(self) -> None:
-        """Restore the mask from before: also for a program that is started, which inherits it."""
+        """Restore the previous mask. A program that is started inherits it."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def awake(self) -> float:
         """A monotonic clock, in seconds, that stands still while this process is stopped.
 
-        Deadlines are counted on it: a launcher that was stopped for longer than a grace period has still to give it.
+        Deadlines use this clock: a launcher that was stopped for longer than a grace period must still grant it.
         """
         return time.monotonic() - self._stopped_secs
 

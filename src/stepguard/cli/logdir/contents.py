@@ -1,13 +1,12 @@
-"""The checkpoints in a logdir and their states, as far as names, sizes and manifests tell: what `ls` shows.
+"""The checkpoints in a logdir and their states, judged by names, sizes and manifests: the content of `ls`.
 
-One scan of the directory, and a look at each manifest and at the size of each file: 10,000 checkpoints take about a
-second. Nothing is locked, so a training may write and prune meanwhile; what it is just replacing or removing is looked
-at again, and never taken for damaged.
+The directory is scanned once, and each manifest and the size of each file are read: 10,000 checkpoints take about a
+second. Nothing is locked, so a training may write and prune meanwhile. A checkpoint that looks damaged is inspected
+again, so that one being replaced or removed is never reported as damaged.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
@@ -16,9 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stepguard import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
 from stepguard.store import layout as layouts
+from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 
@@ -35,7 +36,6 @@ ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
 
 _DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
-_STEP = re.compile(r"(.+)-([0-9]+)")
 _LOOKS = 3
 _LOOK_SECS = 5.0
 
@@ -43,7 +43,8 @@ _LOOK_SECS = 5.0
 @dataclass(frozen=True, slots=True)
 class ListedCheckpoint:
     """One checkpoint, with what is known about it. ``reasons`` say why it is not good; ``is_next`` marks the one that
-    a restart would take, as far as is known without reading the data.
+    a restart would take, as far as is known without reading the data. ``is_unreadable`` says that the system could not
+    read a file of it.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +54,7 @@ class ListedCheckpoint:
     size: int
     reasons: tuple[str, ...] = ()
     is_next: bool = False
+    is_unreadable: bool = False
 
     @property
     def is_candidate(self) -> bool:
@@ -62,22 +64,28 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class LogdirContents:
-    """All of a logdir: what is incomplete first, then checkpoints from newest to oldest, for each basename.
+    """The checkpoints of a logdir: for each basename, incomplete ones first, then from newest to oldest.
 
     ``missing`` are names that the state file has as the newest, and of which there is no file; ``quarantined`` counts
-    what lies in quarantine.
+    what lies in quarantine; ``unreadable`` says what else of the logdir's own could not be read, and was passed over.
     """
 
     root: Path
     found: tuple[ListedCheckpoint, ...]
     missing: tuple[str, ...]
     quarantined: int
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the system could not read all of it."""
+        return bool(self.unreadable) or any(one.is_unreadable for one in self.found)
 
 
 def list_contents(root: Path) -> LogdirContents:
-    """List a logdir. Raises OSError if that cannot be done.
+    """List a logdir. Raises OSError if that is impossible.
 
-    A training may prune all that was listed before it is looked at: it is listed again then, for a while.
+    A training may prune all listed checkpoints before they are inspected. The logdir is then listed again, for a while.
     """
     deadline = time.monotonic() + _LOOK_SECS
     kinds: Mapping[str, bool] = {}
@@ -89,9 +97,16 @@ def list_contents(root: Path) -> LogdirContents:
 
 
 def _kinds(root: Path) -> dict[str, bool]:
-    """The names in a directory; whether each is itself a directory."""
+    """The names in a directory, each with whether it is itself a directory."""
     with os.scandir(root) as entries:
-        return {entry.name: entry.is_dir() for entry in entries}
+        return {entry.name: _is_dir(entry) for entry in entries}
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
@@ -103,21 +118,42 @@ def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
     unfinished = _unfinished(root, kinds, listed)
-    return LogdirContents(
-        root, (*unfinished, *found), _missing(root, kinds, listed), _count(root / recovery.QUARANTINE)
-    )
+    missing = _missing(root, kinds, listed)
+    return LogdirContents(root, (*unfinished, *found), missing, _count(root / recovery.QUARANTINE), _unreadable(root))
+
+
+def _unreadable(root: Path) -> tuple[str, ...]:
+    found = []
+    for path, look_at in ((root / statefile.FILE_NAME, _read_state), (root / recovery.QUARANTINE, _list_own)):
+        try:
+            look_at(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            found.append(f"{path}: could not be read: {error.strerror or error}")
+    return tuple(found)
+
+
+def _read_state(path: Path) -> list[str]:
+    files.read_bytes(path)
+    return []
+
+
+def _list_own(path: Path) -> list[str]:
+    files.check_own_dir(path)
+    return os.listdir(path)
 
 
 def list_one(root: Path, name: str) -> ListedCheckpoint:
     """The state of one checkpoint, which may never have been committed."""
     basename, step = split_name(name)
     layout = Layout(root, basename, ENTRY_SUFFIX)
-    times = [
-        status.st_mtime for status in (_stat(layout.manifest(name)), _stat(root / (name + ENTRY_SUFFIX))) if status
-    ]
-    is_committed = _stat(layout.manifest(name)) is not None
-    if times:
-        found = inspect(layout, Checkpoint(root, name, step, times[0], is_committed), lambda: layout.present(name))
+    entries = [layout.manifest(name), root / (name + ENTRY_SUFFIX)]
+    if any(map(os.path.lexists, entries)):
+        times = [status.st_mtime for path in entries if (status := _stat(path)) is not None]
+        is_committed = os.path.lexists(entries[0])
+        candidate = Checkpoint(root, name, step, (times or [0.0])[0], is_committed)
+        found = inspect(layout, candidate, lambda: layout.present(name))
         if found is not None:
             return found
     present = [name]
@@ -169,16 +205,10 @@ def basenames(names: Iterable[str]) -> list[str]:
     return sorted(one for one in found if one and not one.startswith("."))
 
 
-def split_name(name: str) -> tuple[str, int | None]:
-    """The basename and the step of a checkpoint's name."""
-    match = _STEP.fullmatch(name)
-    return (name, None) if match is None else (match.group(1), int(match.group(2)))
-
-
 def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequence[str]]) -> ListedCheckpoint | None:
     """The state of one checkpoint by names and sizes; None if it has gone meanwhile.
 
-    ``present`` gives its files, and is asked only where there is no manifest.
+    ``present`` returns the files of the checkpoint, and is called only if it has no manifest.
     """
     place = layout.within(candidate.root)
     found = _inspected(place, candidate, present)
@@ -196,24 +226,32 @@ def inspect(layout: Layout, candidate: Checkpoint, present: Callable[[], Sequenc
 
 
 def commit_id(place: Layout, name: str) -> tuple[int, int] | None:
-    """What tells one commit of a name from the next, and is None once it is pruned: whoever replaces or removes a
-    checkpoint takes its manifest away first. One that is kept while it is replaced is gone when the new one is there.
+    """An identifier that differs between two commits of a name; None once the checkpoint is pruned.
+
+    It is read from the manifest, which a replacement or a removal takes away first. A checkpoint kept aside while it is
+    replaced counts as pruned once the new one exists.
     """
     if place.root.name.startswith(layouts.REPLACED) and commit_id(place.within(place.root.parent), name) is not None:
         return None
     for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
-        status = _stat(path)
-        if status is not None:
-            return status.st_ino, status.st_mtime_ns
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not path.is_symlink():
+                continue
+            return 0, 0
+        except OSError:
+            return 0, 0  # It is there, and cannot be read.
+        return status.st_ino, status.st_mtime_ns
     return None
 
 
 def _listed(layout: Layout) -> list[ListedCheckpoint]:
-    files = layout.grouped()
+    entries = layout.grouped()
     found = []
     for candidate in recovery.newest_first(layout):
         if candidate.root == layout.root:
-            one = inspect(layout, candidate, lambda: files.get(candidate.name, ()))  # noqa: B023 - called at once
+            one = inspect(layout, candidate, lambda: entries.get(candidate.name, ()))  # noqa: B023 - called at once
         else:
             one = inspect(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:
@@ -225,12 +263,9 @@ def _inspected(place: Layout, candidate: Checkpoint, present: Callable[[], Seque
     try:
         manifest = verification.read_manifest(place, candidate.name)
     except CheckpointCorruptError as error:
-        return _uncommitted(place, candidate, DAMAGED, present(), str(error))
+        return _uncommitted(place, candidate, DAMAGED, present(), error)
     except CheckpointError as error:
-        return _uncommitted(place, candidate, UNVERIFIED, present(), str(error))
-    except OSError as error:
-        state = DAMAGED if error.errno == errno.EIO else UNVERIFIED
-        return _uncommitted(place, candidate, state, present(), f"the manifest could not be read: {error}")
+        return _uncommitted(place, candidate, UNVERIFIED, present(), error)
     if manifest is not None:
         wrong = [
             damage
@@ -239,21 +274,24 @@ def _inspected(place: Layout, candidate: Checkpoint, present: Callable[[], Seque
         ]
         if not wrong or not verification.was_written_over(place, manifest):
             return _committed(place, candidate, manifest, wrong)
-    files = present()
+    entries = present()
     try:
-        verification.verify_unmanifested(place, candidate.name, files)
+        verification.verify_unmanifested(place, candidate.name, entries)
     except CheckpointCorruptError as error:
-        return _uncommitted(place, candidate, DAMAGED, files, str(error))
-    # A commit looks like this too, between its last two renames.
-    unfinished = ": it is being committed, or a kill has cut that short" if place.stage(candidate.name).exists() else ""
-    return _uncommitted(place, candidate, UNVERIFIED, files, f"it has no manifest{unfinished}")
+        return _uncommitted(place, candidate, DAMAGED, entries, error)
+    # Between two renames of a commit it looks like this too.
+    is_staged = os.path.lexists(place.stage(candidate.name))
+    unfinished = ": it is being committed, or a kill has cut that short" if is_staged else ""
+    return _uncommitted(place, candidate, UNVERIFIED, entries, f"it has no manifest{unfinished}")
 
 
 def _uncommitted(
-    place: Layout, candidate: Checkpoint, state: str, files: Sequence[str], reason: str
+    place: Layout, candidate: Checkpoint, state: str, entries: Sequence[str], reason: str | CheckpointError
 ) -> ListedCheckpoint:
-    engine = _engine_of_files(place.root, candidate.name, files)
-    return ListedCheckpoint(candidate, place.basename, state, engine, _bytes(place.root, files), (reason,))
+    engine = _engine_of_files(place.root, candidate.name, entries)
+    size = _bytes(place.root, entries)
+    is_unreadable = isinstance(reason, verification.CheckpointUnreadableError)
+    return ListedCheckpoint(candidate, place.basename, state, engine, size, (str(reason),), is_unreadable=is_unreadable)
 
 
 def _committed(
@@ -262,7 +300,17 @@ def _committed(
     checkpoint = replace(candidate, step=manifest.step, time=manifest.time, manifest=manifest)
     is_damaged = any(verification.prevents_restore(place, candidate.name, one) for one in wrong)
     state = DAMAGED if is_damaged else GOOD
-    return ListedCheckpoint(checkpoint, place.basename, state, manifest.engine, manifest.size, tuple(map(str, wrong)))
+    reasons = tuple(map(str, wrong))
+    is_unreadable = any(isinstance(one, verification.CheckpointUnreadableError) for one in wrong)
+    return ListedCheckpoint(
+        checkpoint,
+        place.basename,
+        state,
+        manifest.engine,
+        manifest.size,
+        reasons,
+        is_unreadable=is_unreadable,
+    )
 
 
 def _marked(found: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
@@ -280,7 +328,7 @@ def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list
     for entry, is_dir in kinds.items():
         data = _DATA.fullmatch(entry)
         if entry.startswith(layouts.STAGE):
-            name, reason = entry[len(layouts.STAGE) :], "it is being written, or a kill has cut that short"
+            name, reason = layouts.staged_name(entry), "it is being written, or a kill has cut that short"
         elif entry.startswith(layouts.PRUNED):
             name, reason = entry[len(layouts.PRUNED) :], "it is being removed, or a kill has cut that short"
         elif data is not None:
@@ -312,7 +360,7 @@ def _missing(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> tuple[s
 def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
     inside = list(entries)
     for entry in entries:
-        if entry.startswith(layouts.STAGE) and (root / entry).is_dir():
+        if entry.startswith(layouts.STAGE):
             inside += _listdir(root / entry)
     if any(one == name + ENTRY_SUFFIX or _DATA.fullmatch(one) for one in inside):
         return "tensorflow"
@@ -320,9 +368,10 @@ def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """None also for one whose inode cannot be read: whoever opens it says what is wrong."""
     try:
         return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
 
 
@@ -334,7 +383,10 @@ def _listdir(path: Path) -> list[str]:
 
 
 def _count(path: Path) -> int:
-    return len(_listdir(path))
+    try:
+        return len(_list_own(path))
+    except OSError:
+        return 0
 
 
 def _bytes(root: Path, entries: Iterable[str]) -> int:
@@ -342,12 +394,13 @@ def _bytes(root: Path, entries: Iterable[str]) -> int:
 
 
 def _tree_bytes(path: Path) -> int:
-    size = verification.size_of(path)
+    try:
+        size = files.size_of(path)
+    except OSError:
+        return 0
     if size is not None:
         return size
-    return sum(
-        verification.size_of(Path(directory, name)) or 0 for directory, _, names in os.walk(path) for name in names
-    )
+    return sum(_tree_bytes(path / name) for name in _listdir(path) if not os.path.islink(path / name))
 
 
 def _newest_time(root: Path, entries: Iterable[str]) -> float:

@@ -1,7 +1,7 @@
 """Scalars from TensorBoard's event files, as TensorBoard shows them, read by its own package without TensorFlow.
 
-After a restart it drops what the killed run had written for later steps (session log START), it reads a file up to a
-record that was cut short, and it takes a file that is still being written as far as it goes.
+After a restart (session log START), TensorBoard drops the values of the killed run for later steps. It reads a file up
+to a truncated record, and a file that is still being written up to its current end.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ _LOOKS = 3
 class FullRead:
     """The outcome of a full read: the checkpoint with its state, and each damaged file with the reason.
 
-    ``is_readable`` is, for one without a manifest, whether its framework could read all of it by its own checksums;
-    None if that was not tried.
+    ``is_readable`` says, for a checkpoint without a manifest, whether its framework could read it and its checksums
+    were right; None if that was not tried.
     """
 
     listed: ListedCheckpoint
@@ -37,7 +36,7 @@ class FullRead:
 def read_fully(one: ListedCheckpoint, *, on_block: Callable[[int], None] | None = None) -> FullRead | None:
     """Read all of a checkpoint. None if it was pruned meanwhile; a newer one of its name is read instead.
 
-    Raises OSError for what is no proof of damage: a missing permission, for one.
+    Raises OSError for what is no proof of damage: too many open files, for one.
     """
     place = Layout(one.checkpoint.root, one.basename, ENTRY_SUFFIX)
     name = one.checkpoint.name
@@ -64,22 +63,19 @@ def _compared_with_manifest(place: Layout, found: ListedCheckpoint, on_block: Ca
         return _unmanifested(found)
     damages: list[tuple[Path | None, str]] = []
     is_damaged = False
-    try:
-        for one in verification.damages(place, manifest, on_block=on_block):
-            damages.append((one.path, str(one)))
-            is_damaged |= verification.prevents_restore(place, manifest.name, one)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        damages.append((None, f"a file could not be read: {error}"))
-        is_damaged = True
+    is_unreadable = False
+    for one in verification.damages(place, manifest, on_block=on_block):
+        damages.append((one.path, str(one)))
+        is_damaged |= verification.prevents_restore(place, manifest.name, one)
+        is_unreadable |= isinstance(one, verification.CheckpointUnreadableError)
     if not damages:
         return FullRead(replace(found, state=GOOD, reasons=()))
     if verification.was_written_over(place, manifest):
         over = replace(found, checkpoint=replace(found.checkpoint, manifest=None), state=UNVERIFIED)
         return _unmanifested(replace(over, reasons=("TensorFlow's own tools have written over it",)))
     state = DAMAGED if is_damaged else GOOD
-    return FullRead(replace(found, state=state, reasons=tuple(reason for _, reason in damages)), tuple(damages))
+    reasons = tuple(reason for _, reason in damages)
+    return FullRead(replace(found, state=state, reasons=reasons, is_unreadable=is_unreadable), tuple(damages))
 
 
 def _unmanifested(found: ListedCheckpoint) -> FullRead:

@@ -1,4 +1,4 @@
-"""The state of a run, put together from the heartbeats, ledger and checkpoints in its logdir; for `status`."""
+"""The state of a run for `status`, computed from the heartbeats, ledger and checkpoints in its logdir."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepguard import processes
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
@@ -19,8 +20,8 @@ from stepguard.watching.history import History
 class Process:
     """One process of the run.
 
-    ``state`` is that of `heartbeat.state`; ``is_left_behind`` says that it belongs to a start before the present one,
-    and ``is_from_ledger`` that there is no heartbeat of it, and the ledger tells of it.
+    ``state`` is the result of `heartbeat.state`. ``is_left_behind`` says that the process belongs to an earlier start,
+    ``is_from_ledger`` that it has no heartbeat and is known from the ledger only.
     """
 
     beat: Heartbeat
@@ -57,9 +58,10 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """All that is known of a run. A crash now would lose ``steps_at_risk``; None where the step is not known.
+    """The state of a run. A crash now would lose ``steps_at_risk``; None if the step is unknown.
 
-    ``last_error`` is that of the newest start that ended by one, also when the run goes on since.
+    ``last_error`` is that of the newest start that ended by one, also when the run goes on since. ``unreadable`` says
+    what the system could not read, and was passed over.
     """
 
     logdir: Path
@@ -72,6 +74,7 @@ class RunState:
     last_error: str | None
     launcher: Launcher | None
     has_ledger: bool
+    unreadable: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -80,8 +83,8 @@ class RunState:
 
     @property
     def is_well(self) -> bool:
-        """Whether every process of the present start runs, or stopped without an error. An empty logdir is not well."""
-        if self.is_empty:
+        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        if self.is_empty or self.unreadable:
             return False
         present = [one for one in self.processes if not one.is_left_behind]
         if not present:
@@ -92,8 +95,13 @@ class RunState:
 def read_run_state(logdir: Path) -> RunState:
     """Read the state of the run in a logdir. Locks and writes nothing. Raises OSError if it cannot be read."""
     now = time.time()
-    events = ledger.read(logdir)
-    beats = heartbeat.read(logdir)
+    unreadable: list[str] = []
+
+    def note(path: Path, error: OSError) -> None:
+        unreadable.append(f"{path}: could not be read: {error.strerror or error}")
+
+    events = ledger.read(logdir, note)
+    beats = heartbeat.read(logdir, note)
     roles = {one.role for one in beats}
     # Heartbeats are not synced: after a power loss the chief's may be empty, and only the ledger tells of it.
     if history.CHIEF not in roles and (told := history.last_seen(events)) is not None:
@@ -115,6 +123,7 @@ def read_run_state(logdir: Path) -> RunState:
         last_error=history.last_error(events),
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -135,6 +144,7 @@ def document(found: RunState) -> dict[str, Any]:
         "replayed_steps": found.history.lost_steps,
         "last_error": found.last_error,
         "attempts": [asdict(one) for one in found.history.attempts],
+        "unreadable": list(found.unreadable),
         "launcher": None if found.launcher is None else asdict(found.launcher),
     }
 
@@ -175,7 +185,7 @@ def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
     if last["event"] == "gave_up":
         return replace(found, state="gave up")
     is_here = host == socket.gethostname() and isinstance(pid, int)
-    if is_here and not heartbeat.is_running(int(pid or 0), launch.get("process_start")):
+    if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
         return found
     if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
         return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])

@@ -1,4 +1,4 @@
-"""How commands print: text that may hold anything, sizes and ages for people, and JSON for programs."""
+"""How commands print: arbitrary text, sizes and ages for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
+from stepguard import errors
 from stepguard.watching.history import History
 from stepguard.words import duration
+
+printable = errors.printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,11 +26,6 @@ def json_option(function: _Function) -> _Function:
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one document. Floats that JSON has no number for are the strings "nan", "inf" and "-inf"."""
     click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
-
-
-def printable(text: str) -> str:
-    """``text`` on one line: control characters, and bytes that are no UTF-8, are shown as escapes."""
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
 
 def size(count: int) -> str:
@@ -65,14 +63,8 @@ def accounted(found: History) -> str:
 
 
 def missing_newest(name: str) -> str:
-    """The line about a checkpoint that is gone."""
+    """The line about a newest checkpoint that no longer exists."""
     return f"the file 'checkpoint' names {printable(name)} as the newest, and there is no file of it"
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import click
 from rich.cells import cell_len, set_cell_size
 
+from stepguard.errors import printable
+
 _GAP = "  "
 _NOTHING = ("0", "-")
 _SHORTEST = 12
@@ -20,9 +22,9 @@ _SHORTEST = 12
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """``style`` gives the colour of a cell by click's name; of those that may ``shrink``, the widest does first.
+    """``style`` returns the click name of a cell's colour. Of columns that may ``shrink``, the widest shrinks first.
 
-    ``hide`` leaves a column that says nothing out of a terminal, where room is short; it is there where it is piped.
+    ``hide`` leaves out a column without information in a terminal, where room is short, but not in a pipe.
     """
 
     title: str
@@ -44,7 +46,8 @@ STATE = Column("STATE", style=lambda state: _COLOURS.get(state, "yellow"))
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of printable cells under the titles of their columns."""
+    """Print rows under the titles of their columns. What a terminal would obey is shown as escapes."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     is_terminal = sys.stdout.isatty()
     if is_terminal:
         shown = [n for n, one in enumerate(columns) if not (one.hide and all(row[n] in _NOTHING for row in rows))]

@@ -1,1 +1,1 @@
-"""Checkpoints of TensorFlow programs: taking, writing, finding, and restoring them."""
+"""Checkpoints of TensorFlow programs: how they are taken, written, found and restored."""

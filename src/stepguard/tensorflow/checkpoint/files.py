@@ -1,14 +1,13 @@
-"""Writing TensorFlow checkpoints: the tensor bundle format, from arrays in memory, in one pass.
+"""Writes TensorFlow checkpoints in the tensor bundle format, from arrays in memory, in one pass.
 
-A bundle is two files or more. ``NAME.data-00000-of-00001`` holds the bytes of the tensors of one shard, one after the
-other; a Saver with ``sharded=True`` has a shard for each device.
-``NAME.index`` is a sorted table, in the format of LevelDB's table files, from tensor names to `BundleEntryProto`:
-type, shape, place in the data file, and checksum. Its first key is empty and leads to a `BundleHeaderProto`. The format
-is described in tensorflow/core/protobuf/tensor_bundle.proto and in LevelDB's doc/table_format.md.
+A bundle has two or more files. ``NAME.data-00000-of-00001`` holds the bytes of the tensors of one shard, one after the
+other; a Saver with ``sharded=True`` has a shard for each device. ``NAME.index`` is a sorted table in the format of
+LevelDB's table files. It maps tensor names to `BundleEntryProto`: type, shape, place in the data file, and checksum.
+Its first key is empty, and has a `BundleHeaderProto`. The format is described in
+tensorflow/core/protobuf/tensor_bundle.proto and in LevelDB's doc/table_format.md.
 
-TensorFlow's own operation copies every tensor, computes checksums one after the other and leaves the file to be read
-again for its digest and its fsync. Here every block is checksummed, digested and written while it is in the cache of
-the core.
+TensorFlow's own operation copies every tensor and computes one checksum after the other, and the file must then be read
+again for its digest. Here every block is checksummed, digested and written while it is in the cache of the core.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from tensorflow.core.protobuf import tensor_bundle_pb2
 from stepguard.files import NewFile
 from stepguard.tensorflow.checkpoint.leveldb import masked, table_pieces, varint
 
-# Fits into the cache of a core together with its copy in the kernel; the checksum holds the GIL for 0.1 ms of it.
+# A block and its copy in the kernel fit into the cache of a core. Its checksum holds the GIL for 0.1 ms.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -38,9 +37,9 @@ _BLOCK_BYTES = 1 << 20
 class BundleTensor:
     """One tensor, or one slice of a partitioned one, to be written.
 
-    ``spec`` is what the Saver's own operation takes: ``""`` for a whole tensor, or ``"4 10 0,2:-"`` for rows 0 and 1 of
-    a tensor of shape (4, 10). ``array`` holds objects of type bytes for strings, and for a variant (the state of an
-    iterator) the one serialised TensorProto.
+    ``spec`` is in the form of the Saver's own operation: ``""`` for a whole tensor, or ``"4 10 0,2:-"`` for rows 0 and
+    1 of a tensor of shape (4, 10). For strings ``array`` holds objects of type bytes; for a variant (the state of an
+    iterator) it holds one serialised TensorProto.
     """
 
     name: str
@@ -50,11 +49,11 @@ class BundleTensor:
 
 
 def write_bundle(prefix: Path, shards: Sequence[Iterable[BundleTensor]]) -> dict[str, tuple[int, str]]:
-    """Write ``prefix.data-*-of-*``, one file for each shard, and ``prefix.index``; return size and digest by name.
+    """Write ``prefix.data-*-of-*``, one file for each shard, and ``prefix.index``; return size and digest by file name.
 
-    Nothing of it is durable yet.
+    The files are not durable yet.
 
-    Raises ValueError for two tensors of one name, and OSError as it came.
+    Raises ValueError if two tensors have the same name, and OSError.
     """
     table: dict[bytes, tensor_bundle_pb2.BundleEntryProto] = {}
     written = []
@@ -111,7 +110,7 @@ def _shape(dtype: Any, array: Any) -> Sequence[int]:
 
 
 def _blocks(dtype: Any, array: Any) -> Iterator[tuple[Any, Any]]:
-    """Pairs of what is written and what is checksummed in its place: these differ for the lengths of strings."""
+    """Pairs of the bytes to write and the bytes to checksum for them. Only for the lengths of strings they differ."""
     if dtype == tf.variant:
         yield from _variant_blocks(array.item())
     elif dtype == tf.string:
@@ -119,13 +118,13 @@ def _blocks(dtype: Any, array: Any) -> Iterator[tuple[Any, Any]]:
     else:
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         for start in range(0, flat.size, _BLOCK_BYTES):
-            # Only an array that shows its memory by itself is taken by the checksum: a memoryview is refused.
+            # Passed as an array, because the checksum function refuses a memoryview.
             block = flat[start : start + _BLOCK_BYTES]
             yield block, block
 
 
 def _string_blocks(items: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """All lengths as varints, the checksum of the lengths as integers, all bytes."""
+    """First all lengths as varints, then the checksum of the lengths as integers, then the bytes of all strings."""
     lengths = b"".join(struct.pack("<I" if len(item) < 1 << 32 else "<Q", len(item)) for item in items)
     yield b"".join(varint(len(item)) for item in items), lengths
     checksum = struct.pack("<I", masked(google_crc32c.value(lengths)))
@@ -137,7 +136,7 @@ def _string_blocks(items: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _variant_blocks(serialised: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """For each element its length, its proto, and the checksum of everything so far."""
+    """For each element: its length, its proto, and the checksum of all bytes so far."""
     crc = 0
     for content in _variant_elements(tensor_pb2.TensorProto.FromString(serialised)):
         length = struct.pack("<Q", len(content))
@@ -150,7 +149,7 @@ def _variant_blocks(serialised: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _variant_elements(tensor: Any) -> list[bytes]:
-    """The serialised elements: behind their sizes in the content of the tensor, or in a field of their own."""
+    """The serialised elements: in the tensor's content, after their sizes, or else in its field ``variant_val``."""
     content, position, sizes = tensor.tensor_content, 0, []
     if not content:
         return [element.SerializeToString() for element in tensor.variant_val]
@@ -175,7 +174,7 @@ def _as_bytes(item: Any) -> bytes:
 
 
 def _key(table: dict[bytes, tensor_bundle_pb2.BundleEntryProto], tensor: BundleTensor, array: Any) -> bytes:
-    """The key of a tensor. That of a slice names the slice, which is noted in the entry of the whole tensor."""
+    """The key of a tensor or slice. A slice is also added to the entry of its whole tensor."""
     name = tensor.name.encode()
     *sizes, last = tensor.spec.split(" ")
     whole = [int(size) for size in sizes]
@@ -195,8 +194,8 @@ def _key(table: dict[bytes, tensor_bundle_pb2.BundleEntryProto], tensor: BundleT
             ]
         )
     )
-    # An order-preserving code, so that the slices of one tensor lie together: 0, the name, the rank, and the pairs. It
-    # would escape the bytes 0 and 0xFF, which no name in UTF-8 that TensorFlow accepts can hold.
+    # An order-preserving code keeps the slices of one tensor together: 0, the name, the rank, and the pairs. The code
+    # escapes the bytes 0 and 0xFF, but no name that TensorFlow accepts contains them.
     key = b"\0" + name + b"\0\1"
     rank = len(extents)
     key += bytes([(rank.bit_length() + 7) // 8]) + rank.to_bytes((rank.bit_length() + 7) // 8, "big")
@@ -204,7 +203,7 @@ def _key(table: dict[bytes, tensor_bundle_pb2.BundleEntryProto], tensor: BundleT
 
 
 def _ordered(number: int) -> bytes:
-    """A signed integer in as many bytes as the leading ones of the first say, so that bytes compare as numbers do."""
+    """A signed integer as bytes that sort like the numbers. The leading bits of the first byte give the length."""
     length = (number if number >= 0 else ~number).bit_length() // 7 + 1
     if length > 8:
         raise ValueError(f"expected the bounds of a slice to be below 2**55, found {number}")

@@ -1,4 +1,4 @@
-"""Sorted tables in the format of LevelDB's table files, see its doc/table_format.md; only writing, never compressed."""
+"""Writes sorted tables in the format of LevelDB's table files (see its doc/table_format.md), without compression."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _RESTART_INTERVAL = 16
 
 
 def table_pieces(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
-    """The pieces of a table file with these rows, which come sorted by their keys."""
+    """The pieces of a table file with these rows; the rows must be sorted by their keys."""
     position = 0
     index: list[tuple[bytes, bytes]] = []
     waiting: list[tuple[bytes, bytes]] = []
     size = 0
 
     def sealed(block: bytes) -> tuple[bytes, bytes]:
-        # Behind each block: how it is compressed (0: not at all), and the checksum of both.
+        # Each block is followed by the kind of its compression (0: none) and the checksum of both.
         nonlocal position
         handle = varint(position) + varint(len(block))
         block += b"\0"
@@ -48,7 +48,10 @@ def table_pieces(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 
 def _table_block(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Rows whose keys say how much they share with the one before; where each sixteenth, which shares none, begins."""
+    """A block of rows. Each key omits the bytes that it shares with the previous key, except in each 16th row.
+
+    The block ends with the offsets of these complete rows, which LevelDB calls restarts.
+    """
     block = bytearray()
     restarts = []
     previous = b""
@@ -65,7 +68,7 @@ def _table_block(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _shared(one: bytes, other: bytes) -> int:
-    """How many bytes two keys have in common at their beginning."""
+    """The length of the common prefix of two keys, in bytes."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return position
@@ -73,7 +76,7 @@ def _shared(one: bytes, other: bytes) -> int:
 
 
 def varint(number: int) -> bytes:
-    """An integer >= 0, seven bits a byte, the lowest first."""
+    """An integer >= 0 as a varint: seven bits in each byte, the lowest first."""
     coded = bytearray()
     while number > 0x7F:
         coded.append(number & 0x7F | 0x80)
@@ -83,5 +86,5 @@ def varint(number: int) -> bytes:
 
 
 def masked(crc: int) -> int:
-    """The checksum of data that may itself hold checksums, as LevelDB stores it."""
+    """A checksum as LevelDB stores it: masked, because the data may itself contain checksums."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

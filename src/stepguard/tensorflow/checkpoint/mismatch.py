@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a graph, found out before anything is overwritten."""
+"""Checks whether a checkpoint fits a graph, before anything is overwritten."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from stepguard.tensorflow.checkpoint.tensors import without_pattern
 
 _v1 = tf.compat.v1
 
-# A checkpoint of tf.train.Checkpoint names its tensors by object; the Saver has a way of its own to restore one.
+# This key marks a checkpoint of tf.train.Checkpoint, which names tensors by object. The Saver restores it in another
+# way.
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 class MissingVariablesError(CheckpointMismatchError, tf.errors.NotFoundError):
-    """The checkpoint lacks variables of the graph; also what TensorFlow's own Saver raises for it."""
+    """The checkpoint lacks variables of the graph. Also a NotFoundError, as TensorFlow's own Saver raises."""
 
     def __init__(self, message: str, **fields: Any) -> None:
         tf.errors.NotFoundError.__init__(self, None, None, message)
@@ -29,7 +30,7 @@ class MissingVariablesError(CheckpointMismatchError, tf.errors.NotFoundError):
 
 
 class ReshapedVariablesError(CheckpointMismatchError, tf.errors.InvalidArgumentError):
-    """Variables have another shape or type in the checkpoint; also what TensorFlow's own Saver raises for it."""
+    """Variables have another shape or type in the checkpoint. Also an InvalidArgumentError, as the Saver raises."""
 
     def __init__(self, message: str, **fields: Any) -> None:
         tf.errors.InvalidArgumentError.__init__(self, None, None, message)
@@ -39,12 +40,12 @@ class ReshapedVariablesError(CheckpointMismatchError, tf.errors.InvalidArgumentE
 
 
 def check_fits(saver: Any, graph: Any, path: str) -> None:
-    """Compare what ``saver`` would restore with what the checkpoint at ``path`` holds.
+    """Compare the variables that ``saver`` would restore with the contents of the checkpoint at ``path``.
 
-    A saver that restores in its own way is left to do so. Errors of reading the checkpoint are TensorFlow's own.
+    A saver with a ``restore`` of its own is not checked. Errors in reading the checkpoint are TensorFlow's own.
 
     Raises:
-        CheckpointMismatchError: names are missing, or have another shape or type. It lists all of them.
+        CheckpointMismatchError: variables are missing, or have another shape or type. The error lists all of them.
     """
     wanted = _wanted(saver, graph)
     if not wanted:
@@ -54,10 +55,10 @@ def check_fits(saver: Any, graph: Any, path: str) -> None:
         shapes, types = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if _OBJECT_GRAPH in shapes:
         return
-    # With reshape=True the saver takes any shape of the same size.
+    # With reshape=True the saver accepts any shape of the same size.
     found = _compared(wanted, shapes, types, compares_shapes=not getattr(saver, "_reshape", False))
     if not found.missing and not found.reshaped:
-        return  # What only the checkpoint holds is nobody's loss.
+        return  # Variables that only the checkpoint has do not matter.
     message = (
         f"{path} does not fit the graph, and nothing was overwritten: {found}. "
         "If the model was changed on purpose, restore the variables that both have with a Saver of your own in "
@@ -82,7 +83,7 @@ def _compared(wanted: dict[str, tuple[Any, Any]], shapes: Any, types: Any, *, co
 
 
 def _wanted(saver: Any, graph: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, shape) of what the saver saves and restores; empty when only the saver knows."""
+    """The saver's variables: name -> (type, shape). Empty if only the saver itself knows them."""
     if not isinstance(saver, _v1.train.Saver) or type(saver).restore is not _v1.train.Saver.restore:
         return {}
     definition = saver.saver_def
@@ -101,6 +102,6 @@ def _wanted(saver: Any, graph: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _whole_shape(spec: str) -> Any:
-    """The shape of the whole variable that a slice belongs to: ``"4 10 0,2:-"`` is a slice of one of shape (4, 10)."""
+    """The shape of the whole variable of a slice: ``"4 10 0,2:-"`` is a slice of a variable of shape (4, 10)."""
     *dimensions, _ = spec.split(" ")
     return tf.TensorShape([int(size) for size in dimensions])

@@ -1,7 +1,7 @@
-"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be.
+"""Finds and restores the checkpoint from which a run continues, or reports exactly why it cannot.
 
-TensorFlow programs leave checkpoints in more places than a run's own store knows: under other names, in the format
-before V2, in other directories. `SEARCHES` are all the places, in their order; the policy in each of them is that of
+TensorFlow programs write checkpoints to more places than a run's own store knows: under other names, in the format
+before V2, in other directories. `SEARCHES` lists all the places in their order. The policy in each place is that of
 `stepguard.saving.restoring`.
 """
 
@@ -37,7 +37,7 @@ ENTRY_SUFFIX = ".index"
 class Restorer:
     """Restores the newest good checkpoint of a directory.
 
-    ``store`` is the supervisor's own: damaged checkpoints are moved out of its way. Without one nothing is moved.
+    ``store`` is the supervisor's own store: damaged checkpoints are moved out of it. Without a store nothing is moved.
     """
 
     def __init__(self, store: CheckpointStore | None = None, options: Restoring | None = None) -> None:
@@ -45,10 +45,10 @@ class Restorer:
         self._options = Restoring() if options is None else options
 
     def restore_newest(self, session: Any, saver: Any, directory: str) -> Recovery | None:
-        """Restore the newest good checkpoint; ``None`` when there is none to restore.
+        """Restore the newest good checkpoint; ``None`` if there are no checkpoints.
 
         Raises:
-            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            NoGoodCheckpointError: checkpoints exist, but all are damaged.
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
         start = _Start(session, saver, directory, self._store, self._options)
@@ -59,7 +59,10 @@ class Restorer:
         return None
 
     def go_on(self, saver: Any) -> None:
-        """The model lives, and nothing is restored: what an earlier run has saved of it is pruned as ever."""
+        """Continue a model that is alive on its servers, without restoring it.
+
+        The retention rules then also apply to the checkpoints of earlier runs.
+        """
         if self._store is None:
             return
         if not self._store.candidates():
@@ -76,11 +79,11 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
     """Restore the checkpoint with the prefix ``path``.
 
     Raises:
-        CheckpointMismatchError: it does not fit the graph. Nothing was overwritten.
+        CheckpointMismatchError: the checkpoint does not fit the graph. Nothing was overwritten.
         ValueError: there is no such checkpoint.
     """
     path = statefile.without_shards(path)
-    # A saver of the program's own knows itself which files it needs.
+    # Only a saver that the program itself defines knows which files it needs.
     is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
     if is_standard and not tensors.exists(path):
         raise ValueError(
@@ -91,11 +94,11 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
     graph = session.graph
     with graph.as_default():
         check_fits(saver, graph, path)
-        # What a SavedModel needs in place before its variables are restored.
+        # A SavedModel needs these run before its variables are restored.
         initializers = _v1.get_collection("saved_model_initializers")
         if initializers:
             session.run(initializers)
-        # A master that is another process may not reach this machine's directory for temporary files.
+        # A master in another process may not be able to reach this machine's directory for temporary files.
         is_here = not getattr(session, "sess_str", "")
         with tensors.without_pattern(path) if is_here else nullcontext(path) as place:
             saver.restore(session, place)
@@ -106,7 +109,7 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What is restored into, and where it is looked for: the supervisor's own store, and a directory."""
+    """The session to restore into, and the places to search: the supervisor's own store, and a directory."""
 
     session: Any
     saver: Any
@@ -121,7 +124,7 @@ class _Start:
 
     @property
     def has_known_saver(self) -> bool:
-        """Whether a checkpoint has the files of a Saver: a saver of the program's own knows itself what it needs."""
+        """Whether the saver is a standard Saver, whose files are known; another saver may use other files."""
         return isinstance(self.saver, _v1.train.Saver)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -132,11 +135,11 @@ class _Start:
             restore_file(self.session, self.saver, str(checkpoint.path))
 
     def restore_unproven(self, path: str) -> None:
-        """Restore a checkpoint that no manifest vouches for. Raises CheckpointCorruptError if its bytes are damaged."""
+        """Restore a checkpoint without a manifest. Raises CheckpointCorruptError if its bytes are damaged."""
         try:
             restore_file(self.session, self.saver, path)
         except CheckpointMismatchError:
-            raise  # It could be read, and is for another model: also a NotFoundError, for one.
+            raise  # The checkpoint is readable but belongs to another model. (The error may be a NotFoundError too.)
         except Exception as error:
             damage = tensors.damage(path)
             if damage is None:
@@ -149,19 +152,20 @@ class _Start:
         return tensors.step_held(path, counters[0].op.name if counters else "global_step")
 
     def found_at(self, path: str) -> Checkpoint:
-        """The checkpoint that the state file has led to, which no store knows."""
+        """The checkpoint at ``path``, which the state file names and no store knows."""
         place, step = Path(path), self.step_held(path)
         step = split_name(place.name)[1] if step is None else step
         return Checkpoint(place.parent, place.name, step, tensors.written_at(path), False)
 
     def store_of(self, basename: str) -> CheckpointStore:
-        """The checkpoints of another name in the directory."""
+        """A store of the checkpoints with this basename in the directory."""
         return CheckpointStore(self.directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
 
 
 def _named_old_format(start: _Start) -> Recovery | None:
-    """What the state file names, if that is newer than all else, and of the Saver's format before V2: it has no entry
-    file, and no store knows it without a manifest.
+    """Restore the checkpoint that the state file names, if it is newer than all others and in the format before V2.
+
+    Such a checkpoint has no entry file, so no store knows it unless it has a manifest.
     """
     state = None if start.is_remote else statefile.read(Path(start.directory))
     if state is None or not start.has_known_saver:
@@ -191,7 +195,7 @@ def _check_whole(old: Checkpoint) -> None:
 
 
 def _refuse_old_format(start: _Start, named: Checkpoint, damage: CheckpointCorruptError, *, has_others: bool) -> None:
-    """Raise NoGoodCheckpointError, unless there are others to be tried, or starting over was asked for."""
+    """Raise NoGoodCheckpointError, unless there are other checkpoints to try or the options allow to start over."""
     message = (
         f"{named.path}: expected the checkpoint that the file {statefile.FILE_NAME!r} in {start.directory} names as "
         f"the newest, found it damaged ({damage})"
@@ -210,7 +214,7 @@ def _refuse_old_format(start: _Start, named: Checkpoint, damage: CheckpointCorru
 
 
 def _named_newer(start: _Start) -> Recovery | None:
-    """What the program has saved last under another name, if that is newer than what the supervisor has."""
+    """Restore the program's own last save under another name, if it is newer than the supervisor's checkpoints."""
     own = start.store
     state = None if own is None else statefile.read(own.root)
     if own is None or state is None or split_name(state.newest)[0] == own.basename:
@@ -226,13 +230,13 @@ def _named_newer(start: _Start) -> Recovery | None:
         try:
             return _restored(start, Recovery(restoring.restore_one(store, start.restore, named)), store)
         except (CheckpointCorruptError, CheckpointMismatchError) as error:
-            reason = error  # It may be another model's, and there is one of the supervisor's own.
+            reason = error  # It may belong to another model; the supervisor has a checkpoint of its own to try.
     _log.warning("the newest by the state file, %s, is not gone on with: %s", state.newest, reason)
     return None
 
 
 def _own(start: _Start) -> Recovery | None:
-    """What the supervisor has saved."""
+    """Restore the newest good checkpoint of the supervisor's own store."""
     own = start.store
     if own is None or _holds_only_a_strangers(own, start.session):
         return None
@@ -241,7 +245,7 @@ def _own(start: _Start) -> Recovery | None:
         start.restore,
         start.options,
         step_held=start.step_held,
-        # A saver of the program's own is asked with the state file's path.
+        # A saver that the program defines is called later, with the path in the state file.
         refuses_missing=start.has_known_saver,
     )
     if found.checkpoint is None:
@@ -251,7 +255,7 @@ def _own(start: _Start) -> Recovery | None:
 
 
 def _other_names(start: _Start) -> Recovery | None:
-    """What lies in the directory by any name, where no store says which."""
+    """Restore the newest good checkpoint of any name in the directory, if the supervisor's store is not there."""
     own = start.store
     if start.is_remote or (own is not None and own.root.absolute() == Path(start.directory).absolute()):
         return None
@@ -266,13 +270,16 @@ def _other_names(start: _Start) -> Recovery | None:
 
 
 def _named_anywhere(start: _Start) -> Recovery | None:
-    """What the state file names, which may lie anywhere; a directory that was moved is looked at too."""
+    """Restore the checkpoint that the state file names, wherever it is.
+
+    The directory of the state file is searched too, because it may have been moved.
+    """
     state = _state_of(start.directory)
     if state is None:
         return None
     for path in dict.fromkeys([state.model_checkpoint_path, *reversed(state.all_model_checkpoint_paths)]):
         for place in (path, os.path.join(start.directory, os.path.basename(path))):
-            # A saver of the program's own knows itself which files it needs.
+            # Only a saver that the program itself defines knows which files it needs.
             is_for_saver = place == path and not start.has_known_saver
             if is_for_saver or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
                 restore_file(start.session, start.saver, place)
@@ -287,13 +294,13 @@ SEARCHES: tuple[Callable[[_Start], Recovery | None], ...] = (
     _other_names,
     _named_anywhere,
 )
-"""Each restores what it finds, and says what that was; None leaves it to the next."""
+"""Each search restores what it finds and returns that; None means that the next search is tried."""
 
 
 def _restored(start: _Start, found: Recovery, store: CheckpointStore | None) -> Recovery:
-    """Say what was restored, and let retention go on where the run before has stopped.
+    """Report what was restored, and apply the retention rules to the earlier run's checkpoints too.
 
-    ``store`` is where it was found; ``None`` for what only the state file has led to.
+    ``store`` is the store in which it was found; ``None`` if it was found only by the state file.
     """
     restoring.report(found)
     if store is not None:
@@ -306,7 +313,7 @@ def _restored(start: _Start, found: Recovery, store: CheckpointStore | None) -> 
 
 
 def _holds_only_a_strangers(store: CheckpointStore, session: Any) -> bool:
-    """Whether all that is there is a model without a step that no run of this program has saved."""
+    """Whether the store holds only one checkpoint, without a step, that no run of this program has saved."""
     found = store.candidates()
     if len(found) != 1 or not _counts_steps(session.graph):
         return False
@@ -322,7 +329,7 @@ def _holds_only_a_strangers(store: CheckpointStore, session: Any) -> bool:
 
 
 def _basenames(directory: str) -> list[str]:
-    """The basenames of the checkpoints in a directory; that of the state file first, then the usual one."""
+    """The basenames of the checkpoints in a directory: first that of the state file, then the usual one."""
     found: dict[str, None] = {}
     state = _state_of(directory)
     if state is not None:
@@ -332,7 +339,7 @@ def _basenames(directory: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     entries = [name[: -len(ENTRY_SUFFIX)] for name in names if name.endswith(ENTRY_SUFFIX)]
-    # Without a step it may be any model that somebody has put there.
+    # A checkpoint without a step may be any model that somebody has put there.
     numbered = {basename for basename, step in map(split_name, entries) if step is not None}
     usual = {name for name in entries if name == "model.ckpt"}
     found.update(dict.fromkeys(sorted(numbered | usual, key=lambda name: (name != "model.ckpt", name))))
@@ -353,16 +360,16 @@ def _state_of(directory: str) -> Any:
     try:
         return _v1.train.get_checkpoint_state(directory)
     except ValueError:
-        return None  # It is empty, say, and tells nothing.
+        return None  # The file is unusable, for example empty.
 
 
 def _tell_owned(store: CheckpointStore, saver: Any) -> None:
-    """Let the saver's own retention count what the store owns."""
+    """Put the checkpoints of the store on the saver's own list."""
     _tell_saver(saver, [(tensors.restorable(str(one.path)), one.time) for one in store.owned])
 
 
 def _tell_saver(saver: Any, kept: list[tuple[str, float]]) -> None:
-    """Let the saver know what it has to prune, also when the program calls its save() itself; oldest first."""
+    """Set the saver's own list, oldest first, from which it prunes if the program calls its save() itself."""
     if hasattr(saver, "set_last_checkpoints_with_time"):
         saver.set_last_checkpoints_with_time(kept)
     elif hasattr(saver, "recover_last_checkpoints"):

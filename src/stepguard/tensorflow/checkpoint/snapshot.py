@@ -1,4 +1,4 @@
-"""Taking one step's state out of a TensorFlow session."""
+"""Takes the state of one step out of a TensorFlow session."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stepguard.tensorflow.scalars import is_finite
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# A master that is another process answers in one message, and protocol buffers end at 2 GiB.
+# A master in another process answers in one message, and a protocol buffer is limited to 2 GiB.
 _LARGEST_MESSAGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSnapshot:
-    """The tensors of one step, as NumPy arrays that belong to the snapshot alone."""
+    """The tensors of one step, as NumPy arrays that only the snapshot uses."""
 
     step: int | None
     tensors: tuple[Any, ...]
@@ -30,13 +30,13 @@ class TensorSnapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory; strings count by their pointers."""
+        """The size in memory, in bytes; of strings only the pointers are counted."""
         return sum(int(array.nbytes) for array in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenSnapshot:
-    """A step that could not be held in memory: its saver has written it already, to the prefix ``written``."""
+    """A step that is not held in memory: its saver has already written it, to the prefix ``written``."""
 
     step: int | None
     written: str
@@ -45,11 +45,11 @@ class WrittenSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
-    """What a graph's own save operation would write: names, slices and the tensors to fetch.
+    """The contents that the graph's own save operation would write: names, slices and the tensors to fetch.
 
-    ``encoded`` holds the positions of tensors that no array can hold (the state of iterators): they are fetched
-    serialised. ``copied`` holds those of tensors that the graph copies itself: what comes is nobody else's already.
-    ``shards`` has the number of the shard of each tensor, from 0 up.
+    ``encoded`` holds the positions of tensors that no array can hold (the state of iterators) and that are fetched
+    serialised. ``copied`` holds the positions of tensors that the graph itself copies, so that their arrays need no
+    other copy. ``shards`` has the shard number of each tensor, from 0 up.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ class SavePlan:
     """Whether the save operation brings all tensors to one place, and one message may carry them."""
 
     def take(self, run: Any, global_step: Any) -> TensorSnapshot:
-        """Fetch everything in one run. ``run`` is a ``Session.run`` that is not held up by the boundary."""
+        """Fetch everything in one run. ``run`` is a ``Session.run`` that does not wait at the boundary."""
         fetched, step = run([list(self.fetches), [] if global_step is None else global_step])
         return TensorSnapshot(
             step=None if global_step is None else as_step(step),
@@ -82,21 +82,21 @@ class SavePlan:
         ]
 
     def sharded(self, snapshot: TensorSnapshot) -> list[list[BundleTensor]]:
-        """What the shards of a checkpoint of ``snapshot`` consist of."""
+        """The tensors of each shard of the checkpoint of ``snapshot``."""
         shards: list[list[BundleTensor]] = [[] for _ in range(max(self.shards) + 1)]
         for index, array in enumerate(snapshot.tensors):
-            # The type of what is saved, which for an encoded one is not that of what was fetched.
+            # The type to save, which for an encoded tensor is not the type that was fetched.
             dtype = tf.variant if index in self.encoded else self.fetches[index].dtype.base_dtype
             shards[self.shards[index]].append(BundleTensor(self.names[index], self.slices[index], dtype, array))
         return shards
 
 
 def plan(saver: Any, graph: Any) -> SavePlan | None:
-    """How to fetch what ``saver`` saves, or ``None`` where only the saver itself knows.
+    """The plan by which the variables of ``saver`` are fetched, or ``None`` if only the saver itself can save them.
 
-    Called before the graph is finalised: state that no array can hold needs an operation that serialises it.
+    Called before the graph is finalised, because state that no array can hold needs an operation that serialises it.
     """
-    # A subclass that saves in its own way has to be asked to.
+    # A subclass with a save() of its own must write the checkpoint itself.
     if not isinstance(saver, _v1.train.Saver) or type(saver).save is not _v1.train.Saver.save:
         return None
     definition = saver.as_saver_def() if saver.saver_def is not None else None
@@ -153,7 +153,7 @@ def _static_bytes(tensor: Any) -> int:
 
 
 def save_operations(saved: Any, types: Collection[str] = ("SaveV2",)) -> list[Any]:
-    """The operations that write the tensors of a checkpoint, among all those that the tensor or operation needs."""
+    """The operations that write the tensors of a checkpoint, among all operations that ``saved`` needs."""
     found = []
     seen = set()
     waiting = [saved if isinstance(saved, tf.Operation) else saved.op]
@@ -171,12 +171,12 @@ def save_operations(saved: Any, types: Collection[str] = ("SaveV2",)) -> list[An
 
 
 def as_step(value: Any) -> int:
-    """The global step as a number: its tensor may be of rank 0, or of rank 1 and size 1."""
+    """The global step as an int; its tensor may be of rank 0, or of rank 1 and size 1."""
     return int(np.asarray(value).reshape(-1)[0])
 
 
-# A session copies what it returns on one thread, with the GIL held, into fresh memory; only a buffer that nobody else
-# has is handed over as it is. A copy made in the graph is such a buffer, and is made on TensorFlow's threads.
+# A session copies its results into fresh memory, on one thread and with the GIL held, unless nothing else refers to the
+# buffer. A copy made by the graph is such a buffer, and TensorFlow's threads make it.
 _COPIED_TYPES = frozenset(
     {
         tf.bool,
@@ -200,12 +200,12 @@ _COPIED_BYTES = 1 << 16
 
 
 def _copy_in_graph(tensor: Any, graph: Any) -> Any:
-    """A copy of a large tensor, as an operation of the graph; ``None`` for one that the session may as well copy."""
+    """The output of a graph operation that copies a large tensor; ``None`` if the session can as well copy it."""
     dtype = tensor.dtype.base_dtype
     count = tensor.shape.num_elements()
     if dtype not in _COPIED_TYPES or (count is not None and count * dtype.size < _COPIED_BYTES):
         return None
-    # A graph that was imported has them already.
+    # An imported graph may already have the copy.
     for operation in tensor.consumers():
         if operation.type == "DeepCopy":
             return operation.outputs[0]
@@ -217,8 +217,8 @@ def _copy_in_graph(tensor: Any, graph: Any) -> Any:
 
 def _owned(fetched: Any, tensor: Any) -> Any:
     if tensor.dtype.base_dtype == tf.string:
-        # NumPy's own type for strings drops the zero bytes at their end.
+        # NumPy's own string type drops zero bytes at the end.
         return np.array(fetched, dtype=object)
-    # What a run returns may share memory with a variable that is updated in place.
+    # The result of a run may share memory with a variable that is updated in place.
     array = np.asarray(fetched)
     return array if array.flags.owndata else array.copy()

@@ -1,4 +1,4 @@
-"""The tensors of a TensorFlow checkpoint, without the program that saved it."""
+"""Reads the tensors of a TensorFlow checkpoint without the program that saved it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from stepguard.store.saved_tensor import SavedTensor
 _log = logging.getLogger(__name__)
 
 PATTERN = frozenset("*?[\\")
-"""The characters for which TensorFlow takes the path of a checkpoint for a pattern."""
+"""TensorFlow takes a path that has one of these characters for a pattern."""
 
 
 @contextlib.contextmanager
 def without_pattern(path: str) -> Iterator[str]:
-    """Another path to a checkpoint, while the block lasts, where TensorFlow would take that of its directory for a
-    pattern: through a symbolic link. For who reads it in this process.
+    """A path to the checkpoint that TensorFlow does not take for a pattern, valid inside the block.
+
+    If the directory's path looks like a pattern, this is a path through a temporary symbolic link, which only a reader
+    on this machine can use.
     """
     place, name = os.path.split(path)
     if "://" in path or not PATTERN.intersection(place):
@@ -43,8 +45,9 @@ def without_pattern(path: str) -> Iterator[str]:
 
 
 def restorable(path: str) -> str:
-    """What TensorFlow is given to restore the checkpoint with the prefix ``path``: a pattern, if that is sharded and of
-    the old format (V1).
+    """The path by which TensorFlow restores the checkpoint with the prefix ``path``.
+
+    It is a pattern if the checkpoint is sharded and in the old format (V1).
     """
     if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
         for shard in old_shards(path):
@@ -53,19 +56,19 @@ def restorable(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a checkpoint with the prefix ``path``, by the names of its files."""
+    """Whether files with the names of a checkpoint with the prefix ``path`` exist."""
     return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
 
 
 def is_old_format(path: str) -> bool:
-    """Whether the files of a checkpoint of the old format are at the prefix ``path``, or a part of them."""
+    """Whether files of a checkpoint in the old format exist at the prefix ``path``; some of them may be missing."""
     if os.path.exists(f"{path}.index"):
         return False
     return os.path.isfile(path) or bool(old_shards(path))
 
 
 def old_shards(path: str) -> list[str]:
-    """The names of the files of a sharded checkpoint of the old format, sorted."""
+    """The sorted names of the files of a sharded checkpoint in the old format."""
     place, name = os.path.split(path)
     try:
         names = tf.io.gfile.listdir(place or os.curdir)
@@ -76,25 +79,25 @@ def old_shards(path: str) -> list[str]:
 
 
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
-    """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read when it is asked for.
+    """The tensors of the checkpoint with the prefix ``path``, sorted by name; each is read on demand.
 
     Raises CheckpointCorruptError if the index cannot be read.
     """
     try:
         source = _Source(restorable(str(path)))
         shapes, types = source.reader.get_variable_to_shape_map(), source.reader.get_variable_to_dtype_map()
-    except Exception as error:  # the reader raises whatever it likes for an index that is not one
+    except Exception as error:  # The reader may raise any error for a file that is no index.
         raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
     for name in sorted(shapes):
         dtype, shape = types[name], tuple(shapes[name])
-        # No array can hold a variant: the state of an iterator, for one.
+        # No array can hold a variant, such as the state of an iterator.
         read = None if dtype == tf.variant else functools.partial(_read, path, source, name)
         nbytes = None if dtype in (tf.string, tf.variant) else math.prod(shape) * dtype.size
         yield SavedTensor(name, dtype.name, shape, nbytes, read)
 
 
 class _Source:
-    """A reader of a checkpoint, and the link by which it may have to open the data at each read."""
+    """A reader of a checkpoint, with the symbolic link through which it may open the data at each read."""
 
     def __init__(self, path: str) -> None:
         link = contextlib.ExitStack()
@@ -106,13 +109,13 @@ def step_held(path: str | Path, name: str) -> int | None:
     """The global step that a checkpoint holds under ``name``; None if none can be read there."""
     try:
         return int(np.asarray(_Source(restorable(str(path))).reader.get_tensor(name)).reshape(-1)[0])
-    except Exception as error:  # noqa: BLE001 - the reader raises whatever it likes for an index that is not one
+    except Exception as error:  # noqa: BLE001 - the reader may raise any error for a file that is no index
         _log.debug("%s: the step that it holds cannot be read: %s", path, error)
         return None
 
 
 def written_at(path: str) -> float:
-    """When the entry file, or else the data, of a checkpoint were last written (Unix time)."""
+    """The time of the last write of a checkpoint's entry file, or else of its data (Unix time); 0 if unknown."""
     for file in (f"{path}.index", path, *(os.path.join(os.path.dirname(path), one) for one in old_shards(path))):
         with contextlib.suppress(tf.errors.OpError):
             return float(tf.io.gfile.stat(file).mtime_nsec) / 1e9
@@ -120,13 +123,13 @@ def written_at(path: str) -> float:
 
 
 def damage(path: str) -> Exception | None:
-    """What is wrong with the bytes of a checkpoint that no manifest vouches for, by TensorFlow's own checksums.
+    """The damage in the bytes of a checkpoint without a manifest, found by TensorFlow's own checksums.
 
-    None if each tensor can be read: what failed was then not the checkpoint.
+    None if each tensor can be read: then the failure had another cause than the checkpoint.
     """
     try:
         for tensor in read_tensors(Path(path)):
-            if tensor.read is not None:  # else this reader cannot prove it
+            if tensor.read is not None:  # This reader cannot read, and so cannot check, other tensors.
                 tensor.read()
     except CheckpointCorruptError as error:
         return error.__cause__ if isinstance(error.__cause__, Exception) else error
@@ -134,7 +137,7 @@ def damage(path: str) -> Exception | None:
 
 
 def cause(error: BaseException) -> str:
-    """The one line of TensorFlow's message that says what is wrong: the one behind the name of the node."""
+    """The line of TensorFlow's message that says what is wrong: the line after the name of the node."""
     lines = str(error).strip().splitlines() or [""]
     behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
     return f"{type(error).__name__}: {(behind_node or lines)[0]}"
@@ -145,6 +148,6 @@ def _read(path: Path, source: _Source, name: str) -> Any:
         array = np.asarray(source.reader.get_tensor(name))
     except Exception as error:  # as above
         raise CheckpointCorruptError(f"{path}: tensor {name}: {cause(error)}", path=path) from error
-    if array.dtype.fields:  # a quantised type: its integers
+    if array.dtype.fields:  # A quantised type is returned as its integers.
         return array.view(array.dtype[0])
     return array if array.dtype.kind in "biufcOSU" else array.astype(np.float32)

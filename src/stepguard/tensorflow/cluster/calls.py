@@ -1,4 +1,15 @@
-"""Calls into a server that may never answer, made so that the caller can be freed."""
+"""Calls into a server that may never answer, made in such a way that the caller can be freed.
+
+The protocol: each calling thread has a courier, a thread that makes its calls. The caller puts a call into the
+courier's inbox and waits on the call's lock ``_ended``. Three events release that lock: the courier has made the call;
+:meth:`Carrier.lose` ends all calls under way, from any thread; or the caller's own ``give_up``, asked every 50 ms,
+returns an error. The lock ``_undecided`` is taken once, so that only the first of them decides the result.
+
+No deadlock is possible: ``_guard`` is held only for bookkeeping, never during a call or a wait, and the inbox has no
+bound. A call that was given up may occupy its courier for ever; later calls of the same caller queue behind it, and
+``lose`` or their own ``give_up`` frees them too. A courier ends when its caller's thread ends or the carrier is closed.
+All couriers are daemon threads, so a stuck one does not keep the process alive. Nothing here is on disk.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +20,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-# How often a caller that may give up looks whether it should.
+# How often `give_up` is asked.
 _LOOK_SECS = 0.05
-# How long a call that a signal has interrupted may take to end: what it was doing is then known to be done.
+# How long an interrupted caller waits for its call to end, so that the effect of the call is complete.
 _INTERRUPTED_SECS = 5.0
 
 GiveUp = Callable[[], BaseException | None]
 
 
 class _Call:
-    """One call, under way on a courier's thread. It ends once: with what it returned, or by being given up."""
+    """One call, under way on a courier's thread. It ends once: with its result, or by being given up."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -60,7 +71,7 @@ class _Call:
             try:
                 raise error
             finally:
-                # This frame is in the traceback now: what it names would be in a cycle with the error.
+                # The error's traceback holds this frame, so a name of this frame that holds the error makes a cycle.
                 del error, self
         return self._value
 
@@ -75,7 +86,7 @@ class _Courier:
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        # The thread knows the inbox only: the courier itself is collected when its caller's thread ends.
+        # The thread refers to the inbox only, so that the courier is collected when its caller's thread ends.
         threading.Thread(target=_serve, args=(self._inbox, context), name="stepguard-run", daemon=True).start()
 
     def take(self, call: _Call) -> None:
@@ -95,13 +106,13 @@ def _serve(inbox: queue.SimpleQueue[_Call | None], context: Callable[[], Abstrac
 
 
 class Carrier:
-    """Makes calls on threads of its own, one for each calling thread, so that none of the callers can be stuck.
+    """Makes calls on threads of its own, one for each calling thread, so that no caller can be stuck.
 
-    A call into TensorFlow's runtime cannot be interrupted: with a server that is silent (stopped, or cut off) it stays
-    where it is for ever. Its caller waits here instead, and is freed by :meth:`lose`; the call itself is left behind.
-    Handing a call over and back costs about 15 us.
+    A call into TensorFlow's runtime cannot be interrupted: if a server is silent (stopped, or cut off), the call never
+    returns. The caller therefore waits here, where :meth:`lose` can free it; the call itself is left behind. Handing a
+    call over and back costs about 15 us.
 
-    ``context`` is entered once by each of the threads.
+    Each courier thread enters ``context`` once.
     """
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -112,15 +123,18 @@ class Carrier:
         self._couriers: weakref.WeakSet[_Courier] = weakref.WeakSet()
         self._lost: BaseException | None = None
         self.left_behind = False
-        """Whether a call was given up, and may still be under way."""
+        """Whether a call was given up; it may still be under way."""
 
     @property
     def lost(self) -> BaseException | None:
-        """What :meth:`lose` was given first."""
+        """The error of the first call of :meth:`lose`; ``None`` before."""
         return self._lost
 
     def call(self, function: Callable[[], Any], give_up: GiveUp | None = None) -> Any:
-        """``function()``, from any thread. ``give_up`` is asked again and again, and ends the wait with its error."""
+        """Return ``function()``, or raise what it raises. Any thread.
+
+        ``give_up`` is asked every 50 ms; if it returns an error, the wait ends and that error is raised.
+        """
         call = _Call(function)
         with self._guard:
             if self._lost is not None:
@@ -137,7 +151,7 @@ class Carrier:
             is_interrupted = False
         finally:
             if is_interrupted:
-                # A signal handler raised. Without a courier it would have done so after the call.
+                # A signal handler raised during the wait. Without a courier it would have run after the call.
                 call.wait_at_most(_INTERRUPTED_SECS)
             with self._guard:
                 self.left_behind = self.left_behind or call.is_left_behind
@@ -145,7 +159,7 @@ class Carrier:
         return call.result()
 
     def close(self) -> None:
-        """End the threads that are idle. A call after this is made by a new one."""
+        """End each courier once its calls are done. A later call gets a new courier."""
         with self._guard:
             for courier in list(self._couriers):
                 courier.end()
@@ -153,7 +167,7 @@ class Carrier:
             self._callers = threading.local()
 
     def lose(self, error: BaseException) -> None:
-        """End every call that is under way, and every later one at once, with ``error``. Any thread."""
+        """End every call under way with ``error``, and refuse every later call with it. Any thread."""
         with self._guard:
             if self._lost is not None:
                 return

@@ -1,4 +1,16 @@
-"""A session on a TensorFlow server: its runs can be given up, and a silent peer is noticed."""
+"""A session on a TensorFlow server: its runs can be given up, and a silent peer is noticed.
+
+The protocol: a thread that runs something waits either in TensorFlow itself or, when closing the session would not
+free it, at its carrier (see calls.py). A heartbeat for each task of the graph (server_ping.py) notices a silent server
+on a thread of its own. It then ends all carried calls, and closes the session if the master is in this process, which
+ends the calls that wait in TensorFlow; both kinds of caller raise the error of the loss. The runs of queue runners also
+poll for a requested stop.
+
+No deadlock is possible: closing has a thread of its own, and ``close`` waits for it at most 2 s (0.1 s if a server was
+lost), after which it leaves that thread and the carried calls behind. ``lose`` runs on a heartbeat's thread and only
+starts the closing. At exit all open sessions are closed against one deadline. Nothing here is on disk; what a killed
+process leaves on the servers, the next chief or worker finds there.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +35,26 @@ from stepguard.tensorflow.session import Session
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
-# Closing tells every server that the session used. One that is gone would be waited for until it comes back.
+# Closing a session calls every server that it used, and would wait for a lost server until that comes back.
 _CLOSE_SECS = 2.0
 _LOST_CLOSE_SECS = 0.1
 
-# After a stop the run of a queue runner has this many looks (of 50 ms) to end by itself.
+# After a stop, the run of a queue runner has this many polls (each 50 ms) to end by itself.
 _STOP_LOOKS = 10
 _MOST_KNOWN = 4096
 _ELEMENTS = (tf.Operation, tf.Tensor, tf.Variable)
 
 
 class _CarriedSession(tf.compat.v1.Session):
-    """TensorFlow's session, whose callers are never stuck in a call to a server that is silent.
+    """TensorFlow's session, but a call to a silent server never holds its caller for ever.
 
     A call into the runtime cannot be interrupted. There are two ways to free its caller:
 
-    - The call is made by a carrier, on another thread, and left behind there. That always works, and costs 15 us.
-    - Where the master is a server of this process, closing the session cancels what the master waits for, and the call
-      returns with an error, which is replaced by that of the loss. This does not hold for the first run of something,
-      in which the master gives the other servers their part of the graph and cannot be cancelled: that one is carried.
+    - A carrier makes the call on another thread, and leaves it behind there. This always works, and costs 15 us.
+    - If the master is a server of this process, closing the session cancels the master's waits. The call then returns
+      with an error, in whose place the error of the loss is raised. This does not work for the first run of any set of
+      elements, in which the master sends the other servers their part of the graph and cannot be cancelled: a carrier
+      makes that run.
     """
 
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
@@ -49,10 +62,10 @@ class _CarriedSession(tf.compat.v1.Session):
         super().__init__(target, graph=graph, config=config)
         self._carrier = Carrier(self.graph.as_default)
         self._has_own_master = tasks.is_own_master(target)
-        # What was run before, by the ids of its elements: the values keep those, and so their ids.
+        # The runs made before, by the ids of their elements. The values keep the elements alive, so no id is reused.
         self._known: dict[Any, Any] = {}
         self.give_up: GiveUp | None = None
-        """Asked while a run is under way: an error ends the wait for it. For the time of a preparation."""
+        """Asked at intervals during each run of a preparation; an error that it returns ends the wait for the run."""
         self._heartbeats: list[Heartbeat] = []
         self._closing: threading.Thread | None = None
         self._is_closed = False
@@ -75,7 +88,7 @@ class _CarriedSession(tf.compat.v1.Session):
         return result
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call it on this thread: the closing of the session frees it."""
+        """Call ``function`` on this thread; closing the session frees it."""
         if self._carrier.lost is None:
             try:
                 return function(*args, **kwargs)
@@ -93,7 +106,7 @@ class _CarriedSession(tf.compat.v1.Session):
     def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
         """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
         if feed_list:
-            # TensorFlow makes one that calls `run`, which is carried already.
+            # TensorFlow then makes a function that calls `run`, which is carried already.
             return super().make_callable(fetches, feed_list, accept_options)
         make = super().make_callable
         function = self._carrier.call(lambda: make(fetches, feed_list, accept_options))
@@ -110,15 +123,15 @@ class _CarriedSession(tf.compat.v1.Session):
         return call
 
     def watch_peers(self, timeout_secs: float | None, on_lost: Callable[[BaseException], object] | None) -> None:
-        """Notice within ``timeout_secs`` when a task that the graph needs falls silent; ``None`` waits for ever.
+        """Notice within ``timeout_secs`` that a task which the graph needs is silent; ``None`` watches nothing.
 
-        Every run under way is then ended with UnavailableError, or with AbortedError where the task was started again,
-        and ``on_lost`` is called with it.
+        Every run under way then ends with UnavailableError, or with AbortedError if the task was restarted, and
+        ``on_lost`` is called with that error.
         """
         if timeout_secs is None or self._heartbeats:
             return
 
-        # By what is nobody's session: the thread that watches must not keep one that the program has dropped.
+        # A weak reference: the watching thread must not keep alive a session that the program has dropped.
         carrier, session = self._carrier, weakref.ref(self)
 
         def lose(error: BaseException) -> None:
@@ -134,7 +147,7 @@ class _CarriedSession(tf.compat.v1.Session):
             self._heartbeats.append(Heartbeat(self._master, task, timeout_secs, lose))
 
     def close(self) -> None:
-        """Close the session, and wait for that a moment: a server that is gone cannot say that it has done so."""
+        """Close the session; wait for that at most 2 s, because a lost server cannot confirm it."""
         if not self._is_closed:
             self._is_closed = True
             is_lost = self._carrier.left_behind or self._carrier.lost is not None
@@ -160,30 +173,30 @@ class _CarriedSession(tf.compat.v1.Session):
         self._carrier.close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # One that could not even be made has no carrier.
+        # A session whose constructor failed has no `_closing`.
         if not hasattr(self, "_closing") or is_finalizing() or os.getpid() != self._pid:
-            # No thread starts any more, and what waits for one waits for ever; or a forked child holds a copy of what
-            # is its parent's. The kernel frees it.
+            # While the interpreter ends no thread can start, and a wait for one would never end. A forked child has
+            # only a copy of its parent's session. The kernel frees both.
             return
         self.close()
-        # One that is still being closed must not be deleted.
+        # A session that is still being closed must not be deleted.
         if self._closing is None or not self._closing.is_alive():
             super().__del__()
 
 
-# Those that somebody may still use, and nobody has collected.
+# The sessions that have not been collected yet, so that the program may still use them.
 _open: weakref.WeakSet[_CarriedSession] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Close what the program has left open, as long as threads still run: all of them against one deadline.
+    """Close the sessions that the program has left open, while threads can still run, against one deadline.
 
-    A thread that comes back from TensorFlow while the interpreter goes would take the whole process down with it.
+    A thread that returns from TensorFlow while the interpreter ends would crash the process.
     """
     mine = [session for session in list(_open) if session._pid == os.getpid() and not session._is_closed]
     for session in mine:
-        # Some versions of Python start no thread any more here: such a session is left to the kernel.
+        # Some versions of Python cannot start a thread here; then the session is left to the kernel.
         with contextlib.suppress(RuntimeError):
             session._begin_close()
     deadline = time.monotonic() + _CLOSE_SECS
@@ -193,24 +206,24 @@ def _close_all() -> None:
 
 
 def _elements(fetches: Any, feed_dict: Any) -> tuple[Any, ...] | None:
-    """What a run fetches and is fed, the same for every run that is like it; ``None`` for what cannot be told."""
+    """The elements that a run fetches and feeds; like runs have the same. ``None`` if one is of an unknown kind."""
     kind = type(fetches)
     flat = tuple(fetches) if kind is list or kind is tuple else tuple(fetches.values()) if kind is dict else (fetches,)
-    # Between the two something that is neither, so that one is not taken for the other.
+    # `None` separates the fetches from the feeds, so that neither is taken for the other.
     flat = (*flat, None, *feed_dict) if feed_dict else flat
     return flat if all(one is None or isinstance(one, _ELEMENTS) for one in flat) else None
 
 
 class RemoteSession(Session, _CarriedSession):
-    """What ``managed_session`` gives to the program on a remote master: a :class:`Session` whose runs can be given up.
+    """The session that ``managed_session`` returns on a remote master: a :class:`Session` whose runs can be given up.
 
-    A run that waits for a server that is silent ends with ``UnavailableError``, and the session with it.
+    A run that waits for a silent server ends with ``UnavailableError``, and the session is then lost.
     """
 
     def for_queue_runners(self, should_stop: Callable[[], bool]) -> QueueSession:
-        """This session for queue runners, whose runs may wait for ever and are no steps of the training loop."""
+        """This session for queue runners, whose runs may wait without limit and are no steps of the training loop."""
         if self._queue_session is None:
-            # One for all: a queue runner knows by its session that it runs already.
+            # All queue runners share one: a queue runner knows by its session whether it is already running.
             self._queue_session = QueueSession(self, should_stop)
         return self._queue_session
 
@@ -220,8 +233,8 @@ class RemoteSession(Session, _CarriedSession):
 class QueueSession:
     """A remote session as queue runners use it: their runs mark no steps, and end when the supervisor stops.
 
-    The queue runner of synchronous training waits in the parameter servers for gradients of all replicas: it would
-    never let a step boundary come, nor end when the chief alone has finished.
+    The queue runner of synchronous training waits on the parameter servers for the gradients of all replicas. As a
+    step, that run would prevent every step boundary, and it would not end when the chief alone has finished.
     """
 
     def __init__(self, session: RemoteSession, should_stop: Callable[[], bool]) -> None:
@@ -230,11 +243,11 @@ class QueueSession:
         self.graph = session.graph
 
     def run(self, fetches: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run without marking a step. The closing of a queue is run at the stop, so it is not given up for one."""
+        """Run without marking a step. A stop does not end such a run, because queues are closed by runs after it."""
         return _CarriedSession.run(self._session, fetches, *args, **kwargs)
 
     def make_callable(self, fetches: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """A function that runs ``fetches``, until a stop is requested and a moment has passed."""
+        """A function that runs ``fetches``. A run that lasts half a second after a requested stop is given up."""
         session = self._session
         make = super(_CarriedSession, session).make_callable
         function = session._carrier.call(lambda: make(fetches, *args, **kwargs))

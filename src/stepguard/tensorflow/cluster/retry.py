@@ -1,4 +1,4 @@
-"""Coming back after a server of the cluster was lost: a new session each time, ever less often, with a limit."""
+"""Retries training after a server of the cluster was lost: a new session for each try, growing waits, and a limit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ResultT = TypeVar("_ResultT")
 def is_lost_peer(error: BaseException) -> bool:
     """Whether ``error`` says that a server was lost, so that a new session may go on.
 
-    These are AbortedError, CancelledError, DeadlineExceededError and UnavailableError of ``tf.errors``; not the
-    DeadlineExceededError of a worker that has waited ``max_wait_secs`` for its chief in vain, and not the
-    CancelledError of one that was asked to stop meanwhile.
+    These are AbortedError, CancelledError, DeadlineExceededError and UnavailableError of ``tf.errors``. Two errors of
+    these types are not: the DeadlineExceededError of a worker that has waited ``max_wait_secs`` for its chief in vain,
+    and the CancelledError of a worker that was asked to stop during that wait.
     """
     waited = (ModelWaitTimeoutError, StoppedWhileWaitingError)
     return isinstance(error, LOST_PEER_TYPES) and not isinstance(error, waited)
@@ -39,25 +39,25 @@ def retry_on_lost_peer(
     wait: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> _ResultT:
-    """Call ``train()`` until it returns, again each time that it loses a server; return what it returns.
+    """Call ``train()``, and call it again each time that it loses a server; return what it returns.
 
     ``train`` builds its graph and its Supervisor, and trains in ``managed_session``, so that each try has a session of
-    its own. Between two tries it waits, twice as long after each loss, and each time a little less than that at
-    random, so that the tasks of a cluster do not all come back at one moment. Whoever waits here for the next try may
-    be interrupted by a signal as ever.
+    its own. The wait between two tries doubles after each loss, and is shortened by a random part, so that the tasks
+    of a cluster do not all return at the same moment. A signal interrupts the wait as usual.
 
     Args:
-        train: one try; its return ends the whole.
+        train: one try. When it returns, no other try follows.
         max_losses: how many losses in a row are survived; the next one is raised. ``None`` never gives up.
-        first_wait_secs: the wait after the first loss, in seconds.
-        longest_wait_secs: the longest wait, in seconds.
-        good_after_secs: a try that has lasted this long, in seconds, ends the row: counting and waits begin anew.
-        is_lost: which errors are a lost server. All others are raised at once.
+        first_wait_secs: the longest wait after the first loss, in seconds.
+        longest_wait_secs: the longest wait of all, in seconds.
+        good_after_secs: after a try that has lasted this long, in seconds, counting and waits begin anew.
+        is_lost: whether an error means a lost server. Any other error is raised at once.
         wait: ``wait(secs)``, for tests and for programs with a stop flag of their own.
         clock: monotonic seconds, for tests.
 
     Raises:
-        Exception: what ``train`` has raised, if it was no lost server, or one too many. It has a note of the number.
+        Exception: the error of ``train``, if it is no lost server, or if it is one loss too many; then a note on the
+            error says how many there were.
         ValueError: an argument is out of its range.
     """
     _check(max_losses, first_wait_secs, longest_wait_secs, good_after_secs)

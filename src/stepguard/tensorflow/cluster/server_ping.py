@@ -1,4 +1,11 @@
-"""Noticing a server that is silent rather than dead: stopped, or cut off."""
+"""Notices a server that is silent rather than dead: stopped, or cut off.
+
+The protocol: the heartbeat's thread sends a ping through a carrier and waits for the answer. Its ``give_up`` ends that
+wait after ``timeout_secs`` of silence, or when :meth:`Heartbeat.end` was called; between two pings the thread waits on
+the flag ``_ended``, which ``end`` sets. No deadlock is possible: the thread holds no lock, each of its waits has a
+limit, it closes its session on yet another thread for at most 1 s, and :meth:`Heartbeat.join` has a timeout and does
+not wait when the heartbeat's own thread calls it (from ``on_lost``). Nothing here is on disk.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +23,17 @@ _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1
 
 _LONGEST_INTERVAL_SECS = 5.0
-# Silence is counted in slices of this length that the thread itself was awake for: a process that was stopped, or
-# that had no processor, has not listened, and must not blame its peers.
+# Silence is the sum of slices of this length in which the thread was awake. A process that was stopped, or that had no
+# processor, did not listen during that time and must not blame its peers for it.
 _SLICE_SECS = 0.05
 _CLOSE_SECS = 1.0
 
 
 class Heartbeat:
-    """Asks one task for nothing, again and again, and reports when no answer has come for ``timeout_secs``.
+    """Pings one task at intervals, and reports when no answer has come for ``timeout_secs``.
 
-    It uses a session of its own, on a graph of its own that holds one empty operation, so it neither waits for what
-    the program runs nor holds that up. ``on_lost(error)`` is called once at most, on the heartbeat's thread.
+    It has a session of its own, on a graph of its own with one empty operation. So it does not wait for the runs of
+    the program, and they do not wait for it. ``on_lost(error)`` is called at most once, on the heartbeat's thread.
     """
 
     def __init__(self, master: str, task: str, timeout_secs: float, on_lost: Callable[[BaseException], None]) -> None:
@@ -46,7 +53,7 @@ class Heartbeat:
         self._thread.start()
 
     def end(self) -> None:
-        """Have the thread end soon, without waiting for it."""
+        """Tell the thread to end soon; do not wait for it."""
         self._ended.set()
 
     def join(self, timeout_secs: float) -> None:
@@ -63,16 +70,16 @@ class Heartbeat:
                 if lost is not None or self._ended.wait(self._interval_secs):
                     return
         finally:
-            # Closing asks the task too, and may wait for ever: it has a thread of its own.
+            # Closing also calls the task and may wait for ever, so it has a thread of its own.
             closing = threading.Thread(target=self._session.close, name="stepguard-close", daemon=True)
-            # Some versions of Python start no thread any more while the process ends.
+            # Some versions of Python cannot start a thread while the process ends.
             with contextlib.suppress(RuntimeError):
                 closing.start()
                 closing.join(_CLOSE_SECS)
             self._carrier.close()
 
     def _lost(self) -> BaseException | None:
-        """Ask until there is an answer; the error if there was none for too long, or the wrong one."""
+        """Ping until an answer comes. Return the error if none came in time or if the server was restarted."""
         silent_secs = self._interval_secs
         problem = ""
 
@@ -88,7 +95,7 @@ class Heartbeat:
             except TimeoutError:
                 pass
             except (tf.errors.AbortedError, tf.errors.FailedPreconditionError) as error:
-                # Its runs say the same; whoever is first, a program that catches AbortedError goes on.
+                # The program's runs raise AbortedError too; a program that catches it goes on, whichever comes first.
                 return self._lost_by(tf.errors.AbortedError, f"was started again: {_first_line(error)}")
             except tf.errors.OpError as error:
                 problem = f" ({_first_line(error)})"

@@ -1,4 +1,12 @@
-"""What one replica has to know of the steps of the others."""
+"""Synchronous training: how the steps of one replica depend on the steps of the others.
+
+The protocol: each step of a replica puts its gradients into accumulators on the parameter servers and waits for a
+token. The queue runner of the chief waits until the accumulators have the gradients of all replicas, applies them and
+hands out the tokens. Its wait is no step and its ``apply`` is, so a holder of the step boundary does not wait for
+the gradients of other replicas; ``Boundary.enter_for_others`` lets ``apply`` pass a holder while a step still waits
+for it. The wait for the gradients ends when they come or when the session is closed. :func:`wait_for_standstill` polls
+the global step for at most 5 seconds, so no replica waits for ever for one that was killed.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +19,30 @@ import tensorflow as tf
 
 from stepguard.tensorflow.run_effects import ancestors
 
-# The step of a replica that is still under way takes about as long as one of ours; this is for those that are quick.
+# The steps of other replicas take about as long as ours; for very quick steps, this is the least time to watch.
 _SHORTEST_STILL_SECS = 0.5
-# Replicas that do not end with this one are not waited for longer.
+# The longest wait for replicas that do not end together with this one.
 _LONGEST_SETTLE_SECS = 5.0
 _LOOK_SECS = 0.05
 
 
 def gradients_to_come(graph: Any) -> list[Any]:
-    """Where synchronous training collects the gradients: a step of a replica changes these, and not the variables."""
+    """The accumulators in which synchronous training collects gradients.
+
+    A step of a replica changes these, and not the variables.
+    """
     return [op.outputs[0] for op in graph.get_operations() if op.type.endswith("ConditionalAccumulator")]
 
 
 def gradients_taken(graph: Any, fetches: Any) -> list[Any]:
-    """What a run of ``fetches`` takes out of the places where gradients are collected: it waits for them.
+    """The gradients that a run of ``fetches`` takes out of accumulators; the run waits until they are complete.
 
-    Nothing where the run also waits for the taking itself, as a control input: that cannot be fed.
+    Empty if the run also has the taking operation as a control input, because a control input cannot be fed.
     """
     try:
         elements = [graph.as_graph_element(item) for item in tf.nest.flatten(fetches)]
     except (TypeError, ValueError, KeyError):
-        return []  # What the session itself can read, or an error that it reports better.
+        return []  # Only the session can read such a fetch; or the fetch is wrong, and the session reports it better.
     needed = ancestors(element if isinstance(element, tf.Operation) else element.op for element in elements)
     taking = {operation for operation in needed if operation.type.endswith("AccumulatorTakeGradient")}
     if any(taking.intersection(operation.control_inputs) for operation in needed):
@@ -40,14 +51,14 @@ def gradients_taken(graph: Any, fetches: Any) -> list[Any]:
 
 
 class AggregatingRun:
-    """The run of synchronous training's queue runner, in two: wait for the gradients of all replicas, and apply them.
+    """The queue runner's run in synchronous training, in two parts: wait for all replicas' gradients, and apply them.
 
-    As one run it would be a step that ends only when the next steps of all replicas have begun: no step boundary would
-    ever come. The wait changes nothing that is saved, and so is no step; a snapshot that falls between the two holds
+    As one run it would be a step that ends only when the next steps of all replicas have begun, so no step boundary
+    would ever come. The wait changes nothing that is saved, so it is no step; a snapshot between the two parts holds
     the state before these gradients. ``apply`` is a step, and short.
 
-    The wait is in native code, and ends with the session: it is made inside ``waiting()``, so that nobody waits for
-    its thread before.
+    The wait is in native code, and only the closing of the session ends it. It happens inside ``waiting()``, so that
+    a stop does not wait for its thread before the session is closed.
     """
 
     def __init__(
@@ -64,7 +75,7 @@ class AggregatingRun:
         """Make the run.
 
         Raises:
-            tf.errors.OutOfRangeError: the session was closed. A queue runner ends at that without a word.
+            tf.errors.OutOfRangeError: the session was closed. It makes a queue runner end without an error.
         """
         try:
             with self._waiting():
@@ -82,9 +93,9 @@ def wait_for_standstill(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Wait until ``step()`` has stood still for twice ``step_secs``, the longest of the last steps of this replica.
+    """Wait until ``step()`` has not changed for twice ``step_secs``, the length of this replica's longest recent step.
 
-    Not for longer than 5 seconds, nor than ``timeout_secs``.
+    The wait ends after 5 seconds or ``timeout_secs``, whichever is shorter.
     """
     now = clock()
     deadline = now + min(timeout_secs, _LONGEST_SETTLE_SECS)

@@ -15,8 +15,8 @@ _v1 = tf.compat.v1
 
 LOCAL = "local"
 
-# What a run raises when a server that it needs was lost: it died, was started again, or was cut off. A call that was
-# cancelled or took too long is what remains of a run whose server is gone.
+# The errors of a run that has lost a server: the server died, was restarted, or was cut off. CancelledError and
+# DeadlineExceededError are among them, because calls to a lost server may end in this way.
 LOST_PEER_TYPES = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -29,21 +29,21 @@ _local_server_guard = threading.Lock()
 
 
 class ModelWaitTimeoutError(tf.errors.DeadlineExceededError):
-    """The model, or the servers that hold it, were not ready in ``max_wait_secs``: nobody is lost, nobody came."""
+    """The model, or the servers that hold it, were not ready within ``max_wait_secs``. No server was lost."""
 
     def __init__(self, message: str) -> None:
         super().__init__(None, None, message)
 
 
 class StoppedWhileWaitingError(tf.errors.CancelledError):
-    """A stop was requested while the model, or its servers, were waited for: nobody is lost."""
+    """A stop was requested during the wait for the model or its servers. No server was lost."""
 
     def __init__(self, message: str) -> None:
         super().__init__(None, None, message)
 
 
 def tasks_of(graph: Any) -> tuple[str, ...]:
-    """The tasks that the operations of ``graph`` name, as ``/job:ps/task:0``, or ``/job:ps`` where any will do."""
+    """The tasks on which ``graph`` places operations: ``/job:ps/task:0``, or ``/job:ps`` for any task of the job."""
     found = set()
     for device in {operation.device for operation in graph.get_operations()}:
         spec = tf.DeviceSpec.from_string(device or "")
@@ -53,13 +53,13 @@ def tasks_of(graph: Any) -> tuple[str, ...]:
 
 
 def narrowed(config: Any, graph: Any) -> Any:
-    """``config`` with device filters for the tasks that ``graph`` needs, unless the program has chosen its own.
+    """``config`` with device filters for the tasks that ``graph`` needs, unless the program has set its own.
 
-    Without them a session waits for every server of the cluster, so that a task that comes back stands still until
-    the last of the others is there too, even one that it has nothing to do with.
+    Without filters a session waits for every server of the cluster. A restarted task would then wait until all others
+    are back, even those that it does not use.
     """
     if config is not None and not isinstance(config, _v1.ConfigProto):
-        # The session itself says best what is wrong with it.
+        # The session itself reports best what is wrong with the config.
         return config
     tasks = tasks_of(graph)
     if not tasks or (config is not None and config.device_filters):
@@ -72,7 +72,7 @@ def narrowed(config: Any, graph: Any) -> Any:
 
 
 def local_master() -> str:
-    """The address of this process's own server, which is started when it is first asked for."""
+    """The address of this process's own server. The first call starts the server."""
     global _local_server  # noqa: PLW0603 - one server for the process: TensorFlow cannot stop one
     with _local_server_guard:
         if _local_server is None:
@@ -90,9 +90,9 @@ def isolated(config: Any) -> Any:
 
 
 def is_own_master(master: str) -> bool:
-    """Whether ``master`` is a server of this process: TensorFlow then calls it directly, by no connection.
+    """Whether ``master`` is a server of this process, which TensorFlow calls directly and not by a connection.
 
-    That is so for the very address that a server calls its target, ``grpc://localhost:PORT``.
+    TensorFlow does so only for the address that the server has as its target, ``grpc://localhost:PORT``.
     """
     port = master.removeprefix("grpc://localhost:")
     return port != master and port.isdigit() and int(port) in _own_ports()
@@ -106,7 +106,7 @@ def _own_ports() -> set[int]:
     except OSError:
         return set()
     for descriptor in descriptors:
-        # One that was closed meanwhile, or is no socket of the internet.
+        # The descriptor may have been closed meanwhile, or be a socket that has no port.
         with contextlib.suppress(OSError, ValueError, IndexError):
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as one:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: ``NAME/model.pt`` and its kin, each of which PyTorch reads without Stepguard."""
+"""The files of a checkpoint, such as ``NAME/model.pt``. PyTorch reads each of them without Stepguard."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from stepguard import files
 from stepguard.torch.checkpoint import unpickling
 
 ENGINE = "torch"
-"""What the manifests of this engine's checkpoints name."""
+"""The name of this engine in the manifests of its checkpoints."""
 
 SUFFIX = ".pt"
 PROCESS = "process-"
-"""Before the rank: the file with the step, and the random states and positions in the data of one process."""
+"""The prefix, before the rank, of the file with the step, the random states and the data positions of one process."""
 
-# One block stays in the cache of a core from its digest to its write.
+# A block of this size stays in the cache of a core from its digest to its write.
 _BLOCK_BYTES = 1 << 20
 
 
 def is_process(name: str) -> bool:
-    """Whether a file of that name, without its suffix, is ours and not one of the program's state."""
+    """Whether ``name``, without suffix, is the name of a process file and not of a part of the program's state."""
     return name.startswith(PROCESS) and name[len(PROCESS) :].isdigit()
 
 
@@ -32,7 +32,7 @@ def process_file(rank: int) -> str:
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:
-    """Write a file that ``torch.load(path, weights_only=True)`` reads; its size in bytes, and its digest.
+    """Write a file that ``torch.load(path, weights_only=True)`` reads; return its size in bytes and its digest.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -50,27 +50,27 @@ def append(file: files.NewFile, state: Any) -> None:
     except RuntimeError as error:
         if blocks.error is None:
             raise
-        # PyTorch ends its archive all the same, and then complains about that instead.
+        # PyTorch tries to finish its archive after the disk error, and raises the failure of that instead.
         raise blocks.error from error
 
 
 def read_file(path: Path, *, mapped: bool = False) -> Any:
-    """Read it. No code from the file is run, and what only code could restore is a CheckpointError.
+    """Read a file of a checkpoint. No code from the file is run; content that would need it raises CheckpointError.
 
-    With ``mapped`` the tensors are those of the file, and not in memory until they are used: that is for one that was
-    just read to its end, since a disk that fails under it would end the process. Nobody may keep them.
+    With ``mapped`` the tensors stay in the file until they are used, and the caller must not keep them. Use it only for
+    a file that was just read to its end, because a disk error under a mapped file ends the process.
     """
     if mapped:
         try:
             return unpickling.load(path, mapped=True)
         except RuntimeError:
-            # A filesystem that maps no files, or another error, which reading then raises again.
+            # The file system cannot map files; or the error is another one, which reading raises again.
             pass
     return unpickling.load(path)
 
 
 class _Blocks:
-    """What ``torch.save`` needs of a file. It writes a whole tensor at once."""
+    """The part of a file that ``torch.save`` needs; it splits each write, because a whole tensor comes at once."""
 
     def __init__(self, file: files.NewFile) -> None:
         self._file = file
@@ -87,4 +87,4 @@ class _Blocks:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: there is no buffer."""
+        """Do nothing, because there is no buffer."""

@@ -1,4 +1,4 @@
-"""The first weights of a run, from a checkpoint of another one or from a plain ``state_dict``: fine-tuning."""
+"""Loads the first weights of a run, for fine-tuning, from another run's checkpoint or from a plain ``state_dict``."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SAFETENSORS = ".safetensors"
 
 
 def take_first_weights(program: Program, options: Restoring) -> None:
-    """Load ``options.init_from`` into the modules of the program; nothing else of it is taken, and no step is counted.
+    """Load the weights in ``options.init_from`` into the modules of the program. Its other state and step are ignored.
 
     Raises:
-        FileNotFoundError: there is nothing at that place.
-        CheckpointMismatchError: it does not fit the modules; with ``init_fit="part"``, nothing of it does.
+        FileNotFoundError: there is no file or checkpoint at that path.
+        CheckpointMismatchError: the weights do not fit the modules; with ``init_fit="part"``, none of them fits.
     """
     if options.init_from is None:
         return
@@ -60,7 +60,7 @@ def _of_part(name: str, place: Path) -> Any:
 
 
 def _of_all(modules: list[str], place: Path) -> dict[str, Any]:
-    """The states of those of ``modules`` that are at ``place``, or the one state that it has, for the one module."""
+    """The states at ``place`` of the named ``modules``; or its only state, for the only module or for ``model``."""
     found = _read(place)
     by_name = {name: found[name] for name in modules if isinstance(found.get(name), Mapping)}
     if by_name:
@@ -70,7 +70,7 @@ def _of_all(modules: list[str], place: Path) -> dict[str, Any]:
 
 
 def _plain(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one ``state_dict`` in what was saved, which other trainers put under a name of their own."""
+    """The ``state_dict`` in ``found``; other trainers store it under a key, or prefix its names."""
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(found.get(name), Mapping):
             found = found[name]
@@ -104,7 +104,7 @@ def _read_safetensors(place: Path) -> Mapping[str, Any]:
 
 
 def _fitting(part: Component, found: Mapping[str, Any], options: Restoring) -> Any:
-    """The state to load, which is all of ``found``, or with ``init_fit="part"`` what fits and else what is there."""
+    """The state to load: all of ``found``, or with ``init_fit="part"`` the live state updated with all that fits."""
     reasons = mismatch(part, found, is_left_out=lambda _: False)
     if not reasons:
         _log.info("%s: the first weights are all of %s", part.name, options.init_from)

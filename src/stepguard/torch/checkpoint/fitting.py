@@ -1,6 +1,6 @@
-"""How the parts of a checkpoint are put into the objects of a program: what is taken, what is not, and what is said.
+"""Decides how the parts of a checkpoint go into the objects of a program: what is restored, left out, and reported.
 
-Everything is decided, and every reason against it found, before the first object is changed.
+All decisions are made, and all mismatches found, before the first object is changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Fitting:
-    """What of one checkpoint goes where in the program, decided by :func:`fit`."""
+    """Which parts of one checkpoint go where in the program. Made by :func:`fit`."""
 
     program: Program
     notes: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Fitting:
     frozen: list[str] | None = None
 
     def prepare(self, states: Mapping[str, Any]) -> None:
-        """Change what the states are then put into: groups that the run had added, parameters that it had unfrozen."""
+        """Prepare the objects for their states: add the parameter groups and unfreeze the parameters as the run had."""
         for one, optimizer in self.program.optimizers():
             if one.name in self.placements:
                 optimizers.add_groups(optimizer, states[one.name], self.placements[one.name])
@@ -60,7 +60,7 @@ class Fitting:
         """Put the state of one object in place.
 
         Raises:
-            CheckpointMismatchError: the object itself has refused it; those before it are loaded already.
+            CheckpointMismatchError: the object itself has refused the state. Earlier objects are already loaded.
         """
         saved = self._as_program_has_it(part, saved)
         try:
@@ -83,7 +83,7 @@ class Fitting:
         return hyperparameters.with_programs(part, saved, found, self.set_before(part.name))
 
     def _without_left_out(self, part: Component, saved: Any) -> Any:
-        """The state of a module, with what it has now in the places that are left out."""
+        """The saved state of a module, with the live values in the places that are left out."""
         live = part.state()
         left = {key for key in {*live, *saved} if self.is_left_out(f"{part.name}.{key}")}
         if not left:
@@ -95,7 +95,7 @@ class Fitting:
         return state
 
     def is_left_out(self, name: str) -> bool:
-        """Whether the program wants this parameter or buffer to begin as it has made it."""
+        """Whether this parameter or buffer is not restored, and begins as the program has made it."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.leave_out)
 
     def set_before(self, name: str) -> hyperparameters.Settings:
@@ -103,13 +103,13 @@ class Fitting:
         return settings
 
     def note_winners(self) -> None:
-        """The states are in place: the hyperparameters in force are those of whoever has won."""
+        """After loading, record the hyperparameters that are in force: the program's or the checkpoint's."""
         for one in self.differences:
             if not one.program_wins:
                 self.program.in_force[one.part] = {**self.program.in_force[one.part], one.place: one.in_checkpoint}
 
     def report(self, path: Path) -> None:
-        """Say in one warning each what was not restored, and what the program sets and the checkpoint has not."""
+        """Warn of parts that were not restored, of casts, and of hyperparameters that differ: one warning for each."""
         if self.left or self.dropped:
             parts = [f"restored are {listed([one.name for one in self.parts])}"] if self.parts else []
             if self.left:
@@ -145,10 +145,12 @@ class Fitting:
 def fit(
     path: Path, program: Program, states: Mapping[str, Any], notes: Mapping[str, Any], options: Restoring
 ) -> Fitting:
-    """Decide how the checkpoint at ``path`` goes into the program; ``states`` are those of all its parts. No change.
+    """Decide how the checkpoint at ``path`` goes into the program, without changing anything.
+
+    ``states`` are the states of all parts of the checkpoint.
 
     Raises:
-        CheckpointMismatchError: it does not fit. The error lists all reasons.
+        CheckpointMismatchError: the checkpoint does not fit. The error lists all reasons.
     """
     found = Mismatch()
     fitting = _chosen(program, states, notes, options, found)
@@ -174,7 +176,7 @@ def fit(
 def _chosen(
     program: Program, held: Mapping[str, Any], notes: Mapping[str, Any], options: Restoring, found: Mismatch
 ) -> Fitting:
-    """Which parts are restored. One that was added since begins anew; one that was renamed is a mistake."""
+    """Choose the parts to restore. A part that is new in the program begins anew; a renamed part is a mismatch."""
     wanted = [
         part
         for part in program.components
@@ -217,7 +219,7 @@ def _differences(fitting: Fitting, part: Component) -> list[Difference]:
 
 
 def _unfreeze(fitting: Fitting) -> None:
-    """Which parameters train is taken from the run, if the program, as it is built, is what it was then."""
+    """Let the same parameters train as in the saved run, if the program freezes the same ones when it is built."""
     program, before = fitting.program, fitting.notes.get("frozen as built")
     names = program.parameters().keys()
     if before is None or {*before} & names != {*program.frozen_as_built} & names:

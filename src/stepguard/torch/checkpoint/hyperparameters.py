@@ -1,8 +1,9 @@
-"""What the program sets, and what the checkpoint brings instead: learning rates, betas, the length of a schedule.
+"""Compares the hyperparameters that the program sets (learning rates, betas, schedules) with those of the checkpoint.
 
-``load_state_dict`` replaces the hyperparameters of an optimizer by those that were saved, so that a changed learning
-rate does nothing, without a word. Each checkpoint therefore notes what its program had set when it was built, and not
-only what was left of that after the schedule: the two can be compared, and a difference is said.
+``load_state_dict`` silently replaces the hyperparameters of an optimizer by the saved ones, so a learning rate that was
+changed in the program would have no effect. Each checkpoint therefore records the values that its program had set
+when it was built, besides the current values that a schedule has changed. They are compared at a restore, and
+differences are reported.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from stepguard.torch.checkpoint.state import Component
 
 Place = tuple[Any, ...]
-"""Keys and indices, from the state of an object to a value in it."""
+"""The keys and indices that lead from the state of an object to a value in it."""
 
 Settings = dict[str, Any]
-"""The values that a program has set for one object, by their places, written as :func:`shown`."""
+"""The values that a program has set for one object, by their places as :func:`_shown` writes them."""
 
-# Where a schedule is, and not what it was set to.
+# These keys hold the progress of a schedule, not its settings.
 _MOVES = {
     "last_epoch",
     "_step_count",
@@ -45,7 +46,7 @@ _NUMBERS = (bool, int, float, complex, str)
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value that the program sets in another way than the run that the checkpoint belongs to."""
+    """One value that the program sets differently from the run that wrote the checkpoint."""
 
     part: str
     kind: str
@@ -55,7 +56,7 @@ class Difference:
     program_wins: bool = False
 
     def __str__(self) -> str:
-        """The value, and both sides."""
+        """The place, and the values in the program and in the checkpoint."""
         return (
             f"{self.part}.{self.place} of {self.kind} ({self.in_program} in the program, {self.in_checkpoint} in the "
             f"checkpoint)"
@@ -63,7 +64,7 @@ class Difference:
 
 
 def settings(component: Component) -> Settings:
-    """What the program has set for an optimizer, a schedule or a scaler: its class and its numbers; else nothing."""
+    """The class and the numbers of an optimizer, a schedule or a scaler; empty for any other object."""
     if not _has_settings(component.holder):
         return {}
     places = {_shown(place): value for place, value in _places(component)}
@@ -82,7 +83,7 @@ def _places(component: Component) -> Iterator[tuple[Place, Any]]:
 
 
 def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
-    """The numbers and names in a nested state that are set, and do not move while the run lasts."""
+    """The numbers and strings in a nested state that are settings, so that they do not change during a run."""
     if isinstance(value, Counter):
         # The milestones of MultiStepLR.
         yield place, sorted(value.elements())
@@ -101,7 +102,7 @@ def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
 
 
 def _of_functions(holder: Any) -> Settings:
-    """The numbers that the functions of a LambdaLR work with: the length of a schedule is often one of them."""
+    """The numbers that the functions of a LambdaLR use; the length of a schedule is often one of them."""
     found = {}
     for index, function in enumerate(getattr(holder, "lr_lambdas", ())):
         for name, value in _bound(function):
@@ -117,7 +118,7 @@ def _bound(function: Any) -> Iterator[tuple[str, Any]]:
         function = function.func
     if isinstance(function, types.FunctionType):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # A variable that has no value yet.
+            with contextlib.suppress(ValueError):  # The variable has no value yet.
                 yield name, cell.cell_contents
 
 
@@ -126,7 +127,7 @@ def _shown(place: Place) -> str:
 
 
 def differences(part: str, program: Settings, before: Settings, *, all_of_program: bool) -> list[Difference]:
-    """What the program sets in another way than the run ``before``. What only one of them sets is no difference."""
+    """The values that the program sets differently from the run ``before``. Values that only one sets are ignored."""
     return [
         Difference(
             part,
@@ -142,8 +143,10 @@ def differences(part: str, program: Settings, before: Settings, *, all_of_progra
 
 
 def _program_must_win(program: Settings, place: str, checkpoint: Settings) -> bool:
-    """Whether the checkpoint cannot: it does not hold functions and classes, and a run longer than the one cycle of its
-    schedule ends in an error of PyTorch's.
+    """Whether the checkpoint's value cannot be used.
+
+    A checkpoint holds no functions and no classes. And a OneCycleLR with the checkpoint's smaller ``total_steps`` would
+    raise an error after its cycle.
     """
     if place == "class" or place.startswith("lr_lambdas"):
         return True
@@ -153,9 +156,9 @@ def _program_must_win(program: Settings, place: str, checkpoint: Settings) -> bo
 
 
 def with_programs(component: Component, saved: Any, found: Sequence[Difference], before: Settings) -> Any:
-    """The state that was saved, with the program's values in the places of the differences that it wins.
+    """The saved state, with the program's values in the places of those differences where the program wins.
 
-    A learning rate that a schedule has moved meanwhile keeps the factor that the schedule has given it.
+    If a schedule has changed the learning rate during the run, the program's rate is scaled by the same factor.
     """
     won = {one.place for one in found if one.program_wins}
     now = settings(component)
@@ -174,7 +177,7 @@ def _moved(saved: Any, place: Place, value: float, before: Settings, now: Settin
 
 
 def _replaced(state: Any, place: Place, value: Any) -> Any:
-    """A copy of a nested state with another value in one place; as it was if it has no such place."""
+    """A copy of a nested state with another value in one place; the state itself if it has no such place."""
     if not place:
         if isinstance(state, torch.Tensor):
             return torch.full_like(state, value)

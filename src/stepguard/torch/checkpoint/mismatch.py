@@ -1,4 +1,4 @@
-"""Whether a saved state fits the objects of a program, found out before anything is changed."""
+"""Checks whether a saved state fits the objects of a program, before anything is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> CheckpointMismatchError:
-    """The error for a checkpoint at ``path``, which holds these parts, and does not fit for what was ``found``."""
+    """The error for the checkpoint at ``path``, with the parts ``held``, that does not fit because of ``found``."""
     return CheckpointMismatchError(
         f"{path} does not fit this program: {found}. Nothing was changed. Start the program that wrote it, or use "
         f"another logdir; or restore a part of it with restoring=Restoring(only=..., leave_out=...), or by hand with "
@@ -38,9 +38,9 @@ def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> Checkpoi
 
 
 def mismatch(component: Component, saved: Any, *, is_left_out: Callable[[str], bool]) -> Mismatch:
-    """What keeps ``saved`` from being loaded into the object, but for what ``is_left_out``; nothing is changed.
+    """The reasons why ``saved`` cannot be loaded into the object, without the names for which ``is_left_out`` is true.
 
-    How the parameters of an optimizer fit is for :mod:`stepguard.torch.checkpoint.optimizers`.
+    The parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
     """
     found = Mismatch()
     name, holder, live = component.name, component.holder, component.state()
@@ -50,7 +50,7 @@ def mismatch(component: Component, saved: Any, *, is_left_out: Callable[[str], b
     elif isinstance(holder, nn.Module):
         _compare_modules(name, holder, live, saved, is_left_out, found)
     elif isinstance(live, Mapping) and not isinstance(holder, torch.optim.Optimizer):
-        # An object of another kind may itself accept a state of an older version, with fewer keys or more.
+        # Only shapes are compared: the object may accept a state of an older version, with fewer or more keys.
         _compare_shapes(name, live, saved, found)
     return found
 
@@ -70,9 +70,9 @@ def _compare_modules(
 
 
 def _adapts(module: nn.Module, saved: Mapping[str, Any]) -> bool:
-    """Whether parts of the module with a way of loading of their own make ``saved`` fit, and so PyTorch takes it.
+    """Whether PyTorch loads ``saved`` because parts of the module have their own way of loading.
 
-    That is tried on a copy that has shapes only.
+    This is tried on a copy on the meta device, which has shapes and no values.
     """
     if not any(_loads_by_itself(part) for part in module.modules()):
         return False
@@ -84,9 +84,9 @@ def _adapts(module: nn.Module, saved: Mapping[str, Any]) -> bool:
     try:
         trial = copy.deepcopy(module, bare)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # That nothing is copied into such a module is what is wanted here.
+            warnings.simplefilter("ignore")  # PyTorch warns that a load into meta tensors copies nothing.
             trial.load_state_dict(Names(trial).as_live(saved, trial))
-    except Exception as error:  # noqa: BLE001 - the program's own code: whatever it raises, it does not fit
+    except Exception as error:  # noqa: BLE001 - the program's own code; any error means that the state does not fit
         _log.debug("not adapted: %s", error)
         return False
     return True
@@ -106,7 +106,7 @@ def _loads_by_itself(module: nn.Module) -> bool:
 
 
 def casts(component: Component, saved: Any) -> list[str]:
-    """The tensors of a module that the checkpoint has in another type: loading casts them."""
+    """The tensors of a module that have another type in the checkpoint, so that loading casts them."""
     if not isinstance(component.holder, nn.Module):
         return []
     return [
@@ -120,12 +120,12 @@ def casts(component: Component, saved: Any) -> list[str]:
 
 
 def _is_extra(key: str) -> bool:
-    # What a module keeps here is its own affair, in form and size.
+    # A module defines the form and size of its extra state itself.
     return key.rpartition(".")[2] == "_extra_state"
 
 
 def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
-    """Whether ``saved`` may be the state of an object like ``holder``, as far as its kind has a form of its own."""
+    """Whether ``saved`` has the form of a state of an object like ``holder``, as far as that form is known."""
     if isinstance(live, Mapping) != isinstance(saved, Mapping):
         return False
     if isinstance(holder, torch.Generator):
@@ -136,7 +136,7 @@ def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
         return bool(saved.get("bit_generator") == live["bit_generator"])
     if isinstance(holder, torch.optim.Optimizer):
         return {"state", "param_groups"} <= set(saved)
-    # A disabled GradScaler has an empty state, and an enabled one refuses that.
+    # A disabled GradScaler has an empty state, which an enabled one refuses.
     return isinstance(holder, (nn.Module, Values)) or not isinstance(live, Mapping) or bool(live) == bool(saved)
 
 

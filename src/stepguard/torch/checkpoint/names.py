@@ -1,7 +1,7 @@
-"""Names in a module that are the same with and without what only runs a part of it in another way.
+"""Names of parameters that do not depend on wrappers such as ``torch.compile``.
 
 ``torch.compile(model.layer)`` and ``DistributedDataParallel(model.layer)`` put a module between ``model`` and its
-layer, and a segment into each name below. A checkpoint has the names without these segments.
+layer, which adds a segment to each name below. The names in a checkpoint omit these segments.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import nn
 
 
 def unwrapped(holder: Any) -> Any:
-    """The object inside those that only run it in another way."""
+    """The object inside all wrappers that only change how it is run."""
     while (inner := _inner_name(holder)) is not None:
         holder = getattr(holder, inner)
     return holder
 
 
 def is_replicated(holder: Any) -> bool:
-    """Whether a wrapper around the object has already noted which of its parameters train."""
+    """Whether a DistributedDataParallel wraps the object; it has already recorded which parameters train."""
     while (inner := _inner_name(holder)) is not None:
         if isinstance(holder, nn.parallel.DistributedDataParallel):
             return True
@@ -31,7 +31,7 @@ def is_replicated(holder: Any) -> bool:
 
 
 class Names:
-    """The names of one module: as they are in it, and as they are in a checkpoint."""
+    """The names of one module's parameters, translated between the module and a checkpoint."""
 
     def __init__(self, module: nn.Module) -> None:
         wrapped = {}
@@ -39,11 +39,11 @@ class Names:
             inner = _inner_name(part)
             if inner is not None:
                 wrapped[f"{path}." if path else ""] = inner
-        # The longest first: what is cut out of a name then lies behind all that is still to be cut.
+        # The longest prefix first: a segment that is cut out then never moves a segment that is still to be cut.
         self._wrapped = sorted(wrapped.items(), key=lambda one: len(one[0]), reverse=True)
 
     def saved(self, live: str) -> str:
-        """The name in a checkpoint of what is called ``live`` in the module."""
+        """The name in a checkpoint for the name ``live`` in the module."""
         for prefix, inner in self._wrapped:
             inside = prefix + inner
             if live == inside or live.startswith(f"{inside}."):
@@ -51,11 +51,11 @@ class Names:
         return live
 
     def as_saved(self, state: Mapping[str, Any]) -> Any:
-        """A state of the module, with the names that it has in a checkpoint."""
+        """A state of the module, with the names of a checkpoint."""
         return self._renamed(state, {name: self.saved(name) for name in state}) if self._wrapped else state
 
     def as_live(self, state: Mapping[str, Any], module: nn.Module) -> Any:
-        """The reverse, for ``module`` as it is now; what has no place in it keeps its name."""
+        """A saved state, with the names of ``module`` as it is now; a name that has no place there is unchanged."""
         if not self._wrapped:
             return state
         live = {self.saved(name): name for name in module.state_dict(keep_vars=True)}
@@ -66,7 +66,7 @@ class Names:
         self, state: Mapping[str, Any], names: Mapping[str, str], paths: Mapping[str, str] | None = None
     ) -> Any:
         renamed = OrderedDict((names[name], part) for name, part in state.items())
-        # Which version of each module wrote it, by the path of the module.
+        # The version of each module that wrote the state, by the path of the module.
         versions: Mapping[str, Any] | None = getattr(state, "_metadata", None)
         if versions is not None:
             renamed._metadata = OrderedDict(  # type: ignore[attr-defined]
@@ -77,10 +77,10 @@ class Names:
 
 
 def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
-    """The names of all parameters in ``modules`` by their identity, each behind the name of its module.
+    """The names of all parameters in ``modules``, by the ids of the parameters. Each begins with its module's name.
 
-    One that has several names, such as a tied weight, is known by the first of them in the alphabet, which is the
-    same in whatever order the modules are built.
+    A parameter with several names, such as a tied weight, gets the alphabetically first name, which does not depend on
+    the order in which the modules are built.
     """
     found: dict[int, str] = {}
     for part, module in modules:
@@ -92,14 +92,14 @@ def parameter_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
 
 
 def _inner_name(holder: Any) -> str | None:
-    """The attribute of a wrapper that has the module inside; ``None`` for what is no wrapper."""
+    """The attribute of a wrapper that has the module inside; ``None`` if ``holder`` is no wrapper."""
     if isinstance(holder, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
-    # Imported by torch.compile only: it takes a second.
+    # Only torch.compile imports this module. An import here would take a second.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if dynamo is not None and isinstance(holder, dynamo.OptimizedModule) else None
 
 
 def _inner_last(versions: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    # A wrapper and the module inside share a path in the checkpoint: the version is that of the module.
+    # A wrapper and its inner module have the same path in the checkpoint; the version of the inner module wins.
     return sorted(versions.items(), key=lambda one: len(one[0]))

@@ -1,7 +1,7 @@
-"""What an optimizer keeps for each parameter, given back to that parameter by its name.
+"""Restores the state that an optimizer keeps for each parameter, by the name of the parameter.
 
-PyTorch's optimizers know their parameters by their order only. A checkpoint notes their names beside, so that a program
-that builds its layers in another order, or adds the groups that it added while it ran, gives each its own.
+PyTorch's optimizers know their parameters only by order. A checkpoint therefore also records their names. So each
+parameter gets its own state back, even if the program builds its layers in another order or adds groups while it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 
 from stepguard.saving.mismatch import Mismatch
 
-# What PyTorch's own optimizers keep in the shape of the parameter. Others may use the same names for what is smaller.
+# The values that PyTorch's own optimizers keep in the shape of the parameter. Other optimizers may use these names for
+# smaller tensors.
 _OF_PARAMETER_SHAPE = {
     "exp_avg",
     "exp_avg_sq",
@@ -33,15 +34,15 @@ _OF_PARAMETER_SHAPE = {
 }
 
 GroupNames = Sequence[Sequence[str | None]]
-"""The names of the parameters of each group; ``None`` for one that is in no module of the state."""
+"""The names of the parameters of each group; ``None`` for a parameter that is in no module of the state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How the saved state of one optimizer is put in place.
 
-    ``order`` has, for each group, the numbers under which its parameters were saved; ``added`` the parameters of the
-    groups that the program, as it is built, does not have yet.
+    ``order`` has, for each group, the numbers under which its parameters were saved. ``added`` has the parameters of
+    those saved groups that the newly built program does not have yet.
     """
 
     order: list[list[Any]] = field(default_factory=list)
@@ -63,10 +64,10 @@ def place(
     is_left_out: Callable[[str], bool],
     found: Mismatch,
 ) -> Placement:
-    """Where the saved state of the optimizer ``name`` belongs; what has no place is noted in ``found``.
+    """Decide where the saved state of the optimizer ``name`` goes; parameters without a place are added to ``found``.
 
-    ``known`` are the parameters of all modules in the state, by their names. What is left out begins anew, and what was
-    kept for it is forgotten.
+    ``known`` has the parameters of all modules in the state, by their names. A parameter that is left out begins anew,
+    and its saved state is dropped.
     """
     numbers = [list(group["params"]) for group in saved["param_groups"]]
     if saved_names is None or [len(one) for one in saved_names] != [len(one) for one in numbers]:
@@ -87,7 +88,7 @@ def place(
 
 
 def _added(live: GroupNames, behind: GroupNames, known: Mapping[str, torch.Tensor]) -> list[list[str | None]]:
-    """The groups that were saved ``behind`` those that are there, if the modules have all of their parameters."""
+    """The groups that were saved ``behind`` the live ones, if modules of the state have all their parameters."""
     in_groups = set(itertools.chain(*live))
     added = [list(group) for group in behind]
     is_free = all(one in known and one not in in_groups for one in itertools.chain(*added))
@@ -95,7 +96,7 @@ def _added(live: GroupNames, behind: GroupNames, known: Mapping[str, torch.Tenso
 
 
 def _told_apart(groups: GroupNames) -> list[list[str]]:
-    # Parameters without a name are known by their order among each other.
+    # Parameters without a name are told apart by their order.
     number = itertools.count()
     return [[f"number {next(number)} without a name" if one is None else one for one in group] for group in groups]
 
@@ -103,7 +104,7 @@ def _told_apart(groups: GroupNames) -> list[list[str]]:
 def check_placed(
     name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], placement: Placement, found: Mismatch
 ) -> None:
-    """Compare what the optimizer ``name`` has with what is placed there: groups, their keys, and shapes."""
+    """Compare the optimizer ``name`` with the state that is placed in it: its groups, their keys, and shapes."""
     held = placed(saved, placement)["param_groups"]
     has = [*optimizer.param_groups, *({**held[0], "params": one} for one in placement.added)]
     if len(has) != len(held):
@@ -113,7 +114,7 @@ def check_placed(
         place = f"{name}.param_groups[{index}]"
         if len(one["params"]) != len(other["params"]):
             found.reshaped[place] = (f"{len(one['params'])} parameters", f"{len(other['params'])} parameters")
-        # Without momentum, or with other betas: another optimizer.
+        # Other keys mean another kind of optimizer.
         found.missing += [f"{place}.{key}" for key in one if key not in other and key != "param_names"]
         found.unexpected += [f"{place}.{key}" for key in other if key not in one and key != "param_names"]
     if not found and type(optimizer).step.__module__.startswith("torch.optim."):
@@ -121,7 +122,10 @@ def check_placed(
 
 
 def _compare_shapes(name: str, groups: Iterable[tuple[Any, Any]], saved: Any, found: Mismatch) -> None:
-    """What was kept for a parameter without a name is given to the one in its place, which may be another one."""
+    """Compare the shapes of the saved state with those of the parameters.
+
+    A parameter without a name gets the state that was saved in its position, which may belong to another parameter.
+    """
     for group, held in groups:
         for parameter, number in zip(group["params"], held["params"], strict=True):
             for key, part in saved["state"].get(number, {}).items():
@@ -131,7 +135,7 @@ def _compare_shapes(name: str, groups: Iterable[tuple[Any, Any]], saved: Any, fo
 
 
 def add_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], placement: Placement) -> None:
-    """Add the groups that the program added while it ran, with the hyperparameters that they had."""
+    """Add the groups that the saved run had added, with their hyperparameters."""
     for parameters, group in zip(placement.added, saved["param_groups"][len(optimizer.param_groups) :], strict=True):
         held = {key: copy.deepcopy(part) for key, part in group.items() if key not in ("params", "param_names")}
         if "param_names" in group:
@@ -144,7 +148,7 @@ def placed(saved: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     groups = []
     for group, order in zip(saved["param_groups"], placement.order, strict=True):
         group = {**group, "params": order}
-        # Those of the program belong to its order.
+        # The saved names are in the saved order; the optimizer's own names are in the program's order.
         if placement.is_reordered:
             group.pop("param_names", None)
         groups.append(group)
@@ -152,9 +156,9 @@ def placed(saved: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
 
 
 def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Undo the casts of ``load_state_dict``: it turns what is kept for a parameter into the type of the parameter.
+    """Undo the casts of ``load_state_dict``, which converts the state of a parameter to the parameter's type.
 
-    An optimizer that keeps moments in float32 for parameters in bfloat16 would go on with rounded ones.
+    Without this, an optimizer that keeps float32 moments for bfloat16 parameters would continue with rounded moments.
     """
     numbers = itertools.chain(*(group["params"] for group in saved["param_groups"]))
     parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))

@@ -1,8 +1,8 @@
-"""What a checkpoint notes of the program that wrote it, besides its state.
+"""The facts about a program that a checkpoint records besides its state.
 
-The names of the parameters of each optimizer, the hyperparameters that the program had set when it was built, and which
-parameters train: with these a later start gives each parameter its own moments, sees what was changed in the program,
-and unfreezes what the run had unfrozen on the way.
+They are the names of the parameters of each optimizer, the hyperparameters that the program had set when it was built,
+and which parameters train. With them a later start gives each parameter its own moments, notices changes in the
+program, and unfreezes the parameters that the run had unfrozen.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 class Program:
-    """The objects that a program saves, and what is noted of them. For a thread that holds the boundary."""
+    """The objects that a program saves, and the facts recorded about them. For a thread that holds the boundary."""
 
     def __init__(self, components: Sequence[Component]) -> None:
         self.components = components
         self.settings: dict[str, Settings] = {one.name: settings(one) for one in components}
-        """What the program has set, by the names of the objects, as it was built."""
+        """The settings of the newly built program, by the names of the objects."""
         self.in_force: dict[str, Settings] = dict(self.settings)
-        """What the run goes by: where a checkpoint has won over the program, the values of the checkpoint."""
-        # To name the parameters takes a walk through all modules: again only when an optimizer has been given others.
+        """The settings that the run uses: the checkpoint's values in the places where they replace the program's."""
+        # Finding the names takes a walk through all modules. It is repeated only if an optimizer has other parameters.
         self._walked_for: list[list[int]] = []
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: dict[str, GroupNames] = {}
@@ -46,7 +46,7 @@ class Program:
                 yield one, one.holder
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters of all modules, each by its one name."""
+        """The parameters of all modules, each under one name."""
         self._walk()
         return self._parameters
 
@@ -60,7 +60,7 @@ class Program:
         return [name for name, parameter in self.parameters().items() if not parameter.requires_grad]
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint of this moment notes, as plain values."""
+        """The facts for a checkpoint of this moment, as plain values."""
         return {
             "parameters": {one.name: self.group_names(one.name) for one, _ in self.optimizers()},
             "settings": self.in_force,
@@ -79,7 +79,7 @@ class Program:
         self._walked_for = sizes
 
     def _warn_of_strangers(self) -> None:
-        """Say which parameters an optimizer trains that no object of the state holds: a restart would lose them."""
+        """Warn of parameters that an optimizer trains and no object of the state holds: a restart would lose them."""
         held = {id(parameter) for parameter in self.parameters().values()}
         addresses = set(self._addresses())
         for one, optimizer in self.optimizers():
@@ -97,7 +97,7 @@ class Program:
                 )
 
     def _addresses(self) -> Iterator[tuple[torch.device, int]]:
-        """Where the tensors lie that objects hold which are no optimizers."""
+        """The addresses of the tensors in all objects but the optimizers."""
         for one in self.components:
             if not isinstance(one.holder, torch.optim.Optimizer):
                 for _, part in leaves("", one.state()):
@@ -115,5 +115,5 @@ def _placed_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     try:
         return tensor.device, tensor.data_ptr()
-    except RuntimeError:  # It has no memory of its own.
+    except RuntimeError:  # The tensor has no memory of its own.
         return tensor.device, id(tensor)

@@ -1,7 +1,8 @@
-"""Reading checkpoints beside a run that goes on saving and pruning: for an evaluation, an export, other first weights.
+"""Reads checkpoints while their run goes on saving and pruning, for example for an evaluation or an export.
 
-A reader takes no lock. It opens all files of a checkpoint first and reads them then: what is pruned meanwhile stays
-readable through the open files. A checkpoint that goes before all are open is given up for the one that is newest then.
+A reader takes no lock. It first opens all files of a checkpoint and then reads them, so a checkpoint that is pruned
+meanwhile stays readable through the open files. If it is pruned before all files are open, the reader starts again with
+the checkpoint that is newest then.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _log = logging.getLogger(__name__)
 
 NEWEST = "newest"
 
-# A run that saves and prunes without a pause may take away what was just listed; each time there is a newer one.
+# A run that saves and prunes without a pause may prune the listed checkpoints each time before they are opened.
 _TRIES = 100
 
 
 class States(dict[str, Any]):
     """The plain ``state_dict`` of each part of a checkpoint, by its name; the tensors are on the CPU.
 
-    ``step`` is the step that they belong to, ``path`` the checkpoint that they are from.
+    ``step`` is the step of the checkpoint, ``path`` its path.
     """
 
     def __init__(self, states: Mapping[str, Any], step: int, path: Path) -> None:
@@ -45,10 +46,11 @@ class States(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """What the newest good checkpoint of a logdir holds, for a program that builds itself accordingly.
+    """The contents of the newest good checkpoint of a logdir, by which a program can build itself.
 
-    ``parts`` are the names of what was saved; ``groups`` the names of the parameters in each group of each optimizer,
-    such as ``model.0.weight`` (``None`` for one that is in no module); ``frozen`` those that do not train.
+    ``parts`` are the names of the saved objects. ``groups`` has the names of the parameters in each group of each
+    optimizer, such as ``model.0.weight`` (``None`` for a parameter that is in no module). ``frozen`` are the names of
+    the parameters that do not train.
     """
 
     step: int
@@ -59,17 +61,17 @@ class Newest:
 
 
 def load(path: str | os.PathLike[str], which: int | str = NEWEST) -> States:
-    """Read a checkpoint, verified, while its run may go on. Any thread and process; nothing is written.
+    """Verify and read a checkpoint; its run may go on meanwhile. Any thread and process. Writes nothing.
 
     Args:
         path: the logdir of a run, or one checkpoint in it.
-        which: the step to read, or ``"newest"``: the newest that is good. Damaged ones are named in a warning.
+        which: the step to read, or ``"newest"`` for the newest good checkpoint; a warning names newer damaged ones.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        CheckpointCorruptError: the one that was asked for is damaged.
-        NoGoodCheckpointError: checkpoints exist, and none is good.
-        CheckpointError: a file holds something that could run code; nothing of it was used.
+        CheckpointCorruptError: the requested checkpoint is damaged.
+        NoGoodCheckpointError: checkpoints exist, but all are damaged.
+        CheckpointError: a file holds something that could run code; nothing in it was used.
     """
     with _held(Path(path), which) as held:
         process = held.read(f"{PROCESS}0")
@@ -83,12 +85,12 @@ def load(path: str | os.PathLike[str], which: int | str = NEWEST) -> States:
 
 
 def newest(logdir: str | os.PathLike[str]) -> Newest | None:
-    """What the newest good checkpoint of ``logdir`` holds; ``None`` when there is none at all. Nothing is written.
+    """The contents of the newest good checkpoint of ``logdir``; ``None`` if there are no checkpoints. Writes nothing.
 
-    A program that unfreezes layers, or adds parameter groups, while it runs can build itself as it was there.
+    A program that unfreezes layers or adds parameter groups during its run can build itself as the checkpoint has it.
 
     Raises:
-        NoGoodCheckpointError: checkpoints exist, and none is good.
+        NoGoodCheckpointError: checkpoints exist, but all are damaged.
     """
     try:
         with _held(Path(logdir), NEWEST) as held:
@@ -106,11 +108,11 @@ def newest(logdir: str | os.PathLike[str]) -> Newest | None:
 
 
 class _Held:
-    """One checkpoint with all of its files open."""
+    """One checkpoint with all its files open."""
 
     def __init__(self, checkpoint: Checkpoint, descriptors: Mapping[str, int]) -> None:
         self.path = checkpoint.path
-        # An open file is found here when its name is gone.
+        # These paths lead to the open files even after their names are gone.
         self._places = {name: Path(f"/dev/fd/{descriptor}") for name, descriptor in descriptors.items()}
         names = [Path(name).stem for name in descriptors if name.endswith(SUFFIX)]
         self.parts = [name for name in names if not is_process(name)]
@@ -120,12 +122,12 @@ class _Held:
         return files.digest(self._places[name])
 
     def read(self, name: str) -> Any:
-        """What is in the file of a part, or of a process."""
+        """The content of the file of a part or of a process."""
         return read_file(self._places[f"{name}{SUFFIX}"])
 
     @contextmanager
     def as_directory(self) -> Iterator[Path]:
-        """A directory in which the files have their names."""
+        """A temporary directory in which the open files have their names."""
         with tempfile.TemporaryDirectory(prefix="stepguard-") as directory:
             for name, place in self._places.items():
                 (Path(directory) / name).symlink_to(place)
@@ -140,7 +142,7 @@ def _held(path: Path, which: int | str) -> Iterator[_Held]:
 
 
 def _store_and_name(path: Path) -> tuple[CheckpointStore, str | None]:
-    """The store of a logdir, or of a checkpoint in it, and then its name."""
+    """The store of the logdir ``path``; or, if ``path`` is a checkpoint, the store of its logdir and its name."""
     is_checkpoint = path.is_dir() and (path / f"{PROCESS}0{SUFFIX}").exists()
     root = path.parent if is_checkpoint else path
     return CheckpointStore(root, engine=ENGINE), path.name if is_checkpoint else None
@@ -155,7 +157,7 @@ def _opened(store: CheckpointStore, wanted: str | None, which: int | str) -> Ite
                 try:
                     held = _open_all(store, checkpoint, stack)
                 except FileNotFoundError:
-                    break  # It was pruned just now: look again.
+                    break  # The checkpoint was pruned just now: list again.
                 except (CheckpointCorruptError, OSError) as error:
                     if wanted is not None or which != NEWEST:
                         raise
@@ -194,7 +196,7 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
         raise FileNotFoundError(str(checkpoint.path))
     descriptors = {}
     for record in manifest.files:
-        # Not blocking: a FIFO in the place of a file would wait for somebody at its other end.
+        # Not blocking, because the opening of a FIFO in place of a file would wait for its other end.
         descriptor = os.open(store.root / record.name, os.O_RDONLY | os.O_NONBLOCK)
         stack.callback(os.close, descriptor)
         descriptors[Path(record.name).name] = descriptor

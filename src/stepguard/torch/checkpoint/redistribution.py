@@ -1,4 +1,4 @@
-"""Spreading a saved state over the processes that there are now, however many have saved it."""
+"""Spreads a saved state over the current processes, whatever the number of processes that saved it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stepguard.torch.checkpoint.sharded_tensors import Shard, Sharding, Sharding
 
 
 def read_sharded(directory: Path, skeletons: Mapping[str, Any], shardings: Mapping[str, Shardings]) -> dict[str, Any]:
-    """The states of objects that were saved in parts, with the tensors as the program spreads them now.
+    """Read the states of objects that were saved in parts, with the tensors spread as the program spreads them now.
 
-    Each process reads what it needs, into the memory of the host; nothing is changed.
+    Each process reads only the parts that it needs, into host memory. The program's objects are not changed.
 
     Raises:
-        CheckpointError: the files hold something that could run code, or not what the skeletons say.
+        CheckpointError: the files hold something that could run code, or do not match the skeletons.
     """
     from stepguard.torch.checkpoint.sharded_files import ShardedFiles
 
@@ -40,7 +40,7 @@ def read_sharded(directory: Path, skeletons: Mapping[str, Any], shardings: Mappi
 
 
 def cut(name: str, state: Any, shardings: Shardings) -> Any:
-    """The state of an object that was saved whole, with the tensors as the program spreads them now."""
+    """The state of an object that was saved whole, with the tensors spread as the program spreads them now."""
 
     def part_of(path: sharded_tensors.Path, part: Any) -> Any:
         sharding = shardings.of(path, part.shape) if isinstance(part, torch.Tensor) else None

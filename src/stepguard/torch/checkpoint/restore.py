@@ -1,4 +1,4 @@
-"""Finding the checkpoint to go on from, and restoring it, or saying exactly why that cannot be."""
+"""Finds and restores the checkpoint from which a run continues, or reports exactly why it cannot."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Restorer:
         self._options = options
 
     def restore_newest(self, restore: restoring.Restore) -> Recovery:
-        """Have the newest good checkpoint restored; what was found has none when there is none at all.
+        """Restore the newest good checkpoint; the result has ``checkpoint=None`` if there are no checkpoints.
 
         Raises:
-            NoGoodCheckpointError: checkpoints exist, and every one is damaged.
+            NoGoodCheckpointError: checkpoints exist, but all are damaged.
             CheckpointMismatchError: a good checkpoint does not fit the program. Nothing was changed.
         """
         return restoring.restore_newest(self._store, restore, self._options)
 
     def restore_named(self, session: Session, name: str, rank: int) -> None:
-        """Restore the checkpoint that the chief has verified and restored.
+        """Restore the checkpoint ``name``, which the chief has verified and restored.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
             FileNotFoundError: this process does not see the chief's logdir.
         """
         path = self._store.root / name
@@ -53,10 +53,10 @@ class Restorer:
         self.load(path, session, rank)
 
     def return_to(self, path: Path, session: Session) -> None:
-        """Put the objects and the step back to the checkpoint at ``path``; random states and positions go on.
+        """Reset the objects and the step to the checkpoint at ``path``. Random states and data positions are kept.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
         process, files, _ = _files(path, 0)
         fitting, states = self._fitting(path, files, process, Restoring(), mapped=False)
@@ -67,13 +67,13 @@ class Restorer:
         session.global_step = process["global_step"]
 
     def load(self, path: Path, session: Session, rank: int = 0) -> None:
-        """Load what the process of that ``rank`` needs to go on from the checkpoint at ``path``.
+        """Load the state with which the process of ``rank`` continues from the checkpoint at ``path``.
 
         Raises:
-            CheckpointMismatchError: it does not fit the program. Nothing was changed.
+            CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
         process, files, is_of_rank = _files(path, rank)
-        # Rank 0 has just verified these files, and with that read them.
+        # Rank 0 has just verified these files, which reads them to their ends, so it may map them.
         fitting, states = self._fitting(path, files, process, self._options, mapped=rank == 0)
         for part in fitting.parts:
             fitting.load(part, states.pop(part.name))
@@ -81,7 +81,7 @@ class Restorer:
         if rank == 0:
             fitting.report(path)
         if not is_of_rank:
-            # There are more processes than before: the streams of this one begin as the program has seeded them.
+            # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
@@ -89,8 +89,8 @@ class Restorer:
     def _fitting(
         self, path: Path, files: Mapping[str, Path], process: dict[str, Any], options: Restoring, *, mapped: bool
     ) -> tuple[Fitting, dict[str, Any]]:
-        """How the checkpoint goes into the program, and the states for it, once it is sure that all of them can."""
-        # Of what is sharded these are the names and shapes.
+        """Decide how the checkpoint goes into the program; return that, and the states. Raise if any does not fit."""
+        # For sharded objects these are skeletons: names and shapes.
         states = {
             **process.pop("sharded", {}),
             **{name: read_file(file, mapped=mapped) for name, file in files.items()},
@@ -106,14 +106,17 @@ class Restorer:
 
 
 def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool]:
-    """What the process of ``rank`` has saved in the checkpoint at ``path``, and the files of the whole parts by name.
+    """The content of the process file of ``rank`` in the checkpoint at ``path``, and the files of whole parts by name.
 
-    The last tells whether there was such a process. What only the chief has noted is that of rank 0.
+    The last value says whether that rank took part in the save; if not, the process file of rank 0 is returned. Keys
+    that only the chief writes are always taken from rank 0.
     """
     found = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
     processes = {name: found.pop(name) for name in list(found) if is_process(name)}
     process = read_file(processes[f"{PROCESS}0"])
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
-        process = {**{key: process[key] for key in ("sharded", "program") if key in process}, **read_file(own)}
+        # The count of epochs is the chief's too, because the chief may have been a moment ahead.
+        of_chief = {key: process[key] for key in ("sharded", "program", "epochs") if key in process}
+        process = {**read_file(own), **of_chief}
     return process, found, own is not None

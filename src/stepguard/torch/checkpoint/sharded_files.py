@@ -1,6 +1,6 @@
 """The files of sharded state, in the format of ``torch.distributed.checkpoint``.
 
-Beside the other files of a checkpoint lie ``__RANK_0.distcp``, in which each process has written its part, and
+Besides its other files, a checkpoint has the files ``__RANK_0.distcp``, one with the part of each process, and
 ``.metadata``, which says where in them each tensor is. ``torch.distributed.checkpoint`` reads them without Stepguard.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-# The name of this record is private, and a part of the format: every checkpoint refers to it.
+# This record's name is private but part of the format: every checkpoint refers to it.
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, WriteItemType
@@ -39,7 +39,7 @@ _FORMAT_VERSION = "1.0.0"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process has written: where each item lies, and size and digest of the file."""
+    """The file that one process has written: the place of each item, and the size and digest of the file."""
 
     results: Sequence[Any]
     name: str
@@ -48,9 +48,9 @@ class Part:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Plans what each process writes of the states of sharded objects, by the names of the objects.
+    """Plans which parts of the states of sharded objects each process writes; ``states`` has them by name.
 
-    What several processes have, such as a buffer that is not sharded, is written by the first of them.
+    If several processes have the same value, such as a buffer that is not sharded, the lowest rank writes it.
     """
 
     def __init__(self, states: Mapping[str, Any]) -> None:
@@ -60,12 +60,12 @@ class SavePlanner(DefaultSavePlanner):
         self.set_up_planner({name_of(path): part for path, part in found.items()})
 
     def create_local_plan(self) -> Any:
-        """What this process has; also the path of each part, from which others put the states together again."""
+        """The parts that this process has, and the path of each part, by which a reader rebuilds the states."""
         plan = super().create_local_plan()
         return type(plan)(plan.items, planner_data=self._paths)
 
     def create_global_plan(self, all_plans: list[Any]) -> tuple[list[Any], Any]:
-        """What each process writes, and what there is then."""
+        """The parts that each process writes, and the metadata of all parts."""
         plans, metadata = super().create_global_plan(all_plans)
         metadata.planner_data = {name: path for plan in reversed(all_plans) for name, path in plan.planner_data.items()}
         return plans, metadata
@@ -77,7 +77,7 @@ class SavePlanner(DefaultSavePlanner):
 
 
 def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> Part:
-    """Write what ``plan`` gives to this process. It is not durable yet."""
+    """Write the parts that ``plan`` assigns to this process. The file is not durable yet."""
     name = f"__{rank}_0.distcp"
     results = []
     with files.NewFile(directory / name) as file:
@@ -94,18 +94,18 @@ def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> P
 
 
 def write_metadata(directory: Path, metadata: Any, written: Sequence[Part]) -> None:
-    """Write where everything lies, once all processes have written their parts."""
+    """Write the place of each part, once all processes have written their files."""
     metadata.storage_data = {one.index: one.storage_data for part in written for one in part.results}
     metadata.version = _FORMAT_VERSION
     files.write(directory / METADATA, pickle.dumps(metadata))
 
 
 class ShardedFiles:
-    """The sharded state in a checkpoint, of which any number of processes may read what it needs.
+    """The sharded state in a checkpoint. Any number of processes may each read the parts that they need.
 
     Raises:
         CheckpointError: ``.metadata`` names something that could run code.
-        CheckpointCorruptError: it is not what ``torch.distributed.checkpoint`` writes.
+        CheckpointCorruptError: ``.metadata`` is not in the format of ``torch.distributed.checkpoint``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -117,7 +117,7 @@ class ShardedFiles:
         self._metadata = metadata
 
     def tensors(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Size and type of each tensor, by name. What else is in the files is left alone: it is pickled."""
+        """The size and type of each tensor, by name. Other values are ignored, because they are pickled."""
         stored = self._metadata.state_dict_metadata
         return {
             name: (one.size, one.properties.dtype)
@@ -126,17 +126,17 @@ class ShardedFiles:
         }
 
     def read_whole(self, name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor, put together. Raises as :meth:`read`."""
+        """One whole tensor. Raises as :meth:`read` does."""
         tensor = torch.empty(size, dtype=dtype)
         self.read({name: Shard(tensor, size, [whole(size)])})
         return tensor
 
     def read(self, targets: Mapping[str, Shard]) -> None:
-        """Fill the tensors of ``targets``, each with the part that it is of the tensor of that name.
+        """Fill each shard of ``targets`` with its part of the tensor of that name.
 
         Raises:
             CheckpointError: a file holds something that could run code.
-            CheckpointCorruptError: a tensor is missing, or has another shape than the rest of the checkpoint says.
+            CheckpointCorruptError: a tensor is missing, or its shape differs from the rest of the checkpoint.
         """
         items = []
         for name, target in targets.items():
@@ -171,7 +171,7 @@ class _Targets(DefaultLoadPlanner):
 
 
 def _is_sound(metadata: Any) -> bool:
-    """Whether it leads to files beside it only."""
+    """Whether ``metadata`` is in the known format and leads only to files in its own directory."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         return False
     return isinstance(metadata.state_dict_metadata, dict) and all(

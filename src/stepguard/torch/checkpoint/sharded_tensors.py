@@ -1,8 +1,7 @@
-"""Tensors that are spread over several processes: what of them is here, and how a state with such tensors is taken
-apart and put together.
+"""Tensors that are spread over several processes: the part in this process, and the names of parts in a state.
 
-A state is taken apart in the way of ``torch.distributed.checkpoint``: dictionaries, and lists with tensors or
-dictionaries in them, are gone through; each tensor, and each other value, has its path joined by dots as its name.
+A state is taken apart as ``torch.distributed.checkpoint`` does it: it descends into dictionaries, and into lists that
+contain tensors or dictionaries. Each tensor, and each other value, gets its path as its name, joined by dots.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ Path = tuple[Any, ...]
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a tensor of several processes. A program that has loaded no DTensor has none."""
+    """Whether ``value`` is a DTensor, which is spread over several processes."""
+    # A program that has not imported the module has no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
@@ -34,10 +34,10 @@ def mapped(path: Path, value: Any, change: Callable[[Path, Any], Any]) -> Any:
     if isinstance(value, Mapping):
         pairs = ((key, mapped((*path, str(key)), part, change)) for key, part in value.items())
         if type(value) is not OrderedDict:
-            # Not of the pairs: a Counter would count them.
+            # A Counter made directly from the pairs would count the pairs.
             return Counter(dict(pairs)) if type(value) is Counter else dict(pairs)
         copied = OrderedDict(pairs)
-        # nn.Module.state_dict notes here which version of each module wrote it.
+        # nn.Module.state_dict keeps the versions of the modules in an attribute of the dictionary.
         copied.__dict__.update(value.__dict__)
         return copied
     if _is_gone_through(value):
@@ -57,15 +57,15 @@ def parts(name: str, state: Any) -> dict[Path, Any]:
 
 
 def is_sharded(state: Any) -> bool:
-    """Whether there is a tensor of several processes in it, or a part of one."""
+    """Whether ``state`` contains a tensor of several processes, or a part of one."""
     return any(isinstance(part, Shard) or is_dtensor(part) for part in parts("", state).values())
 
 
 def check_shardable(name: str, state: Any) -> None:
-    """Look at the tensors of several processes.
+    """Check the tensors of several processes in a state.
 
     Raises:
-        TypeError: one of them has no values of its own to save, or lies where its parts could not be put together.
+        TypeError: a tensor has no values of its own to save, or is in a place where it could not be put together again.
     """
     names: dict[str, Path] = {}
     for path, part in parts(name, state).items():
@@ -87,7 +87,7 @@ def check_shardable(name: str, state: Any) -> None:
 
 
 def skeleton(name: str, state: Any) -> Any:
-    """The state with a tensor on the meta device, which has no values, in the place of each tensor."""
+    """The state with each tensor replaced by one on the meta device, which has no values."""
 
     def bare(_: Path, part: Any) -> Any:
         if isinstance(part, Shard):
@@ -101,7 +101,7 @@ def skeleton(name: str, state: Any) -> Any:
 class Shard:
     """The part of a tensor that this process has: ``local`` is ``chunks`` (one, or none) of a tensor of ``size``.
 
-    The methods with two underscores are those by which ``torch.distributed.checkpoint`` saves tensors of any kind.
+    ``torch.distributed.checkpoint`` saves a tensor of any kind by the methods with two underscores.
     """
 
     local: torch.Tensor
@@ -136,7 +136,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How a program spreads one tensor over its processes, and which part of it is here."""
+    """How a program spreads one tensor over its processes, and which part this process has."""
 
     mesh: Any
     placements: Sequence[Any]
@@ -147,7 +147,7 @@ class Sharding:
 
     @classmethod
     def like(cls, tensor: Any) -> Sharding:
-        """That of a DTensor."""
+        """The sharding of a DTensor."""
         is_here = tensor.device_mesh.get_coordinate() is not None and tensor.to_local().numel()
         chunks = tensor.__create_chunk_list__() if is_here else []
         local_size = tensor.to_local().shape
@@ -155,14 +155,14 @@ class Sharding:
 
     @classmethod
     def replicated(cls, mesh: Any, size: torch.Size) -> Sharding:
-        """That of a tensor which every process of ``mesh`` has whole."""
+        """The sharding of a tensor that every process of ``mesh`` has whole."""
         from torch.distributed.tensor import Replicate
 
         stride = torch.empty(size, device="meta").stride()
         return cls(mesh, [Replicate()] * mesh.ndim, size, stride, size, [whole(size)])
 
     def spread(self, local: torch.Tensor) -> Any:
-        """The DTensor of which ``local`` is the part that is here."""
+        """The DTensor of which this process has the part ``local``."""
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
@@ -170,7 +170,7 @@ class Sharding:
         )
 
     def cut(self, full: torch.Tensor) -> torch.Tensor:
-        """The part that is here of a tensor that was read whole."""
+        """This process's part of ``full``, a tensor that was read whole."""
         for chunk in self.chunks:
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 full = full.narrow(dim, offset, size)
@@ -179,22 +179,22 @@ class Sharding:
 
 
 def shard_of(tensor: Any, local: torch.Tensor) -> Shard:
-    """What this process saves of a DTensor, whose part here was copied to ``local``."""
+    """The shard of a DTensor that this process saves; its values were copied to ``local``."""
     return Shard(local, tensor.shape, Sharding.like(tensor).chunks)
 
 
 def whole(size: torch.Size) -> Any:
-    """The chunk that is all of a tensor."""
+    """The chunk that covers a whole tensor."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
     return ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
 
 
 class Shardings:
-    """How a program spreads the tensors of one object: as in the state it has now.
+    """How a program spreads the tensors of one object, as seen in its live state.
 
-    An optimizer that has made no step has no state yet; what it keeps for a parameter is then spread as that is, if
-    it has its shape, and else whole in every process.
+    An optimizer that has made no step has no state yet. The state of a parameter is then spread like the parameter, if
+    it has the same shape; otherwise every process has it whole.
     """
 
     def __init__(self, name: str, live: Any, parameters: Sequence[torch.Tensor] = ()) -> None:

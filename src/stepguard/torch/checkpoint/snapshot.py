@@ -1,4 +1,4 @@
-"""Taking one step's state out of a PyTorch program."""
+"""Takes the state of one step out of a PyTorch program."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from stepguard.torch.checkpoint.state import (
 
 @dataclass(frozen=True, slots=True)
 class TorchSnapshot:
-    """The state of one step in the memory of the host: that of the program by name, and that of this process.
+    """The state of one step in host memory: the program's objects by name, and the state of this process.
 
-    Of sharded objects it holds the part of this process; the others have theirs, and write them.
+    Of sharded objects it has only the part of this process; the other processes hold and write their own parts.
     """
 
     step: int
@@ -37,7 +37,7 @@ class TorchSnapshot:
 
 
 class HostMemory:
-    """Copies of states in the memory of the host, which are used again by the next copy of a state of that form."""
+    """Copies of states in host memory. The next copy of a state with the same form reuses the memory."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -48,7 +48,7 @@ class HostMemory:
         Raises:
             TypeError: a part cannot be saved.
         """
-        # Tied weights are one tensor under several names, and stay so in the copy.
+        # Tied weights are one tensor under several names, and stay one tensor in the copy.
         seen: dict[tuple[Any, ...], torch.Tensor] = {}
         return self._copied(name, state, seen, streams)
 
@@ -65,7 +65,7 @@ class HostMemory:
             copied = OrderedDict(
                 (key, self._copied(f"{path}.{key}", part, seen, streams)) for key, part in value.items()
             )
-            # nn.Module.state_dict notes here which version of each module wrote it.
+            # nn.Module.state_dict keeps the versions of the modules in an attribute of the dictionary.
             copied.__dict__.update(value.__dict__)
             return copied
         if type(value) in (list, tuple):
@@ -98,10 +98,10 @@ class HostMemory:
 
 
 class CopyStreams:
-    """The CUDA streams on which one snapshot is copied beside the training.
+    """The CUDA streams on which one snapshot is copied while the host goes on.
 
-    ``training`` are the streams on which steps run, one for each device that was seen. The copies begin after the
-    last step, the next step begins after the copies; neither makes the host wait.
+    ``training`` are the streams on which steps run, one for each device. The copies begin after the last step, and the
+    next step begins after the copies. The devices see to this order; the host waits for neither.
     """
 
     def __init__(self, training: Mapping[torch.device, torch.cuda.Stream]) -> None:
@@ -118,7 +118,7 @@ class CopyStreams:
         return self._sides[device]
 
     def close(self) -> None:
-        """All copies have been asked for: the next step waits for them on the device."""
+        """End the list of copies: on the device, the next step waits for all copies so far."""
         for device, side in self._sides.items():
             self._copied.append(side.record_event())
             self._trained_on(device).wait_stream(side)
@@ -136,7 +136,7 @@ class CopyStreams:
 
 
 def nbytes(value: Any) -> int:
-    """The size of the tensors in a nested state, in bytes: each tensor once, and what is spread in all processes."""
+    """The size of the tensors in a nested state, in bytes. Each counts once, and a sharded one with its full size."""
     tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
     return sum(_nbytes_of(tensor) for tensor in tensors.values())
 
@@ -148,9 +148,9 @@ def _nbytes_of(tensor: torch.Tensor | Shard) -> int:
 
 
 def non_finite(path: str, state: Any) -> list[str]:
-    """The places of what is NaN in a nested state in host memory, and of tensors that hold an infinity.
+    """The places of tensors with NaN or infinity, and of plain numbers that are NaN, in a nested state in host memory.
 
-    A plain number may be infinite: that is how schedulers, and the programs, write "none so far".
+    A plain number may be infinite: schedulers and programs use infinity for "none so far".
     """
     found = []
     for place, part in leaves(path, state):
@@ -168,13 +168,13 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if is_sparse(tensor):
-        # What is kept for one place of a COO tensor several times counts as its sum.
+        # A COO tensor may hold several values for one place; its value there is their sum.
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # There is no arithmetic in eight bits.
-    # One pass, and no copy of the state: both ends are NaN where anything is.
+        tensor = tensor.float()  # PyTorch has no arithmetic for types of eight bits.
+    # One pass and no copy of the tensor. If any number is NaN, then minimum and maximum are NaN.
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))

@@ -1,4 +1,4 @@
-"""What a program saves: objects by name, and whether each can be saved."""
+"""The state that a program saves: named objects, and the check whether each can be saved."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 class Component:
-    """One named object of the program's state. Everything here is for a thread that holds the boundary."""
+    """One named object of the program's state. Only a thread that holds the boundary may use it."""
 
     def __init__(self, name: str, holder: Any) -> None:
         self.name = name
         self.holder = unwrapped(holder)
-        # The wrapper notes, when it is made, which parameters train.
+        # A replicating wrapper records during its construction which parameters train.
         self.is_replicated = is_replicated(holder)
 
     def state(self) -> Any:
-        """The state as it is now: tensors that training goes on changing, in dictionaries and lists."""
+        """The live state: dictionaries and lists with the tensors that training changes."""
         holder = self.holder
         if isinstance(holder, torch.Generator):
             return {"state": holder.get_state()}
@@ -49,16 +49,16 @@ class Component:
         return holder.state_dict()
 
     def load(self, state: Any) -> None:
-        """Put a saved state in place. Its tensors may be those of a mapped file: none of them is kept."""
+        """Put a saved state in place. Its tensors may belong to a mapped file, so none of them is kept."""
         holder = self.holder
         if isinstance(holder, nn.Module):
             state = Names(holder).as_live(state, holder)
             _make_room(holder, state)
-            # It copies into the tensors that it has, or nearly always does.
+            # This nearly always copies into the module's own tensors; if so, no tensor of the file is kept.
             holder.load_state_dict(state)
             if not _shares_memory(holder.state_dict(), state):
                 return
-        # Of sparse tensors deepcopy knows only some.
+        # deepcopy supports only some kinds of sparse tensors, so these are cloned.
         sparse = {id(part): part.clone() for _, part in leaves("", state) if is_sparse(part)}
         state = copy.deepcopy(state, sparse)
         if isinstance(holder, torch.Generator):
@@ -71,26 +71,26 @@ class Component:
             holder.load_state_dict(state)
 
     def shardings(self) -> Shardings:
-        """How its tensors are spread over the processes."""
+        """How the tensors of this object are spread over the processes."""
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
         return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
     @property
     def is_stream(self) -> bool:
-        """Whether it is a generator of random numbers."""
+        """Whether the object is a random number generator."""
         return isinstance(self.holder, (torch.Generator, random.Random)) or is_numpy_generator(self.holder)
 
     def forget_gradients(self) -> None:
-        """What was accumulated for a step that is not done now may be what was wrong."""
+        """Drop accumulated gradients: their step is not done any more, and they may have been the fault."""
         if isinstance(self.holder, nn.Module):
             self.holder.zero_grad(set_to_none=True)
 
 
 def components(state: Mapping[Any, Any]) -> list[Component]:
-    """The named objects of the program, each of which has been asked for its state once.
+    """The named objects of the program. The state of each is read once, as a check.
 
     Raises:
-        TypeError, ValueError: one of them cannot be saved; the message names it, and the place in it.
+        TypeError, ValueError: an object cannot be saved; the message names it, and the place in it.
     """
     if not isinstance(state, Mapping):
         raise TypeError(
@@ -129,10 +129,10 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
 
 
 def check_saveable(path: str, value: Any) -> None:
-    """Look at every part of a state.
+    """Check that every part of a state can be saved.
 
     Raises:
-        TypeError: a part is of a type that only code from the file could bring back; the message names it.
+        TypeError: a part has a type that could be restored only by running code from the file; the message names it.
     """
     for place, part in leaves(path, value):
         if isinstance(part, torch.Tensor):
@@ -168,7 +168,7 @@ def check_tensor(place: str, tensor: torch.Tensor) -> None:
 
 def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a nested state that are no containers, each with its place."""
-    # MultiStepLR counts its milestones; PyTorch reads a Counter without running code since 2.4.
+    # MultiStepLR has a Counter of its milestones; since 2.4 PyTorch reads a Counter without running code.
     if type(value) in (dict, OrderedDict, Counter):
         for key, part in value.items():
             if type(key) not in _PLAIN and type(key) is not tuple:
@@ -186,9 +186,9 @@ def is_sparse(value: Any) -> bool:
 
 
 def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The dense tensors that it is made of."""
+    """The dense tensors that a sparse tensor consists of."""
     if tensor.layout is torch.sparse_coo:
-        # Not indices(): that is for one without doubles.
+        # indices() works only for a tensor without duplicate indices.
         return tensor._indices(), tensor._values()
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
@@ -196,7 +196,7 @@ def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Compressed sparse tensors are copied only into one of as many values."""
+    """Resize compressed sparse tensors: a copy works only between tensors with the same number of values."""
     with torch.no_grad():
         for name, live in itertools.chain(module.named_parameters(), module.named_buffers()):
             held: Any = saved.get(name)
@@ -213,7 +213,7 @@ def _shares_memory(state: Any, other: Any) -> bool:
 
 def _addresses(state: Any) -> Iterator[int]:
     for _, part in leaves("", state):
-        # A DTensor has been put together from copies.
+        # A saved DTensor was put together from copies, so it shares no memory.
         if isinstance(part, torch.Tensor) and not is_dtensor(part):
             for one in parts_of_sparse(part) if is_sparse(part) else (part,):
                 if one.numel():
@@ -240,14 +240,14 @@ def is_numpy_generator(holder: Any) -> bool:
 
 
 def _without_arrays(state: Any) -> Any:
-    """The state of a NumPy generator, with lists of numbers for the arrays that most of them keep."""
+    """The state of a NumPy generator, with its arrays turned into lists of numbers."""
     if isinstance(state, Mapping):
         return {key: _without_arrays(part) for key, part in state.items()}
     return state.tolist() if type(state).__name__ == "ndarray" else state
 
 
 def _with_arrays(state: Any, live: Any) -> Any:
-    """The reverse, with arrays where ``live``, the state of such a generator, has them."""
+    """Undo :func:`_without_arrays`, with arrays in the places where the generator's state ``live`` has them."""
     if isinstance(state, Mapping) and isinstance(live, Mapping):
         return {key: _with_arrays(part, live.get(key)) for key, part in state.items()}
     if type(live).__name__ != "ndarray":

@@ -1,4 +1,4 @@
-"""The tensors of a PyTorch checkpoint, without the program that saved it. No code from a file is run."""
+"""Reads the tensors of a PyTorch checkpoint without the program that saved it. No code from a file is run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NUMBERS = (bool, int, float, complex)
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
     """The tensors and plain values of a checkpoint: a directory of files, or one file that ``torch.save`` wrote.
 
-    Names are those of error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are mapped
-    into memory, so that a tensor is read when it is asked for.
+    The names are the same as in error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are
+    mapped into memory, so that a tensor is read on demand.
 
-    Raises CheckpointCorruptError if a file is damaged, CheckpointError if it is of a form that is not known.
+    Raises CheckpointCorruptError if a file is damaged, CheckpointError if its form is unknown.
     """
     if path.is_file():
         yield from _leaves("", _load(path))
@@ -46,7 +46,7 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
     stored = sharded.tensors()
     for part in sorted(path.glob(f"*{SUFFIX}")):
         state = _load(part)
-        # How the sharded objects were nested, with their plain values, and tensors without content.
+        # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
         yield from _leaves(part.stem, state)
         for name, skeleton in skeletons.items():
@@ -66,7 +66,7 @@ def _put_together(sharded: Any, name: str, size: torch.Size, dtype: torch.dtype)
 
 
 def _part(path: Path) -> Iterator[SavedTensor]:
-    """One entry in the directory of a checkpoint: a file for each named object."""
+    """The tensors in one entry of a checkpoint's directory, which has a file for each named object."""
     if path.suffix == SUFFIX and path.is_file():
         yield from _leaves(path.stem, _load(path))
         return
@@ -83,7 +83,7 @@ def _load(path: Path) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        # EINVAL: the end of the file was sought before its beginning.
+        # EINVAL: the file is so short that the reader sought to a place before its beginning.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointCorruptError(
             f"{path}: expected a file that torch.save wrote, found one that cannot be read: {reason}", path=path
@@ -92,7 +92,7 @@ def _load(path: Path) -> Any:
 
 def _loaded(path: Path) -> Any:
     with path.open("rb") as file:
-        # Only the zip files of PyTorch 1.6 and newer can be mapped.
+        # Only zip files, which PyTorch writes since 1.6, can be mapped.
         is_zip = file.read(2) == b"PK"
     return unpickling.load(path, mapped=is_zip)
 
@@ -117,7 +117,7 @@ def _plain(name: str, value: Any) -> SavedTensor:
     """A number, a string, None, or a list of numbers, such as the random state of Python."""
     if isinstance(value, (*_NUMBERS, list, tuple)):
         array = np.asarray(value)
-        if array.dtype.kind not in "biufc":  # an integer of more than 64 bits
+        if array.dtype.kind not in "biufc":  # The value is an integer of more than 64 bits.
             array = np.asarray(value, dtype=object)
     else:
         array = np.empty((), dtype=object)
@@ -135,5 +135,5 @@ def _array(tensor: torch.Tensor) -> Any:
     tensor = tensor.resolve_conj().resolve_neg()
     try:
         return tensor.numpy()
-    except TypeError:  # bfloat16 and the types of 8 bits
+    except TypeError:  # NumPy has no bfloat16 and no 8-bit floats.
         return tensor.float().numpy()

@@ -1,9 +1,9 @@
-"""Reading pickles without running code from them.
+"""Reads pickles without running code from them.
 
-`load` reads a file of ``torch.save``. `loads` reads what ``torch.distributed.checkpoint`` pickles: its ``.metadata`` is
-a plain pickle, which may name any function of any module and have it called. Here a pickle may name only the records of
-that package, and what they hold, and may fill only records that it has made itself: a pickle can also set attributes of
-a class, or of a member of an enumeration, which would change them for the whole program.
+`load` reads a file of ``torch.save``. `loads` reads the pickles of ``torch.distributed.checkpoint``, whose
+``.metadata`` is a plain pickle; such a pickle can name any function of any module and have it called. Here a pickle may
+name only the records of that package and the types in them. It may fill only records that it has made itself, because a
+pickle can also set attributes of a class or of a member of an enumeration, and so change them for the whole program.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ _RECORDS = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.storage": {"WriteResult"},
-    # The first is a class; the second finds a layout (torch.strided) by its name, and does nothing else.
+    # Size is a class; _get_layout only finds a layout (torch.strided) by its name.
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
 }
 
 
-# How PyTorch names, in its advice to load the file unsafely, what it has refused.
+# PyTorch's error, which advises to load the file unsafely, names the refused global in this form.
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
 
 def load(path: Path, *, mapped: bool = False) -> Any:
-    """What ``torch.save`` has written to ``path``, in the memory of this machine.
+    """Load the file ``path`` of ``torch.save`` into host memory.
 
     With ``mapped`` the tensors stay in the file until they are used.
 
     Raises:
-        CheckpointError: only code from the file could restore it.
-        Exception: whatever PyTorch raises for a file that it has not written, or that is damaged.
+        CheckpointError: the content could be restored only by running code from the file.
+        Exception: any error of PyTorch's for a file that is damaged or that it has not written.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        # It has no type of its own for a TorchScript archive.
+        # PyTorch refuses a TorchScript archive by a RuntimeError, which only the text tells from other errors.
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
         refusal = refused(path, error)
-    # Not `from error`: that would show PyTorch's advice below ours.
+    # `from error` would also show PyTorch's advice to load the file unsafely.
     raise refusal from None
 
 
 def refused(path: Path | None, error: Exception) -> CheckpointError:
-    """The error for a file of which PyTorch has refused to load something that could run code."""
+    """The error for a file in which PyTorch has refused something that could run code."""
     name = _REFUSED.search(str(error))
     found = f"a reference to {name.group(1)}" if name else "another pickle"
     return CheckpointError(
@@ -82,17 +82,17 @@ def refused(path: Path | None, error: Exception) -> CheckpointError:
 
 
 def loads(content: bytes, path: Path | None = None) -> Any:
-    """What was pickled. ``path`` is the file that it comes from, for the error.
+    """Unpickle ``content``. ``path`` is the file that it comes from, for the error.
 
     Raises:
-        CheckpointError: it names something else than the records of ``torch.distributed.checkpoint``.
-        CheckpointCorruptError: it is no pickle.
+        CheckpointError: ``content`` names something other than the records of ``torch.distributed.checkpoint``.
+        CheckpointCorruptError: ``content`` is no pickle.
     """
     try:
         return _RecordUnpickler(content, path).load()
     except CheckpointError:
         raise
-    # Of what else a damaged pickle raises, the documentation gives no complete list.
+    # The documentation gives no complete list of the errors that a damaged pickle raises.
     except Exception as error:
         raise CheckpointCorruptError(
             f"{path}: expected the records of torch.distributed.checkpoint, found {len(content)} bytes that are none "
@@ -101,14 +101,14 @@ def loads(content: bytes, path: Path | None = None) -> Any:
         ) from error
 
 
-# The unpickler in Python: the one in C calls no method before it fills an object.
+# The pure Python unpickler, because the one in C calls no method before it fills an object.
 class _RecordUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, content: bytes, path: Path | None) -> None:
         super().__init__(io.BytesIO(content))
         self._path = path
-        # Of these every object is the pickle's own.
+        # The types of which every object was made by this pickle.
         self._made: set[type] = set()
 
     def find_class(self, module: str, name: str) -> Any:
@@ -127,7 +127,7 @@ class _RecordUnpickler(pickle._Unpickler):
         )
 
     def load_build(self) -> None:
-        """Set the state of an object, which is below that state on the stack."""
+        """Set the state of an object. On the stack, the object is below that state."""
         filled = self.stack[-2]  # type: ignore[attr-defined]
         if type(filled) not in self._made:
             raise CheckpointError(

@@ -1,1 +1,1 @@
-"""Batches, and the position in them."""
+"""Batches from loaders, and the position in the data."""

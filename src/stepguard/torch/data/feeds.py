@@ -1,7 +1,7 @@
-"""Batches from a loader, and the position in it: how a resumed run goes on with the very next batch.
+"""Batches from a loader and the position in it, so that a resumed run continues with the very next batch.
 
-What "the same order" rests on: the order of an epoch is drawn by the sampler when the epoch begins. The random states
-of that moment are kept, so that a new process draws the same order, and leaves out what was seen without loading it.
+The sampler draws the order of an epoch when the epoch begins. The random states of that moment are saved. From them a
+new process draws the same order, and skips the batches that were already seen without loading them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _END = object()
 
 
 class MapFeed(Feed):
-    """A standard DataLoader over a map-style dataset: what was seen is left out at the sampler, and never loaded."""
+    """A standard DataLoader over a map-style dataset. Seen batches are skipped at the sampler and never loaded."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         super().__init__(loader)
         self._order: dict[str, Any] | None = None
         self._generators = _generators(loader)
         self._worker_seed = torch.initial_seed()
-        # The program's own loader stays as it is, for its other uses.
+        # A copy, so that the program's own loader does not change for its other uses.
         self._ordered: Any = copy.copy(loader)
         self._ordered._iterator = None
         sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -38,13 +38,13 @@ class MapFeed(Feed):
             replaced["dataset"] = SeededDataset(loader.dataset)
             self._ordered.worker_init_fn = InitWorker(loader.worker_init_fn)
         for name, value in replaced.items():
-            # A DataLoader refuses to have these assigned once it is made; the copy is not in use yet.
+            # A DataLoader refuses these assignments after its construction; this copy is not in use yet.
             object.__setattr__(self._ordered, name, value)
         self._skip = 0
         self._streams_before: dict[str, Any] | None = None
 
     def position(self) -> dict[str, Any]:
-        """With the random states from which the order of this epoch was drawn."""
+        """The position, with the random states from which the order of this epoch was drawn."""
         position = {**super().position(), "worker_seed": self._worker_seed}
         if self.batches:
             position["order"] = self._order
@@ -60,7 +60,7 @@ class MapFeed(Feed):
         self._set_generators(position.get("generators", ()))
 
     def close(self) -> None:
-        """Also end workers that persist from epoch to epoch."""
+        """Close the feed, and end workers that persist from epoch to epoch."""
         super().close()
         self._ordered._iterator = None
 
@@ -70,7 +70,8 @@ class MapFeed(Feed):
                 sampler.set_epoch(self.epoch)
         self._skip = skip
         streams = self._streams()
-        # Workers that persist draw their seed once, in the first epoch: new ones must not draw it again in a later.
+        # Persistent workers draw their seed once, in the first epoch. If they are new in a later epoch (after a
+        # resume), the draw of their seed must not change the order: `indices` puts these streams back first.
         is_new = self._ordered.persistent_workers and self._ordered._iterator is None and self.epoch > 0
         self._streams_before = streams if is_new else None
         iterator = iter(self._ordered)
@@ -79,7 +80,7 @@ class MapFeed(Feed):
         return iterator
 
     def indices(self, sampler: Any) -> Iterator[Any]:
-        """What ``sampler`` draws for the current epoch, without what was seen."""
+        """The indices that ``sampler`` draws for the current epoch, without those that were already seen."""
         epoch, skip = self.epoch, self._skip
         live = STREAMS.capture() if skip else None
         if skip and self._order is not None:
@@ -92,7 +93,7 @@ class MapFeed(Feed):
             next(drawn, None)
         index = next(drawn, _END)
         if live is not None:
-            # From here on the streams are those of the training again.
+            # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
         number = skip
         while index is not _END:
@@ -127,7 +128,7 @@ class MapFeed(Feed):
 
 
 class _Order:
-    """Stands in the place of a loader's sampler."""
+    """Takes the place of a loader's sampler."""
 
     def __init__(self, feed: MapFeed, sampler: Any) -> None:
         self._feed = feed
@@ -148,7 +149,7 @@ class StatefulFeed(Feed):
         check_saveable("the loader's state_dict()", loader.state_dict())
 
     def position(self) -> dict[str, Any]:
-        """With the loader's own state."""
+        """The position, with the loader's own state."""
         position = super().position()
         if self.batches:
             position["state"] = self.loader.state_dict()
@@ -161,10 +162,11 @@ class StatefulFeed(Feed):
             self.loader.load_state_dict(position["state"])
 
     def close(self) -> None:
-        """Also let go of the iterator that torchdata's loader keeps."""
+        """Close the feed, and drop the iterator that torchdata's loader keeps."""
         super().close()
         if isinstance(self.loader, DataLoader):
-            # Left to the garbage collector, in a cycle, it waits for each of its workers in vain, five seconds.
+            # If the garbage collector ended this iterator, which is in a cycle, it would wait five seconds in vain for
+            # each of its workers.
             self.loader._iterator = None
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
@@ -175,10 +177,10 @@ class StatefulFeed(Feed):
 
 
 def feed_of(loader: Any) -> Feed:
-    """The feed for a loader of this kind.
+    """The feed for a loader of any kind.
 
     Raises:
-        TypeError: it cannot be iterated over.
+        TypeError: ``loader`` cannot be iterated over.
     """
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return StatefulFeed(loader)
@@ -198,6 +200,6 @@ def _samplers(loader: DataLoader[Any]) -> list[Any]:
 
 
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The generators of the loader's own, from which its order is drawn."""
+    """The loader's own generators, from which its order is drawn."""
     held = [loader.generator, *(getattr(sampler, "generator", None) for sampler in _samplers(loader))]
     return list({id(one): one for one in held if isinstance(one, torch.Generator)}.values())

@@ -1,7 +1,7 @@
-"""Random numbers in the worker processes of a DataLoader: the same for a batch, whichever worker loads it and when.
+"""Random numbers in a DataLoader's workers: the same for a batch, whichever worker loads it and whenever.
 
-PyTorch seeds each worker once, so that what a worker draws depends on all that it has drawn before, and a resumed run,
-whose workers are new, would draw something else. Here each batch has a seed of its own.
+PyTorch seeds each worker once, so the numbers that a worker draws depend on all its earlier draws. A resumed run has
+new workers, which would draw other numbers. Here each batch has its own seed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.utils.data import get_worker_info
 
 @dataclass(frozen=True, slots=True)
 class SeededIndex:
-    """What a sampler gave for one batch (or, without batches, for one item), and the seed for loading it."""
+    """The indices of one batch (or, without batches, the index of one item), and the seed for loading it."""
 
     index: Any
     seed: str
 
 
 class SeededDataset:
-    """A map-style dataset whose ``__getitem__`` may draw random numbers: it draws the same ones for the same batch."""
+    """A map-style dataset whose random draws in ``__getitem__`` are the same for the same batch."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -37,7 +37,7 @@ class SeededDataset:
         return many(seeded.index) if many else [self._dataset[one] for one in seeded.index]
 
     def __getitem__(self, seeded: SeededIndex) -> Any:
-        """The one item of a loader that makes no batches."""
+        """One item, for a loader that makes no batches."""
         _seed(seeded.seed)
         return self._dataset[seeded.index]
 
@@ -47,23 +47,23 @@ class SeededDataset:
 
 
 class InitWorker:
-    """The program's own ``worker_init_fn``, which finds its dataset where it expects it."""
+    """Calls the program's own ``worker_init_fn`` with the program's own dataset in ``get_worker_info()``."""
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
         self._worker_init_fn = worker_init_fn
 
     def __call__(self, worker_id: int) -> None:
-        """In the worker, before its first batch."""
+        """Called in the worker, before its first batch."""
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededDataset):
-            # The copy that this worker has, and not that of the parent. A WorkerInfo refuses to be assigned to.
+            # This is the worker's own copy, not the parent's. A WorkerInfo refuses ordinary assignment.
             object.__setattr__(info, "dataset", info.dataset._dataset)
         if self._worker_init_fn is not None:
             self._worker_init_fn(worker_id)
 
 
 def _seed(text: str) -> None:
-    # Python spreads a string over the whole state; the other two get numbers from there.
+    # Python's generator seeds its whole state from a string; the other two are seeded by numbers from it.
     random.seed(text)
     torch.default_generator.manual_seed(random.getrandbits(63))
     numpy = sys.modules.get("numpy")

@@ -1,1 +1,1 @@
-"""Several processes that train one model: agreed steps, and one checkpoint written by all."""
+"""Several processes that train one model: they save at agreed steps, and write one checkpoint together."""

@@ -1,9 +1,14 @@
-"""How several processes write one checkpoint: each its part, and none of them knows more of the others than it is told.
+"""Several processes write one checkpoint together.
 
-The chief asks for the parts, and every process tells it what it has; from that the chief plans who writes what, tells
-them, and waits until all have written. A process that cannot write its part says so, and then there is no checkpoint:
-the chief's writer tries again, as it does when its own disk fails. All of this goes through the store
-that the processes have in common, in the threads that write.
+The protocol: the chief asks for the parts. Every process answers with a list of what it has and waits for its plan. The
+chief plans which process writes which items, sends each process its plan, writes its own part, and waits until all
+others have answered. All messages go through the processes' common store, on the writing threads, so that training
+does not wait. A process that cannot write its part answers with the error instead; the chief then has no checkpoint,
+and its writer tries again as after an error of its own disk.
+
+No deadlock is possible: the chief sends the plans also when planning has failed (each is then ``None``), and collects
+all answers before it raises an error of its own. The exchange ends the wait for a process that no longer answers. A
+kill of any process leaves an incomplete stage without a manifest, which the next chief sweeps.
 """
 
 from __future__ import annotations
@@ -28,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any]) -> None:
-    """Write the file of this process into the chief's ``directory``; size and digest travel. A thread's edge."""
+    """Write the file of this process into the chief's ``directory``, and send its size and digest to the chief.
+
+    Runs at a thread's edge: an error is sent to the chief, not raised.
+    """
     try:
         name = process_file(exchange.rank)
         _check_is_here(directory)
@@ -40,7 +48,7 @@ def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any])
 
 
 def collect_processes(exchange: Exchange | None) -> dict[str, tuple[int, str]]:
-    """Sizes and digests of the files of the other processes, by name, once all are written. The chief.
+    """Wait until the other processes have written their files; return sizes and digests by file name. Chief only.
 
     Raises:
         NonFiniteError, OSError, CheckpointError: as :func:`write_all`.
@@ -52,12 +60,12 @@ def collect_processes(exchange: Exchange | None) -> dict[str, tuple[int, str]]:
 
 
 def write_all(exchange: Exchange | None, directory: Path, states: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Have every process write its part into ``directory``; sizes and digests of the files, by name. The chief.
+    """Have every process write its part into ``directory``; return sizes and digests by file name. Chief only.
 
     Raises:
-        NonFiniteError: the state of one of the others is not finite.
-        OSError: one of the processes could not write. All of them have then stopped writing.
-        CheckpointError: one of them has failed in another way, or will not answer any more.
+        NonFiniteError: the state of another process is not finite.
+        OSError: a process could not write. All processes have then stopped writing.
+        CheckpointError: a process has failed in another way, or no longer answers.
     """
     from stepguard.torch.checkpoint import sharded_files
 
@@ -83,13 +91,16 @@ def _agreed_plan(exchange: Exchange, planner: Any, mine: Any) -> tuple[Any, Any]
         theirs = [unpickling.loads(one) for one in exchange.collect("has")]
         plans, metadata = planner.create_global_plan([mine, *theirs])
     finally:
-        # Also when there is none: they wait for it.
+        # Also sent if there is no plan, because the others wait for one.
         exchange.deal("writes", [pickle.dumps(plan) for plan in plans[1:] or [None] * exchange.others])
     return plans[0], metadata
 
 
 def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[[], Mapping[str, Any]]) -> None:
-    """Write the part of this process into the chief's ``directory``. Not the chief; a thread's edge."""
+    """Write the part of this process into the chief's ``directory``. Not for the chief.
+
+    Runs at a thread's edge: an error is sent to the chief, not raised.
+    """
     from stepguard.torch.checkpoint import sharded_files
 
     asked = "has"
@@ -110,23 +121,23 @@ def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[
 
 def _check_is_here(directory: Path) -> None:
     if not directory.is_dir():
-        # Its own errors are those of a disk, and tried again: a network file system may be behind.
+        # An OSError, so that the chief tries again: a network file system may show the directory late.
         raise FileNotFoundError(
             errno.ENOENT, "the chief's directory is not here: all processes need the same logdir", str(directory)
         )
 
 
 def _sync(path: Path) -> None:
-    """Of this machine, and so not the chief's to sync."""
+    """Make a file durable. The chief cannot, because the file was written by this machine."""
     files.fsync_file(path)
     files.fsync_dir(path.parent)
 
 
 def answer_error(exchange: Exchange, asked: str, error: Exception) -> None:
-    """Tell the chief why there is no answer to what it has asked."""
+    """Send the chief an error in place of the answer that it waits for."""
     _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
     try:
         exchange.answer_error(asked, error)
     except StoreLostError:
-        # The store has ended with the process that has it, and a launcher is about to end this one.
+        # The store has ended together with the process that hosts it, and a launcher is about to end this process too.
         _log.debug("the chief could not be told", exc_info=True)

@@ -1,4 +1,4 @@
-"""A process of a PyTorch training, as the rendezvous sees it: what it adds to a checkpoint, and writes of it itself."""
+"""One process of a distributed PyTorch training, as the rendezvous sees it: its part of the state, and writing it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepguard.words import listed
 
 
 class TorchMember(SessionMember):
-    """Holds what this process adds to the snapshot taken last. Without ``root`` it sees no logdir."""
+    """Holds the part of the last snapshot that belongs to this process. Without ``root`` the process has no logdir."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class TorchMember(SessionMember):
         self._process: Mapping[str, Any] = {}
         self._part: Mapping[str, Any] = {}
         self._copies = CopyStreams({})
-        # Who has to look at what this process saves, if anybody.
+        # The watch that must see the values that this process saves, if there is one.
         self.watch: ValueWatch | None = None
 
     def take_state(self) -> int:
-        """Random states and positions, and the parts of sharded objects."""
+        """Copy the random states, the positions in the data and this process's parts of sharded objects."""
         session = self._torch_session
         copies = CopyStreams(session.training_streams)
         with session.boundary.hold("a checkpoint"), torch.no_grad():
@@ -64,7 +64,7 @@ class TorchMember(SessionMember):
 
     def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
-        # Without a logdir of its own it does not see the chief's, and says so.
+        # Without a logdir this directory does not exist, and `write_process` reports that to the chief.
         directory = (self._root or Path()) / place
         try:
             with held:
@@ -84,7 +84,7 @@ class TorchMember(SessionMember):
 
 
 def _check_finite(states: Mapping[str, Any]) -> None:
-    """Of what this process saves the chief sees nothing: an error here is one of the whole checkpoint."""
+    """Raise NonFiniteError if a value is not finite. The chief cannot see these values; the error ends its save too."""
     names = [place for name, state in states.items() for place in non_finite(name, state)]
     if names:
         raise NonFiniteError(f"the state to be saved is not finite: {listed(names)}", step=None, names=names)

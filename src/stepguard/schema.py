@@ -1,0 +1,123 @@
+"""What may stand in the JSON that is read from a logdir: checked once, where it comes in, so that nobody asks again.
+
+Manifests, lines of the ledger, heartbeats and the note in the lock go through `parse` and then `checked`, which refuses
+the whole, or `passed`, which leaves out what is wrong. A record says what its fields hold by the hints of its dataclass
+(`kinds_of`) or by a table. What comes out has numbers that every operation can be done with: integers fit into 64 bits,
+floats are finite and are no date in another age of the world, and texts have a bound.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+MOST_DIGITS = 18
+"""Of a step in a file name: more do not fit into 64 bits."""
+
+_LARGEST_INT = 2**63 - 1
+_LARGEST_FLOAT = 1e15
+_LONGEST_TEXT = 1 << 16
+
+Kinds = Mapping[str, tuple[type, ...]]
+"""What the field of a name may hold; ``NoneType`` is one of the types where null may stand."""
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+_known: dict[type, Kinds] = {}
+
+
+class SchemaError(ValueError):
+    """What was read is not of the form that is written there."""
+
+
+def parse(content: bytes) -> Any:
+    """The value of a JSON document. Raises ValueError: there is none, or one that is nested too deeply."""
+    try:
+        return json.loads(content, parse_constant=_refuse)
+    except RecursionError as error:
+        raise SchemaError("expected JSON, found it nested too deeply") from error
+
+
+def checked(document: object, kinds: Kinds, *, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of ``document`` that ``kinds`` knows; others are of a later version, and are passed over.
+
+    Raises SchemaError, with the field and what was found: one is of another kind, or one that is required is missing.
+    """
+    if not isinstance(document, Mapping):
+        raise SchemaError(f"expected an object, found {_name_of(document)}")
+    for name in required:
+        if name not in document:
+            raise SchemaError(f"expected the field {name!r}, found none")
+    for name, value in document.items():
+        if name in kinds and not is_of(value, kinds[name]):
+            raise SchemaError(f"{name}: expected {_expected(kinds[name])}, found {_name_of(value)}")
+    return {name: value for name, value in document.items() if name in kinds}
+
+
+def passed(document: Mapping[str, Any], kinds: Kinds) -> dict[str, Any]:
+    """``document`` without those fields that ``kinds`` knows and that are of another kind."""
+    return {name: value for name, value in document.items() if name not in kinds or is_of(value, kinds[name])}
+
+
+def is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether ``value`` is of one of the kinds, and within the bounds."""
+    if value is None or isinstance(value, bool):
+        return type(value) in kinds
+    if isinstance(value, int):
+        return (int in kinds or float in kinds) and abs(value) <= (_LARGEST_INT if int in kinds else _LARGEST_FLOAT)
+    if isinstance(value, float):
+        # False for NaN.
+        return float in kinds and abs(value) <= _LARGEST_FLOAT
+    if isinstance(value, str):
+        return str in kinds and len(value) <= _LONGEST_TEXT
+    return isinstance(value, (list, dict)) and type(value) in kinds
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can be the name of a file, or of one in directories: no system call refuses it."""
+    try:
+        parts = [part.encode("utf-8", "surrogateescape") for part in text.split("/")]
+    except UnicodeEncodeError:
+        return False
+    return all(0 < len(part) <= 255 and b"\0" not in part and part not in (b".", b"..") for part in parts)
+
+
+def kinds_of(record: type) -> Kinds:
+    """What the hints of a dataclass say of its fields."""
+    kinds = _known.get(record)
+    if kinds is None:
+        hints = get_type_hints(record)
+        kinds = _known[record] = {one.name: _types(hints[one.name]) for one in fields(record)}
+    return kinds
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(get_origin(one) or one for one in kinds)
+
+
+def _refuse(constant: str) -> None:
+    raise SchemaError(f"expected JSON, found {constant}")
+
+
+def _expected(kinds: tuple[type, ...]) -> str:
+    return " or ".join("null" if one is NoneType else _NAMES[one] for one in kinds)
+
+
+def _name_of(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number out of range" if not is_of(value, (int, float)) else f"the number {value}"
+    return _NAMES.get(type(value), type(value).__name__)

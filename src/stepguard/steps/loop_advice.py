@@ -1,0 +1,119 @@
+"""Warnings about loops that do not do what they seem to do: they train nothing, or do not resume exactly."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from stepguard.steps.feeds import Feed, shown
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """The loop that one call of `steps` describes."""
+
+    feed: Feed | None
+    max_steps: int | None
+    # The loop ends when the feed has completed this number of epochs. A step has `accumulate` batches.
+    until_epoch: int | None
+    accumulate: int
+    # The number of the loop in the body of `epochs`; ``None`` outside of `epochs`.
+    number: int | None
+    # The `epochs` argument of the program.
+    epochs: int | None
+    thread: int
+
+    @property
+    def epochs_seen(self) -> int:
+        """The number of complete epochs over the loader."""
+        return 0 if self.feed is None else self.feed.epoch
+
+
+class LoopAdvice:
+    """Warns of loops; each kind of warning once for each loader. For the training thread."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, int]] = set()
+
+    def on_begin(self, plan: LoopPlan, *, is_first: bool) -> None:
+        """Warn of an epoch loop of the program's own: it is unknown which work between its loops was already done.
+
+        ``is_first`` says that this is the first loop over this loader since the start.
+        """
+        feed, epochs = plan.feed, plan.epochs
+        if feed is None or plan.number is not None or feed.batches:
+            return
+        has_more = epochs is not None and 0 < feed.epoch < epochs
+        if is_first and has_more:
+            # A saved position at the beginning of an epoch, other than the first, is from the end of a loop.
+            self._tell(
+                feed,
+                "%s: the checkpoint is of the end of epoch %d over it, and whether the work that the program does at "
+                "the end of an epoch is still to be done is not known: with `for epoch in sess.epochs(n):` around "
+                "`for batch in sess.steps(loader):` it is",
+                feed.epoch,
+            )
+        elif not is_first and (has_more or not feed.is_repeatable):
+            self._tell(
+                feed,
+                "%s: another loop over the epochs of one loader. What the program does between the two, such as "
+                "scheduler.step(), is done again or left out by a restart: write `for epoch in sess.epochs(n):` around "
+                "`for batch in sess.steps(loader):`, without epochs=, and put it into the outer body",
+            )
+
+    def on_first_step(self, plan: LoopPlan) -> None:
+        """Warn if another thread than the one that began the loop asks for its steps."""
+        if plan.thread != threading.get_ident():
+            _log.warning(
+                "steps: the loop was begun in another thread than the one that asks for its steps. A step counts as "
+                "done when the next is asked for, so a prefetcher around steps() counts steps that were not trained: "
+                "prefetch in the loader"
+            )
+
+    def on_end(self, plan: LoopPlan, global_step: int, *, is_empty: bool) -> None:
+        """Warn of a loop that has trained less than it was asked for.
+
+        ``is_empty`` says that it has trained no step at all.
+        """
+        feed = plan.feed
+        if feed is not None and feed.is_exhausted and (is_empty or (plan.epochs or 0) > feed.epoch):
+            self._tell(
+                feed,
+                "%s: %s: it is an iterator, and it is exhausted. Give steps() what can be iterated over again, such as "
+                "the loader itself",
+                "trains nothing" if is_empty else f"expected {plan.epochs} epochs, found {feed.epoch}",
+            )
+        elif is_empty and plan.max_steps is not None and global_step >= plan.max_steps:
+            self._tell(
+                feed,
+                "%s: trains nothing: max_steps=%d is a step of the whole run, which is at step %d already",
+                plan.max_steps,
+                global_step,
+            )
+        elif is_empty and feed is not None:
+            self._tell(
+                feed,
+                "%s: trains nothing: %d epochs over it are complete, and epochs=%s counts those of the whole run, also "
+                "before a restart; what the program does after this loop is done again, and of it only what it does to "
+                "the saved state is undone. For work at the end of each epoch write `for epoch in sess.epochs(n):` "
+                "around `for batch in sess.steps(loader):`, without epochs=",
+                feed.epoch,
+                plan.until_epoch,
+            )
+
+    def on_leftover(self, turns: int, accumulate: int) -> None:
+        """Warn of ``turns`` that are too few for a step, because the data has ended."""
+        _log.warning(
+            "steps: the data ended in the middle of a step: %d of accumulate=%d batches made no update, since the "
+            "loader has no length that tells which batch is its last. Clear their gradients before you go on",
+            turns,
+            accumulate,
+        )
+
+    def _tell(self, feed: Feed | None, message: str, *values: object) -> None:
+        if (message, id(feed)) not in self._told:
+            self._told.add((message, id(feed)))
+            _log.warning(message, "steps" if feed is None else shown(feed.loader), *values)

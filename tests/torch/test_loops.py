@@ -1,0 +1,673 @@
+"""Loops: what belongs to a step and to an epoch, and that nobody reads the state while none runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from stepguard.options import Guarding, Saving
+from stepguard.store import CheckpointStore
+from stepguard.torch import Supervisor, Values
+from stepguard.torch.data.feeds import feed_of
+
+BATCHES = 5
+LENT = -1000.0
+SOON_SECS = 60.0
+
+
+class Killed(Exception):  # noqa: N818 - it stands for what no program sees
+    """Nothing is saved after it, as after a SIGKILL."""
+
+
+class Counting:
+    """A model whose one weight is the number of steps, so that any other weight is seen."""
+
+    def __init__(self, logdir, **options):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.loader = DataLoader(TensorDataset(torch.ones(BATCHES, 1)), batch_size=1)
+        # No timer: the tests say when it is over.
+        options = {"save_model_secs": 0, "saving": Saving(save_at_end=True), **options}
+        self.sv = Supervisor({"model": self.model}, logdir, save_summaries_secs=0, **options)
+
+    def loop(self, session, **options):
+        for _ in session.steps(self.loader, **options):
+            with torch.no_grad():
+                self.model.weight += 1.0
+
+    def lend(self):
+        """As who swaps averaged weights in: behind the back of all counters."""
+        self.model.weight.data.fill_(LENT)
+
+    def save(self):
+        """What the timer does when it is over."""
+        self.sv._saving.checkpointer()
+        assert self.sv._saving.writer.drain(SOON_SECS)
+
+
+def committed(logdir):
+    return sorted(one.step for one in CheckpointStore(logdir).candidates())
+
+
+def until(is_so, within_secs=SOON_SECS):
+    deadline = time.monotonic() + within_secs
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def restored(logdir):
+    again = Counting(logdir)
+    with again.sv.managed_session() as session:
+        return session.global_step, again.model.weight.item()
+
+
+# --- resting
+
+
+@pytest.mark.parametrize("how", ["timer", "interrupt", "end", "stop"])
+def test_weights_that_are_lent_between_two_loops_are_never_saved(how, tmp_path):
+    run = Counting(tmp_path)
+    expected = {"timer": Killed, "interrupt": KeyboardInterrupt}.get(how)
+    with pytest.raises(expected) if expected else torch.no_grad(), run.sv.managed_session() as session:
+        run.loop(session, epochs=1)
+        run.loop(session, epochs=2)
+        run.lend()
+        if how == "timer":
+            run.save()
+        if how == "stop":
+            run.sv.stop()
+        elif expected:
+            raise expected
+
+    assert restored(tmp_path) == (2 * BATCHES, 2 * BATCHES)
+
+
+def test_a_loop_that_is_left_by_break_rests_too(tmp_path):
+    run = Counting(tmp_path)
+    with run.sv.managed_session() as session:
+        for _ in session.steps(run.loader):
+            with torch.no_grad():
+                run.model.weight += 1.0
+            break
+        run.lend()
+
+    assert restored(tmp_path) == (1, 1.0)
+
+
+def test_a_copy_that_is_kept_does_not_change_one_that_is_being_written(tmp_path):
+    run = Counting(tmp_path, save_model_steps=BATCHES)
+    may_write, write = threading.Event(), run.sv._engine.write
+
+    def slow_write(*arguments):
+        assert may_write.wait(SOON_SECS)
+        return write(*arguments)
+
+    run.sv._engine.write = slow_write
+    with run.sv.managed_session() as session:
+        run.loop(session, max_steps=BATCHES + 2)
+        run.lend()
+        may_write.set()
+
+    for step in (BATCHES, BATCHES + 2):
+        saved = torch.load(tmp_path / f"model.ckpt-{step}" / "model.pt", weights_only=True)
+        assert saved["weight"].item() == step
+
+
+def test_memory_is_taken_twice_only_while_two_snapshots_live(tmp_path):
+    run = Counting(tmp_path)
+    with run.sv.managed_session() as session:
+        for end in range(1, 6):
+            run.loop(session, max_steps=end)
+            run.save()
+        assert len(run.sv._engine._memories) == 1
+
+
+def test_many_short_loops_are_not_copied_each_and_end_with_their_last_step(tmp_path):
+    run = Counting(tmp_path)
+    taken, snapshot = [], run.sv._engine.snapshot
+
+    def slow_snapshot(session):
+        time.sleep(0.02)
+        taken.append(session.global_step)
+        return snapshot(session)
+
+    run.sv._engine.snapshot = slow_snapshot
+    began = time.monotonic()
+    with run.sv.managed_session() as session:
+        for end in range(1, 201):
+            run.loop(session, max_steps=end)
+        secs = time.monotonic() - began
+
+    # A burst of 0.2 s, the first, one that goes over it, the last, and a twentieth of the time.
+    assert 0.02 * len(taken) <= 0.2 + 3 * 0.02 + secs / 20
+    assert restored(tmp_path) == (200, 200.0)
+
+
+def test_a_stop_between_short_loops_saves_a_step_that_was_copied(tmp_path):
+    run = Counting(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run.sv.managed_session() as session:
+        run.loop(session, max_steps=3)
+        for _ in range(20):
+            run.sv._saving.checkpointer._budget.spend(3600.0)
+        run.loop(session, max_steps=5)
+        run.lend()
+        raise KeyboardInterrupt
+
+    assert restored(tmp_path) == (3, 3.0)
+
+
+def test_a_loop_of_ones_own_is_read_before_its_thread_goes_on(tmp_path):
+    """A save that waits for the end of a step has it, and not what the program does after it."""
+    run = Counting(tmp_path)
+    with pytest.raises(Killed), run.sv.managed_session() as session:
+        with session.step():
+            saving = threading.Thread(target=run.save)
+            saving.start()
+            until(lambda: session.boundary._turn is not None)
+            with torch.no_grad():
+                run.model.weight += 1.0
+        run.lend()
+        saving.join(SOON_SECS)
+        raise Killed
+
+    assert restored(tmp_path) == (1, 1.0)
+
+
+def test_between_two_steps_of_ones_own_loop_a_save_waits_for_the_next(tmp_path):
+    run = Counting(tmp_path)
+    with pytest.raises(Killed), run.sv.managed_session() as session:
+        with session.step(), torch.no_grad():
+            run.model.weight += 1.0
+        run.lend()
+        saving = threading.Thread(target=run.save)
+        saving.start()
+        until(lambda: session.boundary._turn is not None)
+        run.model.weight.data.fill_(1.0)
+        with session.step():
+            pass
+        saving.join(SOON_SECS)
+        raise Killed
+
+    assert restored(tmp_path) == (1, 1.0)
+
+
+def test_a_return_of_the_nan_guard_waits_until_the_model_is_given_back(tmp_path):
+    run = Counting(tmp_path, guarding=Guarding(nan_guard="return"))
+    with run.sv.managed_session() as session:
+        run.loop(session, max_steps=3)
+        run.save()
+        run.loop(session, max_steps=5)
+        kept = run.model.weight.detach().clone()
+        run.lend()
+        session.summary({"error": float("nan")})
+        with pytest.raises(AssertionError):
+            until(lambda: run.model.weight.item() != LENT, 0.3)
+        run.model.weight.data.copy_(kept)
+        run.loop(session, max_steps=6)
+        assert session.global_step == 6
+        assert run.model.weight.item() == 6
+
+    assert restored(tmp_path) == (6, 6.0)
+
+
+# --- epochs
+
+
+class Tutorial:
+    """The loop of every tutorial, with random numbers in the steps and in the evaluation."""
+
+    EPOCHS = 4
+
+    def __init__(self, logdir):
+        torch.manual_seed(3)
+        self.model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.5)
+        self.loader = DataLoader(TensorDataset(torch.randn(4 * BATCHES, 2)), batch_size=4, shuffle=True)
+        self.values = DataLoader(torch.randn(8, 2), batch_size=4, shuffle=True)
+        state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        saving = Saving(save_at_end=True)
+        self.sv = Supervisor(state, logdir, save_summaries_secs=0, save_model_secs=0, saving=saving)
+        self.done = []
+
+    def step(self, batch):
+        self.optimizer.zero_grad()
+        self.model(batch).pow(2).mean().backward()
+        self.optimizer.step()
+
+    def save_and_die(self):
+        self.sv._saving.checkpointer()
+        assert self.sv._saving.writer.drain(SOON_SECS)
+        raise Killed
+
+    def train(self, dies=None):
+        """``dies`` is where: ``(epoch, place)``."""
+        with self.sv.managed_session() as session:
+            for epoch in session.epochs(self.EPOCHS):
+                if dies == (epoch, "begin"):
+                    self.save_and_die()
+                torch.rand(())  # what belongs to the beginning of an epoch
+                for number, (batch,) in enumerate(session.steps(self.loader)):
+                    self.step(batch)
+                    if session.is_last_batch:
+                        self.done.append(f"last batch of {epoch}")
+                    if dies == (epoch, "step") and number == 2:
+                        session.finish_step()
+                        self.save_and_die()
+                self.done.append(f"end of {epoch}")
+                for values in self.values:
+                    self.model(values)  # with dropout: it draws
+                if dies == (epoch, "end"):
+                    self.save_and_die()
+                self.scheduler.step()
+        return self
+
+    def outcome(self):
+        weights = torch.cat([one.detach().flatten() for one in self.model.parameters()]).tolist()
+        return weights, self.scheduler.last_epoch, self.optimizer.param_groups[0]["lr"], torch.rand(()).item()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = Tutorial(tmp_path_factory.mktemp("whole")).train()
+    return run.outcome()
+
+
+@pytest.mark.parametrize(
+    ("place", "ends_again"),
+    [
+        ("step", ["last batch of 1", "end of 1", "last batch of 2", "end of 2", "last batch of 3", "end of 3"]),
+        ("end", ["end of 1", "last batch of 2", "end of 2", "last batch of 3", "end of 3"]),
+        ("begin", ["last batch of 1", "end of 1", "last batch of 2", "end of 2", "last batch of 3", "end of 3"]),
+    ],
+)
+def test_an_epoch_is_complete_when_its_body_is(place, ends_again, uninterrupted, tmp_path):
+    with pytest.raises(Killed):
+        Tutorial(tmp_path).train(dies=(1, place))
+    again = Tutorial(tmp_path).train()
+
+    assert again.done == ends_again
+    assert again.outcome() == uninterrupted
+
+
+def test_a_run_that_has_ended_does_no_end_of_an_epoch_again(uninterrupted, tmp_path):
+    Tutorial(tmp_path).train()
+    again = Tutorial(tmp_path).train()
+
+    assert again.done == []
+    assert again.scheduler.last_epoch == Tutorial.EPOCHS
+    assert again.outcome()[0] == uninterrupted[0]
+
+
+def test_a_stop_in_the_middle_of_an_epoch_leaves_its_end_to_the_next_start(uninterrupted, tmp_path):
+    run = Tutorial(tmp_path)
+    with run.sv.managed_session() as session:
+        for epoch in session.epochs(run.EPOCHS):
+            torch.rand(())
+            for (batch,) in session.steps(run.loader):
+                run.step(batch)
+                if session.global_step == BATCHES + 2:
+                    run.sv.request_stop()
+            for values in run.values:
+                run.model(values)
+            run.scheduler.step()
+            assert epoch < 2
+    assert max(committed(tmp_path)) == BATCHES + 3
+    again = Tutorial(tmp_path).train()
+
+    assert again.done[0] == "last batch of 1"
+    assert again.outcome() == uninterrupted
+
+
+def test_sigterm_in_the_middle_of_an_epoch_does_not_do_its_end(tmp_path):
+    run = Counting(tmp_path)
+    ends = []
+    with run.sv.managed_session() as session:
+        for epoch in session.epochs(3):
+            for step, _ in enumerate(session.steps(run.loader)):
+                if epoch == 1 and step == 2:
+                    run.sv.request_stop()
+                    run.sv._engine.stop_at_boundary(session, lambda: False)
+            ends.append(epoch)
+
+    assert ends == [0]
+    assert max(committed(tmp_path)) == BATCHES + 3
+
+
+def test_a_run_of_one_loop_goes_on_in_its_epoch_when_the_program_gets_an_epoch_loop(tmp_path):
+    run = Counting(tmp_path)
+    with run.sv.managed_session() as session:
+        run.loop(session, epochs=4, max_steps=2 * BATCHES + 1)
+    again, epochs = Counting(tmp_path), []
+    with again.sv.managed_session() as session:
+        for epoch in session.epochs(4):
+            epochs.append(epoch)
+            again.loop(session)
+
+    assert epochs == [2, 3]
+    assert restored(tmp_path) == (4 * BATCHES, 4.0 * BATCHES)
+
+
+def test_two_loops_in_the_body_of_an_epoch_are_gone_on_with_each(tmp_path):
+    def seen(dies_at=None):
+        run, found = Counting(tmp_path), []
+        with run.sv.managed_session() as session:
+            for epoch in session.epochs(2):
+                for part in ("first", "second"):
+                    for _ in session.steps(run.loader):
+                        found.append((epoch, part))
+                        if len(found) == dies_at:
+                            session.finish_step()
+                            run.save()
+                            raise Killed
+        return found
+
+    with pytest.raises(Killed):
+        seen(dies_at=BATCHES + 2)
+
+    assert seen() == [(0, "second")] * (BATCHES - 2) + [(1, "first")] * BATCHES + [(1, "second")] * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        (lambda session, loader: session.epochs(1.5), TypeError, "expected number to be a number"),
+        (lambda session, loader: session.is_last_batch, RuntimeError, "found none"),
+        (lambda session, loader: session.steps(loader, accumulate=0), ValueError, "accumulate >= 1"),
+    ],
+)
+def test_wrong_use_of_loops_is_named(wrong, error, text):
+    run = Counting(None)
+    with run.sv.managed_session() as session, pytest.raises(error, match=text):
+        wrong(session, run.loader)
+
+
+def test_epochs_inside_epochs_are_refused():
+    run = Counting(None)
+    with run.sv.managed_session() as session:
+        for _ in session.epochs(1):
+            with pytest.raises(RuntimeError, match="found one"):
+                session.epochs(1)
+            with pytest.raises(ValueError, match="leave epochs= out"):
+                session.steps(run.loader, epochs=3)
+
+
+def test_the_last_batch_is_known_after_the_number_of_processes_changed():
+    """Two processes had seen two batches of five each; one goes on at the fourth of ten."""
+    feed = feed_of(DataLoader(range(10)))
+    position = {**feed_of(DataLoader(range(5))).position(), "epoch": 1, "batches": 2, "processes": 2, "order": None}
+    position["loader"]["items in the dataset"] = 10
+    feed.resume(position, processes=1)
+
+    last = []
+    for _ in range(6):
+        feed.next(None)
+        last.append(feed.is_last_batch)
+        feed.consumed()
+    assert last == [False] * 5 + [True]
+
+
+def test_the_last_batch_is_known_after_a_return_of_the_nan_guard(tmp_path):
+    run = Counting(tmp_path, guarding=Guarding(nan_guard="return"))
+    loader, last, returns = DataLoader(range(BATCHES)), [], []
+    with run.sv.managed_session() as session:
+        for batch in session.steps(loader, max_steps=3 * BATCHES):
+            if session.is_last_batch:
+                last.append(int(batch))
+            if session.global_step == 3 and not returns:
+                session.finish_step()
+                run.save()
+                returns.append(session.global_step)
+                session.summary({"loss": float("nan")})
+        assert session.global_step == 3 * BATCHES
+
+    assert set(last) == {BATCHES - 1}
+
+
+def test_the_last_batch_of_a_loader_without_a_length_is_not_guessed():
+    run = Counting(None)
+    with run.sv.managed_session() as session:
+        for _ in session.steps(one for one in range(3)):
+            with pytest.raises(TypeError, match=r"sess\.epochs"):
+                _ = session.is_last_batch
+
+
+# --- loops that train nothing, and epoch loops of the program's own
+
+
+def test_an_epoch_loop_of_ones_own_is_warned_of_and_does_its_work_once(tmp_path, caplog):
+    def train(dies_at=None):
+        run = Tutorial(tmp_path / ("whole" if dies_at is None else "killed"))
+        rates = {}
+        with run.sv.managed_session() as session:
+            for epoch in range(4):
+                for (batch,) in session.steps(run.loader, epochs=epoch + 1):
+                    run.step(batch)
+                    rates[session.global_step] = run.optimizer.param_groups[0]["lr"]
+                    if session.global_step == dies_at:
+                        session.finish_step()
+                        run.save_and_die()
+                run.scheduler.step()
+        return rates
+
+    whole = train()
+    assert caplog.text.count("for epoch in sess.epochs(n)") == 1
+    with pytest.raises(Killed):
+        train(dies_at=2 * BATCHES + 1)
+    caplog.clear()
+    rest = train(dies_at=-1)
+
+    assert rest == {step: whole[step] for step in range(2 * BATCHES + 2, 4 * BATCHES)}
+    assert "trains nothing" in caplog.text
+
+
+def test_a_restart_at_the_end_of_an_epoch_of_ones_own_loop_tells_of_it(tmp_path, caplog):
+    run = Counting(tmp_path)
+    with pytest.raises(Killed), run.sv.managed_session() as session:
+        run.loop(session, epochs=session.epoch + 1)
+        run.save()
+        raise Killed
+    assert "sess.epochs" not in caplog.text
+    again = Counting(tmp_path)
+    with again.sv.managed_session() as session:
+        again.loop(session, epochs=session.epoch + 1)
+
+    assert "the checkpoint is of the end of epoch 1 over it" in caplog.text
+
+
+class Pipeline:
+    """An iterator that begins anew once it has raised StopIteration."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == 4:
+            self.at = 0
+            raise StopIteration
+        self.at += 1
+        return self.at
+
+
+def test_an_iterator_that_begins_anew_gives_an_epoch_for_each_loop(caplog):
+    pipeline = Pipeline()
+    with Counting(None).sv.managed_session() as session:
+        assert [len(list(session.steps(pipeline))) for _ in range(3)] == [4, 4, 4]
+        assert [len(list(session.steps(Pipeline(), epochs=3)))] == [12]
+    assert "trains nothing" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "counts", "said"),
+    [
+        ({"epochs": 1}, [BATCHES, 0, 0], r"1 epochs over it are complete"),
+        ({"max_steps": 3}, [3, 0, 0], "is at step 3 already"),
+    ],
+)
+def test_a_loop_that_trains_nothing_says_so_once(options, counts, said, caplog):
+    run = Counting(None)
+    with run.sv.managed_session() as session:
+        assert [len(list(session.steps(run.loader, **options))) for _ in counts] == counts
+    assert caplog.text.count(said) == 1
+
+
+def test_a_loop_without_a_loader_says_that_it_trains_nothing(tmp_path, caplog):
+    for _ in range(2):
+        with Counting(tmp_path).sv.managed_session() as session:
+            list(session.steps(max_steps=3))
+    assert caplog.text.count("steps: trains nothing: max_steps=3") == 1
+
+
+def test_an_exhausted_iterator_is_named(caplog):
+    with Counting(None).sv.managed_session() as session:
+        assert len(list(session.steps(iter([1, 2]), epochs=3))) == 2
+        iterator = iter([1, 2])
+        assert [len(list(session.steps(iterator, max_steps=100))) for _ in range(2)] == [2, 0]
+    assert "expected 3 epochs, found 1: it is an iterator" in caplog.text
+    assert "trains nothing: it is an iterator" in caplog.text
+
+
+def test_a_prefetcher_around_the_steps_is_warned_of(caplog):
+    with Counting(None).sv.managed_session() as session:
+        thread = threading.Thread(target=list, args=(session.steps(max_steps=2),))
+        thread.start()
+        thread.join(SOON_SECS)
+    assert "prefetcher around steps()" in caplog.text
+
+
+# --- accumulation
+
+
+def test_an_accumulated_step_takes_four_turns_and_fewer_at_the_end_of_an_epoch(tmp_path):
+    loader = DataLoader(range(6))
+    with Counting(tmp_path).sv.managed_session() as session:
+        batches = session.steps(loader, epochs=2, accumulate=4)
+        turns = [(int(batch), session.global_step, session.is_update) for batch in batches]
+        assert session.total_steps == session.global_step == 4
+        assert session.is_update
+
+    first = [(0, 0, False), (1, 0, False), (2, 0, False), (3, 0, True), (4, 1, False), (5, 1, True)]
+    assert turns == first + [(batch, step + 2, is_update) for batch, step, is_update in first]
+    assert max(committed(tmp_path)) == 4
+
+
+class Accumulating:
+    """``steps`` plain, with the optimizer in each fourth turn; or as one step."""
+
+    def __init__(self, logdir, *, is_naive):
+        torch.manual_seed(0)
+        inputs = torch.linspace(-1, 1, 400)[:, None]
+        self.loader = DataLoader(TensorDataset(inputs, 3 * inputs + 1), batch_size=16, shuffle=True)
+        self.model = torch.nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.is_naive = is_naive
+        self.sv = Supervisor({"model": self.model, "optimizer": self.optimizer}, logdir, save_summaries_secs=0)
+
+    def train(self, stop_at=None):
+        turn = 0
+        with self.sv.managed_session() as session:
+            options = {"max_steps": 20} if self.is_naive else {"max_steps": 5, "accumulate": 4}
+            for inputs, targets in session.steps(self.loader, **options):
+                turn += 1
+                (torch.nn.functional.mse_loss(self.model(inputs), targets) / 4).backward()
+                if (session.global_step + 1) % 4 == 0 if self.is_naive else session.is_update:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                if turn == stop_at:
+                    self.sv.request_stop()
+        return self.model.weight.item(), self.model.bias.item()
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("is_naive", [True, False], ids=["naive", "accumulate"])
+def test_no_gradient_is_lost_where_a_run_is_stopped(stop_at, is_naive, tmp_path):
+    whole = Accumulating(None, is_naive=is_naive).train()
+    Accumulating(tmp_path, is_naive=is_naive).train(stop_at=stop_at)
+
+    assert Accumulating(tmp_path, is_naive=is_naive).train() == whole
+    # Applied gradients are of no use: they cost no room.
+    newest = torch.load(tmp_path / f"model.ckpt-{max(committed(tmp_path))}" / "process-0.pt", weights_only=True)
+    assert "gradients" not in newest
+
+
+def test_both_ways_to_accumulate_train_the_same():
+    assert Accumulating(None, is_naive=True).train() == Accumulating(None, is_naive=False).train()
+
+
+def test_batches_that_made_no_update_are_told_of(caplog):
+    with Counting(None).sv.managed_session() as session:
+        turns = [session.is_update for _ in session.steps((one for one in range(6)), accumulate=4)]
+        assert turns == [False] * 3 + [True] + [False] * 2
+        assert session.global_step == 1
+    assert "2 of accumulate=4 batches made no update" in caplog.text
+
+
+# --- evaluation
+
+
+def test_an_evaluation_draws_nothing_from_the_training():
+    values = DataLoader(torch.randn(4, 1), shuffle=True)
+    drawn = []
+    for evaluates in (False, True):
+        torch.manual_seed(1)
+        with Counting(None).sv.managed_session() as session:
+            for _ in session.steps(max_steps=2):
+                if evaluates:
+                    with session.evaluating():
+                        list(values)
+            drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[1]
+
+
+def test_a_checkpoint_that_comes_due_in_an_evaluation_is_taken_at_the_end_of_its_step(tmp_path, caplog):
+    run = Counting(tmp_path)
+    with pytest.raises(Killed), run.sv.managed_session() as session:
+        for step in session.steps(max_steps=2):
+            with torch.no_grad():
+                run.model.weight += 1.0
+            if step == 0:
+                with session.evaluating():
+                    run.save()
+            else:
+                assert run.sv._saving.writer.drain(SOON_SECS)
+                raise Killed
+
+    assert restored(tmp_path) == (1, 1.0)
+    assert "skipped" not in caplog.text
+
+
+def test_an_evaluation_that_is_told_of_is_no_hang():
+    from stepguard.watching.step_meter import StepMeter
+
+    run = Counting(None)
+    with run.sv.managed_session() as session:
+        meter = StepMeter(run.sv._engine, run.sv._observer.now)
+        meter.follow(session)
+        list(session.steps(max_steps=1))
+        meter.look()
+        seen = meter.moves
+        meter.look()
+        assert meter.moves == seen
+        with session.evaluating():
+            meter.look()
+            assert meter.moves == seen + 1
+
+
+def test_values_beside_the_model_are_those_of_the_last_step_too(tmp_path):
+    values = Values(steps=0)
+    sv = Supervisor({"values": values}, tmp_path, save_summaries_secs=0, save_model_secs=3600)
+    with sv.managed_session() as session:
+        for _ in session.steps(max_steps=3):
+            values.steps += 1
+        values.steps = -1
+    again = Values(steps=0)
+    with Supervisor({"values": again}, tmp_path, save_summaries_secs=0).managed_session():
+        assert again.steps == 3
