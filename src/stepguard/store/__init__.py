@@ -1,8 +1,8 @@
 """The store: a directory of checkpoints. It commits, lists, verifies, finds the newest good one, and prunes.
 
-It knows no framework. One noun a module: `checkpoint` what the store answers with, `manifest` the commit record,
-`layout` which files belong to a checkpoint, `verification`, `recovery`, `retention`, `statefile` the file for
-TensorFlow's tools, `lock` the chief's lock, and `checkpoint_store`, which puts them together.
+It knows no framework. `checkpoint` has the objects that the store returns, `manifest` the commit record, `layout` the
+files of a checkpoint, `statefile` the file for TensorFlow's tools, `lock` the chief's lock. `verification`, `recovery`
+and `retention` have one task each, and `checkpoint_store` puts them together.
 """
 
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery

@@ -1,4 +1,4 @@
-"""What the store answers with: a checkpoint, a damaged one, and the outcome of a search for the newest good one."""
+"""The objects that the store returns: a checkpoint, a damaged one, and the result of a search for a good one."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 from stepguard.schema import MOST_DIGITS
 from stepguard.store.manifest import Manifest
 
-# Of more digits, or of those of other scripts, it is no number that a step can be.
+# More digits, or digits of other scripts, cannot be a step.
 _WITH_STEP = re.compile(rf"(.+)-([0-9]{{1,{MOST_DIGITS}}})", re.DOTALL)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """Return the basename and the step of a checkpoint's name; the step is None where it has none."""
+    """Return the basename and the step in a checkpoint's name; the step is None if it has none."""
     match = _WITH_STEP.fullmatch(name)
     return (name, None) if match is None else (match.group(1), int(match.group(2)))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint in a directory. Two are equal when they have the same place, name and step.
+    """A checkpoint in a directory. Two are equal if they have the same directory, name and step.
 
-    ``time`` is when it was committed (Unix time); for one that was only listed, when its manifest or entry file was
-    last written. ``manifest`` is None where there is none, and for one that was listed and not yet verified:
-    ``is_committed`` tells the two apart.
+    ``time`` is the Unix time of the commit; for a checkpoint that was only listed, it is the last write of its manifest
+    or entry file. ``manifest`` is None if there is none, or if the checkpoint was listed and not yet verified;
+    ``is_committed`` tells the two cases apart.
     """
 
     root: Path
@@ -37,15 +37,15 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """What a framework is given to restore: the TensorFlow prefix, or the PyTorch directory."""
+        """The path that a framework restores: TensorFlow's prefix, or PyTorch's directory."""
         return self.root / self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One checkpoint that was not good: why, and the directory it was moved to (None: it was left where it was).
+    """A damaged checkpoint: the reason, and the directory to which it was moved (None: it was not moved).
 
-    ``is_gone``: there is no file of it, so that somebody has removed it.
+    ``is_gone`` says that it has no file, because somebody has removed it.
     """
 
     checkpoint: Checkpoint
@@ -56,7 +56,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A checkpoint without a manifest that its name would make the newest, and why it is not."""
+    """A checkpoint without a manifest that would be the newest by its name, and the reason why it is not used."""
 
     checkpoint: Checkpoint
     reason: str
@@ -64,9 +64,9 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What a search for the newest good checkpoint found. ``checkpoint`` is None if there was none at all.
+    """The result of a search for the newest good checkpoint. ``checkpoint`` is None if there are no checkpoints.
 
-    Of one without a manifest ``step`` is the step that it holds, if that could be read.
+    For a checkpoint without a manifest, ``step`` is the step that it contains, if that could be read.
     """
 
     checkpoint: Checkpoint | None
@@ -75,15 +75,16 @@ class Recovery:
 
     @property
     def steps_lost(self) -> int | None:
-        """Steps between the newest damaged checkpoint and the good one; None where steps are not known."""
+        """The number of steps between the newest damaged checkpoint and the good one; None if steps are not known."""
         newest = max((one.checkpoint.step for one in self.damaged if one.checkpoint.step is not None), default=None)
         if newest is None or self.checkpoint is None or self.checkpoint.step is None:
             return None
         return max(0, newest - self.checkpoint.step)
 
     def message(self) -> str:
-        """Return the one clear warning: what was damaged or passed over, where it is now, what was lost. Empty if the
-        newest by its name is good, and is what its name says.
+        """Return the one warning: which checkpoints were damaged or passed over, where they are now, what was lost.
+
+        It is empty if the newest checkpoint by its name is good and contains the step in its name.
         """
         parts = [_told(one) for one in self.damaged]
         parts += [f"{one.checkpoint.path} is passed over ({one.reason})" for one in self.passed_over]

@@ -1,8 +1,8 @@
 """CheckpointStore: commit, list, verify, newest good, prune.
 
-What lies in the directory is the truth; the state file ``checkpoint`` is written for TensorFlow's tools, and read as a
-hint only. Hidden names in the directory are the store's own (see `stepguard.store.layout`); a killed chief may leave
-some behind, and the next one sweeps them.
+The files in the directory are the truth. The state file ``checkpoint`` is written for TensorFlow's tools, and read only
+as a hint. Hidden names in the directory are the store's own (see `stepguard.store.layout`); a killed chief may leave
+some behind, which the next chief sweeps.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ _MOST_STAGES = 10
 
 
 class NameTakenError(OSError):
-    """A checkpoint cannot have its name, since files of that name are in the way and cannot be removed. One of another
-    step can be saved.
+    """A checkpoint cannot get its name, because existing files of that name cannot be removed.
+
+    A checkpoint of another step can still be saved.
     """
 
 
 class CheckpointStore:
     """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
 
-    ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file by which a checkpoint without a manifest,
-    written by TensorFlow's own tools, is known; None means that only committed checkpoints count. ``max_to_keep`` and
-    ``keep_every_n_hours`` are for `prune`. ``clock`` gives Unix time.
+    ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file that identifies a checkpoint without a
+    manifest, which TensorFlow's own tools wrote. None means that only committed checkpoints count. ``max_to_keep`` and
+    ``keep_every_n_hours`` are for `prune`. ``clock`` returns Unix time.
 
-    Reading (`candidates`, `read_manifest`, `verify`, and `newest_good` with ``quarantine=False``) may be done by any
-    thread and process. Everything else is for one thread at a time, of the process that holds the chief's lock.
+    Any thread and process may read (`candidates`, `read_manifest`, `verify`, and `newest_good` with
+    ``quarantine=False``). Everything else is for one thread at a time, in the process that holds the chief's lock.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class CheckpointStore:
         self.relative_paths = relative_paths
         self._layout = Layout(self.root, basename, entry_suffix)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
-        # Held by whoever writes a checkpoint here: the writer, or the program by its framework's own means.
+        # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
         self._clock = clock
         self._opened_at = clock()
@@ -75,23 +76,23 @@ class CheckpointStore:
         self._was_acquired = False
         self._stages: dict[str, Path] = {}
         self._has_warned_of_state = False
-        # What the state file names as the newest, where this run has written it.
+        # The newest checkpoint that this run has written into the state file.
         self._stated: str | None = None
         self._device: int | None = None
-        # Weak: a hold that nobody else refers to is given back.
+        # A weak reference, so that a hold that nothing else refers to is given back.
         self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
 
     @property
     def basename(self) -> str:
-        """What the names of the checkpoints begin with."""
+        """The beginning of the names of the checkpoints."""
         return self._layout.basename
 
     def step_of(self, name: str) -> int | None:
-        """Return the step in a name, None if it has none. Raises ValueError if it is no name of this store."""
+        """Return the step in a name; None if it has none. Raises ValueError if the name is not of this store."""
         return self._layout.step_of(name)
 
     def name(self, step: int | None) -> str:
-        """Return the name of the checkpoint of a step; None: of a program that counts none."""
+        """Return the name of the checkpoint of a step; None stands for a program that counts no steps."""
         return self.basename if step is None else f"{self.basename}-{step}"
 
     # --- commit ---
@@ -99,9 +100,9 @@ class CheckpointStore:
     def stage(self, name: str) -> Path:
         """Return an empty hidden directory on the filesystem of the store, for the files of the checkpoint ``name``.
 
-        The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Then comes `commit`, or
-        `discard` if it failed. The logdir is created if it is missing; but if it was there when `acquire` was called,
-        only where it was: on the filesystem that it was on.
+        The engine writes files ``stage/NAME.<suffix>``, or a directory ``stage/NAME/``. Call `commit` after that, or
+        `discard` if it failed. A missing logdir is created; if it existed when `acquire` was called, then only on the
+        same file system.
         """
         self._layout.step_of(name)
         if not self._was_acquired:
@@ -114,8 +115,10 @@ class CheckpointStore:
         return stage
 
     def _vacant_stage(self, name: str) -> Path:
-        """The staging directory, removed; another one where it cannot be, as that of another user, or one with a file
-        in it that a client of NFS still has open.
+        """The path of a staging directory that does not exist. An old one is removed first.
+
+        If it cannot be removed (it belongs to another user, or an NFS client has a file in it open), another path is
+        returned.
         """
         for number in range(_MOST_STAGES):
             stage = self._layout.stage(name, number)
@@ -130,7 +133,7 @@ class CheckpointStore:
         return stage
 
     def discard(self, stage: Path) -> None:
-        """Remove a staging directory and what is in it; one that is gone already is no error."""
+        """Remove a staging directory and its contents. It is no error if it is already gone."""
         if stage.parent != self.root or not stage.name.startswith(layouts.STAGE):
             raise ValueError(f"expected a staging directory of {self.root}, got {stage}")
         files.remove(stage)
@@ -146,9 +149,10 @@ class CheckpointStore:
     ) -> Checkpoint:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
-        ``digests`` has size and digest of files, by their names in the staging directory, that were digested while
-        they were written (`stepguard.files.NewFile`); the others are read for it. ``taken_at`` is the Unix time of the
-        snapshot, by which checkpoints are told apart in age: a slow write does not make its step newer.
+        ``digests`` has the sizes and digests of files that were digested during their write
+        (`stepguard.files.NewFile`), by their names in the staging directory; other files are read for that.
+        ``taken_at`` is the Unix time of the snapshot, which counts as the age of the checkpoint: a slow write does not
+        make its step newer.
 
         Raises LogdirInUseError if the logdir was cleared, and has another chief since. Raises OSError as it came if the
         disk fails: then every other checkpoint is as it was, and one of the same
@@ -161,7 +165,7 @@ class CheckpointStore:
         manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra, digests or {})
         if taken_at is not None:
             manifest = replace(manifest, time=taken_at)
-        # Written here, where nobody takes it for a commit record, and moved into place as the last file.
+        # Written here, where it cannot be taken for a commit record, and moved into place as the last file.
         aside = stage / self._layout.manifest(name).name
         files.write_durable(aside, manifest.to_json())
         self._keep_hold()
@@ -171,7 +175,7 @@ class CheckpointStore:
             files.move(aside, self._layout.manifest(name))
             files.fsync_dir(self.root)
         except BaseException:
-            # What cannot be removed either is no checkpoint without its manifest, and `sweep` knows of it.
+            # If a file cannot be removed either: without its manifest it is no checkpoint, and `sweep` finds it.
             with contextlib.suppress(OSError):
                 moved = [entry.name for entry in [*staged, aside] if not os.path.lexists(entry)]
                 self._layout.remove(name, moved)
@@ -181,7 +185,7 @@ class CheckpointStore:
     def commit_in_place(self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None) -> Checkpoint:
         """Commit files that a program's own saver wrote under their final names: fsync, manifest, state file.
 
-        For those the store can promise less: before this returns, a crash may leave a part of them. Call `uncommit`
+        The store promises less for these: before this returns, a crash may leave only some of them. Call `uncommit`
         before a saver writes to a name again.
         """
         self._layout.step_of(name)
@@ -197,20 +201,20 @@ class CheckpointStore:
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
 
     def holds(self, path: str) -> bool:
-        """Whether there are files of a checkpoint at ``path`` that `commit_in_place` can commit."""
+        """Whether `commit_in_place` could commit a checkpoint at ``path``."""
         place, name = os.path.split(path)
         if not self._layout.is_name(name) or os.path.realpath(place or os.curdir) != os.path.realpath(self.root):
             return False
         return any(self._layout.may_hold(one.name, name) for one in self._layout.entries())
 
     def uncommit(self, name: str) -> None:
-        """Remove the manifest of a checkpoint whose files are about to be written over by a program's own saver."""
+        """Remove the manifest of a checkpoint whose files a program's own saver is about to overwrite."""
         if os.path.lexists(self._layout.manifest(name)):
             files.remove(self._layout.manifest(name))
             files.fsync_dir(self.root)
 
     def forget_removed(self) -> None:
-        """Remove the manifests of those checkpoints whose files a program's own saver has removed."""
+        """Remove the manifests of checkpoints whose files a program's own saver has removed."""
         for name in self._layout.removed():
             self.uncommit(name)
 
@@ -261,7 +265,7 @@ class CheckpointStore:
                 files.link_tree(self.root / one, replaced / one)
             files.fsync_dir(replaced)
             files.fsync_dir(self.root)
-        # Leftovers of a failed save that a directory could not be renamed onto, or that another engine wrote.
+        # Leftovers of a failed save, onto which no directory could be renamed, or files of another engine.
         present += [one for one in incoming if one not in present and os.path.lexists(self.root / one)]
         try:
             self._layout.remove(name, present)
@@ -275,14 +279,14 @@ class CheckpointStore:
         for entry in first:
             files.move(entry, self.root / entry.name)
         if first and self._layout.entry_suffix is not None:
-            # The entry file makes a checkpoint visible to readers that know no manifests: its data comes first.
+            # The entry file makes a checkpoint visible to readers that ignore manifests, so the data comes first.
             files.fsync_dir(self.root)
         files.move(last, self.root / last.name)
-        # A manifest must never be there without its files.
+        # A manifest must never exist without its files.
         files.fsync_dir(self.root)
 
     def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
-        """What follows the manifest. The checkpoint is durable: what fails in here is warned of, and loses nothing."""
+        """Do the work after the manifest. The checkpoint is durable, so a failure here only gives a warning."""
         self._newest_good = checkpoint.name
         self._retention.add(checkpoint)
         self._set_anchor()
@@ -317,11 +321,11 @@ class CheckpointStore:
     def _stored_anchor(self) -> float:
         state = statefile.read(self.root)
         stored = state.last_preserved if state is not None else None
-        # A time in the future means that the clock was set back: waiting for it could keep nothing for years.
+        # A time in the future means that the clock was set back. Waiting for it could keep no checkpoint for years.
         return stored if stored is not None and stored <= self._opened_at else self._opened_at
 
     def point_to(self, checkpoint: Checkpoint) -> None:
-        """Have the state file name ``checkpoint`` as the newest, after those that it names were moved away."""
+        """Have the state file name ``checkpoint`` as the newest, after the ones that it names were moved away."""
         if checkpoint.root != self.root:
             return
         kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
@@ -336,26 +340,28 @@ class CheckpointStore:
     # --- reading ---
 
     def candidates(self, step_held: recovery.StepHeld | None = None) -> list[Checkpoint]:
-        """Return what may be a checkpoint, newest first: by step, then time; one that a program has gone back to comes
-        before later steps that it has left behind. Of one without a manifest the step is that of its name, unless
-        ``step_held`` reads it; see `newest_good`.
+        """Return the possible checkpoints, newest first: by step, then by time.
 
-        A missing directory has none. One that is just being replaced is found as it was before.
+        If a program went back to an earlier step, that checkpoint comes before the later steps that it has left. The
+        step of a checkpoint without a manifest is the one in its name, unless ``step_held`` reads it; see
+        `newest_good`.
+
+        A missing directory has no checkpoints. A checkpoint that is just being replaced is found as it was before.
         """
         return recovery.newest_first(self._layout, step_held)
 
     def read_manifest(self, checkpoint: Checkpoint) -> Manifest | None:
-        """Return the manifest of a checkpoint, None if it has none.
+        """Return the manifest of a checkpoint; None if it has none.
 
-        Raises CheckpointCorruptError if it is damaged, CheckpointError if a newer Stepguard wrote it.
+        Raises CheckpointCorruptError if the manifest is damaged, CheckpointError if a newer Stepguard wrote it.
         """
         return verification.read_manifest(self._layout.within(checkpoint.root), checkpoint.name)
 
     def verify(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Prove a checkpoint good by its manifest, sizes first, then digests; return it with the manifest.
+        """Verify a checkpoint by its manifest, first all sizes, then the digests; return it with the manifest.
 
-        Of one without a manifest only that its files are there and not empty: the engine's restore is the rest of the
-        proof. Raises CheckpointCorruptError, whose ``path`` is the file that differs; CheckpointError if a newer
+        Without a manifest, this checks only that the files exist and are not empty; the engine's restore is the rest of
+        the proof. Raises CheckpointCorruptError, whose ``path`` is the file that differs; CheckpointError if a newer
         Stepguard wrote it; OSError if something could not be read.
         """
         return verification.verify(self._layout.within(checkpoint.root), checkpoint)
@@ -367,19 +373,19 @@ class CheckpointStore:
         quarantine: bool = True,
         step_held: recovery.StepHeld | None = None,
     ) -> Recovery:
-        """Find the newest good checkpoint, from newest to oldest, and put the damaged newer ones into quarantine.
+        """Search from newest to oldest for the newest good checkpoint, and move the damaged newer ones to quarantine.
 
-        ``attempt`` restores a checkpoint that was verified; if it raises CheckpointCorruptError, that one counts as
-        damaged too, and the next older one is tried. Any other error of it is raised as itself. Only when a good one
-        was found are the damaged moved (not with ``quarantine=False``, which is for readers that are not the chief).
+        ``attempt`` restores a verified checkpoint. If it raises CheckpointCorruptError, that checkpoint counts as
+        damaged too, and the next older one is tried; any other error is raised. The damaged ones are moved only if a
+        good one was found, and never with ``quarantine=False``, which is for readers other than the chief.
 
-        One without a manifest is never taken before a committed one, unless the state file names it: its name may be
-        that of a copy. ``step_held`` reads the step that such a one holds, by which it is ranked.
+        A checkpoint without a manifest never comes before a committed one, unless the state file names it, because it
+        may be a copy. ``step_held`` reads the step that it contains, by which it is ranked.
 
-        Raises NoGoodCheckpointError if checkpoints exist and none is good, with all of them left where they were, so
-        that the next start refuses as well. An error that the system raises for the files of one checkpoint counts as
-        damage of that one, and only once another one could be read: where none can be, it is raised as itself, since
-        the disk may come back. So is what says nothing of a file, such as too many open ones.
+        Raises NoGoodCheckpointError if checkpoints exist and none is good. All of them then stay where they are, so
+        that the next start refuses too. A system error in reading the files of one checkpoint counts as damage of that
+        checkpoint, but only if another one could be read. Otherwise it is raised, because the disk may recover. An
+        error that is not about a file, such as too many open files, is raised too.
         """
         found = recovery.search(self._layout, attempt, step_held)
         missing = recovery.missing_by_state(self._layout, found)
@@ -398,23 +404,23 @@ class CheckpointStore:
         return Recovery(found.good, (*lost, *damaged), found.passed_over)
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
-        """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; say where it is now.
+        """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; return where they are now.
 
-        Where the logdir cannot be written, it stays, a warning says so, and ``moved_to`` is None.
+        If the logdir cannot be written, the files stay, a warning says so, and ``moved_to`` is None.
         """
         return recovery.quarantine(self._layout, checkpoint, reason)
 
     # --- retention ---
 
     def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Own these, oldest first, instead of what was owned so far: `prune` may remove them.
+        """Own these checkpoints, oldest first, in place of those owned so far. `prune` may remove what is owned.
 
-        For those of an earlier run, as the Saver's ``recover_last_checkpoints``: see `adopt_earlier`.
+        This is for an earlier run's checkpoints, as the Saver's ``recover_last_checkpoints``: see `adopt_earlier`.
         """
         self._retention.adopt([self._with_commit_time(one) for one in checkpoints if one.root == self.root])
 
     def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
-        # The time of its files is that of the last copy, where a logdir was copied.
+        # If the logdir was copied, its files have the time of the copy, so the manifest's time is used.
         manifest = self._manifest_of(checkpoint)
         return checkpoint if manifest is None else replace(checkpoint, time=manifest.time)
 
@@ -422,26 +428,26 @@ class CheckpointStore:
         try:
             return self.read_manifest(checkpoint)
         except (CheckpointError, OSError):
-            return None  # Whether it is good is not asked here.
+            return None  # Damage does not matter here.
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that retention counts, oldest first."""
+        """The checkpoints that the retention rules count, oldest first."""
         return self._retention.owned
 
     def listed_by_state(self) -> list[Checkpoint]:
-        """Return those candidates that the state file lists, in its order: what an earlier run owned."""
+        """Return the candidates that the state file lists, in its order: those that an earlier run owned."""
         state = statefile.read(self.root)
         if state is None:
             return []
         return _listed(state, self.candidates())
 
     def adopt_earlier(self) -> list[Checkpoint]:
-        """Own what an earlier run owned, and return it, oldest first: what the state file lists, and what a kill kept
-        out of it; or, where it says nothing, the newest of what was committed. Older ones may be those that stay for
-        ever.
+        """Own the checkpoints that an earlier run owned, and return them, oldest first.
 
-        The chief removes what is too many, as the run before would have done next.
+        They are the ones that the state file lists, and those that a kill kept out of it. If it lists none, they are
+        the newest committed ones; older ones may be meant to stay for ever. The chief then removes the surplus, as the
+        earlier run would have done next.
         """
         state = statefile.read(self.root)
         found = self.candidates()
@@ -466,8 +472,10 @@ class CheckpointStore:
         return kept
 
     def _with_what_a_kill_left(self, listed: Sequence[Checkpoint], found: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Those that the state file lists; before them what it ceased to list and a kill kept from being removed, and
-        after them what was committed when a kill came before the state file was written.
+        """The listed checkpoints, with those that a kill kept out of the state file.
+
+        Before them come those that were no longer listed but not yet removed; after them those that were committed but
+        not yet listed.
         """
         others = [self._with_commit_time(one) for one in found if one.is_committed and one not in listed]
         newest = max(self._with_commit_time(one).time for one in listed)
@@ -478,13 +486,13 @@ class CheckpointStore:
         return [*sorted(doomed, key=lambda one: one.time), *listed, *late]
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
-        """Remove what retention drops, and return it. To be called after a commit.
+        """Remove the checkpoints that the retention rules drop, and return them. Call this after a commit.
 
-        The rule is the Saver's: the last ``max_to_keep`` that were committed or adopted are kept (0 or None: all), and
-        of those that fall out, one for each ``keep_every_n_hours`` stays for ever. Never the newest good one, and not
-        those whose names are in ``protect``: they wait for a later call.
+        The rules are the Saver's: the last ``max_to_keep`` committed or adopted checkpoints are kept (0 or None keeps
+        all), and of the others one for each ``keep_every_n_hours`` stays for ever. The newest good one is never
+        removed. Those whose names are in ``protect`` wait for a later call.
         """
-        # Not what the state file names, where it could not be written anew: TensorFlow's own tools would find nothing.
+        # If the state file could not be rewritten, keep what it names; else TensorFlow's own tools would find nothing.
         doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated})
         files_of = self._layout.grouped() if doomed else {}
         for number, one in enumerate(doomed):
@@ -496,7 +504,7 @@ class CheckpointStore:
         return doomed
 
     def remove(self, doomed: Iterable[Checkpoint], *, newest_good: Checkpoint) -> None:
-        """Remove these checkpoints, after the state file has ceased to name them.
+        """Take these checkpoints off the state file, and then remove them.
 
         Raises ValueError, and removes nothing, if ``newest_good``, which the caller has verified, is among them.
         """
@@ -525,7 +533,7 @@ class CheckpointStore:
 
     def _take_away(self, name: str, present: Sequence[str]) -> None:
         self._layout.remove(name, present, manifest_to=self.root / (layouts.PRUNED + name))
-        # What was kept when a save of that name failed goes with it.
+        # Also remove the previous checkpoint that was kept when a save of that name failed.
         files.remove(self._layout.replaced(name))
 
     # --- the chief ---
@@ -533,7 +541,7 @@ class CheckpointStore:
     def acquire(self) -> lock.LogdirHold:
         """Become the chief of this logdir, which is created if missing; see `stepguard.store.lock.acquire`.
 
-        Raises LogdirInUseError if another process is.
+        Raises LogdirInUseError if another process is the chief.
         """
         files.make_dirs(self.root)
         hold = lock.acquire(self.root)
@@ -543,8 +551,9 @@ class CheckpointStore:
         return hold
 
     def _make_again(self) -> None:
-        """The logdir has vanished: by itself, or with its filesystem. What would be made then fills the disk below,
-        unseen.
+        """Make a vanished logdir again, unless its file system has vanished too.
+
+        In that case a new directory would fill the disk below the mount point, unseen.
         """
         try:
             is_filesystem_there = self.root.parent.stat().st_dev == self._device
@@ -555,9 +564,7 @@ class CheckpointStore:
             _log.warning("%s: the logdir was removed while a run trains here; it is made again, empty", self.root)
 
     def _keep_hold(self) -> None:
-        """The logdir may have been cleared, or removed and made again, since it was locked: another process could be
-        its chief by now.
-        """
+        """Renew the lock: the logdir may have been cleared or made again, and another process may be its chief now."""
         hold = self._hold()
         if hold is None or not hold.renew():
             return
@@ -569,18 +576,19 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def program_saves(self, name: str) -> Iterator[None]:
-        """The program writes the checkpoint ``name`` by its framework's own means, in the block: it is committed no
-        longer, and nothing of ours is written meanwhile.
+        """A block in which the program's own saver writes the checkpoint ``name``.
+
+        The checkpoint loses its commit, and Stepguard saves nothing in the same place meanwhile.
         """
         with self.one_save:
             self.uncommit(name)
             yield
-            # Its framework removes what is too many by its own count, and knows nothing of manifests.
+            # The saver prunes by its own count, and leaves the manifests of what it has removed.
             self.forget_removed()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[bool]:
-        """Whether no other process is the chief of the logdir as long as the block lasts."""
+        """A block that gets whether this process is the only possible chief of the logdir while the block lasts."""
         if self._hold() is not None:
             yield True
             return
@@ -594,11 +602,11 @@ class CheckpointStore:
             yield True
 
     def sweep(self) -> list[Path]:
-        """Remove what a killed chief left half done, and return it. Only for the chief, before its first save, and
-        before that of any other store of its process that saves here (`LogdirHold.is_first`).
+        """Remove the unfinished files of a killed chief, and return them.
 
-        Only the store's own hidden names are removed, and files of which these say, with size and digest, that they
-        belong to a save or a removal that did not end.
+        Only for the chief, before its first save and before the first save of any other store of its process here
+        (`LogdirHold.is_first`). Only two kinds of files are removed: the store's own hidden names, and files that these
+        name, with size and digest, as parts of an unfinished save or removal.
         """
         swept = []
         for one in sorted(entry.name for entry in self._layout.entries()):
@@ -615,7 +623,7 @@ class CheckpointStore:
         return swept
 
     def _sweep(self, one: str) -> bool:
-        """Remove, or put back, what is of the name ``one``; whether there was anything to do."""
+        """Remove or put back the files of the name ``one``; return whether there was anything to do."""
         path = self.root / one
         if one.startswith(layouts.PRUNED):
             self._finish_removal(one[len(layouts.PRUNED) :], path)
@@ -642,7 +650,7 @@ class CheckpointStore:
         for one in manifest.files:
             size = files.size_of(self.root / one.name)
             if size is not None and (size != one.size or files.digest(self.root / one.name)[1] != one.digest):
-                return  # Somebody wrote a checkpoint of that name since.
+                return  # Another checkpoint of that name was written since.
         self._layout.remove(name, sorted({one.name.split("/", 1)[0] for one in manifest.files}))
 
 

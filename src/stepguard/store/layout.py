@@ -1,4 +1,4 @@
-"""Which names in a directory belong to which checkpoint, and in what order they may be taken away.
+"""Which names in a directory belong to which checkpoint, and in which order they may be removed.
 
 A checkpoint has a name such as ``model.ckpt-1200``; its files are siblings ``NAME.<suffix>`` (TensorFlow) or a
 directory ``NAME/`` (PyTorch, JAX); its commit record is ``NAME.manifest.json``. The entry file (TensorFlow:
@@ -27,20 +27,20 @@ from stepguard.store.manifest import Manifest
 _log = logging.getLogger(__name__)
 
 STAGE = ".stage-"
-"""Before NAME: the directory in which a save is being written."""
+"""The prefix of the directory in which the save NAME is being written."""
 REPLACED = ".replaced-"
-"""Before NAME: the directory with the previous checkpoint of that name, while a new one takes its place."""
+"""The prefix of the directory with the previous checkpoint NAME, while a new one replaces it."""
 PRUNED = ".pruned-"
-"""Before NAME: the manifest of a checkpoint whose files are being removed."""
+"""The prefix of the manifest of the checkpoint NAME while its files are being removed."""
 
-# Files of the store's own that are written aside, before they take the place of the last.
+# The store's own temporary files, each of which is then renamed over the previous version.
 _ASIDE = re.compile(r"\.(?:checkpoint|.+\.manifest\.json)(?:\.\d+)?\.tmp")
 
-# What TensorFlow's own tools write.
+# The suffixes of files that TensorFlow's own tools write.
 _TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})|-\d{5,}-of-\d{5,}")
 _TENSORFLOW_META = ".meta"
 _TENSORFLOW_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})")
-# Of its old format (V1), whose data are one file with the name of the checkpoint, or these.
+# The shards of the old format (V1); unsharded data is one file with the name of the checkpoint.
 _OLD_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})")
 
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
@@ -52,7 +52,7 @@ _SETTLED_NSECS = 2_100_000_000
 
 
 def staged_name(file_name: str) -> str:
-    """Return the name of the checkpoint that is written in a staging directory of this name."""
+    """Return the name of the checkpoint that is being written in the staging directory ``file_name``."""
     return file_name[len(STAGE) :].partition("~")[0]
 
 
@@ -88,22 +88,22 @@ class Layout:
 
     @staticmethod
     def is_aside(file_name: str) -> bool:
-        """Whether ``file_name`` is what a kill leaves of a state file, or of a manifest, that was just written."""
+        """Whether ``file_name`` is a temporary state file or manifest, which a kill during its write leaves."""
         return _ASIDE.fullmatch(file_name) is not None
 
     def is_name(self, name: str) -> bool:
-        """Whether ``name`` is that of a checkpoint of this basename."""
+        """Whether ``name`` is the name of a checkpoint with this basename."""
         return self._name_pattern.fullmatch(name) is not None
 
     def step_of(self, name: str) -> int | None:
-        """Return the step in a name, None if it has none. Raises ValueError for a name of something else."""
+        """Return the step in a name; None if it has none. Raises ValueError if it is not the name of a checkpoint."""
         match = self._name_pattern.fullmatch(name)
         if match is None:
             raise ValueError(f"expected a checkpoint name {self.basename} or {self.basename}-<step>, got {name!r}")
         return None if match.group(1) is None else int(match.group(1))
 
     def stage(self, name: str, number: int = 0) -> Path:
-        """Return the directory in which the checkpoint ``name`` is written; another one for each ``number``."""
+        """Return the directory in which the checkpoint ``name`` is written, a different one for each ``number``."""
         return self.root / (STAGE + name + (f"~{number}" if number else ""))
 
     def replaced(self, name: str) -> Path:
@@ -125,15 +125,17 @@ class Layout:
         return file_name.startswith(name) and _PLAIN_SUFFIX.fullmatch(file_name[len(name) :]) is not None
 
     def is_needed(self, file_name: str, name: str) -> bool:
-        """Whether a restore of the checkpoint ``name`` reads ``file_name``. TensorFlow's does not read the meta graph,
-        which is much of a small checkpoint, and which people remove for that.
+        """Whether a restore of the checkpoint ``name`` reads ``file_name``.
+
+        TensorFlow's restore does not read the meta graph, which people often remove because it is a large part of a
+        small checkpoint.
         """
         return self.entry_suffix is None or file_name != name + _TENSORFLOW_META
 
     # --- what is there ---
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
-        """Return the entries of the directory; none if it is missing, or no directory."""
+        """Return the entries of the directory; none if it is missing or is no directory."""
         try:
             with os.scandir(self.root) as found:
                 yield from found
@@ -141,7 +143,7 @@ class Layout:
             return
 
     def candidates(self) -> list[Checkpoint]:
-        """Return what may be a checkpoint, newest first (by step, then time), without opening any file."""
+        """Return the possible checkpoints, newest first (by step, then by time), without opening any file."""
         found: dict[str, Checkpoint] = {}
         replaced: list[str] = []
         names: set[str] = set()
@@ -154,13 +156,13 @@ class Layout:
         for name in self._removed(found, names):
             del found[name]
         for name in replaced:
-            # Only while its name is vacant: else the replacement was finished, and this is a leftover.
+            # The previous checkpoint counts only while its name is vacant; otherwise it is a leftover of a replacement.
             if name not in found:
                 found.update({one.name: one for one in self._kept(name) if one.name == name})
         return sorted(found.values(), key=lambda one: (-1 if one.step is None else one.step, one.time), reverse=True)
 
     def _kept(self, name: str) -> list[Checkpoint]:
-        """The previous checkpoint of a name that is just being replaced."""
+        """The previous checkpoint of ``name``, while a new one replaces it."""
         try:
             return self.within(self.replaced(name)).candidates()
         except OSError as error:
@@ -179,14 +181,14 @@ class Layout:
             modified = entry.stat().st_mtime
         except FileNotFoundError:
             if not entry.is_symlink():
-                return  # Pruned since it was listed.
+                return  # It was pruned after it was listed.
             modified = 0.0
         except OSError:
-            modified = 0.0  # Whoever reads it will say what is wrong with it.
+            modified = 0.0  # A later read reports the error.
         found[name] = Checkpoint(self.root, name, self.step_of(name), modified, is_manifest)
 
     def grouped(self) -> dict[str, list[str]]:
-        """Return, from one listing, the names in the directory by the checkpoint to which they may belong."""
+        """Return the names in the directory, from one listing, grouped by the checkpoint to which they may belong."""
         groups: dict[str, list[str]] = {}
         for entry in self.entries():
             if entry.name.startswith(self.basename):
@@ -197,10 +199,10 @@ class Layout:
         return groups
 
     def present(self, name: str, among: Iterable[str] | None = None) -> list[str]:
-        """Return the top-level names that belong to the checkpoint ``name``, sorted: its manifest, what that lists,
-        and what TensorFlow's own tools would have written beside it.
+        """Return the sorted top-level names that belong to the checkpoint ``name``.
 
-        ``among`` are the names to look at, where the directory was listed already.
+        They are its manifest, the files that the manifest lists, and files as TensorFlow's own tools write them for
+        that name. ``among`` are the names to search, if the directory was already listed.
         """
         path = self.manifest(name)
         listed: set[str] | None = set()
@@ -209,7 +211,7 @@ class Layout:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (CheckpointCorruptError, OSError):
-            listed = None  # Which files it had is lost; those that carry its name and one suffix go with it.
+            listed = None  # The list of its files is lost; files with its name and one suffix count as its own.
         else:
             listed = {one.name.split("/", 1)[0] for one in records}
 
@@ -245,11 +247,11 @@ class Layout:
         return groups.get(name, ())
 
     def is_candidate(self, name: str, present: Sequence[str]) -> bool:
-        """Whether a checkpoint with these files would be listed by `candidates`."""
+        """Whether `candidates` would list a checkpoint with these files."""
         return self.manifest(name).name in present or any(self.is_entry(one, name) for one in present)
 
     def missing_data(self, name: str, present: Sequence[str]) -> str | None:
-        """Return the data file that the others of an unmanifested checkpoint call for and that is not there."""
+        """Return the data file that a checkpoint without a manifest lacks, as its other files show; None if none."""
         has_entry = any(self.is_entry(one, name) for one in present)
         if not has_entry and name in present and files.size_of(self.root / name) is not None:
             return None
@@ -265,13 +267,13 @@ class Layout:
         return None
 
     def is_data(self, file_name: str, name: str) -> bool:
-        """Whether ``file_name`` holds data of the checkpoint ``name`` as TensorFlow's own tools write them."""
+        """Whether ``file_name`` is a data file of the checkpoint ``name`` as TensorFlow's own tools write it."""
         if file_name == name or self.is_entry(file_name, name) or self._is_old_shard(file_name, name):
             return True
         return file_name.startswith(name) and _TENSORFLOW_DATA.fullmatch(file_name[len(name) :]) is not None
 
     def stated(self, names: Iterable[str]) -> list[str]:
-        """Return names as they are in TensorFlow's state file: with a pattern for shards of the old format."""
+        """Return the names as TensorFlow's state file has them: with a pattern for shards of the old format."""
         if self.entry_suffix is None:
             return list(names)
         totals = {}
@@ -297,8 +299,10 @@ class Layout:
         return _TENSORFLOW_SUFFIX.fullmatch(file_name[len(name) :]) is not None
 
     def removed(self) -> list[str]:
-        """Return the names of checkpoints whose files a framework's own saver has removed. It knows nothing of
-        manifests: that is all that is left, and the state file that the saver writes lists the checkpoint no longer.
+        """Return the names of checkpoints whose files a framework's own saver has removed.
+
+        Such a saver does not know manifests: only the manifest is left, and the saver's state file no longer lists the
+        checkpoint.
         """
         names = {entry.name for entry in self.entries()}
         manifests = [one.removesuffix(MANIFEST_SUFFIX) for one in names if one.endswith(MANIFEST_SUFFIX)]
@@ -316,7 +320,7 @@ class Layout:
         return [name for name in lonely if name not in (state.newest, *state.names) and self._is_bare(name)]
 
     def _is_bare(self, name: str) -> bool:
-        """Whether there is no file of those that the manifest of ``name`` lists, with an entry file among them."""
+        """Whether the manifest of ``name`` lists an entry file, and none of the files that it lists exists."""
         try:
             listed = Manifest.from_json(files.read_bytes(self.manifest(name)), self.manifest(name)).files
         except (CheckpointError, OSError):
@@ -324,11 +328,12 @@ class Layout:
         is_savers = any(self.is_entry(one.name, name) for one in listed)
         return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
 
-    # --- taking away ---
+    # --- removing ---
 
     def put_back(self, name: str) -> None:
-        """Give a checkpoint that was kept while another should take its place its name again, unless the other has
-        taken it. What is kept stays whole until the other is.
+        """Give the previous checkpoint its name back, unless the new one that should replace it is complete.
+
+        The previous one stays complete until the new one is.
         """
         kept, manifest = self.within(self.replaced(name)), self.manifest(name)
         if not self.is_name(name):
@@ -345,9 +350,10 @@ class Layout:
             files.fsync_dir(self.root)
 
     def remove(self, name: str, present: Sequence[str], *, manifest_to: Path | None = None) -> None:
-        """Remove files of a checkpoint so that, wherever it is cut short, no half of it looks like a whole.
+        """Remove files of a checkpoint in such an order that, after a kill at any point, the rest looks incomplete.
 
-        With ``manifest_to`` the manifest is renamed to that, until the rest is gone: it says what to finish.
+        With ``manifest_to`` the manifest is renamed to that path until the rest is gone, so that the removal can be
+        finished later.
         """
         manifest = self.manifest(name)
         if manifest.name in present:
@@ -359,7 +365,7 @@ class Layout:
             files.fsync_dir(self.root)
         rest = [one for one in present if one != manifest.name]
         for entry in [one for one in rest if self.is_entry(one, name)]:
-            # Then the file by which TensorFlow's tools, and we, find a checkpoint without a manifest.
+            # Then the entry file, by which TensorFlow's tools and Stepguard find a checkpoint without a manifest.
             files.remove(self.root / entry)
             files.fsync_dir(self.root)
             rest.remove(entry)
@@ -369,11 +375,11 @@ class Layout:
             files.remove(manifest_to)
 
     def quarantine(self, name: str, target: Path) -> int:
-        """Move the files of a damaged checkpoint to the directory ``target``, and return how many there were."""
+        """Move the files of a damaged checkpoint to the directory ``target``, and return their number."""
         manifest = self.manifest(name).name
         present = self.present(name)
-        # The entry file first and the manifest second, the other way round than in removing: this one is damaged, and
-        # once its manifest is gone nobody could see that.
+        # The entry file first and the manifest second, unlike in `remove`: the checkpoint is damaged, and without its
+        # manifest that could no longer be seen.
         first = [one for one in present if self.is_entry(one, name)]
         order = [*first, *[one for one in present if one == manifest]]
         order += [one for one in present if one not in order]
@@ -385,7 +391,7 @@ class Layout:
                 if one in first:
                     files.fsync_dir(self.root)
         except OSError:
-            # All or nothing: half of it here would be taken for a part of whatever has this name next.
+            # All or nothing: files that stay here would be taken for parts of the next checkpoint of this name.
             for one in reversed(moved):
                 with contextlib.suppress(OSError):
                     files.move(target / one, self.root / one)

@@ -1,14 +1,19 @@
 """The chief's lock: one live process is the chief of a logdir.
 
-The lock is ``flock`` on ``.stepguard.lock``. Why not the alternatives: POSIX record locks (``fcntl.lockf``) are lost
-as soon as any code of the process opens and closes the file, which a copy or a search of the logdir does; a file that
-merely exists stays behind when its process is killed. ``flock`` ends with the last descriptor of the open file, so a
-killed chief leaves no lock, but a forked child would keep it alive: the children of ``os.fork`` (also by
-``multiprocessing``, such as the workers of a PyTorch DataLoader, which survive the kill of their parent) close it at
-once, and programs started by ``exec`` never see it (close-on-exec). A child that C code has forked keeps it, and so
-does one that is just dying with its parent: `acquire` waits a moment where the process that is named is gone.
+The protocol: a chief takes an exclusive ``flock`` on ``.stepguard.lock`` without waiting, and writes its process id and
+host into the file. Another process gets LogdirInUseError at once. Only if the process named in the file is gone does
+`acquire` try again, for at most 5 s, because a dying child may still hold the lock. No deadlock is possible, because no
+process waits for a lock in the kernel. Within a process the holds share one descriptor, guarded by ``_guard``; nothing
+waits while it has that lock, and it is re-entrant because the garbage collector may release a hold at any time.
 
-The file itself stays, empty, after a release: removing it would let two processes lock two files of one name.
+A kill leaves no lock: ``flock`` ends with the last descriptor of the open file. A forked child would keep the lock
+alive. Therefore children of ``os.fork`` close the descriptor at once (also those of ``multiprocessing``, such as the
+workers of a PyTorch DataLoader, which survive the kill of their parent), and programs started by ``exec`` never get it
+(close-on-exec). A child that C code has forked keeps it.
+
+Why not the alternatives: POSIX record locks (``fcntl.lockf``) are lost as soon as any code of the process opens and
+closes the file, which a copy or a search of the logdir does; and a file that merely exists is left behind by a kill.
+The file itself stays, empty, after a release, because removing it would let two processes lock two files of one name.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 FILE_NAME = ".stepguard.lock"
 
-# How long a lock is waited for whose holder is gone: its children are dying too.
+# How long `acquire` waits for a lock whose holder is gone, because children of the holder may still be dying.
 _DYING_SECS = 5.0
 _LOOK_SECS = 0.05
 _MOST_BYTES = 4096
@@ -54,7 +59,7 @@ _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 class _Held:
-    """The one descriptor by which this process holds a logdir, and how many holds share it."""
+    """The one descriptor by which this process holds a logdir, and the number of holds that share it."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.descriptor: int | None = descriptor
@@ -62,7 +67,7 @@ class _Held:
         self.holds = 0
 
     def is_alive(self) -> bool:
-        """Whether the locked file is still the one that others would lock: a logdir may have been removed."""
+        """Whether other processes would lock the same file; not so if the logdir was removed and made again."""
         if self.descriptor is None:
             return False
         try:
@@ -73,27 +78,28 @@ class _Held:
 
 @final
 class LogdirHold:
-    """One store's hold of the chief's lock; give it back with `release`, or use it as a context manager.
+    """One store's hold of the chief's lock. Give it back with `release`, or use it as a context manager.
 
-    Holds of one process share the lock, so that several Supervisors may follow each other on one logdir, also when an
-    earlier one was never stopped: a hold that nobody refers to any more is given back by the garbage collector.
+    The holds of one process share the lock, so that several Supervisors can use one logdir in turn, even if an earlier
+    one was never stopped. The garbage collector gives back a hold that is no longer referenced.
     """
 
     def __init__(
         self, logdir: Path, held: _Held | None, *, is_first: bool = True, is_to_be_locked: bool = False
     ) -> None:
         self.logdir = logdir
-        # There was no room for the file of the lock.
+        # Whether the lock must still be taken, because the disk had no room for its file.
         self._is_to_be_locked = is_to_be_locked
-        # No other store of this process was chief here: what lies there unfinished is not being written.
+        # Whether no other store of this process was chief here, so that unfinished files are not being written now.
         self.is_first = is_first
         self.is_locked = held is not None
         self._held = held
         self._finalizer = self._released_with(held) if held is not None else None
 
     def renew(self) -> bool:
-        """See that the locked file is still the one that others would lock, and lock that if it is not: the logdir was
-        cleared, or removed and made again. Returns whether that was so; does nothing after `release`. Any thread.
+        """Lock the file again if other processes would now lock another one; return whether that was so. Any thread.
+
+        This happens if the logdir was cleared, or removed and made again. After `release` this does nothing.
 
         Raises LogdirInUseError if another process has locked it since, and OSError if it cannot be opened.
         """
@@ -108,7 +114,7 @@ class LogdirHold:
                 held = _hold(self.logdir)
             except LogdirInUseError as error:
                 if (error.host, error.pid) == (os.uname().nodename, os.getpid()):
-                    return False  # A filesystem on which a file is not the same twice: the lock is our own.
+                    return False  # The lock is our own; this file system does not identify a file reliably.
                 raise
             held.holds += 1
             self._held, self._finalizer = held, self._released_with(held)
@@ -133,7 +139,7 @@ class LogdirHold:
         return finalizer
 
     def release(self) -> None:
-        """Give the hold back; repeated calls do nothing. Any thread may call it."""
+        """Give the hold back. Repeated calls do nothing. Any thread."""
         self._is_to_be_locked = False
         if self._finalizer is not None:
             self._finalizer()
@@ -147,20 +153,20 @@ class LogdirHold:
         self.release()
 
 
-# Re-entrant, because the garbage collector may release a hold inside any of the sections below. Files are opened
-# while it is held: a fork by another thread between the open and the note of it would give the lock to a child.
+# Re-entrant, because the garbage collector may release a hold inside any of the sections below. Files are opened while
+# it is held, because a fork by another thread between the open and its record would give the lock to a child.
 _guard = threading.RLock()
 _held_by_path: dict[str, _Held] = {}
 
 
 def acquire(logdir: Path) -> LogdirHold:
-    """Become the chief of ``logdir``, a directory that exists. Any thread may call it.
+    """Become the chief of ``logdir``, which must exist. Any thread.
 
-    It waits only where the process that holds the lock is gone, for some seconds: a child of it may be dying too.
+    If the process named in the lock file is gone but the lock is still held, this waits up to 5 s.
 
-    Raises LogdirInUseError, which names the other process, if one is chief already, and OSError if the logdir cannot
-    be written. On a filesystem without locks, and where there is no room for the file of the lock, it warns and goes
-    on: ``is_locked`` of the hold is then false. Where there is room later, `LogdirHold.renew` locks it.
+    Raises LogdirInUseError, which names the other process, if there is already a chief, and OSError if the logdir
+    cannot be written. If the file system has no locks, or no room for the lock file, this warns and goes on;
+    ``is_locked`` of the hold is then false. `LogdirHold.renew` locks it once there is room.
     """
     deadline = time.monotonic() + _DYING_SECS
     while True:
@@ -199,7 +205,7 @@ def _acquire(logdir: Path) -> LogdirHold:
 
 
 def _hold(logdir: Path) -> _Held:
-    """The descriptor that holds ``logdir``, opened if there is none or if its file is gone. With the guard held."""
+    """The descriptor that holds ``logdir``; opened if there is none, or if its file is gone. Needs the guard."""
     key = os.path.realpath(logdir)
     held = _held_by_path.get(key)
     if held is None or not held.is_alive():
@@ -233,7 +239,7 @@ def _describe(descriptor: int, content: bytes) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
     except OSError as error:
-        # The lock is what counts; a full disk must not keep a chief from freeing it.
+        # Only the lock matters; a full disk must not keep a chief from releasing it.
         _log.debug("the lock is held, but its holder could not be noted: %s", error)
 
 
@@ -251,7 +257,7 @@ def _release(held: _Held) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """What the file of the lock says of its holder."""
+    """The contents of the lock file: facts about the holder."""
 
     host: str | None = None
     pid: int | None = None
@@ -263,7 +269,7 @@ def _note(logdir: Path) -> _Note:
     try:
         return _Note(**schema.checked(schema.parse(files.read_own(logdir / FILE_NAME, most=_MOST_BYTES)), _NOTE))
     except (OSError, ValueError):
-        return _Note()  # It is just being written; that somebody holds the lock is known without it.
+        return _Note()  # The file is just being written. That the lock is held is known without it.
 
 
 def _is_gone(note: _Note) -> bool:
@@ -296,8 +302,8 @@ def _still_holding(logdir: Path) -> str:
 
 
 def _forget_in_child() -> None:
-    # The child closes its copy of the descriptor: this unlocks nothing for the parent, and when the parent is killed
-    # the lock is free at once, whatever the child goes on doing.
+    # The child closes its copy of the descriptor. This does not unlock the parent's, and a kill of the parent then
+    # frees the lock at once, even if the child lives on.
     for held in _held_by_path.values():
         if held.descriptor is not None:
             os.close(held.descriptor)

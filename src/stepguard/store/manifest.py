@@ -1,8 +1,8 @@
 """The manifest: the commit record of a checkpoint. A checkpoint exists when its manifest does, and not before.
 
-It is one JSON object in ``NAME.manifest.json``, readable by people and by any later version. Its last key is the
-digest of the others, so that damage to the manifest itself is seen. ``format_version`` is raised only when an older
-reader could be misled; this reader then says so, and takes nothing for damaged.
+It is one JSON object in ``NAME.manifest.json``, readable by people and by any later version. Its last key is the digest
+of the others, so that damage to the manifest itself is detected. ``format_version`` is raised only if an older reader
+could be misled; an older reader then says so, and does not treat the checkpoint as damaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 SUFFIX = ".manifest.json"
 
-# Behind the name of the checkpoint: nothing, a suffix, a file in its directory, or a shard of TensorFlow's old format.
+# The part after a checkpoint's name: nothing, a suffix, a file in its directory, or a shard of TensorFlow's old format.
 _OWN = re.compile(r"|[./].*|-\d{5,}-of-\d{5,}", re.DOTALL)
 
 
@@ -37,8 +37,8 @@ class FileRecord:
     def from_json(cls, found: object, owner: str) -> FileRecord:
         """The record of a file of the checkpoint ``owner``. Raises SchemaError.
 
-        Pruning removes the files that a manifest names: one that was copied from elsewhere, or made by hand, must
-        never lead it to files of another checkpoint or outside the logdir.
+        Pruning removes the files that a manifest names. So a manifest that was copied or made by hand must never name
+        files of another checkpoint or outside the logdir.
         """
         kinds = schema.kinds_of(cls)
         record = cls(**schema.checked(found, kinds, required=tuple(kinds)))
@@ -52,10 +52,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was committed: which engine wrote it, its step (None: none was counted), when (Unix time), and the files.
+    """The facts of a commit: the engine, the step (None: no steps are counted), the Unix time, and the files.
 
-    ``extra`` is the engine's own, any JSON values. ``owned`` are the names that retention counted when it was
-    committed, oldest first, those included that it was to remove next: after a kill the next run removes them.
+    ``extra`` has the engine's own JSON values. ``owned`` are the names that the retention rules counted at the commit,
+    oldest first, including those that were to be removed next; after a kill the next run removes them.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """The size of all files together, in bytes."""
         return sum(record.size for record in self.files)
 
     def to_json(self) -> bytes:
@@ -89,9 +89,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: bytes, path: Path) -> Manifest:
-        """Read a manifest file, and verify it against its own digest. ``path`` is for the error only.
+        """Read the bytes of a manifest, and verify them by its own digest. ``path`` is only for the error.
 
-        Raises CheckpointCorruptError if it is damaged, and CheckpointError if a newer Stepguard wrote it.
+        Raises CheckpointCorruptError if the manifest is damaged, and CheckpointError if a newer Stepguard wrote it.
         """
         try:
             body = schema.parse(content)
@@ -125,7 +125,7 @@ class Manifest:
                 path=path,
             )
         kinds = {**schema.kinds_of(cls), "files": (list,), "extra": (dict,), "owned": (list,)}
-        # Those of earlier versions do not say what was owned.
+        # Manifests of earlier versions have no `owned`.
         known = schema.checked({"owned": [], **body}, kinds, required=tuple(kinds))
         if known["step"] is not None and known["step"] < 0:
             raise schema.SchemaError(f"step: expected at least 0, found {known['step']}")

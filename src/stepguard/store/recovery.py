@@ -1,4 +1,4 @@
-"""The way back: find the newest good checkpoint, and put what is damaged out of the way."""
+"""Finds the newest good checkpoint, and moves damaged ones out of the way."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ QUARANTINE = "quarantine"
 REASON_FILE = "reason.txt"
 
 StepHeld = Callable[[Path], int | None]
-"""Reads the step that the checkpoint at a path holds; None where that cannot be told."""
+"""A function that reads the step in the checkpoint at a path; None if it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a search found: the good one, those that were not, and the first error of a disk that cannot read."""
+    """The result of a search: the good checkpoint, the damaged ones, and the first error of an unreadable disk."""
 
     good: Checkpoint | None
     damaged: tuple[Damage, ...]
@@ -35,14 +35,14 @@ class Search:
 
 
 def newest_first(layout: Layout, step_held: StepHeld | None = None) -> list[Checkpoint]:
-    """Return what may be a checkpoint, newest first: by step, then time.
+    """Return the possible checkpoints, newest first: by step, then by time.
 
-    A name is no proof where there is no manifest, since files may be copied: such a checkpoint is ranked by the step
-    that it holds, as far as ``step_held`` can tell, and comes after all committed ones unless the state file names it.
+    Without a manifest a name proves nothing, because files may be copied. Such a checkpoint is ranked by the step that
+    it contains, if ``step_held`` can read it, and comes after all committed ones unless the state file names it.
 
-    A program that went back to an older step, and has saved since, goes on from there: its checkpoint is the one that
-    was committed last, and the state file says so too. Either alone proves nothing: state files are left behind, and
-    clocks are set back.
+    If a program went back to an older step and has saved since, the run continues from that save. It is recognised
+    because it was committed last and the state file names it. One of the two alone proves nothing: a state file may be
+    out of date, and a clock may have been set back.
     """
     found = [_as_held(one, step_held) for one in layout.candidates()]
     state = statefile.read(layout.root) if len(found) > 1 else None
@@ -62,7 +62,7 @@ def newest_first(layout: Layout, step_held: StepHeld | None = None) -> list[Chec
 
 
 def _rank(one: Checkpoint) -> tuple[int, bool, float]:
-    # Of two that hold the same step one may be a copy: the other has it in its name.
+    # If two checkpoints contain the same step, one may be a copy; the original has the step in its name.
     return -1 if one.step is None else one.step, one.step == split_name(one.name)[1], one.time
 
 
@@ -75,16 +75,16 @@ def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
     try:
         manifest = verification.read_manifest(layout.within(checkpoint.root), checkpoint.name)
     except (CheckpointError, OSError):
-        manifest = None  # Whether it is good is not asked here.
+        manifest = None  # Damage does not matter here.
     return checkpoint.time if manifest is None else manifest.time
 
 
 def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_held: StepHeld | None = None) -> Search:
-    """Try the candidates from newest to oldest; move nothing. Raises as `CheckpointStore.newest_good` says."""
+    """Try the candidates from newest to oldest, and move nothing. Raises as `CheckpointStore.newest_good` does."""
     damaged: list[Damage] = []
     unreadable: OSError | None = None
     tried: set[tuple[Path, str]] = set()
-    # Listed again after a round without success: a damaged one may hide the previous one of its name.
+    # Listed again after a round without success, because a damaged checkpoint may hide the previous one of its name.
     while left := [one for one in _candidates(layout, step_held) if (one.root, one.name) not in tried]:
         for candidate in left:
             tried.add((candidate.root, candidate.name))
@@ -95,7 +95,7 @@ def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_he
                 if isinstance(error, verification.CheckpointUnreadableError):
                     unreadable = unreadable or error.error
                 place = layout.within(candidate.root)
-                # Else it was pruned while we read it.
+                # Otherwise it was pruned while it was read.
                 if place.is_candidate(candidate.name, place.present(candidate.name)):
                     damaged.append(Damage(candidate, str(error)))
             else:
@@ -116,7 +116,7 @@ def _attempt(attempt: Callable[[Checkpoint], None] | None, good: Checkpoint) -> 
 def _passed_over(
     good: Checkpoint, listed: Sequence[Checkpoint], tried: Collection[tuple[Path, str]]
 ) -> tuple[PassedOver, ...]:
-    """What would have come before ``good`` by its name, or by the step that it holds, and was not tried."""
+    """The untried checkpoints that would come before ``good`` by their names or by the steps that they contain."""
     found = []
     for one in listed:
         in_name = split_name(one.name)[1]
@@ -129,7 +129,7 @@ def _passed_over(
 
 
 def missing_by_state(layout: Layout, found: Search) -> Damage | None:
-    """Return what the state file calls the newest, if it is newer than the one found, and not to be found."""
+    """Return the checkpoint that the state file names as the newest, if it is missing and newer than the one found."""
     state = statefile.read(layout.root)
     if state is None or not layout.is_name(state.newest):
         return None
@@ -160,7 +160,7 @@ def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpoint
 def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
     """Move a damaged checkpoint out of the way. See `CheckpointStore.quarantine`."""
     if checkpoint.root not in (layout.root, layout.replaced(checkpoint.name)):
-        return Damage(checkpoint, reason)  # The directory of somebody else: see _candidates.
+        return Damage(checkpoint, reason)  # The directory is not this store's own: see _candidates.
     target = None
     try:
         target = _quarantine_dir(layout.root, checkpoint.name)
@@ -169,7 +169,7 @@ def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
     except OSError as error:
         _log.warning("%s: could not be moved to %s: %s", checkpoint.path, layout.root / QUARANTINE, error)
         if target is not None:
-            # Else each start leaves another one.
+            # Otherwise each start would leave another empty directory.
             files.remove_quietly(target)
         return Damage(checkpoint, reason)
     if checkpoint.root != layout.root:
@@ -178,9 +178,9 @@ def quarantine(layout: Layout, checkpoint: Checkpoint, reason: str) -> Damage:
 
 
 def finish_quarantine(layout: Layout) -> list[Path]:
-    """Move what a kill has left in the logdir of checkpoints whose manifest lies in quarantine already; say what.
+    """Finish moves to quarantine that a kill has interrupted, after the manifest was moved; return the moved paths.
 
-    Only for the chief, when nothing is being written.
+    Only for the chief, while nothing is being written.
     """
     try:
         files.check_own_dir(layout.root / QUARANTINE)
@@ -195,7 +195,7 @@ def finish_quarantine(layout: Layout) -> list[Path]:
         left = layout.present(name)
         if left and not layout.is_candidate(name, left):
             for one in left:
-                # What is there already was moved, and this one is of a later save.
+                # A file that is already there was moved before; the one here then belongs to a later save.
                 if not os.path.lexists(place / one):
                     files.move(layout.root / one, place / one)
                     moved.append(layout.root / one)
@@ -203,9 +203,9 @@ def finish_quarantine(layout: Layout) -> list[Path]:
 
 
 def _candidates(layout: Layout, step_held: StepHeld | None) -> list[Checkpoint]:
-    """What lies in the directory; only if that is nothing, what the state file lists in another one, newest first.
+    """The checkpoints in the directory, newest first; if there are none, those that the state file lists elsewhere.
 
-    A state file that points elsewhere is how a TensorFlow program is made to start from the end of another run.
+    A state file that points elsewhere makes a TensorFlow program start from the end of another run.
     """
     found = newest_first(layout, step_held)
     state = statefile.read(layout.root) if not found else None
@@ -229,7 +229,7 @@ def _prove(place: Layout, candidate: Checkpoint) -> Checkpoint:
     try:
         return verification.verify(place, candidate)
     except CheckpointCorruptError:
-        # The chief may just have replaced it under our eyes. What is damaged stays so.
+        # Verified a second time, because the chief may just have replaced it. Real damage stays.
         return verification.verify(place, candidate)
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the rule of ``tf.compat.v1.train.Saver``."""
+"""The rules by which checkpoints are kept, which are those of ``tf.compat.v1.train.Saver``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from stepguard.store.checkpoint import Checkpoint
 
 
 class Retention:
-    """The checkpoints that a run owns, and so may remove: the last ``max_to_keep`` that it committed or adopted.
+    """The checkpoints that a run owns, and may remove: the last ``max_to_keep`` that it committed or adopted.
 
-    0 or None keeps all. Of those that fall out, one for each ``keep_every_n_hours`` stays for ever; the hours are
-    counted from ``anchor`` (Unix time). The store sets the anchor when it first needs it.
+    0 or None keeps all. Of the older ones, one for each ``keep_every_n_hours`` stays for ever. The hours are counted
+    from ``anchor`` (Unix time), which the store sets when it first needs it.
     """
 
     def __init__(self, max_to_keep: int | None, keep_every_n_hours: float | None) -> None:
@@ -32,7 +32,7 @@ class Retention:
         return tuple(self._owned)
 
     def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Own these instead of what was owned so far, oldest first."""
+        """Own these checkpoints, oldest first, in place of those owned so far."""
         self._owned = list(checkpoints)
         self._fallen_out = []
 
@@ -47,24 +47,24 @@ class Retention:
 
     @property
     def doomed(self) -> tuple[Checkpoint, ...]:
-        """Those that have fallen out, and are to be removed, or to stay for ever: that is seen when they are."""
+        """The surplus checkpoints. Whether each is removed or stays for ever is decided in :meth:`take_doomed`."""
         return tuple(self._fallen_out)
 
     def trim(self) -> None:
-        """Have those fall out that are too many, as the next `add` would."""
+        """Make the surplus doomed now, as the next `add` would."""
         excess = max(0, len(self._owned) - (self.max_to_keep or len(self._owned)))
         self._fallen_out += self._owned[:excess]
         del self._owned[:excess]
 
     def take_doomed(self, protected: Collection[str | None]) -> list[Checkpoint]:
-        """Return those to remove now, and forget them. The protected wait for a later call."""
+        """Return the checkpoints to remove now, and forget them. Protected ones wait for a later call."""
         waiting = [one for one in self._fallen_out if one.name in protected]
         doomed = [one for one in self._fallen_out if one.name not in protected and not self._stays_for_ever(one)]
         self._fallen_out = waiting
         return doomed
 
     def put_back(self, doomed: Iterable[Checkpoint]) -> None:
-        """Have these doomed again at the next call: they could not be removed."""
+        """Make these doomed again for the next call, because they could not be removed."""
         self._fallen_out = [*doomed, *self._fallen_out]
 
     def _stays_for_ever(self, checkpoint: Checkpoint) -> bool:
@@ -74,8 +74,8 @@ class Retention:
         if checkpoint.time <= self.anchor + interval:
             return False
         self.anchor += interval
-        # The Saver counts on such a grid too; but after a long pause it keeps one checkpoint after the other until it
-        # has caught up, where one for each interval was asked for.
+        # The Saver uses such a grid too, but after a long pause it keeps every checkpoint until it has caught up,
+        # although one for each interval was asked for.
         behind = checkpoint.time - self.anchor
         if behind > interval:
             self.anchor += interval * (math.ceil(behind / interval) - 1)

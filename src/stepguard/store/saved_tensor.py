@@ -1,4 +1,4 @@
-"""What a checkpoint holds, one tensor at a time, in the same words for every framework."""
+"""One tensor of a checkpoint, described in the same way for every framework."""
 
 from __future__ import annotations
 

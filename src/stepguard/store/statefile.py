@@ -1,8 +1,8 @@
 """The file ``checkpoint``: TensorFlow's ``CheckpointState`` in protobuf text format, read by all of its tools.
 
-Written as ``tf.compat.v1.train.Saver`` writes it, plus ``last_preserved_timestamp`` (as ``tf.train.CheckpointManager``
-does), so that "keep one every n hours" goes on counting over a restart. Stepguard's own reading never depends on it:
-the directory is the truth.
+It is written as ``tf.compat.v1.train.Saver`` writes it, with ``last_preserved_timestamp`` added (as in
+``tf.train.CheckpointManager``), so that "keep one every n hours" continues after a restart. Stepguard reads it only as
+a hint: the directory is the truth.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What a state file says: ``path`` of the newest as it is written there, and names of all, oldest first.
+    """The contents of a state file: the ``path`` of the newest as written there, and the names of all, oldest first.
 
-    Without the patterns for the shards of TensorFlow's old format: see `without_shards`.
+    Patterns for the shards of TensorFlow's old format are removed: see `without_shards`.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class CheckpointState:
 
     @property
     def newest(self) -> str:
-        """The name of the newest, without its directory, which is stale in a logdir that was moved."""
+        """The name of the newest, without its directory, which is out of date if the logdir was moved."""
         return self.path.name
 
 
@@ -45,7 +45,7 @@ def write(
 ) -> None:
     """Replace the state file of ``root``, atomically and durably.
 
-    Paths are absolute where ``root`` is and ``relative_paths`` is false, else relative to it: as the Saver does.
+    Paths are absolute if ``root`` is absolute and ``relative_paths`` is false, else relative to it, as in the Saver.
     """
 
     def quoted(name: str) -> str:
@@ -53,7 +53,7 @@ def write(
         try:
             path.encode("utf-8")
         except UnicodeEncodeError:
-            # The path of the logdir is not UTF-8, and a protobuf string must be: a relative one works for all readers.
+            # A protobuf string must be UTF-8, and this logdir's path is not. A relative path works for all readers.
             path = name
         return '"' + "".join(_escaped(character) for character in path) + '"'
 
@@ -65,12 +65,12 @@ def write(
 
 
 def without_shards(path: str) -> str:
-    """``model.ckpt-3`` of ``model.ckpt-3-?????-of-00002``, TensorFlow's name of shards of its old format."""
+    """``model.ckpt-3`` for ``model.ckpt-3-?????-of-00002``, TensorFlow's pattern for shards of its old format."""
     return _SHARDS.sub("", path)
 
 
 def read(root: Path) -> CheckpointState | None:
-    """Read the state file of ``root``, which is a hint: None if it is missing, empty or garbage, or cannot be read."""
+    """Read the state file of ``root``, which is only a hint; None if it is missing, empty, garbage or unreadable."""
     try:
         text = files.read_bytes(root / FILE_NAME).decode("utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Proof that a checkpoint holds the bytes that were committed."""
+"""Verifies that a checkpoint contains the bytes that were committed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from stepguard.store.manifest import FileRecord, Manifest
 
 _log = logging.getLogger(__name__)
 
-# What the system answers when this process, or the machine, can open nothing more: it says nothing of the file.
+# Errors that mean that this process, or the machine, has no resources left; they say nothing about the file.
 _OF_THE_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
 
-# What it answers for bytes that are gone, wherever they are read: a bad sector, a bad checksum, a bad structure.
+# Errors that mean that bytes are lost, whoever reads them: a bad sector, a bad checksum, a bad structure.
 _OF_THE_MEDIUM = frozenset({errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO), errno.ESTALE})
 
 
 class CheckpointUnreadableError(CheckpointCorruptError):
-    """The system could not read a file of a checkpoint: ``error`` is what it answered.
+    """The system could not read a file of a checkpoint, because of ``error``.
 
-    For a search this is damage. It proves less than a wrong digest does, since a disk may come back.
+    For a search this is damage. It proves less than a wrong digest, because a disk may recover.
     """
 
     def __init__(self, path: Path, error: OSError) -> None:
@@ -39,8 +39,9 @@ class CheckpointUnreadableError(CheckpointCorruptError):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What an error of the system in the block means, the only place that says so: that the file ``path`` of a
-    checkpoint is damaged, whatever the error, unless it is one of this process, which is raised as itself.
+    """A block that reads the file ``path`` of a checkpoint, in which a system error means that the file is damaged.
+
+    Errors about this process's own resources are raised unchanged. Only this function makes that decision.
 
     Raises CheckpointUnreadableError.
     """
@@ -53,9 +54,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_of_files(error: OSError, checkpoint: Path) -> bool:
-    """Whether an error that a framework met while it restored ``checkpoint`` is one of its files, and not one of the
-    program.
-    """
+    """Whether ``error``, raised while a framework restored ``checkpoint``, concerns its files and not the program."""
     if error.errno in _OF_THE_PROCESS or error.errno is None:
         return False
     is_inside = isinstance(error.filename, (str, bytes)) and os.fsdecode(error.filename).startswith(str(checkpoint))
@@ -63,9 +62,9 @@ def is_of_files(error: OSError, checkpoint: Path) -> bool:
 
 
 def read_manifest(layout: Layout, name: str) -> Manifest | None:
-    """Return the manifest of the checkpoint ``name``, None if it has none.
+    """Return the manifest of the checkpoint ``name``; None if it has none.
 
-    Raises CheckpointCorruptError if it is damaged or cannot be read, and CheckpointError if a newer Stepguard wrote it.
+    Raises CheckpointCorruptError if it is damaged or unreadable, and CheckpointError if a newer Stepguard wrote it.
     """
     path = layout.manifest(name)
     try:
@@ -85,9 +84,9 @@ def read_manifest(layout: Layout, name: str) -> Manifest | None:
 
 
 def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
-    """Prove a checkpoint good, and return it with its manifest. Raises as `CheckpointStore.verify` says.
+    """Verify a checkpoint, and return it with its manifest. Raises as `CheckpointStore.verify` does.
 
-    Damage of a file that no restore reads is only warned of.
+    Damage to a file that no restore reads gives only a warning.
     """
     manifest = read_manifest(layout, checkpoint.name)
     if manifest is None:
@@ -112,10 +111,10 @@ def verify(layout: Layout, checkpoint: Checkpoint) -> Checkpoint:
 def damages(
     layout: Layout, manifest: Manifest, *, on_block: Callable[[int], None] | None = None
 ) -> Iterator[CheckpointCorruptError]:
-    """Compare every file with the manifest, and yield an error for each that differs, unraised.
+    """Compare every file with the manifest, and yield (not raise) an error for each file that differs.
 
-    All sizes come before the first digest: most damage is a file cut short, and is seen without reading gigabytes.
-    ``on_block`` is told how many bytes were read, again and again.
+    All sizes are compared before the first digest, because most damage is a truncated file, which is found without
+    reading gigabytes. ``on_block`` is called with the number of bytes after each block that was read.
     """
     right_size = []
     for record in manifest.files:
@@ -131,7 +130,7 @@ def damages(
 
 
 def prevents_restore(layout: Layout, name: str, damage: CheckpointCorruptError) -> bool:
-    """Whether a damage that `damages` has found makes the checkpoint ``name`` one that is not to be restored."""
+    """Whether ``damage``, which `damages` has found, means that the checkpoint ``name`` must not be restored."""
     return damage.path is None or layout.is_needed(damage.path.name, name)
 
 
@@ -150,16 +149,16 @@ def size_damage(layout: Layout, name: str, record: FileRecord) -> CheckpointCorr
 
 
 def was_written_over(layout: Layout, manifest: Manifest) -> bool:
-    """Whether TensorFlow's own tools have since saved under the name of a committed checkpoint.
+    """Whether TensorFlow's own tools have overwritten a committed checkpoint.
 
-    All of it is then newer than its manifest, and the state file, which they write last, newer still; damage is not
-    like that, nor are files that were copied over it. Their checksums are then the proof that is left.
+    Then all its files are newer than its manifest, and the state file, which these tools write last, is newer still.
+    Neither damage nor copied files look like this. Only TensorFlow's own checksums can then verify the files.
     """
     if layout.entry_suffix is None:
         return False
     names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:
-        return False  # It is of another framework.
+        return False  # The checkpoint is of another framework.
     try:
         committed = layout.manifest(manifest.name).stat().st_mtime_ns
         written = [(layout.root / name).stat().st_mtime_ns for name in names]
@@ -172,9 +171,9 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
 
 
 def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> None:
-    """Look whether the files of a checkpoint without a manifest, ``present``, are all there and not empty.
+    """Check that the files ``present`` of a checkpoint without a manifest are complete and not empty.
 
-    Raises CheckpointCorruptError.
+    Raises CheckpointCorruptError if not.
     """
     if not layout.is_candidate(name, present):
         path = layout.manifest(name)
