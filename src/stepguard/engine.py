@@ -200,8 +200,7 @@ class Engine(Protocol[SessionT]):
         The method may have parameters with defaults, in the terms of the framework; the Supervisor binds them. The
         method does not choose the checkpoint: ``stepguard.saving.restoring.restore_newest`` finds it, restores it by
         :meth:`restore`, warns of damaged ones, and returns the value for ``recovered``. If that holds no checkpoint,
-        initialise the session, and a model that an earlier session of this engine has trained. If the preparation
-        fails, close the session before the error leaves.
+        initialise the session. If the preparation fails, close the session before the error leaves.
 
         Raises:
             CheckpointMismatchError: the newest good checkpoint belongs to another model. Nothing was changed.
