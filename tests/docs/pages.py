@@ -94,6 +94,7 @@ def plain(text: str) -> list[str]:
     """
     text = re.sub(r"\bon [\w.-]+(?=[,:])", "on HOST", text)
     text = re.sub(r"(?<![.\w])[0-9a-f]{16,}\b", "#", text)
+    text = re.sub(r"\b\d+ (?:d|h|min)(?: \d+ (?:h|min|s))+\b", "#", text)
     text = re.sub(r"(?<![\w-])-?\d[\d,.:]*(e[-+]?\d+)?( ?(s|min|h|d|B|KiB|MiB|GiB)\b)?", "#", text)
     text = re.sub(r"\d+", "#", text)
     lines: list[str] = []

@@ -374,7 +374,8 @@ def appended_events() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(
-                    func=ast.Attribute(attr="append" | "_append" | "tell"), args=[ast.Constant(str(event)), *_]
+                    func=ast.Attribute(attr="append" | "record" | "_begin_training"),
+                    args=[ast.Constant(str(event)), *_],
                 ) if node.keywords:
                     events.setdefault(event, set()).update(
                         one.arg for one in node.keywords if one.arg not in (None, "durable")

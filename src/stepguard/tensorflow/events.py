@@ -36,10 +36,10 @@ def open_writer(logdir: str) -> Any:
 
     A disk that is full, also now, costs curves and not the run: the file is opened when there is room.
     """
-    return _OwnWriter(_EventFile(logdir))
+    return FileWriter(_EventFile(logdir))
 
 
-class _OwnWriter(_FileWriter):
+class FileWriter(_FileWriter):
     """A FileWriter whose file is an `_EventFile`."""
 
     def __init__(self, file: _EventFile) -> None:
