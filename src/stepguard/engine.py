@@ -44,7 +44,8 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
 - ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
 - ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` searches for the checkpoint to
   continue from. It quarantines damaged checkpoints, refuses those of another engine, and warns once of what was lost;
-- ``stepguard.files``: ``NewFile`` writes a file, and digests and flushes it meanwhile;
+- ``stepguard.files``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends; ``size`` and
+  ``digest`` follow. It has no ``read`` and no ``seek``. The store syncs every file of a checkpoint, however written;
 - ``stepguard.options``: ``Options.of`` merges the options of a Supervisor, ``each_option_once`` decorates its
   constructor;
 - ``stepguard.errors``: the errors to raise.
@@ -52,17 +53,22 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
 For a framework whose program is a loop over batches, ``stepguard.steps`` provides the rest:
 
 - ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
-  ``with sess.step()``. Its constructor takes the coordinator, a function that writes ``summary`` values
-  (``write(values, step)``), and a ``ProcessState``;
-- ``process_state.ProcessState`` holds the state of the process: the position in each loader, and the random streams.
-  A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, streams)`` reads any
-  iterable, reshuffled or not, and finds the next batch again. ``random_streams.RandomStreams()`` holds Python's and
-  NumPy's. ``capture()`` returns plain values for the snapshot (tuples may come back as lists);
-  ``session.restore_process_state(values, step)`` continues from them. With ``in_run``, only ``session.global_step`` is
-  set;
+  ``with sess.step()``; ``sess.summary(values)`` hands a mapping to the engine's writer. Its constructor takes the
+  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``;
+- ``process_state.ProcessState(streams)`` holds the state of the process: the random streams, and the position in each
+  loader. A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, self.streams)``
+  reads any iterable. To find the next batch again, it restores the streams of the epoch's beginning and reads the
+  epoch from there, so ``streams`` must include every generator that a loader draws from;
+- ``random_streams.RandomStreams()`` holds Python's and NumPy's global generators. A subclass adds others: its
+  ``capture()`` adds entries to the dictionary of ``super()``, and its ``restore(states)`` calls ``super()`` too;
+- a snapshot takes ``session.process_state.capture()``: plain values, if the streams' are, of which tuples may come back
+  as lists. ``restore`` gives them to ``session.restore_process_state(values, step)``, which also sets the step;
+  with ``in_run`` it sets ``session.global_step = step`` instead;
 - ``engine.LoopEngine`` implements an engine's methods about steps; it lacks ``name``, ``prepare``, ``restore``,
-  ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and ``summarise``. ``prepare`` ends with
-  ``session.hold_interrupts()``: from then on, Ctrl-C waits for the end of a step;
+  ``watch_values``, ``snapshot``, ``non_finite``, ``checkpoint_name``, ``write`` and ``summarise``. ``prepare`` ends
+  with ``session.hold_interrupts()``: from then on, Ctrl-C waits for the end of a step. ``watch_values`` keeps the
+  watch, so that the engine's writer can call ``watch.look(values, step)``, and calls ``session.watch_values(watch)``,
+  so that the session settles;
 - ``boundary.Boundary`` and ``interrupts.InterruptHold`` implement the first three duties alone, for a session of
   another form, such as the fake's;
 - ``gate``, ``chief`` and ``worker`` serve several processes that train one model.
@@ -293,7 +299,11 @@ class Engine(Protocol[SessionT]):
     # --- summaries ---
 
     def summarise(self, session: SessionT) -> None:
-        """Compute the program's summaries and write them to the event log. Service thread."""
+        """Compute the program's summaries and write them to the event log. Service thread.
+
+        Training may be in a step: what reads the model does so inside :meth:`at_boundary`. It leaves the random streams
+        as they were (``with streams.preserved()``), or a resumed run would draw other numbers.
+        """
 
 
 @runtime_checkable

@@ -336,10 +336,10 @@ class TestAnotherHyperparameter:
 
         train(build(), tmp_path, 3)
         again = build()
-        train(again, tmp_path, 3)
+        train(again, tmp_path, 4)
 
         assert warnings_in(caplog) == ""
-        assert again["optimizer"].param_groups[0]["lr"] == pytest.approx(0.0125)
+        assert again["optimizer"].param_groups[0]["lr"] == pytest.approx(0.00625)
 
     def test_that_a_schedule_has_moved_keeps_its_factor_with_the_program_s_value(self, tmp_path):
         def build(lr):

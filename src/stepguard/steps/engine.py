@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from stepguard.engine import ValueWatch
 from stepguard.steps.session import Session
 
 SessionT = TypeVar("SessionT", bound=Session)
@@ -16,7 +15,8 @@ class LoopEngine(Generic[SessionT]):
     """The base of an engine whose sessions are :class:`stepguard.steps.session.Session`.
 
     It has the methods of :class:`stepguard.engine.Engine` that concern steps. A framework adds its ``name`` and the
-    methods that depend on it: ``prepare``, ``restore``, ``snapshot``, ``non_finite``, ``write`` and ``summarise``.
+    methods that depend on it: ``prepare``, ``restore``, ``watch_values``, ``snapshot``, ``non_finite``,
+    ``checkpoint_name``, ``write`` and ``summarise``.
     """
 
     storage_error_types: tuple[type[BaseException], ...] = ()
@@ -46,10 +46,6 @@ class LoopEngine(Generic[SessionT]):
     def watch(self, session: SessionT, before_close: Callable[[], None]) -> None:
         """Set the function that the session calls before it closes. It marks its steps from the beginning anyway."""
         session.watch(before_close)
-
-    def watch_values(self, session: SessionT, watch: ValueWatch) -> None:
-        """Give the session the watch. A step returns no numbers; a subclass shows it those that are summarised."""
-        session.watch_values(watch)
 
     def stop_at_boundary(self, session: SessionT, main_thread_was_told: Callable[[], bool]) -> None:
         """``steps`` ends at the next boundary, and ``step`` raises there."""

@@ -20,8 +20,8 @@ class ProcessState(ABC):
     Loaders have no names. They are matched by order: a run's second loader is the second loader of the earlier run.
     """
 
-    def __init__(self, streams: RandomStreams, processes: int) -> None:
-        self._streams = streams
+    def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
+        self.streams = streams
         self._processes = processes
         self._feeds: list[Feed] = []
         # The earlier run's positions, for loaders that this run has not used yet, and its random states until the
@@ -70,7 +70,7 @@ class ProcessState(ABC):
         positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
         positions += self._positions[len(positions) :]
         return {
-            "random": self._streams.capture() if self._random is None else self._random,
+            "random": self.streams.capture() if self._random is None else self._random,
             "loaders": positions,
             "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
         }
@@ -85,11 +85,11 @@ class ProcessState(ABC):
         # The streams are restored now, for draws before the first step, and again just before that step: draws in
         # between, for example to build objects that are then restored, must not move the streams.
         self._random = state["random"]
-        self._streams.restore(state["random"])
+        self.streams.restore(state["random"])
 
     def streams_preserved(self) -> AbstractContextManager[None]:
         """A block after which the random streams are as they were before, whatever it draws."""
-        return self._streams.preserved()
+        return self.streams.preserved()
 
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
@@ -100,7 +100,7 @@ class ProcessState(ABC):
     def resume_streams(self) -> None:
         """Restore the streams once more: draws from here on belong to the resumed run, not to the building of it."""
         if self._random is not None:
-            self._streams.restore(self._random)
+            self.streams.restore(self._random)
             self._random = None
 
     def adopt_epochs(self) -> None:

@@ -320,12 +320,15 @@ class Layout:
         return [name for name in lonely if name not in (state.newest, *state.names) and self._is_bare(name)]
 
     def _is_bare(self, name: str) -> bool:
-        """Whether the manifest of ``name`` lists an entry file, and none of the files that it lists exists."""
+        """Whether the manifest of ``name`` is a saver's, and none of the files that it lists exists.
+
+        A saver writes files beside the manifest, of the old format too; another engine's files are in a directory.
+        """
         try:
             listed = Manifest.from_json(files.read_bytes(self.manifest(name)), self.manifest(name)).files
         except (CheckpointError, OSError):
             return False
-        is_savers = any(self.is_entry(one.name, name) for one in listed)
+        is_savers = not any("/" in one.name for one in listed)
         return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
 
     # --- removing ---
