@@ -1,13 +1,13 @@
 """The context that a training loop lives in: it opens the session, and ends the run however the block is left.
 
 Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, the watch of
-``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the main
-thread leaves the block, or until the grace period is over; then it saves the last step and closes the session itself,
-so that a loop blocked in native code returns. A session that drives its own loops is not closed, because its loop ends
-at the next boundary; between two loops the patience thread saves the last step at once. A main thread that leaves the
-block wakes the patience thread and then joins it, so only one of them saves and closes at a time. The join ends: the
-patience thread waits for nothing but its save, whose limit is the grace period. A kill at any point costs only the steps
-since the last committed checkpoint.
+``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the
+main thread leaves the block, or until the grace period is over; then it saves the last step and closes the session
+itself, so that a loop blocked in native code returns. A session that drives its own loops is not closed, because its
+loop ends at the next boundary; between two loops the patience thread saves the last step at once. A main thread that
+leaves the block wakes the patience thread and then joins it, so only one of them saves and closes at a time. The join
+ends: the patience thread waits for nothing but its save, whose limit is the grace period. A kill at any point costs
+only the steps since the last committed checkpoint.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._patience = patience
 
     def _lose_patience(self) -> None:
-        """After the grace period, save and close the session of a loop that reaches no boundary, unless it ends itself."""
+        """After the grace period, save and close the session of a loop that reaches no boundary by itself."""
         grace_secs = self._run.grace_secs
         session = self._session
         is_loop = session is not None and self._run.ends_by_itself(session)

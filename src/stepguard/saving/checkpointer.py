@@ -2,8 +2,8 @@
 
 Between two loops the state belongs to the program, which may have lent the model to something else. A save then uses
 the copy that the thread of the last loop took at its end. The copy is kept until the next one replaces it and reuses
-its memory. A loop that ends soon after the last copy may take none, so that many short loops cost little; a timer or a stop
-then saves the older copy.
+its memory. A loop that ends soon after the last copy may take none, so that many short loops cost little; a timer or
+a stop then saves the older copy.
 """
 
 from __future__ import annotations
