@@ -319,28 +319,28 @@ class SharedModel(Protocol[_SessionT_contra]):
 
 @runtime_checkable
 class RestsBetweenLoops(Protocol[_SessionT_contra]):
-    """An engine whose session drives the program's loops: while none runs, the state is the program's own.
+    """An engine whose session drives the program's loops. While no loop runs, the state belongs to the program.
 
-    Nothing reads it then. What is saved is the copy that was kept at the end of the last loop. A loop ends by itself at
-    the first boundary after a stop, so that a session is not closed under a step that takes long.
+    Nothing reads the state then: a save uses the copy that was kept at the end of the last loop. A loop ends at the
+    first boundary after a stop request, so the session need not be closed during a long step.
     """
 
     def is_resting(self, session: _SessionT_contra) -> bool:
-        """Whether no loop runs since the last one has ended. Any thread."""
+        """Whether a loop has ended and no other has begun since. Any thread."""
 
     def is_evaluating(self, session: _SessionT_contra) -> bool:
-        """Whether the program has said that it evaluates, so that no boundary is to be expected. Any thread."""
+        """Whether the program has announced an evaluation, during which no boundary comes. Any thread."""
 
     def is_alone(self, session: _SessionT_contra) -> bool:
-        """Whether no other process has to add its part of the same step to a checkpoint."""
+        """Whether this process alone writes a checkpoint, without parts of the same step from other processes."""
 
     def call_at_rest(self, session: _SessionT_contra, keep: Callable[[bool], None]) -> None:
-        """Call ``keep(is_last)`` when a loop has ended, in its thread, before the program goes on; ``is_last`` says
-        whether the run is to end there.
+        """Call ``keep(is_last)`` at the end of each loop, in its thread, before the program goes on. ``is_last`` says
+        whether the run ends there.
         """
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
-        """Where an evaluation is inside a step: call ``callback`` at the end of that step. Whether it will be."""
+        """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
 
 
 @runtime_checkable

@@ -1,11 +1,13 @@
 """The context that a training loop lives in: it opens the session, and ends the run however the block is left.
 
 Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, the watch of
-``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the main
-thread leaves the block, or until the grace period is over; then it saves the last step and closes the session itself,
-so that a loop blocked in native code returns. A main thread that leaves the block first wakes the patience thread and
-then joins it, so only one of them saves and closes at a time. The join ends: the patience thread waits for nothing but
-its save, whose limit is the grace period. A kill at any point costs only the steps since the last committed checkpoint.
+``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the
+main thread leaves the block, or until the grace period is over; then it saves the last step and closes the session
+itself, so that a loop blocked in native code returns. A session that drives its own loops is not closed, because its
+loop ends at the next boundary; between two loops the patience thread saves the last step at once. A main thread that
+leaves the block wakes the patience thread and then joins it, so only one of them saves and closes at a time. The join
+ends: the patience thread waits for nothing but its save, whose limit is the grace period. A kill at any point costs
+only the steps since the last committed checkpoint.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Supervision(Protocol[SessionT]):
         """One line that says at which step the run stopped and which step is saved. After :meth:`stop`."""
 
     def ends_by_itself(self, session: SessionT) -> bool:
-        """Whether the loop ends at the next boundary that it comes to; between two loops the last step is saved now."""
+        """Whether the loop itself ends at its next boundary. Between two loops, this call also saves the last step."""
 
     def save(self) -> None:
         """Save the last step while the services still run. Any thread."""
@@ -170,7 +172,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._patience = patience
 
     def _lose_patience(self) -> None:
-        """Save and close the session of a loop that reaches no boundary, such as one blocked in native code."""
+        """After the grace period, save and close the session of a loop that reaches no boundary by itself."""
         grace_secs = self._run.grace_secs
         session = self._session
         is_loop = session is not None and self._run.ends_by_itself(session)
@@ -180,7 +182,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         if session is None:
             return
         if is_loop:
-            # Closing would end no wait, and would lose a step that may still be done.
+            # Closing the session would end no wait, and would lose the step that is being done.
             _log.warning("the program goes on %g s after SIGTERM: its last step is saved when it is done", grace_secs)
             return
         _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)

@@ -1,9 +1,9 @@
 """When snapshots are taken: on a timer, every N steps, and at the end.
 
-Between two loops the state is the program's own, which may have lent the model to something else. The copy that is
-saved then was taken when the last loop ended, in its thread, and is kept until the next copy is taken: it takes the
-memory that the copy before it had. A loop that ends soon after the copy before it may go without, so that many short
-loops cost little; then the older copy is what a timer or a stop saves.
+Between two loops the state belongs to the program, which may have lent the model to something else. A save then uses
+the copy that the thread of the last loop took at its end. The copy is kept until the next one replaces it and reuses
+its memory. A loop that ends soon after the last copy may take none, so that many short loops cost little; a timer or
+a stop then saves the older copy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Checkpointer:
         # Whether the state at `_saved_progress` has a checkpoint. A model that was just initialised has none.
         self._is_saved = is_saved
         self._saved_progress = engine.progress(session)
-        # The youngest copy, of which nothing is read but while no loop runs.
+        # The newest copy. It is read only while no loop runs.
         self._copy: _Copy | None = None
         self._budget = CopyingBudget()
         self._reads_live_at_end = False
@@ -96,8 +96,8 @@ class Checkpointer:
     def save_last(self, timeout_secs: float, *, is_finished: bool = False) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until the checkpoint is durable.
 
-        ``is_finished`` says that the program has come to its end by itself: a step of which no copy was kept is read
-        from the program then, since no other start would do it again.
+        ``is_finished`` says that the program ended without a stop request. A step without a copy is then read from the
+        program, because no later start would do the step again.
 
         Raises:
             SaveFailedError: writing took longer than ``timeout_secs``.
@@ -132,12 +132,12 @@ class Checkpointer:
         self._copy = None
 
     def went_back(self) -> None:
-        """The session was put back to a checkpoint: no copy of before is saved. At a boundary."""
+        """Drop the copy after the session was put back to a checkpoint. At a boundary."""
         self._copy = None
         self._saved_progress, self._is_saved = self._engine.progress(self._session), True
 
     def _keep(self, is_last: bool) -> None:
-        """A loop has ended, and the program goes on: keep a copy of its last step, if there is none."""
+        """Keep a copy of the last step of a loop that has ended, unless there is one already."""
         progress = self._engine.progress(self._session)
         if self._is_closed or (self._is_saved and progress == self._saved_progress):
             return
@@ -147,13 +147,13 @@ class Checkpointer:
             self._budget.spend(self._take_copy().stall_secs)
 
     def _copy_at_rest(self) -> _Copy | None:
-        """What is saved in place of the live state, which is the program's own just now."""
+        """The copy to save instead of the live state while that belongs to the program; ``None`` if there is none."""
         loops, copy = self._loops, self._copy
         if loops is None or copy is None or not loops.is_resting(self._session):
             return None
         if copy.progress == self._engine.progress(self._session):
             return copy
-        # With other processes it must be the step at which they stand, too.
+        # With other processes, an older copy would not be of the step at which the others are.
         return None if self._reads_live_at_end or not loops.is_alone(self._session) else copy
 
     def _save(self, what: str, patience_secs: float | None) -> bool:
@@ -177,8 +177,8 @@ class Checkpointer:
         return copy.snapshot, copy.stall_secs
 
     def _take_copy(self) -> _Copy:
-        """A copy of the live state. At a boundary."""
-        # First: its memory is used for the next one.
+        """Copy the live state. At a boundary."""
+        # Drop the old copy first, so that the new one reuses its memory.
         self._copy = None
         progress = self._engine.progress(self._session)
         began = time.monotonic()

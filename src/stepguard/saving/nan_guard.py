@@ -84,7 +84,7 @@ class NanGuard:
         self._is_over = False
         self._returning: threading.Thread | None = None
         self._loops = engine if isinstance(engine, RestsBetweenLoops) else None
-        # Whether a thread that trains waits for the return, and so has the state back from whatever it lent it to.
+        # Whether a training thread waits for the return. The state then belongs to training and is not lent out.
         self._is_awaited = False
         # The generation grows at each return, and snapshots of an older generation are not committed. Beside it, the
         # progress at the last return, if there was one.
@@ -220,7 +220,7 @@ class NanGuard:
         # After a stop request, leave `_sight` set, so that `end` reports it.
         while not self._coord.should_stop():
             if self._loops is not None and self._loops.is_resting(self._session) and not self._is_awaited:
-                # What the model holds between two loops may be something else, which would be put back after this.
+                # Between two loops the model may hold other values, which the program would put back after a return.
                 self._coord.wait_for_stop(_PAUSE_SECS)
                 deadline = time.monotonic() + _PATIENCE_SECS
                 continue

@@ -128,7 +128,7 @@ class RunSaver(Generic[SessionT]):
             self._step_trigger.went_back()
 
     def save_now(self, timeout_secs: float) -> None:
-        """Save the last step, after what is being written: at most ``timeout_secs`` are waited for that.
+        """Save the last step, after a wait of at most ``timeout_secs`` for the checkpoint that is being written.
 
         An error goes to ``on_error``.
         """

@@ -51,7 +51,7 @@ class StepMeter(Part):
             return
         try:
             progress = self._engine.progress(session)
-            # An evaluation that the program has told of is no hang, however long it takes.
+            # An evaluation that the program has announced is not a hang, however long it takes.
             is_evaluating = self._loops is not None and self._loops.is_evaluating(session)
             has_moved = progress != self._progress_seen or is_evaluating
             if has_moved or now.step is None:
