@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard import files
+from stepguard.disk import files
 
 _log = logging.getLogger(__name__)
 _v1 = tf.compat.v1

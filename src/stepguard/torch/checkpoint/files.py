@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.torch.checkpoint import unpickling
 
 ENGINE = "torch"
