@@ -24,7 +24,7 @@ from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
-from stepguard.store.layout import Layout
+from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
 
@@ -43,8 +43,8 @@ class NameTakenError(OSError):
 class CheckpointStore:
     """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
 
-    ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file that identifies a checkpoint without a
-    manifest, which TensorFlow's own tools wrote. None means that only committed checkpoints count. ``max_to_keep`` and
+    ``saver_files`` are the names of checkpoints without a manifest, which the framework's own tools wrote, such as
+    `stepguard.store.tensorflow_files`. None means that only committed checkpoints count. ``max_to_keep`` and
     ``keep_every_n_hours`` are for `prune`. ``clock`` returns Unix time.
 
     Any thread and process may read (`candidates`, `read_manifest`, `verify`, and `newest_good` with
@@ -57,7 +57,7 @@ class CheckpointStore:
         *,
         basename: str = "model.ckpt",
         engine: str = "unknown",
-        entry_suffix: str | None = None,
+        saver_files: SaverFiles | None = None,
         relative_paths: bool = False,
         max_to_keep: int | None = None,
         keep_every_n_hours: float | None = None,
@@ -66,7 +66,7 @@ class CheckpointStore:
         self.root = Path(root)
         self.engine = engine
         self.relative_paths = relative_paths
-        self._layout = Layout(self.root, basename, entry_suffix)
+        self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
         # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
@@ -278,7 +278,7 @@ class CheckpointStore:
         *first, last = staged
         for entry in first:
             files.move(entry, self.root / entry.name)
-        if first and self._layout.entry_suffix is not None:
+        if first and self._layout.saver_files is not None:
             # The entry file makes a checkpoint visible to readers that ignore manifests, so the data comes first.
             files.fsync_dir(self.root)
         files.move(last, self.root / last.name)

@@ -154,7 +154,7 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     Then all its files are newer than its manifest, and the state file, which these tools write last, is newer still.
     Neither damage nor copied files look like this. Only TensorFlow's own checksums can then verify the files.
     """
-    if layout.entry_suffix is None:
+    if layout.saver_files is None:
         return False
     names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:

@@ -12,11 +12,11 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING, CommandError
-from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, ListedCheckpoint, list_contents
+from stepguard.cli.logdir.contents import DAMAGED, GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.logdir.full_read import read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 
 _LOOKS = 10
 
@@ -67,7 +67,7 @@ def command(
         plans = _plans(logdir, keep_last, keep_every)
         if not dry_run:
             for plan in plans:
-                store = CheckpointStore(logdir, basename=plan.basename, entry_suffix=ENTRY_SUFFIX)
+                store = CheckpointStore(logdir, basename=plan.basename, saver_files=tensorflow_files)
                 store.remove([one.checkpoint for one in plan.removed], newest_good=plan.newest_good.checkpoint)
     if as_json:
         output.print_json(_document(logdir, plans, dry_run=dry_run))
