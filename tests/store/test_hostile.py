@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError, NoGoodCheckpointError
 from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile
 from stepguard.store.manifest import SUFFIX

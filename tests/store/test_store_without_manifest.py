@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from stores import directory_files, good_of, layouts, open_store, put, save, snapshot_of, tensorflow_files
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import (
     CheckpointCorruptError,
     NoGoodCheckpointError,

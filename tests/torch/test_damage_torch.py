@@ -44,14 +44,17 @@ class Program:
 
     def train(self, steps):
         with self.sv.managed_session() as session:
-            resumed = session.global_step
             weights = self.model.weight.detach().clone()
             for _ in session.steps(max_steps=steps) if steps else ():
                 self.optimizer.zero_grad()
                 self.model(torch.rand(8)).sum().backward()
                 self.optimizer.step()
                 self.values.steps += 1
-        return resumed, weights
+        return weights
+
+    def restore(self):
+        with self.sv.managed_session() as session:
+            return session.global_step, self.model.weight.detach().clone()
 
 
 class Unwritten:
@@ -66,7 +69,7 @@ def original(tmp_path_factory):
     """A logdir with two checkpoints, and the weights of the older one."""
     logdir = tmp_path_factory.mktemp("original") / "run"
     Program(logdir).train(BEFORE)
-    _, weights = Program(logdir).train(NEWEST)
+    weights = Program(logdir).train(NEWEST)
     return logdir, weights
 
 
@@ -89,7 +92,7 @@ def restart(logdir, caplog):
     caplog.clear()
     program = Program(logdir)
     with caplog.at_level(logging.WARNING, "stepguard"):
-        resumed, weights = program.train(0)
+        resumed, weights = program.restore()
     return resumed, weights, program.values.steps, [one.getMessage() for one in caplog.records]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile

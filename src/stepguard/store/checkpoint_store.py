@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
@@ -150,7 +150,7 @@ class CheckpointStore:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
         ``digests`` has the sizes and digests of files that were digested during their write
-        (`stepguard.files.NewFile`), by their names in the staging directory; other files are read for that.
+        (`stepguard.disk.files.NewFile`), by their names in the staging directory; other files are read for that.
         ``taken_at`` is the Unix time of the snapshot, which counts as the age of the checkpoint: a slow write does not
         make its step newer.
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.schema import MOST_DIGITS
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX

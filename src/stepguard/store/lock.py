@@ -30,7 +30,7 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import final
 
-from stepguard import files, processes, schema
+from stepguard.disk import files, processes, schema
 from stepguard.errors import LogdirInUseError
 
 try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard import files, schema
+from stepguard.disk import files, schema
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 
 FORMAT_VERSION = 1

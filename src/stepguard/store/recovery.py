@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint

@@ -13,9 +13,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.disk.files import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
-from stepguard.files import NewFile
 from stepguard.store import Checkpoint, CheckpointStore, statefile
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle

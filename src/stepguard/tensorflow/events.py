@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import described
 
 _log = logging.getLogger(__name__)
@@ -131,11 +131,12 @@ class _EventFile:
 
     def _open(self) -> None:
         # The names of event files count whole seconds, and a writer truncates a file of its name: the suffix keeps two
-        # that are opened within one second apart.
+        # that are opened within one second apart. The writer's thread hands each event to the system as soon as it can,
+        # so that a process that is killed has lost none of those that it wrote a moment before.
         suffix = f".{os.getpid()}.{next(_opened)}"
         try:
             with tf.Graph().as_default():
-                self._file = _v1.summary.FileWriter(self._logdir, filename_suffix=suffix)
+                self._file = _v1.summary.FileWriter(self._logdir, flush_secs=0, filename_suffix=suffix)
         except _STORAGE_ERRORS:
             if self._retry_at is None and "://" in self._logdir:
                 raise

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.watching import hang_monitor
 
 _log = logging.getLogger(__name__)

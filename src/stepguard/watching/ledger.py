@@ -25,7 +25,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from stepguard import files, schema
+from stepguard.disk import files, schema
 from stepguard.watching import history
 
 _log = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 
-from stepguard import files
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.event_files import Curve, EventFiles, event_files, read_curves
 from stepguard.cli.text import output
 from stepguard.cli.text.plot import plotted
 from stepguard.cli.text.table import Column, print_table, warning
+from stepguard.disk import files
 
 _MOST_DRAWN = 100  # below each other: a picture has a largest height
 _BEGIN_A_FORMULA = frozenset("=+-@")

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
 from stepguard.cli.exits import NOT_DONE, CommandError
+from stepguard.disk import files
 
 # Of records that cannot be read: after so many the rest is not read either.
 _MOST_LOST = 1000

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.store import Manifest
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.torch.checkpoint import unpickling

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import described
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
