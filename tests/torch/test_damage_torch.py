@@ -45,7 +45,7 @@ class Program:
     def train(self, steps):
         with self.sv.managed_session() as session:
             weights = self.model.weight.detach().clone()
-            for _ in session.steps(max_steps=steps) if steps else ():
+            for _ in session.steps(max_steps=steps):
                 self.optimizer.zero_grad()
                 self.model(torch.rand(8)).sum().backward()
                 self.optimizer.step()
@@ -130,8 +130,8 @@ def test_a_whole_copy_is_resumed_from_its_newest_without_a_word(original, tmp_pa
 @pytest.mark.parametrize("name", ["other.pt", "process-1.pt", "model.pt.pt"])
 @pytest.mark.parametrize("kind", ["state", "garbage", "fifo", "directory"])
 def test_what_the_manifest_does_not_name_is_not_read(kind, name, tmp_path, caplog):
-    _, before = Program(tmp_path).train(2)
-    trained = Program(tmp_path).train(0)[1]
+    before = Program(tmp_path).train(2)
+    trained = Program(tmp_path).restore()[1]
     path = tmp_path / "model.ckpt-2" / name
     if kind == "state":
         torch.save({"weight": torch.zeros(8, 8)}, path)
@@ -142,7 +142,7 @@ def test_what_the_manifest_does_not_name_is_not_read(kind, name, tmp_path, caplo
     else:
         path.mkdir()
     with caplog.at_level(logging.WARNING):
-        resumed, weights = Program(tmp_path).train(0)
+        resumed, weights = Program(tmp_path).restore()
     assert resumed == 2
     assert torch.equal(weights, trained)
     assert not torch.equal(weights, before)
@@ -160,5 +160,5 @@ def test_a_manifest_that_names_no_process_is_damage(tmp_path, caplog):
     files = tuple(one for one in manifest.files if not one.name.endswith("process-0.pt"))
     path.write_bytes(dataclasses.replace(manifest, files=files).to_json())
     with caplog.at_level(logging.WARNING):
-        assert Program(tmp_path).train(0)[0] == 1
+        assert Program(tmp_path).restore()[0] == 1
     assert "expected the file process-0.pt in its manifest" in caplog.text
