@@ -114,14 +114,37 @@ def test_a_tag_that_begins_like_a_formula_is_none_in_a_spreadsheet(tmp_path, ste
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    tags = ["=1+1", "+x", "-x", "@x", "loss"]
+    tags = ["=1+1", "+x", "-x", "@x", "loss", " =1+1", "\n@x", "\uff1d1+1", f"t{EVIL}"]
     writer = EventFileWriter(str(tmp_path))
     for tag in tags:
         writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=-1.0)])))
     writer.close()
     rows = list(csv.reader(io.StringIO(stepguard("events", tmp_path, "--csv", "-").stdout)))
-    assert sorted(row[0] for row in rows[1:]) == sorted(["'=1+1", "'+x", "'-x", "'@x", "loss"])
+    expected = ["'=1+1", "'+x", "'-x", "'@x", "loss", "' =1+1", "'\\n@x", "'\uff1d1+1", printable(f"t{EVIL}")]
+    assert sorted(row[0] for row in rows[1:]) == sorted(expected)
     assert {row[3] for row in rows[1:]} == {"-1.0"}
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zeros", "loop", "directory"])
+def test_an_event_file_that_is_none_is_named_and_the_others_are_read(kind, tmp_path, stepguard, document):
+    pytest.importorskip("tensorboard")
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path))
+    writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag="loss", simple_value=2.0)])))
+    writer.close()
+    path = tmp_path / "events.out.tfevents.1"
+    make = {"fifo": os.mkfifo, "directory": os.mkdir, "zeros": lambda path: path.symlink_to("/dev/zero")}
+    make.get(kind, lambda path: path.symlink_to(path))(path)
+    result = stepguard("events", tmp_path)
+    assert result.exit_code == 1
+    assert f"{path.name}: could not be read: " in result.stderr
+    assert "loss" in result.stdout
+    found = document("events", tmp_path)
+    assert [one["tag"] for one in found["scalars"]] == ["loss"]
+    assert len(found["unreadable"]) == 1
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "hdfs://node/run", "s3:/b"])

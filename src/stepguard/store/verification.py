@@ -180,9 +180,13 @@ def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> No
         raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
     for one in present:
         path = layout.root / one
+        if not layout.is_needed(one, name):
+            continue
         with reading(path):
-            is_empty = layout.is_needed(one, name) and files.size_of(path) == 0
-        if is_empty:
+            size, is_dir = files.size_of(path), os.path.isdir(path)
+        if size is None and not is_dir:
+            raise CheckpointCorruptError(f"{path}: expected a regular file, found none", path=path)
+        if size == 0:
             raise CheckpointCorruptError(f"{path}: expected a file with content, found 0 bytes", path=path)
     missing = layout.missing_data(name, present)
     if missing is not None:

@@ -79,6 +79,7 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
 
     Raises:
         CheckpointMismatchError: the checkpoint does not fit the graph. Nothing was overwritten.
+        CheckpointCorruptError: a file of it is a FIFO, a device or another thing that cannot be read to an end.
         ValueError: there is no such checkpoint.
     """
     path = tensorflow_files.without_pattern(path)
@@ -90,6 +91,8 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
             f"{path}: expected a checkpoint with this prefix, found no {entry}; "
             "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
         )
+    if is_standard:
+        tensors.check_readable(path)
     path = tensors.restorable(path)
     graph = session.graph
     with graph.as_default():
@@ -357,6 +360,9 @@ def _counts_steps(graph: Any) -> bool:
 
 
 def _state_of(directory: str) -> Any:
+    """TensorFlow's own reading of the state file; ``None`` if there is none that can be used."""
+    if "://" not in directory and statefile.read(Path(directory)) is None:
+        return None  # TensorFlow would wait at a FIFO for ever.
     try:
         return _v1.train.get_checkpoint_state(directory)
     except ValueError:

@@ -196,8 +196,7 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
         raise FileNotFoundError(str(checkpoint.path))
     descriptors = {}
     for record in manifest.files:
-        # Not blocking, because the opening of a FIFO in place of a file would wait for its other end.
-        descriptor = os.open(store.root / record.name, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = files.open_regular(store.root / record.name)
         stack.callback(os.close, descriptor)
         descriptors[Path(record.name).name] = descriptor
     held = _Held(checkpoint, descriptors)

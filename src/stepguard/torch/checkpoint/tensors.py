@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.saved_tensor import SavedTensor
 from stepguard.torch.checkpoint import unpickling
-from stepguard.torch.checkpoint.files import SUFFIX, is_process
+from stepguard.torch.checkpoint.files import SUFFIX, is_process, named_files
 
 METADATA = ".metadata"
 
@@ -34,8 +35,14 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     elif (path / METADATA).is_file():
         yield from _sharded(path)
     else:
-        for part in sorted(path.iterdir()):
+        for part in _parts(path):
             yield from _part(part)
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.with_name(path.name + MANIFEST_SUFFIX).exists():
+        return named_files(path)
+    return sorted(path.iterdir())
 
 
 def _sharded(path: Path) -> Iterator[SavedTensor]:
@@ -44,7 +51,7 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
 
     sharded = ShardedFiles(path)
     stored = sharded.tensors()
-    for part in sorted(path.glob(f"*{SUFFIX}")):
+    for part in named_files(path):
         state = _load(part)
         # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
