@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
-from stepguard.store import statefile, tensorflow_files
+from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
 
 _log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class _Source:
     """A reader of a checkpoint, with the symbolic link through which it may open the data at each read."""
 
     def __init__(self, path: str) -> None:
-        check_readable(statefile.without_shards(path))
+        check_readable(tensorflow_files.without_pattern(path))
         link = contextlib.ExitStack()
         weakref.finalize(self, link.close)
         self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
