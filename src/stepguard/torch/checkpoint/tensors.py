@@ -77,6 +77,8 @@ def _part(path: Path) -> Iterator[SavedTensor]:
     if path.suffix == SUFFIX and path.is_file():
         yield from _leaves(path.stem, _load(path))
         return
+    if not path.exists():
+        raise CheckpointCorruptError(f"{path}: expected this file, which the manifest names, found none", path=path)
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
         f"{'a directory' if path.is_dir() else 'another file'}",
