@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
+from stepguard.log import logger
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -28,7 +28,7 @@ from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _MOST_STAGES = 10
 

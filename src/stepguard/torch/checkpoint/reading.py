@@ -7,7 +7,6 @@ the checkpoint that is newest then.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,14 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.log import logger
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
 from stepguard.words import listed
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 NEWEST = "newest"
 
