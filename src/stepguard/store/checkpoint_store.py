@@ -21,6 +21,7 @@ from typing import Any
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.log import logger
+from stepguard.options import check_local
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -43,6 +44,8 @@ class NameTakenError(OSError):
 class CheckpointStore:
     """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
 
+    Raises ValueError if ``root`` is an address such as ``s3://bucket/run``.
+
     ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file that identifies a checkpoint without a
     manifest, which TensorFlow's own tools wrote. None means that only committed checkpoints count. ``max_to_keep`` and
     ``keep_every_n_hours`` are for `prune`. ``clock`` returns Unix time.
@@ -63,6 +66,7 @@ class CheckpointStore:
         keep_every_n_hours: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_local("the directory of a store", root)
         self.root = Path(root)
         self.engine = engine
         self.relative_paths = relative_paths
