@@ -13,7 +13,6 @@ only the steps since the last committed checkpoint.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -24,9 +23,10 @@ from typing import ParamSpec, Protocol, TypeVar
 from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
+from stepguard.log import logger
 from stepguard.watching import launcher_link
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

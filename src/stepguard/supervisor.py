@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 import sys
 import threading
@@ -20,6 +19,7 @@ from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
 from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
+from stepguard.log import logger
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
@@ -28,7 +28,7 @@ from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How long the last save may take when the grace period is 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0

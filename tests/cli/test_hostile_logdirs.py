@@ -149,11 +149,16 @@ def test_an_event_file_that_is_none_is_named_and_the_others_are_read(kind, tmp_p
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "hdfs://node/run", "s3:/b"])
 @pytest.mark.parametrize(
-    "command", [["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"]]
+    "command",
+    [
+        *(["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"], ["diff", "."]),
+        ["run", "--logdir"],
+    ],
+    ids=lambda command: command[0],
 )
 def test_a_place_in_another_store_is_refused_by_name(place, command, tmp_path, stepguard, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = stepguard(*command, place)
+    result = stepguard(*command, place, *(["--", "true"] if command[0] == "run" else []))
     assert result.exit_code == 2
     assert place in result.output.replace("\n", "")
     assert os.listdir(tmp_path) == []

@@ -33,6 +33,10 @@ LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
 """A directory that exists, on a file system of this machine."""
 
 
+NEW_LOGDIR = _Logdir(file_okay=False, path_type=Path)
+"""A directory that may not exist yet, on a file system of this machine."""
+
+
 def _check_local(value: str | os.PathLike[str]) -> None:
     try:
         check_local("the place", value)

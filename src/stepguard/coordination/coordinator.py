@@ -20,7 +20,6 @@ reads `joined`, so at least one of the two raises the error. Nothing here is on 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -31,11 +30,12 @@ from types import TracebackType
 from typing import Any
 
 from stepguard.errors import StopRequested, add_note
+from stepguard.log import logger
 from stepguard.options import check_seconds
 
 __all__ = ["Coordinator"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # The shortest grace period of a join: even a thread that waits for the stop needs a moment to wake up and end.
 _SHORTEST_LOOK_SECS = 0.05

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.log import logger
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
@@ -18,7 +18,7 @@ from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class RunSaver(Generic[SessionT]):

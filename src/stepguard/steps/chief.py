@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import threading
 import time
@@ -18,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError
+from stepguard.log import logger
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # A generous estimate of the length of a round, used before the first round.
 _ROUND_SECS = 0.05

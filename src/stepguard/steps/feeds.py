@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.log import logger
 from stepguard.steps.random_streams import RandomStreams
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _END = object()
 

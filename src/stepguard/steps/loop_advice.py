@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 
+from stepguard.log import logger
 from stepguard.steps.feeds import Feed, shown
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from stepguard.log import logger
 from stepguard.steps.feeds import Feed
 from stepguard.steps.random_streams import RandomStreams
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class ProcessState(ABC):

@@ -28,7 +28,6 @@ end.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -37,12 +36,13 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
+from stepguard.log import logger
 from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.word_log import Word, WordLog
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 PATIENCE_SECS = 30.0
 # The patience after a second Ctrl-C, which is meant to end this process at once.

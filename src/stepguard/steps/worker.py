@@ -9,7 +9,6 @@ patience.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, NonFiniteError
+from stepguard.log import logger
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
@@ -24,7 +24,7 @@ from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Worker(Rendezvous):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
+from stepguard.log import logger
+from stepguard.options import check_local
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
@@ -28,7 +29,7 @@ from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _MOST_STAGES = 10
 
@@ -42,6 +43,8 @@ class NameTakenError(OSError):
 
 class CheckpointStore:
     """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
+
+    Raises ValueError if ``root`` is an address such as ``s3://bucket/run``.
 
     ``saver_files`` are the names of checkpoints without a manifest, which the framework's own tools wrote, such as
     `stepguard.store.tensorflow_files`. None means that only committed checkpoints count. ``max_to_keep`` and
@@ -63,6 +66,7 @@ class CheckpointStore:
         keep_every_n_hours: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_local("the directory of a store", root)
         self.root = Path(root)
         self.engine = engine
         self.relative_paths = relative_paths

@@ -8,7 +8,6 @@ without a manifest, has the names that the `SaverFiles` tell, which are handed i
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -20,12 +19,13 @@ from typing import Protocol
 from stepguard.disk import files
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.log import logger
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 STAGE = ".stage-"
 """The prefix of the directory in which the save NAME is being written."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import numbers
 import os
@@ -13,11 +12,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.log import logger
 from stepguard.options import Options, Saving, Watching
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 _HAVE_DEFAULTS = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
-import logging
 import os
 import tempfile
 import threading
@@ -18,8 +17,9 @@ import tensorflow as tf
 
 from stepguard.disk import files
 from stepguard.errors import described
+from stepguard.log import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 _FileWriter: Any = _v1.summary.FileWriter
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -13,13 +12,14 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import ModelNotReadyError
+from stepguard.log import logger
 from stepguard.store import Recovery
 from stepguard.tensorflow.checkpoint.restore import Restorer, restore_file
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.session import Session
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # The wait before the first check for a model or a checkpoint, its growth, and its limit (recovery_wait_secs is the

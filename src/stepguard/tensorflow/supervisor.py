@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.engine import Prepared
+from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -27,7 +27,7 @@ from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
+from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
@@ -34,7 +34,7 @@ from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class TorchEngine(LoopEngine[Session]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import tempfile
 import threading
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 
+from stepguard.log import logger
 from stepguard.torch.random_states import STREAMS
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _opened = itertools.count()
 

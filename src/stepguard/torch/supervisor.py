@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError, described
+from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -26,7 +26,7 @@ from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Supervisor(CoreSupervisor[Session]):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from stepguard.disk import files
+from stepguard.log import logger
 from stepguard.watching import hang_monitor
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 DIR_NAME = "stacks"
 _REAP_SECS = 1.0

@@ -13,7 +13,6 @@ whose end is read then.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -26,9 +25,10 @@ from types import NoneType
 from typing import Any
 
 from stepguard.disk import files, schema
+from stepguard.log import logger
 from stepguard.watching import history
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 FILE_NAME = "run.jsonl"
 

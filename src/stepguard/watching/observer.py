@@ -14,7 +14,6 @@ the last heartbeat; the next start reads both.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine
+from stepguard.log import logger
 from stepguard.options import Watching
 from stepguard.store import Recovery
 from stepguard.watching import launcher_link, ledger
@@ -35,7 +35,7 @@ from stepguard.watching.pulse import Pulse
 from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How often the step counter is read.
 _LOOK_SECS = 1.0

@@ -8,11 +8,12 @@ import sys
 import time
 from typing import Any
 
+from stepguard.log import logger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
 from stepguard.words import duration
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class ProgressLine(Part):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 from stepguard import __version__
 from stepguard.errors import described
+from stepguard.log import logger
 from stepguard.store import Recovery
 from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.ledger import Ledger
 from stepguard.watching.metrics import Totals
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _WARNINGS_KEPT = 5
 

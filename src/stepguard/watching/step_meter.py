@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from typing import Any
 
 from stepguard.engine import Engine, RestsBetweenLoops
+from stepguard.log import logger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # The step rate is measured over this many seconds.
 _RATE_SECS = 30.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import SECONDS
+from stepguard.cli.arguments import NEW_LOGDIR, SECONDS
 from stepguard.cli.launcher.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.launcher.restarts import Restarts
 from stepguard.cli.text import output
@@ -41,7 +41,7 @@ Exit codes:
 )
 @click.option(
     "--logdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=NEW_LOGDIR,
     help="The program's logdir, where Stepguard in the program cannot tell it.",
 )
 @click.option(

@@ -7,7 +7,6 @@ before V2, in other directories. `SEARCHES` lists all the places in their order.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile, tensorflow_files
@@ -27,7 +27,7 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 ENGINE = "tensorflow"

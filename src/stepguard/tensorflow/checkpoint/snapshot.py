@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from stepguard.log import logger
 from stepguard.tensorflow.checkpoint.files import BundleTensor
 from stepguard.tensorflow.scalars import is_finite
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # A master in another process answers in one message, and a protocol buffer is limited to 2 GiB.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import math
 import os
 import tempfile
@@ -19,10 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
+from stepguard.log import logger
 from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 PATTERN = frozenset("*?[\\")
 """TensorFlow takes a path that has one of these characters for a pattern."""

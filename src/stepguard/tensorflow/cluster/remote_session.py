@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import sys
 import threading
@@ -27,12 +26,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.log import logger
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import Carrier, GiveUp
 from stepguard.tensorflow.cluster.server_ping import Heartbeat
 from stepguard.tensorflow.session import Session
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # Closing a session calls every server that it used, and would wait for a lost server until that comes back.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepguard.errors import add_note
+from stepguard.log import logger
 from stepguard.options import check_count, check_seconds
 from stepguard.tensorflow.cluster.tasks import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 

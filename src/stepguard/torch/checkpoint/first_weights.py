@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from stepguard.errors import CheckpointError, CheckpointMismatchError
+from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.torch.checkpoint.files import read_file
 from stepguard.torch.checkpoint.mismatch import mismatch
@@ -21,7 +21,7 @@ from stepguard.torch.checkpoint.redistribution import cut
 from stepguard.torch.checkpoint.state import Component
 from stepguard.words import listed
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _SAFETENSORS = ".safetensors"
 

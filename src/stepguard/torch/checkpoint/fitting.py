@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving.mismatch import Mismatch
 from stepguard.torch.checkpoint import hyperparameters, optimizers
@@ -29,7 +29,7 @@ from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.state import Component
 from stepguard.words import listed
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(slots=True)

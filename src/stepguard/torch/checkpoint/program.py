@@ -7,20 +7,20 @@ program, and unfreezes the parameters that the run had unfrozen.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from stepguard.log import logger
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
 from stepguard.words import listed
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Program:

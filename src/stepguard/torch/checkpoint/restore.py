@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stepguard.errors import CheckpointCorruptError
+from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
@@ -19,7 +19,7 @@ from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Restorer:

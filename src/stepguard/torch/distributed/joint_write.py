@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -24,12 +23,13 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import described
+from stepguard.log import logger
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import process_file, write_file
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any]) -> None:
