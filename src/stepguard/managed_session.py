@@ -23,8 +23,8 @@ from typing import ParamSpec, Protocol, TypeVar
 from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
-from stepguard.log import logger
 from stepguard.watching import launcher_link
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -19,7 +19,6 @@ from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
 from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
-from stepguard.log import logger
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
@@ -27,6 +26,7 @@ from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -16,10 +16,11 @@ import pytest
 from logdirs import commit
 
 from stepguard.cli.main import cli
-from stepguard.errors import CheckpointError, printable
+from stepguard.errors import CheckpointError
 from stepguard.store import recovery, statefile
 from stepguard.store.manifest import SUFFIX
 from stepguard.watching import heartbeat, ledger
+from stepguard.words import printable
 
 COMMANDS = (["ls"], ["verify"], ["status"], ["prune", "--keep-last", "1", "--dry-run"])
 commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in COMMANDS])

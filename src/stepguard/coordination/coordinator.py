@@ -30,8 +30,8 @@ from types import TracebackType
 from typing import Any
 
 from stepguard.errors import StopRequested, add_note
-from stepguard.log import logger
 from stepguard.options import check_seconds
+from stepguard.words import logger
 
 __all__ = ["Coordinator"]
 

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
-from stepguard.log import logger
 from stepguard.store import CheckpointStore
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.log import logger
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
@@ -17,6 +16,7 @@ from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
 _log = logger(__name__)
 

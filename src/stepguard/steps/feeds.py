@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.log import logger
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from stepguard.log import logger
 from stepguard.steps.feeds import Feed, shown
+from stepguard.words import logger
 
 _log = logger(__name__)
 

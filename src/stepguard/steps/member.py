@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import NonFiniteError
-from stepguard.log import logger
 from stepguard.steps.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 

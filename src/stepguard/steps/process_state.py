@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from stepguard.log import logger
 from stepguard.steps.feeds import Feed
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -36,11 +36,11 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
-from stepguard.log import logger
 from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.word_log import Word, WordLog
+from stepguard.words import logger
 
 _log = logger(__name__)
 

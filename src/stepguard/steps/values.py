@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 

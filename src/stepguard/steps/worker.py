@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError, NonFiniteError
-from stepguard.log import logger
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
+from stepguard.words import logger
 
 _log = logger(__name__)
 

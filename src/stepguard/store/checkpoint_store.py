@@ -20,7 +20,6 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
-from stepguard.log import logger
 from stepguard.options import check_local
 from stepguard.store import layout as layouts
 from stepguard.store import lock, recovery, statefile, verification
@@ -28,6 +27,7 @@ from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
+from stepguard.words import logger
 
 _log = logger(__name__)
 

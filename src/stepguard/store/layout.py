@@ -19,11 +19,11 @@ from typing import Protocol
 from stepguard.disk import files
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.log import logger
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
+from stepguard.words import logger
 
 _log = logger(__name__)
 

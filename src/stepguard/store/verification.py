@@ -11,11 +11,11 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.words import logger
 
 _log = logger(__name__)
 

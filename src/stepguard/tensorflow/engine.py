@@ -15,7 +15,6 @@ import tensorflow as tf
 from stepguard.disk.files import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
-from stepguard.log import logger
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
@@ -27,6 +26,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, write_graph
 from stepguard.tensorflow.run_effects import RunKinds
 from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

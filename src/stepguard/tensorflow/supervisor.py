@@ -12,7 +12,6 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.engine import Prepared
-from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -26,6 +25,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

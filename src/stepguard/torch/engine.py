@@ -15,7 +15,6 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
@@ -33,6 +32,7 @@ from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError, described
-from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -25,6 +24,7 @@ from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 

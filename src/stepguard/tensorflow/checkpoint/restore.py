@@ -17,7 +17,6 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile, tensorflow_files
@@ -26,6 +25,7 @@ from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

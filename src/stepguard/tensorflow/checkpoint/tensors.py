@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
 from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepguard.log import logger
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

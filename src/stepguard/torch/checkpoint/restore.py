@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
@@ -18,6 +17,7 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 
