@@ -339,6 +339,9 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         whether the run ends there.
         """
 
+    def is_outside_steps(self, session: _SessionT_contra, error: BaseException) -> bool:
+        """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
+
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
         """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
 

@@ -388,11 +388,12 @@ class Supervisor(Generic[SessionT]):
 
     def _finish_saving(self, *, is_finished: bool) -> None:
         """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
-        the fault.
+        the fault. The state is not the fault of an error in reading the data.
         """
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
-            if not self._coord.failed:
+            error = self._coord.first_error
+            if error is None or self._saving.is_outside_steps(error):
                 self._finish_counting()
                 self._saving.save_last(deadline, is_finished=is_finished)
         finally:

@@ -311,6 +311,12 @@ class Coordinator:
         """True once an error was reported."""
         return bool(self._stop.failures)
 
+    @property
+    def first_error(self) -> BaseException | None:
+        """The error that :meth:`join` raises; ``None`` if none was reported."""
+        failures = self._stop.failures
+        return failures[0].error if failures else None
+
     def raise_requested_exception(self) -> None:
         """Raises the first reported error, if any, with the traceback it had when reported. May be called again."""
         failures = self._stop.failures

@@ -141,6 +141,10 @@ class RunSaver(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - a thread's edge
             self._on_error(error)
 
+    def is_outside_steps(self, error: BaseException) -> bool:
+        """Whether ``error`` came from the data between two steps, so that the last step can be saved after it."""
+        return self.checkpointer is not None and self.checkpointer.is_outside_steps(error)
+
     def save_last(self, deadline: float, *, is_finished: bool) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``
         (monotonic clock). ``is_finished`` is as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.

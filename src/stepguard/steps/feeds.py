@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.errors import CheckpointMismatchError
@@ -40,7 +42,8 @@ class Feed(ABC):
         """
         while epochs is None or self.epoch < epochs:
             if self._iterator is None:
-                self._iterator = self._begin_epoch(self._seen_before)
+                with self.starting():
+                    self._iterator = self._begin_epoch(self._seen_before)
                 self._given, self._seen_before = self._seen_before, 0
             batch = next(self._iterator, _END)
             if batch is not _END:
@@ -56,6 +59,8 @@ class Feed(ABC):
             self.batches = self._given = 0
         raise StopIteration
 
+    starting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """The context in which an epoch begins, and the loader starts its processes."""
     is_repeatable = True
     is_exhausted = False
     """Whether this is an iterator that has ended and does not begin again."""

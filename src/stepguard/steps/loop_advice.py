@@ -113,6 +113,16 @@ class LoopAdvice:
             accumulate,
         )
 
+    def on_failed_fetch(self, feed: Feed, step: int) -> None:
+        """Warn that the state of ``step`` is whole, but not the random streams, if the loader draws in this process."""
+        if not getattr(feed.loader, "num_workers", 0):
+            self._tell(
+                feed,
+                "%s: the loader has failed between two steps, so step %d is saved. Random numbers that it has drawn "
+                "for the next batch are drawn again: if they belong to the training, a resumed run differs from here on",
+                step,
+            )
+
     def _tell(self, feed: Feed | None, message: str, *values: object) -> None:
         if (message, id(feed)) not in self._told:
             self._told.add((message, id(feed)))

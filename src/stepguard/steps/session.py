@@ -63,6 +63,8 @@ class Session:
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
         self._advice = LoopAdvice()
+        # The error by which a loader has failed to give the batch of a step that had not begun.
+        self.failed_fetch: BaseException | None = None
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
@@ -416,8 +418,7 @@ class Session:
                     self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
                     return
                 except BaseException as error:
-                    boundary.leave_torn()
-                    self._interrupts.raise_if_held(error)
+                    self._leave_without_batch(error, turns)
                     raise
                 turns += 1
                 if accumulate > 1:
@@ -437,6 +438,18 @@ class Session:
                 if accumulate == 1 or self.is_update:
                     break
             self.finish_step()
+
+    def _leave_without_batch(self, error: BaseException, turns: int) -> None:
+        """Leave a step whose loader has failed after ``turns`` batches."""
+        if turns or self._gate is not None or not isinstance(error, Exception):
+            self.boundary.leave_torn()
+        else:
+            # Nothing was trained: the state is still that of the last boundary.
+            feed, self._feed_of_step, self.failed_fetch = self._feed_of_step, None, error
+            if feed is not None:
+                self._advice.on_failed_fetch(feed, self.global_step)
+            self.boundary.leave(is_done=False)
+        self._interrupts.raise_if_held(error)
 
     def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
         """Put the restored state back before a loop that follows loops which had ended before the restart.

@@ -26,6 +26,7 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.data.outliving import let_workers_outlive_signals
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
@@ -95,6 +96,7 @@ class TorchEngine(LoopEngine[Session]):
         if meets_every is not None:
             self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
+        let_workers_outlive_signals()
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:

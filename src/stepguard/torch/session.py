@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.torch.data.feeds import feed_of
+from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
 
@@ -67,7 +69,11 @@ class _TorchProcessState(ProcessState):
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
     def new_feed(self, loader: Any) -> Feed:
-        return feed_of(loader)
+        starting = functools.partial(starting_workers, loader)
+        with starting():  # torchdata's loader starts its workers when it is asked for its state.
+            feed = feed_of(loader)
+        feed.starting = starting
+        return feed
 
     def capture(self) -> dict[str, Any]:
         unapplied = {name: one.unapplied() for name, one in self._gradients.items()}
