@@ -377,7 +377,7 @@ class Session:
         self.boundary.rest(state.complete_epoch, is_last=is_last)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -489,7 +489,7 @@ class Session:
         if plan is not None and not is_over and not is_stopped:
             change = functools.partial(self._note_loop_over, plan)
         self.boundary.rest(change, is_last=is_stopped)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
         if plan is None:
             return
         if is_stopped and not is_over:
@@ -499,6 +499,12 @@ class Session:
                 self._check_stop()
         elif not is_stopped:
             self._advice.on_end(plan, self.global_step, is_empty=is_empty)
+
+    def _raise_interrupt(self) -> None:
+        """Raise a Ctrl-C that was held back, in the program's loop and between two loops."""
+        # Until the last step is settled, another process may have begun a step that needs this one.
+        if self._gate is None or self._gate.is_last:
+            self._interrupts.raise_if_held()
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
