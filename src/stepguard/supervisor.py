@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 import sys
 import threading
@@ -27,8 +26,9 @@ from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How long the last save may take when the grace period is 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
@@ -388,11 +388,12 @@ class Supervisor(Generic[SessionT]):
 
     def _finish_saving(self, *, is_finished: bool) -> None:
         """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
-        the fault.
+        the fault. The state is not the fault of an error in reading the data.
         """
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
-            if not self._coord.failed:
+            error = self._coord.first_error
+            if error is None or self._saving.is_outside_steps(error):
                 self._finish_counting()
                 self._saving.save_last(deadline, is_finished=is_finished, was_told=self._was_told())
         finally:

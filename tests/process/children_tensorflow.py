@@ -19,7 +19,8 @@ import tensorflow as tf
 from model import Model, read, wrong
 from zygote import report
 
-from stepguard import Watching, files
+from stepguard import Watching
+from stepguard.disk import files
 from stepguard.errors import LogdirInUseError
 from stepguard.options import Stopping
 from stepguard.store import CheckpointStore, tensorflow_files

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.store.layout import SaverFiles
 

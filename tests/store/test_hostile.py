@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError, NoGoodCheckpointError
 from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile, tensorflow_files
 from stepguard.store.layout import SaverFiles
@@ -490,7 +490,7 @@ WRONG: dict[str, Any] = {
     "time": ["now", None, HUGE, 1e300, True, []],
     "name": [5, None, "../model.ckpt-2", "model.ckpt-1", "", "model.ckpt-2\0", ["model.ckpt-2"]],
     "engine": [5, None, {}],
-    "files": [None, 5, {}, [None], [[]], ["x"], [{}]],
+    "files": [None, 5, {}, [], [None], [[]], ["x"], [{}]],
     "extra": [None, 5, [], "x"],
     "format_version": ["1", None, 0, -1, 1.0, True, []],
     "owned": [5, None, "x", {}],
@@ -548,7 +548,7 @@ def test_any_value_in_any_field_of_a_manifest_is_read_or_refused(name: str, valu
         "engine": "fake",
         "step": 1,
         "time": 1.0,
-        "files": [],
+        "files": [{"name": "m-1", "size": 1, "digest": "x"}],
         "extra": {},
         "owned": [],
     }

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.store.layout import Layout
 

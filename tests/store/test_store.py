@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stores import LAYOUTS, content_of, good_of, layouts, names_in, open_store, put, save, tensorflow_content
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.store import CheckpointStore, statefile
 
 # --- commit and list ---

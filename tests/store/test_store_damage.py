@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from stores import LAYOUTS, content_of, good_of, layouts, names_in, open_store, save, snapshot_of, tensorflow_content
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -1,7 +1,7 @@
 """Power loss, simulated: what was not fsynced is dropped, in every way that is possible, after every single call.
 
-A recorder stands where `stepguard.files` finds ``os``. Its record is replayed on a model of a disk that keeps only what
-is promised: the content of a file after its fsync, the names of a directory after the fsync of the directory. For
+A recorder stands where `stepguard.disk.files` finds ``os``. Its record is replayed on a model of a disk that keeps only
+what is promised: the content of a file after its fsync, the names of a directory after the fsync of the directory. For
 every prefix of the record the states that the disk may then be in are built as real files, and a real store is asked.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.store import CheckpointStore, statefile, tensorflow_files
 

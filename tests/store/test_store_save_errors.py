@@ -25,7 +25,7 @@ from stores import (
     save_and_prune,
 )
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store import Checkpoint, CheckpointStore, Manifest
 
@@ -92,7 +92,7 @@ KILLER = """
 import os, sys
 from pathlib import Path
 import stores as here
-from stepguard import files
+from stepguard.disk import files
 
 top, layout, steps = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
 at = 0

@@ -354,7 +354,7 @@ class TestWhatIsRestored:
 
     def test_no_code_from_a_file_is_run(self, tmp_path):
         """A file whose digest is right, by somebody who can write to the logdir."""
-        from stepguard import files
+        from stepguard.disk import files
 
         Training(tmp_path).train(1)
         trap = tmp_path / "sprung"

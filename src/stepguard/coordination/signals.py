@@ -24,7 +24,9 @@ import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-_log = logging.getLogger(__name__)
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 # A second SIGTERM within this time of the first is the same one, passed on by a launcher.
 _ECHO_SECS = 0.5

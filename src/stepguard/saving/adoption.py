@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
 from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
 from stepguard.store import CheckpointStore
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Adoption:

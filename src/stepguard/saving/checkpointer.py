@@ -127,6 +127,10 @@ class Checkpointer:
                 f"the one before it is good. Give it more time with a larger stop_grace_secs"
             )
 
+    def is_outside_steps(self, error: BaseException) -> bool:
+        """Whether ``error`` came from the data, before a step began with it."""
+        return self._loops is not None and self._loops.is_outside_steps(self._session, error)
+
     def close(self) -> None:
         """Take no more snapshots, even if a trigger still asks for one."""
         self._is_closed = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class RunSaver(Generic[SessionT]):
@@ -140,6 +140,10 @@ class RunSaver(Generic[SessionT]):
                 checkpointer()
         except Exception as error:  # noqa: BLE001 - a thread's edge
             self._on_error(error)
+
+    def is_outside_steps(self, error: BaseException) -> bool:
+        """Whether ``error`` came from the data between two steps, so that the last step can be saved after it."""
+        return self.checkpointer is not None and self.checkpointer.is_outside_steps(error)
 
     def save_last(self, deadline: float, *, is_finished: bool, was_told: bool = False) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import time
@@ -19,16 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
+from stepguard.options import check_local
 from stepguard.store import layout as layouts
 from stepguard.store import leftovers, lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _MOST_STAGES = 10
 
@@ -42,6 +43,8 @@ class NameTakenError(OSError):
 
 class CheckpointStore:
     """The checkpoints of one ``basename`` in the directory ``root``. Constructing it touches no disk.
+
+    Raises ValueError if ``root`` is an address such as ``s3://bucket/run``.
 
     ``saver_files`` are the names of checkpoints without a manifest, which the framework's own tools wrote, such as
     `stepguard.store.tensorflow_files`. None means that only committed checkpoints count. ``max_to_keep`` and
@@ -63,6 +66,7 @@ class CheckpointStore:
         keep_every_n_hours: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_local("the directory of a store", root)
         self.root = Path(root)
         self.engine = engine
         self.relative_paths = relative_paths
@@ -150,7 +154,7 @@ class CheckpointStore:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
         ``digests`` has the sizes and digests of files that were digested during their write
-        (`stepguard.files.NewFile`), by their names in the staging directory; other files are read for that.
+        (`stepguard.disk.files.NewFile`), by their names in the staging directory; other files are read for that.
         ``taken_at`` is the Unix time of the snapshot, which counts as the age of the checkpoint: a slow write does not
         make its step newer.
 

@@ -8,7 +8,6 @@ without a manifest, has the names that the `SaverFiles` tell, which are handed i
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -17,15 +16,16 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
 
-from stepguard import files
+from stepguard.disk import files
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.schema import MOST_DIGITS
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 STAGE = ".stage-"
 """The prefix of the directory in which the save NAME is being written."""

@@ -7,18 +7,18 @@ the manifest first.
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointError
 from stepguard.store import layout as layouts
 from stepguard.store import verification
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def put_in_order(layout: Layout) -> list[Path]:

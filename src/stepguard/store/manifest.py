@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard import files, schema
+from stepguard.disk import files, schema
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import tensorflow_files
 
@@ -137,6 +137,8 @@ class Manifest:
             raise schema.SchemaError(
                 f"expected the manifest of {path.name[: -len(SUFFIX)]}, found that of {known['name']}"
             )
+        if not records:
+            raise schema.SchemaError("files: expected at least one, found none")
         owned = tuple(one for one in known["owned"] if isinstance(one, str))
         return cls(**{**known, "files": records, "owned": owned})
 

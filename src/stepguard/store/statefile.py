@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepguard import files, schema
+from stepguard.disk import files, schema
 from stepguard.store import tensorflow_files
 
 FILE_NAME = "checkpoint"

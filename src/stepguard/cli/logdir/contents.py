@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import Checkpoint, Manifest, recovery, statefile, tensorflow_files, verification
 from stepguard.store import layout as layouts

@@ -7,7 +7,6 @@ before V2, in other directories. `SEARCHES` lists all the places in their order.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,8 +25,9 @@ from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 ENGINE = "tensorflow"
@@ -79,6 +79,7 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
 
     Raises:
         CheckpointMismatchError: the checkpoint does not fit the graph. Nothing was overwritten.
+        CheckpointCorruptError: a file of it is a FIFO, a device or another thing that cannot be read to an end.
         ValueError: there is no such checkpoint.
     """
     path = tensorflow_files.without_pattern(path)
@@ -90,6 +91,8 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
             f"{path}: expected a checkpoint with this prefix, found no {entry}; "
             "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
         )
+    if is_standard:
+        tensors.check_readable(path)
     path = tensors.restorable(path)
     graph = session.graph
     with graph.as_default():
@@ -357,6 +360,9 @@ def _counts_steps(graph: Any) -> bool:
 
 
 def _state_of(directory: str) -> Any:
+    """TensorFlow's own reading of the state file; ``None`` if there is none that can be used."""
+    if "://" not in directory and statefile.read(Path(directory)) is None:
+        return None  # TensorFlow would wait at a FIFO for ever.
     try:
         return _v1.train.get_checkpoint_state(directory)
     except ValueError:
