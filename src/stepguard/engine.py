@@ -315,8 +315,11 @@ class SharedModel(Protocol[_SessionT_contra]):
     def is_shared(self, session: _SessionT_contra) -> bool:
         """Whether other processes may change the state of this session. Any thread."""
 
-    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
-        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes."""
+    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float, *, may_go_on: bool) -> None:
+        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes.
+
+        ``may_go_on`` says that the others may go on: wait only as long as the steps take that they are doing now.
+        """
 
 
 @runtime_checkable
