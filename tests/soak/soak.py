@@ -36,6 +36,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# TensorFlow's lines about the processor.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
 TESTS = Path(__file__).resolve().parents[1]
 for _room in ("engines", "process", "soak"):
     sys.path.insert(0, str(TESTS / _room))
