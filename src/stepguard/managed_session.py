@@ -44,8 +44,8 @@ class Supervision(Protocol[SessionT]):
         """The exit code of a process that was asked to stop; ``None`` unless the program has chosen one."""
 
     @property
-    def was_asked_to_stop(self) -> bool:
-        """Whether a stop was requested before the run was over."""
+    def stop_reason(self) -> str | None:
+        """Who asked for the stop before the run was over; ``None`` if nobody did."""
 
     @property
     def stops_on_sigterm(self) -> bool:
@@ -56,6 +56,9 @@ class Supervision(Protocol[SessionT]):
 
     def request_stop(self, error: BaseException | None) -> None:
         """Ask everything to stop, because of ``error`` if there is one. Any thread."""
+
+    def ask_stop(self, reason: str) -> None:
+        """Ask everything to stop on behalf of ``reason``. Any thread."""
 
     def stop_at_boundary(self, session: SessionT) -> None:
         """Let no further step begin. Any thread."""
@@ -154,7 +157,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             raise
         if self._sigterm.received:
             end_by_sigterm(self._run.exit_code)
-        if self._run.exit_code is not None and self._run.was_asked_to_stop:
+        if self._run.exit_code is not None and self._run.stop_reason is not None:
             raise SystemExit(self._run.exit_code)
         # Swallow the error: the coordinator took it for the end of the input, and no other error followed.
         return True
@@ -190,7 +193,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._run.close(session)
 
     def _stop_at_boundary(self) -> None:
-        self._run.request_stop(None)
+        self._run.ask_stop("sigterm")
         session = self._session
         if session is not None:
             self._run.stop_at_boundary(session)

@@ -118,8 +118,8 @@ class LoopAdvice:
         if not getattr(feed.loader, "num_workers", 0):
             self._tell(
                 feed,
-                "%s: the loader has failed between two steps, so step %d is saved. Random numbers that it has drawn for "
-                "the next batch are drawn again: if they belong to the training, a resumed run differs from here on",
+                "%s: the loader has failed between two steps, so step %d is saved. Random numbers that it has drawn "
+                "for the next batch are drawn again: if these belong to the training, a resumed run differs",
                 step,
             )
 
