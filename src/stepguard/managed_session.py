@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
-from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
+from stepguard.coordination.signals import SigtermWatch, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
 from stepguard.watching import launcher_link
@@ -120,7 +120,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             # Raise an error of the preparation unchanged, even if its type means "end of input" during a run.
             self._end_quietly(error)
             if self._sigterm.received and isinstance(error, Exception):
-                end_by_sigterm()
+                self._sigterm.end_process()
             raise
         return self._session
 
@@ -131,7 +131,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             # A child that was forked inside the block leaves the run, and the threads that end it, to its parent.
             return False
         if self._sigterm.received:
-            self._run.note_end("sigterm")
+            self._run.note_end(self._sigterm.reason)
         if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C or sys.exit: this error itself tells the program that the run is over, so it passes on.
             is_interrupt = isinstance(error, KeyboardInterrupt)
@@ -150,13 +150,14 @@ class ManagedSession(AbstractContextManager[SessionT]):
         except BaseException as raised:
             if self._sigterm.received and isinstance(raised, Exception):
                 # The program must not catch this and go on: the process was told to end.
-                _log.error("ended by SIGTERM, and by an error, %s", described(raised), exc_info=raised)
-                end_by_sigterm()
+                by = self._sigterm.reason.upper()
+                _log.error("ended by %s, and by an error, %s", by, described(raised), exc_info=raised)
+                self._sigterm.end_process()
             if raised is error:
                 return False
             raise
         if self._sigterm.received:
-            end_by_sigterm(self._run.exit_code)
+            self._sigterm.end_process(self._run.exit_code)
         if self._run.exit_code is not None and self._run.stop_reason is not None:
             raise SystemExit(self._run.exit_code)
         # Swallow the error: the coordinator took it for the end of the input, and no other error followed.
@@ -193,7 +194,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._run.close(session)
 
     def _stop_at_boundary(self) -> None:
-        self._run.ask_stop("sigterm")
+        self._run.ask_stop(self._sigterm.reason)
         session = self._session
         if session is not None:
             self._run.stop_at_boundary(session)
