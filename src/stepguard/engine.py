@@ -44,8 +44,8 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
 - ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
 - ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` searches for the checkpoint to
   continue from. It quarantines damaged checkpoints, refuses those of another engine, and warns once of what was lost;
-- ``stepguard.files``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends; ``size`` and
-  ``digest`` follow. It has no ``read`` and no ``seek``. The store syncs every file of a checkpoint, however written;
+- ``stepguard.disk.files``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends; ``size``
+  and ``digest`` follow. It has no ``read`` and no ``seek``. The store syncs every file, whoever wrote it;
 - ``stepguard.options``: ``Options.of`` merges the options of a Supervisor, ``each_option_once`` decorates its
   constructor;
 - ``stepguard.errors``: the errors to raise.
@@ -293,7 +293,7 @@ class Engine(Protocol[SessionT]):
         """Write the files of ``snapshot``, named ``name`` or ``name.*``, into the directory ``stage``. Writer thread.
 
         Returns a mapping from file name to size in bytes and digest for the files that were digested while they were
-        written (see ``stepguard.files.NewFile``); the store reads and digests the others.
+        written (see ``stepguard.disk.files.NewFile``); the store reads and digests the others.
         """
 
     # --- summaries ---

@@ -13,7 +13,6 @@ only the steps since the last committed checkpoint.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -25,8 +24,9 @@ from stepguard.coordination.signals import SigtermWatch, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
 from stepguard.watching import launcher_link
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -239,6 +239,10 @@ class Restoring(_Group):
         _check_patterns("leave_out", self.leave_out)
         if not isinstance(self.init_from, (str, os.PathLike, Mapping, type(None))):
             raise wrong_type("init_from", "a path, a mapping of paths, or None", self.init_from)
+        places = self.init_from.values() if isinstance(self.init_from, Mapping) else [self.init_from]
+        for place in places:
+            if isinstance(place, (str, os.PathLike)):
+                check_local("init_from", place)
         _check_choice("init_fit", self.init_fit, "whole", "part")
 
 

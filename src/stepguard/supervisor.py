@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
 import os
 import sys
 import threading
@@ -27,8 +26,9 @@ from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How long the last save may take when the grace period is 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0

@@ -22,7 +22,7 @@ from model import Model, read, wrong
 from mounts import MEGABYTE, Mount, mounted
 from zygote import Zygote, wait_until
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import SaveFailedError
 from stepguard.options import Saving
 from stepguard.saving.commit import Committer

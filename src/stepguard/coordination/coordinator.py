@@ -20,7 +20,6 @@ reads `joined`, so at least one of the two raises the error. Nothing here is on 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -32,10 +31,11 @@ from typing import Any
 
 from stepguard.errors import StopRequested, add_note
 from stepguard.options import check_seconds
+from stepguard.words import logger
 
 __all__ = ["Coordinator"]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # The shortest grace period of a join: even a thread that waits for the stop needs a moment to wake up and end.
 _SHORTEST_LOOK_SECS = 0.05

@@ -27,7 +27,9 @@ import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-_log = logging.getLogger(__name__)
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 _REASONS = {signal.SIGTERM: "sigterm", signal.SIGUSR1: "sigusr1"}
 # A second SIGTERM within this time of the first is the same one, passed on by a launcher.

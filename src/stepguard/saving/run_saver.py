@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class RunSaver(Generic[SessionT]):
@@ -163,4 +163,18 @@ class RunSaver(Generic[SessionT]):
             checkpointer.close()
         writer, self.writer = self.writer, None
         # Let the writer finish: its snapshot holds a good step, whatever else went wrong.
-        return writer is None or writer.close(max(0.0, deadline - time.monotonic()))
+        is_idle = writer is None or writer.close(max(0.0, deadline - time.monotonic()))
+        if is_idle:
+            self._forget_removed()
+        return is_idle
+
+    def _forget_removed(self) -> None:
+        """Remove the manifests of checkpoints that the program's own saver has removed since the last commit."""
+        if self._store is None or not self.holds_logdir or not self.one_save.acquire(blocking=False):
+            return  # The program's saver is writing: the next start does this.
+        try:
+            self._store.forget_removed()
+        except OSError as error:
+            _log.warning("%s: cannot be put in order: %s", self._store.root, error)
+        finally:
+            self.one_save.release()

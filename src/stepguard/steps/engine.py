@@ -56,8 +56,12 @@ class LoopEngine(Generic[SessionT]):
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: SessionT) -> object:
-        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs."""
-        return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
+        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs.
+
+        Batches that are read again after a restart are progress too: it may take longer than any step.
+        """
+        state = session.process_state
+        return session.boundary.steps - session.is_cut_short, state.epochs_done, state.batches_read_again
 
     def is_resting(self, session: SessionT) -> bool:
         """Whether no loop over ``steps`` runs."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import NonFiniteError
 from stepguard.steps.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class SessionMember:

@@ -28,7 +28,6 @@ end.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -41,8 +40,9 @@ from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.word_log import Word, WordLog
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 PATIENCE_SECS = 30.0
 # The patience after a second Ctrl-C, which is meant to end this process at once.

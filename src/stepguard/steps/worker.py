@@ -9,7 +9,6 @@ patience.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 import time
@@ -23,8 +22,9 @@ from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.rendezvous import Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Worker(Rendezvous):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 
-from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
@@ -34,8 +33,9 @@ from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class TorchEngine(LoopEngine[Session]):

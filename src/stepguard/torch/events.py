@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import tempfile
 import threading
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _opened = itertools.count()
 

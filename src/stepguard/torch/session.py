@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.torch.data.feeds import feed_of
-from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
 
@@ -69,11 +67,7 @@ class _TorchProcessState(ProcessState):
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
     def new_feed(self, loader: Any) -> Feed:
-        starting = functools.partial(starting_workers, loader)
-        with starting():  # torchdata's loader starts its workers when it is asked for its state.
-            feed = feed_of(loader)
-        feed.starting = starting
-        return feed
+        return feed_of(loader)
 
     def capture(self) -> dict[str, Any]:
         unapplied = {name: one.unapplied() for name, one in self._gradients.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,8 +24,9 @@ from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Supervisor(CoreSupervisor[Session]):

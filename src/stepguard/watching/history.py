@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepguard import schema
+from stepguard.disk import schema
 from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"

@@ -43,7 +43,7 @@ class Component:
         if isinstance(holder, random.Random):
             return {"state": holder.getstate()}
         if is_numpy_generator(holder):
-            return _without_arrays(holder.bit_generator.state)
+            return without_arrays(holder.bit_generator.state)
         if isinstance(holder, nn.Module):
             return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
@@ -66,7 +66,7 @@ class Component:
         elif isinstance(holder, random.Random):
             holder.setstate(state["state"])
         elif is_numpy_generator(holder):
-            holder.bit_generator.state = _with_arrays(state, holder.bit_generator.state)
+            holder.bit_generator.state = with_arrays(state, holder.bit_generator.state)
         else:
             holder.load_state_dict(state)
 
@@ -239,17 +239,17 @@ def is_numpy_generator(holder: Any) -> bool:
     return numpy is not None and isinstance(holder, numpy.random.Generator)
 
 
-def _without_arrays(state: Any) -> Any:
+def without_arrays(state: Any) -> Any:
     """The state of a NumPy generator, with its arrays turned into lists of numbers."""
     if isinstance(state, Mapping):
-        return {key: _without_arrays(part) for key, part in state.items()}
+        return {key: without_arrays(part) for key, part in state.items()}
     return state.tolist() if type(state).__name__ == "ndarray" else state
 
 
-def _with_arrays(state: Any, live: Any) -> Any:
-    """Undo :func:`_without_arrays`, with arrays in the places where the generator's state ``live`` has them."""
+def with_arrays(state: Any, live: Any) -> Any:
+    """Undo :func:`without_arrays`, with arrays in the places where the generator's state ``live`` has them."""
     if isinstance(state, Mapping) and isinstance(live, Mapping):
-        return {key: _with_arrays(part, live.get(key)) for key, part in state.items()}
+        return {key: with_arrays(part, live.get(key)) for key, part in state.items()}
     if type(live).__name__ != "ndarray":
         return state
     import numpy as np
