@@ -16,10 +16,11 @@ import pytest
 from logdirs import commit
 
 from stepguard.cli.main import cli
-from stepguard.errors import CheckpointError, printable
+from stepguard.errors import CheckpointError
 from stepguard.store import recovery, statefile
 from stepguard.store.manifest import SUFFIX
 from stepguard.watching import heartbeat, ledger
+from stepguard.words import printable
 
 COMMANDS = (["ls"], ["verify"], ["status"], ["prune", "--keep-last", "1", "--dry-run"])
 commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in COMMANDS])
@@ -149,11 +150,16 @@ def test_an_event_file_that_is_none_is_named_and_the_others_are_read(kind, tmp_p
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "hdfs://node/run", "s3:/b"])
 @pytest.mark.parametrize(
-    "command", [["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"]]
+    "command",
+    [
+        *(["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"], ["diff", "."]),
+        ["run", "--logdir"],
+    ],
+    ids=lambda command: command[0],
 )
 def test_a_place_in_another_store_is_refused_by_name(place, command, tmp_path, stepguard, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = stepguard(*command, place)
+    result = stepguard(*command, place, *(["--", "true"] if command[0] == "run" else []))
     assert result.exit_code == 2
     assert place in result.output.replace("\n", "")
     assert os.listdir(tmp_path) == []

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from stepguard.cli.logdir.contents import ListedCheckpoint, list_contents, list_one
-from stepguard.cli.text import output
 from stepguard.options import check_local
 from stepguard.store import tensorflow_files
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+from stepguard.words import printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,18 +26,22 @@ class _Logdir(click.Path):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            self.fail(output.printable(error.message), param, ctx)
+            self.fail(printable(error.message), param, ctx)
 
 
 LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
 """A directory that exists, on a file system of this machine."""
 
 
+NEW_LOGDIR = _Logdir(file_okay=False, path_type=Path)
+"""A directory that may not exist yet, on a file system of this machine."""
+
+
 def _check_local(value: str | os.PathLike[str]) -> None:
     try:
         check_local("the place", value)
     except ValueError as error:
-        raise click.BadParameter(output.printable(str(error))) from error
+        raise click.BadParameter(printable(str(error))) from error
 
 
 class _Seconds(click.FloatRange):
@@ -79,7 +83,7 @@ class Target:
             if one.is_next:
                 return one
         raise click.UsageError(
-            f"{output.printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
+            f"{printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
         )
 
 
@@ -105,7 +109,7 @@ def _target(value: str) -> Target:
         return Target(Path(value), path.parent, path.name, path if _is_single(path) else None)
     if path.is_dir():
         return Target(Path(value), path, None)
-    raise click.BadParameter(f"{output.printable(value)}: there is neither a logdir nor a checkpoint of that name")
+    raise click.BadParameter(f"{printable(value)}: there is neither a logdir nor a checkpoint of that name")
 
 
 def _owner(file_name: str) -> str | None:

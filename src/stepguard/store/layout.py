@@ -8,7 +8,6 @@ without a manifest, has the names that the `SaverFiles` tell, which are handed i
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -24,8 +23,9 @@ from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 STAGE = ".stage-"
 """The prefix of the directory in which the save NAME is being written."""
@@ -326,6 +326,30 @@ class Layout:
             return False
         is_savers = not any("/" in one.name for one in listed)
         return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
+
+    # --- moving ---
+
+    def staged(self, name: str, entries: Iterable[Path]) -> list[Path]:
+        """Return the staged entries of the checkpoint ``name`` in the order in which they become visible.
+
+        Raises ValueError if one of them cannot be of that checkpoint.
+        """
+        for entry in entries:
+            if not self.may_hold(entry.name, name):
+                raise ValueError(f"{entry}: expected only {name}/ or files {name}.<suffix> in the staging directory")
+        # The entry file makes a checkpoint visible to readers that ignore manifests, so the data comes first.
+        return sorted(entries, key=lambda entry: (self.is_entry(entry.name, name), entry))
+
+    def move_in(self, staged: Sequence[Path]) -> None:
+        """Give the entries, in the order of `staged`, their places in the directory, durably."""
+        for entry in staged[:-1]:
+            files.move(entry, self.root / entry.name)
+        if len(staged) > 1 and self.saver_files is not None:
+            files.fsync_dir(self.root)
+        for entry in staged[-1:]:
+            files.move(entry, self.root / entry.name)
+        # A manifest must never exist without its files.
+        files.fsync_dir(self.root)
 
     # --- removing ---
 

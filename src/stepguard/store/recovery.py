@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +12,9 @@ from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodChec
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 QUARANTINE = "quarantine"
 REASON_FILE = "reason.txt"

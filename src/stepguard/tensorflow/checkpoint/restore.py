@@ -7,7 +7,6 @@ before V2, in other directories. `SEARCHES` lists all the places in their order.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,8 +25,9 @@ from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 ENGINE = "tensorflow"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import math
 import os
 import tempfile
@@ -21,8 +20,9 @@ import tensorflow as tf
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 PATTERN = frozenset("*?[\\")
 """TensorFlow takes a path that has one of these characters for a pattern."""

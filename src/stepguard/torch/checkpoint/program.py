@@ -7,7 +7,6 @@ program, and unfreezes the parameters that the run had unfrozen.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +17,19 @@ from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Program:
     """The objects that a program saves, and the facts recorded about them. For a thread that holds the boundary."""
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self.components = components
+        self.components = [one for one in components if not one.is_per_process]
+        self.own = [one for one in components if one.is_per_process]
+        """The objects of which each process saves its own state, with its random states."""
+        components = self.components
         self.settings: dict[str, Settings] = {one.name: settings(one) for one in components}
         """The settings of the newly built program, by the names of the objects."""
         self.in_force: dict[str, Settings] = dict(self.settings)

@@ -28,7 +28,8 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     The names are the same as in error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are
     mapped into memory, so that a tensor is read on demand.
 
-    Raises CheckpointCorruptError if a file is damaged, CheckpointError if its form is unknown.
+    Raises CheckpointCorruptError if a file is damaged, FileNotFoundError if one that the manifest names is gone,
+    CheckpointError if its form is unknown.
     """
     if path.is_file():
         yield from _leaves("", _load(path))
@@ -77,6 +78,8 @@ def _part(path: Path) -> Iterator[SavedTensor]:
     if path.suffix == SUFFIX and path.is_file():
         yield from _leaves(path.stem, _load(path))
         return
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "the manifest names it, and it is gone", str(path))
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
         f"{'a directory' if path.is_dir() else 'another file'}",
