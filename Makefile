@@ -14,7 +14,10 @@ export TF_ENABLE_ONEDNN_OPTS ?= 0
 export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-replicas test lint format bench docs docs-serve clean
+# How long `make soak` attacks.
+SOAK_SECONDS ?= 3600
+
+.PHONY: help demo demo-replicas test soak lint format bench docs docs-serve clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -27,6 +30,9 @@ demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill two of th
 
 test: lint  ## The whole gate: format, lint, types, imports, tests
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+soak: $(VENV)/.ready-to-develop  ## Kill, stop, fill and damage runs at random, for SOAK_SECONDS (an hour)
+	@$(BIN)/python tests/soak/soak.py --seconds $(SOAK_SECONDS)
 
 lint: $(VENV)/.ready-to-develop
 	$(BIN)/ruff format --check .

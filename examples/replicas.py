@@ -12,6 +12,7 @@ import argparse
 import tensorflow as tf
 
 import digits_model
+from stepguard import Watching
 from stepguard.tensorflow import Supervisor, retry_on_lost_peer
 
 v1 = tf.compat.v1
@@ -54,7 +55,7 @@ def train():
             logdir=args.logdir,
             is_chief=is_chief,
             save_model_secs=args.save_model_secs,
-            peer_timeout_secs=args.peer_timeout_secs,
+            watching=Watching(peer_timeout_secs=args.peer_timeout_secs),
             **for_sync,
         )
         with sv.managed_session(server.target if server else "") as sess:

@@ -26,7 +26,7 @@ CORE = [
     "coordination.coordinator",
     "engine",
     "errors",
-    "files",
+    "disk",
     "watching.hang_monitor",
     "watching.hang_watch",
     "watching.heartbeat",

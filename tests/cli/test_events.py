@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tensorboard")
 
 # As the command does: the package is not to load TensorFlow.
-from stepguard.cli.logdir.event_files import read_curves
+from stepguard.cli.logdir.event_files import event_files, read_curves
 from stepguard.cli.text.plot import plotted
 
 
@@ -46,8 +46,10 @@ def restarted(tmp_path):
 
 def test_what_a_killed_run_wrote_for_later_steps_is_left_out(restarted, document):
     loss, rate = document("events", restarted)["scalars"]
-    assert [curve.steps for curve in read_curves(restarted, ["loss"])] == [(0, 1, 2, 3, 4, 5)]
-    assert [curve.values for curve in read_curves(restarted, ["loss"])] == [(10.0, 9.0, 8.0, 2.0, 1.0, 0.0)]
+    assert [curve.steps for curve in read_curves(event_files(restarted).paths, ["loss"])[0]] == [(0, 1, 2, 3, 4, 5)]
+    assert [curve.values for curve in read_curves(event_files(restarted).paths, ["loss"])[0]] == [
+        (10.0, 9.0, 8.0, 2.0, 1.0, 0.0)
+    ]
     assert (loss["tag"], loss["count"], loss["first_step"], loss["last_step"]) == ("loss", 6, 0, 5)
     assert (loss["last"], loss["min"], loss["max"], loss["not_finite"]) == (0.0, 0.0, 10.0, 0)
     assert (rate["tag"], rate["last"]) == ("rate", 7.0)
@@ -59,6 +61,32 @@ def test_a_file_is_read_up_to_a_record_that_is_cut_short(restarted, document):
     assert [one["tag"] for one in document("events", restarted)["scalars"]] == ["loss"]
     (restarted / "events.out.tfevents.3").write_bytes(b"")
     assert document("events", restarted)["scalars"][0]["count"] == 6
+
+
+def test_crafted_records_are_passed_over_and_counted(tmp_path, stepguard, document):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write(tmp_path, "1", ("start", 0), ("loss", 1, 2.0))
+    with (tmp_path / "events.out.tfevents.2").open("wb") as file:
+        records = RecordWriter(file)
+        records.write(Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString())
+        records.write(b"\xff no event")
+        for sizes, dtype in (((1 << 40,), 1), ((3,), 1), ((), 21), ((-1,), 1)):
+            value = Summary.Value(tag="loss")
+            value.metadata.plugin_data.plugin_name = "scalars"
+            value.tensor.dtype = dtype
+            value.tensor.float_val.append(1.0)
+            for size in sizes:
+                value.tensor.tensor_shape.dim.add(size=size)
+            records.write(Event(wall_time=2.0, step=2, summary=Summary(value=[value])).SerializeToString())
+    write(tmp_path, "3", ("loss", 3, 1.0))
+    result = stepguard("events", tmp_path)
+    assert result.exit_code == 1
+    assert "1 record of its event files cannot be read" in result.stderr
+    [loss] = document("events", tmp_path)["scalars"]
+    assert (loss["count"], loss["first_step"], loss["last_step"]) == (2, 1, 3)
 
 
 def test_values_that_are_not_finite_are_counted_and_told_apart(tmp_path, stepguard, document):

@@ -16,10 +16,11 @@ import pytest
 from logdirs import commit
 
 from stepguard.cli.main import cli
-from stepguard.errors import CheckpointError, printable
+from stepguard.errors import CheckpointError
 from stepguard.store import recovery, statefile
 from stepguard.store.manifest import SUFFIX
 from stepguard.watching import heartbeat, ledger
+from stepguard.words import printable
 
 COMMANDS = (["ls"], ["verify"], ["status"], ["prune", "--keep-last", "1", "--dry-run"])
 commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in COMMANDS])
@@ -27,7 +28,7 @@ commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in C
 
 @pytest.fixture
 def logdir(tmp_path: Path) -> Path:
-    commit(tmp_path, 1, 2, 3, entry_suffix=None)
+    commit(tmp_path, 1, 2, 3, saver_files=None)
     return tmp_path
 
 
@@ -83,12 +84,12 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\u202e"
 
 def test_nothing_that_a_terminal_obeys_is_printed(tmp_path, stepguard):
     logdir = tmp_path / f"run{EVIL}"
-    commit(logdir, 1, entry_suffix=None)
+    commit(logdir, 1, saver_files=None)
     path = logdir / f"model.ckpt-1{SUFFIX}"
     body = json.loads(path.read_bytes())
     body["digest"] = EVIL
     path.write_text(json.dumps(body))
-    commit(logdir, 2, basename=f"m{EVIL}", entry_suffix=None)
+    commit(logdir, 2, basename=f"m{EVIL}", saver_files=None)
     (logdir / statefile.FILE_NAME).write_text(f'model_checkpoint_path: "gone{EVIL}-7"\n')
     with (logdir / ledger.FILE_NAME).open("wb") as file:
         line = {"event": "stop", "time": 1.0, "pid": 1, "host": EVIL, "role": "chief", "reason": EVIL, "error": EVIL}
@@ -114,23 +115,51 @@ def test_a_tag_that_begins_like_a_formula_is_none_in_a_spreadsheet(tmp_path, ste
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    tags = ["=1+1", "+x", "-x", "@x", "loss"]
+    tags = ["=1+1", "+x", "-x", "@x", "loss", " =1+1", "\n@x", "\uff1d1+1", f"t{EVIL}"]
     writer = EventFileWriter(str(tmp_path))
     for tag in tags:
         writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag=tag, simple_value=-1.0)])))
     writer.close()
     rows = list(csv.reader(io.StringIO(stepguard("events", tmp_path, "--csv", "-").stdout)))
-    assert sorted(row[0] for row in rows[1:]) == sorted(["'=1+1", "'+x", "'-x", "'@x", "loss"])
+    expected = ["'=1+1", "'+x", "'-x", "'@x", "loss", "' =1+1", "'\\n@x", "'\uff1d1+1", printable(f"t{EVIL}")]
+    assert sorted(row[0] for row in rows[1:]) == sorted(expected)
     assert {row[3] for row in rows[1:]} == {"-1.0"}
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zeros", "loop", "directory"])
+def test_an_event_file_that_is_none_is_named_and_the_others_are_read(kind, tmp_path, stepguard, document):
+    pytest.importorskip("tensorboard")
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path))
+    writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag="loss", simple_value=2.0)])))
+    writer.close()
+    path = tmp_path / "events.out.tfevents.1"
+    make = {"fifo": os.mkfifo, "directory": os.mkdir, "zeros": lambda path: path.symlink_to("/dev/zero")}
+    make.get(kind, lambda path: path.symlink_to(path))(path)
+    result = stepguard("events", tmp_path)
+    assert result.exit_code == 1
+    assert f"{path.name}: could not be read: " in result.stderr
+    assert "loss" in result.stdout
+    found = document("events", tmp_path)
+    assert [one["tag"] for one in found["scalars"]] == ["loss"]
+    assert len(found["unreadable"]) == 1
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "hdfs://node/run", "s3:/b"])
 @pytest.mark.parametrize(
-    "command", [["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"]]
+    "command",
+    [
+        *(["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"], ["diff", "."]),
+        ["run", "--logdir"],
+    ],
+    ids=lambda command: command[0],
 )
 def test_a_place_in_another_store_is_refused_by_name(place, command, tmp_path, stepguard, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = stepguard(*command, place)
+    result = stepguard(*command, place, *(["--", "true"] if command[0] == "run" else []))
     assert result.exit_code == 2
     assert place in result.output.replace("\n", "")
     assert os.listdir(tmp_path) == []
@@ -147,9 +176,9 @@ def test_ctrl_c_ends_a_command_with_130(command, logdir, monkeypatch, stepguard)
 
 
 def test_ctrl_c_ends_a_real_verify_with_130(tmp_path):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     # Large enough for the signal to come while it is read.
-    stage = commit(tmp_path, 2, entry_suffix=None).stage("model.ckpt-3")
+    stage = commit(tmp_path, 2, saver_files=None).stage("model.ckpt-3")
     (stage / "model.ckpt-3").mkdir()
     with (stage / "model.ckpt-3" / "model.pt").open("wb") as file:
         file.truncate(64 << 30)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk.files import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError
-from stepguard.files import NewFile
 from stepguard.options import Options, Restoring, each_option_once, refuse
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.engine import LoopEngine

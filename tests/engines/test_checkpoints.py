@@ -20,6 +20,16 @@ from stepguard.store import CheckpointStore
 NEVER_SECS = 3600.0
 
 
+def test_a_file_system_that_reports_0_blocks_is_saved_to(engine, tmp_path, monkeypatch):
+    """Some FUSE and network file systems do not know their size."""
+    nothing = type(shutil.disk_usage(tmp_path))(0, 0, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing)
+    engine.program(tmp_path, saving=Saving(save_model_steps=2)).train(4)
+
+    assert 4 in engine.committed(tmp_path)
+    assert engine.program(tmp_path).train(1) == 4
+
+
 class TestOneStep:
     """A state that mixes two steps shows in the values: all of them equal the step in every checkpoint."""
 

@@ -46,3 +46,14 @@ def test_a_group_in_the_place_of_another_is_named(engine, tmp_path):
         engine.program(tmp_path / "run", saving=Stopping())
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "hdfs://node/run", "file:///tmp/run", "s3:/bucket/run"])
+def test_a_place_in_another_store_is_refused_by_name_and_no_folder_is_made(engine, place, tmp_path, monkeypatch):
+    if engine.name == "tensorflow" and "://" in place:
+        pytest.skip("TensorFlow itself writes to such places")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"got '{place}', which is in another store"):
+        engine.program(place)
+
+    assert list(tmp_path.iterdir()) == []

@@ -38,7 +38,7 @@ Action = Callable[[str, tuple[Any, ...]], None]
 
 
 class BreakingOs:
-    """Stands where ``stepguard.files`` finds ``os``, and does ``action`` in place of going on at one call.
+    """Stands where ``stepguard.disk.files`` finds ``os``, and does ``action`` in place of going on at one call.
 
     Calls are counted from :meth:`arm` on. ``action(name, arguments)`` is done before the call itself; what it raises
     is what the call raises. It is done at the call number ``at``, with ``onwards`` also at all that follow, and with

@@ -11,7 +11,7 @@ from typing import Any
 import breaks
 from zygote import report
 
-from stepguard import files
+from stepguard.disk import files
 
 
 class ReportingHandler(logging.Handler):

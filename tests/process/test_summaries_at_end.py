@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from zygote import Zygote
+from zygote import Zygote, wait_until
 
 
 def curves(logdir: Path) -> dict[str, list[int]]:
@@ -20,10 +20,18 @@ def curves(logdir: Path) -> dict[str, list[int]]:
     return found
 
 
+def written(logdir: Path) -> bytes:
+    """What stands in the event files now, perhaps in the middle of a record."""
+    return b"".join(path.read_bytes() for path in logdir.glob("events.out.tfevents.*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_summaries_are_there_after_a_signal(tensorflow_children: Zygote, tmp_path: Path, number: int) -> None:
     child = tensorflow_children.start("summarises", logdir=str(tmp_path))
     child.wait_for("wrote")
+    if number == signal.SIGKILL:
+        # The thread of the writer needs a moment for the last events. No flush is asked for.
+        wait_until(lambda: written(tmp_path).count(b"own") == 50, "the last event")
     child.send(number)
     assert child.wait() != 0
     found = curves(tmp_path)

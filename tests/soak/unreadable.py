@@ -61,31 +61,41 @@ def attack(library: Path, logdir: Path, name: str, error: str, *, changes: bool)
     if first.returncode:
         return f"the first start failed: {first.stderr}"
     (logdir / "quarantine").mkdir(exist_ok=True)
-    # A save that falls due while the last is being written is skipped.
-    steps = sorted(int(one.name.split("-")[1].split(".")[0]) for one in logdir.glob("model.ckpt-*.manifest.json"))
     refusing = {
         "LD_PRELOAD": str(library),
         "REFUSE_PATH": f"{logdir}/{name}",
         "REFUSE_ERRNO": str(getattr(errno, error)),
     }
     refusing |= {"REFUSE_CHANGES": "1"} if changes else {}
+    return start_again(logdir, name, saved_steps(logdir), refusing)
+
+
+def saved_steps(logdir: Path) -> list[int]:
+    """The steps that were saved. A save that falls due while the last is being written is skipped."""
+    return sorted(int(one.name.split("-")[1].split(".")[0]) for one in logdir.glob("model.ckpt-*.manifest.json"))
+
+
+def start_again(logdir: Path, name: str, steps: list[int], environment: dict[str, str]) -> str | None:
+    """What went wrong with the commands, or with a start, now that ``name`` cannot be read; ``None`` if nothing did."""
     for command in COMMANDS:
-        told = run(["-m", "stepguard", command[0], str(logdir), *command[1:]], refusing)
+        told = run(["-m", "stepguard", command[0], str(logdir), *command[1:]], environment)
         if "Traceback" in told.stderr or told.returncode not in (0, 1, 3):
             return f"{command}: exit code {told.returncode}: {told.stderr}"
-    second = run(["-c", TRAINING, str(logdir), "5"], refusing)
+    second = run(["-c", TRAINING, str(logdir), "5"], environment)
     if name == ".stepguard.lock":
         # Another process may be the chief, for all that can be known.
         return None if "stepguard.lock" in second.stderr else f"the lock: {second.stderr}"
     if second.returncode:
         return f"the start failed: {second.stderr}"
-    # Of a directory only the calls on itself are refused: what lies in it can be read.
-    is_damaged = name.startswith("model.ckpt-6") and name != "model.ckpt-6"
+    newest = f"model.ckpt-{steps[-1]}"
+    # Of a directory that the library refuses, only the calls on itself are: what lies in it can be read.
+    is_refused_directory = bool(environment) and name == newest
+    is_damaged = name.startswith(newest) and not is_refused_directory
     expected = steps[-2 if is_damaged else -1]
     said = json.loads(second.stdout)
     if said != {"began": expected, "ended": expected + 5}:
         return f"expected a start from {expected}, found {said}"
-    if is_damaged and "model.ckpt-6" not in second.stderr:
+    if is_damaged and newest not in second.stderr:
         return f"the damage was not named: {second.stderr}"
     return None
 

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError, NoGoodCheckpointError
-from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile
+from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile, tensorflow_files
+from stepguard.store.layout import SaverFiles
 from stepguard.store.manifest import SUFFIX
 
 # Whatever blocks, blocks for ever.
@@ -44,12 +45,12 @@ def in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-KINDS: dict[str, str | None] = {"tensorflow": ".index", "directory": None}
+KINDS: dict[str, SaverFiles | None] = {"tensorflow": tensorflow_files, "directory": None}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def open_store(root: Path, kind: str = "directory", **options: Any) -> CheckpointStore:
-    return CheckpointStore(root, entry_suffix=KINDS[kind], engine=kind, **options)
+    return CheckpointStore(root, saver_files=KINDS[kind], engine=kind, **options)
 
 
 def put(stage: Path, name: str, kind: str, tag: object) -> None:
@@ -489,7 +490,7 @@ WRONG: dict[str, Any] = {
     "time": ["now", None, HUGE, 1e300, True, []],
     "name": [5, None, "../model.ckpt-2", "model.ckpt-1", "", "model.ckpt-2\0", ["model.ckpt-2"]],
     "engine": [5, None, {}],
-    "files": [None, 5, {}, [None], [[]], ["x"], [{}]],
+    "files": [None, 5, {}, [], [None], [[]], ["x"], [{}]],
     "extra": [None, 5, [], "x"],
     "format_version": ["1", None, 0, -1, 1.0, True, []],
     "owned": [5, None, "x", {}],
@@ -547,7 +548,7 @@ def test_any_value_in_any_field_of_a_manifest_is_read_or_refused(name: str, valu
         "engine": "fake",
         "step": 1,
         "time": 1.0,
-        "files": [],
+        "files": [{"name": "m-1", "size": 1, "digest": "x"}],
         "extra": {},
         "owned": [],
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import random
 import shutil
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from stepguard.options import Saving
+from stepguard.store import Manifest
 from stepguard.torch import Supervisor, Values
+from stepguard.torch.checkpoint.tensors import read_tensors
 
 BEFORE, NEWEST = 3, 6
 NAME = f"model.ckpt-{NEWEST}"
@@ -40,14 +44,17 @@ class Program:
 
     def train(self, steps):
         with self.sv.managed_session() as session:
-            resumed = session.global_step
             weights = self.model.weight.detach().clone()
             for _ in session.steps(max_steps=steps):
                 self.optimizer.zero_grad()
                 self.model(torch.rand(8)).sum().backward()
                 self.optimizer.step()
                 self.values.steps += 1
-        return resumed, weights
+        return weights
+
+    def restore(self):
+        with self.sv.managed_session() as session:
+            return session.global_step, self.model.weight.detach().clone()
 
 
 class Unwritten:
@@ -62,7 +69,7 @@ def original(tmp_path_factory):
     """A logdir with two checkpoints, and the weights of the older one."""
     logdir = tmp_path_factory.mktemp("original") / "run"
     Program(logdir).train(BEFORE)
-    _, weights = Program(logdir).train(NEWEST)
+    weights = Program(logdir).train(NEWEST)
     return logdir, weights
 
 
@@ -85,7 +92,7 @@ def restart(logdir, caplog):
     caplog.clear()
     program = Program(logdir)
     with caplog.at_level(logging.WARNING, "stepguard"):
-        resumed, weights = program.train(0)
+        resumed, weights = program.restore()
     return resumed, weights, program.values.steps, [one.getMessage() for one in caplog.records]
 
 
@@ -118,3 +125,40 @@ def test_a_whole_copy_is_resumed_from_its_newest_without_a_word(original, tmp_pa
 
     assert resumed == counted == NEWEST
     assert messages == []
+
+
+@pytest.mark.parametrize("name", ["other.pt", "process-1.pt", "model.pt.pt"])
+@pytest.mark.parametrize("kind", ["state", "garbage", "fifo", "directory"])
+def test_what_the_manifest_does_not_name_is_not_read(kind, name, tmp_path, caplog):
+    before = Program(tmp_path).train(2)
+    trained = Program(tmp_path).restore()[1]
+    path = tmp_path / "model.ckpt-2" / name
+    if kind == "state":
+        torch.save({"weight": torch.zeros(8, 8)}, path)
+    elif kind == "garbage":
+        path.write_bytes(b"garbage")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        resumed, weights = Program(tmp_path).restore()
+    assert resumed == 2
+    assert torch.equal(weights, trained)
+    assert not torch.equal(weights, before)
+    assert not caplog.records
+    assert {one.name.partition(".")[0] for one in read_tensors(tmp_path / "model.ckpt-2")} == {
+        *("model", "optimizer", "values", "process-0"),
+    }
+
+
+def test_a_manifest_that_names_no_process_is_damage(tmp_path, caplog):
+    Program(tmp_path).train(1)
+    Program(tmp_path).train(2)
+    path = tmp_path / "model.ckpt-2.manifest.json"
+    manifest = Manifest.from_json(path.read_bytes(), path)
+    files = tuple(one for one in manifest.files if not one.name.endswith("process-0.pt"))
+    path.write_bytes(dataclasses.replace(manifest, files=files).to_json())
+    with caplog.at_level(logging.WARNING):
+        assert Program(tmp_path).restore()[0] == 1
+    assert "expected the file process-0.pt in its manifest" in caplog.text

@@ -11,7 +11,7 @@ from torch import nn
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
-from stepguard.torch import Supervisor, Values, load
+from stepguard.torch import Supervisor, Values, load, newest
 
 
 def save_every(logdir, steps=3, keep=5):
@@ -25,6 +25,18 @@ def save_every(logdir, steps=3, keep=5):
                 model.weight.fill_(step)
         sv.stop()
         session.close()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "gs:/bucket/run"])
+def test_a_place_in_another_store_is_refused_by_name(place):
+    for read in (
+        load,
+        newest,
+        lambda place: Restoring(init_from=place),
+        lambda place: Restoring(init_from={"m": place}),
+    ):
+        with pytest.raises(ValueError, match=f"got '{place}', which is in another store"):
+            read(place)
 
 
 class TestACheckpoint:

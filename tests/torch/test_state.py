@@ -17,7 +17,7 @@ from torch import nn
 from training import Training
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.torch import Supervisor, Values, load
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory
@@ -229,7 +229,7 @@ class TestACheckpointThatDoesNotFit:
         assert "draws (expected the state of a" in str(error)
 
     def test_because_a_program_of_another_framework_wrote_it(self, tmp_path):
-        store = CheckpointStore(tmp_path, engine="tensorflow", entry_suffix=".index")
+        store = CheckpointStore(tmp_path, engine="tensorflow", saver_files=tensorflow_files)
         stage = store.stage("model.ckpt-7")
         for suffix in (".index", ".data-00000-of-00001"):
             (stage / f"model.ckpt-7{suffix}").write_bytes(b"weights")
@@ -356,7 +356,7 @@ class TestWhatIsRestored:
 
     def test_no_code_from_a_file_is_run(self, tmp_path):
         """A file whose digest is right, by somebody who can write to the logdir."""
-        from stepguard import files
+        from stepguard.disk import files
 
         Training(tmp_path).train(1)
         trap = tmp_path / "sprung"

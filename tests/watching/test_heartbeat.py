@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.watching import heartbeat
 from stepguard.watching.heartbeat import LATE_SECS, Heartbeat
 

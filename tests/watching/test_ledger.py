@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.watching import ledger
 from stepguard.watching.ledger import Ledger
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.engine import Engine, EventLog
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _LOGGED_RATES = 10
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +13,9 @@ from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # Room for the files besides the tensors: index, meta graph, manifest.
 _SPARE_BYTES = 1 << 20

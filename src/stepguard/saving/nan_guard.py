@@ -12,7 +12,6 @@ kill at any point leaves the committed checkpoints as they were.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -28,9 +27,9 @@ from stepguard.saving.way_back import WayBack, shown
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.watching.observer import Observer
 from stepguard.watching.run_record import describe
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How long a return keeps trying to get a step boundary, in addition to the engine's own patience with a long step.
 _PATIENCE_SECS = 60.0

@@ -12,18 +12,18 @@ writing.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Restore = Callable[[Checkpoint], None]
 """Loads a verified checkpoint into the session.

@@ -79,6 +79,10 @@ class LoopEngine(Generic[SessionT]):
         """Call ``keep(is_last)`` at the boundary where a loop ends."""
         session.boundary.call_at_rest(keep)
 
+    def is_outside_steps(self, session: SessionT, error: BaseException) -> bool:
+        """Whether the loader has raised ``error`` before a step."""
+        return session.failed_fetch is error
+
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
         """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import logging
 import sys
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import count, islice
 from typing import Any
 
@@ -16,14 +17,19 @@ from stepguard.steps.apart import ApartIterator
 from stepguard.steps.batch_marks import mark, peek
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.reading_again import read_again
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _END = object()
 
 _numbers = count()
 
 _ANYWAY = 'or pass resume_data="unchecked" to go on all the same, or resume_data=False to begin a new epoch'
+
+
+def _nothing_around(loader: Any) -> AbstractContextManager[None]:  # noqa: ARG001 - some frameworks need it
+    return contextlib.nullcontext()
 
 
 class Feed(ABC):
@@ -35,6 +41,8 @@ class Feed(ABC):
     is_repeatable = True
     is_exhausted = False
     """Whether this is an iterator that has ended and does not begin again."""
+    starting: Callable[[Any], AbstractContextManager[None]] = staticmethod(_nothing_around)
+    """The context for a loader in which an epoch begins, and the loader starts its processes."""
     read_again = 0
     """The number of batches that were read again since the start of the process."""
 
@@ -84,7 +92,7 @@ class Feed(ABC):
             if self._iterator is None:
                 self.catch_up(_always)
             if self._iterator is None:
-                self._iterator = self._begin_epoch(self._seen_before)
+                self._iterator = self._start_epoch(self._seen_before)
                 self._given, self._seen_before = self._seen_before, 0
             batch = next(self._iterator, _END)
             if batch is not _END:
@@ -168,6 +176,10 @@ class Feed(ABC):
         """End workers that persist from epoch to epoch; a next epoch starts new ones."""
         if self._iterator is None:
             self.close()
+
+    def _start_epoch(self, skip: int) -> Iterator[Any]:
+        with self.starting(self.loader):
+            return self._begin_epoch(skip)
 
     @abstractmethod
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
@@ -268,7 +280,7 @@ class IterableFeed(Feed):
         skip = self._seen_before
         if not skip or self._is_list or self._iterator is not None:
             return True
-        iterator = self._begin_epoch(skip)
+        iterator = self._start_epoch(skip)
         with self._streams.preserved():
             read, batch = read_again(iterator, skip, shown(self.loader), go_on, self._count)
         if read < skip and not go_on():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 
 from stepguard.steps.feeds import Feed, shown
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,17 @@ class LoopAdvice:
             turns,
             accumulate,
         )
+
+    def on_failed_fetch(self, feed: Feed, step: int) -> None:
+        """Warn that the state of ``step`` is whole, but not the random streams, if the loader draws in this process."""
+        if not getattr(feed.loader, "num_workers", 0):
+            self._tell(
+                feed,
+                "%s: the loader has failed between two steps, so step %d is saved. Random numbers that it has drawn "
+                "for the next batch are drawn again: if they belong to the training, a resumed run differs from "
+                "here on",
+                step,
+            )
 
     def _tell(self, feed: Feed | None, message: str, *values: object) -> None:
         number = None if feed is None else feed.number

@@ -8,14 +8,14 @@ program may make a loader for each epoch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stepguard.steps.feeds import Feed
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How many loaders keep workers that persist from epoch to epoch while none of their epochs runs.
 _RESTING = 4

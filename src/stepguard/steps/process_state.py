@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -11,8 +10,9 @@ from typing import Any
 from stepguard.steps.feeds import Feed
 from stepguard.steps.places import Places
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class ProcessState(ABC):

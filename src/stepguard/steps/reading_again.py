@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stepguard.words import duration
+from stepguard.words import duration, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # A reading that takes longer is reported by a warning, because standard logging shows nothing less; then at intervals.
 _SLOW_SECS = 5.0

@@ -47,7 +47,7 @@ class Session:
         self._gate = gate
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
-        self._interrupts = InterruptHold(self.boundary, None if gate is None else coord.request_stop)
+        self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self.is_update = True
@@ -61,6 +61,8 @@ class Session:
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
         self._advice = LoopAdvice()
+        # The error by which a loader has failed to give the batch of a step that had not begun.
+        self.failed_fetch: BaseException | None = None
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
@@ -380,7 +382,7 @@ class Session:
         self.boundary.rest(state.complete_epoch, is_last=is_last)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -423,8 +425,7 @@ class Session:
                     self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
                     return
                 except BaseException as error:
-                    boundary.leave_torn()
-                    self._interrupts.raise_if_held(error)
+                    self._leave_without_batch(error, turns)
                     raise
                 turns += 1
                 if accumulate > 1:
@@ -444,6 +445,18 @@ class Session:
                 if accumulate == 1 or self.is_update:
                     break
             self.finish_step()
+
+    def _leave_without_batch(self, error: BaseException, turns: int) -> None:
+        """Leave a step whose loader has failed after ``turns`` batches."""
+        if turns or self._gate is not None or not isinstance(error, Exception):
+            self.boundary.leave_torn()
+        else:
+            # Nothing was trained: the state is still that of the last boundary.
+            feed, self._feed_of_step, self.failed_fetch = self._feed_of_step, None, error
+            if feed is not None:
+                self._advice.on_failed_fetch(feed, self.global_step)
+            self.boundary.leave(is_done=False)
+        self._interrupts.raise_if_held(error)
 
     def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
         """Put the restored state back before a loop that follows loops which had ended before the restart.
@@ -483,7 +496,7 @@ class Session:
         if plan is not None and not is_over and not is_stopped:
             change = functools.partial(self._note_loop_over, plan)
         self.boundary.rest(change, is_last=is_stopped)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
         if plan is None:
             return
         if is_stopped and not is_over:
@@ -493,6 +506,12 @@ class Session:
                 self._check_stop()
         elif not is_stopped:
             self._advice.on_end(plan, self.global_step, is_empty=is_empty)
+
+    def _raise_interrupt(self) -> None:
+        """Raise a Ctrl-C that was held back, in the program's loop and between two loops."""
+        # Until the last step is settled, another process may have begun a step that needs this one.
+        if self._gate is None or self._gate.is_last:
+            self._interrupts.raise_if_held()
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)

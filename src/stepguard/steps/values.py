@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-_log = logging.getLogger(__name__)
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 
 class Values:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepguard.schema import MOST_DIGITS
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.store.manifest import Manifest
 
 # More digits, or digits of other scripts, cannot be a step.

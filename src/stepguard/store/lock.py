@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import threading
 import time
@@ -30,15 +29,16 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import final
 
-from stepguard import files, processes, schema
+from stepguard.disk import files, processes, schema
 from stepguard.errors import LogdirInUseError
+from stepguard.words import logger
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 FILE_NAME = ".stepguard.lock"
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 QUARANTINE = "quarantine"
 REASON_FILE = "reason.txt"

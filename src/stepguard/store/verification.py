@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # Errors that mean that this process, or the machine, has no resources left; they say nothing about the file.
 _OF_THE_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
@@ -154,7 +154,7 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     Then all its files are newer than its manifest, and the state file, which these tools write last, is newer still.
     Neither damage nor copied files look like this. Only TensorFlow's own checksums can then verify the files.
     """
-    if layout.entry_suffix is None:
+    if layout.saver_files is None:
         return False
     names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:
@@ -180,9 +180,13 @@ def verify_unmanifested(layout: Layout, name: str, present: Sequence[str]) -> No
         raise CheckpointCorruptError(f"{path}: expected the manifest of a checkpoint, found none", path=path)
     for one in present:
         path = layout.root / one
+        if not layout.is_needed(one, name):
+            continue
         with reading(path):
-            is_empty = layout.is_needed(one, name) and files.size_of(path) == 0
-        if is_empty:
+            size, is_dir = files.size_of(path), os.path.isdir(path)
+        if size is None and not is_dir:
+            raise CheckpointCorruptError(f"{path}: expected a regular file, found none", path=path)
+        if size == 0:
             raise CheckpointCorruptError(f"{path}: expected a file with content, found 0 bytes", path=path)
     missing = layout.missing_data(name, present)
     if missing is not None:

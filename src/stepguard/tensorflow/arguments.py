@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import numbers
 import os
@@ -16,8 +15,9 @@ import tensorflow as tf
 from stepguard.options import Options, Saving, Watching
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 _HAVE_DEFAULTS = (

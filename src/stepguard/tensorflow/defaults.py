@@ -6,13 +6,14 @@ further than the methods of :mod:`stepguard.tensorflow.subclassing`: they make a
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-_log = logging.getLogger(__name__)
+from stepguard.words import logger
+
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 USE_DEFAULT = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
-import logging
 import os
 import tempfile
 import threading
@@ -16,9 +15,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard import files
+from stepguard.disk import files
+from stepguard.errors import described
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 _FileWriter: Any = _v1.summary.FileWriter
 
@@ -130,18 +131,17 @@ class _EventFile:
 
     def _open(self) -> None:
         # The names of event files count whole seconds, and a writer truncates a file of its name: the suffix keeps two
-        # that are opened within one second apart.
+        # that are opened within one second apart. The writer's thread hands each event to the system as soon as it can,
+        # so that a process that is killed has lost none of those that it wrote a moment before.
         suffix = f".{os.getpid()}.{next(_opened)}"
         try:
             with tf.Graph().as_default():
-                self._file = _v1.summary.FileWriter(self._logdir, filename_suffix=suffix)
-        except _STORAGE_ERRORS:
+                self._file = _v1.summary.FileWriter(self._logdir, flush_secs=0, filename_suffix=suffix)
+        except _STORAGE_ERRORS as error:
             if self._retry_at is None and "://" in self._logdir:
                 raise
-            full = _no_room(self._logdir)
-            if full is None:
-                raise
-            self._lose(None, full)
+            # There may be room again, a moment later.
+            self._lose(None, _no_room(self._logdir) or error)
 
     def _lose(self, file: Any, error: BaseException) -> None:
         was_known, self._retry_at = self._retry_at is not None, time.monotonic() + _RETRY_SECS
@@ -174,17 +174,21 @@ def _no_room(logdir: str) -> OSError | None:
 
 
 def write_graph(graph: Any, logdir: str) -> bool:
-    """Write ``graph.pbtxt``; ``False``, with a warning, if there is no room for it now."""
+    """Write ``graph.pbtxt``, which no restart needs; if that fails, warn. ``False`` if only room for it is missing."""
+    definition = graph.as_graph_def(add_shapes=True)
     try:
-        tf.io.write_graph(graph.as_graph_def(add_shapes=True), logdir, "graph.pbtxt")
-    except _STORAGE_ERRORS:
-        if "://" in logdir or (full := _no_room(logdir)) is None:
+        tf.io.write_graph(definition, logdir, "graph.pbtxt")
+    except _STORAGE_ERRORS as error:
+        if "://" in logdir:
             raise
         # What it has written of it so far.
         for left in Path(logdir).glob("graph.pbtxt.tmp*"):
             files.remove_quietly(left)
-        _log.warning("graph.pbtxt is written at the next checkpoint, since there is no room for it: %s", full)
-        return False
+        full = _no_room(logdir)
+        if full is not None:
+            _log.warning("graph.pbtxt is written at the next checkpoint, since there is no room for it: %s", full)
+            return False
+        _log.warning("graph.pbtxt is not written, and training goes on without it: %s", described(error))
     return True
 
 

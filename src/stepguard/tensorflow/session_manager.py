@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -18,8 +17,9 @@ from stepguard.tensorflow.checkpoint.restore import Restorer, restore_file
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # The wait before the first check for a model or a checkpoint, its growth, and its limit (recovery_wait_secs is the

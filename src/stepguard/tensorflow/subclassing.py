@@ -10,7 +10,6 @@ A subclass that uses a name which Stepguard needs for itself is refused when the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,8 +18,9 @@ import tensorflow as tf
 from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # The names of TensorFlow's own class: this module is imported before `install` can replace that class.

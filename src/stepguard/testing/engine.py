@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk.files import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
-from stepguard.files import NewFile
 from stepguard.options import (
     Guarding,
     Options,

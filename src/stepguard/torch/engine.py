@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 
-from stepguard import files
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
@@ -27,14 +26,16 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.data.outliving import let_workers_outlive_signals
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class TorchEngine(LoopEngine[Session]):
@@ -102,6 +103,7 @@ class TorchEngine(LoopEngine[Session]):
         if meets_every is not None:
             self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
+        let_workers_outlive_signals()
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:

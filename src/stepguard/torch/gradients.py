@@ -6,15 +6,15 @@ the optimizer's step they are of no use, and are not saved.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from stepguard.torch.checkpoint.sharded_tensors import is_dtensor
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Gradients:

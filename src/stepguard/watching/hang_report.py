@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 
@@ -10,8 +9,9 @@ from stepguard.watching.hang_watch import HangWatch
 from stepguard.watching.part import Part
 from stepguard.watching.run_record import RunRecord
 from stepguard.watching.step_meter import StepMeter
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # A boundary no older than this must have come after the hang.
 _JUST_NOW_SECS = 1.0

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -26,10 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.watching import hang_monitor
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 DIR_NAME = "stacks"
 _REAP_SECS = 1.0

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from stepguard import files, schema
-from stepguard.processes import is_running, process_start
+from stepguard.disk import files, schema
+from stepguard.disk.processes import is_running, process_start
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0

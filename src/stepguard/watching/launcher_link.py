@@ -11,7 +11,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from stepguard import files
+from stepguard.disk import files
 
 ATTEMPT = "STEPGUARD_ATTEMPT"
 LAUNCHER_DIR = "STEPGUARD_LAUNCHER_DIR"

@@ -13,7 +13,6 @@ whose end is read then.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -25,10 +24,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from stepguard import files, schema
+from stepguard.disk import files, schema
 from stepguard.watching import history
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 FILE_NAME = "run.jsonl"
 

@@ -14,7 +14,6 @@ the last heartbeat; the next start reads both.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
 from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # How often the step counter is read.
 _LOOK_SECS = 1.0

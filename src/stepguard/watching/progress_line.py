@@ -10,9 +10,9 @@ from typing import Any
 
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
-from stepguard.words import duration
+from stepguard.words import duration, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class ProgressLine(Part):

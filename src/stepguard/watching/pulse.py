@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 
 from stepguard.watching import heartbeat, history
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
 from stepguard.watching.run_record import Room
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Pulse(Part):

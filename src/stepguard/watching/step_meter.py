@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from stepguard.engine import Engine, RestsBetweenLoops
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 # The step rate is measured over this many seconds.
 _RATE_SECS = 30.0

@@ -6,21 +6,25 @@ import csv
 import io
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stepguard import files
 from stepguard.cli.arguments import LOGDIR
-from stepguard.cli.exits import NOT_DONE, CommandError
-from stepguard.cli.logdir.event_files import Curve, event_files, read_curves
+from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
+from stepguard.cli.logdir.event_files import Curve, EventFiles, event_files, read_curves
 from stepguard.cli.text import output
 from stepguard.cli.text.plot import plotted
 from stepguard.cli.text.table import Column, print_table, warning
+from stepguard.disk import files
+from stepguard.words import printable
 
 _MOST_DRAWN = 100  # below each other: a picture has a largest height
+_BEGIN_A_FORMULA = frozenset("=+-@")
 _PLOT_LINES = 10
 _PLOT_COLUMNS = 80
 
@@ -54,7 +58,9 @@ Examples:
 @click.option("--csv", "csv_path", type=_OUT, metavar="FILE|-", help="Write all values: tag, step, wall_time, value.")
 @click.option("--png", "png_path", type=_OUT, metavar="FILE|-", help="Draw the curves; needs stepguard[plots].")
 @output.json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     logdir: Path,
     tags: tuple[str, ...],
     plot: bool | None,
@@ -66,21 +72,30 @@ def command(
 
     The scalars are those that TensorBoard shows: values of a killed run for steps that were done again are left out.
     With `--csv -` or `--png -` nothing else is printed; only one of these and `--json` may be given.
+
+    Exit code 1: an event file, or a record in one, could not be read; it is named on stderr, and passed over.
     """
     _check_stdout(csv_path, png_path, as_json=as_json)
-    curves = read_curves(logdir, tags)
+    found = event_files(logdir)
+    curves, lost = read_curves(found.paths, tags)
+    if lost:
+        told = f"{logdir}: {output.counted(lost, 'record')} of its event files cannot be read, and are passed over"
+        found = replace(found, unreadable=(*found.unreadable, told))
+    for reason in found.unreadable:
+        click.echo(printable(reason), err=True)
     if csv_path is not None:
         _write(csv_path, _csv(curves))
     if png_path is not None:
         if not curves:
             raise CommandError(f"{logdir}: expected scalars to draw, found none", NOT_DONE)
         _write(png_path, _png(logdir, curves))
-    if Path("-") in (csv_path, png_path):
-        return
-    if as_json:
-        output.print_json({"logdir": str(logdir), "scalars": [_json(one) for one in curves]})
-    else:
-        _print(logdir, curves, has_plots=sys.stdout.isatty() if plot is None else plot)
+    if Path("-") not in (csv_path, png_path):
+        if as_json:
+            output.print_json(_document(logdir, found, curves))
+        else:
+            _print(logdir, found, curves, has_plots=sys.stdout.isatty() if plot is None else plot)
+    if found.unreadable:
+        ctx.exit(FINDING)
 
 
 def _check_stdout(csv_path: Path | None, png_path: Path | None, *, as_json: bool) -> None:
@@ -91,6 +106,14 @@ def _check_stdout(csv_path: Path | None, png_path: Path | None, *, as_json: bool
         raise click.UsageError(
             f"{' and '.join(wanted)}: expected one of them, since each writes to stdout; give a FILE instead of -"
         )
+
+
+def _document(logdir: Path, found: EventFiles, curves: Sequence[Curve]) -> dict[str, Any]:
+    return {
+        "logdir": str(logdir),
+        "scalars": [_json(one) for one in curves],
+        "unreadable": list(found.unreadable),
+    }
 
 
 def _json(curve: Curve) -> dict[str, Any]:
@@ -109,9 +132,9 @@ def _json(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _print(logdir: Path, curves: Sequence[Curve], *, has_plots: bool) -> None:
+def _print(logdir: Path, found: EventFiles, curves: Sequence[Curve], *, has_plots: bool) -> None:
     if not curves:
-        click.echo(f"{output.printable(str(logdir))}: {_nothing(logdir)}")
+        click.echo(f"{printable(str(logdir))}: {_nothing(logdir, found)}")
         return
     print_table(_COLUMNS, [_row(one) for one in curves])
     if has_plots:
@@ -119,21 +142,21 @@ def _print(logdir: Path, curves: Sequence[Curve], *, has_plots: bool) -> None:
         for one in curves:
             if len(one.values) < 2:
                 continue
-            picture = plotted(output.printable(one.tag), one.steps, one.values, width=width, height=_PLOT_LINES)
+            picture = plotted(printable(one.tag), one.steps, one.values, width=width, height=_PLOT_LINES)
             click.echo(f"\n{picture}")
 
 
-def _nothing(logdir: Path) -> str:
-    if event_files(logdir):
+def _nothing(logdir: Path, found: EventFiles) -> str:
+    if found.paths:
         return "no scalars in its event files that were asked for"
     below = sorted({str(path.parent) for path in logdir.glob("*/*tfevents*")})
-    return "no event files" + (f"; there are some in {', '.join(map(output.printable, below))}" if below else "")
+    return "no event files" + (f"; there are some in {', '.join(map(printable, below))}" if below else "")
 
 
 def _row(curve: Curve) -> tuple[str, ...]:
     finite = curve.finite
     return (
-        output.printable(curve.tag),
+        printable(curve.tag),
         str(len(curve.values)),
         str(curve.steps[0]),
         str(curve.steps[-1]),
@@ -163,8 +186,9 @@ def _csv(curves: Sequence[Curve]) -> bytes:
 
 
 def _defused(tag: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{tag}" if tag.startswith(("=", "+", "-", "@", "\t", "\r")) else tag
+    """A cell that no spreadsheet takes for a formula, also where full-width characters count, and no terminal obeys."""
+    first = unicodedata.normalize("NFKC", tag.lstrip()[:1])
+    return printable(f"'{tag}" if first in _BEGIN_A_FORMULA else tag)
 
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
@@ -179,10 +203,10 @@ def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
             f"--png cannot be drawn without matplotlib ({error}): pip install 'stepguard[plots]'", NOT_DONE
         ) from error
     figure = Figure(figsize=(8, 2.5 * len(curves)), layout="constrained")
-    figure.suptitle(output.printable(str(logdir)), parse_math=False)
+    figure.suptitle(printable(str(logdir)), parse_math=False)
     for curve, axes in zip(curves, figure.subplots(len(curves), squeeze=False)[:, 0], strict=True):
         axes.plot(curve.steps, curve.values, marker="." if len(curve.steps) < 50 else None, linewidth=1)
-        axes.set_title(output.printable(curve.tag), fontsize="medium", parse_math=False)
+        axes.set_title(printable(curve.tag), fontsize="medium", parse_math=False)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     content = io.BytesIO()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
+import os
 import sys
+import tempfile
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.cli.exits import NOT_DONE, CommandError
+from stepguard.disk import files
+
+# Of records that cannot be read: after so many the rest is not read either.
+_MOST_LOST = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +40,86 @@ class Curve:
         return [one for one in self.values if math.isfinite(one)]
 
 
-def event_files(logdir: Path) -> list[Path]:
-    """The event files in a directory."""
-    return sorted(path for path in logdir.glob("*tfevents*") if path.is_file())
+@dataclass(frozen=True, slots=True)
+class EventFiles:
+    """The event files in a directory; ``unreadable`` says of those that cannot be read why, in a line each."""
+
+    paths: tuple[Path, ...]
+    unreadable: tuple[str, ...] = ()
 
 
-def read_curves(logdir: Path, tags: Sequence[str]) -> list[Curve]:
-    """The curves in the event files of ``logdir``, sorted by tag; those that match one of ``tags``, if there are any.
+def event_files(logdir: Path) -> EventFiles:
+    """The event files in ``logdir``. What is no file, or cannot be opened, is unreadable. Raises OSError."""
+    found, unreadable = [], []
+    for name in sorted(one for one in os.listdir(logdir) if "tfevents" in one):
+        try:
+            os.close(files.open_regular(logdir / name))
+        except FileNotFoundError:
+            continue  # It was removed just now.
+        except OSError as error:
+            unreadable.append(f"{logdir / name}: could not be read: {error.strerror or error}")
+        else:
+            found.append(logdir / name)
+    return EventFiles(tuple(found), tuple(unreadable))
 
-    Raises CommandError if the tensorboard package is not installed.
+
+def read_curves(paths: Sequence[Path], tags: Sequence[str] = ()) -> tuple[list[Curve], int]:
+    """The curves in event files of one directory, sorted by tag; those that match one of ``tags``, if there are any.
+
+    The second value is the number of records that could not be read, and were passed over. A value that is no single
+    number is passed over too. Raises CommandError if the tensorboard package is not installed.
     """
-    accumulator, make_ndarray = _load(logdir)
+    with tempfile.TemporaryDirectory(prefix="stepguard-") as place:
+        # The package reads a directory, and opens whatever in it is called an event file.
+        for path in paths:
+            os.symlink(path.absolute(), os.path.join(place, path.name))
+        accumulator, make_ndarray = _load(place)
+        lost = _read_all(accumulator)
     found = []
     for tag in sorted(accumulator.Tags()["tensors"]):
-        if accumulator.SummaryMetadata(tag).plugin_data.plugin_name != "scalars":
+        if not _is_scalar(accumulator, tag):
             continue
         if tags and not any(fnmatch.fnmatchcase(tag, pattern) for pattern in tags):
             continue
-        points = accumulator.Tensors(tag)
-        values = tuple(float(make_ndarray(one.tensor_proto).item()) for one in points)
-        found.append(Curve(tag, tuple(one.step for one in points), tuple(one.wall_time for one in points), values))
-    return [one for one in found if one.steps]
+        points = [
+            (one, value)
+            for one in accumulator.Tensors(tag)
+            if (value := _number(make_ndarray, one.tensor_proto)) is not None
+        ]
+        steps, times = tuple(one.step for one, _ in points), tuple(one.wall_time for one, _ in points)
+        found.append(Curve(tag, steps, times, tuple(value for _, value in points)))
+    return [one for one in found if one.steps], lost
 
 
-def _load(logdir: Path) -> tuple[Any, Any]:
+def _read_all(accumulator: Any) -> int:
+    """Read the files to their ends. Returns the number of records that were passed over."""
+    for lost in range(_MOST_LOST):
+        try:
+            accumulator.Reload()
+        except Exception:  # noqa: BLE001 - whatever the package raises for what somebody has written
+            continue  # It goes on behind the record.
+        return lost
+    return _MOST_LOST
+
+
+def _is_scalar(accumulator: Any, tag: str) -> bool:
+    try:
+        return bool(accumulator.SummaryMetadata(tag).plugin_data.plugin_name == "scalars")
+    except KeyError:
+        return False  # It has none.
+
+
+def _number(make_ndarray: Any, tensor: Any) -> float | None:
+    # First of all the size: a few bytes may stand for an array that fills the memory.
+    if any(one.size != 1 for one in tensor.tensor_shape.dim):
+        return None
+    try:
+        return float(make_ndarray(tensor).item())
+    except Exception:  # noqa: BLE001 - as in _read_all
+        return None
+
+
+def _load(place: str) -> tuple[Any, Any]:
     # With this module the tensorboard package reads by itself; without it, it imports TensorFlow, which takes seconds.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
@@ -71,6 +133,5 @@ def _load(logdir: Path) -> tuple[Any, Any]:
     # It warns at each restart whose later steps it drops, which is wanted here.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # All scalars, and of images and histograms, which are not looked at, no more than one.
-    accumulator = EventAccumulator(str(logdir), size_guidance={"tensors": 1}, tensor_size_guidance={"scalars": 0})
-    accumulator.Reload()
+    accumulator = EventAccumulator(place, size_guidance={"tensors": 1}, tensor_size_guidance={"scalars": 0})
     return accumulator, make_ndarray

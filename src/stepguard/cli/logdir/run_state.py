@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepguard import processes
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
+from stepguard.disk import processes
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,9 @@ import tensorflow as tf
 
 from stepguard.tensorflow.checkpoint.files import BundleTensor
 from stepguard.tensorflow.scalars import is_finite
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # A master in another process answers in one message, and a protocol buffer is limited to 2 GiB.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import math
 import os
-import re
 import tempfile
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,17 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
+from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 PATTERN = frozenset("*?[\\")
 """TensorFlow takes a path that has one of these characters for a pattern."""
+
+# Longer than the tick of any file system's clock but FAT's, whose times have whole seconds.
+_SETTLED_NSECS = 2_100_000_000
 
 
 @contextlib.contextmanager
@@ -44,25 +48,61 @@ def without_pattern(path: str) -> Iterator[str]:
         yield os.path.join(link, name)
 
 
+def check_readable(path: str) -> None:
+    """Raise CheckpointCorruptError if a file of the checkpoint with the prefix ``path`` is no file that ends.
+
+    TensorFlow opens whatever has the name: it would wait at a FIFO for ever, or read a device to an end that never
+    comes. Paths that only TensorFlow can reach are not checked.
+    """
+    if "://" in path:
+        return
+    place, name = os.path.split(path)
+    for one in sorted(_no_files(place or os.curdir)):
+        if one == name or one.startswith((f"{name}.", f"{name}-")):
+            found = os.path.join(place, one)
+            raise CheckpointCorruptError(f"{found}: expected a regular file, found none", path=Path(found))
+
+
+def _no_files(place: str) -> Collection[str]:
+    """The names in a directory that are neither files nor directories, nor lead to one."""
+    try:
+        changed = os.stat(place).st_mtime_ns
+    except OSError:
+        return ()  # Whoever opens a file there gets the error.
+    # The clock of a file system is coarse: what is added right after the last change has the same time.
+    is_settled = abs(time.time_ns() - changed) > _SETTLED_NSECS
+    return _listed_no_files(place, changed) if is_settled else _listed_no_files.__wrapped__(place, changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _listed_no_files(place: str, changed: int) -> Collection[str]:  # noqa: ARG001 - a part of the key
+    # Once for a directory, and not for each of its thousands of checkpoints.
+    try:
+        with os.scandir(place) as entries:
+            return frozenset(one.name for one in entries if not one.is_file() and not one.is_dir())
+    except OSError:
+        return ()
+
+
 def restorable(path: str) -> str:
     """The path by which TensorFlow restores the checkpoint with the prefix ``path``.
 
     It is a pattern if the checkpoint is sharded and in the old format (V1).
     """
-    if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
+    if not tf.io.gfile.exists(tensorflow_files.entry_file(path)) and not tf.io.gfile.exists(path):
         for shard in old_shards(path):
-            return f"{path}-?????-of-{shard.rpartition('-')[2]}"
+            return tensorflow_files.pattern(path, shard.rpartition("-")[2])
     return path
 
 
 def exists(path: str) -> bool:
     """Whether files with the names of a checkpoint with the prefix ``path`` exist."""
-    return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
+    return tf.io.gfile.exists(tensorflow_files.entry_file(path)) or tf.io.gfile.exists(path) or bool(old_shards(path))
 
 
 def is_old_format(path: str) -> bool:
     """Whether files of a checkpoint in the old format exist at the prefix ``path``; some of them may be missing."""
-    if os.path.exists(f"{path}.index"):
+    if os.path.exists(tensorflow_files.entry_file(path)):
         return False
     return os.path.isfile(path) or bool(old_shards(path))
 
@@ -74,8 +114,7 @@ def old_shards(path: str) -> list[str]:
         names = tf.io.gfile.listdir(place or os.curdir)
     except tf.errors.OpError:
         return []  # There is no such directory.
-    shards = re.compile(re.escape(name) + r"-\d{5,}-of-\d{5,}")
-    return sorted(one for one in names if shards.fullmatch(one))
+    return sorted(one for one in names if tensorflow_files.is_old_shard(one, name))
 
 
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
@@ -86,6 +125,8 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     try:
         source = _Source(restorable(str(path)))
         shapes, types = source.reader.get_variable_to_shape_map(), source.reader.get_variable_to_dtype_map()
+    except CheckpointCorruptError:
+        raise
     except Exception as error:  # The reader may raise any error for a file that is no index.
         raise CheckpointCorruptError(f"{path}: {cause(error)}", path=path) from error
     for name in sorted(shapes):
@@ -100,6 +141,7 @@ class _Source:
     """A reader of a checkpoint, with the symbolic link through which it may open the data at each read."""
 
     def __init__(self, path: str) -> None:
+        check_readable(tensorflow_files.without_pattern(path))
         link = contextlib.ExitStack()
         weakref.finalize(self, link.close)
         self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
@@ -116,7 +158,8 @@ def step_held(path: str | Path, name: str) -> int | None:
 
 def written_at(path: str) -> float:
     """The time of the last write of a checkpoint's entry file, or else of its data (Unix time); 0 if unknown."""
-    for file in (f"{path}.index", path, *(os.path.join(os.path.dirname(path), one) for one in old_shards(path))):
+    shards = [os.path.join(os.path.dirname(path), one) for one in old_shards(path)]
+    for file in (tensorflow_files.entry_file(path), path, *shards):
         with contextlib.suppress(tf.errors.OpError):
             return float(tf.io.gfile.stat(file).mtime_nsec) / 1e9
     return 0.0

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import sys
 import threading
@@ -31,8 +30,9 @@ from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import Carrier, GiveUp
 from stepguard.tensorflow.cluster.server_ping import Heartbeat
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 # Closing a session calls every server that it used, and would wait for a lost server until that comes back.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import Any, TypeVar
 from stepguard.errors import add_note
 from stepguard.options import check_count, check_seconds
 from stepguard.tensorflow.cluster.tasks import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _ResultT = TypeVar("_ResultT")
 

@@ -10,7 +10,6 @@ not wait when the heartbeat's own thread calls it (from ``on_lost``). Nothing he
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.tensorflow.cluster.calls import Carrier
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _v1 = tf.compat.v1
 
 _LONGEST_INTERVAL_SECS = 5.0

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from stepguard import files
+from stepguard.disk import files
+from stepguard.store import Manifest
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.torch.checkpoint import unpickling
 
 ENGINE = "torch"
@@ -29,6 +31,24 @@ def is_process(name: str) -> bool:
 def process_file(rank: int) -> str:
     """The name of the file of the process of ``rank``."""
     return f"{PROCESS}{rank}{SUFFIX}"
+
+
+def named_files(path: Path) -> list[Path]:
+    """The files ``*.pt`` of the checkpoint at ``path``, sorted; those that its manifest names, if it has one.
+
+    Whatever else lies in the directory was never committed, nor compared with a digest.
+
+    Raises:
+        CheckpointCorruptError: the manifest is damaged.
+        OSError: the directory or the manifest cannot be read.
+    """
+    record = path.with_name(path.name + MANIFEST_SUFFIX)
+    try:
+        manifest = Manifest.from_json(files.read_bytes(record), record)
+    except FileNotFoundError:
+        return sorted(one for one in path.glob(f"*{SUFFIX}") if one.is_file())
+    named = [path.parent / one.name for one in manifest.files]
+    return sorted(one for one in named if one.parent == path and one.suffix == SUFFIX)
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.reading import load
 from stepguard.torch.checkpoint.redistribution import cut
 from stepguard.torch.checkpoint.state import Component
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _SAFETENSORS = ".safetensors"
 

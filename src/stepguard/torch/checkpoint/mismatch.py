@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,9 @@ from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> CheckpointMismatchError:

@@ -7,7 +7,6 @@ the checkpoint that is newest then.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
+from stepguard.options import check_local
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 NEWEST = "newest"
 
@@ -68,11 +68,13 @@ def load(path: str | os.PathLike[str], which: int | str = NEWEST) -> States:
         which: the step to read, or ``"newest"`` for the newest good checkpoint; a warning names newer damaged ones.
 
     Raises:
+        ValueError: ``path`` is an address such as ``s3://bucket/run``.
         FileNotFoundError: there is no such checkpoint.
         CheckpointCorruptError: the requested checkpoint is damaged.
         NoGoodCheckpointError: checkpoints exist, but all are damaged.
         CheckpointError: a file holds something that could run code; nothing in it was used.
     """
+    check_local("path", path)
     with _held(Path(path), which) as held:
         process = held.read(f"{PROCESS}0")
         states = {name: held.read(name) for name in held.parts}
@@ -90,8 +92,10 @@ def newest(logdir: str | os.PathLike[str]) -> Newest | None:
     A program that unfreezes layers or adds parameter groups during its run can build itself as the checkpoint has it.
 
     Raises:
+        ValueError: ``logdir`` is an address such as ``s3://bucket/run``.
         NoGoodCheckpointError: checkpoints exist, but all are damaged.
     """
+    check_local("logdir", logdir)
     try:
         with _held(Path(logdir), NEWEST) as held:
             process = held.read(f"{PROCESS}0")
@@ -196,8 +200,7 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
         raise FileNotFoundError(str(checkpoint.path))
     descriptors = {}
     for record in manifest.files:
-        # Not blocking, because the opening of a FIFO in place of a file would wait for its other end.
-        descriptor = os.open(store.root / record.name, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = files.open_regular(store.root / record.name)
         stack.callback(os.close, descriptor)
         descriptors[Path(record.name).name] = descriptor
     held = _Held(checkpoint, descriptors)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepguard.errors import CheckpointCorruptError
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
-from stepguard.torch.checkpoint.files import PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.checkpoint.files import PROCESS, is_process, named_files, process_file, read_file
 from stepguard.torch.checkpoint.fitting import Fitting, fit
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Restorer:
@@ -113,8 +114,12 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
     The last value says whether that rank took part in the save; if not, the process file of rank 0 is returned. Keys
     that only the chief writes are always taken from rank 0.
     """
-    found = {file.stem: file for file in sorted(path.glob(f"*{SUFFIX}"))}
+    found = {file.stem: file for file in named_files(path)}
     processes = {name: found.pop(name) for name in list(found) if is_process(name)}
+    if f"{PROCESS}0" not in processes:
+        raise CheckpointCorruptError(
+            f"{path}: expected the file {process_file(0)} in its manifest, found none", path=path
+        )
     process = read_file(processes[f"{PROCESS}0"])
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import append

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.saved_tensor import SavedTensor
 from stepguard.torch.checkpoint import unpickling
-from stepguard.torch.checkpoint.files import SUFFIX, is_process
+from stepguard.torch.checkpoint.files import SUFFIX, is_process, named_files
 
 METADATA = ".metadata"
 
@@ -27,15 +28,22 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     The names are the same as in error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are
     mapped into memory, so that a tensor is read on demand.
 
-    Raises CheckpointCorruptError if a file is damaged, CheckpointError if its form is unknown.
+    Raises CheckpointCorruptError if a file is damaged, FileNotFoundError if one that the manifest names is gone,
+    CheckpointError if its form is unknown.
     """
     if path.is_file():
         yield from _leaves("", _load(path))
     elif (path / METADATA).is_file():
         yield from _sharded(path)
     else:
-        for part in sorted(path.iterdir()):
+        for part in _parts(path):
             yield from _part(part)
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.with_name(path.name + MANIFEST_SUFFIX).exists():
+        return named_files(path)
+    return sorted(path.iterdir())
 
 
 def _sharded(path: Path) -> Iterator[SavedTensor]:
@@ -44,7 +52,7 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
 
     sharded = ShardedFiles(path)
     stored = sharded.tensors()
-    for part in sorted(path.glob(f"*{SUFFIX}")):
+    for part in named_files(path):
         state = _load(part)
         # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
@@ -70,6 +78,8 @@ def _part(path: Path) -> Iterator[SavedTensor]:
     if path.suffix == SUFFIX and path.is_file():
         yield from _leaves(path.stem, _load(path))
         return
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "the manifest names it, and it is gone", str(path))
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
         f"{'a directory' if path.is_dir() else 'another file'}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,12 @@ from stepguard.steps.feeds import Feed, is_function, shown
 from stepguard.steps.group_feed import GroupFeed
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import MapFeed
+from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.data.stateful_feed import StatefulFeed
 from stepguard.torch.data.stream_feed import StreamFeed, TorchFunctionFeed, WorkerStreamFeed
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def feed_of(loader: Any) -> Feed:
@@ -27,6 +28,13 @@ def feed_of(loader: Any) -> Feed:
     Raises:
         TypeError: ``loader`` cannot be iterated over, or has a state that cannot be saved.
     """
+    with starting_workers(loader):  # torchdata's loader starts its workers when it is asked for its state.
+        feed = _feed_of(loader)
+    feed.starting = starting_workers
+    return feed
+
+
+def _feed_of(loader: Any) -> Feed:
     if _is_group(loader):
         return GroupFeed(loader, feed_of)
     if is_function(loader):

@@ -27,8 +27,9 @@ from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.shuffled_lists import ShuffledLists
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 _END = object()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import logging
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,8 +19,9 @@ from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
 from stepguard.torch.data.workers import InitWorker, SeededStream
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class StreamFeed(IterableFeed):

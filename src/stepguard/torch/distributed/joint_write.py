@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepguard import files
+from stepguard.disk import files
 from stepguard.errors import described
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import process_file, write_file
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any]) -> None:

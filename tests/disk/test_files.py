@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from stepguard import files
+from stepguard.disk import files
 
 
 class OsWith:

@@ -18,7 +18,6 @@ directory; nothing else is, in whatever order it was done.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 import threading
@@ -26,7 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_log = logging.getLogger(__name__)
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 # Reads of this size keep the disk busy and the GIL free (both os.readinto and xxhash release it), and two of them
 # fit into the cache of a core.

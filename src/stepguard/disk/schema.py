@@ -44,7 +44,7 @@ class SchemaError(ValueError):
 def parse(content: bytes) -> Any:
     """The value of a JSON document. Raises ValueError: there is none, or one that is nested too deeply."""
     try:
-        return json.loads(content, parse_constant=_refuse)
+        return _DECODER.decode(content.decode("utf-8"))
     except RecursionError as error:
         raise SchemaError("expected JSON, found it nested too deeply") from error
 
@@ -109,6 +109,10 @@ def _types(hint: Any) -> tuple[type, ...]:
 
 def _refuse(constant: str) -> None:
     raise SchemaError(f"expected JSON, found {constant}")
+
+
+# One for all: a ledger has thousands of lines.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def _expected(kinds: tuple[type, ...]) -> str:
