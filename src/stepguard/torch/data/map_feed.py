@@ -101,6 +101,10 @@ class MapFeed(Feed):
         left = self._rest[1]
         return None if left is None else self._given >= self._skip + left
 
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return super().is_held_besides(others + self._inside.holds(self.loader))
+
     def position(self) -> dict[str, Any]:
         """The position, with the random states from which the order of this epoch was drawn."""
         position = {**super().position(), "worker_seed": self._worker_seed, "samples": self.samples}
