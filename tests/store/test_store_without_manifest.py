@@ -156,7 +156,10 @@ def test_a_manifest_with_another_step_than_its_name_is_damage(tmp_path: Path) ->
     store = open_store(tmp_path, "directory")
     save(store, 500)
     put(tmp_path, directory_files("model.ckpt-600", ""))
-    made_up = replace(store.verify(store.candidates()[0]).manifest, name="model.ckpt-600", step=100, files=())
+    found = store.verify(store.candidates()[0]).manifest
+    assert found is not None
+    records = tuple(replace(one, name=one.name.replace("500", "600")) for one in found.files)
+    made_up = replace(found, name="model.ckpt-600", step=100, files=records)
     (tmp_path / "model.ckpt-600.manifest.json").write_bytes(made_up.to_json())
 
     recovery = store.newest_good()

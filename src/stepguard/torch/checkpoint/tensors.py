@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
 
 
 def _parts(path: Path) -> list[Path]:
+    """What its manifest names, if that is all there; else whatever is there."""
     if path.with_name(path.name + MANIFEST_SUFFIX).exists():
-        return named_files(path)
+        named = named_files(path)
+        if all(one.exists() for one in named):
+            return named
     return sorted(path.iterdir())
 
 
@@ -77,6 +81,8 @@ def _part(path: Path) -> Iterator[SavedTensor]:
     if path.suffix == SUFFIX and path.is_file():
         yield from _leaves(path.stem, _load(path))
         return
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
         f"{'a directory' if path.is_dir() else 'another file'}",
