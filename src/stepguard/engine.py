@@ -54,7 +54,9 @@ For a framework whose program is a loop over batches, ``stepguard.steps`` provid
 
 - ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
   ``with sess.step()``; ``sess.summary(values)`` hands a mapping to the engine's writer. Its constructor takes the
-  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``;
+  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``. After a block of ``sess.step()``, and after
+  a loop, the program may lend the model to other work: a save waits for the next step, or gets the state of the end of
+  the loop (:class:`RestsBetweenLoops`);
 - ``process_state.ProcessState(streams)`` holds the state of the process: the random streams, and the position in each
   loader. A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, self.streams)``
   reads any iterable. To find the next batch again, it restores the streams of the epoch's beginning and reads the
@@ -313,8 +315,11 @@ class SharedModel(Protocol[_SessionT_contra]):
     def is_shared(self, session: _SessionT_contra) -> bool:
         """Whether other processes may change the state of this session. Any thread."""
 
-    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
-        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes."""
+    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float, *, may_go_on: bool) -> None:
+        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes.
+
+        ``may_go_on`` says that the others may go on: wait only as long as the steps take that they are doing now.
+        """
 
 
 @runtime_checkable
@@ -338,6 +343,9 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         """Call ``keep(is_last)`` at the end of each loop, in its thread, before the program goes on. ``is_last`` says
         whether the run ends there.
         """
+
+    def is_outside_steps(self, session: _SessionT_contra, error: BaseException) -> bool:
+        """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
         """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""

@@ -25,20 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-
-def printable(text: str) -> str:
-    """``text`` on one line, as it may be shown on a terminal: control characters, those that turn the direction of
-    writing, and bytes that are no UTF-8 become escapes. Whatever was read from a file, or names one, goes through it.
-    """
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
+from stepguard.words import printable
 
 
 class StepguardError(Exception):

@@ -19,7 +19,6 @@ from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
 from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
-from stepguard.log import logger
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
@@ -27,6 +26,7 @@ from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -295,6 +295,7 @@ class Supervisor(Generic[SessionT]):
                 self._observer.session_ready(session, None, None)
             if on_open is not None:
                 on_open(session)
+            self._limit_time()
         except BaseException as error:
             self._give_up(session, error)
             raise
@@ -326,6 +327,19 @@ class Supervisor(Generic[SessionT]):
         """Warn at the first step, and not before: a program that only reads or evaluates has nothing to lose."""
         _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
         return sys.maxsize
+
+    def _limit_time(self) -> None:
+        """Ask for a stop after ``stop_after_secs``, from a thread that ends with the run."""
+        secs = self._options.stopping.stop_after_secs
+        if secs is None:
+            return
+
+        def limit() -> None:
+            if not self._coord.wait_for_stop(secs):
+                _log.warning("the time limit of %g s is over: stopping at the next step boundary", secs)
+                self._coord.ask_stop("time_limit")
+
+        threading.Thread(target=limit, name="stepguard-time-limit", daemon=True).start()
 
     def _begin_observation(self) -> None:
         if self._is_chief:
@@ -378,7 +392,7 @@ class Supervisor(Generic[SessionT]):
             self._observer.end("error", error, request=self._life.stop_reason)
             raise
         else:
-            reason = self._life.stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
+            reason = self._life.stop_reason or self._coord.stop_reason or "finished"
             exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
             self._observer.end(reason, exit_code=exit_code)
         finally:
@@ -388,19 +402,24 @@ class Supervisor(Generic[SessionT]):
 
     def _finish_saving(self, *, is_finished: bool) -> None:
         """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
-        the fault.
+        the fault. The state is not the fault of an error in reading the data.
         """
         deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
         try:
-            if not self._coord.failed:
+            error = self._coord.first_error
+            if error is None or self._saving.is_outside_steps(error):
                 self._finish_counting()
-                self._saving.save_last(deadline, is_finished=is_finished)
+                self._saving.save_last(deadline, is_finished=is_finished, was_told=self._was_told())
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
                     "a checkpoint was still being written when the time to stop was over; the one before it is good"
                 )
             self._saving.leave_logdir()
+
+    def _was_told(self) -> bool:
+        """Whether a signal or sys.exit ends this process, and not a step at which the others end too."""
+        return self._life.stop_reason is not None
 
     def _finish_counting(self) -> None:
         counter, self._step_counter = self._step_counter, None
@@ -416,7 +435,7 @@ class Supervisor(Generic[SessionT]):
         self._finish_counting()
         try:
             deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
-            self._saving.save_last(deadline, is_finished=not self._coord.should_stop())
+            self._saving.save_last(deadline, is_finished=not self._coord.should_stop(), was_told=self._was_told())
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.report(error)
 
@@ -489,11 +508,14 @@ class _Block(Generic[SessionT]):
         return self.supervisor._options.stopping.exit_code
 
     @property
-    def was_asked_to_stop(self) -> bool:
-        return self.supervisor._coord.stop_was_asked
+    def stop_reason(self) -> str | None:
+        return self.supervisor._coord.stop_reason
 
     def request_stop(self, error: BaseException | None) -> None:
         self.supervisor.request_stop(error)
+
+    def ask_stop(self, reason: str) -> None:
+        self.supervisor._coord.ask_stop(reason)
 
     def stop_at_boundary(self, session: SessionT) -> None:
         self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
+from stepguard.store.layout import SaverFiles
 
 
 def commit(
-    root: Path, *steps: int, basename: str = "model.ckpt", entry_suffix: str | None = ".index"
+    root: Path, *steps: int, basename: str = "model.ckpt", saver_files: SaverFiles | None = tensorflow_files
 ) -> CheckpointStore:
     """Commit checkpoints of small files, as TensorFlow's are or, without an entry suffix, as PyTorch's are."""
-    engine = "torch" if entry_suffix is None else "tensorflow"
-    store = CheckpointStore(root, basename=basename, engine=engine, entry_suffix=entry_suffix)
+    engine = "torch" if saver_files is None else "tensorflow"
+    store = CheckpointStore(root, basename=basename, engine=engine, saver_files=saver_files)
     for step in steps:
         name = store.name(step)
         stage = store.stage(name)
-        if entry_suffix is None:
+        if saver_files is None:
             (stage / name).mkdir()
             (stage / name / "model.pt").write_bytes(b"weights of step %d" % step)
         else:

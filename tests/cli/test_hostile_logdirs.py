@@ -16,10 +16,11 @@ import pytest
 from logdirs import commit
 
 from stepguard.cli.main import cli
-from stepguard.errors import CheckpointError, printable
+from stepguard.errors import CheckpointError
 from stepguard.store import recovery, statefile
 from stepguard.store.manifest import SUFFIX
 from stepguard.watching import heartbeat, ledger
+from stepguard.words import printable
 
 COMMANDS = (["ls"], ["verify"], ["status"], ["prune", "--keep-last", "1", "--dry-run"])
 commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in COMMANDS])
@@ -27,7 +28,7 @@ commands = pytest.mark.parametrize("command", COMMANDS, ids=[one[0] for one in C
 
 @pytest.fixture
 def logdir(tmp_path: Path) -> Path:
-    commit(tmp_path, 1, 2, 3, entry_suffix=None)
+    commit(tmp_path, 1, 2, 3, saver_files=None)
     return tmp_path
 
 
@@ -83,12 +84,12 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\u202e"
 
 def test_nothing_that_a_terminal_obeys_is_printed(tmp_path, stepguard):
     logdir = tmp_path / f"run{EVIL}"
-    commit(logdir, 1, entry_suffix=None)
+    commit(logdir, 1, saver_files=None)
     path = logdir / f"model.ckpt-1{SUFFIX}"
     body = json.loads(path.read_bytes())
     body["digest"] = EVIL
     path.write_text(json.dumps(body))
-    commit(logdir, 2, basename=f"m{EVIL}", entry_suffix=None)
+    commit(logdir, 2, basename=f"m{EVIL}", saver_files=None)
     (logdir / statefile.FILE_NAME).write_text(f'model_checkpoint_path: "gone{EVIL}-7"\n')
     with (logdir / ledger.FILE_NAME).open("wb") as file:
         line = {"event": "stop", "time": 1.0, "pid": 1, "host": EVIL, "role": "chief", "reason": EVIL, "error": EVIL}
@@ -175,9 +176,9 @@ def test_ctrl_c_ends_a_command_with_130(command, logdir, monkeypatch, stepguard)
 
 
 def test_ctrl_c_ends_a_real_verify_with_130(tmp_path):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     # Large enough for the signal to come while it is read.
-    stage = commit(tmp_path, 2, entry_suffix=None).stage("model.ckpt-3")
+    stage = commit(tmp_path, 2, saver_files=None).stage("model.ckpt-3")
     (stage / "model.ckpt-3").mkdir()
     with (stage / "model.ckpt-3" / "model.pt").open("wb") as file:
         file.truncate(64 << 30)

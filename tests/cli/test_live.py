@@ -14,15 +14,16 @@ from logdirs import commit
 from stepguard.cli.commands import verify
 from stepguard.cli.logdir import contents
 from stepguard.cli.logdir.contents import commit_id
-from stepguard.store import CheckpointStore, recovery
+from stepguard.store import CheckpointStore, recovery, tensorflow_files
 from stepguard.store.layout import Layout
 
 WRITER = """
 import sys
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 
-root, suffix = sys.argv[1], sys.argv[2] or None
-store = CheckpointStore(root, engine="tensorflow" if suffix else "torch", entry_suffix=suffix, max_to_keep=2)
+root, suffix = sys.argv[1], sys.argv[2]
+saver_files = tensorflow_files if suffix else None
+store = CheckpointStore(root, engine="tensorflow" if suffix else "torch", saver_files=saver_files, max_to_keep=2)
 hold = store.acquire()
 
 def save(step):
@@ -85,7 +86,7 @@ def overtaking(tmp_path):
 
     def save():
         step = next(steps)
-        commit(tmp_path, step, entry_suffix=None)
+        commit(tmp_path, step, saver_files=None)
         for manifest in tmp_path.glob("model.ckpt-*.manifest.json"):
             name = manifest.name.partition(".manifest")[0]
             if name != f"model.ckpt-{step}":
@@ -155,8 +156,8 @@ def test_one_that_was_replaced_while_it_was_read_is_gone_and_not_damaged(tmp_pat
     (kept / "model.ckpt-3").mkdir()
     shutil.copy(tmp_path / "model.ckpt-3.manifest.json", kept)
 
-    place = Layout(kept, "model.ckpt", ".index")
-    assert commit_id(Layout(tmp_path, "model.ckpt", ".index"), "model.ckpt-3") is not None
+    place = Layout(kept, "model.ckpt", tensorflow_files)
+    assert commit_id(Layout(tmp_path, "model.ckpt", tensorflow_files), "model.ckpt-3") is not None
     assert commit_id(place, "model.ckpt-3") is None
     (tmp_path / "model.ckpt-3.manifest.json").unlink()
     assert commit_id(place, "model.ckpt-3") is not None

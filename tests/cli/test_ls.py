@@ -9,7 +9,7 @@ import time
 import pytest
 from logdirs import commit
 
-from stepguard.store import FileRecord, Manifest
+from stepguard.store import FileRecord, Manifest, tensorflow_files
 
 
 def states(found):
@@ -46,11 +46,11 @@ def test_the_table_marks_the_one_that_a_restart_would_take(tmp_path, stepguard):
     assert ">" not in oldest
 
 
-@pytest.mark.parametrize("entry_suffix", [".index", None], ids=["tensorflow", "torch"])
+@pytest.mark.parametrize("saver_files", [tensorflow_files, None], ids=["tensorflow", "torch"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest cut", "manifest of another"])
-def test_damage_that_shows_without_reading_the_data_is_named_and_passed_over(damage, entry_suffix, tmp_path, document):
-    commit(tmp_path, 1, 2, entry_suffix=entry_suffix)
-    data = tmp_path / ("model.ckpt-2/model.pt" if entry_suffix is None else "model.ckpt-2.data-00000-of-00001")
+def test_damage_that_shows_without_reading_the_data_is_named_and_passed_over(damage, saver_files, tmp_path, document):
+    commit(tmp_path, 1, 2, saver_files=saver_files)
+    data = tmp_path / ("model.ckpt-2/model.pt" if saver_files is None else "model.ckpt-2.data-00000-of-00001")
     manifest = tmp_path / "model.ckpt-2.manifest.json"
     if damage == "cut":
         os.truncate(data, 3)

@@ -93,7 +93,7 @@ def test_every_command_that_ctrl_c_ends_exits_with_130_and_one_line(name, monkey
 
 
 def test_verify_that_ctrl_c_ends_in_the_middle_of_a_file_exits_with_130_and_one_line(tmp_path):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     weights = tmp_path / "model.ckpt-1" / "model.pt"
     # So large that nothing reads it to its end; it takes no room on the disk.
     os.truncate(weights, 1 << 42)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from logdirs import commit, flip
 
-from stepguard.store import statefile
+from stepguard.store import statefile, tensorflow_files
 
 
 def kept(logdir, basename="model.ckpt"):
@@ -18,9 +18,9 @@ def everything(logdir):
     return {str(path): path.stat().st_mtime_ns for path in logdir.rglob("*")}
 
 
-@pytest.mark.parametrize("entry_suffix", [".index", None], ids=["tensorflow", "torch"])
-def test_the_last_and_the_multiples_are_kept_and_nothing_else(entry_suffix, tmp_path, stepguard, document):
-    commit(tmp_path, 10, 20, 30, 40, 50, 60, entry_suffix=entry_suffix)
+@pytest.mark.parametrize("saver_files", [tensorflow_files, None], ids=["tensorflow", "torch"])
+def test_the_last_and_the_multiples_are_kept_and_nothing_else(saver_files, tmp_path, stepguard, document):
+    commit(tmp_path, 10, 20, 30, 40, 50, 60, saver_files=saver_files)
     pruned = stepguard("prune", tmp_path, "--keep-last", 2, "--keep-every", 20)
     assert pruned.exit_code == 0
     assert kept(tmp_path) == [20, 40, 50, 60]

@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 from logdirs import commit
 
+from stepguard.store import tensorflow_files
+
 
 def by_name(found):
     return {one["name"]: one for one in found}
@@ -192,9 +194,9 @@ def test_a_tensor_that_tensorflow_cannot_read_is_a_finding(tensorflow_run, tmp_p
 
 def test_what_is_in_no_form_that_is_known_is_refused_with_the_reason(tmp_path, stepguard):
     pytest.importorskip("torch")
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     (tmp_path / "model.ckpt-1" / "model.pt").unlink()
-    (tmp_path / "model.ckpt-1" / "model").mkdir()
+    (tmp_path / "model.ckpt-1" / "model.pt").mkdir()
     refused = stepguard("show", tmp_path / "model.ckpt-1")
     assert refused.exit_code == 3
     assert "found a directory" in refused.stderr
@@ -202,7 +204,7 @@ def test_what_is_in_no_form_that_is_known_is_refused_with_the_reason(tmp_path, s
 
 @pytest.mark.parametrize("engine", ["tensorflow", "torch"])
 def test_without_the_framework_the_error_says_what_to_install(engine, tmp_path, stepguard, monkeypatch):
-    commit(tmp_path, 1, entry_suffix=None if engine == "torch" else ".index")
+    commit(tmp_path, 1, saver_files=None if engine == "torch" else tensorflow_files)
     monkeypatch.setitem(sys.modules, f"stepguard.{engine}.checkpoint.tensors", None)  # its import fails now
     refused = stepguard("show", tmp_path)
     assert refused.exit_code == 3
@@ -223,7 +225,7 @@ def test_an_engine_that_is_not_known_is_an_error(tmp_path, stepguard):
 @pytest.mark.parametrize("is_manifest_damaged", [False, True])
 def test_a_checkpoint_whose_directory_is_gone_is_a_finding(is_manifest_damaged, tmp_path, stepguard):
     pytest.importorskip("torch")
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     path = tmp_path / "model.ckpt-1"
     shutil.rmtree(path)
     if is_manifest_damaged:

@@ -64,7 +64,7 @@ def test_one_checkpoint_is_known_by_its_prefix_and_by_each_of_its_files(path, tm
 
 
 def test_a_directory_of_pytorch_is_a_checkpoint_and_no_logdir(tmp_path, stepguard):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     assert stepguard("verify", tmp_path / "model.ckpt-1").exit_code == 0
     flip(tmp_path / "model.ckpt-1" / "model.pt")
     assert stepguard("verify", tmp_path / "model.ckpt-1").exit_code == 1
@@ -72,7 +72,7 @@ def test_a_directory_of_pytorch_is_a_checkpoint_and_no_logdir(tmp_path, stepguar
 
 @pytest.mark.parametrize("file", ["model.pt", "__0_0.distcp"])
 def test_a_file_in_a_directory_of_pytorch_stands_for_its_checkpoint(file, tmp_path, stepguard, document, monkeypatch):
-    commit(tmp_path, 1, 2, entry_suffix=None)
+    commit(tmp_path, 1, 2, saver_files=None)
     path = tmp_path / "model.ckpt-2" / file
     for step in (1, 2):
         (tmp_path / f"model.ckpt-{step}" / "__0_0.distcp").write_bytes(b"beside")
@@ -87,7 +87,7 @@ def test_a_file_in_a_directory_of_pytorch_stands_for_its_checkpoint(file, tmp_pa
 
 
 def test_an_unfinished_save_is_no_damage_unless_it_is_asked_for(tmp_path, stepguard):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     (tmp_path / "model.ckpt-2").mkdir()
     (tmp_path / "model.ckpt-2" / "model.pt").write_bytes(b"weights")
     assert stepguard("verify", tmp_path).exit_code == 0
@@ -142,7 +142,7 @@ def test_without_tensorflow_it_says_that_nothing_is_known(tmp_path, stepguard, m
 
 
 def test_the_current_directory_is_a_logdir_or_a_checkpoint_too(tmp_path, stepguard, monkeypatch):
-    commit(tmp_path, 1, entry_suffix=None)
+    commit(tmp_path, 1, saver_files=None)
     monkeypatch.chdir(tmp_path)
     assert stepguard("verify", ".").exit_code == 0
     monkeypatch.chdir(tmp_path / "model.ckpt-1")

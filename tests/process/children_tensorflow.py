@@ -23,7 +23,7 @@ from stepguard import Watching
 from stepguard.disk import files
 from stepguard.errors import LogdirInUseError
 from stepguard.options import Stopping
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.tensorflow import Supervisor
 
 v1 = tf.compat.v1
@@ -47,7 +47,7 @@ def build(
 
 def held(logdir: str) -> list[str]:
     """What is wrong with the committed checkpoints."""
-    store = CheckpointStore(logdir, entry_suffix=".index")
+    store = CheckpointStore(logdir, saver_files=tensorflow_files)
     found = []
     for one in store.candidates():
         state = read(store.verify(one).path)

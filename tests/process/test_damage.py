@@ -16,7 +16,7 @@ from model import Model, wrong
 
 from stepguard import options as groups
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.tensorflow import SessionManager, Supervisor
 
 v1 = tf.compat.v1
@@ -126,9 +126,9 @@ class Restoring:
 
     def step(self, logdir: Path) -> int:
         """The step that a chief resumes from; everything in the model is what it is at that step."""
-        from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
+        from stepguard.tensorflow.checkpoint.restore import ENGINE, Restorer
 
-        store = CheckpointStore(logdir, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+        store = CheckpointStore(logdir, engine=ENGINE, saver_files=tensorflow_files)
         manager = SessionManager(graph=self.graph, restorer=Restorer(store))
         with manager.prepare_session("", self.init_op, self.saver, str(logdir)) as session:
             state = self.model.state(session)
@@ -187,7 +187,7 @@ class TestACommittedCheckpoint:
         logdir = ours.fresh()
         path = logdir / f"model.ckpt-{NEWEST}.{suffix}"
         content = path.read_bytes()
-        store = CheckpointStore(logdir, entry_suffix=".index")
+        store = CheckpointStore(logdir, saver_files=tensorflow_files)
         newest = store.candidates()[0]
         whole = store.verify(newest)
         damages = ours.damages(suffix)

@@ -11,7 +11,7 @@ from model import Model, read, wrong
 from zygote import Zygote
 
 from stepguard.options import Saving
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.tensorflow import Supervisor
 
 v1 = tf.compat.v1
@@ -105,7 +105,7 @@ def test_after_our_retention_and_a_kill_theirs_goes_on(tensorflow_children: Zygo
         child.wait_for("saved", count=4)
         child.kill()
     acknowledged = child.reports("saved")[-1]["step"]
-    newest_good = CheckpointStore(tmp_path, entry_suffix=".index").newest_good(quarantine=False)
+    newest_good = CheckpointStore(tmp_path, saver_files=tensorflow_files).newest_good(quarantine=False)
     assert newest_good.checkpoint is not None
     assert newest_good.damaged == ()
 

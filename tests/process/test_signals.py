@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from zygote import Child, Zygote, wait_until
 
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 
 # A stop, a save of a few kilobytes and the end of the interpreter, on a busy machine.
 QUICKLY_SECS = 40.0
@@ -20,7 +20,7 @@ def newest_saved(logdir: Path) -> int:
     """The step of the newest good checkpoint; all of it is what it is at that step."""
     from model import read, wrong
 
-    found = CheckpointStore(logdir, entry_suffix=".index").newest_good(quarantine=False)
+    found = CheckpointStore(logdir, saver_files=tensorflow_files).newest_good(quarantine=False)
     assert found.damaged == ()
     assert found.checkpoint is not None
     state = read(found.checkpoint.path)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from stepguard.disk import files
-from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
+from stepguard.store.layout import SaverFiles
 
 Content = dict[str, bytes]
 
 
-def tensorflow_files(name: str, tag: object) -> Content:
+def tensorflow_content(name: str, tag: object) -> Content:
     return {
         f"{name}.data-00000-of-00002": f"first shard of {name} {tag} ".encode() * 40,
         f"{name}.data-00001-of-00002": f"second shard of {name} {tag} ".encode() * 40,
@@ -25,23 +26,23 @@ def tensorflow_files(name: str, tag: object) -> Content:
     }
 
 
-def directory_files(name: str, tag: object) -> Content:
+def directory_content(name: str, tag: object) -> Content:
     return {
         f"{name}/model.bin": f"model of {name} {tag} ".encode() * 40,
         f"{name}/optimiser/state.bin": f"state of {name} {tag} ".encode() * 40,
     }
 
 
-LAYOUTS: dict[str, tuple[str | None, Callable[[str, object], Content]]] = {
-    "tensorflow": (".index", tensorflow_files),
-    "directory": (None, directory_files),
+LAYOUTS: dict[str, tuple[SaverFiles | None, Callable[[str, object], Content]]] = {
+    "tensorflow": (tensorflow_files, tensorflow_content),
+    "directory": (None, directory_content),
 }
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def open_store(root: Path, layout: str = "tensorflow", **options: Any) -> CheckpointStore:
-    return CheckpointStore(root, entry_suffix=LAYOUTS[layout][0], engine=layout, **options)
+    return CheckpointStore(root, saver_files=LAYOUTS[layout][0], engine=layout, **options)
 
 
 def put(place: Path, content: Content) -> None:

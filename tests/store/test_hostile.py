@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError, NoGoodCheckpointError
-from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile
+from stepguard.store import CheckpointStore, Manifest, NameTakenError, lock, statefile, tensorflow_files
+from stepguard.store.layout import SaverFiles
 from stepguard.store.manifest import SUFFIX
 
 # Whatever blocks, blocks for ever.
@@ -44,12 +45,12 @@ def in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-KINDS: dict[str, str | None] = {"tensorflow": ".index", "directory": None}
+KINDS: dict[str, SaverFiles | None] = {"tensorflow": tensorflow_files, "directory": None}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def open_store(root: Path, kind: str = "directory", **options: Any) -> CheckpointStore:
-    return CheckpointStore(root, entry_suffix=KINDS[kind], engine=kind, **options)
+    return CheckpointStore(root, saver_files=KINDS[kind], engine=kind, **options)
 
 
 def put(stage: Path, name: str, kind: str, tag: object) -> None:

@@ -5,12 +5,12 @@ import os
 import pytest
 
 from stepguard.disk import files
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.store.layout import Layout
 
 
-def commit(root, steps, entry_suffix):
-    store = CheckpointStore(root, entry_suffix=entry_suffix, max_to_keep=1)
+def commit(root, steps, saver_files):
+    store = CheckpointStore(root, saver_files=saver_files, max_to_keep=1)
     for step in steps:
         name = store.name(step)
         stage = store.stage(name)
@@ -42,7 +42,7 @@ def let_rest(root):
 
 @pytest.mark.parametrize("count", [5, 20])
 def test_a_search_through_many_damaged_ones_lists_the_directory_a_few_times(tmp_path, listings, count):
-    store = commit(tmp_path, range(1, count + 1), ".index")
+    store = commit(tmp_path, range(1, count + 1), tensorflow_files)
     for step in range(2, count + 1):
         (tmp_path / f"model.ckpt-{step}.manifest.json").write_bytes(b"{")
     let_rest(tmp_path)
@@ -53,7 +53,7 @@ def test_a_search_through_many_damaged_ones_lists_the_directory_a_few_times(tmp_
 
 @pytest.mark.parametrize("count", [5, 20])
 def test_pruning_many_lists_the_directory_a_few_times(tmp_path, listings, count):
-    store = commit(tmp_path, range(1, count + 1), ".index")
+    store = commit(tmp_path, range(1, count + 1), tensorflow_files)
     listings.clear()
     assert len(store.prune()) == count - 1
     assert len(listings) <= 3
@@ -63,8 +63,8 @@ def test_pruning_many_lists_the_directory_a_few_times(tmp_path, listings, count)
 
 
 def test_what_has_changed_since_a_listing_is_seen(tmp_path):
-    commit(tmp_path, [1], ".index")
-    layout = Layout(tmp_path, "model.ckpt", ".index")
+    commit(tmp_path, [1], tensorflow_files)
+    layout = Layout(tmp_path, "model.ckpt", tensorflow_files)
     let_rest(tmp_path)
     assert "model.ckpt-1.meta" not in layout.present("model.ckpt-1")
     (tmp_path / "model.ckpt-1.meta").write_bytes(b"meta")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import ENVIRONMENT, good_of, names_in, open_store, put, save, tensorflow_files
+from stores import ENVIRONMENT, good_of, names_in, open_store, put, save, tensorflow_content
 
 from stepguard.errors import (
     LogdirInUseError,
@@ -245,7 +245,7 @@ def test_a_save_after_another_process_has_become_chief_of_a_cleared_logdir_is_re
     store = open_store(root)
     hold = store.acquire()
     if moment == "while":
-        put(store.stage("model.ckpt-1"), tensorflow_files("model.ckpt-1", ""))
+        put(store.stage("model.ckpt-1"), tensorflow_content("model.ckpt-1", ""))
         (root / ".stepguard.lock").unlink()
     else:
         clear(root)

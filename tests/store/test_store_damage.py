@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import LAYOUTS, content_of, good_of, layouts, names_in, open_store, save, snapshot_of, tensorflow_files
+from stores import LAYOUTS, content_of, good_of, layouts, names_in, open_store, save, snapshot_of, tensorflow_content
 
 from stepguard.disk import files
 from stepguard.errors import (
@@ -135,7 +135,7 @@ def test_damaged_checkpoints_are_moved_with_the_reason_and_reported_once(tmp_pat
     for step in (200, 300):
         place = f"quarantine/model.ckpt-{step}"
         assert "model.ckpt" in (tmp_path / place / "reason.txt").read_text()
-        for name in [*tensorflow_files(f"model.ckpt-{step}", ""), f"model.ckpt-{step}.manifest.json"]:
+        for name in [*tensorflow_content(f"model.ckpt-{step}", ""), f"model.ckpt-{step}.manifest.json"]:
             assert after[f"{place}/{name}"] == before[name]
             assert name not in after
     # It was said once; the next start finds nothing to complain about.

@@ -23,7 +23,7 @@ import pytest
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
-from stepguard.store import CheckpointStore, statefile
+from stepguard.store import CheckpointStore, statefile, tensorflow_files
 
 # ------------------------------------------------------------------------------------------------ the recorder
 
@@ -316,7 +316,7 @@ class Scene:
     has_state_file: bool = True
 
 
-def tensorflow_files(name: str, version: int) -> Content:
+def tensorflow_content(name: str, version: int) -> Content:
     return {
         f"{name}.data-00000-of-00002": b"first shard %d " % version * 9,
         f"{name}.data-00001-of-00002": b"second shard %d " % version * 9,
@@ -325,7 +325,7 @@ def tensorflow_files(name: str, version: int) -> Content:
     }
 
 
-def directory_files(name: str, version: int) -> Content:
+def directory_content(name: str, version: int) -> Content:
     return {f"{name}/model.bin": b"model %d " % version * 9, f"{name}/optimiser/state.bin": b"state %d " % version * 9}
 
 
@@ -344,10 +344,10 @@ def save(store: CheckpointStore, recorder: RecordingOs, step: int | None, conten
 
 
 def record_saves(top: Path, recorder: RecordingOs, *, layout: str, steps: list[int | None]) -> Scene:
-    make_content = tensorflow_files if layout == "tensorflow" else directory_files
+    make_content = tensorflow_content if layout == "tensorflow" else directory_content
 
     def make_store(root: Path) -> CheckpointStore:
-        return CheckpointStore(root, entry_suffix=".index" if layout == "tensorflow" else None, max_to_keep=2)
+        return CheckpointStore(root, saver_files=tensorflow_files if layout == "tensorflow" else None, max_to_keep=2)
 
     versions: list[tuple[str, Content]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -376,7 +376,7 @@ def record_saves_in_place(top: Path, recorder: RecordingOs, *, steps: list[int])
         store = make_store(top / "runs" / "logdir")
         for version, step in enumerate(steps):
             name = store.name(step)
-            content = directory_files(name, version)
+            content = directory_content(name, version)
             versions.append((name, content))
             store.uncommit(name)
             put_all(recorder, store.root, content)

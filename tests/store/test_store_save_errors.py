@@ -26,7 +26,8 @@ from stores import (
 )
 
 from stepguard.disk import files
-from stepguard.store import Checkpoint
+from stepguard.errors import CheckpointCorruptError
+from stepguard.store import Checkpoint, CheckpointStore, Manifest
 
 
 def error_of(call: Callable[[], object]) -> OSError | None:
@@ -126,7 +127,7 @@ def test_killed_at_any_call_of_a_save_it_resumes_from_a_good_checkpoint(
     )
     kills = int(killer.stdout)
     assert kills > 30
-    older = steps[-2]
+    older, finished = steps[-2], 0
     for at in range(1, kills + 1):
         store = open_store(fast_path / str(at), layout, max_to_keep=2)
         recovery = store.newest_good(quarantine=False)
@@ -134,18 +135,88 @@ def test_killed_at_any_call_of_a_save_it_resumes_from_a_good_checkpoint(
         assert not recovery.damaged
         assert recovery.checkpoint.step in (older, steps[-1])
         assert content_of(recovery.checkpoint) in legitimate(layout, recovery.checkpoint)
-        content = content_of(recovery.checkpoint)
-        # The next chief sweeps, and saves, as if nothing had been.
+        step, content = recovery.checkpoint.step, content_of(recovery.checkpoint)
+        # The next chief finishes a save that was complete but for its renames, removes any other, and saves.
+        if is_staged_whole(store, steps[-1]):
+            step, content = steps[-1], LAYOUTS[layout][1](store.name(steps[-1]), "new")
+            finished += 1
         store.sweep()
         again = store.newest_good().checkpoint
         assert again is not None
-        assert (again.root, again.step) == (store.root, recovery.checkpoint.step)
+        assert (again.root, again.step) == (store.root, step)
         assert content_of(again) == content
         store.adopt(store.listed_by_state())
         save_and_prune(store, steps[-1], "new")
         store.sweep()
         assert not [name for name in names_in(store.root) if name.startswith(".")]
         assert content_of(good_of(store)) == LAYOUTS[layout][1](store.name(steps[-1]), "new")
+    assert finished > 3
+
+
+def is_staged_whole(store: CheckpointStore, step: int | None) -> bool:
+    """Whether the save of ``step`` has written its manifest, and not yet moved it to its place."""
+    manifest = f"{store.name(step)}.manifest.json"
+    aside = store.root / f".stage-{store.name(step)}" / manifest
+    if not aside.exists() or (store.root / manifest).exists():
+        return False
+    try:
+        return bool(Manifest.from_json(aside.read_bytes(), aside).files)
+    except CheckpointCorruptError:
+        return False
+
+
+def left_by_a_kill(store: CheckpointStore, step: int, moved: int) -> Content:
+    """The save of ``step``, as a kill leaves it after ``moved`` of its files were moved to their places."""
+    content = LAYOUTS[store.engine][1](store.name(step), "new")
+    with pytest.MonkeyPatch.context() as patch:
+        real = files.move
+        moves = iter(range(100))
+
+        def move(source: Path, target: Path) -> None:
+            if next(moves) == moved:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        patch.setattr(files, "move", move)
+        patch.setattr(files, "remove", lambda path: None)
+        with pytest.raises(KeyboardInterrupt):
+            put(store.stage(store.name(step)), content)
+            store.commit(store.name(step), step)
+    return content
+
+
+@layouts
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_save_that_lacks_a_byte_is_not_finished_after_a_kill(damage: str, layout: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path, layout)
+    old = content_of(save(store, 1))
+    content = left_by_a_kill(store, 2, moved=1)
+    first = Path(next(iter(content))).name
+    victim = next(path for path in tmp_path.rglob("*") if path.is_file() and path.name == first)
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] if damage == "cut" else whole[:-1] + b"?")
+    if damage == "gone":
+        victim.unlink()
+    store.sweep()
+    assert good_of(store).step == 1
+    assert content_of(good_of(store)) == old
+    assert not (tmp_path / "model.ckpt-2.manifest.json").exists()
+
+
+@layouts
+@pytest.mark.parametrize("moved", [0, 1])
+def test_only_the_last_save_before_the_kill_is_finished(moved: int, layout: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path, layout)
+    left_by_a_kill(store, 1, moved)
+    save(store, 2)
+    store.sweep()
+    assert good_of(store).step == 2
+    assert not (tmp_path / "model.ckpt-1.manifest.json").exists()
+    left_by_a_kill(store, 3, moved)
+    store.sweep()
+    assert good_of(store).step == 3
+    # The next run counts it, although no state file names it.
+    assert [one.step for one in open_store(tmp_path, layout).adopt_earlier()] == [2, 3]
 
 
 @layouts

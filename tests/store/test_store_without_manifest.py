@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import directory_files, good_of, layouts, open_store, put, save, snapshot_of, tensorflow_files
+from stores import directory_content, good_of, layouts, open_store, put, save, snapshot_of, tensorflow_content
 
 from stepguard.disk import files
 from stepguard.errors import (
     CheckpointCorruptError,
     NoGoodCheckpointError,
 )
-from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store import Checkpoint, CheckpointStore, statefile, tensorflow_files
 
 
 def put_as_tensorflow(root: Path, step: int) -> None:
     """What a Saver leaves, without a manifest: the files, and then a state file that names them."""
     name = f"model.ckpt-{step}"
-    put(root, tensorflow_files(name, ""))
+    put(root, tensorflow_content(name, ""))
     state = statefile.read(root)
     statefile.write(root, name, [*(() if state is None else state.names), name])
 
@@ -58,7 +58,7 @@ def test_a_newest_that_was_removed_by_hand_is_gone_and_not_damaged(tmp_path: Pat
     save(store, 2)
     for path in tmp_path.glob("model.ckpt-2*"):
         files.remove(path)
-    message = CheckpointStore(tmp_path, entry_suffix=".index").newest_good().message()
+    message = CheckpointStore(tmp_path, saver_files=tensorflow_files).newest_good().message()
     assert message == (
         f"{tmp_path}/model.ckpt-2 is gone (the file 'checkpoint' names it as the newest, and there is no file of it): "
         f"resuming from {tmp_path}/model.ckpt-1, 1 step earlier"
@@ -114,7 +114,7 @@ def test_a_copy_among_checkpoints_without_manifests_is_ranked_by_the_step_that_i
 
 
 def test_a_renamed_checkpoint_is_what_it_holds_and_that_is_said(tmp_path: Path) -> None:
-    put(tmp_path, tensorflow_files("model.ckpt-600", ""))
+    put(tmp_path, tensorflow_content("model.ckpt-600", ""))
 
     recovery = open_store(tmp_path).newest_good(step_held=step_held)
 
@@ -155,11 +155,10 @@ def test_a_copy_with_its_manifest_is_damage_since_the_manifest_names_another(lay
 def test_a_manifest_with_another_step_than_its_name_is_damage(tmp_path: Path) -> None:
     store = open_store(tmp_path, "directory")
     save(store, 500)
-    put(tmp_path, directory_files("model.ckpt-600", ""))
-    found = store.verify(store.candidates()[0]).manifest
-    assert found is not None
-    records = tuple(replace(one, name=one.name.replace("500", "600")) for one in found.files)
-    made_up = replace(found, name="model.ckpt-600", step=100, files=records)
+    put(tmp_path, directory_content("model.ckpt-600", ""))
+    whole = store.verify(store.candidates()[0]).manifest
+    records = tuple(replace(one, name=one.name.replace("-500", "-600")) for one in whole.files)
+    made_up = replace(whole, name="model.ckpt-600", step=100, files=records)
     (tmp_path / "model.ckpt-600.manifest.json").write_bytes(made_up.to_json())
 
     recovery = store.newest_good()
@@ -204,7 +203,7 @@ def test_an_error_of_the_restore_that_is_not_damage_is_raised_and_moves_nothing(
 def test_data_without_an_entry_file_is_no_checkpoint_but_the_state_file_tells_of_it(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, 1)
-    put(tmp_path, tensorflow_files("model.ckpt-2", ""))
+    put(tmp_path, tensorflow_content("model.ckpt-2", ""))
     (tmp_path / "model.ckpt-2.index").unlink()
     assert store.newest_good().message() == ""
     statefile.write(tmp_path, "model.ckpt-2", ["model.ckpt-1", "model.ckpt-2"])
@@ -214,7 +213,7 @@ def test_data_without_an_entry_file_is_no_checkpoint_but_the_state_file_tells_of
 
 
 def test_remains_of_the_only_checkpoint_are_no_fresh_start(tmp_path: Path) -> None:
-    put(tmp_path, tensorflow_files("model.ckpt-2", ""))
+    put(tmp_path, tensorflow_content("model.ckpt-2", ""))
     (tmp_path / "model.ckpt-2.index").unlink()
     statefile.write(tmp_path, "model.ckpt-2", ["model.ckpt-2"])
     with pytest.raises(NoGoodCheckpointError, match=r"model\.ckpt-2"):
@@ -252,7 +251,7 @@ def test_a_logdir_that_was_renamed_resumes(tmp_path: Path) -> None:
 def test_a_state_file_that_points_elsewhere_is_followed_while_the_logdir_has_none_of_its_own(tmp_path: Path) -> None:
     put_in = tmp_path / "pretrained"
     put_in.mkdir()
-    put(put_in, tensorflow_files("other.ckpt-77", ""))
+    put(put_in, tensorflow_content("other.ckpt-77", ""))
     root = tmp_path / "logdir"
     root.mkdir()
     (root / "checkpoint").write_text(f'model_checkpoint_path: "{put_in}/other.ckpt-77"\n')

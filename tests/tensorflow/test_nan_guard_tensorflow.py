@@ -14,7 +14,7 @@ from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from stepguard import NonFiniteError
 from stepguard.options import Guarding, Saving
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.tensorflow import Supervisor
 from stepguard.tensorflow.checkpoint import snapshot as snapshots
 from stepguard.tensorflow.scalars import is_finite, of_run, of_summary
@@ -204,7 +204,7 @@ def test_what_the_saver_has_to_write_itself_is_put_into_quarantine(graph, tmp_pa
     assert not list(tmp_path.glob("model.ckpt-10*"))
     assert "not finite" in (tmp_path / "quarantine" / "model.ckpt-10" / "reason.txt").read_text()
     assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "model.ckpt-5")
-    assert CheckpointStore(tmp_path, entry_suffix=".index").newest_good().checkpoint.step == 5
+    assert CheckpointStore(tmp_path, saver_files=tensorflow_files).newest_good().checkpoint.step == 5
 
 
 class TestNumbers:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring, Saving
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.tensorflow import Supervisor
 
 v1 = tf.compat.v1
@@ -599,7 +599,7 @@ class TestTheOldFormat:
 
         assert [train_with(Supervisor, tmp_path, **options) for _ in range(3)] == [0, 3, 6]
 
-        store = CheckpointStore(tmp_path, entry_suffix=".index")
+        store = CheckpointStore(tmp_path, saver_files=tensorflow_files)
         assert [(one.step, one.is_committed) for one in store.candidates()] == [(9, True), (6, True)]
         data = "-00000-of-00001" if is_sharded else ""
         assert {path.name for path in tmp_path.glob("model.ckpt*")} == {

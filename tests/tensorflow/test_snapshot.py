@@ -294,6 +294,29 @@ class TestOurCheckpointsAreOrdinaryOnes:
             with Supervisor(logdir=str(tmp_path)).managed_session() as session:
                 assert session.run(v1.train.get_global_step()) == 7
 
+    @pytest.mark.parametrize("last_save", ["a commit follows", "none follows"])
+    def test_what_the_programs_saver_removes_goes_with_its_manifest(self, last_save, tmp_path, graph):
+        step = counting_step()
+        saver = v1.train.Saver(max_to_keep=2)
+        supervisor = Supervisor(logdir=str(tmp_path), saver=saver, save_model_secs=0, saving=Saving(save_model_steps=1))
+        with supervisor.managed_session() as session:
+            for number in (1, 2):
+                session.run(step)
+                wait_until(
+                    lambda due=number: committed(tmp_path)[-1:] == [due] and not supervisor._saving.writer.busy,
+                    "a checkpoint",
+                )
+            # Its saver keeps two, and removes model.ckpt-1.
+            saver.save(session, str(tmp_path / "by_hand"))
+            assert not (tmp_path / "model.ckpt-1.index").exists()
+            if last_save == "a commit follows":
+                session.run(step)
+                wait_until(lambda: committed(tmp_path)[-1:] == [3], "a checkpoint")
+                wait_until(lambda: not (tmp_path / "model.ckpt-1.manifest.json").exists(), "the manifest's end")
+
+        assert not (tmp_path / "model.ckpt-1.manifest.json").exists()
+        assert committed(tmp_path) == ([2, 3] if last_save == "a commit follows" else [2])
+
     def test_the_options_of_the_saver_hold(self, tmp_path, graph):
         step = counting_step()
         saver = v1.train.Saver(max_to_keep=2, save_relative_paths=True, pad_step_number=True)

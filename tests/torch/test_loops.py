@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from stepguard.options import Guarding, Saving
 from stepguard.store import CheckpointStore
@@ -399,10 +399,15 @@ def test_epochs_inside_epochs_are_refused():
 
 def test_the_last_batch_is_known_after_the_number_of_processes_changed():
     """Two processes had seen two batches of five each; one goes on at the fourth of ten."""
-    feed = feed_of(DataLoader(range(10)))
-    position = {**feed_of(DataLoader(range(5))).position(), "epoch": 1, "batches": 2, "processes": 2, "order": None}
-    position["loader"]["items in the dataset"] = 10
-    feed.resume(position, processes=1)
+
+    def loader(processes):
+        return DataLoader(range(10), sampler=DistributedSampler(range(10), processes, rank=0, shuffle=False))
+
+    before, feed = feed_of(loader(2)), feed_of(loader(1))
+    for _ in range(2):
+        before.next(None)
+        before.consumed()
+    feed.resume({**before.position(), "processes": 2}, processes=1)
 
     last = []
     for _ in range(6):

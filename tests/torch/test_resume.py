@@ -26,6 +26,13 @@ class Numbers(IterableDataset):
             yield index, data.inputs[index], data.targets[index]
 
 
+class Batches(BatchSampler):
+    """Batches that are not just so many samples in a row."""
+
+    def __init__(self, size):
+        super().__init__(RandomSampler(range(ITEMS)), size, drop_last=False)
+
+
 def with_generator(**options):
     return DataLoader(Augmented(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(9), **options)
 
@@ -207,7 +214,7 @@ class TestAnotherLoader:
     @pytest.mark.parametrize(
         ("loader", "difference"),
         [
-            (lambda: DataLoader(Augmented(), 10, shuffle=True), "batch size: expected 8, found 10"),
+            (lambda: DataLoader(Augmented(), batch_sampler=Batches(10)), "batch size: expected 8, found 10"),
             (lambda: DataLoader(range(40), BATCH, shuffle=True), "items in the dataset: expected 50, found 40"),
             (lambda: DataLoader(Augmented(), BATCH, drop_last=True), "batches in an epoch: expected 7, found 6"),
             (lambda: list(DataLoader(Augmented(), BATCH)), "kind"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.cli.logdir.contents import ENTRY_SUFFIX, ListedCheckpoint, list_contents, list_one
-from stepguard.cli.text import output
+from stepguard.cli.logdir.contents import ListedCheckpoint, list_contents, list_one
 from stepguard.options import check_local
+from stepguard.store import tensorflow_files
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+from stepguard.words import printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,7 +26,7 @@ class _Logdir(click.Path):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            self.fail(output.printable(error.message), param, ctx)
+            self.fail(printable(error.message), param, ctx)
 
 
 LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
@@ -41,7 +41,7 @@ def _check_local(value: str | os.PathLike[str]) -> None:
     try:
         check_local("the place", value)
     except ValueError as error:
-        raise click.BadParameter(output.printable(str(error))) from error
+        raise click.BadParameter(printable(str(error))) from error
 
 
 class _Seconds(click.FloatRange):
@@ -56,8 +56,6 @@ class _Seconds(click.FloatRange):
 
 SECONDS = _Seconds(min=0)
 """A finite number of seconds, at least 0."""
-
-_OF_A_FILE = re.compile(rf"(.+)(?:{re.escape(MANIFEST_SUFFIX)}|{re.escape(ENTRY_SUFFIX)}|\.data-\d+-of-\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class Target:
             if one.is_next:
                 return one
         raise click.UsageError(
-            f"{output.printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
+            f"{printable(str(self.path))}: expected a checkpoint, found none that a restart could take"
         )
 
 
@@ -104,20 +102,28 @@ def _target(value: str) -> Target:
     holder = path.parent if path.parent.name else path.absolute().parent
     if path.is_file() and holder.with_name(holder.name + MANIFEST_SUFFIX).is_file():
         return Target(path, holder.parent, holder.name, path if _is_single(path) else None)
-    match = _OF_A_FILE.fullmatch(path.name)
-    if match is not None and not path.is_dir():
-        path = path.with_name(match.group(1))
+    owner = _owner(path.name)
+    if owner and not path.is_dir():
+        path = path.with_name(owner)
     if _is_checkpoint(path):
         return Target(Path(value), path.parent, path.name, path if _is_single(path) else None)
     if path.is_dir():
         return Target(Path(value), path, None)
-    raise click.BadParameter(f"{output.printable(value)}: there is neither a logdir nor a checkpoint of that name")
+    raise click.BadParameter(f"{printable(value)}: there is neither a logdir nor a checkpoint of that name")
+
+
+def _owner(file_name: str) -> str | None:
+    """The checkpoint whose manifest, entry file or data file has this name."""
+    if file_name.endswith(MANIFEST_SUFFIX):
+        return file_name[: -len(MANIFEST_SUFFIX)]
+    return tensorflow_files.checkpoint_of_entry(file_name) or tensorflow_files.checkpoint_of_data(file_name)
 
 
 def _is_checkpoint(path: Path) -> bool:
     if not path.name:
         return False
-    if any(path.with_name(path.name + suffix).is_file() for suffix in (MANIFEST_SUFFIX, ENTRY_SUFFIX)):
+    records = (path.name + MANIFEST_SUFFIX, tensorflow_files.entry_file(path.name))
+    if any(path.with_name(one).is_file() for one in records):
         return True
     if path.is_file():
         return _is_single(path)

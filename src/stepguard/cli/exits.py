@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from stepguard.errors import printable
+from stepguard.words import printable
 
 FINDING = 1
 """The command has found damage or a difference, or refuses."""

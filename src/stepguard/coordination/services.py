@@ -8,7 +8,7 @@ from typing import Any
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.engine import Engine, EventLog
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 

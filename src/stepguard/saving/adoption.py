@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
-from stepguard.log import logger
 from stepguard.store import CheckpointStore
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -26,6 +26,8 @@ class Adoption:
         if kept and set(kept) != {one.name for one in self._store.owned}:
             found = {one.name: one for one in self._store.candidates()}
             self._store.adopt([found[name] for name in kept if name in found])
+            # A save of the program's own under another name has its saver remove the oldest of this one.
+            self._store.forget_removed()
 
     def tell(self) -> None:
         """Tell the engine, after a commit of the store, which checkpoints are kept."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
-from stepguard.log import logger
 from stepguard.saving.adoption import Adoption
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -22,13 +22,12 @@ from typing import Any
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Engine, EventLog, RestsBetweenLoops, Snapshot
 from stepguard.errors import NoBoundaryError, NonFiniteError
-from stepguard.log import logger
 from stepguard.options import Guarding
 from stepguard.saving.way_back import WayBack, shown
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.watching.observer import Observer
 from stepguard.watching.run_record import describe
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
 from stepguard.store.recovery import QUARANTINE
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, SessionT
-from stepguard.log import logger
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
@@ -17,6 +16,7 @@ from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.watching.observer import Observer
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -141,15 +141,21 @@ class RunSaver(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - a thread's edge
             self._on_error(error)
 
-    def save_last(self, deadline: float, *, is_finished: bool) -> None:
+    def is_outside_steps(self, error: BaseException) -> bool:
+        """Whether ``error`` came from the data between two steps, so that the last step can be saved after it."""
+        return self.checkpointer is not None and self.checkpointer.is_outside_steps(error)
+
+    def save_last(self, deadline: float, *, is_finished: bool, was_told: bool = False) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``
-        (monotonic clock). ``is_finished`` is as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
+        (monotonic clock). The others are as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
 
         Raises:
             SaveFailedError: writing took longer.
         """
         if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
-            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()), is_finished=is_finished)
+            self.checkpointer.save_last(
+                max(0.0, deadline - time.monotonic()), is_finished=is_finished, was_told=was_told
+            )
 
     def stop(self, deadline: float) -> bool:
         """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""
@@ -159,4 +165,18 @@ class RunSaver(Generic[SessionT]):
             checkpointer.close()
         writer, self.writer = self.writer, None
         # Let the writer finish: its snapshot holds a good step, whatever else went wrong.
-        return writer is None or writer.close(max(0.0, deadline - time.monotonic()))
+        is_idle = writer is None or writer.close(max(0.0, deadline - time.monotonic()))
+        if is_idle:
+            self._forget_removed()
+        return is_idle
+
+    def _forget_removed(self) -> None:
+        """Remove the manifests of checkpoints that the program's own saver has removed since the last commit."""
+        if self._store is None or not self.holds_logdir or not self.one_save.acquire(blocking=False):
+            return  # The program's saver is writing: the next start does this.
+        try:
+            self._store.forget_removed()
+        except OSError as error:
+            _log.warning("%s: cannot be put in order: %s", self._store.root, error)
+        finally:
+            self.one_save.release()

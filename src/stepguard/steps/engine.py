@@ -56,8 +56,12 @@ class LoopEngine(Generic[SessionT]):
         session.boundary.call_after_steps(steps, callback)
 
     def progress(self, session: SessionT) -> object:
-        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs."""
-        return session.boundary.steps - session.is_cut_short, session.process_state.epochs_done
+        """The number of steps done in this session, as in :meth:`step`, and the number of complete epochs.
+
+        Batches that are read again after a restart are progress too: it may take longer than any step.
+        """
+        state = session.process_state
+        return session.boundary.steps - session.is_cut_short, state.epochs_done, state.batches_read_again
 
     def is_resting(self, session: SessionT) -> bool:
         """Whether no loop over ``steps`` runs."""
@@ -74,6 +78,10 @@ class LoopEngine(Generic[SessionT]):
     def call_at_rest(self, session: SessionT, keep: Callable[[bool], None]) -> None:
         """Call ``keep(is_last)`` at the boundary where a loop ends."""
         session.boundary.call_at_rest(keep)
+
+    def is_outside_steps(self, session: SessionT, error: BaseException) -> bool:
+        """Whether the loader has raised ``error`` before a step."""
+        return session.failed_fetch is error
 
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
         """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from stepguard.log import logger
 from stepguard.steps.boundary import Boundary
+from stepguard.words import logger
 
 _log = logger(__name__)
 

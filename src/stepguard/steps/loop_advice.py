@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from stepguard.log import logger
 from stepguard.steps.feeds import Feed, shown
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -36,7 +36,7 @@ class LoopAdvice:
     """Warns of loops; each kind of warning once for each loader. For the training thread."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, int]] = set()
+        self._told: set[tuple[str, int | None]] = set()
 
     def on_begin(self, plan: LoopPlan, *, is_first: bool) -> None:
         """Warn of an epoch loop of the program's own: it is unknown which work between its loops was already done.
@@ -113,7 +113,19 @@ class LoopAdvice:
             accumulate,
         )
 
+    def on_failed_fetch(self, feed: Feed, step: int) -> None:
+        """Warn that the state of ``step`` is whole, but not the random streams, if the loader draws in this process."""
+        if not getattr(feed.loader, "num_workers", 0):
+            self._tell(
+                feed,
+                "%s: the loader has failed between two steps, so step %d is saved. Random numbers that it has drawn "
+                "for the next batch are drawn again: if they belong to the training, a resumed run differs from "
+                "here on",
+                step,
+            )
+
     def _tell(self, feed: Feed | None, message: str, *values: object) -> None:
-        if (message, id(feed)) not in self._told:
-            self._told.add((message, id(feed)))
+        number = None if feed is None else feed.number
+        if (message, number) not in self._told:
+            self._told.add((message, number))
             _log.warning(message, "steps" if feed is None else shown(feed.loader), *values)

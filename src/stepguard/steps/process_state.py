@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from stepguard.log import logger
 from stepguard.steps.feeds import Feed
+from stepguard.steps.places import Places
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -17,16 +18,13 @@ _log = logger(__name__)
 class ProcessState(ABC):
     """The streams and the feeds of a session. For the training thread, or a thread that holds the boundary.
 
-    Loaders have no names. They are matched by order: a run's second loader is the second loader of the earlier run.
+    How loaders are matched with those of the earlier run is explained in :mod:`stepguard.steps.places`.
     """
 
     def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
         self.streams = streams
-        self._processes = processes
-        self._feeds: list[Feed] = []
-        # The earlier run's positions, for loaders that this run has not used yet, and its random states until the
-        # first step.
-        self._positions: list[Mapping[str, Any]] = []
+        self._places = Places(processes)
+        # The earlier run's random states, until the first step.
         self._random: dict[str, Any] | None = None
         # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
         self.epochs_done = 0
@@ -42,42 +40,35 @@ class ProcessState(ABC):
             TypeError: ``loader`` cannot be iterated over.
         """
 
-    def feed(self, loader: Any, *, is_resumed: bool = True) -> Feed:
-        """The one feed of ``loader``. With ``is_resumed`` a new feed begins at the position of the earlier run.
+    def feed(self, loader: Any, *, resume_data: bool | str = True) -> Feed:
+        """The one feed of ``loader``. A new feed begins at the position of the earlier run, as ``resume_data`` says.
 
         Raises:
             CheckpointMismatchError: the earlier run had another loader here.
         """
-        for feed in self._feeds:
-            if feed.loader is loader:
-                return feed
-        feed = self.new_feed(loader)
-        number = len(self._feeds)
-        if number < len(self._positions) and is_resumed:
-            feed.resume(self._positions[number], self._processes)
-        self._feeds.append(feed)
-        return feed
+        return self._places.feed(loader, self.new_feed, resume_data)
 
     @property
     def epoch(self) -> int:
         """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
-        if self._feeds:
-            return self._feeds[-1].epoch
-        return int(self._positions[-1]["epoch"]) if self._positions else 0
+        return self._places.epoch
+
+    @property
+    def batches_read_again(self) -> int:
+        """The number of batches that were read again to come to the positions of the earlier run. Any thread."""
+        return sum(feed.read_again for feed in self._places.feeds)
 
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
-        positions: list[Any] = [{**feed.position(), "processes": self._processes} for feed in self._feeds]
-        positions += self._positions[len(positions) :]
         return {
             "random": self.streams.capture() if self._random is None else self._random,
-            "loaders": positions,
+            "loaders": self._places.saved(),
             "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
-        self._positions = list(state["loaders"])
+        self._places.restore(state["loaders"])
         # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
         self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
@@ -111,9 +102,14 @@ class ProcessState(ABC):
 
     def begin_epoch(self) -> None:
         """Begin the body of the next epoch, or begin it again after a restart."""
+        self._places.begin_body(self.epochs_done)
         # A body that is begun again repeats the draws before its first step, which must not move the streams.
         if not self._is_epoch_begun:
             self.resume_streams()
+
+    def leave_epoch(self) -> None:
+        """Note that no body runs."""
+        self._places.end_body()
 
     def complete_epoch(self) -> None:
         """Note that the body is done. Called inside the boundary."""
@@ -123,8 +119,7 @@ class ProcessState(ABC):
 
     def close(self) -> None:
         """End the workers of the loaders."""
-        for feed in self._feeds:
-            feed.close()
+        self._places.close()
 
 
 def describe_positions(state: Mapping[str, Any]) -> str:

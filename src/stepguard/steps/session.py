@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -48,14 +47,13 @@ class Session:
         self._gate = gate
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
-        self._interrupts = InterruptHold(self.boundary, None if gate is None else coord.request_stop)
+        self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self.is_update = True
-        # The number of loops begun in the body of `epochs` (``None`` outside); and how often `steps` got each loader.
+        # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
         self._epochs_wanted = 0
-        self._calls: dict[int, int] = {}
         # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
         self._is_cut = False
         self._evaluations = 0
@@ -63,6 +61,8 @@ class Session:
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
         self._advice = LoopAdvice()
+        # The error by which a loader has failed to give the batch of a step that had not begun.
+        self.failed_fetch: BaseException | None = None
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
@@ -74,7 +74,7 @@ class Session:
         max_steps: int | None = None,
         epochs: int | None = None,
         accumulate: int = 1,
-        resume_data: bool = True,
+        resume_data: bool | str = True,
     ) -> Iterator[Any]:
         """The batches of ``loader``, one for each training step; without a loader the numbers of the steps.
 
@@ -90,16 +90,20 @@ class Session:
         While no loop runs, the program may use the state for other work. A save then has the state of the last step.
 
         Args:
-            loader: a loader of the framework, one with ``state_dict``, or any other iterable.
+            loader: a loader of the framework, one with ``state_dict``, or any other iterable; a mapping or a sequence
+                of loaders, of which each step gets one batch each; or a function that makes an iterable for each epoch.
             max_steps: the global step at which the loop ends; steps done before a restart count.
             epochs: the number of epochs over this loader in all; those before a restart count.
             accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
                 ``is_update`` is true in the last turn of a step: call the optimizer there.
             resume_data: whether a restarted run continues with the batch after the last one that was seen. With
-                ``False`` it begins a new epoch, for a loader that has changed.
+                ``False`` it begins a new epoch, for a loader that has changed; the number of the epoch is kept, and
+                later starts go on in that epoch. With ``"unchecked"`` it goes on where the position is not sure to fit,
+                with a warning instead of an error.
 
         Raises:
-            CheckpointMismatchError: the checkpoint was saved with another loader.
+            CheckpointMismatchError: the checkpoint was saved with another loader, or by another number of processes
+                whose shares of the data cannot be known.
             StopRequested: SIGTERM has ended an earlier loop; ``managed_session`` handles it. Not raised if the program
                 has called ``should_stop()`` since then, because it then ends by itself.
         """
@@ -108,7 +112,9 @@ class Session:
         _check_count("steps", "max_steps", max_steps)
         _check_count("steps", "epochs", epochs)
         _check_count("steps", "accumulate", accumulate, least=1)
-        feed = self._feed(loader, epochs, is_resumed=resume_data)
+        if resume_data not in (True, False, "unchecked"):
+            raise ValueError(f'steps: expected resume_data to be True, False or "unchecked", found {resume_data!r:.80}')
+        feed = self._feed(loader, epochs, resume_data)
         number = self._loops_begun
         if number is not None:
             if epochs is not None:
@@ -116,9 +122,9 @@ class Session:
             self._loops_begun = number + 1
         until_epoch = self._until_epoch(feed, epochs)
         wanted = until_epoch if number is None else self._epochs_wanted
-        self.total_steps = _total_steps(loader, max_steps, wanted, accumulate)
+        self.total_steps = _total_steps(feed, max_steps, wanted, accumulate)
         plan = LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident())
-        self._advice.on_begin(plan, is_first=feed is not None and self._calls[id(feed)] == 1)
+        self._advice.on_begin(plan, is_first=feed is not None and feed.loops == 1)
         return self._steps(plan)
 
     def epochs(self, number: int) -> Iterator[int]:
@@ -336,9 +342,9 @@ class Session:
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
 
-    def _feed(self, loader: Any, epochs: int | None, *, is_resumed: bool) -> Feed | None:
+    def _feed(self, loader: Any, epochs: int | None, resume_data: bool | str) -> Feed | None:
         if loader is not None:
-            return self.process_state.feed(loader, is_resumed=is_resumed)
+            return self.process_state.feed(loader, resume_data=resume_data)
         if epochs is not None:
             raise ValueError("steps: epochs are those of a loader, and none was given")
         return None
@@ -346,11 +352,11 @@ class Session:
     def _until_epoch(self, feed: Feed | None, epochs: int | None) -> int | None:
         if feed is None:
             return None
-        calls = self._calls[id(feed)] = self._calls.get(id(feed), 0) + 1
+        feed.loops += 1
         if self._loops_begun is not None:
             return feed.epoch + 1
         # An iterator has one epoch, unless it begins anew by itself; then each loop over it is one epoch.
-        return calls if epochs is None and not feed.is_repeatable else epochs
+        return feed.loops if epochs is None and not feed.is_repeatable else epochs
 
     def _epochs(self, number: int) -> Iterator[int]:
         state = self.process_state
@@ -361,6 +367,7 @@ class Session:
                 yield state.epochs_done
             finally:
                 self._loops_begun = None
+                state.leave_epoch()
             if self._is_cut:
                 return
             self._complete_epoch(number)
@@ -375,7 +382,7 @@ class Session:
         self.boundary.rest(state.complete_epoch, is_last=is_last)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -388,6 +395,8 @@ class Session:
         if self._put_back is not None:
             self._undo_what_was_done_again(plan)
         self.is_update = accumulate == 1
+        if feed is not None and not self._must_end(plan.max_steps):
+            feed.catch_up(self._may_read_on)
         while True:
             # Called first, because it may set the session back, so that steps must be done again.
             self._settle()
@@ -416,8 +425,7 @@ class Session:
                     self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
                     return
                 except BaseException as error:
-                    boundary.leave_torn()
-                    self._interrupts.raise_if_held(error)
+                    self._leave_without_batch(error, turns)
                     raise
                 turns += 1
                 if accumulate > 1:
@@ -437,6 +445,18 @@ class Session:
                 if accumulate == 1 or self.is_update:
                     break
             self.finish_step()
+
+    def _leave_without_batch(self, error: BaseException, turns: int) -> None:
+        """Leave a step whose loader has failed after ``turns`` batches."""
+        if turns or self._gate is not None or not isinstance(error, Exception):
+            self.boundary.leave_torn()
+        else:
+            # Nothing was trained: the state is still that of the last boundary.
+            feed, self._feed_of_step, self.failed_fetch = self._feed_of_step, None, error
+            if feed is not None:
+                self._advice.on_failed_fetch(feed, self.global_step)
+            self.boundary.leave(is_done=False)
+        self._interrupts.raise_if_held(error)
 
     def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
         """Put the restored state back before a loop that follows loops which had ended before the restart.
@@ -476,7 +496,7 @@ class Session:
         if plan is not None and not is_over and not is_stopped:
             change = functools.partial(self._note_loop_over, plan)
         self.boundary.rest(change, is_last=is_stopped)
-        self._interrupts.raise_if_held()
+        self._raise_interrupt()
         if plan is None:
             return
         if is_stopped and not is_over:
@@ -486,6 +506,15 @@ class Session:
                 self._check_stop()
         elif not is_stopped:
             self._advice.on_end(plan, self.global_step, is_empty=is_empty)
+
+    def _raise_interrupt(self) -> None:
+        """Raise a Ctrl-C that was held back, in the program's loop and between two loops."""
+        # Until the last step is settled, another process may have begun a step that needs this one.
+        if self._gate is None or self._gate.is_last:
+            self._interrupts.raise_if_held()
+
+    def _may_read_on(self) -> bool:
+        return not self._must_end(None)
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
@@ -518,13 +547,10 @@ class Session:
         self.process_state.begin_step()
 
 
-def _total_steps(loader: Any, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:
+def _total_steps(feed: Feed | None, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:
     """The step at which a loop ends, if it is the only loop of the run; ``None`` if unknown."""
-    in_epochs = None
-    if epochs is not None:
-        # An iterable data set may have no length, or raise an error when asked for it.
-        with contextlib.suppress(TypeError, NotImplementedError):
-            in_epochs = epochs * -(-len(loader) // accumulate)
+    length = None if feed is None else feed.length
+    in_epochs = None if epochs is None or length is None else epochs * -(-length // accumulate)
     return min((one for one in (max_steps, in_epochs) if one is not None), default=None)
 
 

@@ -20,14 +20,14 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
-from stepguard.log import logger
 from stepguard.options import check_local
 from stepguard.store import layout as layouts
-from stepguard.store import lock, recovery, statefile, verification
+from stepguard.store import leftovers, lock, recovery, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
-from stepguard.store.layout import Layout
+from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
 from stepguard.store.retention import Retention
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -46,8 +46,8 @@ class CheckpointStore:
 
     Raises ValueError if ``root`` is an address such as ``s3://bucket/run``.
 
-    ``entry_suffix`` (TensorFlow: ``".index"``) is the suffix of the file that identifies a checkpoint without a
-    manifest, which TensorFlow's own tools wrote. None means that only committed checkpoints count. ``max_to_keep`` and
+    ``saver_files`` are the names of checkpoints without a manifest, which the framework's own tools wrote, such as
+    `stepguard.store.tensorflow_files`. None means that only committed checkpoints count. ``max_to_keep`` and
     ``keep_every_n_hours`` are for `prune`. ``clock`` returns Unix time.
 
     Any thread and process may read (`candidates`, `read_manifest`, `verify`, and `newest_good` with
@@ -60,7 +60,7 @@ class CheckpointStore:
         *,
         basename: str = "model.ckpt",
         engine: str = "unknown",
-        entry_suffix: str | None = None,
+        saver_files: SaverFiles | None = None,
         relative_paths: bool = False,
         max_to_keep: int | None = None,
         keep_every_n_hours: float | None = None,
@@ -70,7 +70,7 @@ class CheckpointStore:
         self.root = Path(root)
         self.engine = engine
         self.relative_paths = relative_paths
-        self._layout = Layout(self.root, basename, entry_suffix)
+        self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
         # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
@@ -163,7 +163,9 @@ class CheckpointStore:
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
         """
         stage = self._stages.get(name, self._layout.stage(name))
-        staged = self._staged(stage, name)
+        staged = self._layout.staged(name, list(stage.iterdir()))
+        if not staged:
+            raise ValueError(f"{stage}: expected the files of {name}, found none; write them before commit")
         for entry in staged:
             files.fsync_tree(entry)
         manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra, digests or {})
@@ -175,7 +177,7 @@ class CheckpointStore:
         self._keep_hold()
         try:
             self._set_aside(name, [entry.name for entry in staged])
-            self._move_in(staged)
+            self._layout.move_in(staged)
             files.move(aside, self._layout.manifest(name))
             files.fsync_dir(self.root)
         except BaseException:
@@ -222,16 +224,6 @@ class CheckpointStore:
         for name in self._layout.removed():
             self.uncommit(name)
 
-    def _staged(self, stage: Path, name: str) -> list[Path]:
-        """The staged entries in the order in which they become visible: the entry file last."""
-        entries = sorted(stage.iterdir())
-        for entry in entries:
-            if not self._layout.may_hold(entry.name, name):
-                raise ValueError(f"{entry}: expected only {name}/ or files {name}.<suffix> in the staging directory")
-        if not entries:
-            raise ValueError(f"{stage}: expected the files of {name}, found none; write them before commit")
-        return sorted(entries, key=lambda entry: self._layout.is_entry(entry.name, name))
-
     def _manifest(
         self,
         name: str,
@@ -277,17 +269,6 @@ class CheckpointStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise NameTakenError(error.errno, f"{name} is in the way: {error.strerror}", error.filename) from error
-
-    def _move_in(self, staged: Sequence[Path]) -> None:
-        *first, last = staged
-        for entry in first:
-            files.move(entry, self.root / entry.name)
-        if first and self._layout.entry_suffix is not None:
-            # The entry file makes a checkpoint visible to readers that ignore manifests, so the data comes first.
-            files.fsync_dir(self.root)
-        files.move(last, self.root / last.name)
-        # A manifest must never exist without its files.
-        files.fsync_dir(self.root)
 
     def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
         """Do the work after the manifest. The checkpoint is durable, so a failure here only gives a warning."""
@@ -608,56 +589,20 @@ class CheckpointStore:
             yield True
 
     def sweep(self) -> list[Path]:
-        """Remove the unfinished files of a killed chief, and return them.
+        """Finish or remove the unfinished saves and removals of a killed chief, and return the paths that are gone.
 
-        Only for the chief, before its first save and before the first save of any other store of its process here
-        (`LogdirHold.is_first`). Only two kinds of files are removed: the store's own hidden names, and files that these
-        name, with size and digest, as parts of an unfinished save or removal.
+        A save is finished if it was complete but for its last renames. Only for the chief, before its first save and
+        before the first save of any other store of its process here (`LogdirHold.is_first`). Only two kinds of files
+        are removed: the store's own hidden names, and files that these name, with size and digest, as parts of an
+        unfinished save or removal.
         """
-        swept = []
-        for one in sorted(entry.name for entry in self._layout.entries()):
-            try:
-                if self._sweep(one):
-                    swept.append(self.root / one)
-            except OSError as error:
-                _log.warning("%s: left behind by a run that was killed, and could not be removed: %s", one, error)
+        swept = leftovers.put_in_order(self._layout)
         try:
             self.forget_removed()
             swept += recovery.finish_quarantine(self._layout)
         except OSError as error:
             _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept
-
-    def _sweep(self, one: str) -> bool:
-        """Remove or put back the files of the name ``one``; return whether there was anything to do."""
-        path = self.root / one
-        if one.startswith(layouts.PRUNED):
-            self._finish_removal(one[len(layouts.PRUNED) :], path)
-        elif one.startswith(layouts.STAGE):
-            name = layouts.staged_name(one)
-            if not self._layout.is_candidate(name, self._layout.present(name)):
-                self._finish_removal(name, path / self._layout.manifest(name).name)
-        elif one.startswith(layouts.REPLACED):
-            self._layout.put_back(one[len(layouts.REPLACED) :])
-        elif not self._layout.is_aside(one):
-            return False
-        files.remove(path)
-        return True
-
-    def _finish_removal(self, name: str, record: Path) -> None:
-        """Remove the files of a checkpoint that has no manifest, if they are those that ``record`` describes."""
-        path = self._layout.manifest(name)
-        if not self._layout.is_name(name) or os.path.lexists(path):
-            return
-        try:
-            manifest = Manifest.from_json(files.read_bytes(record), path)
-        except (CheckpointError, OSError):
-            return
-        for one in manifest.files:
-            size = files.size_of(self.root / one.name)
-            if size is not None and (size != one.size or files.digest(self.root / one.name)[1] != one.digest):
-                return  # Another checkpoint of that name was written since.
-        self._layout.remove(name, sorted({one.name.split("/", 1)[0] for one in manifest.files}))
 
 
 def _listed(state: statefile.CheckpointState, found: Sequence[Checkpoint]) -> list[Checkpoint]:

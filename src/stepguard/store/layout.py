@@ -1,8 +1,8 @@
 """Which names in a directory belong to which checkpoint, and in which order they may be removed.
 
 A checkpoint has a name such as ``model.ckpt-1200``; its files are siblings ``NAME.<suffix>`` (TensorFlow) or a
-directory ``NAME/`` (PyTorch, JAX); its commit record is ``NAME.manifest.json``. The entry file (TensorFlow:
-``NAME.index``) is the one by which a checkpoint without a manifest is known.
+directory ``NAME/`` (PyTorch, JAX); its commit record is ``NAME.manifest.json``. What a framework's own saver writes,
+without a manifest, has the names that the `SaverFiles` tell, which are handed in.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Protocol
 
 from stepguard.disk import files
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.log import logger
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.manifest import Manifest
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -36,15 +37,40 @@ PRUNED = ".pruned-"
 # The store's own temporary files, each of which is then renamed over the previous version.
 _ASIDE = re.compile(r"\.(?:checkpoint|.+\.manifest\.json)(?:\.\d+)?\.tmp")
 
-# The suffixes of files that TensorFlow's own tools write.
-_TENSORFLOW_SUFFIX = re.compile(r"\.(?:index|meta|data-\d{5,}-of-\d{5,})|-\d{5,}-of-\d{5,}")
-_TENSORFLOW_META = ".meta"
-_TENSORFLOW_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})")
-# The shards of the old format (V1); unsharded data is one file with the name of the checkpoint.
-_OLD_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})")
-
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
 _PLAIN_SUFFIX = re.compile(r"\.[^./]+")
+
+
+class SaverFiles(Protocol):
+    """The names of the files that a framework's own saver writes for a checkpoint; no method touches the disk.
+
+    The entry file is the one by which a checkpoint without a manifest is known. `stepguard.store.tensorflow_files` has
+    the names of TensorFlow.
+    """
+
+    def entry_file(self, name: str) -> str:
+        """Return the entry file of the checkpoint ``name``."""
+
+    def checkpoint_of_entry(self, file_name: str) -> str | None:
+        """Return the checkpoint whose entry file has this name; None for any other file."""
+
+    def without_old_shard(self, file_name: str) -> str:
+        """Return the checkpoint that has this shard without a suffix, and any other name as it is."""
+
+    def is_own(self, file_name: str, name: str) -> bool:
+        """Whether the saver writes ``file_name`` for the checkpoint ``name``."""
+
+    def is_data(self, file_name: str, name: str) -> bool:
+        """Whether ``file_name`` is one of the files of the checkpoint ``name`` that hold its tensors."""
+
+    def is_needed(self, file_name: str, name: str) -> bool:
+        """Whether a restore of the checkpoint ``name`` reads ``file_name``."""
+
+    def missing_data(self, name: str, present: Sequence[str]) -> str | None:
+        """Return the first data file that the checkpoint ``name`` with the files ``present`` lacks; None if none."""
+
+    def stated(self, names: Iterable[str], listed: Iterable[str]) -> list[str]:
+        """Return the names as the state file has them, in a directory with the files ``listed``."""
 
 
 # Longer than the tick of any file system's clock but FAT's, whose times have whole seconds.
@@ -64,16 +90,17 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 class Layout:
-    """The names in the directory ``root`` that belong to checkpoints of one ``basename``."""
+    """The names in the directory ``root`` that belong to checkpoints of one ``basename``.
 
-    def __init__(self, root: Path, basename: str, entry_suffix: str | None) -> None:
+    Without ``saver_files`` only committed checkpoints count.
+    """
+
+    def __init__(self, root: Path, basename: str, saver_files: SaverFiles | None) -> None:
         if not basename or "/" in basename or os.sep in basename or basename.startswith("."):
             raise ValueError(f"basename must be a file name that does not begin with a dot, got {basename!r}")
-        if entry_suffix is not None and not _PLAIN_SUFFIX.fullmatch(entry_suffix):
-            raise ValueError(f"entry_suffix must be a dot and a suffix such as '.index', got {entry_suffix!r}")
         self.root = root
         self.basename = basename
-        self.entry_suffix = entry_suffix
+        self.saver_files = saver_files
         self._name_pattern = re.compile(re.escape(basename) + rf"(?:-([0-9]{{1,{MOST_DIGITS}}}))?")
         # When the directory had changed last as it was listed, and its names by checkpoint.
         self._listing: tuple[int | None, dict[str, list[str]]] | None = None
@@ -82,7 +109,7 @@ class Layout:
         """Return the same layout for another directory."""
         if root == self.root:
             return self
-        return Layout(root, self.basename, self.entry_suffix)
+        return Layout(root, self.basename, self.saver_files)
 
     # --- names ---
 
@@ -116,21 +143,17 @@ class Layout:
 
     def is_entry(self, file_name: str, name: str) -> bool:
         """Whether ``file_name`` is the entry file of the checkpoint ``name``."""
-        return self.entry_suffix is not None and file_name == name + self.entry_suffix
+        return self.saver_files is not None and file_name == self.saver_files.entry_file(name)
 
     def may_hold(self, file_name: str, name: str) -> bool:
         """Whether an engine may write ``file_name`` for the checkpoint ``name``."""
-        if file_name == name or self._is_old_shard(file_name, name):
+        if file_name == name or self._is_savers(file_name, name):
             return True
         return file_name.startswith(name) and _PLAIN_SUFFIX.fullmatch(file_name[len(name) :]) is not None
 
     def is_needed(self, file_name: str, name: str) -> bool:
-        """Whether a restore of the checkpoint ``name`` reads ``file_name``.
-
-        TensorFlow's restore does not read the meta graph, which people often remove because it is a large part of a
-        small checkpoint.
-        """
-        return self.entry_suffix is None or file_name != name + _TENSORFLOW_META
+        """Whether a restore of the checkpoint ``name`` reads ``file_name``."""
+        return self.saver_files is None or self.saver_files.is_needed(file_name, name)
 
     # --- what is there ---
 
@@ -171,11 +194,11 @@ class Layout:
 
     def _note(self, found: dict[str, Checkpoint], entry: os.DirEntry[str]) -> None:
         is_manifest = entry.name.endswith(MANIFEST_SUFFIX)
-        suffix = MANIFEST_SUFFIX if is_manifest else self.entry_suffix
-        if suffix is None or not entry.name.endswith(suffix):
-            return
-        name = entry.name[: -len(suffix)]
-        if not self.is_name(name) or (not is_manifest and name in found):
+        if is_manifest:
+            name: str | None = entry.name[: -len(MANIFEST_SUFFIX)]
+        else:
+            name = None if self.saver_files is None else self.saver_files.checkpoint_of_entry(entry.name)
+        if name is None or not self.is_name(name) or (not is_manifest and name in found):
             return
         try:
             modified = entry.stat().st_mtime
@@ -192,17 +215,17 @@ class Layout:
         groups: dict[str, list[str]] = {}
         for entry in self.entries():
             if entry.name.startswith(self.basename):
-                stem = entry.name[len(self.basename) :].partition(".")[0]
-                if self.entry_suffix is not None and (shard := _OLD_SHARD.search(stem)) and shard.end() == len(stem):
-                    stem = stem[: shard.start()]
-                groups.setdefault(self.basename + stem, []).append(entry.name)
+                name = self.basename + entry.name[len(self.basename) :].partition(".")[0]
+                if self.saver_files is not None:
+                    name = self.saver_files.without_old_shard(name)
+                groups.setdefault(name, []).append(entry.name)
         return groups
 
     def present(self, name: str, among: Iterable[str] | None = None) -> list[str]:
         """Return the sorted top-level names that belong to the checkpoint ``name``.
 
-        They are its manifest, the files that the manifest lists, and files as TensorFlow's own tools write them for
-        that name. ``among`` are the names to search, if the directory was already listed.
+        They are its manifest, the files that the manifest lists, and those that a framework's own saver writes
+        for that name. ``among`` are the names to search, if the directory was already listed.
         """
         path = self.manifest(name)
         listed: set[str] | None = set()
@@ -216,7 +239,7 @@ class Layout:
             listed = {one.name.split("/", 1)[0] for one in records}
 
         def belongs(one: str) -> bool:
-            if one in (name, path.name) or self.is_entry(one, name) or self._is_tensorflow(one, name):
+            if one in (name, path.name) or self._is_savers(one, name):
                 return True
             return self.may_hold(one, name) if listed is None else one in listed
 
@@ -252,51 +275,24 @@ class Layout:
 
     def missing_data(self, name: str, present: Sequence[str]) -> str | None:
         """Return the data file that a checkpoint without a manifest lacks, as its other files show; None if none."""
-        has_entry = any(self.is_entry(one, name) for one in present)
-        if not has_entry and name in present and files.size_of(self.root / name) is not None:
-            return None
-        pattern, infix = (_TENSORFLOW_DATA, ".data") if has_entry else (_OLD_SHARD, "")
-        shards = [match for one in present if (match := pattern.fullmatch(one[len(name) :]))]
-        if not shards:
-            return f"{name}.data-00000-of-00001"
-        for total in sorted({match.group(2) for match in shards}):
-            held = {int(match.group(1)) for match in shards if match.group(2) == total}
-            for number in range(int(total)):
-                if number not in held:
-                    return f"{name}{infix}-{number:05d}-of-{total}"
-        return None
+        if self.saver_files is None:
+            return name
+        # A directory of the checkpoint's name is of another framework.
+        files_of = [one for one in present if one != name or files.size_of(self.root / name) is not None]
+        return self.saver_files.missing_data(name, files_of)
 
     def is_data(self, file_name: str, name: str) -> bool:
-        """Whether ``file_name`` is a data file of the checkpoint ``name`` as TensorFlow's own tools write it."""
-        if file_name == name or self.is_entry(file_name, name) or self._is_old_shard(file_name, name):
-            return True
-        return file_name.startswith(name) and _TENSORFLOW_DATA.fullmatch(file_name[len(name) :]) is not None
+        """Whether ``file_name`` is a data file of the checkpoint ``name`` as a framework's own saver writes it."""
+        return self.saver_files is not None and self.saver_files.is_data(file_name, name)
 
     def stated(self, names: Iterable[str]) -> list[str]:
-        """Return the names as TensorFlow's state file has them: with a pattern for shards of the old format."""
-        if self.entry_suffix is None:
+        """Return the names as the framework's own tools expect them in the state file."""
+        if self.saver_files is None:
             return list(names)
-        totals = {}
-        for entry in self.entries():
-            match = _OLD_SHARD.search(entry.name)
-            if match is not None and match.end() == len(entry.name):
-                totals[entry.name[: match.start()]] = match.group(2)
-        return [self._stated(name, totals.get(name)) for name in names]
+        return self.saver_files.stated(names, (entry.name for entry in self.entries()))
 
-    def _stated(self, name: str, total: str | None) -> str:
-        if total is None or os.path.exists(self.root / f"{name}{self.entry_suffix}"):
-            return name
-        return f"{name}-?????-of-{total}"
-
-    def _is_old_shard(self, file_name: str, name: str) -> bool:
-        if self.entry_suffix is None or not file_name.startswith(name):
-            return False
-        return _OLD_SHARD.fullmatch(file_name[len(name) :]) is not None
-
-    def _is_tensorflow(self, file_name: str, name: str) -> bool:
-        if self.entry_suffix is None or not file_name.startswith(name):
-            return False
-        return _TENSORFLOW_SUFFIX.fullmatch(file_name[len(name) :]) is not None
+    def _is_savers(self, file_name: str, name: str) -> bool:
+        return self.saver_files is not None and self.saver_files.is_own(file_name, name)
 
     def removed(self) -> list[str]:
         """Return the names of checkpoints whose files a framework's own saver has removed.
@@ -309,11 +305,11 @@ class Layout:
         return self._removed(filter(self.is_name, manifests), names)
 
     def _removed(self, manifested: Iterable[str], names: AbstractSet[str]) -> list[str]:
-        suffix = self.entry_suffix
-        if suffix is None:
+        if self.saver_files is None:
             return []
+        entry_file = self.saver_files.entry_file
         # Not one that has its entry file, nor a directory of another engine's: only the few others are read.
-        lonely = [name for name in manifested if names.isdisjoint((name, name + suffix))]
+        lonely = [name for name in manifested if names.isdisjoint((name, entry_file(name)))]
         state = statefile.read(self.root) if lonely else None
         if state is None:
             return []
@@ -330,6 +326,30 @@ class Layout:
             return False
         is_savers = not any("/" in one.name for one in listed)
         return is_savers and not any(os.path.lexists(self.root / one.name) for one in listed)
+
+    # --- moving ---
+
+    def staged(self, name: str, entries: Iterable[Path]) -> list[Path]:
+        """Return the staged entries of the checkpoint ``name`` in the order in which they become visible.
+
+        Raises ValueError if one of them cannot be of that checkpoint.
+        """
+        for entry in entries:
+            if not self.may_hold(entry.name, name):
+                raise ValueError(f"{entry}: expected only {name}/ or files {name}.<suffix> in the staging directory")
+        # The entry file makes a checkpoint visible to readers that ignore manifests, so the data comes first.
+        return sorted(entries, key=lambda entry: (self.is_entry(entry.name, name), entry))
+
+    def move_in(self, staged: Sequence[Path]) -> None:
+        """Give the entries, in the order of `staged`, their places in the directory, durably."""
+        for entry in staged[:-1]:
+            files.move(entry, self.root / entry.name)
+        if len(staged) > 1 and self.saver_files is not None:
+            files.fsync_dir(self.root)
+        for entry in staged[-1:]:
+            files.move(entry, self.root / entry.name)
+        # A manifest must never exist without its files.
+        files.fsync_dir(self.root)
 
     # --- removing ---
 
@@ -368,7 +388,7 @@ class Layout:
             files.fsync_dir(self.root)
         rest = [one for one in present if one != manifest.name]
         for entry in [one for one in rest if self.is_entry(one, name)]:
-            # Then the entry file, by which TensorFlow's tools and Stepguard find a checkpoint without a manifest.
+            # Then the entry file, by which the framework's tools and Stepguard find a checkpoint without a manifest.
             files.remove(self.root / entry)
             files.fsync_dir(self.root)
             rest.remove(entry)

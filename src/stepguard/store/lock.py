@@ -31,7 +31,7 @@ from typing import final
 
 from stepguard.disk import files, processes, schema
 from stepguard.errors import LogdirInUseError
-from stepguard.log import logger
+from stepguard.words import logger
 
 try:
     import fcntl

@@ -16,13 +16,14 @@ from typing import Any
 
 from stepguard.disk import files, schema
 from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.store import tensorflow_files
 
 FORMAT_VERSION = 1
 
 SUFFIX = ".manifest.json"
 
-# The part after a checkpoint's name: nothing, a suffix, a file in its directory, or a shard of TensorFlow's old format.
-_OWN = re.compile(r"|[./].*|-\d{5,}-of-\d{5,}", re.DOTALL)
+# The part after a checkpoint's name: nothing, a suffix, or a file in its directory.
+_OWN = re.compile(r"|[./].*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class FileRecord:
         """
         kinds = schema.kinds_of(cls)
         record = cls(**schema.checked(found, kinds, required=tuple(kinds)))
-        is_own = record.name.startswith(owner) and _OWN.fullmatch(record.name[len(owner) :])
+        has_its_name = record.name.startswith(owner) and _OWN.fullmatch(record.name[len(owner) :])
+        # The name of a shard of TensorFlow's old format continues with neither a dot nor a slash.
+        is_own = has_its_name or tensorflow_files.is_old_shard(record.name, owner)
         if not is_own or not schema.is_name(record.name):
             raise schema.SchemaError(f"expected only files of {owner}, found {record.name}")
         if record.size < 0:

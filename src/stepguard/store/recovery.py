@@ -9,11 +9,10 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
-from stepguard.log import logger
 from stepguard.store import statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

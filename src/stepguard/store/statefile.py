@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepguard.disk import files, schema
+from stepguard.store import tensorflow_files
 
 FILE_NAME = "checkpoint"
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "'": "\\'", "\\": "\\\\"}
 _UNESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t"}
 _LINE = re.compile(r"""^\s*(\w+)\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)'|([^\s"']+))\s*$""")
-_SHARDS = re.compile(r"-\?{5}-of-\d{5,}$")
 _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 
 
@@ -27,7 +27,7 @@ _ESCAPED = re.compile(rb"\\([0-7]{1,3}|.)", re.DOTALL)
 class CheckpointState:
     """The contents of a state file: the ``path`` of the newest as written there, and the names of all, oldest first.
 
-    Patterns for the shards of TensorFlow's old format are removed: see `without_shards`.
+    Patterns for the shards of TensorFlow's old format are removed: see `tensorflow_files.without_pattern`.
     """
 
     path: Path
@@ -64,11 +64,6 @@ def write(
     files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
 
 
-def without_shards(path: str) -> str:
-    """``model.ckpt-3`` for ``model.ckpt-3-?????-of-00002``, TensorFlow's pattern for shards of its old format."""
-    return _SHARDS.sub("", path)
-
-
 def read(root: Path) -> CheckpointState | None:
     """Read the state file of ``root``, which is only a hint; None if it is missing, empty, garbage or unreadable."""
     try:
@@ -90,7 +85,7 @@ def read(root: Path) -> CheckpointState | None:
         quoted = double if double is not None else single
         if quoted is None:
             continue
-        path = Path(without_shards(_unescaped(quoted)))
+        path = Path(tensorflow_files.without_pattern(_unescaped(quoted)))
         if not schema.is_name(path.name) or "\0" in str(path):
             continue
         if key == "model_checkpoint_path":

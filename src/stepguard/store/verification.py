@@ -11,11 +11,11 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -154,7 +154,7 @@ def was_written_over(layout: Layout, manifest: Manifest) -> bool:
     Then all its files are newer than its manifest, and the state file, which these tools write last, is newer still.
     Neither damage nor copied files look like this. Only TensorFlow's own checksums can then verify the files.
     """
-    if layout.entry_suffix is None:
+    if layout.saver_files is None:
         return False
     names = [one.name for one in manifest.files if layout.is_data(one.name, manifest.name)]
     if not names:

@@ -12,10 +12,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.log import logger
 from stepguard.options import Options, Saving, Watching
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

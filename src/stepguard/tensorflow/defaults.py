@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

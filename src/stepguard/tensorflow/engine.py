@@ -15,8 +15,7 @@ import tensorflow as tf
 from stepguard.disk.files import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
-from stepguard.log import logger
-from stepguard.store import Checkpoint, CheckpointStore, statefile
+from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.checkpoint.files import write_bundle
 from stepguard.tensorflow.checkpoint.restore import ENGINE, restore_file
@@ -27,6 +26,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, write_graph
 from stepguard.tensorflow.run_effects import RunKinds
 from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1
@@ -203,12 +203,12 @@ class TensorFlowEngine:
         """True for a model on a server, and for a session whose steps are not marked: others may change the model."""
         return _boundary(session) is None or not session.is_local
 
-    def wait_for_others(self, session: Any, timeout_secs: float) -> None:
+    def wait_for_others(self, session: Any, timeout_secs: float, *, may_go_on: bool) -> None:
         """Wait for the last steps of the other replicas: they end when they see the step that ended this replica."""
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:
             return
-        wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs)
+        wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs, may_go_on=may_go_on)
 
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold back the steps of this process. A session that is not ours has no boundary to wait for."""
@@ -226,7 +226,7 @@ class TensorFlowEngine:
             step = self.step(session)
             # No other arguments: a saver with a save() of its own may know only the oldest ones.
             path = self._model.saver.save(session, self._save_path, global_step=self._model.global_step)
-        written = statefile.without_shards(os.fspath(path)) if path else self._found(step)
+        written = tensorflow_files.without_pattern(os.fspath(path)) if path else self._found(step)
         # The saver has read the step itself, possibly after more steps: its file name has the right step.
         _, dash, digits = os.path.basename(written).rpartition("-")
         return WrittenSnapshot(step=int(digits) if dash and digits.isdigit() else step, written=written)
@@ -239,7 +239,7 @@ class TensorFlowEngine:
         """
         directory = os.path.dirname(str(self._save_path))
         for prefix in (*self._last_checkpoints()[-1:], os.path.join(directory, self.checkpoint_name(step))):
-            if any(tf.io.gfile.exists(one) for one in (f"{prefix}.index", prefix)):
+            if any(tf.io.gfile.exists(one) for one in (tensorflow_files.entry_file(prefix), prefix)):
                 return prefix
         return directory
 
@@ -267,14 +267,14 @@ class TensorFlowEngine:
         if self._plan is None:
             raise AssertionError("a snapshot without a plan was written by its saver")
         digests = write_bundle(stage / name, self._plan.sharded(snapshot))
-        with NewFile(stage / f"{name}.meta") as meta:
+        with NewFile(stage / tensorflow_files.meta_file(name)) as meta:
             meta.write(self._meta_bytes())
         return {**digests, meta.path.name: (meta.size, meta.digest)}
 
     def kept_checkpoints(self) -> list[str]:
         """The names on the saver's own list, which includes checkpoints that the program itself has saved by it."""
         kept = [path for path in self._last_checkpoints() if self._is_in_place(path)]
-        return [os.path.basename(statefile.without_shards(path)) for path in kept]
+        return [os.path.basename(tensorflow_files.without_pattern(path)) for path in kept]
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:
         """Keep the saver's list true, so that it prunes rightly when the program calls ``saver.save`` itself. There is

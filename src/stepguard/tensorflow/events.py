@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from stepguard.disk import files
 from stepguard.errors import described
-from stepguard.log import logger
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

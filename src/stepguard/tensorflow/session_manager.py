@@ -12,12 +12,12 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import ModelNotReadyError
-from stepguard.log import logger
 from stepguard.store import Recovery
 from stepguard.tensorflow.checkpoint.restore import Restorer, restore_file
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.remote_session import RemoteSession, open_session
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

@@ -15,10 +15,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.log import logger
 from stepguard.tensorflow import arguments, defaults
 from stepguard.tensorflow.coordinator import Coordinator
 from stepguard.tensorflow.defaults import USE_DEFAULT, is_default
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

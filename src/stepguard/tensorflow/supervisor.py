@@ -12,12 +12,11 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.engine import Prepared
-from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
-from stepguard.tensorflow.checkpoint.restore import ENGINE, ENTRY_SUFFIX, Restorer
+from stepguard.tensorflow.checkpoint.restore import ENGINE, Restorer
 from stepguard.tensorflow.checkpoint.snapshot import as_step, plan
 from stepguard.tensorflow.cluster.remote_session import RemoteSession
 from stepguard.tensorflow.coordinator import Coordinator
@@ -26,6 +25,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1
@@ -529,7 +529,7 @@ def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
         root or os.curdir,
         basename=basename,
         engine=ENGINE,
-        entry_suffix=ENTRY_SUFFIX,
+        saver_files=tensorflow_files,
         relative_paths=bool(getattr(saver, "_save_relative_paths", False)),
         max_to_keep=getattr(definition, "max_to_keep", None),
         # The Saver's own default of 10,000 hours means never.

@@ -15,7 +15,6 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
@@ -27,12 +26,14 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.data.outliving import let_workers_outlive_signals
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents, as_numbers, check_values
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -83,7 +84,14 @@ class TorchEngine(LoopEngine[Session]):
         gate = self._peers.gate()
         holders = {one.name: one.holder for one in self._program.components}
         optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size, optimizers=optimizers)
+        session = Session(
+            self._coord,
+            self.write_summary,
+            gate=gate,
+            processes=self._peers.size,
+            optimizers=optimizers,
+            own=self._program.own,
+        )
         self._peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
@@ -95,6 +103,7 @@ class TorchEngine(LoopEngine[Session]):
         if meets_every is not None:
             self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
+        let_workers_outlive_signals()
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
@@ -201,7 +210,7 @@ class TorchEngine(LoopEngine[Session]):
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""
-        snapshot.copies.finish()
+        snapshot.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
 
     def checkpoint_name(self, step: int | None) -> str:
@@ -213,7 +222,7 @@ class TorchEngine(LoopEngine[Session]):
 
         Sharded objects go to the files of ``torch.distributed.checkpoint``, which all processes write.
         """
-        snapshot.copies.finish()
+        snapshot.finish()
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from stepguard.log import logger
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
 _log = logger(__name__)
 

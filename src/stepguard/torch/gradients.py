@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from stepguard.log import logger
 from stepguard.torch.checkpoint.sharded_tensors import is_dtensor
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -6,6 +6,7 @@ and of its sampler are saved with the position in the data.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,24 @@ class TorchStreams(RandomStreams):
         if "cuda" in states and torch.cuda.is_available():
             for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
                 torch.cuda.set_rng_state(state, device)
+
+    def reseed(self, seed: str) -> None:
+        """Begin the streams of the CPU anew; those of CUDA go on, because a loader rarely draws from them."""
+        super().reseed(seed)
+        torch.default_generator.manual_seed(random.getrandbits(63))
+
+    def are_equal(self, states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Whether nothing was drawn between two captures."""
+        return states.keys() == others.keys() and all(
+            _equal(state, others[name]) if name in ("torch", "cuda") else state == others[name]
+            for name, state in states.items()
+        )
+
+
+def _equal(state: Any, other: Any) -> bool:
+    if isinstance(state, torch.Tensor):
+        return torch.equal(state, other)
+    return len(state) == len(other) and all(map(torch.equal, state, other))
 
 
 STREAMS = TorchStreams()

@@ -11,7 +11,6 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError, described
-from stepguard.log import logger
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore
 from stepguard.supervisor import Supervisor as CoreSupervisor
@@ -25,6 +24,7 @@ from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -55,6 +55,7 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
         save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all.
+        stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
         progress: whether to show a progress line if standard error is a terminal.
         saving: when and how the model is saved. An option that is also listed above may be given in its group instead.
         stopping: how the run is stopped.
@@ -81,6 +82,7 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
         max_to_keep: int | None = 5,
+        stop_grace_secs: float = 120,
         progress: bool = False,
         saving: Saving | None = None,
         stopping: Stopping | None = None,
@@ -93,6 +95,7 @@ class Supervisor(CoreSupervisor[Session]):
             save_model_secs=save_model_secs,
             save_model_steps=save_model_steps,
             max_to_keep=max_to_keep,
+            stop_grace_secs=stop_grace_secs,
             progress=progress,
             saving=saving,
             stopping=stopping,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 
-from stepguard.log import logger
 from stepguard.watching.hang_watch import HangWatch
 from stepguard.watching.part import Part
 from stepguard.watching.run_record import RunRecord
 from stepguard.watching.step_meter import StepMeter
+from stepguard.words import logger
 
 _log = logger(__name__)
 

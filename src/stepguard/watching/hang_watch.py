@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from stepguard.disk import files
-from stepguard.log import logger
 from stepguard.watching import hang_monitor
+from stepguard.words import logger
 
 _log = logger(__name__)
 

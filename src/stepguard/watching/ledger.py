@@ -25,8 +25,8 @@ from types import NoneType
 from typing import Any
 
 from stepguard.disk import files, schema
-from stepguard.log import logger
 from stepguard.watching import history
+from stepguard.words import logger
 
 _log = logger(__name__)
 

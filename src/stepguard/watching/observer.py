@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine
-from stepguard.log import logger
 from stepguard.options import Watching
 from stepguard.store import Recovery
 from stepguard.watching import launcher_link, ledger
@@ -34,6 +33,7 @@ from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
 from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
+from stepguard.words import logger
 
 _log = logger(__name__)
 

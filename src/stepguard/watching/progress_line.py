@@ -8,10 +8,9 @@ import sys
 import time
 from typing import Any
 
-from stepguard.log import logger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
-from stepguard.words import duration
+from stepguard.words import duration, logger
 
 _log = logger(__name__)
 

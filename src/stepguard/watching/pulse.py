@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 
-from stepguard.log import logger
 from stepguard.watching import heartbeat, history
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
 from stepguard.watching.run_record import Room
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from stepguard import __version__
 from stepguard.errors import described
-from stepguard.log import logger
 from stepguard.store import Recovery
 from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.ledger import Ledger
 from stepguard.watching.metrics import Totals
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -7,9 +7,9 @@ from collections import deque
 from typing import Any
 
 from stepguard.engine import Engine, RestsBetweenLoops
-from stepguard.log import logger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.part import Part
+from stepguard.words import logger
 
 _log = logger(__name__)
 

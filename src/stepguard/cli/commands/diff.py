@@ -17,6 +17,7 @@ from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import Column, print_table
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import printable
 
 _COLUMNS = (
     Column("CHANGE"),
@@ -138,7 +139,7 @@ def _rows(changes: list[Change]) -> Iterator[tuple[str, ...]]:
             numbers = (f"{found.changed}/{found.count}", output.number(found.absolute), output.number(found.relative))
         yield (
             one.kind,
-            output.printable(one.name),
-            *(output.printable(form or "-") for form in (one.a, one.b)),
+            printable(one.name),
+            *(printable(form or "-") for form in (one.a, one.b)),
             *numbers,
         )

@@ -21,6 +21,7 @@ from stepguard.cli.text import output
 from stepguard.cli.text.plot import plotted
 from stepguard.cli.text.table import Column, print_table, warning
 from stepguard.disk import files
+from stepguard.words import printable
 
 _MOST_DRAWN = 100  # below each other: a picture has a largest height
 _BEGIN_A_FORMULA = frozenset("=+-@")
@@ -81,7 +82,7 @@ def command(
         told = f"{logdir}: {output.counted(lost, 'record')} of its event files cannot be read, and are passed over"
         found = replace(found, unreadable=(*found.unreadable, told))
     for reason in found.unreadable:
-        click.echo(output.printable(reason), err=True)
+        click.echo(printable(reason), err=True)
     if csv_path is not None:
         _write(csv_path, _csv(curves))
     if png_path is not None:
@@ -133,7 +134,7 @@ def _json(curve: Curve) -> dict[str, Any]:
 
 def _print(logdir: Path, found: EventFiles, curves: Sequence[Curve], *, has_plots: bool) -> None:
     if not curves:
-        click.echo(f"{output.printable(str(logdir))}: {_nothing(logdir, found)}")
+        click.echo(f"{printable(str(logdir))}: {_nothing(logdir, found)}")
         return
     print_table(_COLUMNS, [_row(one) for one in curves])
     if has_plots:
@@ -141,7 +142,7 @@ def _print(logdir: Path, found: EventFiles, curves: Sequence[Curve], *, has_plot
         for one in curves:
             if len(one.values) < 2:
                 continue
-            picture = plotted(output.printable(one.tag), one.steps, one.values, width=width, height=_PLOT_LINES)
+            picture = plotted(printable(one.tag), one.steps, one.values, width=width, height=_PLOT_LINES)
             click.echo(f"\n{picture}")
 
 
@@ -149,13 +150,13 @@ def _nothing(logdir: Path, found: EventFiles) -> str:
     if found.paths:
         return "no scalars in its event files that were asked for"
     below = sorted({str(path.parent) for path in logdir.glob("*/*tfevents*")})
-    return "no event files" + (f"; there are some in {', '.join(map(output.printable, below))}" if below else "")
+    return "no event files" + (f"; there are some in {', '.join(map(printable, below))}" if below else "")
 
 
 def _row(curve: Curve) -> tuple[str, ...]:
     finite = curve.finite
     return (
-        output.printable(curve.tag),
+        printable(curve.tag),
         str(len(curve.values)),
         str(curve.steps[0]),
         str(curve.steps[-1]),
@@ -187,7 +188,7 @@ def _csv(curves: Sequence[Curve]) -> bytes:
 def _defused(tag: str) -> str:
     """A cell that no spreadsheet takes for a formula, also where full-width characters count, and no terminal obeys."""
     first = unicodedata.normalize("NFKC", tag.lstrip()[:1])
-    return output.printable(f"'{tag}" if first in _BEGIN_A_FORMULA else tag)
+    return printable(f"'{tag}" if first in _BEGIN_A_FORMULA else tag)
 
 
 def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
@@ -202,10 +203,10 @@ def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
             f"--png cannot be drawn without matplotlib ({error}): pip install 'stepguard[plots]'", NOT_DONE
         ) from error
     figure = Figure(figsize=(8, 2.5 * len(curves)), layout="constrained")
-    figure.suptitle(output.printable(str(logdir)), parse_math=False)
+    figure.suptitle(printable(str(logdir)), parse_math=False)
     for curve, axes in zip(curves, figure.subplots(len(curves), squeeze=False)[:, 0], strict=True):
         axes.plot(curve.steps, curve.values, marker="." if len(curve.steps) < 50 else None, linewidth=1)
-        axes.set_title(output.printable(curve.tag), fontsize="medium", parse_math=False)
+        axes.set_title(printable(curve.tag), fontsize="medium", parse_math=False)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     content = io.BytesIO()

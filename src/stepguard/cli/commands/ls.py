@@ -13,7 +13,7 @@ from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
-from stepguard.words import duration
+from stepguard.words import duration, printable
 
 _COLUMNS = (
     Column(" "),
@@ -92,15 +92,15 @@ def _print(found: LogdirContents) -> None:
     if found.found:
         print_table(_COLUMNS, [_row(one, now) for one in found.found])
     else:
-        click.echo(f"{output.printable(str(found.root))}: no checkpoints")
+        click.echo(f"{printable(str(found.root))}: no checkpoints")
     for name in found.missing:
         click.echo(output.missing_newest(name))
     for one in found.found:
         if one.is_unreadable:
             for reason in one.reasons:
-                click.echo(output.printable(reason))
+                click.echo(printable(reason))
     for reason in found.unreadable:
-        click.echo(output.printable(reason))
+        click.echo(printable(reason))
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
 
@@ -112,7 +112,7 @@ def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
         "-" if checkpoint.step is None else str(checkpoint.step),
         duration(now - checkpoint.time),
         output.size(one.size),
-        output.printable(one.engine),
+        printable(one.engine),
         one.state,
-        output.printable(checkpoint.name),
+        printable(checkpoint.name),
     )

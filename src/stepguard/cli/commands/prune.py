@@ -12,11 +12,12 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING, CommandError
-from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, ListedCheckpoint, list_contents
+from stepguard.cli.logdir.contents import DAMAGED, GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.logdir.full_read import read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, tensorflow_files
+from stepguard.words import printable
 
 _LOOKS = 10
 
@@ -67,7 +68,7 @@ def command(
         plans = _plans(logdir, keep_last, keep_every)
         if not dry_run:
             for plan in plans:
-                store = CheckpointStore(logdir, basename=plan.basename, entry_suffix=ENTRY_SUFFIX)
+                store = CheckpointStore(logdir, basename=plan.basename, saver_files=tensorflow_files)
                 store.remove([one.checkpoint for one in plan.removed], newest_good=plan.newest_good.checkpoint)
     if as_json:
         output.print_json(_document(logdir, plans, dry_run=dry_run))
@@ -75,7 +76,7 @@ def command(
         _print(logdir, plans, dry_run=dry_run)
     unreadable = list_contents(logdir).unreadable
     for reason in unreadable if not as_json else ():
-        click.echo(output.printable(reason))
+        click.echo(printable(reason))
     if unreadable or any(one.is_unreadable for plan in plans for one in plan.damaged):
         ctx.exit(FINDING)
 
@@ -171,14 +172,14 @@ def _document(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> dict[str
 
 def _print(logdir: Path, plans: Sequence[Plan], *, dry_run: bool) -> None:
     if not plans:
-        click.echo(f"{output.printable(str(logdir))}: no checkpoints")
+        click.echo(f"{printable(str(logdir))}: no checkpoints")
     for plan in plans:
         for one in plan.removed:
-            click.echo(f"{'would remove' if dry_run else 'removed'}  {output.printable(one.checkpoint.name)}")
+            click.echo(f"{'would remove' if dry_run else 'removed'}  {printable(one.checkpoint.name)}")
         for one in plan.damaged:
-            why = f" ({output.printable('; '.join(one.reasons))})" if one.is_unreadable else ""
-            click.echo(f"damaged, left as it is: {output.printable(one.checkpoint.name)}{why}")
+            why = f" ({printable('; '.join(one.reasons))})" if one.is_unreadable else ""
+            click.echo(f"damaged, left as it is: {printable(one.checkpoint.name)}{why}")
         size = output.size(sum(one.size for one in plan.removed))
         done = "would be removed" if dry_run else "removed"
-        newest = output.printable(plan.newest_good.checkpoint.name)
+        newest = printable(plan.newest_good.checkpoint.name)
         click.echo(f"{len(plan.removed)} {done} ({size}), {len(plan.kept)} kept; the newest good one is {newest}")

@@ -12,7 +12,7 @@ from stepguard.cli.launcher.launcher import CRASH_LOOP_EXIT, Launcher
 from stepguard.cli.launcher.restarts import Restarts
 from stepguard.cli.text import output
 from stepguard.watching.history import History
-from stepguard.words import duration
+from stepguard.words import duration, printable
 
 
 @click.command(
@@ -106,5 +106,5 @@ def _summary(
     if request is not None:
         ending = f"stopped ({request}), exit code {exit_code},"
     lines = [f"{ending} after {duration(secs)}, {output.counted(restarts, 'restart')}"]
-    lines += [f"{output.printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
+    lines += [f"{printable(str(logdir))}: {output.accounted(found)}" for logdir, found in histories]
     return "\n  ".join(lines)

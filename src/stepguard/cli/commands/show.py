@@ -14,6 +14,7 @@ from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import Column, print_table, warning
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import printable
 
 # Of a list with more numbers than this, only the length is shown.
 _SHORT = 8
@@ -104,19 +105,17 @@ def _json(tensor: SavedTensor, found: Statistics | None) -> dict[str, Any]:
 def _print(one: ListedCheckpoint, state: str | None, rows: list[_Row], *, with_values: bool) -> None:
     checkpoint = one.checkpoint
     step = "no step" if checkpoint.step is None else f"step {checkpoint.step}"
-    click.echo(
-        f"{output.printable(str(checkpoint.path))}: {', '.join((step, one.engine, *([state] if state else [])))}"
-    )
+    click.echo(f"{printable(str(checkpoint.path))}: {', '.join((step, one.engine, *([state] if state else [])))}")
     if state in (DAMAGED, INCOMPLETE):
         for reason in one.reasons:
-            click.echo(output.printable(reason))
+            click.echo(printable(reason))
     tensors = [row for row in rows if not row[0].is_plain]
     values = [row for row in rows if row[0].is_plain]
     if tensors:
         print_table(_COLUMNS, [_cells(tensor, found) for tensor, _, found in tensors])
     if with_values and values:
         columns = (Column("NAME", shrink=True), Column("TYPE"), Column("VALUE", shrink=True))
-        print_table(columns, [(output.printable(one.name), one.dtype, _shown(array)) for one, array, _ in values])
+        print_table(columns, [(printable(one.name), one.dtype, _shown(array)) for one, array, _ in values])
     total = output.size(sum(tensor.nbytes or 0 for tensor, _, _ in tensors))
     hint = "" if with_values or not values else " (--all shows them)"
     more = f", and {output.counted(len(values), 'value')} beside them{hint}" if values else ""
@@ -134,7 +133,7 @@ def _cells(tensor: SavedTensor, found: Statistics | None) -> tuple[str, ...]:
             str(found.inf),
         )
     size = "-" if tensor.nbytes is None else output.size(tensor.nbytes)
-    return (output.printable(tensor.name), tensor.dtype, output.shape(tensor.shape), size, *numbers)
+    return (printable(tensor.name), tensor.dtype, output.shape(tensor.shape), size, *numbers)
 
 
 def _read(tensor: SavedTensor) -> _Row:
@@ -148,7 +147,7 @@ def _read(tensor: SavedTensor) -> _Row:
 def _shown(array: Any) -> str:
     if array.size > _SHORT:
         return output.counted(array.size, "number")
-    return output.printable(str(_value(array)))
+    return printable(str(_value(array)))
 
 
 def _value(array: Any) -> Any:

@@ -18,7 +18,7 @@ from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint
 from stepguard.cli.logdir.run_state import Launcher, Process, RunState, document, read_run_state
 from stepguard.cli.text import output
 from stepguard.watching.history import CHIEF
-from stepguard.words import duration
+from stepguard.words import duration, printable
 
 _LOOK_SECS = 1.0
 # Polling a large logdir must not keep a slow disk busy.
@@ -129,14 +129,14 @@ def _changes(logdir: Path) -> Iterator[tuple[RunState, list[str]]]:
 def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
     """What `--follow` watches for changes: a name, its value, and the line to print."""
     for one in found.processes:
-        beat, role = one.beat, output.printable(one.beat.role)
+        beat, role = one.beat, printable(one.beat.role)
         saved = None if beat.last_checkpoint is None else str(beat.last_checkpoint.get("name"))
         line = f"{role} {_headline(one)}, step {_step(one)}"
-        line += "" if saved is None else f", checkpoint {output.printable(saved)}"
+        line += "" if saved is None else f", checkpoint {printable(saved)}"
         yield beat.role, (beat.pid, one.state, one.hangs, beat.phase, beat.reason, saved), line
         for kind, text in (("warning", beat.warnings[-1:]), ("error", [beat.error]), ("stacks", [beat.stacks])):
             if text and text[0]:
-                yield f"{beat.role} {kind}", text, f"{role} {kind}: {output.printable(text[0])}"
+                yield f"{beat.role} {kind}", text, f"{role} {kind}: {printable(text[0])}"
     if found.launcher is not None:
         key = (found.launcher.state, found.launcher.next_start, found.launcher.pid)
         yield "launcher", key, f"launcher {_launcher_text(found.launcher, found.now)}"
@@ -154,7 +154,7 @@ def _text(found: RunState, width: int | None) -> str:
     for one in found.processes:
         lines += _left_behind(one) if one.is_left_behind else _process_lines(one, found)
     lines += _run_lines(found)
-    text = [click.style(output.printable(str(found.logdir)), bold=True)]
+    text = [click.style(printable(str(found.logdir)), bold=True)]
     for label, value, colour in lines:
         is_head = not label.startswith(" ")
         head = f"{label:<{_LABEL_WIDTH}}" if len(label) < _LABEL_WIDTH else label + " "
@@ -169,8 +169,8 @@ def _text(found: RunState, width: int | None) -> str:
 def _process_lines(one: Process, found: RunState) -> list[_Line]:
     beat = one.beat
     colour = "green" if one.is_well else _COLOURS[one.state] if one.state != "stopped" and not one.hangs else "red"
-    lines: list[_Line] = [(output.printable(beat.role), _headline(one), colour)]
-    where = f"pid {beat.pid} on {output.printable(beat.host)}, {output.printable(beat.engine)}"
+    lines: list[_Line] = [(printable(beat.role), _headline(one), colour)]
+    where = f"pid {beat.pid} on {printable(beat.host)}, {printable(beat.engine)}"
     started = duration(found.now - beat.started)
     lines.append(("  process", f"{where}; started {started} ago, last sign of life {duration(one.age_secs)} ago", None))
     if one.is_from_ledger:
@@ -181,23 +181,23 @@ def _process_lines(one: Process, found: RunState) -> list[_Line]:
         lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
     if beat.save_failures:
         lines.append(("  saving", output.counted(beat.save_failures, "failed save"), "yellow"))
-    lines += [("  warning", output.printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]
+    lines += [("  warning", printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]
     if beat.error:
-        lines.append(("  error", output.printable(beat.error), "red"))
+        lines.append(("  error", printable(beat.error), "red"))
     if beat.stacks:
-        lines.append(("  stacks", output.printable(beat.stacks), "red"))
+        lines.append(("  stacks", printable(beat.stacks), "red"))
     if beat.metrics_url and one.state == "alive":
-        lines.append(("  metrics", output.printable(beat.metrics_url), None))
+        lines.append(("  metrics", printable(beat.metrics_url), None))
     return lines
 
 
 def _left_behind(one: Process) -> list[_Line]:
     text = f"{one.state}, of a start before this one, last sign of life {duration(one.age_secs)} ago"
-    return [(output.printable(one.beat.role), text, "bright_black")]
+    return [(printable(one.beat.role), text, "bright_black")]
 
 
 def _run_lines(found: RunState) -> list[_Line]:
-    lines: list[_Line] = [("unreadable", output.printable(one), "red") for one in found.unreadable]
+    lines: list[_Line] = [("unreadable", printable(one), "red") for one in found.unreadable]
     if found.is_empty:
         lines.append(("run", "no heartbeat, no ledger and no checkpoint: nothing has run here", "red"))
     elif not found.processes:
@@ -214,7 +214,7 @@ def _run_lines(found: RunState) -> list[_Line]:
         lines.append(("time", output.accounted(found.history), None))
     shown = {one.beat.error for one in found.processes if not one.is_left_behind}
     if found.last_error and found.last_error not in shown:
-        lines.append(("last error", output.printable(found.last_error), None))
+        lines.append(("last error", printable(found.last_error), None))
     if found.launcher is not None and found.launcher.state != "ended":
         colour = "red" if found.launcher.state == "gave up" else None
         lines.append(("launcher", _launcher_text(found.launcher, found.now), colour))
@@ -227,10 +227,10 @@ def _headline(one: Process) -> str:
         secs = one.age_secs + beat.time - (beat.boundary_time or beat.started)
         return f"alive, and hangs: no step for {duration(secs)}"
     if one.state == "stopped":
-        return f"stopped: {output.printable(beat.reason or 'unknown')}"
+        return f"stopped: {printable(beat.reason or 'unknown')}"
     if one.state == "silent":
-        return f"silent for {duration(one.age_secs)}, {output.printable(beat.phase)}"
-    return f"{one.state}, {output.printable(beat.phase)}"
+        return f"silent for {duration(one.age_secs)}, {printable(beat.phase)}"
+    return f"{one.state}, {printable(beat.phase)}"
 
 
 def _progress(one: Process) -> str:
@@ -257,16 +257,16 @@ def _checkpoint(one: ListedCheckpoint | None, now: float) -> str:
         return "none"
     step = "" if one.checkpoint.step is None else f"step {one.checkpoint.step:,}, "
     age = f"{duration(now - one.checkpoint.time)} old, {output.size(one.size)}"
-    state = one.state if one.state == GOOD else f"{one.state} ({output.printable('; '.join(one.reasons))})"
-    return f"{output.printable(one.checkpoint.name)}, {step}{age}: {state}"
+    state = one.state if one.state == GOOD else f"{one.state} ({printable('; '.join(one.reasons))})"
+    return f"{printable(one.checkpoint.name)}, {step}{age}: {state}"
 
 
 def _launcher_text(one: Launcher, now: float) -> str:
-    where = f"pid {one.pid} on {output.printable(str(one.host))}"
+    where = f"pid {one.pid} on {printable(str(one.host))}"
     if one.state == "waiting" and one.next_start is not None:
         return f"{where}: starts it again in {duration(one.next_start - now)}"
     if one.state == "gave up":
-        return f"gave up, {output.printable(str(one.reason))}: {output.printable(str(one.failure))}"
+        return f"gave up, {printable(str(one.reason))}: {printable(str(one.failure))}"
     return f"{where}: starts it again after a crash" if one.state == "running" else f"{where}: {one.state}"
 
 

@@ -15,6 +15,7 @@ from stepguard.cli.logdir.full_read import FullRead, read_fully
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.words import printable
 
 _LOOK_SECS = 10.0
 
@@ -57,7 +58,7 @@ def command(ctx: click.Context, target: Target, as_json: bool) -> None:
     else:
         _print(target, reads, missing)
         for reason in unreadable:
-            click.echo(output.printable(reason))
+            click.echo(printable(reason))
     bad = [one for one in reads if one.damages or one.state in (DAMAGED, INCOMPLETE)]
     if bad or missing or unreadable or not reads:
         ctx.exit(FINDING)
@@ -104,13 +105,13 @@ def _json(read: FullRead) -> dict[str, Any]:
 
 def _print(target: Target, reads: list[FullRead], missing: tuple[str, ...]) -> None:
     if not reads and not missing:
-        click.echo(f"{output.printable(str(target.path))}: expected checkpoints, found none")
+        click.echo(f"{printable(str(target.path))}: expected checkpoints, found none")
         return
     if reads:
         print_table(_COLUMNS, [_row(one) for one in reads])
     for read in reads:
         for reason in read.listed.reasons:
-            click.echo(f"{output.printable(read.listed.checkpoint.name)}: {output.printable(reason)}")
+            click.echo(f"{printable(read.listed.checkpoint.name)}: {printable(reason)}")
     for name in missing:
         click.echo(output.missing_newest(name))
     states = Counter(one.state for one in reads)
@@ -125,6 +126,6 @@ def _row(read: FullRead) -> tuple[str, ...]:
         "-" if one.checkpoint.step is None else str(one.checkpoint.step),
         "-" if manifest is None else str(len(manifest.files)),
         output.size(one.size),
-        output.printable(one.engine),
-        output.printable(one.checkpoint.name),
+        printable(one.engine),
+        printable(one.checkpoint.name),
     )

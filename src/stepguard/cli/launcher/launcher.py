@@ -22,7 +22,7 @@ from stepguard.cli.text import output
 from stepguard.disk.processes import process_start
 from stepguard.watching import launcher_link
 from stepguard.watching.history import REQUESTS, History
-from stepguard.words import duration
+from stepguard.words import duration, printable
 
 CRASH_LOOP_EXIT = 70
 """The exit code for a crash loop: EX_SOFTWARE of sysexits.h."""
@@ -128,7 +128,7 @@ class Launcher:
                 in_child=self._signals.unblock,
             )
         except OSError as error:
-            self._say(f"{output.printable(self._argv[0])} could not be started: {error.strerror or error}")
+            self._say(f"{printable(self._argv[0])} could not be started: {error.strerror or error}")
             return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
         finally:
             relay.program_has_it()
@@ -204,7 +204,7 @@ class Launcher:
         since = began - 0.001
         stop = self._logdirs.last_stop(since)
         why = self._logdirs.cause(since) or _last_words(lines, code)
-        failure = Crash(_ending(code), output.printable(why)[:500])
+        failure = Crash(_ending(code), printable(why)[:500])
         ended = AttemptEnd(code, pid, secs, self._logdirs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
         self._logdirs.record(
             "exit",
@@ -242,7 +242,8 @@ class Launcher:
             return True
         if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
             return True
-        return ended.exit_code == 128 + signal.SIGTERM and self.request == "sigterm"
+        asked_by = {128 + signal.SIGTERM: "sigterm", 128 + signal.SIGUSR1: "sigusr1"}
+        return self.request is not None and asked_by.get(ended.exit_code) == self.request
 
     def _give_up(self, why: GiveUp, ended: AttemptEnd) -> int:
         self._logdirs.record("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
@@ -255,9 +256,7 @@ class Launcher:
             done = output.counted(self._restarts.done, "restart")
             self._say(f"not started again after {done}, which is what --max-restarts allows: {ended.failure}")
         if ended.lines:
-            self._say(
-                "the last lines of the failure:\n" + "\n".join(f"  {output.printable(one)}" for one in ended.lines)
-            )
+            self._say("the last lines of the failure:\n" + "\n".join(f"  {printable(one)}" for one in ended.lines))
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
     def _is_back(self, restart: Restart, ended: AttemptEnd) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.store import Checkpoint, Manifest, recovery, statefile, verification
+from stepguard.store import Checkpoint, Manifest, recovery, statefile, tensorflow_files, verification
 from stepguard.store import layout as layouts
 from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
@@ -32,10 +31,8 @@ DAMAGED = "damaged"
 INCOMPLETE = "incomplete"
 """Files without a commit record: a checkpoint that is being written or removed, or that a kill left half done."""
 
-ENTRY_SUFFIX = ".index"
 UNKNOWN_ENGINE = "unknown"
 
-_DATA = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
 _LOOKS = 3
 _LOOK_SECS = 5.0
 
@@ -113,7 +110,7 @@ def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
     found: list[ListedCheckpoint] = []
     listed: set[str] = set()
     for basename in basenames(kinds):
-        layout = Layout(root, basename, ENTRY_SUFFIX)
+        layout = Layout(root, basename, tensorflow_files)
         of_basename = _listed(layout)
         listed.update(one.checkpoint.name for one in of_basename)
         found += _marked(of_basename)
@@ -147,8 +144,8 @@ def _list_own(path: Path) -> list[str]:
 def list_one(root: Path, name: str) -> ListedCheckpoint:
     """The state of one checkpoint, which may never have been committed."""
     basename, step = split_name(name)
-    layout = Layout(root, basename, ENTRY_SUFFIX)
-    entries = [layout.manifest(name), root / (name + ENTRY_SUFFIX)]
+    layout = Layout(root, basename, tensorflow_files)
+    entries = [layout.manifest(name), root / tensorflow_files.entry_file(name)]
     if any(map(os.path.lexists, entries)):
         times = [status.st_mtime for path in entries if (status := _stat(path)) is not None]
         is_committed = os.path.lexists(entries[0])
@@ -168,7 +165,7 @@ def newest(root: Path) -> tuple[ListedCheckpoint | None, ListedCheckpoint | None
     first: list[ListedCheckpoint] = []
     good: list[ListedCheckpoint] = []
     for basename in basenames(os.listdir(root)):
-        layout = Layout(root, basename, ENTRY_SUFFIX)
+        layout = Layout(root, basename, tensorflow_files)
         of_basename = []
         for candidate in recovery.newest_first(layout):
             place = layout.within(candidate.root)
@@ -197,10 +194,10 @@ def basenames(names: Iterable[str]) -> list[str]:
                 found.add(split_name(replaced)[0])
         elif name.endswith(MANIFEST_SUFFIX):
             found.add(split_name(name[: -len(MANIFEST_SUFFIX)])[0])
-        elif name.endswith(ENTRY_SUFFIX):
-            basename, step = split_name(name[: -len(ENTRY_SUFFIX)])
-            # Any file may end in ".index": without a step in its name there must be data beside it.
-            if step is not None or basename == "model.ckpt" or f"{basename}.data-00000-of-00001" in names:
+        elif (entry := tensorflow_files.checkpoint_of_entry(name)) is not None:
+            basename, step = split_name(entry)
+            # Any file may end as an entry file does: without a step in its name there must be data beside it.
+            if step is not None or basename == "model.ckpt" or tensorflow_files.data_file(basename) in names:
                 found.add(basename)
     return sorted(one for one in found if one and not one.startswith("."))
 
@@ -233,7 +230,7 @@ def commit_id(place: Layout, name: str) -> tuple[int, int] | None:
     """
     if place.root.name.startswith(layouts.REPLACED) and commit_id(place.within(place.root.parent), name) is not None:
         return None
-    for path in (place.manifest(name), place.root / (name + ENTRY_SUFFIX)):
+    for path in (place.manifest(name), place.root / tensorflow_files.entry_file(name)):
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -326,13 +323,13 @@ def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list
     usual = {split_name(name)[0] for name in listed} | {"model.ckpt"}
     found: dict[str, tuple[str, list[str]]] = {}
     for entry, is_dir in kinds.items():
-        data = _DATA.fullmatch(entry)
+        of_data = tensorflow_files.checkpoint_of_data(entry)
         if entry.startswith(layouts.STAGE):
             name, reason = layouts.staged_name(entry), "it is being written, or a kill has cut that short"
         elif entry.startswith(layouts.PRUNED):
             name, reason = entry[len(layouts.PRUNED) :], "it is being removed, or a kill has cut that short"
-        elif data is not None:
-            name, reason = data.group(1), f"data without {data.group(1)}{ENTRY_SUFFIX}"
+        elif of_data is not None:
+            name, reason = of_data, f"data without {tensorflow_files.entry_file(of_data)}"
         elif is_dir and split_name(entry)[0] in usual:
             name, reason = entry, "files without a manifest: it was never committed"
         else:
@@ -362,7 +359,7 @@ def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
     for entry in entries:
         if entry.startswith(layouts.STAGE):
             inside += _listdir(root / entry)
-    if any(one == name + ENTRY_SUFFIX or _DATA.fullmatch(one) for one in inside):
+    if tensorflow_files.entry_file(name) in inside or any(map(tensorflow_files.checkpoint_of_data, inside)):
         return "tensorflow"
     return "torch" if name in inside else UNKNOWN_ENGINE
 

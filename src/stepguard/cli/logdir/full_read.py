@@ -8,8 +8,8 @@ from pathlib import Path
 
 from stepguard.cli.exits import CommandError
 from stepguard.cli.logdir import tensor_readers
-from stepguard.cli.logdir.contents import DAMAGED, ENTRY_SUFFIX, GOOD, UNVERIFIED, ListedCheckpoint, commit_id, inspect
-from stepguard.store import verification
+from stepguard.cli.logdir.contents import DAMAGED, GOOD, UNVERIFIED, ListedCheckpoint, commit_id, inspect
+from stepguard.store import tensorflow_files, verification
 from stepguard.store.layout import Layout
 
 _LOOKS = 3
@@ -38,7 +38,7 @@ def read_fully(one: ListedCheckpoint, *, on_block: Callable[[int], None] | None 
 
     Raises OSError for what is no proof of damage: too many open files, for one.
     """
-    place = Layout(one.checkpoint.root, one.basename, ENTRY_SUFFIX)
+    place = Layout(one.checkpoint.root, one.basename, tensorflow_files)
     name = one.checkpoint.name
     read = None
     for _ in range(_LOOKS):

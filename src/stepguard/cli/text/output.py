@@ -9,11 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard import errors
 from stepguard.watching.history import History
-from stepguard.words import duration
-
-printable = errors.printable
+from stepguard.words import duration, printable
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import click
 from rich.cells import cell_len, set_cell_size
 
-from stepguard.errors import printable
+from stepguard.words import printable
 
 _GAP = "  "
 _NOTHING = ("0", "-")

@@ -27,6 +27,7 @@ from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, tensor_slice
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
 from stepguard.disk.files import NewFile
+from stepguard.store import tensorflow_files
 from stepguard.tensorflow.checkpoint.leveldb import masked, table_pieces, varint
 
 # A block and its copy in the kernel fit into the cache of a core. Its checksum holds the GIL for 0.1 ms.
@@ -58,14 +59,14 @@ def write_bundle(prefix: Path, shards: Sequence[Iterable[BundleTensor]]) -> dict
     table: dict[bytes, tensor_bundle_pb2.BundleEntryProto] = {}
     written = []
     for number, tensors in enumerate(shards):
-        with NewFile(Path(f"{prefix}.data-{number:05d}-of-{len(shards):05d}")) as data:
+        with NewFile(Path(tensorflow_files.data_file(str(prefix), number, len(shards)))) as data:
             for tensor in tensors:
                 _write_tensor(data, number, tensor, table)
         written.append(data)
     header = tensor_bundle_pb2.BundleHeaderProto(num_shards=len(shards))
     header.version.producer = 1
     rows = {b"": header, **table}
-    with NewFile(Path(f"{prefix}.index")) as index:
+    with NewFile(Path(tensorflow_files.entry_file(str(prefix)))) as index:
         for piece in table_pieces((key, rows[key].SerializeToString()) for key in sorted(rows)):
             index.write(piece)
     return {one.path.name: (one.size, one.digest) for one in (*written, index)}

@@ -17,21 +17,20 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
-from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile, tensorflow_files
 from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.tensorflow.checkpoint import tensors
 from stepguard.tensorflow.checkpoint.mismatch import check_fits
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1
 
 ENGINE = "tensorflow"
-ENTRY_SUFFIX = ".index"
 
 
 class Restorer:
@@ -83,12 +82,13 @@ def restore_file(session: Any, saver: Any, path: str) -> None:
         CheckpointCorruptError: a file of it is a FIFO, a device or another thing that cannot be read to an end.
         ValueError: there is no such checkpoint.
     """
-    path = statefile.without_shards(path)
+    path = tensorflow_files.without_pattern(path)
     # Only a saver that the program itself defines knows which files it needs.
     is_standard = isinstance(saver, _v1.train.Saver) and type(saver).restore is _v1.train.Saver.restore
     if is_standard and not tensors.exists(path):
+        entry = tensorflow_files.entry_file(os.path.basename(path))
         raise ValueError(
-            f"{path}: expected a checkpoint with this prefix, found no {os.path.basename(path)}{ENTRY_SUFFIX}; "
+            f"{path}: expected a checkpoint with this prefix, found no {entry}; "
             "tf.train.latest_checkpoint(directory) returns the prefix of the newest one of a directory"
         )
     if is_standard:
@@ -162,7 +162,7 @@ class _Start:
 
     def store_of(self, basename: str) -> CheckpointStore:
         """A store of the checkpoints with this basename in the directory."""
-        return CheckpointStore(self.directory, basename=basename, engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+        return CheckpointStore(self.directory, basename=basename, engine=ENGINE, saver_files=tensorflow_files)
 
 
 def _named_old_format(start: _Start) -> Recovery | None:
@@ -192,7 +192,7 @@ def _named_old_format(start: _Start) -> Recovery | None:
 
 
 def _check_whole(old: Checkpoint) -> None:
-    layout = Layout(old.root, split_name(old.name)[0], ENTRY_SUFFIX)
+    layout = Layout(old.root, split_name(old.name)[0], tensorflow_files)
     if (missing := layout.missing_data(old.name, layout.present(old.name))) is not None:
         raise CheckpointCorruptError(f"{old.path.with_name(missing)}: expected a file, found none", path=old.path)
 
@@ -222,7 +222,7 @@ def _named_newer(start: _Start) -> Recovery | None:
     state = None if own is None else statefile.read(own.root)
     if own is None or state is None or split_name(state.newest)[0] == own.basename:
         return None
-    store = CheckpointStore(own.root, basename=split_name(state.newest)[0], engine=ENGINE, entry_suffix=ENTRY_SUFFIX)
+    store = CheckpointStore(own.root, basename=split_name(state.newest)[0], engine=ENGINE, saver_files=tensorflow_files)
     named = next((one for one in store.candidates(start.step_held) if one.name == state.newest), None)
     newest = next(iter(own.candidates(start.step_held)), None)
     step = split_name(state.newest)[1] if named is None else named.step
@@ -284,7 +284,7 @@ def _named_anywhere(start: _Start) -> Recovery | None:
         for place in (path, os.path.join(start.directory, os.path.basename(path))):
             # Only a saver that the program itself defines knows which files it needs.
             is_for_saver = place == path and not start.has_known_saver
-            if is_for_saver or tf.io.gfile.exists(place + ENTRY_SUFFIX) or tf.io.gfile.exists(place):
+            if is_for_saver or tf.io.gfile.exists(tensorflow_files.entry_file(place)) or tf.io.gfile.exists(place):
                 restore_file(start.session, start.saver, place)
                 return _restored(start, Recovery(start.found_at(place)), None)
     return None
@@ -341,7 +341,7 @@ def _basenames(directory: str) -> list[str]:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    entries = [name[: -len(ENTRY_SUFFIX)] for name in names if name.endswith(ENTRY_SUFFIX)]
+    entries = [entry for name in names if (entry := tensorflow_files.checkpoint_of_entry(name)) is not None]
     # A checkpoint without a step may be any model that somebody has put there.
     numbered = {basename for basename, step in map(split_name, entries) if step is not None}
     usual = {name for name in entries if name == "model.ckpt"}

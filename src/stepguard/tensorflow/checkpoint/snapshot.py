@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stepguard.log import logger
 from stepguard.tensorflow.checkpoint.files import BundleTensor
 from stepguard.tensorflow.scalars import is_finite
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import tempfile
 import time
 import weakref
@@ -19,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
-from stepguard.store import statefile
+from stepguard.store import tensorflow_files
 from stepguard.store.saved_tensor import SavedTensor
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -90,20 +89,20 @@ def restorable(path: str) -> str:
 
     It is a pattern if the checkpoint is sharded and in the old format (V1).
     """
-    if not tf.io.gfile.exists(f"{path}.index") and not tf.io.gfile.exists(path):
+    if not tf.io.gfile.exists(tensorflow_files.entry_file(path)) and not tf.io.gfile.exists(path):
         for shard in old_shards(path):
-            return f"{path}-?????-of-{shard.rpartition('-')[2]}"
+            return tensorflow_files.pattern(path, shard.rpartition("-")[2])
     return path
 
 
 def exists(path: str) -> bool:
     """Whether files with the names of a checkpoint with the prefix ``path`` exist."""
-    return tf.io.gfile.exists(f"{path}.index") or tf.io.gfile.exists(path) or bool(old_shards(path))
+    return tf.io.gfile.exists(tensorflow_files.entry_file(path)) or tf.io.gfile.exists(path) or bool(old_shards(path))
 
 
 def is_old_format(path: str) -> bool:
     """Whether files of a checkpoint in the old format exist at the prefix ``path``; some of them may be missing."""
-    if os.path.exists(f"{path}.index"):
+    if os.path.exists(tensorflow_files.entry_file(path)):
         return False
     return os.path.isfile(path) or bool(old_shards(path))
 
@@ -115,8 +114,7 @@ def old_shards(path: str) -> list[str]:
         names = tf.io.gfile.listdir(place or os.curdir)
     except tf.errors.OpError:
         return []  # There is no such directory.
-    shards = re.compile(re.escape(name) + r"-\d{5,}-of-\d{5,}")
-    return sorted(one for one in names if shards.fullmatch(one))
+    return sorted(one for one in names if tensorflow_files.is_old_shard(one, name))
 
 
 def read_tensors(path: Path) -> Iterator[SavedTensor]:
@@ -143,7 +141,7 @@ class _Source:
     """A reader of a checkpoint, with the symbolic link through which it may open the data at each read."""
 
     def __init__(self, path: str) -> None:
-        check_readable(statefile.without_shards(path))
+        check_readable(tensorflow_files.without_pattern(path))
         link = contextlib.ExitStack()
         weakref.finalize(self, link.close)
         self.reader = tf.compat.v1.train.NewCheckpointReader(link.enter_context(without_pattern(path)))
@@ -160,7 +158,8 @@ def step_held(path: str | Path, name: str) -> int | None:
 
 def written_at(path: str) -> float:
     """The time of the last write of a checkpoint's entry file, or else of its data (Unix time); 0 if unknown."""
-    for file in (f"{path}.index", path, *(os.path.join(os.path.dirname(path), one) for one in old_shards(path))):
+    shards = [os.path.join(os.path.dirname(path), one) for one in old_shards(path)]
+    for file in (tensorflow_files.entry_file(path), path, *shards):
         with contextlib.suppress(tf.errors.OpError):
             return float(tf.io.gfile.stat(file).mtime_nsec) / 1e9
     return 0.0

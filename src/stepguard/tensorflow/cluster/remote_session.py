@@ -26,11 +26,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.log import logger
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import Carrier, GiveUp
 from stepguard.tensorflow.cluster.server_ping import Heartbeat
 from stepguard.tensorflow.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

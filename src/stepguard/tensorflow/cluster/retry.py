@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepguard.errors import add_note
-from stepguard.log import logger
 from stepguard.options import check_count, check_seconds
 from stepguard.tensorflow.cluster.tasks import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.log import logger
 from stepguard.tensorflow.cluster.calls import Carrier
+from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from stepguard.errors import CheckpointError, CheckpointMismatchError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.torch.checkpoint.files import read_file
 from stepguard.torch.checkpoint.mismatch import mismatch
@@ -19,7 +18,7 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.reading import load
 from stepguard.torch.checkpoint.redistribution import cut
 from stepguard.torch.checkpoint.state import Component
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

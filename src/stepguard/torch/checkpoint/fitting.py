@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving.mismatch import Mismatch
 from stepguard.torch.checkpoint import hyperparameters, optimizers
@@ -27,7 +26,7 @@ from stepguard.torch.checkpoint.optimizers import Placement
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.state import Component
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

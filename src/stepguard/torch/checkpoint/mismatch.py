@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.log import logger
 from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

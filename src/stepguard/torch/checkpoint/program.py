@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepguard.log import logger
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -27,7 +26,10 @@ class Program:
     """The objects that a program saves, and the facts recorded about them. For a thread that holds the boundary."""
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self.components = components
+        self.components = [one for one in components if not one.is_per_process]
+        self.own = [one for one in components if one.is_per_process]
+        """The objects of which each process saves its own state, with its random states."""
+        components = self.components
         self.settings: dict[str, Settings] = {one.name: settings(one) for one in components}
         """The settings of the newly built program, by the names of the objects."""
         self.in_force: dict[str, Settings] = dict(self.settings)

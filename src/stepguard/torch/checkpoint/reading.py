@@ -17,13 +17,12 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
-from stepguard.log import logger
 from stepguard.options import check_local
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
-from stepguard.words import listed
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 

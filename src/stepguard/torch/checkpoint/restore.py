@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.errors import CheckpointCorruptError
-from stepguard.log import logger
 from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
@@ -18,6 +17,7 @@ from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
+from stepguard.words import logger
 
 _log = logger(__name__)
 
@@ -65,6 +65,7 @@ class Restorer:
             if not part.is_stream:
                 fitting.load(part, states[part.name])
                 part.forget_gradients()
+        session.restore_own(process)
         session.global_step = process["global_step"]
 
     def load(self, path: Path, session: Session, rank: int = 0) -> None:
@@ -84,6 +85,7 @@ class Restorer:
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
+            process.pop("own", None)
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
 from stepguard.torch.checkpoint.names import Names, is_replicated, unwrapped
 from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
@@ -43,7 +44,7 @@ class Component:
         if isinstance(holder, random.Random):
             return {"state": holder.getstate()}
         if is_numpy_generator(holder):
-            return _without_arrays(holder.bit_generator.state)
+            return without_arrays(holder.bit_generator.state)
         if isinstance(holder, nn.Module):
             return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
@@ -58,15 +59,16 @@ class Component:
             holder.load_state_dict(state)
             if not _shares_memory(holder.state_dict(), state):
                 return
-        # deepcopy supports only some kinds of sparse tensors, so these are cloned.
-        sparse = {id(part): part.clone() for _, part in leaves("", state) if is_sparse(part)}
-        state = copy.deepcopy(state, sparse)
+        # deepcopy supports only some kinds of sparse tensors, so these are cloned; and so are tensors that are parts of
+        # one memory, as those of a long list in a file: each would keep all of it.
+        cloned = {id(part): part.clone() for _, part in leaves("", state) if is_sparse(part) or _is_part(part)}
+        state = copy.deepcopy(state, cloned)
         if isinstance(holder, torch.Generator):
             holder.set_state(state["state"])
         elif isinstance(holder, random.Random):
             holder.setstate(state["state"])
         elif is_numpy_generator(holder):
-            holder.bit_generator.state = _with_arrays(state, holder.bit_generator.state)
+            holder.bit_generator.state = with_arrays(state, holder.bit_generator.state)
         else:
             holder.load_state_dict(state)
 
@@ -74,6 +76,11 @@ class Component:
         """How the tensors of this object are spread over the processes."""
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
         return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+
+    @property
+    def is_per_process(self) -> bool:
+        """Whether each process has a state of its own here."""
+        return isinstance(self.holder, Values) and self.holder.is_per_process
 
     @property
     def is_stream(self) -> bool:
@@ -195,6 +202,12 @@ def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or is_dtensor(value) or value.layout is not torch.strided:
+        return False
+    return value.untyped_storage().nbytes() > max(value.nbytes, 1)
+
+
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Resize compressed sparse tensors: a copy works only between tensors with the same number of values."""
     with torch.no_grad():
@@ -239,17 +252,17 @@ def is_numpy_generator(holder: Any) -> bool:
     return numpy is not None and isinstance(holder, numpy.random.Generator)
 
 
-def _without_arrays(state: Any) -> Any:
+def without_arrays(state: Any) -> Any:
     """The state of a NumPy generator, with its arrays turned into lists of numbers."""
     if isinstance(state, Mapping):
-        return {key: _without_arrays(part) for key, part in state.items()}
+        return {key: without_arrays(part) for key, part in state.items()}
     return state.tolist() if type(state).__name__ == "ndarray" else state
 
 
-def _with_arrays(state: Any, live: Any) -> Any:
-    """Undo :func:`_without_arrays`, with arrays in the places where the generator's state ``live`` has them."""
+def with_arrays(state: Any, live: Any) -> Any:
+    """Undo :func:`without_arrays`, with arrays in the places where the generator's state ``live`` has them."""
     if isinstance(state, Mapping) and isinstance(live, Mapping):
-        return {key: _with_arrays(part, live.get(key)) for key, part in state.items()}
+        return {key: with_arrays(part, live.get(key)) for key, part in state.items()}
     if type(live).__name__ != "ndarray":
         return state
     import numpy as np

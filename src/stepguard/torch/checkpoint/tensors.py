@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     The names are the same as in error messages: ``model.layers.0.weight``, ``optimizer.param_groups[0].lr``. Files are
     mapped into memory, so that a tensor is read on demand.
 
-    Raises CheckpointCorruptError if a file is damaged, CheckpointError if its form is unknown.
+    Raises CheckpointCorruptError if a file is damaged, FileNotFoundError if one that the manifest names is gone,
+    CheckpointError if its form is unknown.
     """
     if path.is_file():
         yield from _leaves("", _load(path))
@@ -41,11 +41,8 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """What its manifest names, if that is all there; else whatever is there."""
     if path.with_name(path.name + MANIFEST_SUFFIX).exists():
-        named = named_files(path)
-        if all(one.exists() for one in named):
-            return named
+        return named_files(path)
     return sorted(path.iterdir())
 
 
@@ -82,7 +79,7 @@ def _part(path: Path) -> Iterator[SavedTensor]:
         yield from _leaves(path.stem, _load(path))
         return
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        raise FileNotFoundError(errno.ENOENT, "the manifest names it, and it is gone", str(path))
     raise CheckpointError(
         f"{path}: expected files *{SUFFIX} that torch.save wrote, found "
         f"{'a directory' if path.is_dir() else 'another file'}",

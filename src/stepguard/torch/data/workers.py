@@ -1,49 +1,98 @@
 """Random numbers in a DataLoader's workers: the same for a batch, whichever worker loads it and whenever.
 
 PyTorch seeds each worker once, so the numbers that a worker draws depend on all its earlier draws. A resumed run has
-new workers, which would draw other numbers. Here each batch has its own seed.
+new workers, which would draw other numbers. Here each batch of a map-style data set has its own seed, and each worker
+has one for each epoch of an iterable data set. Workers that persist also get to know the number of the epoch here.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
+
+from stepguard.torch.data import generators
+from stepguard.torch.data.inside import Inside
 
 
 @dataclass(frozen=True, slots=True)
 class SeededIndex:
-    """The indices of one batch (or, without batches, the index of one item), and the seed for loading it."""
+    """The indices of one batch (or, without batches, the index of one item), its epoch, and the seed for loading it."""
 
     index: Any
+    epoch: int
     seed: str
 
 
-class SeededDataset:
-    """A map-style dataset whose random draws in ``__getitem__`` are the same for the same batch."""
+class _Prepared:
+    """A data set in a worker, which is told the epoch and gets its random numbers from seeds.
 
-    def __init__(self, dataset: Any) -> None:
+    ``collate`` may hold a generator too. In a worker it is the worker's own, as the data set is.
+    """
+
+    def __init__(self, dataset: Any, collate: Any) -> None:
         self._dataset = dataset
+        self._collate = collate
+        self._inside: Inside | None = None
+        self._epoch: int | None = None
+
+    @property
+    def dataset(self) -> Any:
+        """The program's own data set."""
+        return self._dataset
+
+    def _prepare(self, epoch: int, seed: str) -> None:
+        if self._inside is None:
+            self._inside = Inside(self._dataset, self._collate)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._inside.set_epoch(epoch)
+        _seed(seed)
+        generators.reseed(self._inside.generators, seed)
+
+    def __len__(self) -> int:
+        """The length of the dataset itself."""
+        return len(self._dataset)
+
+
+class SeededDataset(_Prepared):
+    """A map-style dataset whose random draws in ``__getitem__`` are the same for the same batch."""
 
     def __getitems__(self, seeded: SeededIndex) -> Any:
         """The items of a batch."""
-        _seed(seeded.seed)
+        self._prepare(seeded.epoch, seeded.seed)
         many = getattr(self._dataset, "__getitems__", None)
         return many(seeded.index) if many else [self._dataset[one] for one in seeded.index]
 
     def __getitem__(self, seeded: SeededIndex) -> Any:
         """One item, for a loader that makes no batches."""
-        _seed(seeded.seed)
+        self._prepare(seeded.epoch, seeded.seed)
         return self._dataset[seeded.index]
 
-    def __len__(self) -> int:
-        """The length of the dataset itself."""
-        return len(self._dataset)
+
+class SeededStream(_Prepared, IterableDataset):
+    """An iterable dataset whose random draws in a worker are the same for the same epoch."""
+
+    def __init__(self, dataset: Any, collate: Any) -> None:
+        super().__init__(dataset, collate)
+        # In shared memory, because workers that persist must get to know the next epoch: its number, and its seed.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def begin(self, epoch: int, seed: int) -> None:
+        """Set the epoch that the workers begin next. Called in the main process, before the loader is iterated over."""
+        self._shared[0], self._shared[1] = epoch, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        """The items of the epoch."""
+        epoch, seed = self._shared.tolist()
+        info = get_worker_info()
+        self._prepare(epoch, f"{seed}/{epoch}/{0 if info is None else info.id}")
+        return iter(self._dataset)
 
 
 class InitWorker:
@@ -55,9 +104,9 @@ class InitWorker:
     def __call__(self, worker_id: int) -> None:
         """Called in the worker, before its first batch."""
         info = get_worker_info()
-        if info is not None and isinstance(info.dataset, SeededDataset):
+        if info is not None and isinstance(info.dataset, _Prepared):
             # This is the worker's own copy, not the parent's. A WorkerInfo refuses ordinary assignment.
-            object.__setattr__(info, "dataset", info.dataset._dataset)
+            object.__setattr__(info, "dataset", info.dataset.dataset)
         if self._worker_init_fn is not None:
             self._worker_init_fn(worker_id)
 

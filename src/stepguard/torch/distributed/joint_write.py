@@ -23,11 +23,11 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import described
-from stepguard.log import logger
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import process_file, write_file
+from stepguard.words import logger
 
 _log = logger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stepguard.disk import files
-from stepguard.log import logger
 from stepguard.store import CheckpointStore
+from stepguard.words import logger
 
 EVIL = "\x1b]0;owned\x07\nWARNING forged\u202e"
 SOURCE = Path(files.__file__).parents[1]

@@ -1,0 +1,77 @@
+"""Random number generators that a loader, its samplers or its data set hold, beside the streams of the process."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stepguard.torch.checkpoint.state import with_arrays, without_arrays
+
+
+def is_generator(value: Any) -> bool:
+    """Whether ``value`` is a generator of its own, and none of the global ones."""
+    if isinstance(value, torch.Generator):
+        return value is not torch.default_generator
+    if isinstance(value, random.Random):
+        return value is not getattr(random, "_inst", None)
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
+        return False
+    return value is not getattr(numpy.random.mtrand, "_rand", None)
+
+
+def states(generators: Sequence[Any]) -> list[Any]:
+    """The states of ``generators``, as tensors and plain values."""
+    return [_state(one) for one in generators]
+
+
+def restore(generators: Sequence[Any], saved: Sequence[Any]) -> None:
+    """Set ``generators`` to the states that :func:`states` has returned."""
+    for generator, state in zip(generators, saved, strict=False):
+        if isinstance(generator, torch.Generator):
+            generator.set_state(state)
+        elif isinstance(generator, random.Random):
+            version, internal, gauss_next = state
+            generator.setstate((version, tuple(internal), gauss_next))
+        else:
+            _put_numpy(generator, state)
+
+
+def reseed(generators: Sequence[Any], seed: str) -> None:
+    """Begin ``generators`` anew; the same text gives each of them the same numbers."""
+    for number, generator in enumerate(generators):
+        source = random.Random(f"{seed}/{number}")
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(source.getrandbits(63))
+        elif isinstance(generator, random.Random):
+            generator.setstate(source.getstate())
+        elif hasattr(generator, "bit_generator"):
+            generator.bit_generator.state = type(generator.bit_generator)(source.getrandbits(63)).state
+        else:
+            generator.seed(source.getrandbits(32))
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return without_arrays(_numpy_state(generator))
+
+
+def _numpy_state(generator: Any) -> Mapping[str, Any]:
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def _put_numpy(generator: Any, state: Mapping[str, Any]) -> None:
+    state = with_arrays(state, _numpy_state(generator))
+    if hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

@@ -1,0 +1,341 @@
+"""The position in a DataLoader over a map-style data set, so that a resumed run continues with the very next batch.
+
+The sampler draws the order of an epoch when the epoch begins. The random states of that moment are saved. From them a
+new process draws the same order, and skips the batches that were already seen without loading them. The position is
+also kept in samples, so that another batch size, or another number of processes that divide the data, goes on at the
+same sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from stepguard.steps.apart import ApartIterator
+from stepguard.steps.feeds import Feed, length, shown
+from stepguard.torch.data import generators
+from stepguard.torch.data.inside import Inside
+from stepguard.torch.data.shuffled_lists import ShuffledLists
+from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
+from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
+
+_log = logger(__name__)
+
+_END = object()
+
+
+class MapFeed(Feed):
+    """A standard DataLoader over a map-style dataset. Seen batches are skipped at the sampler and never loaded."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__(loader)
+        self._order: dict[str, Any] | None = None
+        self._inside = Inside(loader)
+        samplers = Inside(loader.batch_sampler, loader.sampler)
+        self._lists = ShuffledLists(samplers.objects)
+        found = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
+        found += [one for one in samplers.generators if one is not loader.generator]
+        # The generators from which the order is drawn, and those from which items are made in this process. A sampler
+        # may refer to the data set, so that a generator may be both.
+        self._generators: list[Any] = found
+        self._item_generators = self._inside.generators if loader.num_workers == 0 else []
+        self._items_before: Sequence[Any] = ()
+        self._worker_seed = torch.initial_seed()
+        self._ordered = self._ordered_copy()
+        self._skip = 0
+        self._streams_before: dict[str, Any] | None = None
+        # The indices of the batches that were drawn and are not consumed yet, and of the last that was.
+        self._drawn: deque[Any] = deque()
+        self._last: Any = None
+        self._last_before: str | None = None
+        # The number of samples whose steps are done. `_rest` is the position in samples of an epoch that was begun with
+        # another batch size or number of processes, and the number of batches that are left of it.
+        self.samples = 0
+        self._rest: tuple[int, int | None] | None = None
+
+    def _ordered_copy(self) -> Any:
+        """A copy of the loader that draws from :meth:`indices`, so that the program's own does not change."""
+        loader: Any = self.loader
+        ordered: Any = copy.copy(loader)
+        ordered._iterator = None
+        sampler = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        replaced: dict[str, Any] = {sampler: _Order(self, getattr(loader, sampler))}
+        if loader.num_workers > 0:
+            replaced["dataset"] = SeededDataset(loader.dataset, loader.collate_fn)
+            ordered.worker_init_fn = InitWorker(loader.worker_init_fn)
+            keep_order(ordered)
+        for name, value in replaced.items():
+            # A DataLoader refuses these assignments after its construction; this copy is not in use yet.
+            object.__setattr__(ordered, name, value)
+        return ordered
+
+    def consumed(self) -> None:
+        """The step with the batches handed out so far is done."""
+        for _ in range(self._given - self.batches):
+            self._last = self._drawn.popleft()
+            self.samples += _size(self._last)
+        super().consumed()
+
+    def end_epoch(self) -> None:
+        """Note that the epoch is complete."""
+        super().end_epoch()
+        self._order = self._rest = self._last = self._last_before = None
+        self._drawn.clear()
+        self.samples = 0
+
+    @property
+    def is_last_batch(self) -> bool | None:
+        """Whether the batch handed out last is the last of its epoch."""
+        if self._rest is None:
+            return super().is_last_batch
+        left = self._rest[1]
+        return None if left is None else self._given >= self._skip + left
+
+    def position(self) -> dict[str, Any]:
+        """The position, with the random states from which the order of this epoch was drawn."""
+        position = {**super().position(), "worker_seed": self._worker_seed, "samples": self.samples}
+        if self._item_generators:
+            items = self._items_before if self._iterator is None and self.batches else None
+            position["items"] = generators.states(self._item_generators) if items is None else items
+        if self.batches:
+            position["order"] = self._order
+            position["last"] = self._last_before if self._last is None else _mark(self._last)
+        else:
+            position["generators"] = generators.states(self._generators)
+            position["lists"] = self._lists.changed()
+        return position
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
+        """Begin at ``position``."""
+        super().resume(position, processes, is_checked=is_checked)
+        self._worker_seed = position["worker_seed"]
+        self._order = position.get("order")
+        self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
+        self._last_before = position.get("last")
+        generators.restore(self._generators, position.get("generators", ()))
+        self._lists.restore(position.get("lists", {}))
+        self._items_before = position.get("items", ())
+        if not self.batches:
+            generators.restore(self._item_generators, self._items_before)
+        if position["batches"] and self._is_cut_anew(position, processes):
+            self._go_to_sample(position, processes)
+
+    def _go_to_sample(self, position: Mapping[str, Any], processes: int) -> None:
+        """Convert the position into one of this batch size and this number of processes."""
+        before = position.get("processes", 1)
+        # Rounded down, so that a sample is seen twice, not never.
+        self.samples = self.samples * before // processes
+        size = _batch_size(self.loader)
+        self.batches = self._seen_before = max(1, self.samples // size) if self.samples else 0
+        left = length(self.loader.sampler)
+        if left is not None:
+            left = max(0, left - self.samples)
+            left = left // size if getattr(self.loader.batch_sampler, "drop_last", False) else -(-left // size)
+        self._rest = self.samples, left
+        self._last_before = None
+        was = position["loader"]["batch size"] or 1
+        if was * before != size * processes:
+            level = logging.INFO if was == size else logging.WARNING
+            _log.log(
+                level,
+                "%s: the checkpoint is of %d processes with batches of %d, there are %d with batches of %d now: going "
+                "on at sample %d of epoch %d, with other batches than before",
+                shown(self.loader),
+                before,
+                was,
+                processes,
+                size,
+                self.samples * processes,
+                self.epoch,
+            )
+
+    def _is_cut_anew(self, position: Mapping[str, Any], processes: int) -> bool:
+        """Whether batch size or number of processes have changed, and the position in samples is known for them."""
+        before = position.get("processes", 1)
+        is_resized = position["loader"].get("batch size") != self.description()["batch size"]
+        is_divided = before == processes or _shares(self.loader) == processes
+        return (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
+
+    def _moved(self, position: Mapping[str, Any], before: int, processes: int) -> int:
+        if self._is_cut_anew(position, processes):
+            return int(position["batches"])
+        return super()._moved(position, before, processes)
+
+    def _differences(self, position: Mapping[str, Any], processes: int) -> str:
+        if not self._is_cut_anew(position, processes):
+            return super()._differences(position, processes)
+        ignored = {name: self.description()[name] for name in ("batch size", "batches in an epoch")}
+        return super()._differences({**position, "loader": {**position["loader"], **ignored}}, processes)
+
+    def close(self) -> None:
+        """Close the feed, and end workers that persist from epoch to epoch."""
+        super().close()
+        self._ordered._iterator = None
+
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        self._inside.set_epoch(self.epoch)
+        self._skip = skip
+        self._drawn.clear()
+        streams = self._streams()
+        # Persistent workers draw their seed once, in the first epoch. If they are new in a later epoch (after a
+        # resume), the draw of their seed must not change the order: `indices` puts these streams back first.
+        is_new = self._ordered.persistent_workers and self._ordered._iterator is None and self.epoch > 0
+        self._streams_before = streams if is_new else None
+        iterator = iter(self._ordered)
+        if skip:
+            STREAMS.restore(streams["random"])
+        return iterator
+
+    def indices(self, sampler: Any) -> Iterator[Any]:
+        """The indices that ``sampler`` draws for the current epoch, without those that were already seen."""
+        epoch, skip = self.epoch, self._skip
+        live = STREAMS.capture() if skip else None
+        if skip and self._order is not None:
+            self._restore_streams(self._order)
+        elif self._streams_before is not None:
+            self._restore_streams(self._streams_before)
+        self._order = self._streams()
+        drawn = self._behind_seen(sampler, skip)
+        if live is not None:
+            # From here on, draws come from the streams of the training again.
+            STREAMS.restore(live)
+            generators.restore(self._item_generators, self._items_before)
+        index = next(drawn, _END)
+        number = skip
+        while index is not _END:
+            self._drawn.append(index)
+            if self._ordered.num_workers > 0:
+                yield SeededIndex(index, epoch, f"{self._worker_seed}/{epoch}/{number}")
+            else:
+                yield index
+            number += 1
+            index = next(drawn, _END)
+
+    def _behind_seen(self, sampler: Any, skip: int) -> Iterator[Any]:
+        """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
+        if self._rest is not None and skip:
+            if self.loader.batch_sampler is None:
+                return islice(iter(sampler), self._rest[0], None)
+            rest = copy.copy(sampler)
+            rest.sampler = _Rest(sampler.sampler, self._rest[0])
+            return iter(rest)
+        drawn = _apart(iter(sampler), f"order of epoch {self.epoch}")
+        last = None
+        for _ in range(skip):
+            last = next(drawn, None)
+        found = _mark(last) if skip else None
+        if self._last_before is not None and found != self._last_before:
+            self._object(
+                f"drawn again, the samples of batch {skip} of epoch {self.epoch} are not those of before the restart: "
+                f"expected {self._last_before}, found {found}, which are digests of their numbers. The order of "
+                f"{type(self.loader.sampler).__name__} must be drawn when the epoch begins, and depend on nothing but "
+                f'the random states, the generators that it holds, and set_epoch; or pass resume_data="unchecked" to '
+                f"go on all the same, or resume_data=False to begin a new epoch"
+            )
+        return drawn
+
+    def _streams(self) -> dict[str, Any]:
+        lists = self._lists.changed()
+        held = {"lists": lists} if lists else {}
+        return {"random": STREAMS.capture(), "generators": generators.states(self._generators), **held}
+
+    def _restore_streams(self, streams: Mapping[str, Any]) -> None:
+        STREAMS.restore(streams["random"])
+        generators.restore(self._generators, streams["generators"])
+        self._lists.restore(streams.get("lists", {}))
+
+    def description(self) -> dict[str, Any]:
+        """The properties of the loader that must be the same when a run resumes."""
+        loader = self.loader
+        return {
+            **super().description(),
+            "batch size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+            "items in the dataset": length(loader.dataset),
+        }
+
+
+class _Order:
+    """Takes the place of a loader's sampler."""
+
+    def __init__(self, feed: MapFeed, sampler: Any) -> None:
+        self._feed = feed
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._feed.indices(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class _Rest:
+    """A sampler without its first ``seen`` samples."""
+
+    def __init__(self, sampler: Any, seen: int) -> None:
+        self._sampler = sampler
+        self._seen = seen
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._sampler), self._seen, None)
+
+
+def _apart(drawn: Iterator[Any], name: str) -> Iterator[Any]:
+    """``drawn``, which draws all but its first item from streams of its own.
+
+    Most samplers draw the whole order with its first item. One that draws each item when it is asked for it would draw
+    between the steps of the training, and a resumed run could not draw the order again.
+    """
+    first = next(drawn, _END)
+    if first is _END:
+        return
+    states = STREAMS.side(name)
+    yield first
+    yield from ApartIterator(lambda: drawn, STREAMS, states)
+
+
+def keep_order(loader: Any) -> None:
+    """Have ``loader`` give its batches in order, without which there is no position."""
+    if not getattr(loader, "in_order", True):
+        _log.warning("%s: in_order=False is left out, because a run could not be resumed in it", shown(loader))
+        loader.in_order = True
+
+
+def _size(index: Any) -> int:
+    return len(index) if isinstance(index, (list, tuple)) else 1
+
+
+def _mark(index: Any) -> str | None:
+    """A digest of the numbers of one batch's samples; ``None`` if they are no numbers."""
+    try:
+        numbers = [operator.index(one) for one in (index if isinstance(index, (list, tuple)) else [index])]
+    except TypeError:
+        return None
+    return f"{zlib.crc32(repr(numbers).encode()):08x}"
+
+
+def _batch_size(loader: Any) -> int:
+    return loader.batch_size or 1
+
+
+def _shares(loader: Any) -> int | None:
+    """The number of processes among which the sampler divides the data; ``None`` if it does not."""
+    return getattr(loader.sampler, "num_replicas", None)
+
+
+def _has_plain_batches(loader: Any) -> bool:
+    """Whether batches are just so many samples of the sampler in a row."""
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader.batch_size is None
+    is_plain = type(batches) is BatchSampler or type(batches).__module__.startswith("torchdata.")
+    return is_plain and loader.batch_size is not None

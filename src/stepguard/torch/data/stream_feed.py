@@ -1,0 +1,150 @@
+"""The position in loaders that are read from their beginning: iterable data sets, and wrappers around any loader."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from stepguard.steps.feeds import FunctionFeed, IterableFeed, shown
+from stepguard.torch.data import generators
+from stepguard.torch.data.inside import Inside
+from stepguard.torch.data.map_feed import keep_order
+from stepguard.torch.data.workers import InitWorker, SeededStream
+from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
+
+_log = logger(__name__)
+
+
+class StreamFeed(IterableFeed):
+    """Any iterable, perhaps with loaders, samplers and data sets inside that want to know the number of the epoch."""
+
+    def __init__(self, loader: Any, *roots: Any) -> None:
+        super().__init__(loader, STREAMS)
+        self._inside = Inside(*(roots or (loader,)))
+        # The states of the generators inside at the beginning of the epoch.
+        self._generators_before: Any = None
+        self._has_warned = False
+        if not self.is_repeatable:
+            _warn_of_workers(loader)
+
+    def position(self) -> dict[str, Any]:
+        """The position, with the states of the generators inside the loader at the beginning of the epoch."""
+        position = super().position()
+        if self._inside.generators:
+            live = not self.batches
+            position["generators"] = generators.states(self._inside.generators) if live else self._generators_before
+        return position
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
+        """Begin at ``position``."""
+        super().resume(position, processes, is_checked=is_checked)
+        self._generators_before = position.get("generators")
+        generators.restore(self._inside.generators, self._generators_before or ())
+
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        if skip and self._generators_before is not None:
+            generators.restore(self._inside.generators, self._generators_before)
+        elif self._inside.generators:
+            self._generators_before = generators.states(self._inside.generators)
+        return super()._begin_epoch(skip)
+
+    def _announce_epoch(self) -> None:
+        self._inside.set_epoch(self.epoch)
+        if self.epoch and self._restarts_workers():
+            _log.warning(
+                "%s: the persistent workers of the DataLoader inside are started anew in each epoch, because their "
+                "random numbers would depend on the epochs before. Give steps() the DataLoader itself to keep them",
+                shown(self.loader),
+            )
+
+    def _restarts_workers(self) -> bool:
+        """Have the loaders inside make new iterators. Returns whether a warning is due."""
+        had_workers = False
+        for one in self._inside.loaders:
+            had_workers = had_workers or (one.persistent_workers and one._iterator is not None)
+            one._iterator = None
+            if hasattr(one, "_initial_iter_for_state_dict"):
+                # torchdata's loader has made an iterator to read its state.
+                one._initial_iter_for_state_dict = False
+        is_due = had_workers and not self._has_warned
+        self._has_warned = self._has_warned or had_workers
+        return is_due
+
+
+class WorkerStreamFeed(StreamFeed):
+    """A DataLoader with workers over an iterable data set. Its workers are told the epoch, and get a seed for it."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__(loader)
+        self._stream = SeededStream(loader.dataset, loader.collate_fn)
+        # A copy, so that the program's own loader does not change for its other uses.
+        self._seeded: Any = copy.copy(loader)
+        self._seeded._iterator = None
+        self._seeded.worker_init_fn = InitWorker(loader.worker_init_fn)
+        keep_order(self._seeded)
+        object.__setattr__(self._seeded, "dataset", self._stream)
+
+    def close(self) -> None:
+        """Close the feed, and end workers that persist from epoch to epoch."""
+        super().close()
+        self._seeded._iterator = None
+
+    def _restarts_workers(self) -> bool:
+        return False
+
+    def _open(self) -> Iterator[Any]:
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        self._stream.begin(self.epoch, seed)
+        return iter(self._seeded)
+
+
+class TorchFunctionFeed(StreamFeed, FunctionFeed):
+    """A function that makes an iterable. What it holds and what it names is searched for loaders and generators."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__(loader, *_held_by(loader))
+
+
+def _held_by(function: Any) -> list[Any]:
+    """The objects that a function refers to: its object, its arguments, its closure, and the globals that it names."""
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values(), *_held_by(function.func)]
+    held = [function.__self__] if isinstance(function, types.MethodType) else []
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return held
+    names = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    return [*held, *(function.__defaults__ or ()), *cells, *names]
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
+
+
+def _warn_of_workers(loader: Any) -> None:
+    """Warn of an iterator of the program's own over a DataLoader with workers: these have drawn their seeds already."""
+    queue = [loader]
+    for _ in range(4):
+        queue = [one for held in queue for one in gc.get_referents(held) if not isinstance(one, type)][:100]
+        if any(isinstance(one, _MultiProcessingDataLoaderIter) for one in queue):
+            _log.warning(
+                "%s: an iterator over a DataLoader with workers, whose order and random numbers were drawn when the "
+                "program made it. After a restart it is refused unless it has the same batches again. Give steps() the "
+                'loader itself, several loaders as {"a": a, "b": b}, or a function that makes the iterable, such as '
+                "lambda: zip(a, b)",
+                shown(loader),
+            )
+            return

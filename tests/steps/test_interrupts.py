@@ -1,0 +1,83 @@
+"""Ctrl-C in a loop of one of several processes: it is raised after the step that is the last of all of them."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from stepguard.coordination.coordinator import Coordinator
+from stepguard.steps.feeds import IterableFeed
+from stepguard.steps.gate import Gate
+from stepguard.steps.process_state import ProcessState
+from stepguard.steps.random_streams import RandomStreams
+from stepguard.steps.session import Session
+
+
+class PlainState(ProcessState):
+    def new_feed(self, loader):
+        return IterableFeed(loader, self.streams)
+
+
+def open_session(gate: Gate | None) -> Session:
+    session = Session(Coordinator(), lambda values, step: None, PlainState(RandomStreams()), gate=gate)
+    session.hold_interrupts()
+    return session
+
+
+@pytest.mark.parametrize("place", ["last step of an epoch", "end of an epoch", "end of a loop"])
+def test_the_steps_that_another_process_needs_are_done_first(place):
+    gate = Gate()
+    session = open_session(gate)
+    steps: list[int] = []
+
+    def interrupt(here: str, is_here: bool) -> None:
+        if here == place and is_here:
+            signal.raise_signal(signal.SIGINT)
+            # Another process has begun its third step.
+            gate.open_until(3)
+        elif len(steps) == 3:
+            # All processes have come to that step.
+            gate.open_until(3, is_last=True)
+
+    def train_epochs() -> None:
+        for epoch in session.epochs(3):
+            for number in session.steps([0, 1]):
+                steps.append(session.global_step)
+                interrupt("last step of an epoch", (epoch, number) == (0, 1))
+            interrupt("end of an epoch", epoch == 0)
+
+    def train_loops() -> None:
+        for loop in range(1, 4):
+            for _ in session.steps([0, 1], epochs=loop):
+                steps.append(session.global_step)
+                interrupt("a step", False)
+            interrupt("end of a loop", loop == 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_loops() if place == "end of a loop" else train_epochs()
+    assert steps == [0, 1, 2]
+    assert session._coord.stop_requested
+    session.close()
+
+
+def test_a_lone_process_leaves_between_two_loops_at_once():
+    session, done = open_session(None), []
+    with pytest.raises(KeyboardInterrupt):
+        for epoch in session.epochs(3):
+            done.append(epoch)
+            for _ in session.steps([0, 1]):
+                pass
+            signal.raise_signal(signal.SIGINT)
+    assert done == [0]
+    session.close()
+
+
+def test_what_is_held_when_no_step_follows_is_raised_when_the_session_is_closed():
+    session = open_session(Gate())
+    for _ in session.epochs(1):
+        for _ in session.steps([0, 1]):
+            pass
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        session.close()
