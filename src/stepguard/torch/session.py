@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.log import logger
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
@@ -18,6 +17,7 @@ from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
 _log = logger(__name__)
 
