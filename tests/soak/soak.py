@@ -51,7 +51,7 @@ from soak_child import PROGRAMS, SIZE, engine_under_test  # noqa: E402
 from zygote import Child, Zygote  # noqa: E402
 
 from stepguard.errors import CheckpointError, LogdirInUseError  # noqa: E402
-from stepguard.store import Checkpoint, CheckpointStore  # noqa: E402
+from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files  # noqa: E402
 
 SOON_SECS = 120.0
 PAUSE_SECS = 0.002
@@ -98,7 +98,7 @@ class Attacked:
 
     def store(self) -> CheckpointStore:
         """As the engine opens it."""
-        return CheckpointStore(self.logdir, entry_suffix=".index" if self.name == "tensorflow" else None)
+        return CheckpointStore(self.logdir, saver_files=tensorflow_files if self.name == "tensorflow" else None)
 
     def good(self) -> list[int]:
         """The steps of the committed checkpoints that are good. Raises LossError if one holds a wrong value."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,9 @@ from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Session(LoopSession):
