@@ -96,6 +96,7 @@ def test_what_is_no_whole_number_is_named(value, options, error, message):
         (Saving, {"max_unprotected_secs": None}, TypeError),
         (Stopping, {"stop_grace_secs": None}, TypeError),
         (Stopping, {"stop_on_sigterm": None}, TypeError),
+        (Stopping, {"stop_after_secs": 0}, ValueError),
         (Watching, {"save_summaries_secs": -1}, ValueError),
         (Watching, {"peer_timeout_secs": -1}, ValueError),
         (Watching, {"progress": 3}, TypeError),

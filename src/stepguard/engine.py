@@ -54,7 +54,9 @@ For a framework whose program is a loop over batches, ``stepguard.steps`` provid
 
 - ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
   ``with sess.step()``; ``sess.summary(values)`` hands a mapping to the engine's writer. Its constructor takes the
-  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``;
+  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``. After a block of ``sess.step()``, and after
+  a loop, the program may lend the model to other work: a save waits for the next step, or gets the state of the end of
+  the loop (:class:`RestsBetweenLoops`);
 - ``process_state.ProcessState(streams)`` holds the state of the process: the random streams, and the position in each
   loader. A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, self.streams)``
   reads any iterable. To find the next batch again, it restores the streams of the epoch's beginning and reads the

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
-from stepguard.coordination.signals import SigtermWatch, end_by_sigterm, show_as_line
+from stepguard.coordination.signals import SigtermWatch, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
 from stepguard.watching import launcher_link
@@ -44,8 +44,8 @@ class Supervision(Protocol[SessionT]):
         """The exit code of a process that was asked to stop; ``None`` unless the program has chosen one."""
 
     @property
-    def was_asked_to_stop(self) -> bool:
-        """Whether a stop was requested before the run was over."""
+    def stop_reason(self) -> str | None:
+        """Who asked for the stop before the run was over; ``None`` if nobody did."""
 
     @property
     def stops_on_sigterm(self) -> bool:
@@ -56,6 +56,9 @@ class Supervision(Protocol[SessionT]):
 
     def request_stop(self, error: BaseException | None) -> None:
         """Ask everything to stop, because of ``error`` if there is one. Any thread."""
+
+    def ask_stop(self, reason: str) -> None:
+        """Ask everything to stop on behalf of ``reason``. Any thread."""
 
     def stop_at_boundary(self, session: SessionT) -> None:
         """Let no further step begin. Any thread."""
@@ -117,7 +120,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             # Raise an error of the preparation unchanged, even if its type means "end of input" during a run.
             self._end_quietly(error)
             if self._sigterm.received and isinstance(error, Exception):
-                end_by_sigterm()
+                self._sigterm.end_process()
             raise
         return self._session
 
@@ -128,7 +131,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             # A child that was forked inside the block leaves the run, and the threads that end it, to its parent.
             return False
         if self._sigterm.received:
-            self._run.note_end("sigterm")
+            self._run.note_end(self._sigterm.reason)
         if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C or sys.exit: this error itself tells the program that the run is over, so it passes on.
             is_interrupt = isinstance(error, KeyboardInterrupt)
@@ -147,14 +150,15 @@ class ManagedSession(AbstractContextManager[SessionT]):
         except BaseException as raised:
             if self._sigterm.received and isinstance(raised, Exception):
                 # The program must not catch this and go on: the process was told to end.
-                _log.error("ended by SIGTERM, and by an error, %s", described(raised), exc_info=raised)
-                end_by_sigterm()
+                by = self._sigterm.reason.upper()
+                _log.error("ended by %s, and by an error, %s", by, described(raised), exc_info=raised)
+                self._sigterm.end_process()
             if raised is error:
                 return False
             raise
         if self._sigterm.received:
-            end_by_sigterm(self._run.exit_code)
-        if self._run.exit_code is not None and self._run.was_asked_to_stop:
+            self._sigterm.end_process(self._run.exit_code)
+        if self._run.exit_code is not None and self._run.stop_reason is not None:
             raise SystemExit(self._run.exit_code)
         # Swallow the error: the coordinator took it for the end of the input, and no other error followed.
         return True
@@ -191,7 +195,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._run.close(session)
 
     def _stop_at_boundary(self) -> None:
-        self._run.request_stop(None)
+        self._run.ask_stop(self._sigterm.reason)
         session = self._session
         if session is not None:
             self._run.stop_at_boundary(session)

@@ -111,9 +111,11 @@ class Stopping(_Group):
         stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
         stop_on_sigterm: whether ``managed_session`` answers SIGTERM by stopping at the next step, saving that step, and
             ending the process by the signal. A SIGTERM handler of the program itself is never replaced.
-        exit_code: the exit code, 0 to 255, of a program that was asked to stop (by SIGTERM, Ctrl-C or
-            ``request_stop``) and stopped without an error, for a scheduler that restarts the program on this code. By
-            default a signal ends the program as signals do, and after ``request_stop`` the program continues below the
+        stop_after_secs: after this many seconds in one session the run is asked to stop, as by ``request_stop``, and
+            the reason is ``time_limit``: for a job whose time ends before the training does. ``None`` sets no limit.
+        exit_code: the exit code, 0 to 255, of a program that was asked to stop (by SIGTERM, Ctrl-C, ``request_stop``
+            or ``stop_after_secs``) and stopped without an error, for a scheduler that restarts the program on this
+            code. By default a signal ends the program as signals do, and otherwise the program continues below the
             block.
 
     Raises:
@@ -122,10 +124,12 @@ class Stopping(_Group):
 
     stop_grace_secs: float = 120
     stop_on_sigterm: bool = True
+    stop_after_secs: float | None = None
     exit_code: int | None = None
 
     def __post_init__(self) -> None:
         check_seconds("stop_grace_secs", self.stop_grace_secs)
+        check_seconds("stop_after_secs", self.stop_after_secs, is_positive=True, or_none=True)
         check_count("exit_code", self.exit_code, most=255, or_none=True)
         check_switch("stop_on_sigterm", self.stop_on_sigterm)
 

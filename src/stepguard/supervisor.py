@@ -295,6 +295,7 @@ class Supervisor(Generic[SessionT]):
                 self._observer.session_ready(session, None, None)
             if on_open is not None:
                 on_open(session)
+            self._limit_time()
         except BaseException as error:
             self._give_up(session, error)
             raise
@@ -326,6 +327,19 @@ class Supervisor(Generic[SessionT]):
         """Warn at the first step, and not before: a program that only reads or evaluates has nothing to lose."""
         _log.warning("no logdir was given: nothing is saved or logged, and a crash loses the whole run")
         return sys.maxsize
+
+    def _limit_time(self) -> None:
+        """Ask for a stop after ``stop_after_secs``, from a thread that ends with the run."""
+        secs = self._options.stopping.stop_after_secs
+        if secs is None:
+            return
+
+        def limit() -> None:
+            if not self._coord.wait_for_stop(secs):
+                _log.warning("the time limit of %g s is over: stopping at the next step boundary", secs)
+                self._coord.ask_stop("time_limit")
+
+        threading.Thread(target=limit, name="stepguard-time-limit", daemon=True).start()
 
     def _begin_observation(self) -> None:
         if self._is_chief:
@@ -378,7 +392,7 @@ class Supervisor(Generic[SessionT]):
             self._observer.end("error", error, request=self._life.stop_reason)
             raise
         else:
-            reason = self._life.stop_reason or ("request_stop" if self._coord.stop_was_asked else "finished")
+            reason = self._life.stop_reason or self._coord.stop_reason or "finished"
             exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
             self._observer.end(reason, exit_code=exit_code)
         finally:
@@ -494,11 +508,14 @@ class _Block(Generic[SessionT]):
         return self.supervisor._options.stopping.exit_code
 
     @property
-    def was_asked_to_stop(self) -> bool:
-        return self.supervisor._coord.stop_was_asked
+    def stop_reason(self) -> str | None:
+        return self.supervisor._coord.stop_reason
 
     def request_stop(self, error: BaseException | None) -> None:
         self.supervisor.request_stop(error)
+
+    def ask_stop(self, reason: str) -> None:
+        self.supervisor._coord.ask_stop(reason)
 
     def stop_at_boundary(self, session: SessionT) -> None:
         self.supervisor._engine.stop_at_boundary(session, self.supervisor._coord.main_thread_was_told)

@@ -121,15 +121,16 @@ def test_a_step_that_always_fails_is_a_crash_loop_once_there_is_no_more_progress
 # --- requests to stop ---
 
 
-def test_sigterm_is_passed_on_and_the_last_step_is_saved(tmp_path, children):
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "sigterm"), (signal.SIGUSR1, "sigusr1")])
+def test_a_request_is_passed_on_and_the_last_step_is_saved(tmp_path, children, number, reason):
     logdir = tmp_path / "run"
     launcher = run(*TRAINING, logdir, "train")
     children.append(launcher)
     wait_until(lambda: is_training(logdir), "training")
-    launcher.send_signal(signal.SIGTERM)
-    assert ended(launcher)[0] == 128 + signal.SIGTERM
+    launcher.send_signal(number)
+    assert ended(launcher)[0] == 128 + number
     (stop,) = events(logdir, "stop")
-    assert stop["reason"] == "sigterm"
+    assert stop["reason"] == reason
     assert newest(logdir).step == stop["step"]
     assert len(events(logdir, "launch")) == 1
 

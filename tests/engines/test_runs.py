@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from programs import EngineUnderTest, Program, wait_until
 
+from stepguard import Stopping
+from stepguard.watching import ledger
+
 # TensorFlow's FileWriter warns when it is told something after it was closed; nothing is written twice.
 later_stops_may_warn = pytest.mark.filterwarnings("ignore:Attempting to use a closed FileWriter:UserWarning")
 
@@ -117,6 +120,17 @@ def test_request_stop_reaches_the_training_loop(engine, tmp_path):
         last = program.step(session)
 
     assert max(engine.committed(tmp_path)) == last
+
+
+def test_a_time_limit_asks_for_a_stop_and_is_its_reason(engine, tmp_path):
+    program = engine.program(tmp_path, stopping=Stopping(stop_after_secs=0.1, exit_code=75))
+
+    with pytest.raises(SystemExit) as ended, program.sv.managed_session() as session:
+        while not program.sv.should_stop():
+            program.run_step(session)
+
+    assert ended.value.code == 75
+    assert [event["reason"] for event in ledger.read(tmp_path) if event["event"] == "stop"] == ["time_limit"]
 
 
 def test_a_session_without_standard_services_saves_nothing(engine, tmp_path):

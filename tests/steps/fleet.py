@@ -110,6 +110,7 @@ class StubMember:
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._done = 0
+        self.reason: str | None = None
         self.impatient = False
         self.taken: list[int] = []
         self.waited_secs = 0.0
@@ -138,8 +139,12 @@ class StubMember:
     def wait_for_stop(self, timeout_secs: float) -> object:
         return self._stop.wait(timeout_secs)
 
-    def request_stop(self, error: BaseException | None) -> None:
+    def stop_reason(self) -> str | None:
+        return self.reason
+
+    def request_stop(self, error: BaseException | None, reason: str | None = None) -> None:
         self._error = self._error or error
+        self.reason = self.reason or reason
         self._stop.set()
 
     def error(self) -> BaseException | None:

@@ -34,6 +34,18 @@ def test_a_chief_that_is_closed_settles_the_last_step_first(caplog):
     assert all(gate.is_last for gate in fleet.gates)
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_the_others_are_told_why_one_was_asked_to_stop(asked):
+    fleet = Fleet(3)
+    fleet.start()
+    fleet.ends()
+    fleet.members[asked].request_stop(None, "sigterm")
+    until(lambda: all(member.should_stop() for member in fleet.members))
+
+    assert [member.reason for member in fleet.members] == ["sigterm"] * 3
+    fleet.close()
+
+
 def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
     fleet = Fleet(2)
     gate = fleet.gates[1]

@@ -100,6 +100,9 @@ def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     last = [max(seen(logdir, each)) for each in range(2)]
     assert last[0] == last[1]
     assert steps_saved(logdir)[0] == last[0] + 1
+    reason = "sigterm" if by == signal.SIGTERM else "interrupt"
+    stops = [event for event in ledger.read(logdir) if event["event"] == "stop"]
+    assert {event["role"]: event["reason"] for event in stops} == {"chief": reason, "worker-1": reason}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -70,7 +70,8 @@ class _Stop:
     """All state that clear_stop resets, in one object, so that one assignment replaces it."""
 
     requested_at: float | None = None
-    was_asked: bool = False
+    # Who asked for the stop, if it was asked for; see `Coordinator.stop_reason`.
+    reason: str | None = None
     main_thread_was_told: bool = False
     joined: bool = False
     failures: list[_Failure] = field(default_factory=list)
@@ -140,9 +141,9 @@ class Coordinator:
         return True
 
     @property
-    def stop_was_asked(self) -> bool:
-        """Whether `request_stop` was called without an error before the run was over or had failed."""
-        return self._stop.was_asked
+    def stop_reason(self) -> str | None:
+        """Who asked for the stop before the run was over or had failed: "request_stop", or what `ask_stop` was told."""
+        return self._stop.reason
 
     @property
     def stop_requested(self) -> bool:
@@ -196,10 +197,14 @@ class Coordinator:
         except TypeError as error:
             self._request_stop(stop, _Failure(error, error.__traceback__, threading.current_thread().name))
             raise
-        was_asked = failure is None
+        reason = "request_stop" if failure is None else None
         if failure is not None and self._is_harmless(failure.error, after_stop=stop.requested_at is not None):
             failure = None
-        self._request_stop(stop, failure, was_asked=was_asked)
+        self._request_stop(stop, failure, reason)
+
+    def ask_stop(self, reason: str) -> None:
+        """Like `request_stop` without an error, on behalf of ``reason``, such as "sigterm"."""
+        self._request_stop(self._stop, None, reason)
 
     def end(self) -> None:
         """Asks all threads to stop because the run is over. This does not count as a requested stop."""
@@ -338,12 +343,12 @@ class Coordinator:
             return True
         return False
 
-    def _request_stop(self, stop: _Stop, failure: _Failure | None, *, was_asked: bool = False) -> None:
+    def _request_stop(self, stop: _Stop, failure: _Failure | None, reason: str | None = None) -> None:
         # Error first, flag second: a thread that sees the flag also sees the error.
         if failure is not None:
             stop.record(failure)
         if stop.requested_at is None:
-            stop.was_asked = was_asked
+            stop.reason = reason
             stop.requested_at = time.monotonic()
         # suppress: another thread, or a signal handler, may pop the last waiter between our check and our pop.
         with contextlib.suppress(KeyError):

@@ -1,5 +1,8 @@
 """SIGTERM during a run: stop at the next step boundary, save a last checkpoint, and end the process by the signal.
 
+SIGUSR1 does the same where nothing else handles it, instead of killing the process: Slurm (``--signal=USR1@60``) and
+others send it as a warning some time before the end of a job.
+
 The protocol: a Python signal handler runs in the main thread, between two bytecodes. It never runs while that thread
 waits in native code for input that only a stop would end. The interpreter's C handler, however, writes the number of
 each signal to a file descriptor (a socket) at once, and the thread ``stepguard-sigterm`` blocks in a read of the other
@@ -28,12 +31,13 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
+_REASONS = {signal.SIGTERM: "sigterm", signal.SIGUSR1: "sigusr1"}
 # A second SIGTERM within this time of the first is the same one, passed on by a launcher.
 _ECHO_SECS = 0.5
 
 
 class SigtermWatch:
-    """Calls ``on_sigterm`` at the first SIGTERM, and ends the process at once at the second.
+    """Calls ``on_sigterm`` at the first SIGTERM or SIGUSR1, and ends the process at once at the second SIGTERM.
 
     The watch does nothing outside the main thread, or if the program has its own SIGTERM handler or wake-up descriptor.
     ``is_echoed`` says that a launcher may pass on a signal which the process itself has already received. Call
@@ -43,15 +47,23 @@ class SigtermWatch:
     def __init__(self, on_sigterm: Callable[[], None], *, is_echoed: bool = False) -> None:
         self._on_sigterm = on_sigterm
         self._is_echoed = is_echoed
-        self._received = 0
+        # The signal that has asked for the stop; the number of SIGTERMs, and when the first of these came.
+        self._number: signal.Signals | None = None
+        self._sigterms = 0
         self._first_at = 0.0
+        self._watched: list[signal.Signals] = []
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def received(self) -> bool:
-        """Whether a SIGTERM has arrived."""
-        return self._received > 0
+        """Whether one of the signals has arrived."""
+        return self._number is not None
+
+    @property
+    def reason(self) -> str:
+        """The reason of the stop as the ledger says it: the name of the first signal."""
+        return _REASONS[self._number or signal.SIGTERM]
 
     def start(self) -> None:
         """Watch for SIGTERM, unless the program handles it."""
@@ -73,16 +85,18 @@ class SigtermWatch:
         _watches.add(self)
         self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
         self._thread.start()
-        signal.signal(signal.SIGTERM, _wake)
+        for number in _REASONS:
+            if number == signal.SIGTERM or _has_default_action(number):
+                signal.signal(number, _wake)
+                self._watched.append(number)
 
     def finish(self) -> None:
-        """Stop watching, and restore the default action of SIGTERM."""
+        """Stop watching, and restore the default actions."""
         if self._ends is None:
             return
         reader, writer = self._ends
         self._ends = None
-        if signal.getsignal(signal.SIGTERM) is _wake:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._put_default_actions_back()
         signal.set_wakeup_fd(-1)
         # Closing alone may not end the thread's read, because a forked process may hold another copy of the writer.
         writer.shutdown(socket.SHUT_RDWR)
@@ -91,13 +105,24 @@ class SigtermWatch:
             self._thread.join()
         reader.close()
 
+    def _put_default_actions_back(self) -> bool:
+        """Restore the default actions; return whether SIGTERM was still handled by this watch."""
+        is_handled = signal.getsignal(signal.SIGTERM) is _wake
+        for number in self._watched:
+            if signal.getsignal(number) is _wake:
+                signal.signal(number, signal.SIG_DFL)
+        return is_handled
+
+    def end_process(self, exit_code: int | None = None) -> None:
+        """End the process by the signal that was received, or with ``exit_code`` if given."""
+        end_by_signal(self._number or signal.SIGTERM, exit_code)
+
     def _forget_in_child(self) -> None:
         """Close the socket in a forked child: the parent would take the child's signals for its own."""
         if self._ends is None:
             return
         ends, self._ends, self._thread = self._ends, None, None
-        if signal.getsignal(signal.SIGTERM) is _wake:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._put_default_actions_back():
             signal.set_wakeup_fd(-1)
         for end in ends:
             end.close()
@@ -107,25 +132,48 @@ class SigtermWatch:
             for number in numbers:
                 if number == signal.SIGTERM:
                     self._sigterm()
+                elif number in self._watched:
+                    self._ask(signal.Signals(number))
 
     def _sigterm(self) -> None:
         now = time.monotonic()
-        if self._received and now < self._first_at + _ECHO_SECS and self._is_echoed:
+        if self._sigterms and now < self._first_at + _ECHO_SECS and self._is_echoed:
             # A signal to all processes of a job also reaches the launcher, which passes it on to this process.
             return
-        self._received += 1
-        if self._received == 1:
+        self._sigterms += 1
+        if self._sigterms == 1:
             self._first_at = now
-            _log.warning("SIGTERM: stopping at the next step boundary; a second one ends the process at once")
-            self._on_sigterm()
+            self._ask(signal.SIGTERM)
         else:
             # The code that a shell reports for a process ended by SIGTERM. Exit from here, because the main thread may
             # never return to Python.
             os._exit(128 + signal.SIGTERM)
 
+    def _ask(self, number: signal.Signals) -> None:
+        if self._number is not None:
+            return
+        self._number = number
+        second = "one" if number == signal.SIGTERM else "signal, SIGTERM,"
+        _log.warning(
+            "%s: stopping at the next step boundary; a second %s ends the process at once", number.name, second
+        )
+        self._on_sigterm()
 
-def end_by_sigterm(exit_code: int | None = None) -> None:
-    """End the process by SIGTERM, so that the sender sees that it was obeyed; or with ``exit_code`` if given."""
+
+def _has_default_action(number: signal.Signals) -> bool:
+    """Whether nothing in this process handles the signal. ``faulthandler.register`` does so unknown to `signal`."""
+    if signal.getsignal(number) is not signal.SIG_DFL:
+        return False
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return True  # Not Linux.
+    return not int(caught, 16) >> (number - 1) & 1
+
+
+def end_by_signal(number: signal.Signals, exit_code: int | None = None) -> None:
+    """End the process by the signal, so that the sender sees that it was obeyed; or with ``exit_code`` if given."""
     # No Python code runs after this, so flush the standard streams and the log files now.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -133,9 +181,9 @@ def end_by_sigterm(exit_code: int | None = None) -> None:
     logging.shutdown()
     if exit_code is not None:
         os._exit(exit_code)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     # The kernel does not deliver the signal to the first process of a container.
-    os._exit(128 + signal.SIGTERM)
+    os._exit(128 + number)
 
 
 def show_as_line(error: BaseException, line: str) -> None:
@@ -169,8 +217,8 @@ _mask_before_fork = threading.local()
 
 
 def _before_fork() -> None:
-    # Block SIGTERM until the child has closed the socket: the parent would take the child's signal for its own.
-    _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if _watches else None
+    # Block the signals until the child has closed the socket: the parent would take the child's signal for its own.
+    _mask_before_fork.value = signal.pthread_sigmask(signal.SIG_BLOCK, set(_REASONS)) if _watches else None
 
 
 def _after_fork_in_parent() -> None:

@@ -53,6 +53,8 @@ class Chief(Rendezvous):
         self._met_at: tuple[int, int] | None = None
         self._starting = threading.Lock()
         self._settling: threading.Thread | None = None
+        # Who asked another process to stop, which has asked all for it.
+        self._asked_by: str | None = None
 
     def say_restored(self, name: str | None) -> None:
         """Tell the others which checkpoint was restored, or that there is none."""
@@ -186,6 +188,7 @@ class Chief(Rendezvous):
 
     def _hear(self, word: Word) -> None:
         if word.kind == "stop":
+            (self._asked_by,) = word.content
             self._start_settling()
 
     def _ask_stop(self) -> None:
@@ -205,9 +208,10 @@ class Chief(Rendezvous):
         # No round may open between the last step and the closing of the gates.
         with self._rounds:
             sight = self._met_last()
-            self._say("last", sight)
+            reason = self._member.stop_reason() or self._asked_by
+            self._say("last", sight, reason)
             # Not earlier: a thread that leaves its loop must already know whether the run has ended well.
-            self._member.request_stop(as_error(sight))
+            self._member.request_stop(as_error(sight), reason)
             self._gate.open_until(self._member.steps_done(), is_last=True)
 
     def _met_last(self) -> list[object] | None:

@@ -29,10 +29,17 @@ class SessionMember:
         """Wait until this process is asked to stop, at most ``timeout_secs``."""
         return self._coord.wait_for_stop(timeout_secs)
 
-    def request_stop(self, error: BaseException | None) -> None:
-        """Ask this process to stop: because of ``error``, or (``None``) because another process stops."""
-        if error is None:
+    def stop_reason(self) -> str | None:
+        """Who asked this process to stop; ``None`` if nobody did."""
+        return self._coord.stop_reason
+
+    def request_stop(self, error: BaseException | None, reason: str | None = None) -> None:
+        """Ask this process to stop: because of ``error``, or because another process stops for ``reason``."""
+        if error is None and reason is None:
             self._coord.end()
+            return
+        if error is None:
+            self._coord.ask_stop(str(reason))
             return
         try:
             self._coord.request_stop(error)

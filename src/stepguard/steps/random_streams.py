@@ -45,6 +45,12 @@ class RandomStreams:
             self.reseed(seed)
             return self.capture()
 
+    def side(self, name: str) -> dict[str, Any]:
+        """The states of new streams, which these and ``name`` decide. Nothing is drawn from these."""
+        with self.preserved():
+            self.reseed(f"{random.getrandbits(128)}/{name}")
+            return self.capture()
+
     def are_equal(self, states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
         """Whether nothing was drawn between two captures. A subclass compares its own."""
         return states == others

@@ -79,8 +79,11 @@ class Member(Protocol):
     def wait_for_stop(self, timeout_secs: float) -> object:
         """Wait until this process is asked to stop, at most ``timeout_secs``."""
 
-    def request_stop(self, error: BaseException | None) -> None:
-        """Ask this process to stop, because of ``error`` if there is one."""
+    def stop_reason(self) -> str | None:
+        """Who asked this process to stop, as the ledger says it; ``None`` if nobody did."""
+
+    def request_stop(self, error: BaseException | None, reason: str | None = None) -> None:
+        """Ask this process to stop: because of ``error``, or because another process was asked to, by ``reason``."""
 
     def error(self) -> BaseException | None:
         """The error for which this process stops, if any. The others are told of a NonFiniteError, and stop for it."""

@@ -47,7 +47,7 @@ class Session:
         self._gate = gate
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
-        self._interrupts = InterruptHold(self.boundary, None if gate is None else coord.request_stop)
+        self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self.is_update = True

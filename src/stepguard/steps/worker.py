@@ -107,9 +107,9 @@ class Worker(Rendezvous):
         if self._taken_at == step != self._asked_for:
             self._gate.free()
 
-    def _hear_last(self, sight: list[object] | None) -> None:
+    def _hear_last(self, sight: list[object] | None, reason: str | None) -> None:
         # Not after `open_until`: a thread that leaves its loop must already know whether the run has ended well.
-        self._member.request_stop(as_error(sight))
+        self._member.request_stop(as_error(sight), reason)
         self._gate.open_until(self._member.steps_done(), is_last=True)
 
     def _answer(self, kind: str, number: int, content: object) -> None:
@@ -196,7 +196,7 @@ class Worker(Rendezvous):
     # --- the last step ---
 
     def _ask_stop(self) -> None:
-        self._words.say("stop", unless_said=True)
+        self._words.say("stop", self._member.stop_reason(), unless_said=True)
 
     def _come_to_last(self, number: int, step: int) -> None:
         """Wait until ``step`` steps are done, and answer the chief. Runs on a thread of its own."""

@@ -55,6 +55,7 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_secs: seconds between checkpoints; 0 or ``None`` takes none on a timer.
         save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all.
+        stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
         progress: whether to show a progress line if standard error is a terminal.
         saving: when and how the model is saved. An option that is also listed above may be given in its group instead.
         stopping: how the run is stopped.
@@ -81,6 +82,7 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_secs: float | None = 600,
         save_model_steps: int | None = None,
         max_to_keep: int | None = 5,
+        stop_grace_secs: float = 120,
         progress: bool = False,
         saving: Saving | None = None,
         stopping: Stopping | None = None,
@@ -93,6 +95,7 @@ class Supervisor(CoreSupervisor[Session]):
             save_model_secs=save_model_secs,
             save_model_steps=save_model_steps,
             max_to_keep=max_to_keep,
+            stop_grace_secs=stop_grace_secs,
             progress=progress,
             saving=saving,
             stopping=stopping,

@@ -242,7 +242,8 @@ class Launcher:
             return True
         if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
             return True
-        return ended.exit_code == 128 + signal.SIGTERM and self.request == "sigterm"
+        asked_by = {128 + signal.SIGTERM: "sigterm", 128 + signal.SIGUSR1: "sigusr1"}
+        return self.request is not None and asked_by.get(ended.exit_code) == self.request
 
     def _give_up(self, why: GiveUp, ended: AttemptEnd) -> int:
         self._logdirs.record("gave_up", time.time(), reason=why.reason, failure=str(ended.failure))
