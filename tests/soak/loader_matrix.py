@@ -3,8 +3,8 @@
     python tests/soak/loader_matrix.py --workers 0 2 persistent --stops kill term int
     python tests/soak/loader_matrix.py --kinds shuffled "a stream" --stops kill --places step
 
-Each cell trains a model with dropout in a process of its own, stops it once by SIGKILL, SIGTERM or Ctrl-C, in a step, in
-an evaluation, between two loops or at the last batch of an epoch, starts it again, and compares the batches and the
+Each cell trains a model with dropout in a process of its own, stops it once by SIGKILL, SIGTERM or Ctrl-C, in a step,
+in an evaluation, between two loops or at the last batch of an epoch, starts it again, and compares the batches and the
 final weights with those of a run that nobody stopped. It prints what each cell is, and exits with 1 if one is "other".
 """
 

@@ -61,7 +61,7 @@ class RandomStreams:
             return self.fork(name)
 
     def are_equal(self, states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-        """Whether nothing was drawn between two captures. A subclass compares its own."""
+        """Whether nothing was drawn between two captures. A subclass whose states are arrays compares them itself."""
         return states == others
 
     @contextmanager
