@@ -325,6 +325,14 @@ class SharedModel(Protocol[_SessionT_contra]):
 
 
 @runtime_checkable
+class MakesRoom(Protocol[_SessionT_contra]):
+    """An engine that can make the memory for its snapshots before it takes one."""
+
+    def make_room(self, session: _SessionT_contra) -> None:
+        """Make that memory, so that the first snapshot is as fast as the later ones. Before the first step."""
+
+
+@runtime_checkable
 class RestsBetweenLoops(Protocol[_SessionT_contra]):
     """An engine whose session drives the program's loops. While no loop runs, the state belongs to the program.
 
