@@ -62,10 +62,15 @@ def run_whole(name: str, logdir: Path) -> float:
 
 def kill_once(name: str, logdir: Path, chance: random.Random, most_secs: float) -> str | None:
     """Run, and send a signal at a random moment; what was sent, or ``None`` if the program came to its end before."""
+    ledger = logdir / "run.jsonl"
+    before = ledger.stat().st_size if ledger.exists() else 0
     process = start(name, logdir, chance.choice([0.05, 0.5]))
     number = chance.choice(SIGNALS)
+    # From the moment at which it has restored its state; most of the time before is for imports.
+    while process.poll() is None and (not ledger.exists() or ledger.stat().st_size == before):
+        time.sleep(0.05)
     try:
-        said = process.communicate(timeout=chance.uniform(0.1, most_secs))[0]
+        said = process.communicate(timeout=chance.uniform(0, most_secs))[0]
     except subprocess.TimeoutExpired:
         training = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
         # Of several processes one is killed, and not the launcher that starts them.
@@ -103,7 +108,7 @@ def main() -> None:
     kills, ends = 0, 0
     while kills < args.kills:
         logdir = folder / f"killed-{ends}"
-        while kills < args.kills and (sent := kill_once(args.program, logdir, chance, secs / 2)) is not None:
+        while kills < args.kills and (sent := kill_once(args.program, logdir, chance, secs / 3)) is not None:
             kills += 1
             print(f"kill {kills}: {sent}", flush=True)
         last = start(args.program, logdir, 3600)
