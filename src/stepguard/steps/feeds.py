@@ -335,7 +335,7 @@ class IterableFeed(Feed):
             return islice(iter(self.loader), skip, None)
         self._announce_epoch()
         if not skip or self._order is None:
-            self._order = self._streams.fork()
+            self._order = self._streams.fork("data")
         return ApartIterator(self._open, self._streams, self._order)
 
     def _announce_epoch(self) -> None:
