@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.exchange import Exchange
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Moment
 from stepguard.steps.rendezvous import Rendezvous
 from stepguard.steps.worker import Worker
 
@@ -112,7 +112,9 @@ class StubMember:
         self._done = 0
         self.reason: str | None = None
         self.impatient = False
+        self.epochs = 0
         self.taken: list[int] = []
+        self.taken_in: list[int] = []
         self.waited_secs = 0.0
 
     def finish_step(self) -> None:
@@ -122,9 +124,18 @@ class StubMember:
     def steps_done(self) -> int:
         return self._done
 
-    def take_state(self) -> int:
+    def moment(self) -> Moment:
+        return self._done, self.epochs
+
+    def complete_epoch(self) -> None:
+        """As a session does at the end of the body of ``sess.epochs``."""
+        self.epochs += 1
+        self._gate.end(*self.moment())
+
+    def take_state(self) -> Moment:
         self.taken.append(self._done)
-        return self._done
+        self.taken_in.append(self.epochs)
+        return self.moment()
 
     def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
         try:
@@ -179,11 +190,11 @@ class Fleet:
     def ends(self) -> None:
         """The loops come to their ends."""
         for gate, member in zip(self.gates, self.members, strict=True):
-            gate.end(member.steps_done())
+            gate.end(*member.moment())
 
     def step(self, rank: int) -> None:
         began = time.monotonic()
-        assert self.gates[rank].begin(self.members[rank].steps_done())
+        assert self.gates[rank].begin(*self.members[rank].moment())
         self.members[rank].waited_secs = max(self.members[rank].waited_secs, time.monotonic() - began)
         self.members[rank].finish_step()
 
@@ -204,9 +215,9 @@ class Fleet:
         with self.chief.meeting("a checkpoint"):
             return 1
 
-    def write(self) -> list[int]:
+    def write(self, epochs_done: int = 0) -> list[int]:
         """Have the others write their parts; of which steps these are."""
-        return [int(one) for one in self.chief.exchange("place").collect("process")]
+        return [int(one) for one in self.chief.exchange("place", epochs_done).collect("process")]
 
     def begin_until_refused(self, rank: int) -> None:
         deadline = time.monotonic() + 60

@@ -49,7 +49,7 @@ def test_the_others_are_told_why_one_was_asked_to_stop(asked):
 def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
     fleet = Fleet(2)
     gate = fleet.gates[1]
-    gate.capture_at(0)
+    gate.capture_at((0, 0))
     gate.begin(0)  # What it has captured is still wanted at the next step.
     gate.meet_every(1, 1)
     may_begin: list[bool] = []
@@ -152,6 +152,50 @@ def test_a_round_stops_nobody_and_all_take_the_state_of_the_same_step():
     fleet.close()
 
 
+def test_parts_are_of_one_side_of_an_epochs_end_though_no_step_lies_between():
+    fleet = Fleet(2)
+    chief, worker = fleet.members
+    fleet.start()
+    fleet.run_steps(3)
+    # The chief has completed an epoch after the third step, and the worker has not yet found that its data is over.
+    fleet.gates[0].end(*chief.moment())
+    chief.complete_epoch()
+    with fleet.chief.meeting("a checkpoint"):
+        assert chief.moment() == (3, 1)
+    until(lambda: not fleet.gates[1].is_free)
+    assert fleet.gates[1].begin(*worker.moment())
+    fleet.gates[1].end(*worker.moment())
+    assert worker.taken_in == []
+    worker.complete_epoch()
+
+    assert fleet.write(epochs_done=1) == [3]
+    assert worker.taken_in == [1]
+    fleet.close()
+
+
+@pytest.mark.parametrize("more_epochs", [1, 2])
+def test_a_part_of_the_other_side_of_an_epochs_end_is_taken_again_or_refused(more_epochs):
+    fleet = Fleet(2)
+    worker = fleet.members[1]
+    fleet.start()
+    fleet.run_steps(3)
+    with fleet.chief.meeting("a checkpoint"):
+        pass
+    until(lambda: not fleet.gates[1].is_free)
+    fleet.gates[1].end(*worker.moment())
+    assert worker.taken_in == [0]
+    for _ in range(more_epochs):
+        worker.complete_epoch()
+
+    if more_epochs == 1:
+        assert fleet.write(epochs_done=1) == [3]
+        assert worker.taken_in == [0, 1]
+    else:
+        with pytest.raises(NoBoundaryError, match="was past step 3 of this session, with 1 epochs complete"):
+            fleet.write(epochs_done=1)
+    fleet.close()
+
+
 def test_a_step_that_is_known_beforehand_is_not_talked_of():
     fleet = Fleet(2)
     fleet.start()
@@ -234,7 +278,7 @@ class TestOneThatLeaves:
         fleet = Fleet(3)
         fleet.start()
         fleet.run_steps(3)
-        fleet.gates[rank].end(3, Loop.LEFT)
+        fleet.gates[rank].end(3, how=Loop.LEFT)
         leaving = fleet.close_in_background(rank)
 
         for other in {0, 1, 2} - {rank}:
@@ -253,7 +297,7 @@ class TestOneThatLeaves:
         others = {0, 1, 2} - {rank}
         for other in others:
             fleet.gates[other].begin(3)
-        fleet.gates[rank].end(3, Loop.LEFT)
+        fleet.gates[rank].end(3, how=Loop.LEFT)
         leaving = fleet.close_in_background(rank)
 
         # It does not wait for those who wait for it, and so its process can end, and with it their step.
@@ -266,7 +310,7 @@ class TestOneThatLeaves:
         fleet.start()
         fleet.run_steps(3)
         for gate in fleet.gates:
-            gate.end(3, Loop.LEFT)
+            gate.end(3, how=Loop.LEFT)
         fleet.joined(*(fleet.close_in_background(rank) for rank in (1, 2, 0)))
 
         assert [member.error() for member in fleet.members] == [None, None, None]

@@ -81,7 +81,7 @@ class Chief(Rendezvous):
             step = self._member.steps_done()
             if self._is_wanted:
                 # The others wait here, because the previous checkpoint may still need the states that they hold.
-                self._words.say("save", step)
+                self._words.say("save", step, self._member.moment()[1])
             self._note_taken(step)
             yield
             return
@@ -113,9 +113,12 @@ class Chief(Rendezvous):
             self._is_wanted = False
             self._say("settled")
 
-    def exchange(self, place: str) -> Exchange:
-        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir."""
-        return self._exchange(self._words.say("write", self._taken_at, place))
+    def exchange(self, place: str, epochs_done: int) -> Exchange:
+        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
+
+        ``epochs_done`` is the number of complete epochs in that snapshot, which must be the same in their parts.
+        """
+        return self._exchange(self._words.say("write", self._taken_at, epochs_done, place))
 
     def _say(self, kind: str, *content: object) -> None:
         """Say a word, and ignore a lost store: the next collective operation reports that the others have ended."""
@@ -142,7 +145,8 @@ class Chief(Rendezvous):
             if is_there or not (is_here or self._gate.is_resting):
                 # The processes that are behind come to the step where this process is.
                 step = max(step, self._member.steps_done())
-                self._words.say("save", step)
+                # Where this process is on its way, nobody knows yet whether an epoch ends there.
+                self._words.say("save", step, self._member.moment()[1] if is_there else 0)
                 self._gate.open_until(step)
                 if is_there or self._has_come_to(step, what):
                     return step

@@ -12,6 +12,7 @@ opened. The attendant is called without the lock. A kill leaves nothing, because
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,14 @@ class Loop(Enum):
     ENDED = "ended"
     """The loop has ended as intended: no more data, the last step, or a stop. Another loop may follow."""
 
+
+Moment = tuple[int, int]
+"""How far a process is: the steps done in this session, and the complete epochs of ``sess.epochs``.
+
+The end of an epoch's body changes the state without a step, such as the position and what a scheduler holds.
+"""
+
+_NEVER: Moment = (sys.maxsize, 0)
 
 # A process that is between two steps for longer than this does something else, and is not asked to go to a later step.
 _PAUSE_SECS = 1.0
@@ -76,30 +85,33 @@ class Gate:
         self._is_last = False
         self._refusal: Exception | None = None
         self._attendant: Attendant | None = None
-        self._captures_at = math.inf
+        self._captures_at = _NEVER
         self._meetings = _Meetings()
         # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
 
     # --- the training thread ---
 
-    def begin(self, steps_done: int) -> bool:
+    def begin(self, steps_done: int, epochs_done: int = 0) -> bool:
         """Wait until the step after ``steps_done`` may begin; ``False`` if it never may.
+
+        ``epochs_done`` is the number of complete epochs of ``sess.epochs``.
 
         Raises:
             Exception: the error that :meth:`refuse_after` was given: another process takes no part in this step.
         """
-        while not (is_let := self._is_let(steps_done)):
+        while not (is_let := self._is_let(steps_done, epochs_done)):
             if is_let is None:
                 return False
             self._take_state()
         return True
 
-    def _is_let(self, steps_done: int) -> bool | None:
+    def _is_let(self, steps_done: int, epochs_done: int) -> bool | None:
         """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
+        moment = steps_done, epochs_done
         with self._changed:
-            while steps_done >= min(self._limit, self._meetings.next_at) or steps_done >= self._captures_at:
-                if self._must_capture(steps_done):
+            while steps_done >= min(self._limit, self._meetings.next_at) or moment >= self._captures_at:
+                if self._must_capture(moment):
                     return False
                 if steps_done >= self._limit and self._refusal is not None:
                     raise self._refusal
@@ -124,12 +136,12 @@ class Gate:
             self._step_secs = secs if self._step_secs == math.inf else 0.8 * self._step_secs + 0.2 * secs
         self._began_at = self._moved_at = now
 
-    def _must_capture(self, steps_done: int) -> bool:
-        if steps_done < self._captures_at and not self._meetings.is_due(steps_done):
+    def _must_capture(self, moment: Moment) -> bool:
+        if moment < self._captures_at and not self._meetings.is_due(moment[0]):
             return False
-        self._captures_at = math.inf
+        self._captures_at = _NEVER
         self._meetings.is_free = False
-        self._meetings.pass_by(steps_done)
+        self._meetings.pass_by(moment[0])
         return True
 
     def _take_state(self) -> None:
@@ -146,12 +158,12 @@ class Gate:
             self._done, self._moved_at = steps, time.monotonic()
             self._changed.notify_all()
 
-    def end(self, steps_done: int, how: Loop = Loop.ENDED) -> None:
+    def end(self, steps_done: int, epochs_done: int = 0, *, how: Loop = Loop.ENDED) -> None:
         """Note that the loop ends after ``steps_done`` steps. A begun step that found no input does not count."""
         with self._changed:
             self._begun = self._done = steps_done
             self._loop = how
-            must_capture = self._must_capture(steps_done)
+            must_capture = self._must_capture((steps_done, epochs_done))
             self._changed.notify_all()
         if must_capture:
             self._take_state()
@@ -224,7 +236,7 @@ class Gate:
         """Open the gate, because nobody will move it any more; it stays closed if the run is to end."""
         with self._changed:
             self._meetings = _Meetings()
-            self._captures_at = math.inf
+            self._captures_at = _NEVER
             if not self._is_last and self._refusal is None:
                 self._limit = math.inf
             self._changed.notify_all()
@@ -235,10 +247,10 @@ class Gate:
         """Call ``attendant`` from now on."""
         self._attendant = attendant
 
-    def capture_at(self, step: int) -> None:
-        """Capture the state after ``step`` steps, and go on."""
+    def capture_at(self, moment: Moment) -> None:
+        """Capture the state at ``moment``, or at the first one after it that this process comes to, and go on."""
         with self._changed:
-            self._captures_at = step
+            self._captures_at = moment
             self._meetings.is_free = False
             self._changed.notify_all()
 

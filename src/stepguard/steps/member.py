@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import NonFiniteError
+from stepguard.steps.gate import Moment
 from stepguard.steps.session import Session
 from stepguard.words import logger
 
@@ -20,6 +21,10 @@ class SessionMember:
     def steps_done(self) -> int:
         """The number of steps done in this session."""
         return self._session.boundary.steps
+
+    def moment(self) -> Moment:
+        """The number of steps done in this session, and that of complete epochs."""
+        return self._session.boundary.steps, self._session.process_state.epochs_done
 
     def should_stop(self) -> bool:
         """Whether this process was asked to stop."""

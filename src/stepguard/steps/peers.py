@@ -103,9 +103,12 @@ class Peers:
         """
         return self._rendezvous.meeting(what) if isinstance(self._rendezvous, Chief) else nullcontext()
 
-    def exchange(self, place: str) -> Exchange | None:
-        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir."""
-        return self._rendezvous.exchange(place) if isinstance(self._rendezvous, Chief) else None
+    def exchange(self, place: str, epochs_done: int) -> Exchange | None:
+        """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
+
+        ``epochs_done`` is the number of complete epochs in that snapshot.
+        """
+        return self._rendezvous.exchange(place, epochs_done) if isinstance(self._rendezvous, Chief) else None
 
     def settled(self) -> None:
         """Tell the others that the last snapshot is committed, so that they can free their states of it."""

@@ -38,7 +38,7 @@ from typing import Protocol
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
 from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
 from stepguard.steps.exchange import Exchange
-from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.word_log import Word, WordLog
 from stepguard.words import logger
 
@@ -59,8 +59,11 @@ class Member(Protocol):
     def steps_done(self) -> int:
         """The number of steps done in this session."""
 
-    def take_state(self) -> int:
-        """Copy this process's part of a checkpoint between two steps; return the number of steps done then.
+    def moment(self) -> Moment:
+        """The number of steps done, and that of complete epochs."""
+
+    def take_state(self) -> Moment:
+        """Copy this process's part of a checkpoint between two steps; return the moment of it.
 
         Raises:
             NoBoundaryError: no boundary came in time.

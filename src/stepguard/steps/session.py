@@ -337,7 +337,7 @@ class Session:
         if self._gate is not None:
             self._gate.done(self.boundary.steps)
             if was_left:
-                self._gate.end(self.boundary.steps, Loop.LEFT)
+                self._gate.end(*self._moment, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
@@ -396,7 +396,7 @@ class Session:
         is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
         self.boundary.rest(state.complete_epoch, is_last=is_last)
         if self._gate is not None:
-            self._gate.end(self.boundary.steps)
+            self._gate.end(*self._moment)
         self._raise_interrupt()
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
@@ -503,7 +503,7 @@ class Session:
     def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
         """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
         if self._gate is not None:
-            self._gate.end(self.boundary.steps)
+            self._gate.end(*self._moment)
         self.is_update = True
         is_stopped = self._coord.stop_requested or self.boundary.must_stop
         if not is_stopped:
@@ -529,6 +529,10 @@ class Session:
         if self._gate is None or self._gate.is_last:
             self._interrupts.raise_if_held()
 
+    @property
+    def _moment(self) -> tuple[int, int]:
+        return self.boundary.steps, self.process_state.epochs_done
+
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
 
@@ -549,7 +553,7 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
-        if self._gate is not None and not self._gate.begin(self.boundary.steps):
+        if self._gate is not None and not self._gate.begin(*self._moment):
             return False
         self._enter()
         return True

@@ -20,8 +20,8 @@ from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
 from stepguard.steps.exchange import Exchange
-from stepguard.steps.gate import Gate, Loop
-from stepguard.steps.rendezvous import Member, Rendezvous, as_error
+from stepguard.steps.gate import Gate, Loop, Moment
+from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 from stepguard.words import logger
 
@@ -37,9 +37,9 @@ class Worker(Rendezvous):
         super().__init__(store, rank, size, gate, member, grace_secs=grace_secs)
         self._restored: list[str | None] = []
         self._is_restored = threading.Event()
-        # The step at which this process has last taken its state, the step that the chief has asked for, and the error
-        # that prevented the last take.
-        self._taken_at: int | None = None
+        # The moment at which this process has last taken its state, the step that the chief has asked for, and the
+        # error that prevented the last take.
+        self._taken_at: Moment | None = None
         self._asked_for: int | None = None
         self._not_taken: Exception | None = None
         self._taking = threading.Lock()
@@ -84,7 +84,9 @@ class Worker(Rendezvous):
             "round": lambda ahead: self._answer("round", word.number, list(self._gate.pause(ahead))),
             "resume": lambda: self._gate.open_until(math.inf),
             "save": self._hear_save,
-            "write": lambda step, place: self._start_writing(self._exchange(word.number), step, place),
+            "write": lambda step, epochs_done, place: self._start_writing(
+                self._exchange(word.number), (step, epochs_done), place
+            ),
             "settled": self._gate.free,
             "passed": self._hear_passed,
             "loop": self._gate.expect_chief,
@@ -98,14 +100,14 @@ class Worker(Rendezvous):
         self._restored.append(name)
         self._is_restored.set()
 
-    def _hear_save(self, step: int) -> None:
+    def _hear_save(self, step: int, epochs_done: int) -> None:
         self._asked_for = step
-        self._gate.capture_at(step)
+        self._gate.capture_at((step, epochs_done))
         self._gate.open_until(math.inf)
 
     def _hear_passed(self, step: int) -> None:
         self._gate.pass_meeting(step)
-        if self._taken_at == step != self._asked_for:
+        if self._taken_at is not None and self._taken_at[0] == step != self._asked_for:
             self._gate.free()
 
     def _hear_last(self, sight: list[object] | None, reason: str | None) -> None:
@@ -130,24 +132,24 @@ class Worker(Rendezvous):
 
     def take_state(self) -> None:
         """Copy this process's part of a checkpoint, which the chief may ask for later."""
-        self._take(self._member.steps_done())
+        self._take(self._member.moment())
 
-    def _take(self, step: int) -> None:
-        """Copy the state of ``step``. Called on the training thread, or on a writing thread if no step follows."""
+    def _take(self, moment: Moment) -> None:
+        """Copy the state of ``moment``. Called on the training thread, or on a writing thread if no step follows."""
         with self._taking:
             # The other thread may have been quicker, and training may have gone on.
-            if self._taken_at == step and self._not_taken is None:
+            if self._taken_at == moment and self._not_taken is None:
                 return
             try:
                 self._taken_at, self._not_taken = self._member.take_state(), None
             except Exception as error:  # noqa: BLE001 - the chief raises it, and the training goes on
-                self._taken_at, self._not_taken = self._member.steps_done(), error
+                self._taken_at, self._not_taken = self._member.moment(), error
 
-    def _start_writing(self, exchange: Exchange, step: int, place: str) -> None:
+    def _start_writing(self, exchange: Exchange, moment: Moment, place: str) -> None:
         # On a thread of its own, because the listening thread must be free for the next word, perhaps a stop.
-        self._writing = self._start("stepguard-writer", self._write, exchange, step, place)
+        self._writing = self._start("stepguard-writer", self._write, exchange, moment, place)
 
-    def _write(self, exchange: Exchange, step: int, place: str) -> None:
+    def _write(self, exchange: Exchange, moment: Moment, place: str) -> None:
         """Write this process's part. Runs on a thread of its own; an error is sent as the answer."""
         yield_to_others()
         if self._earlier is not None:
@@ -155,42 +157,46 @@ class Worker(Rendezvous):
         self._earlier = exchange
 
         try:
-            self._member.write_part(exchange, place, self._held(step))
+            self._member.write_part(exchange, place, self._held(moment))
         except StoreLostError:
             # The store has ended together with the process that holds it, and a launcher is about to end this one too.
             _log.debug("the chief could not be told", exc_info=True)
 
     @contextmanager
-    def _held(self, step: int) -> Iterator[None]:
-        """A block in which the state of ``step`` exists and does not change.
+    def _held(self, moment: Moment) -> Iterator[None]:
+        """A block in which the state of ``moment`` exists and does not change.
 
         Raises:
             NoBoundaryError, NonFiniteError: that state was not taken, and will not be.
         """
-        self._await_taken(step)
+        self._await_taken(moment)
         with self._taking:
             if isinstance(error := self._member.error(), NonFiniteError):
                 raise error
             yield
 
-    def _await_taken(self, step: int) -> None:
-        """Wait until the state of ``step`` is taken; the chief may have come to that step before this process.
+    def _await_taken(self, moment: Moment) -> None:
+        """Wait until the state of ``moment`` is taken; the chief may have come there before this process.
 
         Raises:
             NoBoundaryError: the state was not taken, and will not be.
         """
-        check = self._patience(f"the part of rank {self._rank}")
-        while self._taken_at != step:
+        step, epochs_done = moment
+        check = self._patience(f"the part of rank {self._rank}", self._grace_secs + PATIENCE_SECS)
+        while self._taken_at != moment:
             has_ended = self._gate.loop is Loop.ENDED
-            done = self._member.steps_done()
-            if done == step or has_ended:
-                # No step follows, or the next has not begun. With uneven inputs `done` may not be the chief's step.
-                self._take(done)
-                if self._taken_at == done:
+            now = self._member.moment()
+            if now == moment or (has_ended and now[0] != step):
+                # No step follows, or the next has not begun. With uneven inputs it may not be the chief's step.
+                self._take(now)
+                if self._taken_at == now:
                     break
-            if done > step:
-                raise NoBoundaryError(f"rank {self._rank} was past step {step} of this session when it was told of it")
-            self._gate.await_change(0.05, lambda: self._member.steps_done() >= step or self._taken_at == step)
+            if now > moment:
+                raise NoBoundaryError(
+                    f"rank {self._rank} was past step {step} of this session, with {epochs_done} epochs complete, when "
+                    f"it was told of it"
+                )
+            self._gate.await_change(0.05, lambda: self._member.moment() >= moment or self._taken_at == moment)
             check()
         if self._not_taken is not None:
             raise self._not_taken

@@ -239,7 +239,7 @@ class TorchEngine(LoopEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)
-        exchange = self._peers.exchange(place.as_posix())
+        exchange = self._peers.exchange(place.as_posix(), snapshot.process["epochs"]["done"])
         try:
             digests = self._write_own(snapshot, directory, exchange)
         except BaseException:

@@ -13,6 +13,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.steps.exchange import Exchange
+from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
@@ -46,12 +47,12 @@ class TorchMember(SessionMember):
         # The watch that must see the values that this process saves, if there is one.
         self.watch: ValueWatch | None = None
 
-    def take_state(self) -> int:
+    def take_state(self) -> Moment:
         """Copy the random states, the positions in the data and this process's parts of sharded objects."""
         session = self._torch_session
         copies = CopyStreams(session.training_streams)
         with session.boundary.hold("a checkpoint"), torch.no_grad():
-            steps = session.boundary.steps
+            moment = self.moment()
             state = {"global_step": session.global_step, **session.process_state.capture()}
             self._process = self._memory.copy("process", state, copies)
             if self._is_sharded:
@@ -61,7 +62,7 @@ class TorchMember(SessionMember):
                 }
             copies.close()
         self._copies = copies
-        return steps
+        return moment
 
     def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
