@@ -35,6 +35,8 @@ EPOCHS = 3
 
 def train(kind: str, workers: str, logdir: str, stop: str, place: str, epoch: int) -> None:
     """One process: it stops itself by a signal at the place, if ``stop`` names one."""
+    # TensorBoard's package would load it, which takes seconds.
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
     import numpy as np
     import torch
     from loader_kinds import BATCHES, KINDS, ONE_TIME

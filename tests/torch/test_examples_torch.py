@@ -139,16 +139,13 @@ def test_the_program_in_the_manual_runs_as_it_stands(tmp_path):
     assert (tmp_path / "runs" / "first" / "model.ckpt-2000" / "model.pt").exists()
 
 
-def test_what_accelerate_prepares_resumes_alone_and_in_two_processes(tmp_path):
-    pytest.importorskip("accelerate")
+def test_what_accelerate_prepares_resumes_in_two_processes(tmp_path):
     program = EXAMPLES / "torch" / "digits_accelerate.py"
 
-    def end(logdir, epochs, launcher):
-        return run(program, f"--logdir={tmp_path / logdir}", f"--epochs={epochs}", launcher=launcher).splitlines()[-1]
+    def end(logdir, epochs):
+        return run(program, f"--logdir={tmp_path / logdir}", f"--epochs={epochs}", launcher=TORCHRUN).splitlines()[-1]
 
-    for launcher in ((), TORCHRUN):
-        name = f"of-{len(launcher)}"
-        end(f"parts-{name}", 1, launcher)
-        resumed, whole = end(f"parts-{name}", 2, launcher), end(f"whole-{name}", 2, launcher)
-        assert "sum of the weights" in resumed
-        assert resumed == whole
+    end("parts", 1)
+    resumed, whole = end("parts", 2), end("whole", 2)
+    assert "sum of the weights" in resumed
+    assert resumed == whole

@@ -94,11 +94,19 @@ def whole(kind, workers):
     return outcome(kind, workers, ())
 
 
+# Those whose workers are treated in ways of their own; `tests/soak/loader_matrix.py` has all of them.
+WITH_WORKERS = {
+    *("shuffled", "a generator", "NumPy's generator", "drawn lazily", "torchdata's with PyTorch's sampler"),
+    *("a stream", "a stream with a state", "a subclass", "tqdm", "Accelerate's stateful", "a mapping", "a function"),
+}
+
+
 def cells():
-    """Every kind without workers and with those that persist; those that end with each epoch for some."""
+    """Every kind without workers, and some with workers that persist or do not."""
     for kind in KINDS:
         for name, workers in WORKERS.items():
-            if name != "two workers" or kind in ("shuffled", "a stream", "a wrapper", "zip"):
+            is_some = kind in ("shuffled", "a stream", "zip") if name == "two workers" else kind in WITH_WORKERS
+            if not workers[0] or is_some:
                 yield pytest.param(kind, workers, id=f"{kind}, {name}")
 
 
