@@ -230,9 +230,10 @@ class TestTheChief:
         logdir = tmp_path / "logdir"
         with pytest.raises(LogdirInUseError), FakeSupervisor(str(logdir)).managed_session() as session:
             session.run_step()
-            (logdir / ".stepguard.lock").unlink()
-            other = (logdir / ".stepguard.lock").open("w")
+            # Locked before it has its name: a save that is under way would lock a file that is only there.
+            other = (tmp_path / "lock").open("w")
             fcntl.flock(other, fcntl.LOCK_EX)
+            (tmp_path / "lock").replace(logdir / ".stepguard.lock")
         other.close()
 
     def test_is_not_a_worker(self, tmp_path):

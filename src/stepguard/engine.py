@@ -54,13 +54,17 @@ For a framework whose program is a loop over batches, ``stepguard.steps`` provid
 
 - ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
   ``with sess.step()``; ``sess.summary(values)`` hands a mapping to the engine's writer. Its constructor takes the
-  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``;
+  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``. After a block of ``sess.step()``, and after
+  a loop, the program may lend the model to other work: a save waits for the next step, or gets the state of the end of
+  the loop (:class:`RestsBetweenLoops`);
 - ``process_state.ProcessState(streams)`` holds the state of the process: the random streams, and the position in each
   loader. A subclass defines in ``new_feed(loader)`` how a loader is read: ``feeds.IterableFeed(loader, self.streams)``
   reads any iterable. To find the next batch again, it restores the streams of the epoch's beginning and reads the
   epoch from there, so ``streams`` must include every generator that a loader draws from;
 - ``random_streams.RandomStreams()`` holds Python's and NumPy's global generators. A subclass adds others: its
-  ``capture()`` adds entries to the dictionary of ``super()``, and its ``restore(states)`` calls ``super()`` too;
+  ``capture()`` adds entries to the dictionary of ``super()``, and its ``restore(states)`` calls ``super()`` too. An
+  iterable draws from streams of its own, so that a resumed run can read it again: ``draw_seeds()`` and
+  ``reseed(seeds, name)`` of the subclass make new ones of its generators; without these they begin as copies;
 - a snapshot takes ``session.process_state.capture()``: plain values, if the streams' are, of which tuples may come back
   as lists. ``restore`` gives them to ``session.restore_process_state(values, step)``, which also sets the step;
   with ``in_run`` it sets ``session.global_step = step`` instead;
@@ -313,8 +317,11 @@ class SharedModel(Protocol[_SessionT_contra]):
     def is_shared(self, session: _SessionT_contra) -> bool:
         """Whether other processes may change the state of this session. Any thread."""
 
-    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float) -> None:
-        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes."""
+    def wait_for_others(self, session: _SessionT_contra, timeout_secs: float, *, may_go_on: bool) -> None:
+        """Before the last checkpoint, wait ``timeout_secs`` at most for the last steps of the other processes.
+
+        ``may_go_on`` says that the others may go on: wait only as long as the steps take that they are doing now.
+        """
 
 
 @runtime_checkable

@@ -190,6 +190,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             _log.warning("the program goes on %g s after SIGTERM: its last step is saved when it is done", grace_secs)
             return
         _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)
+        self._run.note_end("sigterm")
         self._run.save()
         self._run.close(session)
 

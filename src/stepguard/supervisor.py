@@ -409,13 +409,17 @@ class Supervisor(Generic[SessionT]):
             error = self._coord.first_error
             if error is None or self._saving.is_outside_steps(error):
                 self._finish_counting()
-                self._saving.save_last(deadline, is_finished=is_finished)
+                self._saving.save_last(deadline, is_finished=is_finished, was_told=self._was_told())
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
                     "a checkpoint was still being written when the time to stop was over; the one before it is good"
                 )
             self._saving.leave_logdir()
+
+    def _was_told(self) -> bool:
+        """Whether a signal or sys.exit ends this process, and not a step at which the others end too."""
+        return self._life.stop_reason is not None
 
     def _finish_counting(self) -> None:
         counter, self._step_counter = self._step_counter, None
@@ -431,7 +435,7 @@ class Supervisor(Generic[SessionT]):
         self._finish_counting()
         try:
             deadline = time.monotonic() + (self._stop_grace_secs or _LAST_SAVE_SECS)
-            self._saving.save_last(deadline, is_finished=not self._coord.should_stop())
+            self._saving.save_last(deadline, is_finished=not self._coord.should_stop(), was_told=self._was_told())
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.report(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,11 +208,13 @@ class Sharing(FakeEngine):
         super().__init__(size=6)
         self.others_run: Callable[[FakeSession], None] = lambda session: None
         self.told: list[list[str]] = []
+        self.others_may_go_on: list[bool] = []
 
     def is_shared(self, session: FakeSession) -> bool:
         return True
 
-    def wait_for_others(self, session: FakeSession, timeout_secs: float) -> None:
+    def wait_for_others(self, session: FakeSession, timeout_secs: float, *, may_go_on: bool) -> None:
+        self.others_may_go_on.append(may_go_on)
         self.others_run(session)
 
     def kept_checkpoints(self) -> list[str]:
@@ -240,6 +243,21 @@ def test_an_engine_with_a_shared_model_saves_the_last_steps_of_others_and_is_tol
         assert session.step == 0
 
     assert engine.told == [["model.ckpt-0"], ["model.ckpt-0", "model.ckpt-1"]]
+    assert engine.others_may_go_on == [False]
+
+
+@pytest.mark.parametrize("told_by", [SystemExit(143), KeyboardInterrupt(), None])
+def test_a_process_that_alone_was_told_to_end_is_told_apart_from_one_that_ends_with_the_others(told_by, tmp_path):
+    engine = Sharing()
+    sv = FakeSupervisor(str(tmp_path), engine=engine, save_model_secs=3600, save_summaries_secs=0)
+
+    with contextlib.suppress(SystemExit, KeyboardInterrupt), sv.managed_session() as session:
+        session.run_step()
+        if told_by is not None:
+            raise told_by
+        sv.request_stop()
+
+    assert engine.others_may_go_on == [told_by is not None]
 
 
 def test_without_the_protocols_a_run_that_did_nothing_since_saves_nothing_more(tmp_path):

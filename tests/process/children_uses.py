@@ -307,6 +307,22 @@ def float_global_step(side: Side, logdir: str) -> None:
         model.loop(sv, session)
 
 
+def keras_layers(side: Side, logdir: str) -> None:
+    model = Model()
+    dense = [tf.keras.layers.Dense(16, activation="relu"), tf.keras.layers.Dense(1)]
+    output = tf.ones([4, 8])
+    for layer in dense:
+        output = layer(output)
+    loss = tf.reduce_mean(tf.square(output - 1.0))
+    with tf.control_dependencies([model.train_op]):
+        trained = v1.train.AdamOptimizer(0.01).minimize(loss, var_list=v1.trainable_variables(scope="dense"))
+    with tf.control_dependencies([trained]):
+        model.train_op = tf.identity(model.done)
+    sv = side.Supervisor(logdir=logdir, **_TIMES)
+    with sv.managed_session() as session:
+        model.loop(sv, session)
+
+
 USES: dict[str, Callable[[Side, str], None]] = {
     "managed_session and a loop": managed,
     "prepare_or_wait_for_session, a loop, stop()": prepared,
@@ -330,6 +346,7 @@ USES: dict[str, Callable[[Side, str], None]] = {
     "two training threads": training_threads,
     "a worker on a server": worker_on_a_server,
     "ended by an error": ended_by_an_error,
+    "Keras layers": keras_layers,
     "a SIGTERM handler of its own": own_sigterm_handler,
 }
 

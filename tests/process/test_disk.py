@@ -29,7 +29,7 @@ from stepguard.saving.commit import Committer
 from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore
-from stepguard.tensorflow import Supervisor
+from stepguard.tensorflow import Supervisor, events
 from stepguard.testing import FakeEngine, FakeSession
 from stepguard.watching import heartbeat, ledger
 
@@ -213,6 +213,21 @@ class TestARestartOnAFullDisk:
         assert any(one.HasField("session_log") and one.session_log.status == v1.SessionLog.START for one in records)
         assert any(one.HasField("graph_def") for one in records)
         assert not list(logdir.glob("graph.pbtxt.tmp*"))
+
+    def test_that_fills_up_between_the_look_and_the_opening_of_the_log_stops_no_start(
+        self, disk: Mount, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        logdir = disk.path / "run"
+        first = Run(logdir)
+        with first.sv.managed_session() as first.session:
+            first.train_until_saved()
+        disk.fill()
+        monkeypatch.setattr(events, "_no_room", lambda logdir: None)
+        second = Run(logdir, summary_writer=Supervisor.USE_DEFAULT)
+        with second.sv.managed_session() as second.session:
+            assert "the event log in" in caplog.text
+            disk.fill().unlink()
+            second.train_until_saved()
 
     def test_keeps_ledger_heartbeat_and_lock_for_later(self, disk: Mount) -> None:
         logdir = disk.path / "run"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import queue
+import signal
 import sys
 import threading
 import time
@@ -40,6 +42,9 @@ def main(function: str, place: str, arguments: dict[str, Any]) -> None:
     report("started", pid=os.getpid())
     try:
         globals()[function](**arguments)
+    except SystemExit:
+        report("left")
+        raise
     except BaseException as error:  # noqa: BLE001 - the edge of the process: the test reads it
         traceback.print_exc()
         report("failed", type=type(error).__name__, message=str(error))
@@ -158,6 +163,57 @@ def train(
                 return
             except (tf.errors.AbortedError, tf.errors.UnavailableError):
                 time.sleep(0.5)
+
+
+class Runner(threading.Thread):
+    """Plays with the newest model and queues what it has seen, until its process ends."""
+
+    def __init__(self, session: Any, model: Model) -> None:
+        super().__init__(daemon=True)
+        self.seen: queue.Queue[float] = queue.Queue(5)
+        self._session, self._model = session, model
+
+    def run(self) -> None:
+        while True:
+            self.seen.put(float(self._session.run(self._model.parts[0])[0]), timeout=600)
+
+
+class FastSaver(v1.train.Saver):
+    """Leaves the graph out, and returns nothing."""
+
+    def save(self, sess: Any, save_path: str, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
+        super().save(sess, save_path, global_step, write_meta_graph=False)
+
+
+def agent(
+    cluster: dict[str, list[str]], index: int, *, kind: str = "stepguard", supervisor: dict[str, Any] | None = None
+) -> None:
+    """The shape of asynchronous agents (A3C): a thread that plays, a loop that trains, and signals that exit."""
+    server = server_for(cluster, "worker", index)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    with tf.Graph().as_default():
+        model = Model(cluster, index)
+        writer = None
+        if supervisor and supervisor.get("logdir"):
+            writer = v1.summary.FileWriter(f"{supervisor['logdir']}_{index}", graph=v1.get_default_graph())
+        sv = supervisor_class(kind)(
+            is_chief=index == 0,
+            saver=FastSaver(),
+            summary_op=None,
+            summary_writer=writer,
+            ready_op=v1.report_uninitialized_variables(),
+            global_step=model.global_step,
+            **(supervisor or {}),
+        )
+        config = v1.ConfigProto(device_filters=["/job:ps", f"/job:worker/task:{index}"])
+        with sv.managed_session(server.target, config=config) as sess, sess.as_default():
+            runner = Runner(sess, model)
+            runner.start()
+            while not sv.should_stop():
+                runner.seen.get(timeout=600)
+                report("step", step=int(sess.run(model.train_op)))
+        sv.stop()
 
 
 def prepare_by_hand(cluster: dict[str, list[str]], index: int, *, supervisor: dict[str, Any]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from signal import SIGTERM
+
 import tensorflow as tf
 
 from stepguard.options import Watching
+from stepguard.tensorflow.cluster.sync_replicas import wait_for_standstill
 
 
 def test_a_chief_that_finishes_first_leaves_the_workers_to_finish(cluster):
@@ -38,6 +42,46 @@ def test_the_last_steps_of_the_workers_are_in_the_last_checkpoint(cluster):
     for task in (chief, worker):
         assert task.join() == 0, task.story()
     assert cluster.saved_steps()[-1] == max(chief.step, worker.step)
+
+
+def test_a_chief_that_a_signal_ends_saves_and_leaves_although_the_others_go_on(cluster):
+    cluster.serve()
+    chief = cluster.train(0, "agent", supervisor={"save_model_secs": 600})
+    worker = cluster.train(1, "agent")
+    for task in (chief, worker):
+        task.wait_for_step(50)
+    chief.signal(SIGTERM)
+    told_at = time.time()
+    assert chief.join() == 128 + SIGTERM, chief.story()
+    # The others' steps are waited for no longer than they take.
+    assert chief.wait_for("left")["time"] - told_at < 4
+    assert cluster.saved_steps()[-1] >= chief.step
+    last = worker.step
+    worker.wait_for_step(last + 50)
+
+
+def test_the_steps_of_others_are_waited_for_only_until_they_rest_or_go_on():
+    now = 0.0
+
+    def watched(*, step_secs, until=1e9, **options):
+        """How long it waits for others whose steps of 0.1 s go on until then."""
+        nonlocal now
+        now = 0.0
+
+        def wait(secs):
+            nonlocal now
+            now += secs
+
+        wait_for_standstill(lambda: int(min(now, until) / 0.1), step_secs, 60, clock=lambda: now, wait=wait, **options)
+        return round(now, 1)
+
+    assert watched(step_secs=0.1, until=0.2) == 0.7
+    assert watched(step_secs=0.1) == 1.5
+    assert watched(step_secs=0.5) == 3.0
+    assert watched(step_secs=10) == 5.0
+    assert watched(step_secs=0.01, may_go_on=True) == 0.2
+    assert watched(step_secs=1, may_go_on=True) == 2.0
+    assert watched(step_secs=10, may_go_on=True) == 5.0
 
 
 def test_a_task_ends_in_time_when_its_server_died_for_good(cluster):

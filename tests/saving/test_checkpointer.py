@@ -54,7 +54,7 @@ class SharedEngine(FakeEngine):
     def is_shared(self, session: FakeSession) -> bool:
         return self.shares
 
-    def wait_for_others(self, session: FakeSession, timeout_secs: float) -> None:
+    def wait_for_others(self, session: FakeSession, timeout_secs: float, *, may_go_on: bool) -> None:
         assert timeout_secs > 0
         self.others()
 

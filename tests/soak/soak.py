@@ -36,6 +36,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# TensorFlow's lines about the processor.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
 TESTS = Path(__file__).resolve().parents[1]
 for _room in ("engines", "process", "soak"):
     sys.path.insert(0, str(TESTS / _room))
@@ -47,7 +51,7 @@ from soak_child import PROGRAMS, SIZE, engine_under_test  # noqa: E402
 from zygote import Child, Zygote  # noqa: E402
 
 from stepguard.errors import CheckpointError, LogdirInUseError  # noqa: E402
-from stepguard.store import Checkpoint, CheckpointStore  # noqa: E402
+from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files  # noqa: E402
 
 SOON_SECS = 120.0
 PAUSE_SECS = 0.002
@@ -78,20 +82,23 @@ class Attacked:
 
     weight = 4
 
-    def __init__(self, name: str, zygote: Zygote, logdir: Path, mount: Mount | None, chance: random.Random) -> None:
+    def __init__(
+        self, name: str, zygote: Zygote, logdir: Path, mount: Mount | None, chance: random.Random, only: list[str]
+    ) -> None:
         self.name = name
         self.logdir = logdir
         self.mount = mount
         self.tally = Tally()
         self._zygote = zygote
         self._chance = chance
+        self._only = only
         self._reader = engine_under_test(name)
 
     # --- what is there ---
 
     def store(self) -> CheckpointStore:
         """As the engine opens it."""
-        return CheckpointStore(self.logdir, entry_suffix=".index" if self.name == "tensorflow" else None)
+        return CheckpointStore(self.logdir, saver_files=tensorflow_files if self.name == "tensorflow" else None)
 
     def good(self) -> list[int]:
         """The steps of the committed checkpoints that are good. Raises LossError if one holds a wrong value."""
@@ -272,7 +279,8 @@ class Attacked:
         """Each kind of round, as often as it is to be chosen."""
         found = [self.killed, self.killed, self.killed_in_a_group, self.asked_to_stop, self.suspended]
         found += [self.damaged, self.damaged, self.damaged]
-        return found if self.mount is None else [*found, self.full_disk, self.full_disk]
+        found += [] if self.mount is None else [self.full_disk, self.full_disk]
+        return [one for one in found if not self._only or one.__name__ in self._only]
 
     def round(self) -> str | None:
         """One round. Returns what was lost, or ``None``."""
@@ -284,6 +292,9 @@ class Attacked:
             self.tally.lost[do.__name__] += 1
             return f"{self.name}: {do.__name__}: {error}"
         return None
+
+
+KINDS = ("killed", "killed_in_a_group", "asked_to_stop", "suspended", "damaged", "full_disk")
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -385,7 +396,7 @@ class Refused:
 
 
 @contextmanager
-def attacked(names: list[str], folder: Path, chance: random.Random) -> Iterator[list[Attacked]]:
+def attacked(names: list[str], folder: Path, chance: random.Random, only: list[str]) -> Iterator[list[Attacked]]:
     """Each engine, with a process that forks its programs, and a file system of its own where one can be mounted."""
     with ExitStack() as stack:
         found = []
@@ -398,7 +409,7 @@ def attacked(names: list[str], folder: Path, chance: random.Random) -> Iterator[
             stack.callback(zygote.close)
             mount = stack.enter_context(small_disk(folder / f"{name}-disk"))
             logdir = folder / name if mount is None else mount.path / "run"
-            found.append(Attacked(name, zygote, logdir, mount, chance))
+            found.append(Attacked(name, zygote, logdir, mount, chance, only))
         del os.environ["SOAK_ENGINE"]
         yield found
 
@@ -456,6 +467,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seconds", type=float, default=3600.0)
     options.add_argument("--engines", nargs="+", choices=sorted(PROGRAMS), default=sorted(PROGRAMS))
+    options.add_argument("--only", nargs="+", choices=KINDS, default=[], help="only these rounds of the engines")
     options.add_argument("--seed", type=int, default=None)
     given = options.parse_args()
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
@@ -464,11 +476,11 @@ def main() -> None:
     kept = Path(tempfile.mkdtemp(prefix="stepguard-soak-"))
     with (
         tempfile.TemporaryDirectory(prefix="stepguard-soak-") as folder,
-        attacked(given.engines, Path(folder), chance) as engines,
+        attacked(given.engines, Path(folder), chance, given.only) as engines,
     ):
         targets: list[Any] = list(engines)
         refused = Refused(Path(folder), chance)
-        targets += [refused] if refused.is_possible else []
+        targets += [refused] if refused.is_possible and not given.only else []
         losses = soak(targets, given.seconds, kept, chance)
         print("\n".join(table(targets)))
     if not losses:

@@ -134,5 +134,5 @@ def save_and_prune(store: CheckpointStore, step: int | None, tag: str) -> None:
 # For processes that import the package, and this file, as we did: from wherever they are.
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(Path(files.__file__).parents[1]), str(Path(__file__).parent)]),
+    "PYTHONPATH": os.pathsep.join([str(Path(files.__file__).parents[2]), str(Path(__file__).parent)]),
 }

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
 from stepguard.options import Guarding
-from stepguard.torch import Session, Supervisor
+from stepguard.torch import Session, Supervisor, Values
 
 
 def main() -> None:
@@ -60,8 +60,9 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
+    mine = Values(per_process=True, rank=rank, items=0)
     sv = Supervisor(
-        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler, "mine": mine},
         args.logdir,
         save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
@@ -76,6 +77,7 @@ def main() -> None:
             torch.nn.functional.mse_loss(model(inputs), targets).backward()
             optimizer.step()
             scheduler.step()
+            mine.items += sum(index.tolist())
             if args.nan:
                 session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
@@ -90,7 +92,7 @@ def main() -> None:
     # Not after SIGTERM, which ends one process: to put the weights together takes all.
     if session.global_step == args.steps:
         outcome = f"{session.global_step} {digest(net, optimizer)}"
-        args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()}")
+        args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()} {vars(mine)}")
         # Else the first to end may close its connections while another still reads from them.
         dist.barrier()
     dist.destroy_process_group()

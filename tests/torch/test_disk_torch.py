@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stepguard.saving.commit import Committer
 from stepguard.saving.retry import Backoff
 from stepguard.store import CheckpointStore
-from stepguard.torch import Supervisor, Values
+from stepguard.torch import Supervisor, Values, events
 
 STATE_MEGABYTES = 2
 
@@ -155,6 +155,25 @@ def test_a_restart_on_a_full_disk_trains_and_opens_its_log_when_there_is_room(di
     accumulator.Reload()
     assert session.global_step - 1 in [one.step for one in accumulator.Scalars("loss")]
     assert run.saved()[0] == session.global_step
+
+
+def test_a_disk_that_fills_up_between_the_look_and_the_opening_of_the_log_stops_no_start(
+    disk: Mount, caplog, monkeypatch
+):
+    monkeypatch.setitem(Backoff.__init__.__kwdefaults__, "first_secs", 0.05)
+    first = Run(disk.path / "run")
+    with first.sv.managed_session() as session:
+        first.train_until(session, first.saved)
+    before = first.saved()[0]
+    disk.fill()
+    monkeypatch.setattr(events, "_no_room", lambda logdir: None)
+    run = Run(disk.path / "run")
+    assert len(log_warnings(caplog)) == 1
+    with run.sv.managed_session() as session:
+        assert session.global_step == before
+        disk.fill().unlink()
+        write_until(run, session, lambda: run.saved()[0] > before)
+        write_until(run, session, lambda: run.sv.summary_writer.file_writer is not None)
 
 
 def test_a_disk_that_is_full_at_the_end_is_no_error_of_a_run_that_saves_nothing(disk: Mount, caplog):

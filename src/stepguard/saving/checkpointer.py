@@ -93,11 +93,12 @@ class Checkpointer:
         progress = self._engine.progress(self._session) if copy is None else copy.progress
         return progress != self._saved_progress
 
-    def save_last(self, timeout_secs: float, *, is_finished: bool = False) -> None:
+    def save_last(self, timeout_secs: float, *, is_finished: bool = False, was_told: bool = False) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until the checkpoint is durable.
 
         ``is_finished`` says that the program ended without a stop request. A step without a copy is then read from the
-        program, because no later start would do the step again.
+        program, because no later start would do the step again. ``was_told`` says that a signal or the like
+        ended this process, so that the others may go on.
 
         Raises:
             SaveFailedError: writing took longer than ``timeout_secs``.
@@ -106,7 +107,7 @@ class Checkpointer:
         self._reads_live_at_end = is_finished
         if self._writer.drain(timeout_secs) and self._engine.is_open(self._session):
             if self._shared is not None:
-                self._shared.wait_for_others(self._session, deadline - time.monotonic())
+                self._shared.wait_for_others(self._session, deadline - time.monotonic(), may_go_on=was_told)
             if not self._may_have_changed():
                 return
             try:

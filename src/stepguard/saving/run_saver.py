@@ -147,15 +147,17 @@ class RunSaver(Generic[SessionT]):
         """Whether ``error`` came from the data between two steps, so that the last step can be saved after it."""
         return self.checkpointer is not None and self.checkpointer.is_outside_steps(error)
 
-    def save_last(self, deadline: float, *, is_finished: bool) -> None:
+    def save_last(self, deadline: float, *, is_finished: bool, was_told: bool = False) -> None:
         """Save the last step, if the options ask for it, and wait until it is durable, at most until ``deadline``
-        (monotonic clock). ``is_finished`` is as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
+        (monotonic clock). The others are as in :meth:`stepguard.saving.checkpointer.Checkpointer.save_last`.
 
         Raises:
             SaveFailedError: writing took longer.
         """
         if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
-            self.checkpointer.save_last(max(0.0, deadline - time.monotonic()), is_finished=is_finished)
+            self.checkpointer.save_last(
+                max(0.0, deadline - time.monotonic()), is_finished=is_finished, was_told=was_told
+            )
 
     def stop(self, deadline: float) -> bool:
         """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""

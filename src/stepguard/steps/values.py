@@ -19,10 +19,24 @@ class Values:
         sv = Supervisor({"model": model, "progress": progress}, logdir="runs/digits")
         ...
         progress.best_loss = min(progress.best_loss, loss)
+
+    With several processes, the values are those of the chief, and a restart gives them to all. ``per_process=True``
+    gives each process its own values back. A process that did not exist before begins with those of the program.
     """
 
-    def __init__(self, **initial: Any) -> None:
+    # Outside of `__dict__`, which has the values and nothing else.
+    __slots__ = ("__dict__", "_is_per_process")
+
+    def __init__(self, *, per_process: bool = False, **initial: Any) -> None:
+        if not isinstance(per_process, bool):
+            raise TypeError(f"Values: expected per_process to be True or False, found {per_process!r:.80}")
+        self._is_per_process = per_process
         self.__dict__.update(initial)
+
+    @property
+    def is_per_process(self) -> bool:
+        """Whether each process has values of its own."""
+        return self._is_per_process
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError. Python calls this only for a name that has no value."""
@@ -30,7 +44,8 @@ class Values:
 
     def __repr__(self) -> str:
         """The expression that makes these values."""
-        return f"Values({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+        own = ["per_process=True"] if self._is_per_process else []
+        return f"Values({', '.join(own + [f'{name}={value!r}' for name, value in self.__dict__.items()])})"
 
     def state_dict(self) -> dict[str, Any]:
         """The values by name."""

@@ -464,13 +464,15 @@ class CheckpointStore:
         Before them come those that were no longer listed but not yet removed; after them those that were committed but
         not yet listed.
         """
-        others = [self._with_commit_time(one) for one in found if one.is_committed and one not in listed]
+        # By their names: thousands of checkpoints are compared with thousands.
+        names = {one.name for one in listed}
+        others = [self._with_commit_time(one) for one in found if one.is_committed and one.name not in names]
         newest = max(self._with_commit_time(one).time for one in listed)
         late = sorted((one for one in others if one.time > newest), key=lambda one: one.time)
-        last = (late or listed)[-1]
-        manifest = self._manifest_of(last)
-        doomed = [] if manifest is None else [one for one in others if one.name in manifest.owned and one not in late]
-        return [*sorted(doomed, key=lambda one: one.time), *listed, *late]
+        manifest = self._manifest_of((late or listed)[-1])
+        owned = set() if manifest is None else {*manifest.owned} - {one.name for one in late}
+        doomed = sorted((one for one in others if one.name in owned), key=lambda one: one.time)
+        return [*doomed, *listed, *late]
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
         """Remove the checkpoints that the retention rules drop, and return them. Call this after a commit.

@@ -203,12 +203,12 @@ class TensorFlowEngine:
         """True for a model on a server, and for a session whose steps are not marked: others may change the model."""
         return _boundary(session) is None or not session.is_local
 
-    def wait_for_others(self, session: Any, timeout_secs: float) -> None:
+    def wait_for_others(self, session: Any, timeout_secs: float, *, may_go_on: bool) -> None:
         """Wait for the last steps of the other replicas: they end when they see the step that ended this replica."""
         boundary = _boundary(session)
         if self._model.global_step is None or boundary is None or session.is_local:
             return
-        wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs)
+        wait_for_standstill(lambda: self.step(session), boundary.usual_secs, timeout_secs, may_go_on=may_go_on)
 
     def at_boundary(self, session: Any, what: str, patience_secs: float | None = None) -> AbstractContextManager[None]:
         """Hold back the steps of this process. A session that is not ours has no boundary to wait for."""

@@ -137,13 +137,11 @@ class _EventFile:
         try:
             with tf.Graph().as_default():
                 self._file = _v1.summary.FileWriter(self._logdir, flush_secs=0, filename_suffix=suffix)
-        except _STORAGE_ERRORS:
+        except _STORAGE_ERRORS as error:
             if self._retry_at is None and "://" in self._logdir:
                 raise
-            full = _no_room(self._logdir)
-            if full is None:
-                raise
-            self._lose(None, full)
+            # There may be room again, a moment later.
+            self._lose(None, _no_room(self._logdir) or error)
 
     def _lose(self, file: Any, error: BaseException) -> None:
         was_known, self._retry_at = self._retry_at is not None, time.monotonic() + _RETRY_SECS

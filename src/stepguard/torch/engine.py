@@ -85,7 +85,14 @@ class TorchEngine(LoopEngine[Session]):
         gate = self._peers.gate()
         holders = {one.name: one.holder for one in self._program.components}
         optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
-        session = Session(self._coord, self.write_summary, gate=gate, processes=self._peers.size, optimizers=optimizers)
+        session = Session(
+            self._coord,
+            self.write_summary,
+            gate=gate,
+            processes=self._peers.size,
+            optimizers=optimizers,
+            own=self._program.own,
+        )
         self._peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
@@ -216,7 +223,7 @@ class TorchEngine(LoopEngine[Session]):
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""
-        snapshot.copies.finish()
+        snapshot.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
 
     def checkpoint_name(self, step: int | None) -> str:
@@ -228,7 +235,7 @@ class TorchEngine(LoopEngine[Session]):
 
         Sharded objects go to the files of ``torch.distributed.checkpoint``, which all processes write.
         """
-        snapshot.copies.finish()
+        snapshot.finish()
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)

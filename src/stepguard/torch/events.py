@@ -38,18 +38,29 @@ def open_writer(logdir: str) -> Any:
             return None
         # The names of event files count whole seconds: the suffix keeps two of them apart.
         options = {"log_dir": logdir, "filename_suffix": f".{os.getpid()}.{next(_opened)}"}
-        return SummaryWriter(**options) if _no_room(logdir) is None else _late(SummaryWriter)(**options)
+        return _late(SummaryWriter, _storage_errors())(**options)
 
 
-def _late(kind: type[Any]) -> type[Any]:
-    """A kind of SummaryWriter whose file is opened when there is room for it."""
+def _late(kind: type[Any], storage_errors: tuple[type[BaseException], ...]) -> type[Any]:
+    """A kind of SummaryWriter whose file is opened when the disk takes it.
+
+    Until then its ``file_writer`` is None, and what the program itself writes is a gap in its curves.
+    """
 
     class LateWriter(kind):
+        file_writer: Any
+        all_writers: Any
+        open_error: BaseException | None = None
+
         def _get_file_writer(self) -> Any:
             if self.file_writer is None and _no_room(self.log_dir) is not None:
-                # What the program itself writes meanwhile is a gap in its curves.
                 return _Nowhere()
-            return super()._get_file_writer()
+            try:
+                return super()._get_file_writer()
+            except storage_errors as error:
+                # Full since it was looked at, or at a place where no file can be.
+                self.open_error, self.file_writer, self.all_writers = error, None, None
+                return _Nowhere()
 
     return LateWriter
 
@@ -69,6 +80,10 @@ def _no_room(logdir: str) -> OSError | None:
     except OSError as error:
         return error if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else None
     return None
+
+
+def _no_space(logdir: str) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), logdir)
 
 
 def check_values(values: Any, where: str) -> None:
@@ -120,7 +135,7 @@ class TorchEvents:
         # The step of a start of which no file has the record.
         self._start_due: int | None = None
         if is_own and writer.file_writer is None:
-            self._lose_file(_no_room(writer.log_dir) or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            self._lose_file(writer.open_error or _no_room(writer.log_dir) or _no_space(writer.log_dir))
         elif is_own:
             self._quieten()
 
@@ -214,6 +229,8 @@ class TorchEvents:
             if full is not None:
                 raise full
         self.writer._get_file_writer()
+        if self.writer.file_writer is None:
+            raise self.writer.open_error or _no_space(self.writer.log_dir)
         self._quieten()
         if self._retry_at is not None:
             self._retry_at = None

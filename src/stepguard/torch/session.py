@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
+from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 
 class Session(LoopSession):
@@ -33,8 +37,9 @@ class Session(LoopSession):
         gate: Gate | None = None,
         processes: int = 1,
         optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+        own: Sequence[Component] = (),
     ) -> None:
-        self._torch_state = _TorchProcessState(STREAMS, processes)
+        self._torch_state = _TorchProcessState(STREAMS, processes, own)
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
         self._torch_state.watch_gradients(optimizers or {}, lambda: self.boundary.steps)
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -48,17 +53,25 @@ class Session(LoopSession):
         """Restore the saved gradients. The engine calls this after it has put the restored state back."""
         self._torch_state.put_gradients_back()
 
+    def restore_own(self, state: Mapping[str, Any]) -> None:
+        """Restore the objects of which each process has its own."""
+        self._torch_state.restore_own(state)
+
     def _step_is_ending(self) -> None:
         if torch.cuda.is_initialized():
             stream = torch.cuda.current_stream()
             self._training_streams[stream.device] = stream
 
+    def _has_trained(self) -> bool:
+        return self._torch_state.has_trained()
+
 
 class _TorchProcessState(ProcessState):
     """Adds the gradients that were accumulated and not applied; each of several processes has its own."""
 
-    def __init__(self, streams: RandomStreams, processes: int) -> None:
+    def __init__(self, streams: RandomStreams, processes: int, own: Sequence[Component]) -> None:
         super().__init__(streams, processes)
+        self._own = own
         self._gradients: dict[str, Gradients] = {}
         self._restored_gradients: Mapping[str, Any] = {}
 
@@ -66,18 +79,37 @@ class _TorchProcessState(ProcessState):
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
+    def has_trained(self) -> bool:
+        """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
+        return not self._gradients or not all(one.is_idle for one in self._gradients.values())
+
     def new_feed(self, loader: Any) -> Feed:
         return feed_of(loader)
 
     def capture(self) -> dict[str, Any]:
         unapplied = {name: one.unapplied() for name, one in self._gradients.items()}
         unapplied = {name: found for name, found in unapplied.items() if found}
-        return {**super().capture(), **({"gradients": unapplied} if unapplied else {})}
+        own = {one.name: one.state() for one in self._own}
+        return {
+            **super().capture(),
+            **({"gradients": unapplied} if unapplied else {}),
+            **({"own": own} if own else {}),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
+        self.restore_own(state)
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()
+
+    def restore_own(self, state: Mapping[str, Any]) -> None:
+        """Restore the objects of which each process has its own."""
+        saved = state.get("own", {})
+        for one in self._own:
+            if one.name in saved:
+                one.load(saved[one.name])
+            else:
+                _log.warning("%s: this process has none in the checkpoint: it begins as the program made it", one.name)
 
     def put_gradients_back(self) -> None:
         """Until the first step, set the gradients of the parameters to those in the checkpoint."""

@@ -5,7 +5,7 @@ token. The queue runner of the chief waits until the accumulators have the gradi
 hands out the tokens. Its wait is no step and its ``apply`` is, so a holder of the step boundary does not wait for
 the gradients of other replicas; ``Boundary.enter_for_others`` lets ``apply`` pass a holder while a step still waits
 for it. The wait for the gradients ends when they come or when the session is closed. :func:`wait_for_standstill` polls
-the global step for at most 5 seconds, so no replica waits for ever for one that was killed.
+the global step for a few steps only, so no replica waits for long for others that go on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from stepguard.tensorflow.run_effects import ancestors
 
 # The steps of other replicas take about as long as ours; for very quick steps, this is the least time to watch.
 _SHORTEST_STILL_SECS = 0.5
-# The longest wait for replicas that do not end together with this one.
-_LONGEST_SETTLE_SECS = 5.0
+# Replicas that end together with this one do a step or two more. Others go on: nothing is gained by a longer wait.
+_SETTLE_STEPS = 6
+_SHORTEST_SETTLE_SECS, _LONGEST_SETTLE_SECS = 1.5, 5.0
+# After a signal, which may have come to all replicas or to this one alone.
+_SHORTEST_SIGNALLED_SECS = 0.2
 _LOOK_SECS = 0.05
 
 
@@ -90,16 +93,22 @@ def wait_for_standstill(
     step_secs: float,
     timeout_secs: float,
     *,
+    may_go_on: bool = False,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], object] = time.sleep,
 ) -> None:
     """Wait until ``step()`` has not changed for twice ``step_secs``, the length of this replica's longest recent step.
 
-    The wait ends after 5 seconds or ``timeout_secs``, whichever is shorter.
+    The wait ends after six such steps, 1.5 to 5 seconds, or after ``timeout_secs``, whichever is shorter. If the others
+    ``may_go_on``, it ends after two steps, 0.2 to 5 seconds, whether they do or not.
     """
     now = clock()
-    deadline = now + min(timeout_secs, _LONGEST_SETTLE_SECS)
-    still_secs = max(2 * step_secs, _SHORTEST_STILL_SECS)
+    if may_go_on:
+        settle_secs = still_secs = max(_SHORTEST_SIGNALLED_SECS, min(2 * step_secs, _LONGEST_SETTLE_SECS))
+    else:
+        settle_secs = max(_SHORTEST_SETTLE_SECS, min(_SETTLE_STEPS * step_secs, _LONGEST_SETTLE_SECS))
+        still_secs = max(2 * step_secs, _SHORTEST_STILL_SECS)
+    deadline = now + min(timeout_secs, settle_secs)
     last, still_since = step(), now
     while (now := clock()) < min(deadline, still_since + still_secs):
         wait(_LOOK_SECS)

@@ -26,7 +26,10 @@ class Program:
     """The objects that a program saves, and the facts recorded about them. For a thread that holds the boundary."""
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self.components = components
+        self.components = [one for one in components if not one.is_per_process]
+        self.own = [one for one in components if one.is_per_process]
+        """The objects of which each process saves its own state, with its random states."""
+        components = self.components
         self.settings: dict[str, Settings] = {one.name: settings(one) for one in components}
         """The settings of the newly built program, by the names of the objects."""
         self.in_force: dict[str, Settings] = dict(self.settings)

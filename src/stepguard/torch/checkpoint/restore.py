@@ -65,6 +65,7 @@ class Restorer:
             if not part.is_stream:
                 fitting.load(part, states[part.name])
                 part.forget_gradients()
+        session.restore_own(process)
         session.global_step = process["global_step"]
 
     def load(self, path: Path, session: Session, rank: int = 0) -> None:
@@ -84,6 +85,7 @@ class Restorer:
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
+            process.pop("own", None)
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stepguard.torch.checkpoint.arena import Arena
+from stepguard.torch.checkpoint.packed import LONG, packed, packed_bytes, unpacked
 from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
 from stepguard.torch.checkpoint.state import (
     check_saveable,
@@ -35,6 +36,12 @@ class TorchSnapshot:
     nbytes: int
     copies: CopyStreams
     written: str | None = None
+
+    def finish(self) -> None:
+        """Wait until the copies are complete, and make lists again that were copied in one piece. Off the training."""
+        self.copies.finish()
+        unpacked(self.states)
+        unpacked(self.process)
 
 
 class HostMemory:
@@ -74,6 +81,10 @@ class HostMemory:
             # nn.Module.state_dict keeps the versions of the modules in an attribute of the dictionary.
             copied.__dict__.update(value.__dict__)
             return copied
+        if type(value) is list and len(value) >= LONG:
+            copy = packed(path, value, self._buffers)
+            if copy is not None:
+                return copy
         if type(value) in (list, tuple):
             return type(value)(self._copied(f"{path}[{n}]", part, seen, streams) for n, part in enumerate(value))
         if is_numpy_scalar(value):
@@ -147,7 +158,7 @@ class CopyStreams:
 def nbytes(value: Any) -> int:
     """The size of the tensors in a nested state, in bytes. Each counts once, and a sharded one with its full size."""
     tensors = {id(part): part for _, part in leaves("", value) if isinstance(part, (torch.Tensor, Shard))}
-    return sum(_nbytes_of(tensor) for tensor in tensors.values())
+    return sum(_nbytes_of(tensor) for tensor in tensors.values()) + packed_bytes(value)
 
 
 def _nbytes_of(tensor: torch.Tensor | Shard) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
 from stepguard.torch.checkpoint.names import Names, is_replicated, unwrapped
 from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
@@ -58,9 +59,10 @@ class Component:
             holder.load_state_dict(state)
             if not _shares_memory(holder.state_dict(), state):
                 return
-        # deepcopy supports only some kinds of sparse tensors, so these are cloned.
-        sparse = {id(part): part.clone() for _, part in leaves("", state) if is_sparse(part)}
-        state = copy.deepcopy(state, sparse)
+        # deepcopy supports only some kinds of sparse tensors, so these are cloned; and so are tensors that are parts of
+        # one memory, as those of a long list in a file: each would keep all of it.
+        cloned = {id(part): part.clone() for _, part in leaves("", state) if is_sparse(part) or _is_part(part)}
+        state = copy.deepcopy(state, cloned)
         if isinstance(holder, torch.Generator):
             holder.set_state(state["state"])
         elif isinstance(holder, random.Random):
@@ -74,6 +76,11 @@ class Component:
         """How the tensors of this object are spread over the processes."""
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
         return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
+
+    @property
+    def is_per_process(self) -> bool:
+        """Whether each process has a state of its own here."""
+        return isinstance(self.holder, Values) and self.holder.is_per_process
 
     @property
     def is_stream(self) -> bool:
@@ -193,6 +200,12 @@ def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
     return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or is_dtensor(value) or value.layout is not torch.strided:
+        return False
+    return value.untyped_storage().nbytes() > max(value.nbytes, 1)
 
 
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,8 +38,7 @@ class Inside:
             if is_generator(one):
                 self.generators.append(one)
                 continue
-            is_root = depth == 0
-            if not is_root and not _is_entered(one):
+            if not _is_entered(one, is_root=depth == 0):
                 continue
             self.objects.append(one)
             if depth < _DEPTH:
@@ -54,6 +54,10 @@ class Inside:
         """Whether a DataLoader is inside, and none that reads from an iterable data set."""
         loaders = self.loaders
         return bool(loaders) and not any(isinstance(one.dataset, IterableDataset) for one in loaders)
+
+    def holds(self, one: Any) -> int:
+        """How often ``one`` is among the objects."""
+        return sum(1 for held in self.objects if held is one)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch to those who have ``set_epoch``."""
@@ -72,10 +76,10 @@ def _members(one: Any) -> Iterator[Any]:
         yield from list(getattr(one, "__dict__", {}).values())
 
 
-def _is_entered(one: Any) -> bool:
-    if isinstance(one, (str, bytes, torch.Tensor, nn.Module, type)) or hasattr(one, "__array__"):
+def _is_entered(one: Any, *, is_root: bool) -> bool:
+    if isinstance(one, (str, bytes, torch.Tensor, nn.Module, type, types.ModuleType)) or hasattr(one, "__array__"):
         return False
-    if isinstance(one, (list, tuple, dict)):
+    if is_root or isinstance(one, (list, tuple, dict)):
         return True
     kind = type(one)
     enters = any(hasattr(kind, name) for name in ("__iter__", "__getitem__", "__call__"))

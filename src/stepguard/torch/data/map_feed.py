@@ -14,15 +14,17 @@ import operator
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from stepguard.steps.apart import ApartIterator
 from stepguard.steps.feeds import Feed, length, shown
 from stepguard.torch.data import generators
 from stepguard.torch.data.inside import Inside
+from stepguard.torch.data.shuffled_lists import ShuffledLists
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -40,12 +42,13 @@ class MapFeed(Feed):
         self._order: dict[str, Any] | None = None
         self._inside = Inside(loader)
         samplers = Inside(loader.batch_sampler, loader.sampler)
+        self._lists = ShuffledLists(samplers.objects)
         found = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
         found += [one for one in samplers.generators if one is not loader.generator]
-        # The generators from which the order is drawn, and those from which items are made in this process.
+        # The generators from which the order is drawn, and those from which items are made in this process. A sampler
+        # may refer to the data set, so that a generator may be both.
         self._generators: list[Any] = found
-        mine = loader.num_workers == 0
-        self._item_generators = [one for one in self._inside.generators if not _is_in(one, found)] if mine else []
+        self._item_generators = self._inside.generators if loader.num_workers == 0 else []
         self._items_before: Sequence[Any] = ()
         self._worker_seed = torch.initial_seed()
         self._ordered = self._ordered_copy()
@@ -98,6 +101,10 @@ class MapFeed(Feed):
         left = self._rest[1]
         return None if left is None else self._given >= self._skip + left
 
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return super().is_held_besides(others + self._inside.holds(self.loader))
+
     def position(self) -> dict[str, Any]:
         """The position, with the random states from which the order of this epoch was drawn."""
         position = {**super().position(), "worker_seed": self._worker_seed, "samples": self.samples}
@@ -109,6 +116,7 @@ class MapFeed(Feed):
             position["last"] = self._last_before if self._last is None else _mark(self._last)
         else:
             position["generators"] = generators.states(self._generators)
+            position["lists"] = self._lists.changed()
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
@@ -119,10 +127,11 @@ class MapFeed(Feed):
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
         generators.restore(self._generators, position.get("generators", ()))
+        self._lists.restore(position.get("lists", {}))
         self._items_before = position.get("items", ())
         if not self.batches:
             generators.restore(self._item_generators, self._items_before)
-        if position["batches"] and self._is_cut_anew(position, processes):
+        if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
     def _go_to_sample(self, position: Mapping[str, Any], processes: int) -> None:
@@ -161,6 +170,14 @@ class MapFeed(Feed):
         is_divided = before == processes or _shares(self.loader) == processes
         return (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
 
+    def _is_between_batches(self) -> bool:
+        """Whether this epoch was begun with another batch size, so that its batches do not count its samples."""
+        samples = length(self.loader.sampler)
+        is_over = samples is not None and self.samples >= samples
+        return (
+            not is_over and _has_plain_batches(self.loader) and self.samples != self.batches * _batch_size(self.loader)
+        )
+
     def _moved(self, position: Mapping[str, Any], before: int, processes: int) -> int:
         if self._is_cut_anew(position, processes):
             return int(position["batches"])
@@ -189,7 +206,6 @@ class MapFeed(Feed):
         iterator = iter(self._ordered)
         if skip:
             STREAMS.restore(streams["random"])
-            generators.restore(self._item_generators, self._items_before)
         return iterator
 
     def indices(self, sampler: Any) -> Iterator[Any]:
@@ -202,10 +218,11 @@ class MapFeed(Feed):
             self._restore_streams(self._streams_before)
         self._order = self._streams()
         drawn = self._behind_seen(sampler, skip)
-        index = next(drawn, _END)
         if live is not None:
             # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
+            generators.restore(self._item_generators, self._items_before)
+        index = next(drawn, _END)
         number = skip
         while index is not _END:
             self._drawn.append(index)
@@ -219,12 +236,12 @@ class MapFeed(Feed):
     def _behind_seen(self, sampler: Any, skip: int) -> Iterator[Any]:
         """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
         if self._rest is not None and skip:
-            if self.loader.batch_sampler is None:
-                return islice(iter(sampler), self._rest[0], None)
-            rest = copy.copy(sampler)
-            rest.sampler = _Rest(sampler.sampler, self._rest[0])
-            return iter(rest)
-        drawn = iter(sampler)
+            rest = _Rest(sampler, self._rest[0])
+            if self.loader.batch_sampler is not None:
+                rest = copy.copy(sampler)
+                rest.sampler = _Rest(sampler.sampler, self._rest[0])
+            return _begun(iter(rest))
+        drawn = _apart(iter(sampler), f"order of epoch {self.epoch}")
         last = None
         for _ in range(skip):
             last = next(drawn, None)
@@ -240,11 +257,14 @@ class MapFeed(Feed):
         return drawn
 
     def _streams(self) -> dict[str, Any]:
-        return {"random": STREAMS.capture(), "generators": generators.states(self._generators)}
+        lists = self._lists.changed()
+        held = {"lists": lists} if lists else {}
+        return {"random": STREAMS.capture(), "generators": generators.states(self._generators), **held}
 
     def _restore_streams(self, streams: Mapping[str, Any]) -> None:
         STREAMS.restore(streams["random"])
         generators.restore(self._generators, streams["generators"])
+        self._lists.restore(streams.get("lists", {}))
 
     def description(self) -> dict[str, Any]:
         """The properties of the loader that must be the same when a run resumes."""
@@ -281,15 +301,31 @@ class _Rest:
         return islice(iter(self._sampler), self._seen, None)
 
 
+def _apart(drawn: Iterator[Any], name: str) -> Iterator[Any]:
+    """``drawn``, which draws all but its first item from streams of its own.
+
+    Most samplers draw the whole order with its first item. One that draws each item when it is asked for it would draw
+    between the steps of the training, and a resumed run could not draw the order again.
+    """
+    first = next(drawn, _END)
+    if first is _END:
+        return
+    states = STREAMS.side(name)
+    yield first
+    yield from ApartIterator(lambda: drawn, STREAMS, states)
+
+
+def _begun(drawn: Iterator[Any]) -> Iterator[Any]:
+    """``drawn`` with its first item drawn now: with it, a sampler draws the order of the epoch."""
+    first = next(drawn, _END)
+    return iter(()) if first is _END else chain([first], drawn)
+
+
 def keep_order(loader: Any) -> None:
     """Have ``loader`` give its batches in order, without which there is no position."""
     if not getattr(loader, "in_order", True):
         _log.warning("%s: in_order=False is left out, because a run could not be resumed in it", shown(loader))
         loader.in_order = True
-
-
-def _is_in(one: Any, others: Sequence[Any]) -> bool:
-    return any(one is other for other in others)
 
 
 def _size(index: Any) -> int:

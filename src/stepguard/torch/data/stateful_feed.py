@@ -61,6 +61,9 @@ class StatefulFeed(StreamFeed):
         self._streams_before = position.get("streams")
         generators.restore(self._inside.generators, position.get("items", ()))
 
+    def _restarts_workers(self) -> bool:
+        return False
+
     def catch_up(self, go_on: Callable[[], bool]) -> bool:  # noqa: ARG002 - as in the base
         """Nothing is read again."""
         return True
@@ -78,10 +81,11 @@ class StatefulFeed(StreamFeed):
         self._is_loaded = state is not None and not skip
         self._has_begun = True
         items = generators.states(self._inside.generators)
+        # First, because it may begin the epoch anew.
+        self._announce_epoch()
         if not skip:
-            self._announce_epoch()
-            self._order = STREAMS.fork()
-        order = self._order if self._order is not None else STREAMS.fork()
+            self._order = STREAMS.fork("data")
+        order = self._order if self._order is not None else STREAMS.fork("data")
         if state is not None:
             with STREAMS.preserved():
                 self._holder.load_state_dict(state)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,13 +27,18 @@ _log = logger(__name__)
 class StreamFeed(IterableFeed):
     """Any iterable, perhaps with loaders, samplers and data sets inside that want to know the number of the epoch."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, *roots: Any) -> None:
         super().__init__(loader, STREAMS)
-        self._inside = Inside(loader)
+        self._inside = Inside(*(roots or (loader,)))
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
+        self._has_warned = False
         if not self.is_repeatable:
             _warn_of_workers(loader)
+
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return super().is_held_besides(others + self._inside.holds(self.loader))
 
     def position(self) -> dict[str, Any]:
         """The position, with the states of the generators inside the loader at the beginning of the epoch."""
@@ -56,6 +63,25 @@ class StreamFeed(IterableFeed):
 
     def _announce_epoch(self) -> None:
         self._inside.set_epoch(self.epoch)
+        if self.epoch and self._restarts_workers():
+            _log.warning(
+                "%s: the persistent workers of the DataLoader inside are started anew in each epoch, because their "
+                "random numbers would depend on the epochs before. Give steps() the DataLoader itself to keep them",
+                shown(self.loader),
+            )
+
+    def _restarts_workers(self) -> bool:
+        """Have the loaders inside make new iterators. Returns whether a warning is due."""
+        had_workers = False
+        for one in self._inside.loaders:
+            had_workers = had_workers or (one.persistent_workers and one._iterator is not None)
+            one._iterator = None
+            if hasattr(one, "_initial_iter_for_state_dict"):
+                # torchdata's loader has made an iterator to read its state.
+                one._initial_iter_for_state_dict = False
+        is_due = had_workers and not self._has_warned
+        self._has_warned = self._has_warned or had_workers
+        return is_due
 
 
 class WorkerStreamFeed(StreamFeed):
@@ -76,17 +102,44 @@ class WorkerStreamFeed(StreamFeed):
         super().close()
         self._seeded._iterator = None
 
+    def _restarts_workers(self) -> bool:
+        return False
+
     def _open(self) -> Iterator[Any]:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
         self._stream.begin(self.epoch, seed)
         return iter(self._seeded)
 
 
-class TorchFunctionFeed(FunctionFeed):
-    """A function that makes an iterable, called under the random streams of the loader's own."""
+class TorchFunctionFeed(StreamFeed, FunctionFeed):
+    """A function that makes an iterable. What it holds and what it names is searched for loaders and generators."""
 
     def __init__(self, loader: Any) -> None:
-        super().__init__(loader, STREAMS)
+        super().__init__(loader, *_held_by(loader))
+
+    def is_held_besides(self, others: int) -> bool:
+        """Always: the same function may be defined again."""
+        return FunctionFeed.is_held_besides(self, others)
+
+
+def _held_by(function: Any) -> list[Any]:
+    """The objects that a function refers to: its object, its arguments, its closure, and the globals that it names."""
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values(), *_held_by(function.func)]
+    held = [function.__self__] if isinstance(function, types.MethodType) else []
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return held
+    names = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    return [*held, *(function.__defaults__ or ()), *cells, *names]
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
 
 
 def _warn_of_workers(loader: Any) -> None:

@@ -14,6 +14,7 @@ from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.member import SessionMember
+from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
 from stepguard.torch.checkpoint.state import Component
@@ -69,6 +70,7 @@ class TorchMember(SessionMember):
         try:
             with held:
                 self._copies.finish()
+                unpacked(self._process)
                 write_process(exchange, directory, self._process)
                 if self._is_sharded:
                     write_mine(exchange, exchange.rank, directory, self._finite_part)
