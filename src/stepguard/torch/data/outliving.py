@@ -5,11 +5,11 @@ stops at the next step boundary, and may need more batches to get there. A worke
 step with it, because PyTorch raises an error in the training process, between any two lines, when a worker has died.
 
 The protocol: the main thread of a worker blocks these signals (SIGUSR1 only if nothing handles it), and the thread
-``stepguard-outliving`` waits for them. A SIGTERM from the parent ends the worker at once, as PyTorch's own handler does.
-Any other signal is dropped. The thread looks for the parent once a second and ends the worker when the parent is gone;
-otherwise nothing would end a worker that waits for the disk. SIGKILL and crashes end a worker as before, so PyTorch
-still detects dead workers. A worker that starts a program of its own accepts the signals again from then on: the
-program would inherit the block, and could not be ended by its worker.
+``stepguard-outliving`` waits for them. A SIGTERM from the parent ends the worker at once, as PyTorch's own handler
+does. Any other signal is dropped. The thread looks for the parent once a second and ends the worker when the parent is
+gone; otherwise nothing would end a worker that waits for the disk. SIGKILL and crashes end a worker as before, so
+PyTorch still detects dead workers. A worker that starts a program of its own accepts the signals again from then on:
+the program would inherit the block, and could not be ended by its worker.
 
 PyTorch has no hook that runs in every worker, and ``worker_init_fn`` belongs to the program. So the function that
 workers run is replaced by one that prepares the worker first. Where the system does not tell who has sent a signal (it
