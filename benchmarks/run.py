@@ -22,6 +22,7 @@ SMALLEST = {
     "replicas": "--secs 0.5 --repeat 1 --waited-secs 0.2 --recovery-wait-secs 1",
     "rendezvous": "--processes 2 --saves 2 --idle-secs 0.5 --step-secs 0.02 --hosts 1",
     "large_logdirs": "--checkpoints 3 --processes 1 2 --repeats 1",
+    "torch_stalls": "--megabytes 4 --seconds 1",
     "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
 }
 

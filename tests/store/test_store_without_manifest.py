@@ -65,6 +65,21 @@ def test_a_newest_that_was_removed_by_hand_is_gone_and_not_damaged(tmp_path: Pat
     )
 
 
+def test_one_whose_files_were_removed_by_hand_is_gone_although_its_manifest_is_left(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    for path in tmp_path.glob("model.ckpt-2*"):
+        if not path.name.endswith(".manifest.json"):
+            files.remove(path)
+    message = CheckpointStore(tmp_path, saver_files=tensorflow_files).newest_good().message()
+    assert message == (
+        f"{tmp_path}/model.ckpt-2 is gone (its manifest is there, and none of its files): "
+        f"resuming from {tmp_path}/model.ckpt-1, 1 step earlier"
+    )
+    assert not (tmp_path / "model.ckpt-2.manifest.json").exists()
+
+
 # What the files without a manifest hold, in place of a step that a framework reads.
 HELD = {"model.ckpt-600": 100, "model.ckpt-100": 100, "model.ckpt-500": 500}
 

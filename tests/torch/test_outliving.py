@@ -58,7 +58,7 @@ def from_elsewhere(number: int, pid: int) -> None:
     subprocess.run(["kill", f"-{number}", str(pid)], check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_workers_go_on_after_a_signal_that_their_parent_has_not_sent(workers, number):
     batches = workers()
     seen = [next(batches) for _ in range(4)]

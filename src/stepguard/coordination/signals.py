@@ -86,7 +86,7 @@ class SigtermWatch:
         self._thread = threading.Thread(target=self._watch, args=(reader,), name="stepguard-sigterm", daemon=True)
         self._thread.start()
         for number in _REASONS:
-            if number == signal.SIGTERM or _has_default_action(number):
+            if number == signal.SIGTERM or has_default_action(number):
                 signal.signal(number, _wake)
                 self._watched.append(number)
 
@@ -160,7 +160,7 @@ class SigtermWatch:
         self._on_sigterm()
 
 
-def _has_default_action(number: signal.Signals) -> bool:
+def has_default_action(number: signal.Signals) -> bool:
     """Whether nothing in this process handles the signal. ``faulthandler.register`` does so unknown to `signal`."""
     if signal.getsignal(number) is not signal.SIG_DFL:
         return False

@@ -45,7 +45,7 @@ class Checkpoint:
 class Damage:
     """A damaged checkpoint: the reason, and the directory to which it was moved (None: it was not moved).
 
-    ``is_gone`` says that it has no file, because somebody has removed it.
+    ``is_gone`` says that its files are not there, because somebody has removed them.
     """
 
     checkpoint: Checkpoint

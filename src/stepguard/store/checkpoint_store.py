@@ -385,7 +385,9 @@ class CheckpointStore:
         self._newest_good = found.good.name
         damaged = found.damaged
         if quarantine:
-            damaged = tuple(self.quarantine(one.checkpoint, one.reason) for one in damaged)
+            damaged = tuple(
+                replace(self.quarantine(one.checkpoint, one.reason), is_gone=one.is_gone) for one in damaged
+            )
         return Recovery(found.good, (*lost, *damaged), found.passed_over)
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:

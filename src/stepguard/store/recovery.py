@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
-from stepguard.store import statefile, verification
+from stepguard.store import manifest, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
 from stepguard.store.layout import Layout
 from stepguard.words import listed, logger
@@ -95,11 +95,18 @@ def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_he
                     unreadable = unreadable or error.error
                 place = layout.within(candidate.root)
                 # Otherwise it was pruned while it was read.
-                if place.is_candidate(candidate.name, place.present(candidate.name)):
-                    damaged.append(Damage(candidate, str(error)))
+                present = place.present(candidate.name)
+                if place.is_candidate(candidate.name, present):
+                    damaged.append(_damage(candidate, error, present))
             else:
                 return Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
     return Search(None, tuple(damaged), unreadable)
+
+
+def _damage(candidate: Checkpoint, error: CheckpointCorruptError, present: Sequence[str]) -> Damage:
+    if list(present) == [candidate.name + manifest.SUFFIX]:
+        return Damage(candidate, "its manifest is there, and none of its files", is_gone=True)
+    return Damage(candidate, str(error))
 
 
 def _attempt(attempt: Callable[[Checkpoint], None] | None, good: Checkpoint) -> None:

@@ -1,15 +1,15 @@
 """Workers of DataLoaders that outlive a signal to the whole job, until their parent is done with them.
 
-A scheduler, a launcher or a terminal sends SIGTERM or SIGINT to every process of a job. The training process stops at
-the next step boundary, and may need more batches to get there. A worker that ends at once takes the running step with
-it, because PyTorch raises an error in the training process, between any two lines, when a worker has died.
+A scheduler, a launcher or a terminal sends SIGTERM, SIGUSR1 or SIGINT to every process of a job. The training process
+stops at the next step boundary, and may need more batches to get there. A worker that ends at once takes the running
+step with it, because PyTorch raises an error in the training process, between any two lines, when a worker has died.
 
-The protocol: the main thread of a worker blocks both signals, and the thread ``stepguard-outliving`` waits for them. A
-SIGTERM from the parent ends the worker at once, as PyTorch's own handler does. Any other signal is dropped. The thread
-looks for the parent once a second and ends the worker when the parent is gone; otherwise nothing would end a worker
-that waits for the disk. SIGKILL and crashes end a worker as before, so PyTorch still detects dead workers. A worker
-that starts a program of its own accepts both signals again from then on: the program would inherit the block, and
-could not be ended by its worker.
+The protocol: the main thread of a worker blocks these signals (SIGUSR1 only if nothing handles it), and the thread
+``stepguard-outliving`` waits for them. A SIGTERM from the parent ends the worker at once, as PyTorch's own handler
+does. Any other signal is dropped. The thread looks for the parent once a second and ends the worker when the parent is
+gone; otherwise nothing would end a worker that waits for the disk. SIGKILL and crashes end a worker as before, so
+PyTorch still detects dead workers. A worker that starts a program of its own accepts the signals again from then on:
+the program would inherit the block, and could not be ended by its worker.
 
 PyTorch has no hook that runs in every worker, and ``worker_init_fn`` belongs to the program. So the function that
 workers run is replaced by one that prepares the worker first. Where the system does not tell who has sent a signal (it
@@ -31,6 +31,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from stepguard.coordination.signals import has_default_action
+
 # Where the function is called from that runs in a worker: PyTorch's, and torchdata's where it is loaded.
 _CALLERS = ("torch.utils.data._utils.worker", "torchdata.stateful_dataloader.stateful_dataloader")
 _LOOP = "_worker_loop"
@@ -39,7 +41,7 @@ _CAN_OUTLIVE = hasattr(signal, "sigwaitinfo") and hasattr(signal, "sigtimedwait"
 
 
 def let_workers_outlive_signals() -> None:
-    """Make the workers that this process starts from now on outlive SIGTERM and SIGINT, unless the parent sends them.
+    """Make the workers that this process starts from now on outlive SIGTERM, SIGUSR1 and SIGINT.
 
     Main thread or any other. A second call adds what was imported since the first.
     """
@@ -98,23 +100,27 @@ class _OutlivingLoop:
         self._loop(*args, **kwargs)
 
 
-_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
 
 
 def _outlive() -> None:
     """Prepare this worker. Called in its main thread, before PyTorch sets its own handlers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signals = set(_SIGNALS)
+    if not has_default_action(signal.SIGUSR1):
+        signals.discard(signal.SIGUSR1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     sys.addaudithook(_accept_signals_again)
-    threading.Thread(target=_wait_for_the_end, name="stepguard-outliving", daemon=True).start()
+    threading.Thread(target=_wait_for_the_end, args=(signals,), name="stepguard-outliving", daemon=True).start()
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_the_end(signals: set[signal.Signals]) -> None:
     is_alive = _parent()
     parent = multiprocessing.parent_process()
     senders = {os.getppid(), None if parent is None else parent.pid}
     while is_alive():
         # A worker that was stopped meanwhile may get a stale signal here, which is one that was dropped before.
-        received = signal.sigtimedwait(_SIGNALS, _LOOK_SECS)
+        received = signal.sigtimedwait(signals, _LOOK_SECS)
         if received is not None and received.si_signo == signal.SIGTERM and received.si_pid in senders:
             break
     os._exit(0)
