@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import multiprocessing
 import os
 import platform
+import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,15 +28,33 @@ NAMES = {
 
 
 def run_child(script: str, arguments: Sequence[object], *, timeout_secs: float = 900.0) -> dict[str, Any]:
-    """Run ``python script ARGUMENTS --out FILE`` in a fresh process, and return the JSON object that it left there."""
+    """Run ``script ARGUMENTS --out FILE`` in a fresh process, and return the JSON object that it left there.
+
+    The process is forked from one that has imported TensorFlow, and made neither a session nor a thread with it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow", "stepguard.tensorflow"])
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory, "result.json")
-        command = [sys.executable, script, *map(str, arguments), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_secs, check=False)
-        if done.returncode != 0 or not out.exists():
-            sys.exit(f"{' '.join(command)}: ended with {done.returncode}\n{done.stderr[-4000:]}")
+        out, said = Path(directory, "result.json"), Path(directory, "output")
+        command = [script, *map(str, arguments), "--out", str(out)]
+        child = context.Process(target=_run_script, args=(command, str(said)))
+        child.start()
+        child.join(timeout_secs)
+        if child.exitcode != 0 or not out.exists():
+            ended = "was still running" if child.is_alive() else f"ended with {child.exitcode}"
+            child.kill()
+            sys.exit(f"{' '.join(command)}: {ended}\n{said.read_text()[-4000:] if said.exists() else ''}")
         result: dict[str, Any] = json.loads(out.read_text())
         return result
+
+
+def _run_script(command: list[str], output: str) -> None:
+    """In the child: run the script as Python would, with what it says in the file ``output``."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def write_result(path: str, result: dict[str, Any]) -> None:

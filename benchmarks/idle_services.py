@@ -15,7 +15,7 @@ from common import NAMES, disable_eager_execution, median, print_machine, print_
 KINDS = ("bare", "tf", "ours")
 
 
-def measure(kind: str, secs: float, service_secs: float | None) -> dict[str, Any]:
+def measure(kind: str, secs: float, service_secs: float | None, settle_secs: float) -> dict[str, Any]:
     """CPU seconds and context switches in ``secs`` of waiting."""
     import tensorflow as tf
 
@@ -36,7 +36,7 @@ def measure(kind: str, secs: float, service_secs: float | None) -> dict[str, Any
             module = v1.train if kind == "tf" else stepguard.tensorflow
             session = stack.enter_context(module.Supervisor(logdir=logdir, **timers).managed_session())
         session.run(step)
-        time.sleep(3.0)  # The first tick of every service.
+        time.sleep(settle_secs)  # The first tick of every service.
         before, switches = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
         time.sleep(secs)
         after = time.process_time()
@@ -52,14 +52,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--secs", type=float, default=20.0, help="how long each waits")
     parser.add_argument("--service-secs", type=float, help="interval of all services; by default the usual ones")
+    parser.add_argument("--settle-secs", type=float, default=3.0, help="before that, for the services to start")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out:
-        write_result(options.out, measure(options.kind, options.secs, options.service_secs))
+        write_result(options.out, measure(options.kind, options.secs, options.service_secs, options.settle_secs))
         return
     print_machine()
-    arguments = ["--secs", options.secs]
+    arguments = ["--secs", options.secs, "--settle-secs", options.settle_secs]
     if options.service_secs is not None:
         arguments += ["--service-secs", options.service_secs]
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}

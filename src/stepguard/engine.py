@@ -62,7 +62,9 @@ For a framework whose program is a loop over batches, ``stepguard.steps`` provid
   reads any iterable. To find the next batch again, it restores the streams of the epoch's beginning and reads the
   epoch from there, so ``streams`` must include every generator that a loader draws from;
 - ``random_streams.RandomStreams()`` holds Python's and NumPy's global generators. A subclass adds others: its
-  ``capture()`` adds entries to the dictionary of ``super()``, and its ``restore(states)`` calls ``super()`` too;
+  ``capture()`` adds entries to the dictionary of ``super()``, and its ``restore(states)`` calls ``super()`` too. An
+  iterable draws from streams of its own, so that a resumed run can read it again: ``draw_seeds()`` and
+  ``reseed(seeds, name)`` of the subclass make new ones of its generators; without these they begin as copies;
 - a snapshot takes ``session.process_state.capture()``: plain values, if the streams' are, of which tuples may come back
   as lists. ``restore`` gives them to ``session.restore_process_state(values, step)``, which also sets the step;
   with ``in_run`` it sets ``session.global_step = step`` instead;
@@ -320,6 +322,14 @@ class SharedModel(Protocol[_SessionT_contra]):
 
         ``may_go_on`` says that the others may go on: wait only as long as the steps take that they are doing now.
         """
+
+
+@runtime_checkable
+class MakesRoom(Protocol[_SessionT_contra]):
+    """An engine that can make the memory for its snapshots before it takes one."""
+
+    def make_room(self, session: _SessionT_contra) -> None:
+        """Make that memory, so that the first snapshot is as fast as the later ones. Before the first step."""
 
 
 @runtime_checkable

@@ -376,6 +376,57 @@ def test_the_same_supervisor_again_after_an_aborted_error(tmp_path):
     assert assert_same(scenario, tmp_path)[0] is False
 
 
+def test_tensorflows_own_loop_passes_the_arguments_and_ends_when_the_function_asks(tmp_path):
+    def scenario(side, logdir):
+        model = counting_model()
+        sv = side.Supervisor(logdir=logdir, save_model_secs=0, save_summaries_secs=0)
+        calls = []
+
+        def train_step(sess, *args, **kwargs):
+            sess.run(model.train_op)
+            calls.append((args, kwargs))
+            if len(calls) == 3:
+                sv.request_stop()
+
+        v1.train.basic_train_loop(sv, train_step, args=(1, "a"), kwargs={"b": 2})
+        return len(calls), calls[0], sv.should_stop()
+
+    assert assert_same(scenario, tmp_path) == (3, ((1, "a"), {"b": 2}), True)
+
+
+def test_tensorflows_own_loop_goes_on_after_an_aborted_error(tmp_path):
+    def scenario(side, logdir):
+        model = counting_model()
+        sv = side.Supervisor(logdir=logdir, save_model_secs=0, save_summaries_secs=0)
+        sessions = []
+
+        def train_step(sess):
+            sess.run(model.train_op)
+            if sess not in sessions:
+                sessions.append(sess)
+                if len(sessions) < 3:
+                    raise tf.errors.AbortedError(None, None, "preempted")
+            sv.request_stop()
+
+        v1.train.basic_train_loop(sv, train_step)
+        return len(sessions)
+
+    assert assert_same(scenario, tmp_path) == 3
+
+
+def test_tensorflows_own_loop_raises_any_other_error(tmp_path):
+    def scenario(side, logdir):
+        counting_model()
+        sv = side.Supervisor(logdir=logdir, save_model_secs=0, save_summaries_secs=0)
+
+        def train_step(sess):
+            raise RuntimeError("the step has failed")
+
+        return outcome(lambda: v1.train.basic_train_loop(sv, train_step)), sv.should_stop()
+
+    assert assert_same(scenario, tmp_path) == (("raised", "RuntimeError"), True)
+
+
 def test_a_chief_and_a_worker_on_one_server(tmp_path):
     def scenario(side, logdir):
         server = v1.train.Server.create_local_server()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +77,23 @@ class KeepingEngine(FakeEngine):
 
     def committed(self, kept: Any) -> None:
         self.told = list(kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there have threads a priority of their own")
+def test_the_writer_yields_to_the_training(tmp_path):
+    rig = Rig(tmp_path)
+    nice: list[int] = []
+    write = rig.engine.write
+
+    def noting(*arguments: Any) -> Any:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return write(*arguments)
+
+    rig.engine.write = noting
+    rig.save(1)
+
+    assert nice[0] > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    rig.writer.close(SOON_SECS)
 
 
 def written(rig: Rig, step: int) -> FakeSnapshot:

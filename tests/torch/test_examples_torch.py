@@ -137,3 +137,18 @@ def test_the_program_in_the_manual_runs_as_it_stands(tmp_path):
         )
         assert expected in ended.stdout
     assert (tmp_path / "runs" / "first" / "model.ckpt-2000" / "model.pt").exists()
+
+
+def test_what_accelerate_prepares_resumes_alone_and_in_two_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    program = EXAMPLES / "torch" / "digits_accelerate.py"
+
+    def end(logdir, epochs, launcher):
+        return run(program, f"--logdir={tmp_path / logdir}", f"--epochs={epochs}", launcher=launcher).splitlines()[-1]
+
+    for launcher in ((), TORCHRUN):
+        name = f"of-{len(launcher)}"
+        end(f"parts-{name}", 1, launcher)
+        resumed, whole = end(f"parts-{name}", 2, launcher), end(f"whole-{name}", 2, launcher)
+        assert "sum of the weights" in resumed
+        assert resumed == whole

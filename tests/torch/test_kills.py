@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -13,14 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import begin, fork
 
 from stepguard.store import CheckpointStore
 
 STEPS = 1000
-
-# Children are forked from a process that has imported PyTorch already: twenty starts take seconds, not minutes.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "stepguard.torch", "torch.utils.tensorboard", "torch.optim", "numpy"])
 
 
 class Run:
@@ -30,8 +26,7 @@ class Run:
         self.output = Path(f"{logdir}.output")
         self.output.write_text("")
         command = [f"--logdir={logdir}", f"--seen={logdir}.seen", *arguments]
-        self.process = _processes.Process(target=_train, args=(str(self.output), command))
-        self.process.start()
+        self.process = fork(_train, str(self.output), command)
         deadline = time.monotonic() + 60
         while "in the first step" not in self.output.read_text():
             assert self.process.is_alive(), self.output.read_text()
@@ -61,11 +56,7 @@ class Run:
 def _train(output: str, command: list[str]) -> None:
     import training
 
-    # And not by the server of this process: loader workers are forked from the process that trains.
-    multiprocessing.set_start_method("fork", force=True)
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    begin(output)
     training.main(command)
 
 

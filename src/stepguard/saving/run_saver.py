@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Generic
 
-from stepguard.engine import Engine, EventLog, SessionT
+from stepguard.engine import Engine, EventLog, MakesRoom, SessionT
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
@@ -106,6 +106,8 @@ class RunSaver(Generic[SessionT]):
                 one_save=self.one_save,
                 guard=guard,
             )
+        if isinstance(self._engine, MakesRoom):
+            self._engine.make_room(session)
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))
         self.checkpointer = checkpointer
         every_steps = self._options.save_model_steps

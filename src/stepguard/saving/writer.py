@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from stepguard.disk.processes import yield_to_others
 from stepguard.engine import Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.commit import Committer
@@ -167,6 +168,7 @@ class CheckpointWriter:
     # --- the writer's thread ---
 
     def _run(self) -> None:
+        yield_to_others()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting is not None or self._closing)

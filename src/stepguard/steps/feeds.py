@@ -74,11 +74,11 @@ class Feed(ABC):
     @property
     def is_held(self) -> bool:
         """Whether anybody but this feed holds the loader. Otherwise it cannot be given to ``steps`` again."""
-        return self.is_held_by(1)
+        return self.is_held_besides(0)
 
-    def is_held_by(self, ours: int) -> bool:
-        """Whether anybody holds the loader besides ``ours`` references."""
-        return references(self) > _REFERENCES - 1 + ours
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return references(self) > _REFERENCES + others
 
     def next(self, epochs: int | None) -> Any:
         """The next batch.
@@ -335,7 +335,7 @@ class IterableFeed(Feed):
             return islice(iter(self.loader), skip, None)
         self._announce_epoch()
         if not skip or self._order is None:
-            self._order = self._streams.fork()
+            self._order = self._streams.fork("data")
         return ApartIterator(self._open, self._streams, self._order)
 
     def _announce_epoch(self) -> None:
@@ -358,7 +358,7 @@ class FunctionFeed(IterableFeed):
             return mine is loader
         return mine.__code__ is loader.__code__ and _held(mine) == _held(loader)
 
-    def is_held_by(self, ours: int) -> bool:  # noqa: ARG002 - as in the base
+    def is_held_besides(self, others: int) -> bool:  # noqa: ARG002 - as in the base
         """Always: the same function may be defined again."""
         return True
 

@@ -32,7 +32,7 @@ class GroupFeed(Feed):
     @property
     def is_held(self) -> bool:
         """Whether anybody but this feed and its mapping holds one of the loaders."""
-        return any(part.is_held_by(2) for part in self._parts.values())
+        return any(part.is_held_besides(1) for part in self._parts.values())
 
     def catch_up(self, go_on: Callable[[], bool]) -> bool:
         """Let each loader go to its position."""

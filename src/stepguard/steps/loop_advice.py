@@ -113,6 +113,15 @@ class LoopAdvice:
             accumulate,
         )
 
+    def on_untrained(self, step: int) -> None:
+        """Warn of a loop that was left in its step ``step``, counted from 0, before it trained with the batch."""
+        _log.warning(
+            "steps: the loop was left in step %d before an optimizer was called. The step counts as done, and its "
+            "batch is not seen again: end the loop with max_steps=, or with `break` after the training with the batch. "
+            "zip(sess.steps(...), range(n)) asks for one step too many",
+            step,
+        )
+
     def on_failed_fetch(self, feed: Feed, step: int) -> None:
         """Warn that the state of ``step`` is whole, but not the random streams, if the loader draws in this process."""
         if not getattr(feed.loader, "num_workers", 0):

@@ -180,7 +180,8 @@ class Places:
             place.position, place.feed = {**feed.position(), "processes": self._processes}, None
             if feed.is_over:
                 # The rest of a position is for an epoch that goes on.
-                place.position = {key: place.position[key] for key in ("epoch", "batches", "loader", "processes")}
+                kept = place.position.items()
+                place.position = {key: one for key, one in kept if key == "loader" or isinstance(one, (int, str))}
             self._recent = [one for one in self._recent if one is not feed]
             feed.close()
 

@@ -30,29 +30,38 @@ class RandomStreams:
         if numpy is not None and "numpy" in states:
             numpy.random.set_state(tuple(states["numpy"]))
 
-    def reseed(self, seed: str) -> None:
-        """Begin the streams anew from ``seed``; the same text gives the same streams. A subclass adds its own."""
-        # Python's generator seeds its whole state from a string; the others are seeded by numbers from it.
-        random.seed(seed)
+    def draw_seeds(self) -> dict[str, int]:
+        """One number from each stream. A subclass adds its own."""
+        seeds = {"python": random.getrandbits(63)}
         numpy = sys.modules.get("numpy")
         if numpy is not None:
-            numpy.random.seed(random.getrandbits(32))
+            seeds["numpy"] = int(numpy.random.randint(2**32, dtype=numpy.uint64))
+        return seeds
 
-    def fork(self) -> dict[str, Any]:
-        """The states of new streams, which one draw from Python's stream decides."""
-        seed = str(random.getrandbits(128))
+    def reseed(self, seeds: Mapping[str, int], name: str) -> None:
+        """Begin each stream anew from its own number and ``name``. A subclass adds its own."""
+        random.seed(f"{name}/{seeds['python']}")
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and "numpy" in seeds:
+            numpy.random.seed(random.Random(f"{name}/{seeds['numpy']}").getrandbits(32))
+
+    def fork(self, name: str) -> dict[str, Any]:
+        """The states of new streams. One draw from each stream decides the new one of its kind.
+
+        A program that seeds only the stream that it uses therefore gets the same numbers in each of its runs.
+        """
+        seeds = self.draw_seeds()
         with self.preserved():
-            self.reseed(seed)
+            self.reseed(seeds, name)
             return self.capture()
 
     def side(self, name: str) -> dict[str, Any]:
-        """The states of new streams, which these and ``name`` decide. Nothing is drawn from these."""
+        """The states of new streams, as of :meth:`fork`, and nothing is drawn from these."""
         with self.preserved():
-            self.reseed(f"{random.getrandbits(128)}/{name}")
-            return self.capture()
+            return self.fork(name)
 
     def are_equal(self, states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-        """Whether nothing was drawn between two captures. A subclass compares its own."""
+        """Whether nothing was drawn between two captures. A subclass whose states are arrays compares them itself."""
         return states == others
 
     @contextmanager

@@ -66,6 +66,8 @@ class Session:
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
         self.is_left = False
+        # The step that was left without training, until it is known that no error has left it.
+        self._left_untrained: int | None = None
 
     def steps(
         self,
@@ -84,8 +86,9 @@ class Session:
 
         Asking for the next step ends the current one, so nothing may ask ahead. A prefetcher around this iterator
         counts steps that were never trained. So does ``zip(sess.steps(loader), range(4))``, which asks for a fifth step
-        before it sees the end of ``range``. Prefetch in the loader, and end a loop with ``max_steps`` or ``break``. A
-        warning is given if another thread asks for steps.
+        before it sees the end of ``range``, and ``break`` before the training with a batch. Prefetch in the loader, and
+        end a loop with ``max_steps``, or with ``break`` after the training. A warning is given if another thread asks
+        for steps, and, where the framework's session can know it, if the last step of a loop has trained nothing.
 
         While no loop runs, the program may use the state for other work. A save then has the state of the last step.
 
@@ -257,6 +260,8 @@ class Session:
         if not self.is_open:
             return
         self.is_open = False
+        if not self._coord.failed:
+            self._tell_of_untrained()
         self.process_state.close()
         self._interrupts.finish()
 
@@ -341,6 +346,16 @@ class Session:
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
+
+    def _has_trained(self) -> bool:
+        """A hook for a subclass: whether the running step has trained the model, as far as can be known."""
+        return True
+
+    def _tell_of_untrained(self) -> None:
+        """Warn of a loop that was left by `break` before it trained with its batch."""
+        step, self._left_untrained = self._left_untrained, None
+        if step is not None:
+            self._advice.on_untrained(step)
 
     def _feed(self, loader: Any, epochs: int | None, resume_data: bool | str) -> Feed | None:
         if loader is not None:
@@ -438,6 +453,7 @@ class Session:
                     is_mine = boundary.is_mine
                     if is_mine:
                         self._note_loop_over(plan)
+                        self._left_untrained = None if self._has_trained() else self.global_step
                     self.finish_step(was_left=True)
                     if is_mine:  # Otherwise the garbage collector closes the generator, perhaps on a service's thread.
                         boundary.rest(is_last=self._coord.stop_requested)
@@ -542,6 +558,7 @@ class Session:
         self._check_open()
         if self.boundary.is_mine:
             raise RuntimeError("a step was begun inside a step: end the outer one first, or use one loop over steps()")
+        self._tell_of_untrained()
         self.boundary.enter()
         self.is_left = False
         self.process_state.begin_step()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from stepguard.disk.processes import yield_to_others
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
@@ -148,6 +149,7 @@ class Worker(Rendezvous):
 
     def _write(self, exchange: Exchange, step: int, place: str) -> None:
         """Write this process's part. Runs on a thread of its own; an error is sent as the answer."""
+        yield_to_others()
         if self._earlier is not None:
             self._earlier.forget()
         self._earlier = exchange

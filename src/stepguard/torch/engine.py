@@ -20,6 +20,7 @@ from stepguard.steps.engine import LoopEngine
 from stepguard.steps.exchange import Exchange
 from stepguard.steps.peers import Peers
 from stepguard.store import Checkpoint, Recovery
+from stepguard.torch.checkpoint.arena import coming_bytes
 from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
 from stepguard.torch.checkpoint.first_weights import take_first_weights
 from stepguard.torch.checkpoint.program import Program
@@ -71,7 +72,7 @@ class TorchEngine(LoopEngine[Session]):
         self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
         self._member: TorchMember | None = None
         # The memories, each with a weak reference to the snapshot in it.
-        self._memories: list[tuple[HostMemory, weakref.ref[CopyStreams]]] = []
+        self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
         self._watch: ValueWatch | None = None
 
     # --- the session ---
@@ -189,6 +190,18 @@ class TorchEngine(LoopEngine[Session]):
             yield
 
     # --- checkpoints ---
+
+    def make_room(self, session: Session) -> None:
+        """Copy the state once, and make room for what the optimizers will add to it in their first step."""
+        memory = HostMemory()
+        copies = CopyStreams(session.training_streams)
+        with torch.no_grad():
+            for one in self._program.components:
+                memory.copy(one.name, one.state(), copies)
+            copies.close()
+        copies.finish()
+        memory.make_room(coming_bytes(one for _, one in self._program.optimizers()))
+        self._memories = [(memory, lambda: None)]
 
     def snapshot(self, session: Session) -> TorchSnapshot:
         """Copy the state into host memory, which is reused when its snapshot is no longer referenced."""

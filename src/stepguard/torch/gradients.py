@@ -50,6 +50,11 @@ class Gradients:
                     yield number, gradient
                 number += 1
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the optimizer, which was called in the step before, has no part in the running step until now."""
+        return self._stepped_in == self._steps_done() - 1 and not self.unapplied()
+
     def unapplied(self) -> dict[int, torch.Tensor]:
         """The unapplied gradients by the numbers of their parameters; empty if the optimizer's last step came after."""
         if self._stepped_in >= self._steps_done() - 1 and self._mark() == self._mark_at_step:

@@ -33,10 +33,14 @@ class TorchStreams(RandomStreams):
             for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
                 torch.cuda.set_rng_state(state, device)
 
-    def reseed(self, seed: str) -> None:
-        """Begin the streams of the CPU anew; those of CUDA go on, because a loader rarely draws from them."""
-        super().reseed(seed)
-        torch.default_generator.manual_seed(random.getrandbits(63))
+    def draw_seeds(self) -> dict[str, int]:
+        """One number from each stream of the CPU. Those of CUDA go on: a loader rarely draws from them."""
+        return {**super().draw_seeds(), "torch": int(torch.randint(2**62, ()))}
+
+    def reseed(self, seeds: Mapping[str, int], name: str) -> None:
+        """Begin each stream of the CPU anew from its own number and ``name``."""
+        super().reseed(seeds, name)
+        torch.default_generator.manual_seed(random.Random(f"{name}/{seeds['torch']}").getrandbits(63))
 
     def are_equal(self, states: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
         """Whether nothing was drawn between two captures."""

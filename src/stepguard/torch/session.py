@@ -62,6 +62,9 @@ class Session(LoopSession):
             stream = torch.cuda.current_stream()
             self._training_streams[stream.device] = stream
 
+    def _has_trained(self) -> bool:
+        return self._torch_state.has_trained()
+
 
 class _TorchProcessState(ProcessState):
     """Adds the gradients that were accumulated and not applied; each of several processes has its own."""
@@ -75,6 +78,10 @@ class _TorchProcessState(ProcessState):
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
+
+    def has_trained(self) -> bool:
+        """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
+        return not self._gradients or not all(one.is_idle for one in self._gradients.values())
 
     def new_feed(self, loader: Any) -> Feed:
         return feed_of(loader)

@@ -13,6 +13,12 @@ from typing import Any
 
 from torch import nn
 
+# What `prepare` of Accelerate returns, if the program has imported it, and the attribute with the object inside.
+_ACCELERATED = (
+    ("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),
+    ("accelerate.scheduler", "AcceleratedScheduler", "scheduler"),
+)
+
 
 def unwrapped(holder: Any) -> Any:
     """The object inside all wrappers that only change how it is run."""
@@ -95,6 +101,11 @@ def _inner_name(holder: Any) -> str | None:
     """The attribute of a wrapper that has the module inside; ``None`` if ``holder`` is no wrapper."""
     if isinstance(holder, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
+    # Accelerate's are an optimizer by name only: they lack what the constructor of an optimizer sets.
+    for module, kind, inner in _ACCELERATED:
+        wrapper = getattr(sys.modules.get(module), kind, None)
+        if wrapper is not None and type(holder) is wrapper:
+            return inner
     # Only torch.compile imports this module. An import here would take a second.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if dynamo is not None and isinstance(holder, dynamo.OptimizedModule) else None

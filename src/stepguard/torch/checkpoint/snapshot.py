@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stepguard.torch.checkpoint.arena import Arena
 from stepguard.torch.checkpoint.packed import LONG, packed, packed_bytes, unpacked
 from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
 from stepguard.torch.checkpoint.state import (
@@ -48,6 +49,11 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self._arena = Arena(0)
+
+    def make_room(self, nbytes: int) -> None:
+        """Make memory for tensors that the program does not have yet."""
+        self._arena = Arena(nbytes)
 
     def copy(self, name: str, state: Any, streams: CopyStreams) -> Any:
         """A copy of ``state`` that nothing will change until the next call for ``name``.
@@ -97,7 +103,10 @@ class HostMemory:
             return seen[identity]
         buffer = self._buffers.get(path)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            if tensor.is_cuda:
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            else:
+                buffer = self._arena.empty_like(tensor)
             self._buffers[path] = buffer
         if tensor.is_cuda:
             with torch.cuda.stream(streams.side(tensor.device)):

@@ -55,6 +55,10 @@ class Inside:
         loaders = self.loaders
         return bool(loaders) and not any(isinstance(one.dataset, IterableDataset) for one in loaders)
 
+    def holds(self, one: Any) -> int:
+        """How often ``one`` is among the objects."""
+        return sum(1 for held in self.objects if held is one)
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch to those who have ``set_epoch``."""
         for one in self.objects:

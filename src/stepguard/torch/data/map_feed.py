@@ -14,7 +14,7 @@ import operator
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -101,6 +101,10 @@ class MapFeed(Feed):
         left = self._rest[1]
         return None if left is None else self._given >= self._skip + left
 
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return super().is_held_besides(others + self._inside.holds(self.loader))
+
     def position(self) -> dict[str, Any]:
         """The position, with the random states from which the order of this epoch was drawn."""
         position = {**super().position(), "worker_seed": self._worker_seed, "samples": self.samples}
@@ -127,7 +131,7 @@ class MapFeed(Feed):
         self._items_before = position.get("items", ())
         if not self.batches:
             generators.restore(self._item_generators, self._items_before)
-        if position["batches"] and self._is_cut_anew(position, processes):
+        if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
     def _go_to_sample(self, position: Mapping[str, Any], processes: int) -> None:
@@ -165,6 +169,14 @@ class MapFeed(Feed):
         is_resized = position["loader"].get("batch size") != self.description()["batch size"]
         is_divided = before == processes or _shares(self.loader) == processes
         return (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
+
+    def _is_between_batches(self) -> bool:
+        """Whether this epoch was begun with another batch size, so that its batches do not count its samples."""
+        samples = length(self.loader.sampler)
+        is_over = samples is not None and self.samples >= samples
+        return (
+            not is_over and _has_plain_batches(self.loader) and self.samples != self.batches * _batch_size(self.loader)
+        )
 
     def _moved(self, position: Mapping[str, Any], before: int, processes: int) -> int:
         if self._is_cut_anew(position, processes):
@@ -224,11 +236,11 @@ class MapFeed(Feed):
     def _behind_seen(self, sampler: Any, skip: int) -> Iterator[Any]:
         """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
         if self._rest is not None and skip:
-            if self.loader.batch_sampler is None:
-                return islice(iter(sampler), self._rest[0], None)
-            rest = copy.copy(sampler)
-            rest.sampler = _Rest(sampler.sampler, self._rest[0])
-            return iter(rest)
+            rest = _Rest(sampler, self._rest[0])
+            if self.loader.batch_sampler is not None:
+                rest = copy.copy(sampler)
+                rest.sampler = _Rest(sampler.sampler, self._rest[0])
+            return _begun(iter(rest))
         drawn = _apart(iter(sampler), f"order of epoch {self.epoch}")
         last = None
         for _ in range(skip):
@@ -301,6 +313,12 @@ def _apart(drawn: Iterator[Any], name: str) -> Iterator[Any]:
     states = STREAMS.side(name)
     yield first
     yield from ApartIterator(lambda: drawn, STREAMS, states)
+
+
+def _begun(drawn: Iterator[Any]) -> Iterator[Any]:
+    """``drawn`` with its first item drawn now: with it, a sampler draws the order of the epoch."""
+    first = next(drawn, _END)
+    return iter(()) if first is _END else chain([first], drawn)
 
 
 def keep_order(loader: Any) -> None:

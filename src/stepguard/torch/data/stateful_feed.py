@@ -84,8 +84,8 @@ class StatefulFeed(StreamFeed):
         # First, because it may begin the epoch anew.
         self._announce_epoch()
         if not skip:
-            self._order = STREAMS.fork()
-        order = self._order if self._order is not None else STREAMS.fork()
+            self._order = STREAMS.fork("data")
+        order = self._order if self._order is not None else STREAMS.fork("data")
         if state is not None:
             with STREAMS.preserved():
                 self._holder.load_state_dict(state)

@@ -36,6 +36,10 @@ class StreamFeed(IterableFeed):
         if not self.is_repeatable:
             _warn_of_workers(loader)
 
+    def is_held_besides(self, others: int) -> bool:
+        """Whether anybody holds the loader besides this feed and ``others`` references."""
+        return super().is_held_besides(others + self._inside.holds(self.loader))
+
     def position(self) -> dict[str, Any]:
         """The position, with the states of the generators inside the loader at the beginning of the epoch."""
         position = super().position()
@@ -112,6 +116,10 @@ class TorchFunctionFeed(StreamFeed, FunctionFeed):
 
     def __init__(self, loader: Any) -> None:
         super().__init__(loader, *_held_by(loader))
+
+    def is_held_besides(self, others: int) -> bool:
+        """Always: the same function may be defined again."""
+        return FunctionFeed.is_held_besides(self, others)
 
 
 def _held_by(function: Any) -> list[Any]:
