@@ -371,7 +371,7 @@ class TestValuesOfEachProcess:
         mine = Values(per_process=True, count=7)
         with session({"all": Values(x=1), "mine": mine}, tmp_path):
             assert mine.count == 7
-        assert "mine: this process has none in the checkpoint" in caplog.text
+        assert "mine: the checkpoint has none of this process" in caplog.text
 
     def test_is_yes_or_no(self):
         with pytest.raises(TypeError, match="per_process"):

@@ -28,7 +28,11 @@ class Program:
         self.processes = processes
 
     def run(self, kill: Kill | None = None) -> list[int]:
-        """Run it to its end or to ``kill``; the exit codes of its processes."""
+        """Run it to its end or to ``kill``; the exit codes of its processes.
+
+        Without a kill it is saved at its end only, so that the last checkpoint is of the end of the last epoch.
+        """
+        arguments = self.arguments if kill else [*self.arguments, "--save-model-secs=3600"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -37,7 +41,7 @@ class Program:
             place = {"RANK": str(rank), "WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1"}
             place = {**place, "MASTER_PORT": port} if self.processes > 1 else {}
             watch = Watch(self.seen_by(rank), self.logdir, kill if kill and kill.rank == rank else None)
-            started.append(fork(main, str(self.path), self.arguments, watch, place))
+            started.append(fork(main, str(self.path), arguments, watch, place))
         for process in started:
             process.join(150)
         assert all(process.exitcode is not None for process in started), self.output()
@@ -110,7 +114,7 @@ def test_the_language_model_is_the_same_after_three_kills(tmp_path):
         Kill(SIGTERM, chance.randrange(8, 11), chance.randrange(3)),
         Kill(SIGINT, chance.randrange(12, 17), chance.randrange(3), "trained"),
     ]
-    whole = Program("language_model.py", tmp_path / "whole", *small, "--save-model-secs=3600")
+    whole = Program("language_model.py", tmp_path / "whole", *small)
     killed = Program("language_model.py", tmp_path / "killed", *small, "--save-model-secs=0.02")
     check(whole, killed, kills)
 
@@ -124,6 +128,6 @@ def test_the_images_are_learned_the_same_after_three_kills_in_two_processes(tmp_
         Kill(SIGTERM, chance.randrange(13, 23), rank=1),
         Kill(SIGINT, 36, moment="evaluation"),
     ]
-    whole = Program("images.py", tmp_path / "whole", *small, "--save-model-secs=3600", processes=2)
+    whole = Program("images.py", tmp_path / "whole", *small, processes=2)
     killed = Program("images.py", tmp_path / "killed", *small, "--save-model-secs=0.02", processes=2)
     check(whole, killed, kills)

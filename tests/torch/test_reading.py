@@ -217,4 +217,4 @@ class TestASessionThatWasOpenedByHand:
             assert torch.equal(first.weight, second.weight)
             assert not session.is_open
             assert sv.should_stop()
-        assert "an earlier session of this process at step 3" in caplog.text
+        assert "an earlier session of this process, at step 3" in caplog.text

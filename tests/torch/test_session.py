@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import signal
 import sys
 import threading
@@ -389,3 +391,41 @@ def test_another_session_that_saves_to_the_same_logdir_is_refused(tmp_path):
         list(session.steps(max_steps=2))
     with supervisor(tmp_path).managed_session() as session:
         assert session.global_step == 2
+
+
+def left(logdir, how):
+    """A run whose loop is left in its third step, before or after the training with the batch."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, save_summaries_secs=0)
+
+    def train(batch):
+        optimizer.zero_grad()
+        model(batch).sum().backward()
+        optimizer.step()
+
+    with sv.managed_session() as session:
+        steps = session.steps([torch.ones(1, 1)] * 9)
+        for batch in map(operator.itemgetter(0), zip(steps, range(2), strict=False)) if how == "zip" else steps:
+            if session.global_step == 2 and how == "break before":
+                break
+            if session.global_step == 2 and how == "an error":
+                raise ValueError("in the step")
+            train(batch)
+            if session.global_step == 2 and how == "break after":
+                break
+        del steps
+    return session.global_step
+
+
+@pytest.mark.parametrize("how", ["zip", "break before"])
+def test_a_loop_that_is_left_before_it_trains_with_its_batch_is_told_of(how, tmp_path, caplog):
+    assert left(tmp_path / "run", how) == 3
+    assert "steps: the loop was left in step 2 before an optimizer was called" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["break after", "an error"])
+def test_a_loop_that_is_left_by_an_error_or_after_the_training_is_not(how, tmp_path, caplog):
+    with contextlib.suppress(ValueError):
+        left(tmp_path / "run", how)
+    assert "the loop was left" not in caplog.text

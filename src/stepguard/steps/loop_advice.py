@@ -51,25 +51,25 @@ class LoopAdvice:
             # A saved position at the beginning of an epoch, other than the first, is from the end of a loop.
             self._tell(
                 feed,
-                "%s: the checkpoint is of the end of epoch %d over it, and whether the work that the program does at "
-                "the end of an epoch is still to be done is not known: with `for epoch in sess.epochs(n):` around "
-                "`for batch in sess.steps(loader):` it is",
+                "%s: the checkpoint was taken at the end of epoch %d, and it is not known whether the program had done "
+                "its work at the end of that epoch. `for epoch in sess.epochs(n):` around "
+                "`for batch in sess.steps(loader):` records that",
                 feed.epoch,
             )
         elif not is_first and (has_more or not feed.is_repeatable):
             self._tell(
                 feed,
-                "%s: another loop over the epochs of one loader. What the program does between the two, such as "
-                "scheduler.step(), is done again or left out by a restart: write `for epoch in sess.epochs(n):` around "
-                "`for batch in sess.steps(loader):`, without epochs=, and put it into the outer body",
+                "%s: the program begins another loop over the epochs of this loader. A restart may repeat or skip what "
+                "the program does between its loops, such as scheduler.step(): write `for epoch in sess.epochs(n):` "
+                "around `for batch in sess.steps(loader):`, without epochs=, and put that work into the outer body",
             )
 
     def on_first_step(self, plan: LoopPlan) -> None:
         """Warn if another thread than the one that began the loop asks for its steps."""
         if plan.thread != threading.get_ident():
             _log.warning(
-                "steps: the loop was begun in another thread than the one that asks for its steps. A step counts as "
-                "done when the next is asked for, so a prefetcher around steps() counts steps that were not trained: "
+                "steps: one thread began the loop, and another one asks for its steps. A step counts as done when the "
+                "next one is asked for, so a prefetcher around steps() counts steps that were not trained: "
                 "prefetch in the loader"
             )
 
@@ -82,24 +82,24 @@ class LoopAdvice:
         if feed is not None and feed.is_exhausted and (is_empty or (plan.epochs or 0) > feed.epoch):
             self._tell(
                 feed,
-                "%s: %s: it is an iterator, and it is exhausted. Give steps() what can be iterated over again, such as "
-                "the loader itself",
+                "%s: %s: it is an iterator, and it is exhausted. Give steps() an object that can be iterated over "
+                "again, such as the loader itself",
                 "trains nothing" if is_empty else f"expected {plan.epochs} epochs, found {feed.epoch}",
             )
         elif is_empty and plan.max_steps is not None and global_step >= plan.max_steps:
             self._tell(
                 feed,
-                "%s: trains nothing: max_steps=%d is a step of the whole run, which is at step %d already",
+                "%s: trains nothing: max_steps=%d counts the steps of the whole run, which is already at step %d",
                 plan.max_steps,
                 global_step,
             )
         elif is_empty and feed is not None:
             self._tell(
                 feed,
-                "%s: trains nothing: %d epochs over it are complete, and epochs=%s counts those of the whole run, also "
-                "before a restart; what the program does after this loop is done again, and of it only what it does to "
-                "the saved state is undone. For work at the end of each epoch write `for epoch in sess.epochs(n):` "
-                "around `for batch in sess.steps(loader):`, without epochs=",
+                "%s: trains nothing: %d epochs over it are complete, and epochs=%s includes those before a restart. "
+                "The program now repeats its work after this loop, and only its changes to the saved state are undone. "
+                "For work at the end of each epoch write `for epoch in sess.epochs(n):` around "
+                "`for batch in sess.steps(loader):`, without epochs=",
                 feed.epoch,
                 plan.until_epoch,
             )
@@ -107,8 +107,8 @@ class LoopAdvice:
     def on_leftover(self, turns: int, accumulate: int) -> None:
         """Warn of ``turns`` that are too few for a step, because the data has ended."""
         _log.warning(
-            "steps: the data ended in the middle of a step: %d of accumulate=%d batches made no update, since the "
-            "loader has no length that tells which batch is its last. Clear their gradients before you go on",
+            "steps: the data ended in the middle of a step: %d of accumulate=%d batches made no update, because the "
+            "loader has no length and so cannot say which batch is its last. Clear their gradients before you go on",
             turns,
             accumulate,
         )

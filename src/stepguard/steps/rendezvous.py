@@ -177,7 +177,7 @@ class Rendezvous(ABC):
         self._gone = f"rank {rank} was left {why}"
         if rank == self._rank:
             return
-        _log.warning("%s: nothing is saved any more together with it", self._gone)
+        _log.warning("%s: no further checkpoint is saved with it", self._gone)
         gate = self._gate
         if self._member.should_stop():
             gate.open_until(gate.begun, is_last=True)

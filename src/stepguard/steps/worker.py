@@ -210,7 +210,7 @@ class Worker(Rendezvous):
         except StoreLostError:
             _log.debug("the common store has ended before the last step", exc_info=True)
         except NoBoundaryError as error:
-            _log.warning("a stop that the chief asked for was left: %s", error)
+            _log.warning("the chief asked for a stop, and this process gave up on the last step: %s", error)
 
     def _say_farewell(self, timeout_secs: float) -> None:
         self._say_if_left()

@@ -78,8 +78,8 @@ class Gradients:
         for number, gradient in saved.items():
             if number >= len(parameters) or parameters[number].shape != gradient.shape:
                 _log.warning(
-                    "%s: gradient %d of the checkpoint fits no parameter: a step whose gradients were accumulated in "
-                    "part is not the same after this restart",
+                    "%s: gradient %d of the checkpoint fits no parameter, so the step that was accumulating gradients "
+                    "is not the same after this restart",
                     self._name,
                     number,
                 )

@@ -109,7 +109,9 @@ class _TorchProcessState(ProcessState):
             if one.name in saved:
                 one.load(saved[one.name])
             else:
-                _log.warning("%s: this process has none in the checkpoint: it begins as the program made it", one.name)
+                _log.warning(
+                    "%s: the checkpoint has none of this process, so it begins as the program made it", one.name
+                )
 
     def put_gradients_back(self) -> None:
         """Until the first step, set the gradients of the parameters to those in the checkpoint."""

@@ -282,7 +282,7 @@ class Supervisor(CoreSupervisor[Session]):
         session = self._session
         assert session is not None
         _log.warning(
-            "%s: an earlier session of this process at step %d still saves here: it is stopped now, and saved",
+            "%s: an earlier session of this process, at step %d, still saves here: it is saved and stopped now",
             self._logdir,
             session.global_step,
         )

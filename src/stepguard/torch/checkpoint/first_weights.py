@@ -106,7 +106,7 @@ def _fitting(part: Component, found: Mapping[str, Any], options: Restoring) -> A
     """The state to load: all of ``found``, or with ``init_fit="part"`` the live state updated with all that fits."""
     reasons = mismatch(part, found, is_left_out=lambda _: False)
     if not reasons:
-        _log.info("%s: the first weights are all of %s", part.name, options.init_from)
+        _log.info("%s: all first weights come from %s", part.name, options.init_from)
         return found
     live = part.state()
     taken = [
@@ -123,7 +123,7 @@ def _fitting(part: Component, found: Mapping[str, Any], options: Restoring) -> A
             reshaped=reasons.reshaped,
         )
     _log.warning(
-        "%s: %d of %d first weights are those of %s; as the program has made them stay %s; not used are %s",
+        "%s: %d of %d first weights come from %s; left as the program made them: %s; not used: %s",
         part.name,
         len(taken),
         len(live),

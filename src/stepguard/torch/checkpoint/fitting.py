@@ -115,10 +115,11 @@ class Fitting:
                 parts.append(f"as the program has made them begin {listed(self.left)}")
             if self.dropped:
                 parts.append(f"not taken from the checkpoint are {listed(self.dropped)}")
-            _log.warning("%s is restored in part, and so the run is another one: %s", path, "; ".join(parts))
+            _log.warning("%s is restored in part, so the run is not the same from here on: %s", path, "; ".join(parts))
         if self.casts:
             _log.warning(
-                "%s holds tensors of another type than the program, and they were cast, so the run is another one: %s",
+                "%s holds tensors of another type than the program. They were cast, so the run is not the same from "
+                "here on: %s",
                 path,
                 listed(self.casts),
             )
@@ -128,7 +129,7 @@ class Fitting:
         outcomes = {
             False: "the checkpoint's are used, so that the run goes on as it was; restoring=Restoring(hyperparameters="
             "'program') uses those of the program",
-            True: "those of the program are used, so the run is another one from here on",
+            True: "those of the program are used, so the run is not the same from here on",
         }
         for program_wins, outcome in outcomes.items():
             found = [str(one) for one in self.differences if one.program_wins is program_wins]
