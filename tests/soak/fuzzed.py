@@ -97,6 +97,10 @@ def train(logdir: Path, steps: int) -> int:
 # ------------------------------------------------------------------------------------------------ damage
 
 
+def _is_small(path: Path) -> bool:
+    return not path.is_symlink() and path.is_file() and path.stat().st_size < 1 << 30
+
+
 def flip(path: Path, chance: random.Random) -> None:
     content = bytearray(path.read_bytes() or b"\0")
     for _ in range(chance.choice((1, 1, 1, 8))):
@@ -114,7 +118,7 @@ def grow(path: Path, chance: random.Random) -> None:
 
 
 def swap(path: Path, chance: random.Random) -> None:
-    others = [one for one in path.parent.rglob("*") if one.is_file() and one != path]
+    others = [one for one in path.parent.rglob("*") if _is_small(one) and one != path]
     if others:
         path.write_bytes(chance.choice(others).read_bytes())
 
@@ -176,8 +180,7 @@ def damage(logdir: Path, chance: random.Random) -> list[str]:
     """Damage some files. Returns what was done to which."""
     done = []
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        found = sorted(one for one in logdir.rglob("*") if one.is_file() and not one.is_symlink())
-        found = [one for one in found if one.name != ".stepguard.lock" and one.stat().st_size < 1 << 30]
+        found = sorted(one for one in logdir.rglob("*") if _is_small(one) and one.name != ".stepguard.lock")
         path, how = chance.choice(found), chance.choice(DAMAGES)
         how(path, chance)
         done.append(f"{path.relative_to(logdir)} {how.__name__}")

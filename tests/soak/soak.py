@@ -21,6 +21,7 @@ exit code is 1 if anything was lost, and each loss names a copy of its logdir.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import re
@@ -470,6 +471,8 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=KINDS, default=[], help="only these rounds of the engines")
     options.add_argument("--seed", type=int, default=None)
     given = options.parse_args()
+    # What this process finds when it looks is in the table.
+    logging.getLogger("stepguard").setLevel(logging.ERROR)
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     chance = random.Random(seed)
     print(f"{given.seconds:g} s, seed {seed}, engines {', '.join(given.engines)}", flush=True)

@@ -614,3 +614,25 @@ def test_all_that_is_there_being_crafted_is_refused_and_left(tmp_path: Path) -> 
     with pytest.raises(NoGoodCheckpointError) as caught:
         store.newest_good()
     assert str(caught.value).isprintable()
+
+
+def nested(path: Path, depth: int) -> None:
+    """Make directories in each other, by steps: their whole path may be too long for the system."""
+    path.mkdir()
+    here = os.open(path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("a", dir_fd=here)
+        here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+
+
+@pytest.mark.parametrize("name", [".stage-model.ckpt-9", ".replaced-model.ckpt-9", "model.ckpt-3"])
+def test_directories_in_each_other_by_the_thousand_stop_no_start_and_no_save(name: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, 2)
+    nested(tmp_path / name, 1100)
+    assert good_step(store) == 2
+    store.sweep()
+    save(store, 3)
+    assert good_step(store) == 3

@@ -151,12 +151,26 @@ def fsync_dir(path: Path) -> None:
 
 def fsync_tree(path: Path) -> None:
     """Make a file, or a directory with everything in it, durable. The caller makes the name ``path`` durable."""
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
-        fsync_file(path)
-        return
-    for name in sorted(os.listdir(path)):
-        fsync_tree(path / name)
-    fsync_dir(path)
+    for one, is_dir in reversed(_tree(path)):
+        (fsync_dir if is_dir else fsync_file)(one)
+
+
+def _tree(path: Path, gone: tuple[type[OSError], ...] = ()) -> list[tuple[Path, bool]]:
+    """``path`` and everything below it, each with whether it is a directory, and each directory before its entries.
+
+    Links are not followed. What raises one of ``gone`` is left out. Without recursion, which a logdir with thousands of
+    directories in each other would not allow.
+    """
+    found: list[tuple[Path, bool]] = []
+    waiting = [path]
+    for one in waiting:
+        try:
+            is_dir = stat.S_ISDIR(os.lstat(one).st_mode)
+            waiting += [one / name for name in sorted(os.listdir(one))] if is_dir else []
+        except gone:
+            continue
+        found.append((one, is_dir))
+    return found
 
 
 def make_dirs(path: Path) -> None:
@@ -348,19 +362,11 @@ def move(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a directory with everything in it. A missing name is not an error."""
-    try:
-        is_dir = stat.S_ISDIR(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
-        if is_dir:
-            for name in os.listdir(path):
-                remove(path / name)
-            os.rmdir(path)
-        else:
-            os.unlink(path)
-    except FileNotFoundError:
-        return  # Another process or thread removed it first.
+    for one, is_dir in reversed(_tree(path, (FileNotFoundError, NotADirectoryError))):
+        try:
+            (os.rmdir if is_dir else os.unlink)(one)
+        except FileNotFoundError:
+            continue  # Another process or thread removed it first.
 
 
 def remove_quietly(path: Path) -> None:
@@ -377,12 +383,18 @@ def link_tree(source: Path, target: Path) -> None:
     On filesystems without hard links the bytes are copied and fsynced. New directories are fsynced; the caller makes
     the name ``target`` durable.
     """
-    if stat.S_ISDIR(os.lstat(source).st_mode):
-        os.mkdir(target)
-        for name in sorted(os.listdir(source)):
-            link_tree(source / name, target / name)
-        fsync_dir(target)
-        return
+    found = _tree(source)
+    for one, is_dir in found:
+        if is_dir:
+            os.mkdir(target / one.relative_to(source))
+        else:
+            _link(one, target / one.relative_to(source))
+    for one, is_dir in reversed(found):
+        if is_dir:
+            fsync_dir(target / one.relative_to(source))
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:

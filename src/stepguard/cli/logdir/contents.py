@@ -391,13 +391,18 @@ def _bytes(root: Path, entries: Iterable[str]) -> int:
 
 
 def _tree_bytes(path: Path) -> int:
-    try:
-        size = files.size_of(path)
-    except OSError:
-        return 0
-    if size is not None:
-        return size
-    return sum(_tree_bytes(path / name) for name in _listdir(path) if not os.path.islink(path / name))
+    total, waiting = 0, [path]
+    # Without recursion: there may be thousands of directories in each other.
+    for one in waiting:
+        try:
+            size = files.size_of(one)
+        except OSError:
+            continue
+        if size is not None:
+            total += size
+        else:
+            waiting += [below for name in _listdir(one) if not os.path.islink(below := one / name)]
+    return total
 
 
 def _newest_time(root: Path, entries: Iterable[str]) -> float:
