@@ -24,8 +24,8 @@ from typing import Any
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import Rendezvous
 from stepguard.steps.worker import Worker
 
@@ -104,12 +104,15 @@ class Process:
     def steps_done(self) -> int:
         return self._done
 
-    def take_state(self) -> int:
-        return self._done
+    def moment(self) -> tuple[int, int]:
+        return self._done, 0
 
-    def write_part(self, exchange: Exchange, _: str, held: AbstractContextManager[None]) -> None:
+    def take_state(self) -> tuple[int, int]:
+        return self.moment()
+
+    def write_part(self, messages: PartMessages, _: str, held: AbstractContextManager[None]) -> None:
         with held:
-            exchange.answer("process", ANSWER)
+            messages.answer("process", ANSWER)
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -180,7 +183,7 @@ def save(chief: Rendezvous, place: str) -> tuple[float, float]:
     began = time.perf_counter()
     with chief.meeting("a checkpoint"):
         agreed = time.perf_counter()
-    chief.exchange(place).collect("process")
+    chief.ask_for_parts(place, epochs_done=0).collect("process")
     chief.settled()
     return agreed - began, time.perf_counter() - began
 

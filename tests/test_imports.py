@@ -57,7 +57,7 @@ CORE = [
     "steps.chief",
     "steps.common_store",
     "steps.engine",
-    "steps.exchange",
+    "steps.part_messages",
     "steps.feeds",
     "steps.gate",
     "steps.interrupts",

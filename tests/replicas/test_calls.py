@@ -9,48 +9,48 @@ from contextlib import nullcontext
 
 import pytest
 
-from stepguard.tensorflow.cluster.calls import Carrier
+from stepguard.tensorflow.cluster.calls import ReleasableCalls
 
 
 @pytest.fixture
-def carrier():
-    return Carrier(nullcontext)
+def calls():
+    return ReleasableCalls(nullcontext)
 
 
 def couriers():
     return [thread for thread in threading.enumerate() if thread.name == "stepguard-run"]
 
 
-def test_a_call_returns_what_it_returns_and_raises_what_it_raises(carrier):
-    assert carrier.call(lambda: 3) == 3
+def test_a_call_returns_what_it_returns_and_raises_what_it_raises(calls):
+    assert calls.call(lambda: 3) == 3
     with pytest.raises(KeyError):
-        carrier.call(lambda: {}["missing"])
-    assert not carrier.left_behind
+        calls.call(lambda: {}["missing"])
+    assert not calls.left_behind
 
 
-def test_a_stuck_caller_is_freed_when_the_session_is_lost(carrier):
+def test_a_stuck_caller_is_freed_when_the_session_is_lost(calls):
     stuck = threading.Event()
     error = ConnectionError("silent")
-    threading.Timer(0.1, carrier.lose, [error]).start()
+    threading.Timer(0.1, calls.lose, [error]).start()
     with pytest.raises(ConnectionError) as raised:
-        carrier.call(stuck.wait)
+        calls.call(stuck.wait)
     assert raised.value is error
-    assert carrier.left_behind
+    assert calls.left_behind
     with pytest.raises(ConnectionError):
-        carrier.call(lambda: 3)
+        calls.call(lambda: 3)
     stuck.set()
 
 
-def test_a_caller_may_give_up(carrier):
+def test_a_caller_may_give_up(calls):
     stuck = threading.Event()
     with pytest.raises(TimeoutError):
-        carrier.call(stuck.wait, TimeoutError)
+        calls.call(stuck.wait, TimeoutError)
     stuck.set()
 
 
-def test_each_thread_has_a_courier_that_ends_with_it(carrier):
+def test_each_thread_has_a_courier_that_ends_with_it(calls):
     before = len(couriers())
-    threads = [threading.Thread(target=carrier.call, args=(lambda: time.sleep(0.05),)) for _ in range(3)]
+    threads = [threading.Thread(target=calls.call, args=(lambda: time.sleep(0.05),)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,7 +63,7 @@ def test_each_thread_has_a_courier_that_ends_with_it(carrier):
         time.sleep(0.01)
 
 
-def test_a_call_after_close_is_made_all_the_same(carrier):
-    assert carrier.call(lambda: 1) == 1
-    carrier.close()
-    assert carrier.call(lambda: 2) == 2
+def test_a_call_after_close_is_made_all_the_same(calls):
+    assert calls.call(lambda: 1) == 1
+    calls.close()
+    assert calls.call(lambda: 2) == 2

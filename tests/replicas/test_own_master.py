@@ -53,8 +53,8 @@ def session(server, queue, monkeypatch):
 def carried(session, monkeypatch):
     """The calls that are made on another thread from now on."""
     calls = []
-    call = session._carrier.call
-    monkeypatch.setattr(session._carrier, "call", lambda *args: calls.append(args) or call(*args))
+    call = session._calls.call
+    monkeypatch.setattr(session._calls, "call", lambda *args: calls.append(args) or call(*args))
     return calls
 
 

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import StoreLostError
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Moment
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import Rendezvous
 from stepguard.steps.worker import Worker
 
@@ -137,12 +137,12 @@ class StubMember:
         self.taken_in.append(self.epochs)
         return self.moment()
 
-    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
         try:
             with held:
-                exchange.answer("process", str(self.taken[-1]).encode())
+                messages.answer("process", str(self.taken[-1]).encode())
         except Exception as error:  # noqa: BLE001 - a thread's edge
-            exchange.answer_error("process", error)
+            messages.answer_error("process", error)
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -217,7 +217,7 @@ class Fleet:
 
     def write(self, epochs_done: int = 0) -> list[int]:
         """Have the others write their parts; of which steps these are."""
-        return [int(one) for one in self.chief.exchange("place", epochs_done).collect("process")]
+        return [int(one) for one in self.chief.ask_for_parts("place", epochs_done).collect("process")]
 
     def begin_until_refused(self, rank: int) -> None:
         deadline = time.monotonic() + 60

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from stepguard.cli.main import cli
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
-from stepguard.steps.exchange import Exchange
+from stepguard.steps.part_messages import PartMessages
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor
 from stepguard.torch.checkpoint.sharded_files import METADATA
@@ -292,8 +292,8 @@ class TestExchange:
                 raise CheckpointError(what)
 
         states = {"model": {"weight": torch.ones(2)}}
-        chief = Exchange(store, 0, 2, check_alive)
-        other = Exchange(store, 1, 2, lambda _: None)
+        chief = PartMessages(store, 0, 2, check_alive)
+        other = PartMessages(store, 1, 2, lambda _: None)
         thread = threading.Thread(target=write_mine, args=(other, 1, theirs, take or (lambda: states)))
         if not has_ended:
             thread.start()

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError
 from stepguard.steps.common_store import CommonStore, StoreLostError
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 from stepguard.words import logger
@@ -113,12 +113,12 @@ class Chief(Rendezvous):
             self._is_wanted = False
             self._say("settled")
 
-    def exchange(self, place: str, epochs_done: int) -> Exchange:
+    def ask_for_parts(self, place: str, epochs_done: int) -> PartMessages:
         """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
 
         ``epochs_done`` is the number of complete epochs in that snapshot, which must be the same in their parts.
         """
-        return self._exchange(self._words.say("write", self._taken_at, epochs_done, place))
+        return self._part_messages(self._words.say("write", self._taken_at, epochs_done, place))
 
     def _say(self, kind: str, *content: object) -> None:
         """Say a word, and ignore a lost store: the next collective operation reports that the others have ended."""

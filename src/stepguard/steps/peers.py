@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import Member
 from stepguard.steps.session import Session
 from stepguard.steps.worker import Worker
@@ -103,12 +103,12 @@ class Peers:
         """
         return self._rendezvous.meeting(what) if isinstance(self._rendezvous, Chief) else nullcontext()
 
-    def exchange(self, place: str, epochs_done: int) -> Exchange | None:
+    def ask_for_parts(self, place: str, epochs_done: int) -> PartMessages | None:
         """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
 
         ``epochs_done`` is the number of complete epochs in that snapshot.
         """
-        return self._rendezvous.exchange(place, epochs_done) if isinstance(self._rendezvous, Chief) else None
+        return self._rendezvous.ask_for_parts(place, epochs_done) if isinstance(self._rendezvous, Chief) else None
 
     def settled(self) -> None:
         """Tell the others that the last snapshot is committed, so that they can free their states of it."""

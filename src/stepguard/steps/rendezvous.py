@@ -9,7 +9,7 @@ Who waits for whom: each process has a thread that listens to the words that are
 thread never waits for anything else: it moves the gate of its process, and starts threads for longer work. A step waits
 only at the gate, so only for the listening thread. The chief's saving thread waits for the answers of all listening
 threads, which come at once, and for steps of its own process. The threads that write wait for steps of their own
-process and for each other (see :mod:`.exchange`). This order has no circle, so no deadlock is possible: listening
+process and for each other (see :mod:`.part_messages`). This order has no circle, so no deadlock is possible: listening
 threads wait for no other thread, steps wait for listening threads, and all other threads wait for these two kinds. Each
 wait for another process has a patience, or ends when that process is gone.
 
@@ -37,8 +37,8 @@ from typing import Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
 from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop, Moment
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.word_log import Word, WordLog
 from stepguard.words import logger
 
@@ -69,7 +69,7 @@ class Member(Protocol):
             NoBoundaryError: no boundary came in time.
         """
 
-    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
         """Write the copied part into the directory ``place`` of the logdir, and answer the chief. Never raises.
 
         Inside ``held`` the part exists and does not change. If it does not exist, ``held`` raises, and the error is the
@@ -247,11 +247,11 @@ class Rendezvous(ABC):
             return None
         return [f"rank {self._rank}: {error}", error.step, list(error.names)]
 
-    def _exchange(self, number: int) -> Exchange:
-        return Exchange(self._store.below(f"write/{number}"), self._rank, self._size, self._check_alive)
+    def _part_messages(self, number: int) -> PartMessages:
+        return PartMessages(self._store.below(f"write/{number}"), self._rank, self._size, self._check_alive)
 
     def _check_alive(self, what: str) -> None:
-        """Raise CheckpointError if an exchange cannot be completed. A write has no time limit while all are alive."""
+        """Raise CheckpointError if the parts cannot be completed. A write has no time limit while all are alive."""
         if self._closing.is_set():
             raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
         if self._gone is not None:

@@ -19,8 +19,8 @@ from stepguard.disk.processes import yield_to_others
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Gate, Loop, Moment
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 from stepguard.words import logger
@@ -45,7 +45,7 @@ class Worker(Rendezvous):
         self._taking = threading.Lock()
         self._budget = CopyingBudget()
         self._writing: threading.Thread | None = None
-        self._earlier: Exchange | None = None
+        self._earlier: PartMessages | None = None
         self._answered: str | None = None
 
     def restored(self) -> str | None:
@@ -85,7 +85,7 @@ class Worker(Rendezvous):
             "resume": lambda: self._gate.open_until(math.inf),
             "save": self._hear_save,
             "write": lambda step, epochs_done, place: self._start_writing(
-                self._exchange(word.number), (step, epochs_done), place
+                self._part_messages(word.number), (step, epochs_done), place
             ),
             "settled": self._gate.free,
             "passed": self._hear_passed,
@@ -145,19 +145,19 @@ class Worker(Rendezvous):
             except Exception as error:  # noqa: BLE001 - the chief raises it, and the training goes on
                 self._taken_at, self._not_taken = self._member.moment(), error
 
-    def _start_writing(self, exchange: Exchange, moment: Moment, place: str) -> None:
+    def _start_writing(self, messages: PartMessages, moment: Moment, place: str) -> None:
         # On a thread of its own, because the listening thread must be free for the next word, perhaps a stop.
-        self._writing = self._start("stepguard-writer", self._write, exchange, moment, place)
+        self._writing = self._start("stepguard-writer", self._write, messages, moment, place)
 
-    def _write(self, exchange: Exchange, moment: Moment, place: str) -> None:
+    def _write(self, messages: PartMessages, moment: Moment, place: str) -> None:
         """Write this process's part. Runs on a thread of its own; an error is sent as the answer."""
         yield_to_others()
         if self._earlier is not None:
             self._earlier.forget()
-        self._earlier = exchange
+        self._earlier = messages
 
         try:
-            self._member.write_part(exchange, place, self._held(moment))
+            self._member.write_part(messages, place, self._held(moment))
         except StoreLostError:
             # The store has ended together with the process that holds it, and a launcher is about to end this one too.
             _log.debug("the chief could not be told", exc_info=True)

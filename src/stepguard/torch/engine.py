@@ -17,7 +17,7 @@ from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
-from stepguard.steps.exchange import Exchange
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers import Peers
 from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.arena import coming_bytes
@@ -239,19 +239,19 @@ class TorchEngine(LoopEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)
-        exchange = self._peers.exchange(place.as_posix(), snapshot.process["epochs"]["done"])
+        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
         try:
-            digests = self._write_own(snapshot, directory, exchange)
+            digests = self._write_own(snapshot, directory, messages)
         except BaseException:
             # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
             # so theirs are ignored.
             with contextlib.suppress(Exception):
-                collect_processes(exchange)
+                collect_processes(messages)
             raise
-        others = collect_processes(exchange)
+        others = collect_processes(messages)
         return {f"{name}/{file}": digest for file, digest in {**digests, **others}.items()}
 
-    def _write_own(self, snapshot: Any, directory: Path, exchange: Exchange | None) -> dict[str, tuple[int, str]]:
+    def _write_own(self, snapshot: Any, directory: Path, messages: PartMessages | None) -> dict[str, tuple[int, str]]:
         sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
         written = {f"{part}{SUFFIX}": state for part, state in snapshot.states.items() if part not in sharded}
         process = written[process_file(0)] = {"global_step": snapshot.step, **snapshot.process}
@@ -259,7 +259,7 @@ class TorchEngine(LoopEngine[Session]):
         if sharded:
             # The sharded format loses integer keys and empty containers; the skeleton keeps the structure.
             process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
-            digests = write_all(exchange, directory, sharded)
+            digests = write_all(messages, directory, sharded)
         return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
     def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own

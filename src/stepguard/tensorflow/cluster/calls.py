@@ -1,14 +1,16 @@
 """Calls into a server that may never answer, made in such a way that the caller can be freed.
 
 The protocol: each calling thread has a courier, a thread that makes its calls. The caller puts a call into the
-courier's inbox and waits on the call's lock ``_ended``. Three events release that lock: the courier has made the call;
-:meth:`Carrier.lose` ends all calls under way, from any thread; or the caller's own ``give_up``, asked every 50 ms,
-returns an error. The lock ``_undecided`` is taken once, so that only the first of them decides the result.
+courier's inbox and waits on the call's lock ``_ended``. Three events release that lock: the courier has made the
+call; :meth:`ReleasableCalls.lose` ends all calls under way, from any thread; or the caller's own ``give_up``, asked
+every 50 ms, returns an error. The lock ``_undecided`` is taken once, so that only the first of them decides the
+result.
 
 No deadlock is possible: ``_guard`` is held only for bookkeeping, never during a call or a wait, and the inbox has no
 bound. A call that was given up may occupy its courier for ever; later calls of the same caller queue behind it, and
-``lose`` or their own ``give_up`` frees them too. A courier ends when its caller's thread ends or the carrier is closed.
-All couriers are daemon threads, so a stuck one does not keep the process alive. Nothing here is on disk.
+``lose`` or their own ``give_up`` frees them too. A courier ends when its caller's thread ends or
+:meth:`ReleasableCalls.close` is called. All couriers are daemon threads, so a stuck one does not keep the process
+alive. Nothing here is on disk.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class _Call:
 
 
 class _Courier:
-    """A thread that makes the calls of one other thread. It ends with that thread, or with the carrier."""
+    """A thread that makes the calls of one other thread. It ends with that thread, or when the calls are closed."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -105,7 +107,7 @@ def _serve(inbox: queue.SimpleQueue[_Call | None], context: Callable[[], Abstrac
             del call
 
 
-class Carrier:
+class ReleasableCalls:
     """Makes calls on threads of its own, one for each calling thread, so that no caller can be stuck.
 
     A call into TensorFlow's runtime cannot be interrupted: if a server is silent (stopped, or cut off), the call never

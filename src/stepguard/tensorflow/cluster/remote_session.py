@@ -1,7 +1,7 @@
 """A session on a TensorFlow server: its runs can be given up, and a silent peer is noticed.
 
 The protocol: a thread that runs something waits either in TensorFlow itself or, when closing the session would not
-free it, at its carrier (see calls.py). A heartbeat for each task of the graph (server_ping.py) notices a silent server
+free it, at its courier (see calls.py). A heartbeat for each task of the graph (server_ping.py) notices a silent server
 on a thread of its own. It then ends all carried calls, and closes the session if the master is in this process, which
 ends the calls that wait in TensorFlow; both kinds of caller raise the error of the loss. The runs of queue runners also
 poll for a requested stop.
@@ -27,7 +27,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.tensorflow.cluster import tasks
-from stepguard.tensorflow.cluster.calls import Carrier, GiveUp
+from stepguard.tensorflow.cluster.calls import GiveUp, ReleasableCalls
 from stepguard.tensorflow.cluster.server_ping import Heartbeat
 from stepguard.tensorflow.session import Session
 from stepguard.words import logger
@@ -50,17 +50,17 @@ class _CarriedSession(tf.compat.v1.Session):
 
     A call into the runtime cannot be interrupted. There are two ways to free its caller:
 
-    - A carrier makes the call on another thread, and leaves it behind there. This always works, and costs 15 us.
+    - A courier makes the call on another thread, and leaves it behind there. This always works, and costs 15 us.
     - If the master is a server of this process, closing the session cancels the master's waits. The call then returns
       with an error, in whose place the error of the loss is raised. This does not work for the first run of any set of
-      elements, in which the master sends the other servers their part of the graph and cannot be cancelled: a carrier
+      elements, in which the master sends the other servers their part of the graph and cannot be cancelled: a courier
       makes that run.
     """
 
     def __init__(self, target: str = "", graph: Any = None, config: Any = None) -> None:
         self._master = target
         super().__init__(target, graph=graph, config=config)
-        self._carrier = Carrier(self.graph.as_default)
+        self._calls = ReleasableCalls(self.graph.as_default)
         self._has_own_master = tasks.is_own_master(target)
         # The runs made before, by the ids of their elements. The values keep the elements alive, so no id is reused.
         self._known: dict[Any, Any] = {}
@@ -80,7 +80,7 @@ class _CarriedSession(tf.compat.v1.Session):
         key = None if elements is None else tuple(map(id, elements))
         if key in self._known and self.give_up is None:
             return self._call(run, fetches, feed_dict, options, run_metadata)
-        result = self._carrier.call(lambda: run(fetches, feed_dict, options, run_metadata), self.give_up)
+        result = self._calls.call(lambda: run(fetches, feed_dict, options, run_metadata), self.give_up)
         if key is not None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
@@ -89,19 +89,19 @@ class _CarriedSession(tf.compat.v1.Session):
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` on this thread; closing the session frees it."""
-        if self._carrier.lost is None:
+        if self._calls.lost is None:
             try:
                 return function(*args, **kwargs)
             except (tf.errors.OpError, RuntimeError):
                 # RuntimeError: the session was closed just before.
-                if self._carrier.lost is None:
+                if self._calls.lost is None:
                     raise
-        raise self._carrier.lost
+        raise self._calls.lost
 
     def partial_run(self, handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
         """Continue a partial run."""
         run = super().partial_run
-        return self._carrier.call(lambda: run(handle, fetches, feed_dict))
+        return self._calls.call(lambda: run(handle, fetches, feed_dict))
 
     def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
         """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
@@ -109,14 +109,14 @@ class _CarriedSession(tf.compat.v1.Session):
             # TensorFlow then makes a function that calls `run`, which is carried already.
             return super().make_callable(fetches, feed_list, accept_options)
         make = super().make_callable
-        function = self._carrier.call(lambda: make(fetches, feed_list, accept_options))
+        function = self._calls.call(lambda: make(fetches, feed_list, accept_options))
         was_run = False
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal was_run
             if was_run and self.give_up is None:
                 return self._call(function, *args, **kwargs)
-            result = self._carrier.call(lambda: function(*args, **kwargs), self.give_up)
+            result = self._calls.call(lambda: function(*args, **kwargs), self.give_up)
             was_run = self._has_own_master
             return result
 
@@ -132,11 +132,11 @@ class _CarriedSession(tf.compat.v1.Session):
             return
 
         # A weak reference: the watching thread must not keep alive a session that the program has dropped.
-        carrier, session = self._carrier, weakref.ref(self)
+        calls, session = self._calls, weakref.ref(self)
 
         def lose(error: BaseException) -> None:
             _log.warning("%s", error)
-            carrier.lose(error)
+            calls.lose(error)
             mine = session()
             if mine is not None and mine._has_own_master:
                 mine._begin_close()
@@ -150,7 +150,7 @@ class _CarriedSession(tf.compat.v1.Session):
         """Close the session; wait for that at most 2 s, because a lost server cannot confirm it."""
         if not self._is_closed:
             self._is_closed = True
-            is_lost = self._carrier.left_behind or self._carrier.lost is not None
+            is_lost = self._calls.left_behind or self._calls.lost is not None
             self._begin_close()
             self._finish_close(time.monotonic() + (_LOST_CLOSE_SECS if is_lost else _CLOSE_SECS))
 
@@ -167,10 +167,10 @@ class _CarriedSession(tf.compat.v1.Session):
         self._closing.join(max(0.0, deadline - time.monotonic()))
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
-            self._carrier.lose(tf.errors.CancelledError(None, None, "the session was closed"))
+            self._calls.lose(tf.errors.CancelledError(None, None, "the session was closed"))
         for heartbeat in self._heartbeats:
             heartbeat.join(deadline - time.monotonic())
-        self._carrier.close()
+        self._calls.close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # A session whose constructor failed has no `_closing`.
@@ -250,7 +250,7 @@ class QueueSession:
         """A function that runs ``fetches``. A run that lasts half a second after a requested stop is given up."""
         session = self._session
         make = super(_CarriedSession, session).make_callable
-        function = session._carrier.call(lambda: make(fetches, *args, **kwargs))
+        function = session._calls.call(lambda: make(fetches, *args, **kwargs))
 
         def call(*call_args: Any, **call_kwargs: Any) -> Any:
             looks = 0
@@ -260,7 +260,7 @@ class QueueSession:
                 looks += self._should_stop()
                 return tf.errors.CancelledError(None, None, "stopped") if looks > _STOP_LOOKS else None
 
-            return session._carrier.call(lambda: function(*call_args, **call_kwargs), give_up)
+            return session._calls.call(lambda: function(*call_args, **call_kwargs), give_up)
 
         return call
 

@@ -1,6 +1,6 @@
 """Notices a server that is silent rather than dead: stopped, or cut off.
 
-The protocol: the heartbeat's thread sends a ping through a carrier and waits for the answer. Its ``give_up`` ends that
+The protocol: the heartbeat's thread sends a ping through a courier and waits for the answer. Its ``give_up`` ends that
 wait after ``timeout_secs`` of silence, or when :meth:`Heartbeat.end` was called; between two pings the thread waits on
 the flag ``_ended``, which ``end`` sets. No deadlock is possible: the thread holds no lock, each of its waits has a
 limit, it closes its session on yet another thread for at most 1 s, and :meth:`Heartbeat.join` has a timeout and does
@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.tensorflow.cluster.calls import Carrier
+from stepguard.tensorflow.cluster.calls import ReleasableCalls
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -46,7 +46,7 @@ class Heartbeat:
         with graph.as_default(), tf.device(f"{task}/device:CPU:0" if "/task:" in task else task):
             self._ping = tf.no_op(name="ping")
         graph.finalize()
-        self._carrier = Carrier(graph.as_default)
+        self._calls = ReleasableCalls(graph.as_default)
         config = _v1.ConfigProto(device_filters=[task] if task else [])
         self._session: Any = _v1.Session(master, graph=graph, config=config)
         self._thread = threading.Thread(target=self._run, name=f"stepguard-heartbeat-{task.strip('/')}", daemon=True)
@@ -76,7 +76,7 @@ class Heartbeat:
             with contextlib.suppress(RuntimeError):
                 closing.start()
                 closing.join(_CLOSE_SECS)
-            self._carrier.close()
+            self._calls.close()
 
     def _lost(self) -> BaseException | None:
         """Ping until an answer comes. Return the error if none came in time or if the server was restarted."""
@@ -90,7 +90,7 @@ class Heartbeat:
 
         while True:
             try:
-                self._carrier.call(lambda: self._session.run(self._ping), give_up)
+                self._calls.call(lambda: self._session.run(self._ping), give_up)
                 return None
             except TimeoutError:
                 pass

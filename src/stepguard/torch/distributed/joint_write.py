@@ -7,7 +7,7 @@ does not wait. A process that cannot write its part answers with the error inste
 and its writer tries again as after an error of its own disk.
 
 No deadlock is possible: the chief sends the plans also when planning has failed (each is then ``None``), and collects
-all answers before it raises an error of its own. The exchange ends the wait for a process that no longer answers. A
+all answers before it raises an error of its own. `PartMessages` end the wait for a process that no longer answers. A
 kill of any process leaves an incomplete stage without a manifest, which the next chief sweeps.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from stepguard.disk import files
 from stepguard.errors import described
 from stepguard.steps.common_store import StoreLostError
-from stepguard.steps.exchange import Exchange
+from stepguard.steps.part_messages import PartMessages
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import process_file, write_file
 from stepguard.words import logger
@@ -32,34 +32,34 @@ from stepguard.words import logger
 _log = logger(__name__)
 
 
-def write_process(exchange: Exchange, directory: Path, state: Mapping[str, Any]) -> None:
+def write_process(messages: PartMessages, directory: Path, state: Mapping[str, Any]) -> None:
     """Write the file of this process into the chief's ``directory``, and send its size and digest to the chief.
 
     Runs at a thread's edge: an error is sent to the chief, not raised.
     """
     try:
-        name = process_file(exchange.rank)
+        name = process_file(messages.rank)
         _check_is_here(directory)
         size, digest = write_file(directory / name, state)
         _sync(directory / name)
-        exchange.answer("process", json.dumps([size, digest]).encode())
+        messages.answer("process", json.dumps([size, digest]).encode())
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-        answer_error(exchange, "process", error)
+        answer_error(messages, "process", error)
 
 
-def collect_processes(exchange: Exchange | None) -> dict[str, tuple[int, str]]:
+def collect_processes(messages: PartMessages | None) -> dict[str, tuple[int, str]]:
     """Wait until the other processes have written their files; return sizes and digests by file name. Chief only.
 
     Raises:
         NonFiniteError, OSError, CheckpointError: as :func:`write_all`.
     """
-    if exchange is None:
+    if messages is None:
         return {}
-    answers = [json.loads(one) for one in exchange.collect("process")]
+    answers = [json.loads(one) for one in messages.collect("process")]
     return {process_file(rank): (size, digest) for rank, (size, digest) in enumerate(answers, start=1)}
 
 
-def write_all(exchange: Exchange | None, directory: Path, states: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+def write_all(messages: PartMessages | None, directory: Path, states: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """Have every process write its part into ``directory``; return sizes and digests by file name. Chief only.
 
     Raises:
@@ -71,32 +71,32 @@ def write_all(exchange: Exchange | None, directory: Path, states: Mapping[str, A
 
     planner = sharded_files.SavePlanner(states)
     mine = planner.create_local_plan()
-    if exchange is None:
+    if messages is None:
         (plan,), metadata = planner.create_global_plan([mine])
         written = [sharded_files.write_part(directory, 0, planner, plan)]
     else:
-        plan, metadata = _agreed_plan(exchange, planner, mine)
+        plan, metadata = _agreed_plan(messages, planner, mine)
         try:
             own = sharded_files.write_part(directory, 0, planner, plan)
         finally:
-            others = exchange.collect("part")
+            others = messages.collect("part")
         written = [own, *(sharded_files.Part(*unpickling.loads(one)) for one in others)]
     sharded_files.write_metadata(directory, metadata, written)
     return {part.name: (part.size, part.digest) for part in written}
 
 
-def _agreed_plan(exchange: Exchange, planner: Any, mine: Any) -> tuple[Any, Any]:
+def _agreed_plan(messages: PartMessages, planner: Any, mine: Any) -> tuple[Any, Any]:
     plans: list[Any] = []
     try:
-        theirs = [unpickling.loads(one) for one in exchange.collect("has")]
+        theirs = [unpickling.loads(one) for one in messages.collect("has")]
         plans, metadata = planner.create_global_plan([mine, *theirs])
     finally:
         # Also sent if there is no plan, because the others wait for one.
-        exchange.deal("writes", [pickle.dumps(plan) for plan in plans[1:] or [None] * exchange.others])
+        messages.deal("writes", [pickle.dumps(plan) for plan in plans[1:] or [None] * messages.others])
     return plans[0], metadata
 
 
-def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[[], Mapping[str, Any]]) -> None:
+def write_mine(messages: PartMessages, rank: int, directory: Path, states: Callable[[], Mapping[str, Any]]) -> None:
     """Write the part of this process into the chief's ``directory``. Not for the chief.
 
     Runs at a thread's edge: an error is sent to the chief, not raised.
@@ -106,17 +106,17 @@ def write_mine(exchange: Exchange, rank: int, directory: Path, states: Callable[
     asked = "has"
     try:
         planner = sharded_files.SavePlanner(states())
-        exchange.answer("has", pickle.dumps(planner.create_local_plan()))
+        messages.answer("has", pickle.dumps(planner.create_local_plan()))
         asked = "part"
-        plan = unpickling.loads(exchange.receive("writes"))
+        plan = unpickling.loads(messages.receive("writes"))
         if plan is None:
             return
         _check_is_here(directory)
         part = sharded_files.write_part(directory, rank, planner, plan)
         _sync(directory / part.name)
-        exchange.answer("part", pickle.dumps((part.results, part.name, part.size, part.digest)))
+        messages.answer("part", pickle.dumps((part.results, part.name, part.size, part.digest)))
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-        answer_error(exchange, asked, error)
+        answer_error(messages, asked, error)
 
 
 def _check_is_here(directory: Path) -> None:
@@ -133,11 +133,11 @@ def _sync(path: Path) -> None:
     files.fsync_dir(path.parent)
 
 
-def answer_error(exchange: Exchange, asked: str, error: Exception) -> None:
+def answer_error(messages: PartMessages, asked: str, error: Exception) -> None:
     """Send the chief an error in place of the answer that it waits for."""
     _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
     try:
-        exchange.answer_error(asked, error)
+        messages.answer_error(asked, error)
     except StoreLostError:
         # The store has ended together with the process that hosts it, and a launcher is about to end this process too.
         _log.debug("the chief could not be told", exc_info=True)

@@ -12,9 +12,9 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
-from stepguard.steps.exchange import Exchange
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
+from stepguard.steps.part_messages import PartMessages
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
@@ -64,7 +64,7 @@ class TorchMember(SessionMember):
         self._copies = copies
         return moment
 
-    def write_part(self, exchange: Exchange, place: str, held: AbstractContextManager[None]) -> None:
+    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
         # Without a logdir this directory does not exist, and `write_process` reports that to the chief.
         directory = (self._root or Path()) / place
@@ -72,13 +72,13 @@ class TorchMember(SessionMember):
             with held:
                 self._copies.finish()
                 unpacked(self._process)
-                write_process(exchange, directory, self._process)
+                write_process(messages, directory, self._process)
                 if self._is_sharded:
-                    write_mine(exchange, exchange.rank, directory, self._finite_part)
+                    write_mine(messages, messages.rank, directory, self._finite_part)
         except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
-            answer_error(exchange, "process", error)
+            answer_error(messages, "process", error)
             if self._is_sharded:
-                answer_error(exchange, "has", error)
+                answer_error(messages, "has", error)
 
     def _finite_part(self) -> Mapping[str, Any]:
         if self.watch is not None:

@@ -1,7 +1,7 @@
 """The messages between the processes during one try to write one checkpoint, on the threads that write.
 
 The protocol: the chief asks, the others answer, and the chief sends each of them its own content. A thread that waits
-for a message polls whether the others can still send it. So if a process ends in the middle, the exchange ends, the
+for a message polls whether the others can still send it. So if a process ends in the middle, the wait ends, the
 checkpoint fails, and no thread waits for ever. A process that has failed answers with its error. A kill leaves keys in
 the common store that no process reads again.
 """
@@ -20,7 +20,7 @@ _NON_FINITE = -1
 _NO_BOUNDARY = -2
 
 
-class Exchange:
+class PartMessages:
     """The messages of one try, in a part of the store that belongs to it.
 
     ``check_alive`` is polled during each wait for a message, and raises if no message can come.
