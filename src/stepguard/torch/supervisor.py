@@ -56,6 +56,8 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_steps: steps between checkpoints, besides those on the timer; ``None`` takes none by steps.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all.
         stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
+        hang_secs: seconds without a step that count as a hang, which is reported; ``None`` looks for none.
+        end_on_hang: whether a hang kills the process, for a launcher to start it again.
         progress: whether to show a progress line if standard error is a terminal.
         saving: when and how the model is saved. An option that is also listed above may be given in its group instead.
         stopping: how the run is stopped.
@@ -83,6 +85,8 @@ class Supervisor(CoreSupervisor[Session]):
         save_model_steps: int | None = None,
         max_to_keep: int | None = 5,
         stop_grace_secs: float = 120,
+        hang_secs: float | None = None,
+        end_on_hang: bool = False,
         progress: bool = False,
         saving: Saving | None = None,
         stopping: Stopping | None = None,
@@ -96,6 +100,8 @@ class Supervisor(CoreSupervisor[Session]):
             save_model_steps=save_model_steps,
             max_to_keep=max_to_keep,
             stop_grace_secs=stop_grace_secs,
+            hang_secs=hang_secs,
+            end_on_hang=end_on_hang,
             progress=progress,
             saving=saving,
             stopping=stopping,
