@@ -413,7 +413,7 @@ class Supervisor(Generic[SessionT]):
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
-                    "a checkpoint was still being written when the time to stop was over; the one before it is good"
+                    "the time to stop was over before the checkpoint at hand was complete; the one before it is good"
                 )
             self._saving.leave_logdir()
 
