@@ -104,6 +104,17 @@ class LoopAdvice:
                 plan.until_epoch,
             )
 
+    def on_ended_by_another(self, plan: LoopPlan, global_step: int) -> None:
+        """Warn of a loop that stops because another process has come to its end, if this one has more to do."""
+        feed = plan.feed
+        if feed is None or _has_more(feed, plan.until_epoch):
+            _log.warning(
+                "%s: stopped after step %d, because another process has come to its end; this process was to go on, "
+                "and the rest of its data is not trained. Give all processes the same number of steps",
+                "steps" if feed is None else shown(feed.loader),
+                global_step,
+            )
+
     def on_leftover(self, turns: int, accumulate: int) -> None:
         """Warn of ``turns`` that are too few for a step, because the data has ended."""
         _log.warning(
@@ -138,3 +149,10 @@ class LoopAdvice:
         if (message, number) not in self._told:
             self._told.add((message, number))
             _log.warning(message, "steps" if feed is None else shown(feed.loader), *values)
+
+
+def _has_more(feed: Feed, until_epoch: int | None) -> bool:
+    """Whether the loop has more batches to give; ``False`` if unknown."""
+    if feed.is_last_batch is None:
+        return False
+    return not feed.is_last_batch or until_epoch is None or feed.epoch + 1 < until_epoch

@@ -421,6 +421,8 @@ class Session:
             boundary.call_due()
             if not self._begin():
                 self._is_cut = True
+                if self._coord.stop_reason is None and self._coord.first_error is None:
+                    self._advice.on_ended_by_another(plan, self.global_step)
                 boundary.rest(is_last=True)
                 self._interrupts.raise_if_held()
                 if plan.number is not None:

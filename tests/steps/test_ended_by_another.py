@@ -1,0 +1,36 @@
+"""A loop that the end of another process stops: what was not trained is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from stepguard.coordination.coordinator import Coordinator
+from stepguard.steps.feeds import IterableFeed
+from stepguard.steps.gate import Gate
+from stepguard.steps.process_state import ProcessState
+from stepguard.steps.random_streams import RandomStreams
+from stepguard.steps.session import Session
+
+
+class PlainState(ProcessState):
+    def new_feed(self, loader):
+        return IterableFeed(loader, self.streams)
+
+
+@pytest.mark.parametrize(
+    ("stopped_after", "reason", "is_told"), [(2, None, True), (3, None, False), (2, "sigterm", False)]
+)
+def test_batches_that_are_left_are_told_of(stopped_after, reason, is_told, caplog):
+    gate, coord = Gate(), Coordinator()
+    session = Session(coord, lambda values, step: None, PlainState(RandomStreams()), gate=gate)
+    trained = []
+    for batch in session.steps(["a", "b", "c"], epochs=1):
+        trained.append(batch)
+        if len(trained) == stopped_after:
+            # As the rendezvous does when the chief has come to its end, or was asked to stop.
+            coord.end() if reason is None else coord.ask_stop(reason)
+            gate.open_until(stopped_after, is_last=True)
+    session.close()
+
+    assert trained == ["a", "b", "c"][:stopped_after]
+    assert ("stopped after step 2, because another process has come to its end" in caplog.text) == is_told
