@@ -108,13 +108,15 @@ def test_the_programs_own_writer_is_used(tmp_path):
 
 
 def test_opening_the_log_draws_nothing_from_the_program(tmp_path, monkeypatch):
-    def drawing(**options):
+    class Drawing(SummaryWriter):
         """As the import of TensorFlow does, which the first writer of a process brings along."""
-        random.random()
-        torch.rand(())
-        return SummaryWriter(**options)
 
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", drawing)
+        def __init__(self, **options):
+            random.random()
+            torch.rand(())
+            super().__init__(**options)
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Drawing)
     random.seed(1)
     torch.manual_seed(1)
     expected = (random.random(), torch.rand(()))

@@ -165,8 +165,9 @@ def has_default_action(number: signal.Signals) -> bool:
     if signal.getsignal(number) is not signal.SIG_DFL:
         return False
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
+        # Bytes: a decoder may have to be imported, and a process without its user's rights may not reach it.
+        with open("/proc/self/status", "rb") as status:
+            caught = next(line.split()[1] for line in status if line.startswith(b"SigCgt:"))
     except (OSError, StopIteration):
         return True  # Not Linux.
     return not int(caught, 16) >> (number - 1) & 1
