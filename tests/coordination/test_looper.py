@@ -66,6 +66,8 @@ def calls_in(secs: float, interval_secs: float, durations: dict[int, float]) -> 
         machine.pass_by(durations.get(len(calls), 0))
 
     looper = LooperThread.loop(machine, interval_secs, work, clock=machine.clock)
+    # Waited for in real time first: the coordinator's join would let the machine's time pass too.
+    looper.join(SOON_SECS)
     machine.join([looper])
     return calls, looper.skipped_ticks
 
