@@ -81,3 +81,27 @@ def test_what_is_held_when_no_step_follows_is_raised_when_the_session_is_closed(
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         session.close()
+
+
+def test_a_session_that_was_left_open_keeps_no_interrupt_from_the_next():
+    before = signal.getsignal(signal.SIGINT)
+    left = open_session(None)
+    session, done = open_session(None), []
+    with pytest.raises(KeyboardInterrupt):
+        for step in session.steps(max_steps=3):
+            signal.raise_signal(signal.SIGINT)
+            done.append(step)
+    assert done == [0]
+    session.close()
+    # The one that was left open is in charge again, until it ends.
+    assert signal.getsignal(signal.SIGINT) not in (before, signal.SIG_DFL)
+    left.close()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sessions_that_end_in_the_order_in_which_they_began_leave_the_handler_as_it_was():
+    before = signal.getsignal(signal.SIGINT)
+    first, second = open_session(None), open_session(None)
+    first.close()
+    second.close()
+    assert signal.getsignal(signal.SIGINT) == before

@@ -28,22 +28,36 @@ class InterruptHold:
         self.is_impatient = False
         self._is_installed = False
         self._is_held = False
+        # The session whose handler was replaced, if there was one.
+        self._other: InterruptHold | None = None
 
     def start(self) -> None:
-        """Replace the handler of SIGINT, if it is Python's default handler."""
+        """Replace the handler of SIGINT, if it is Python's default handler or that of another session.
+
+        The other session may have been left open for good, as by a cell of a notebook that is run again.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before = signal.getsignal(signal.SIGINT)
+        owner = getattr(before, "__self__", None)
+        other = owner if isinstance(owner, InterruptHold) else None
+        if before is signal.default_int_handler or other is not None:
+            self._other = other
             signal.signal(signal.SIGINT, self._handle)
             self._is_installed = True
 
     def finish(self) -> None:
-        """Put Python's default handler back, and raise a Ctrl-C that is still held, since no boundary came after it."""
+        """Put the handler before back, and raise a Ctrl-C that is still held, since no boundary came after it."""
         if not self._is_installed or threading.current_thread() is not threading.main_thread():
             return
         self._is_installed = False
         if signal.getsignal(signal.SIGINT) == self._handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            other = self._other
+            # Those that have ended meanwhile, in another order than they have begun, are passed over.
+            while other is not None and not other._is_installed:
+                other = other._other
+            signal.signal(signal.SIGINT, signal.default_int_handler if other is None else other._handle)
+            self._other = None
         self.raise_if_held()
 
     def raise_if_held(self, cause: BaseException | None = None) -> None:
