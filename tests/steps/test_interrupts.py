@@ -105,3 +105,15 @@ def test_sessions_that_end_in_the_order_in_which_they_began_leave_the_handler_as
     first.close()
     second.close()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_session_may_be_told_twice_and_taken_over_from_in_any_order():
+    before = signal.getsignal(signal.SIGINT)
+    first, second = open_session(None), open_session(None)
+    for one in (first, second, first):
+        one.hold_interrupts()
+    first.close()
+    first._interrupts.start()
+    second.close()
+    first._interrupts.finish()
+    assert signal.getsignal(signal.SIGINT) == before

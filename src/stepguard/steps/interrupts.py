@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
@@ -11,6 +12,9 @@ from stepguard.steps.boundary import Boundary
 from stepguard.words import logger
 
 _log = logger(__name__)
+
+# The sessions whose handlers are installed, the last one in charge. For the main thread.
+_installed: list[weakref.ref[InterruptHold]] = []
 
 
 class InterruptHold:
@@ -28,36 +32,29 @@ class InterruptHold:
         self.is_impatient = False
         self._is_installed = False
         self._is_held = False
-        # The session whose handler was replaced, if there was one.
-        self._other: InterruptHold | None = None
 
     def start(self) -> None:
         """Replace the handler of SIGINT, if it is Python's default handler or that of another session.
 
         The other session may have been left open for good, as by a cell of a notebook that is run again.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if self._is_installed or threading.current_thread() is not threading.main_thread():
             return
         before = signal.getsignal(signal.SIGINT)
-        owner = getattr(before, "__self__", None)
-        other = owner if isinstance(owner, InterruptHold) else None
-        if before is signal.default_int_handler or other is not None:
-            self._other = other
+        if before is signal.default_int_handler or isinstance(getattr(before, "__self__", None), InterruptHold):
             signal.signal(signal.SIGINT, self._handle)
             self._is_installed = True
+            _installed.append(weakref.ref(self))
 
     def finish(self) -> None:
         """Put the handler before back, and raise a Ctrl-C that is still held, since no boundary came after it."""
         if not self._is_installed or threading.current_thread() is not threading.main_thread():
             return
         self._is_installed = False
+        _installed[:] = [one for one in _installed if one() not in (None, self)]
         if signal.getsignal(signal.SIGINT) == self._handle:
-            other = self._other
-            # Those that have ended meanwhile, in another order than they have begun, are passed over.
-            while other is not None and not other._is_installed:
-                other = other._other
+            other = _installed[-1]() if _installed else None
             signal.signal(signal.SIGINT, signal.default_int_handler if other is None else other._handle)
-            self._other = None
         self.raise_if_held()
 
     def raise_if_held(self, cause: BaseException | None = None) -> None:
