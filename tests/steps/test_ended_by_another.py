@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from plain_session import plain_session
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.steps.feeds import IterableFeed
 from stepguard.steps.gate import Gate
-from stepguard.steps.process_state import ProcessState
-from stepguard.steps.random_streams import RandomStreams
-from stepguard.steps.session import Session
-
-
-class PlainState(ProcessState):
-    def new_feed(self, loader):
-        return IterableFeed(loader, self.streams)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +14,7 @@ class PlainState(ProcessState):
 )
 def test_batches_that_are_left_are_told_of(stopped_after, reason, is_told, caplog):
     gate, coord = Gate(), Coordinator()
-    session = Session(coord, lambda values, step: None, PlainState(RandomStreams()), gate=gate)
+    session = plain_session(coord, gate)
     trained = []
     for batch in session.steps(["a", "b", "c"], epochs=1):
         trained.append(batch)

@@ -5,22 +5,15 @@ from __future__ import annotations
 import signal
 
 import pytest
+from plain_session import plain_session
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.steps.feeds import IterableFeed
 from stepguard.steps.gate import Gate
-from stepguard.steps.process_state import ProcessState
-from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session
 
 
-class PlainState(ProcessState):
-    def new_feed(self, loader):
-        return IterableFeed(loader, self.streams)
-
-
 def open_session(gate: Gate | None) -> Session:
-    session = Session(Coordinator(), lambda values, step: None, PlainState(RandomStreams()), gate=gate)
+    session = plain_session(Coordinator(), gate)
     session.hold_interrupts()
     return session
 
