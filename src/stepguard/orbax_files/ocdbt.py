@@ -1,8 +1,8 @@
-"""Writes the index of an OCDBT database, the format in which Orbax keeps arrays, over data files that are there already.
+"""Writes the index of an OCDBT database, Orbax's format for arrays, over data files that are there already.
 
-A database maps keys to bytes: here ``params.w/.zarray`` to the description of an array and ``params.w/0.0`` to the bytes
-of its only chunk. One node has all keys, each with its value or with file, place and length of the value. The format
-allows data files of any form, so the arrays lie in them as they are in memory.
+A database maps keys to bytes: here ``params.w/.zarray`` to the description of an array and ``params.w/0.0`` to the
+bytes of its only chunk. One node has all keys, each with its value or with file, place and length of the value. The
+format allows data files of any form, so the arrays lie in them as they are in memory.
 
 The format is described at https://google.github.io/tensorstore/kvstore/ocdbt/ ("Storage format").
 """
@@ -39,17 +39,16 @@ def node(values: Mapping[str, bytes | Place]) -> bytes:
     keys = sorted((key.encode(), value) for key, value in values.items())
     names = [key for key, _ in keys]
     held = [value for _, value in keys]
-    shared = _shared(names)
     places = [value for value in held if isinstance(value, Place)]
     files = sorted({one.file for one in places})
-    suffixes = [name[common:] for name, common in zip(names, [0, *shared], strict=True)]
     return _framed(
         _NODE_MAGIC,
         bytes([0]),  # the height: this is a leaf
         _file_table(files),
-        _numbers([len(names), *shared]),
-        _numbers(map(len, suffixes)),
-        *suffixes,
+        # The zeros say that no key leaves out what it has in common with the one before it.
+        _numbers([len(names), *[0] * (len(names) - 1)]),
+        _numbers(map(len, names)),
+        *names,
         _numbers(value.length if isinstance(value, Place) else len(value) for value in held),
         _numbers(isinstance(value, Place) for value in held),
         _numbers(files.index(one.file) for one in places),
@@ -81,20 +80,14 @@ def _framed(magic: int, *body: bytes) -> bytes:
 
 def _file_table(files: Sequence[str]) -> bytes:
     paths = [one.encode() for one in files]
-    # A common prefix must lie in the part of a path that is common to whole databases; here that part is empty.
     return b"".join(
         (
-            _numbers([len(paths), *[0] * (len(paths) - 1)]) if paths else _numbers([0]),
+            _numbers([len(paths), *[0] * (len(paths) - 1)]),
             _numbers(map(len, paths)),
             _numbers([0] * len(paths)),
             *paths,
         )
     )
-
-
-def _shared(names: Sequence[bytes]) -> list[int]:
-    """For each name but the first, the length of the prefix that it shares with the name before it."""
-    return [len(os.path.commonprefix([one, other])) for one, other in zip(names, names[1:], strict=False)]
 
 
 def _numbers(values: Iterable[int]) -> bytes:
