@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,17 +56,38 @@ class Stored(Protocol):
         """
 
 
-def open_stored(directory: Path) -> Stored:
+def is_checkpoint(directory: Path) -> bool:
+    """Whether Stepguard or Orbax has written ``directory`` as a checkpoint."""
+    return (directory / STATE_FILE).is_file() or bool(_items(directory))
+
+
+def open_stored(directory: Path, parts: Sequence[str] = ()) -> Stored:
     """Open the checkpoint in ``directory``, which Stepguard or Orbax has written. No code from it is run.
+
+    ``parts`` are the names of the parts of the program's state. A ``CheckpointManager`` may have saved each as an item.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         CheckpointCorruptError, OSError: it cannot be read.
         CheckpointError: a newer Stepguard wrote it, or TensorStore, which reads Orbax's, is not installed.
     """
-    if (directory / STATE_FILE).exists() or not (directory / METADATA).exists():
+    if (directory / STATE_FILE).exists():
         return StepguardFiles(directory)
-    return OrbaxFiles(directory)
+    items = _items(directory)
+    if not items:
+        raise FileNotFoundError(errno.ENOENT, "expected a checkpoint of Stepguard or Orbax, found none", str(directory))
+    if len(items) == 1 and not {*items} & {*parts}:
+        return OrbaxFiles(*items.values())
+    return Under({name: OrbaxFiles(path) for name, path in items.items()})
+
+
+def _items(directory: Path) -> dict[str, Path]:
+    """The trees that Orbax has saved in ``directory``, by name: itself, or the items of a ``CheckpointManager``."""
+    if (directory / METADATA).is_file():
+        return {"": directory}
+    if not directory.is_dir():
+        return {}
+    return {one.name: one for one in sorted(directory.iterdir()) if (one / METADATA).is_file()}
 
 
 def whole(leaf: StoredLeaf) -> Bounds:
@@ -95,9 +118,7 @@ class StepguardFiles:
             raise CheckpointCorruptError(f"{path}: {leaf.name}: expected the whole array, found gaps in it", path=path)
         return found
 
-    def _read_part(
-        self, dtype: np.dtype[Any], part: StoredPart, bounds: Bounds, into: np.ndarray[Any, Any]
-    ) -> int:
+    def _read_part(self, dtype: np.dtype[Any], part: StoredPart, bounds: Bounds, into: np.ndarray[Any, Any]) -> int:
         """Read what ``part`` has of ``bounds``; return how many values."""
         shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.bounds, bounds, strict=True)]
         if any(stop <= start for start, stop in shared):
@@ -163,7 +184,9 @@ class OrbaxFiles:
             self._arrays: dict[str, Any] = {}
             self._impls = self._key_impls()
             self._strings = self._read_strings()
-            self.leaves: Sequence[StoredLeaf] = [leaf for place, one in tree.items() if (leaf := self._leaf(place, one)) is not None]
+            self.leaves: Sequence[StoredLeaf] = [
+                leaf for place, one in tree.items() if (leaf := self._leaf(place, one)) is not None
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
             raise CheckpointCorruptError(
                 f"{path}: expected a checkpoint of Orbax's, found one that cannot be read: {error}", path=path
@@ -218,3 +241,22 @@ class OrbaxFiles:
         path = self._directory / "_strings.json"
         found = json.loads(files.read_bytes(path)) if path.exists() else {}
         return dict(found)
+
+
+class Under:
+    """The values of checkpoints as parts of one state, each below the name of its part."""
+
+    def __init__(self, parts: Mapping[str, Stored]) -> None:
+        self._sources = {
+            leaf.keys: (stored, leaf.keys[1:], leaf)
+            for name, stored in parts.items()
+            for one in stored.leaves
+            for leaf in [replace(one, keys=(name, *one.keys))]
+        }
+        self.leaves: Sequence[StoredLeaf] = [leaf for _, _, leaf in self._sources.values()]
+        self.static: Mapping[str, str] = {}
+
+    def read(self, leaf: StoredLeaf, bounds: Bounds) -> np.ndarray[Any, Any]:
+        """A part of an array; see `Stored`."""
+        stored, keys, _ = self._sources[leaf.keys]
+        return stored.read(replace(leaf, keys=keys), bounds)

@@ -1,4 +1,4 @@
-"""Values as JSON: what :meth:`ProcessState.capture` returns, for engines whose framework has no file format for it.
+"""Values as JSON: the random states and positions of a process, which Orbax's format has no place for.
 
 JSON has no tuples, bytes, arrays or keys that are no text; they stand as objects with one key, which begins with "%".
 """
