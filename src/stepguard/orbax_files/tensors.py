@@ -11,9 +11,9 @@ import numpy as np
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
+from stepguard.orbax_files import plain_values
 from stepguard.orbax_files.index import StoredLeaf
 from stepguard.orbax_files.reading import Stored, open_stored, whole
-from stepguard.orbax_files import plain_values
 from stepguard.store.saved_tensor import SavedTensor
 
 _NUMBERS = (bool, int, float, complex)

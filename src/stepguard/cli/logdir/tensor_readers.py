@@ -54,7 +54,8 @@ def _module(one: ListedCheckpoint) -> Any:
     path = one.checkpoint.path
     if one.engine not in _MODULES:
         raise CommandError(
-            f"{path}: expected a checkpoint of TensorFlow, PyTorch or JAX, found one of the engine {one.engine!r}", NOT_DONE
+            f"{path}: expected a checkpoint of TensorFlow, PyTorch or JAX, found one of the engine {one.engine!r}",
+            NOT_DONE,
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:

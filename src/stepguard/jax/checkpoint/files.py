@@ -12,9 +12,9 @@ import numpy as np
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.jax.checkpoint.snapshot import JaxSnapshot
+from stepguard.orbax_files import plain_values
 from stepguard.orbax_files.index import Index, StoredLeaf, StoredPart
 from stepguard.orbax_files.writing import Digests, offsets, write_data, write_index, write_small
-from stepguard.orbax_files import plain_values
 
 ENGINE = "jax"
 """The name of this engine in the manifests of its checkpoints."""
