@@ -12,8 +12,8 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.engine import Prepared
 from stepguard.errors import CheckpointCorruptError
-from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_process, write_state
-from stepguard.jax.checkpoint.restore import read_state
+from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
+from stepguard.jax.checkpoint.restore import first_values, newest_of_orbax, read_state
 from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
 from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
@@ -76,8 +76,8 @@ class JaxEngine(PeersEngine[Session]):
         self.peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
-            if not is_restored and self._init_fn is not None:
-                session.state = self._init_fn(session.state)
+            if not is_restored:
+                self._initialise(session)
         except BaseException:
             self.close(session)
             raise
@@ -85,6 +85,11 @@ class JaxEngine(PeersEngine[Session]):
             self.peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
         return Prepared(session, recovered)
+
+    def _initialise(self, session: Session) -> None:
+        if self._init_fn is not None:
+            session.state = self._init_fn(session.state)
+        session.state = first_values(session.state, self._restoring)
 
     def _new_member(self, session: Session) -> JaxMember:
         root = None if self._store is None else self._store.root
@@ -115,6 +120,17 @@ class JaxEngine(PeersEngine[Session]):
         session.restore_process_state(process, chief["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 
+    def _load_orbax(self, session: Session, path: Path, step: int) -> None:
+        """Continue a run of Orbax's CheckpointManager, which has kept no position in the data."""
+        session.state = read_state(path, session.state, self._restoring)
+        session.global_step = step
+        _log.warning(
+            "going on at step %d from %s, which Orbax has written: it holds no position in the data and no random "
+            "streams, so a new epoch begins",
+            step,
+            path,
+        )
+
     def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
         found: list[Recovery] = []
@@ -124,18 +140,27 @@ class JaxEngine(PeersEngine[Session]):
             if store is None:
                 return None
             found.append(restore_newest(store, functools.partial(self.restore, session), self._restoring))
-            good = found[0].checkpoint
-            return None if good is None else good.name
+            if found[0].checkpoint is not None:
+                return found[0].checkpoint.name
+            of_orbax = newest_of_orbax(store.root)
+            if of_orbax is None:
+                return None
+            step, path = of_orbax
+            self._load_orbax(session, path, step)
+            return path.relative_to(store.root).as_posix()
 
         def restore_named(name: str) -> None:
             if store is None:
                 return
-            if not (store.root / name).is_dir():
+            path, step = store.root / name, name.partition("/")[0]
+            if not path.is_dir():
                 raise FileNotFoundError(
-                    f"{store.root / name}: the chief has restored this checkpoint, and it is not here: all need the "
-                    f"same logdir"
+                    f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
                 )
-            self._load(session, store.root / name, self.peers.rank)
+            if step.isdigit():
+                self._load_orbax(session, path, int(step))
+            else:
+                self._load(session, path, self.peers.rank)
 
         name = self.peers.restored(restore_own, restore_named)
         return next(iter(found), None), name is not None
@@ -160,17 +185,16 @@ class JaxEngine(PeersEngine[Session]):
         place = directory if self._store is None else directory.relative_to(self._store.root)
         messages = self.peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
         try:
-            digests = {
-                **write_state(directory, snapshot, is_chief=True),
-                **write_process(directory, 0, snapshot.process),
-            }
+            own = {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
         except BaseException:
             # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
             # so theirs are ignored.
             with contextlib.suppress(Exception):
                 collect_parts(messages)
             raise
-        return {f"{name}/{file}": digest for file, digest in {**digests, **collect_parts(messages)}.items()}
+        others = collect_parts(messages)
+        tree = write_tree(directory, snapshot, self.peers.size)
+        return {f"{name}/{file}": digest for file, digest in {**own, **others, **tree}.items()}
 
     # --- summaries ---
 

@@ -56,6 +56,11 @@ class StateFeed(Feed):
 class GrainFeed(StateFeed):
     """A ``DataLoader`` or data set of Grain, or an iterator of one: their iterators know their state."""
 
+    def end_epoch(self) -> None:
+        """Note that the epoch is complete; the next iterator begins without a state."""
+        super().end_epoch()
+        self._state_before = None
+
     def _state(self) -> Any:
         iterator: Any = self._iterator
         return iterator.get_state()
@@ -67,16 +72,41 @@ class GrainFeed(StateFeed):
 
 
 class StatefulFeed(StateFeed):
-    """A loader with ``state_dict`` and ``load_state_dict``, such as a data set of Hugging Face."""
+    """A loader with ``state_dict`` and ``load_state_dict``, such as a data set of Hugging Face.
+
+    The state includes the number of the epoch, if the loader counts it; therefore the state at an epoch's end counts
+    too.
+    """
+
+    _has_begun = False
+    # Whether the state was loaded and nothing was read since then.
+    _is_loaded = False
+
+    def position(self) -> dict[str, Any]:
+        """The position, with the state of the loader."""
+        return {**super().position(), **({"state": self._state()} if self._has_begun else {})}
 
     def _state(self) -> Any:
         return self.loader.state_dict()
+
+    def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        self._is_loaded = self._state_before is not None and not skip
+        self._has_begun = True
+        return super()._begin_epoch(skip)
 
     def _restore(self, iterator: Any, state: Any) -> Iterator[Any]:  # noqa: ARG002 - a new one is made from the state
         with self._streams.preserved():
             self.loader.load_state_dict(state)
         again: Iterator[Any] = iter(self.loader)
         return again
+
+    def _may_be_empty(self) -> bool:
+        # A state of an epoch's end may mean that end, or the beginning that follows.
+        was, self._is_loaded = self._is_loaded, False
+        return was
+
+    def _note(self, batch: Any) -> None:  # noqa: ARG002 - as in the base
+        self._is_loaded = False
 
 
 def is_grain(loader: Any) -> bool:

@@ -32,7 +32,7 @@ class SavedLeaf:
     """A leaf of the state, the same in every process: its names, and what it is.
 
     ``kind`` is "array", "numpy", or the type of a plain Python value, which ``plain`` holds. ``chunk`` is the shape of
-    the shards, which are an even grid.
+    the shards, which are an even grid. ``weak`` says whether the array has a weak type, as Python numbers have in JAX.
     """
 
     keys: tuple[str | int, ...]
@@ -42,6 +42,7 @@ class SavedLeaf:
     dtype: Any = None
     chunk: tuple[int, ...] = ()
     key_impl: str | None = None
+    weak: bool = False
     plain: Any = None
 
 
@@ -181,8 +182,9 @@ def _described(leaf: Leaf, rank: int) -> tuple[SavedLeaf, list[tuple[Index, Any]
     value = leaf.value
     if isinstance(value, jax.Array):
         shape, sharding = value.shape, value.sharding
+        chunk, dtype = sharding.shard_shape(shape), np.dtype(value.dtype)
         saved = SavedLeaf(
-            leaf.keys, leaf.name, "array", shape, np.dtype(value.dtype), sharding.shard_shape(shape), leaf.key_impl
+            leaf.keys, leaf.name, "array", shape, dtype, chunk, key_impl=leaf.key_impl, weak=value.weak_type
         )
         whole = tuple((0, size) for size in shape)
         if len(sharding.device_set) == 1:
@@ -207,12 +209,16 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
 
 def _held(name: str, index: Index, array: Any, is_donated: bool, is_known: bool, lease: _Lease) -> Any:
     """What keeps the values of ``array``: a view of it, or a copy."""
-    if next(iter(array.devices())).platform == "cpu":
+    if _is_on_cpu(array):
         return lease.copy(name, index, array) if is_donated else np.asarray(array)
     if is_donated or not is_known:
         array = jnp.copy(array)
     array.copy_to_host_async()
     return array
+
+
+def _is_on_cpu(array: Any) -> bool:
+    return bool(next(iter(array.devices())).platform == "cpu")
 
 
 def _is_finite(data: np.ndarray[Any, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.errors import NonFiniteError, described
-from stepguard.jax.checkpoint.files import write_process, write_state
+from stepguard.jax.checkpoint.files import write_part, write_process
 from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
 from stepguard.jax.session import Session
 from stepguard.steps.common_store import StoreLostError
@@ -85,7 +85,7 @@ class JaxMember(SessionMember):
             raise NonFiniteError(f"the state to be saved is not finite: {listed(names)}", step=None, names=names)
         taken.finish()
         written = {
-            **write_state(directory, taken, is_chief=False),
+            **write_part(directory, self._rank, taken),
             **write_process(directory, self._rank, taken.process),
         }
         # The chief cannot make them durable, because another machine may have written them.
