@@ -135,7 +135,8 @@ def _metadata(index: Index, chunks: Sequence[tuple[int, ...]], empty: Mapping[Ke
         keys: {"value_type": kind, "skip_deserialize": True} for keys, kind in empty.items()
     }
     for leaf, chunk in zip(index.leaves, chunks, strict=True):
-        kinds = {"array": "jax.Array", "numpy": "np.ndarray", "str": "string"}
+        # Orbax has no complex scalars.
+        kinds = {"array": "jax.Array", "numpy": "np.ndarray", "complex": "np.ndarray", "str": "string"}
         value: dict[str, Any] = {"value_type": kinds.get(leaf.kind, "scalar"), "skip_deserialize": False}
         values[leaf.keys] = {**value, "write_shape": list(chunk)} if leaf.kind == "array" else value
     tree = {

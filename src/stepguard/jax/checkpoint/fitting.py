@@ -128,7 +128,8 @@ def _is_cast(leaf: Leaf, saved: StoredLeaf) -> bool:
     if saved.kind == "array":
         wanted = leaf.value.dtype if isinstance(leaf.value, jax.Array) else jax.dtypes.canonicalize_dtype(saved.dtype)
         return bool(wanted != saved.dtype)
-    return saved.kind == "numpy" and isinstance(leaf.value, np.ndarray) and leaf.value.dtype != saved.dtype
+    is_array = saved.kind == "numpy" and isinstance(leaf.value, np.ndarray)
+    return is_array and leaf.value.dtype.newbyteorder("=") != saved.dtype  # The files have one order of bytes.
 
 
 def _form(leaf: Leaf) -> str:
