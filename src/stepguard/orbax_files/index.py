@@ -178,7 +178,12 @@ def nbytes_of(bounds: Bounds, dtype: np.dtype[Any]) -> int:
 
 def zarr_type(dtype: np.dtype[Any]) -> str:
     """The name of a type in Zarr's metadata. TensorStore added those of ml_dtypes, such as ``bfloat16``."""
-    return str(dtype.name if dtype.kind == "V" else dtype.newbyteorder("<").str)
+    return str(dtype.newbyteorder("<").str if is_numpys(dtype) else dtype.name)
+
+
+def is_numpys(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is one of NumPy's own, and not of ml_dtypes."""
+    return bool(dtype.type.__module__ == "numpy")
 
 
 def dtype_of(name: str) -> np.dtype[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.orbax_files import plain_values
-from stepguard.orbax_files.index import StoredLeaf
+from stepguard.orbax_files.index import StoredLeaf, is_numpys
 from stepguard.orbax_files.reading import Stored, open_stored, whole
 from stepguard.store.saved_tensor import SavedTensor
 
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
 
 def _array(stored: Stored, leaf: StoredLeaf) -> np.ndarray[Any, Any]:
     found = stored.read(leaf, whole(leaf))
-    if found.dtype.kind != "V":
+    if is_numpys(found.dtype):
         return found
     # A type of ml_dtypes, which NumPy's own functions do not know.
     return found.astype(np.int16 if "int" in found.dtype.name else np.float32)
