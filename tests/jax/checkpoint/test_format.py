@@ -46,13 +46,19 @@ class TestOrbax:
     def test_restores_it_in_the_structure_of_the_state(self, tmp_path):
         state = arrays()
 
-        assert_same(ocp.StandardCheckpointer().restore(save(state, tmp_path / "it"), target=state), state)
+        assert_same(
+            ocp.StandardCheckpointer().restore(save(state, tmp_path / "it"), target=state), state, is_orbax=True
+        )
 
     def test_restores_it_onto_another_mesh(self, tmp_path):
         path = save({"w": sharded("a", "b")}, tmp_path / "it")
         target = {"w": jnp.zeros_like(sharded(None, "b", shape=(4, 2)))}
 
-        assert_same(ocp.StandardCheckpointer().restore(path, target=target), {"w": sharded(None, "b", shape=(4, 2))})
+        assert_same(
+            ocp.StandardCheckpointer().restore(path, target=target),
+            {"w": sharded(None, "b", shape=(4, 2))},
+            is_orbax=True,
+        )
 
     def test_restores_it_without_knowing_the_structure(self, tmp_path):
         state = {**arrays(), "n": 7, "x": 0.25, "flag": True, "text": "abc", "z": 1 + 2j, "empty": {}, "list": []}
@@ -88,7 +94,7 @@ class TestTheFilesOfSeveralProcesses:
         write_tree(tmp_path, one, 2)
 
         assert {path.name for path in (tmp_path / "d").iterdir()} == {"process-0", "process-1", "tree"}
-        assert_same(ocp.StandardCheckpointer().restore(tmp_path, target=state), state)
+        assert_same(ocp.StandardCheckpointer().restore(tmp_path, target=state), state, is_orbax=True)
 
     def test_without_those_of_one_is_none(self, tmp_path):
         taken = snapshot({"w": jnp.ones(2)})
