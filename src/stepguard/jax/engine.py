@@ -13,12 +13,13 @@ from stepguard.disk import files
 from stepguard.engine import Prepared
 from stepguard.errors import CheckpointCorruptError
 from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
-from stepguard.jax.checkpoint.restore import first_values, newest_of_orbax, read_state
+from stepguard.jax.checkpoint.restore import first_values, read_state
 from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
 from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
 from stepguard.jax.session import STREAMS, Session
 from stepguard.options import Restoring
+from stepguard.orbax_files.runs import newest_of_orbax
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
 from stepguard.steps.peers_engine import PeersEngine

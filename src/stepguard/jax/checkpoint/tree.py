@@ -20,9 +20,8 @@ import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from stepguard.orbax_files.index import Keys, name_of, orbax_name
 from stepguard.words import listed
-
-Keys = tuple[str | int, ...]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _MOST_TEXT = 300
@@ -230,16 +229,11 @@ def _found_places(state: Any) -> _Places:
     static: dict[str, str] = {}
     empty: dict[Keys, str] = {}
     keys = list(_walk(state, (), static, empty))
-    names = Counter(".".join(map(str, one)) for one in (*keys, *empty))
+    names = Counter(map(orbax_name, (*keys, *empty)))
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ValueError(f"the state has two values named {listed(twice)}: a dot in a key makes them the same name")
     return _Places(keys, [name_of(one) for one in keys], static, empty)
-
-
-def name_of(keys: Keys) -> str:
-    """The name for messages, such as ``opt[0].mu.w``."""
-    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in keys).removeprefix(".") or "state"
 
 
 def _walk(node: Any, keys: Keys, static: dict[str, str], empty: dict[Keys, str]) -> Iterator[Keys]:
