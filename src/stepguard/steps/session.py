@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Beginning, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
+from stepguard.steps.digests import numbers_at_hand
 from stepguard.steps.feeds import Feed, shown
-from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
+from stepguard.steps.step_digests import StepDigests
 
 
 class Session:
@@ -32,7 +34,7 @@ class Session:
     def __init__(
         self,
         coord: Coordinator,
-        write_summary: Callable[[Mapping[str, Any], int], None],
+        write_summary: Callable[[Mapping[str, Any], int], Mapping[str, float] | None],
         process_state: ProcessState,
         *,
         gate: Gate | None = None,
@@ -50,6 +52,8 @@ class Session:
         self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
+        self._trace: StepTrace | None = None
+        self._digests: StepDigests | None = None
         self.is_update = True
         # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
@@ -220,6 +224,8 @@ class Session:
         except BaseException:
             self.boundary.leave(is_done=False)
             raise
+        if self._digests is not None:
+            self._digests.tell(self.global_step, self.process_state.epochs_done)
         try:
             yield self.global_step
         except StopIteration:
@@ -245,7 +251,9 @@ class Session:
         Raises:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
         """
-        self._write_summary(values, self.global_step if step is None else step)
+        numbers = self._write_summary(values, self.global_step if step is None else step)
+        if self._trace is not None:
+            self._trace_numbers(self._trace, numbers_at_hand(values) if numbers is None else numbers)
 
     @property
     def epoch(self) -> int:
@@ -275,10 +283,21 @@ class Session:
         """Let ``watch`` handle non-finite numbers between two steps, and wait for that."""
         self._watch = watch
 
+    def trace_with(self, trace: StepTrace, digests: StepDigests | None = None) -> Beginning:
+        """Tell ``trace`` the numbers of the steps from now on, and have ``digests`` taken. Returns where it begins."""
+        self._trace, self._digests = trace, digests
+        state = self.process_state
+        return Beginning(self.global_step, state.epochs_done, state.processes)
+
     @property
     def is_evaluating(self) -> bool:
         """Whether the program is inside :meth:`evaluating`. Any thread."""
         return self._evaluations > 0
+
+    @property
+    def moment(self) -> Moment | None:
+        """How far this process is, for the others; ``None`` without others. Any thread."""
+        return None if self._gate is None else self._gate.moment(self.boundary.steps)
 
     @property
     def is_alone(self) -> bool:
@@ -322,6 +341,8 @@ class Session:
         """Continue at ``step`` from ``state``, which an earlier process has saved."""
         self.global_step = step
         self.process_state.restore(state)
+        if self._gate is not None:
+            self._gate.begin_at(self.process_state.epochs_done)
 
     def finish_step(self, *, was_left: bool = False) -> None:
         """End the step of this thread, if it is in one, because its body was left or asks for a save."""
@@ -337,12 +358,19 @@ class Session:
         if self._gate is not None:
             self._gate.done(self.boundary.steps)
             if was_left:
-                self._gate.end(*self._moment, how=Loop.LEFT)
+                self._gate.end(self.boundary.steps, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
 
     # --- inside ---
+
+    def _trace_numbers(self, trace: StepTrace, numbers: Mapping[str, float]) -> None:
+        thread = threading.get_ident()
+        # A service reports on a timer, at whatever step that is.
+        if thread == self.boundary.thread:
+            is_inside = self.boundary.is_mine
+            trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside=is_inside)
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
@@ -394,10 +422,15 @@ class Session:
         state = self.process_state
         self._settle()
         is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
-        self.boundary.rest(state.complete_epoch, is_last=is_last)
+        self.boundary.rest(self._turn_epoch, is_last=is_last)
         if self._gate is not None:
-            self._gate.end(*self._moment)
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
+
+    def _turn_epoch(self) -> None:
+        self.process_state.complete_epoch()
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps, self.process_state.epochs_done)
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -405,6 +438,9 @@ class Session:
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
+            if self._gate is not None:
+                self.boundary.rest(self._turn_loop)
+                self._gate.end(boundary.steps)
             return
         self._advice.on_first_step(plan)
         if self._put_back is not None:
@@ -445,6 +481,9 @@ class Session:
                     self._leave_without_batch(error, turns)
                     raise
                 turns += 1
+                if self._digests is not None:
+                    source = "" if feed is None else shown(feed.loader)
+                    self._digests.tell(self.global_step, self.process_state.epochs_done, batch, source)
                 if accumulate > 1:
                     self.is_update = turns == accumulate or (feed is not None and feed.is_last_batch is True)
                 try:
@@ -498,22 +537,27 @@ class Session:
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
+    def _turn_loop(self, plan: LoopPlan | None = None) -> None:
+        """Count a loop that has ended, inside the boundary; note its end unless its last step has noted it."""
+        if plan is not None:
+            self._note_loop_over(plan)
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps)
+
     def _settle(self) -> None:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
 
     def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
         """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
-        if self._gate is not None:
-            self._gate.end(*self._moment)
         self.is_update = True
         is_stopped = self._coord.stop_requested or self.boundary.must_stop
         if not is_stopped:
             self.total_steps = self.global_step
-        change = None
-        if plan is not None and not is_over and not is_stopped:
-            change = functools.partial(self._note_loop_over, plan)
-        self.boundary.rest(change, is_last=is_stopped)
+        is_new_end = plan is not None and not is_over and not is_stopped
+        self.boundary.rest(functools.partial(self._turn_loop, plan if is_new_end else None), is_last=is_stopped)
+        if self._gate is not None:
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
         if plan is None:
             return
@@ -530,10 +574,6 @@ class Session:
         # Until the last step is settled, another process may have begun a step that needs this one.
         if self._gate is None or self._gate.is_last:
             self._interrupts.raise_if_held()
-
-    @property
-    def _moment(self) -> tuple[int, int]:
-        return self.boundary.steps, self.process_state.epochs_done
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
@@ -555,7 +595,7 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
-        if self._gate is not None and not self._gate.begin(*self._moment):
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()
         return True
@@ -568,6 +608,8 @@ class Session:
         self.boundary.enter()
         self.is_left = False
         self.process_state.begin_step()
+        if self._digests is not None:
+            self._digests.begin_step(self.global_step)
 
 
 def _total_steps(feed: Feed | None, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:
