@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from stepguard.engine import StepTrace
 from stepguard.steps.digests import array_bytes, digest
 from stepguard.steps.random_streams import RandomStreams
@@ -12,6 +14,7 @@ from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.scalars import of_run
 
 _MOST_FEEDS = 16
+_MOST_NAMES = 4096
 
 
 class RunTrace:
@@ -24,7 +27,9 @@ class RunTrace:
     def __init__(self, trace: StepTrace, boundary: Boundary, step: int) -> None:
         self._trace = trace
         self._boundary = boundary
-        self._wants_digests = trace.wants_digests
+        self.wants_digests = trace.wants_digests
+        # The names of fetches by their ids, with the fetches, so that no id is reused: TensorFlow makes them up anew.
+        self._names: dict[int, tuple[Any, str]] = {}
         self._streams = RandomStreams()
         self._before = 0
         self.count_from(step)
@@ -36,10 +41,10 @@ class RunTrace:
     def ran(self, fetches: Any, result: Any, feeds: Any) -> None:
         """Tell of a run that has just ended."""
         step = self._before + self._boundary.steps - 1
-        if self._wants_digests:
+        if self.wants_digests:
             self._trace.digests(step, 0, self._digests(feeds), source="the feeds" if feeds else "")
         if result is not None:
-            self.report(of_run(fetches, result), step)
+            self.report(self._scalars(fetches, result), step)
 
     def report(self, numbers: Mapping[str, float], step: int | None = None) -> None:
         """Tell of numbers that the program has computed: those of ``step``, by default between two runs."""
@@ -50,6 +55,33 @@ class RunTrace:
     def saved(self, checkpoint_step: int) -> None:
         """Tell that a checkpoint is being taken. Inside the boundary."""
         self._trace.saved(self._before + self._boundary.steps, checkpoint_step)
+
+    def _scalars(self, fetches: Any, result: Any) -> dict[str, float]:
+        """As :func:`of_run`, and fast for what training loops fetch: a list or a dictionary of tensors."""
+        kind = type(result)
+        if kind is np.float32:
+            return {self._name(fetches): result}
+        if kind is list and type(fetches) in (list, tuple) and len(fetches) == len(result):
+            pairs = zip(fetches, result, strict=True)
+        elif kind is dict and type(fetches) is dict:
+            pairs = zip(fetches.values(), result.values(), strict=True)
+        else:
+            return of_run(fetches, result)
+        found: dict[str, float] = {}
+        for fetch, value in pairs:
+            if type(value) is np.float32:
+                found[self._name(fetch)] = value
+            elif value is not None:
+                found.update(of_run(fetch, value))
+        return found
+
+    def _name(self, fetch: Any) -> str:
+        known = self._names.get(id(fetch))
+        if known is None:
+            if len(self._names) >= _MOST_NAMES:
+                self._names.clear()
+            known = self._names[id(fetch)] = fetch, str(getattr(fetch, "name", fetch))
+        return known[1]
 
     def _digests(self, feeds: Any) -> dict[str, int]:
         """Digests of Python's and NumPy's random states, and of what was fed."""
