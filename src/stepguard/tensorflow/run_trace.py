@@ -70,7 +70,7 @@ class RunTrace:
         found: dict[str, float] = {}
         for fetch, value in pairs:
             if type(value) is np.float32:
-                found[self._name(fetch)] = value
+                found[self._name(fetch)] = float(value)
             elif value is not None:
                 found.update(of_run(fetch, value))
         return found
