@@ -43,14 +43,14 @@ class RunTrace:
         step = self._before + self._boundary.steps - 1
         if self.wants_digests:
             self._trace.digests(step, 0, self._digests(feeds), source="the feeds" if feeds else "")
-        if result is not None:
-            self.report(self._scalars(fetches, result), step)
-
-    def report(self, numbers: Mapping[str, float], step: int | None = None) -> None:
-        """Tell of numbers that the program has computed: those of ``step``, by default between two runs."""
+        numbers = self._scalars(fetches, result)
         if numbers:
-            now = self._before + self._boundary.steps
-            self._trace.numbers(now if step is None else step, 0, numbers, is_inside=step is not None)
+            self._trace.numbers(step, 0, numbers)
+
+    def report(self, numbers: Mapping[str, float]) -> None:
+        """Tell of numbers that the program has computed between two runs."""
+        if numbers:
+            self._trace.numbers(self._before + self._boundary.steps, 0, numbers, False)
 
     def saved(self, checkpoint_step: int) -> None:
         """Tell that a checkpoint is being taken. Inside the boundary."""
@@ -59,29 +59,28 @@ class RunTrace:
     def _scalars(self, fetches: Any, result: Any) -> dict[str, float]:
         """As :func:`of_run`, and fast for what training loops fetch: a list or a dictionary of tensors."""
         kind = type(result)
-        if kind is np.float32:
-            return {self._name(fetches): result}
         if kind is list and type(fetches) in (list, tuple) and len(fetches) == len(result):
             pairs = zip(fetches, result, strict=True)
         elif kind is dict and type(fetches) is dict:
             pairs = zip(fetches.values(), result.values(), strict=True)
         else:
-            return of_run(fetches, result)
+            pairs = zip((fetches,), (result,), strict=True)
         found: dict[str, float] = {}
+        names = self._names
         for fetch, value in pairs:
             if type(value) is np.float32:
-                found[self._name(fetch)] = float(value)
+                known = names.get(id(fetch))
+                found[self._new_name(fetch) if known is None else known[1]] = value  # type: ignore[assignment]
             elif value is not None:
                 found.update(of_run(fetch, value))
         return found
 
-    def _name(self, fetch: Any) -> str:
-        known = self._names.get(id(fetch))
-        if known is None:
-            if len(self._names) >= _MOST_NAMES:
-                self._names.clear()
-            known = self._names[id(fetch)] = fetch, str(getattr(fetch, "name", fetch))
-        return known[1]
+    def _new_name(self, fetch: Any) -> str:
+        if len(self._names) >= _MOST_NAMES:
+            self._names.clear()
+        name = str(getattr(fetch, "name", fetch))
+        self._names[id(fetch)] = fetch, name
+        return name
 
     def _digests(self, feeds: Any) -> dict[str, int]:
         """Digests of Python's and NumPy's random states, and of what was fed."""
