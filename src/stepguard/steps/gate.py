@@ -87,6 +87,8 @@ class Gate:
         self._attendant: Attendant | None = None
         self._captures_at = _NEVER
         self._meetings = _Meetings()
+        # No step begins after so many, but for the rendezvous to settle that they are the last.
+        self._ends_at = math.inf
         # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
 
@@ -110,12 +112,12 @@ class Gate:
         """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
         moment = steps_done, epochs_done
         with self._changed:
-            while steps_done >= min(self._limit, self._meetings.next_at) or moment >= self._captures_at:
+            while steps_done >= min(self._limit, self._ends_at, self._meetings.next_at) or moment >= self._captures_at:
                 if self._must_capture(moment):
                     return False
                 if steps_done >= self._limit and self._refusal is not None:
                     raise self._refusal
-                if steps_done >= self._limit and self._is_last:
+                if steps_done >= min(self._limit, self._ends_at) and self._is_last:
                     self._loop = Loop.ENDED
                     return None
                 self._changed.wait()
@@ -210,6 +212,7 @@ class Gate:
         with self._changed:
             # A loop that is not running promises no steps, because nobody knows how far it will go.
             limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
+            limit = int(min(limit, max(self._begun, self._ends_at)))
             if self._refusal is None and not self._is_last:
                 self._limit = limit
             return limit, self._loop is Loop.ENDED
@@ -221,6 +224,11 @@ class Gate:
                 self._limit = step
             self._is_last = self._is_last or is_last
             self._changed.notify_all()
+
+    def end_at(self, steps: int) -> None:
+        """Let no step begin after ``steps`` are done. A thread that comes there waits for the agreement on the end."""
+        with self._changed:
+            self._ends_at = steps
 
     def refuse_after(self, step: int, error: Exception) -> bool:
         """Have ``begin`` raise ``error`` for a step after ``step``; return whether such a step has already begun."""

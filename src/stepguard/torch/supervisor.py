@@ -24,6 +24,7 @@ from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -109,6 +110,7 @@ class Supervisor(CoreSupervisor[Session]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
         refuse(
             watching,
             "peer_timeout_secs",
