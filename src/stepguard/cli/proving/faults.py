@@ -34,12 +34,18 @@ _FIRST_SHARE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What the undisturbed run tells: its last step, the seconds of a step and of writing a checkpoint."""
+    """What the undisturbed run tells: its steps, the seconds of a step and of writing a checkpoint, its processes."""
 
+    first_step: int
     last_step: int
     step_secs: float
     write_secs: float
     processes: int = 1
+
+    @property
+    def steps(self) -> int:
+        """The number of its steps."""
+        return max(1, self.last_step - self.first_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +64,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """The faults of one run, one after the other, and the line of the verdict."""
+    """The faults of one run, one after the other."""
 
     kind: str
-    title: str
     faults: tuple[Fault, ...]
 
 
@@ -77,34 +82,18 @@ class Done:
 
 def plan(kinds: Sequence[str], pace: Pace, seed: int) -> list[Rung]:
     """The rungs of the ladder for these kinds, in the order of :data:`KINDS`."""
-    rungs = []
-    kills = [kind for kind in ("kill", "save") for _ in range(3 if kind == "kill" else 2) if kind in kinds]
-    if kills:
-        faults = _drawn(kills, pace, random.Random(f"{seed} kill"))
-        rungs.append(Rung("kill", f"killed {_times(len(faults))}", faults))
-    titles = {
-        "sigterm": "stopped by SIGTERM",
-        "interrupt": "stopped by Ctrl-C",
-        "damage": "newest one damaged",
-        "disk": "full disk",
-        "process": "one process killed",
-    }
-    for kind, title in titles.items():
-        if kind not in kinds or (kind == "process" and pace.processes < 2):
-            continue
-        faults = _drawn([kind], pace, random.Random(f"{seed} {kind}"))
-        if kind == "disk":
-            title = f"full disk for {faults[0].lasts_secs:.1f} s"
-        rungs.append(Rung(kind, title, faults))
-    return rungs
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+    kills = [kind for kind, count in (("kill", 3), ("save", 2)) for _ in range(count) if kind in kinds]
+    groups = [("kill", kills)] if kills else []
+    groups += [(kind, [kind]) for kind in KINDS if kind in kinds and kind not in ("kill", "save")]
+    return [
+        Rung(name, _drawn(group, pace, random.Random(f"{seed} {name}")))
+        for name, group in groups
+        if name != "process" or pace.processes > 1
+    ]
 
 
 def _drawn(kinds: Sequence[str], pace: Pace, chance: random.Random) -> tuple[Fault, ...]:
-    first = max(1, int(_FIRST_SHARE * pace.last_step))
+    first = pace.first_step + max(1, int(_FIRST_SHARE * pace.steps))
     steps = sorted(chance.randrange(first, max(first + 1, pace.last_step - 1)) for _ in kinds)
     # Which of the kills come during a save is drawn as well.
     shuffled = chance.sample(kinds, len(kinds))
@@ -113,10 +102,10 @@ def _drawn(kinds: Sequence[str], pace: Pace, chance: random.Random) -> tuple[Fau
 
 def _fault(kind: str, step: int, pace: Pace, chance: random.Random) -> Fault:
     longest = pace.write_secs if kind == "save" else pace.step_secs
-    lasts = min(_LONGEST_FULL_SECS, max(_SHORTEST_FULL_SECS, 0.3 * pace.last_step * pace.step_secs))
+    lasts = min(_LONGEST_FULL_SECS, max(_SHORTEST_FULL_SECS, 0.3 * pace.steps * pace.step_secs))
     if kind == "disk":
         # Early, so that training goes on for a while afterwards.
-        step = max(1, step // 2)
+        step = pace.first_step + max(1, (step - pace.first_step) // 2)
     return Fault(kind, step, chance.uniform(0, longest), chance.random(), lasts if kind == "disk" else 0.0)
 
 
@@ -145,7 +134,7 @@ def inject(fault: Fault, running: Running, live: Live) -> Done:
         case "disk":
             return _fill_disk(fault, running)
         case "process":
-            return _kill_one(fault, running, live)
+            return _kill_one(fault, live)
     return Done(True)
 
 
@@ -225,7 +214,7 @@ def _fill_disk(fault: Fault, running: Running) -> Done:
     return Done(bool(limited), goes_on=True)
 
 
-def _kill_one(fault: Fault, running: Running, live: Live) -> Done:
+def _kill_one(fault: Fault, live: Live) -> Done:
     """Kill one of several processes that train together."""
     time.sleep(fault.delay_secs)
     beats = [one for one in heartbeat.read(live.logdir) if heartbeat.state(one) in ("alive", "silent")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepguard.cli.launcher.processes import Processes, send
 from stepguard.cli.launcher.relay import without_noise
@@ -47,7 +49,19 @@ class Program:
         self.clock = clock
         self._environment = dict(environment)
         self._is_shown = is_shown
-        self._processes = Processes()
+        self._own: Processes | None = None
+
+    def __reduce__(self) -> Any:
+        """A copy in another process has that process's own children."""
+        make = functools.partial(type(self), environment=self._environment, is_shown=self._is_shown)
+        return make, (self.argv, self.clock)
+
+    @property
+    def _processes(self) -> Processes:
+        # Made when it is first needed: from then on this process reaps all of its children.
+        if self._own is None:
+            self._own = Processes()
+        return self._own
 
     def start(self, environment: Mapping[str, str]) -> Running:
         """Start it.
@@ -74,7 +88,8 @@ class Program:
 
     def kill(self) -> None:
         """Kill whatever is left of it."""
-        self._processes.kill_all(-1)
+        if self._own is not None:
+            self._own.kill_all(-1)
 
 
 class Running:
@@ -175,42 +190,41 @@ class Running:
 
 
 class Live:
-    """How far the present start of a run has come, as its trace and its ledger tell."""
+    """How far the present start of a run has come, as its ledger and its trace tell."""
 
     def __init__(self, logdir: Path) -> None:
         self.logdir = logdir
-        self._starts_before = len(_starts(logdir))
+        self._before = _sessions(logdir)
 
     def step(self) -> int | None:
         """The number of steps done; ``None`` until its session is open."""
-        starts = _starts(self.logdir)
-        if len(starts) <= self._starts_before:
-            return None
-        return reached(self.logdir)
-
-    def is_training(self) -> bool:
-        """Whether its session is open."""
-        return len(_starts(self.logdir)) > self._starts_before
+        return reached(self.logdir) if _sessions(self.logdir) > self._before else None
 
 
-def _starts(logdir: Path) -> list[trace.Start]:
-    return [one for one in trace.read(logdir, history.CHIEF) if isinstance(one, trace.Start)]
+def _sessions(logdir: Path) -> int:
+    """How many sessions the chief has opened."""
+    events = ledger.read(logdir)
+    return sum(one["event"] in ("fresh", "restore") and one.get("role") == history.CHIEF for one in events)
 
 
 def reached(logdir: Path) -> int:
     """The last step of the chief's newest session that left a sign: in its trace, its ledger, or its heartbeat.
 
-    A program whose steps report nothing leaves none in the trace; then this may be too small.
+    A program whose steps report nothing leaves no sign of each; the result may then be too small.
     """
-    step, time_ = 0, 0.0
-    for item in trace.read(logdir, history.CHIEF):
-        if isinstance(item, trace.Start):
-            time_ = item.time
-        step = item.step
-    saved = [one for one in ledger.read(logdir) if one.get("event") == "checkpoint" and one["time"] >= time_]
-    steps = [step, *(one["step"] for one in saved if isinstance(one.get("step"), int))]
+    begun, steps = 0.0, [0]
+    for one in ledger.read(logdir):
+        if one.get("role") != history.CHIEF or one["event"] not in ("fresh", "restore", "checkpoint"):
+            continue
+        if one["event"] != "checkpoint":
+            begun, steps = one["time"], [0]
+        if isinstance(one.get("step"), int):
+            steps.append(one["step"])
+    items = trace.read(logdir, history.CHIEF)
+    if items and any(isinstance(one, trace.Start) and one.time >= begun - 1 for one in items):
+        steps.append(items[-1].step)
     beat = heartbeat.read_one(logdir, history.CHIEF)
-    if beat is not None and beat.time >= time_ and isinstance(beat.step, int):
+    if beat is not None and beat.time >= begun and isinstance(beat.step, int):
         steps.append(beat.step)
     return max(steps)
 

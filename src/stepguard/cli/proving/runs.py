@@ -12,9 +12,6 @@ from stepguard.cli.proving.program import Live, Program, Running, reached
 from stepguard.cli.proving.scratch import Place
 from stepguard.watching import history, ledger, trial
 
-# Starts in a row that fail by themselves, without a fault, before the run is given up.
-_MOST_FAILURES = 1
-
 
 class ProgramFailedError(Exception):
     """The program has ended by itself before the last step, with an error or without one."""
@@ -83,7 +80,7 @@ def run(
         stop = last_stop(place, running.began)
         if fault is not None and not outcome.is_done:
             done.missed.append(f"{fault.kind}: {outcome.text}")
-        if _is_at_end(stop):
+        if is_at_end(stop, code):
             done.missed += [f"{one.kind}: the program had ended before" for one in pending]
             break
         if fault is None or not outcome.is_done or outcome.goes_on:
@@ -117,8 +114,10 @@ def _note_restored(done: Run, place: Place, running: Running) -> None:
         done.restarts[-1].step = begun[0]["step"]
 
 
-def _is_at_end(stop: dict[str, Any]) -> bool:
-    return stop.get("reason") in ("finished", trial.REASON) and not stop.get("error")
+def is_at_end(stop: dict[str, Any], code: int | None) -> bool:
+    """Whether a start has ended well, at the last step of the run; ``code`` is ``None`` if it still runs."""
+    has_ended = stop.get("reason") in ("finished", trial.REASON) and not stop.get("error")
+    return has_ended and code in (0, None, stop.get("exit_code"))
 
 
 def _failure(code: int, stop: dict[str, Any], lines: Sequence[str]) -> ProgramFailedError:
