@@ -124,8 +124,13 @@ class Supervisor(Generic[SessionT]):
             observer=self._observer,
             one_save=self._saving.one_save,
             on_error=self._coord.report,
-            on_return=self._saving.went_back,
+            on_return=self._went_back,
         )
+
+    def _went_back(self, step: int | None) -> None:
+        """The NaN guard has put the session back to ``step``, inside its boundary."""
+        self._saving.went_back()
+        self._observer.went_back(step)
 
     @property
     def is_chief(self) -> bool:

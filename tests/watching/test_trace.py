@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stepguard.watching import trace
-from stepguard.watching.trace import Fork, Item, Record, Start, Step
+from stepguard.watching.trace import Fork, Item, Moment, Record, Start, Step
 
 
 def encoded(*items: Item) -> bytes:
@@ -24,7 +24,9 @@ def encoded(*items: Item) -> bytes:
             kind = next(kind for kind, name in trace.VALUES.items() if name == item.kind)
             content += trace.encoded_shape(number, list(item.values))
             pack = trace.packing(kind, len(item.values))
-            content += trace.with_checksum(pack(kind, 0, number, item.epochs, item.step, *item.values.values()))
+            content += trace.with_checksum(
+                pack(kind, not item.is_inside, number, item.epochs, item.step, *item.values.values())
+            )
     return content
 
 
@@ -46,6 +48,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         Record("digests", 0, 0, {"batch[0]": 2**64 - 1, "random": 3}),
         Record("settings", 0, 0, {"optimizer.lr": 0.001}),
         loss(1, math.inf, epochs=1),
+        Record("numbers", 2, 1, {"loss": 0.5}, is_inside=False),
         Fork(1, 0),
         Start(2**40, 7, is_resumed=True),
     ]
@@ -139,8 +142,8 @@ def test_a_shape_that_is_none_ends_the_reading(document: bytes) -> None:
 # --- what the steps were ---
 
 
-def numbers(values: Mapping[tuple[int, int], Step]) -> dict[tuple[int, int], dict[str, list[float]]]:
-    return {moment: one.numbers for moment, one in values.items()}
+def numbers(values: Mapping[Moment, Step]) -> dict[tuple[int, int], dict[str, list[float]]]:
+    return {moment[:2]: one.numbers for moment, one in values.items()}
 
 
 def test_a_step_is_what_it_was_the_last_time() -> None:
@@ -162,7 +165,18 @@ def test_what_a_fork_gives_up_is_left_out() -> None:
 
 
 def test_the_steps_come_in_their_order() -> None:
-    assert list(trace.steps([loss(3, 1.0), loss(2, 1.0, epochs=1), loss(2, 1.0)])) == [(2, 0), (2, 1), (3, 0)]
+    before = Record("numbers", 2, 1, {"accuracy": 0.5}, is_inside=False)
+    found = trace.steps([loss(3, 1.0, epochs=1), loss(2, 1.0, epochs=1), before, loss(1, 1.0)])
+    assert list(found) == [(1, 0, True), (2, 1, False), (2, 1, True), (3, 1, True)]
+
+
+def test_what_was_recorded_before_a_step_is_kept_when_only_the_step_is_done_again() -> None:
+    before = Record("numbers", 1, 0, {"accuracy": 0.5}, is_inside=False)
+    found = trace.steps([Start(0), before, loss(1, 1.0), Start(1, is_resumed=True), loss(1, 2.0)])
+    assert {moment: one.numbers for moment, one in found.items()} == {
+        (1, 0, False): {"accuracy": [0.5]},
+        (1, 0, True): {"loss": [2.0]},
+    }
 
 
 # --- what differs ---
@@ -193,7 +207,7 @@ def test_what_counts_as_the_same(then: float, now: float, is_same: bool) -> None
     assert trace.is_same(then, now) is is_same
 
 
-def test_only_what_both_have_is_compared_and_of_that_the_end() -> None:
+def test_only_what_both_have_is_compared() -> None:
     assert trace.differences(step_of(loss=[1.0], gone=[2.0]), step_of(loss=[1.0], new=[3.0])) == []
-    assert trace.differences(step_of(loss=[9.0, 1.0]), step_of(loss=[1.0])) == []
-    assert trace.differences(step_of(loss=[1.0, 9.0]), step_of(loss=[1.0])) != []
+    assert trace.differences(step_of(loss=[1.0, 9.0]), step_of(loss=[1.0])) == []
+    assert trace.differences(step_of(loss=[9.0, 1.0]), step_of(loss=[1.0])) != []

@@ -57,6 +57,8 @@ class Boundary:
         self._on_rest: Callable[[bool], None] | None = None
         self._soon: Callable[[], None] | None = None
         self.steps = 0
+        # The thread that began the last step.
+        self.thread: int | None = None
         # Whether the program's loop over steps has ended, so that it may use the model for something else.
         self.is_resting = False
         # Set once, by any thread. No step begins after that. Exception: a main thread that has already seen
@@ -75,7 +77,7 @@ class Boundary:
             if turn is not None:
                 turn.wait()
             self._lock.acquire()
-            self._stepping = me
+            self._stepping = self.thread = me
         finally:
             self._changing.discard(me)
         self._began = time.monotonic()

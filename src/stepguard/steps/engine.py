@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from stepguard.engine import Beginning, StepTrace
 from stepguard.steps.session import Session
+from stepguard.steps.step_digests import StepDigests
 
 SessionT = TypeVar("SessionT", bound=Session)
 
@@ -90,6 +92,11 @@ class LoopEngine(Generic[SessionT]):
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
         """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)
+
+    def trace_steps(self, session: SessionT, trace: StepTrace) -> Beginning:
+        """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""
+        streams = session.process_state.streams
+        return session.trace_with(trace, StepDigests(trace, streams) if trace.wants_digests else None)
 
     @contextmanager
     def at_boundary(self, session: SessionT, what: str, patience_secs: float | None = None) -> Iterator[None]:

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Beginning, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
+from stepguard.steps.digests import numbers_at_hand
 from stepguard.steps.feeds import Feed, shown
 from stepguard.steps.gate import Gate, Loop
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
+from stepguard.steps.step_digests import StepDigests
 
 
 class Session:
@@ -32,7 +34,7 @@ class Session:
     def __init__(
         self,
         coord: Coordinator,
-        write_summary: Callable[[Mapping[str, Any], int], None],
+        write_summary: Callable[[Mapping[str, Any], int], Mapping[str, float] | None],
         process_state: ProcessState,
         *,
         gate: Gate | None = None,
@@ -50,6 +52,8 @@ class Session:
         self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
+        self._trace: StepTrace | None = None
+        self._digests: StepDigests | None = None
         self.is_update = True
         # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
@@ -222,6 +226,8 @@ class Session:
         except BaseException:
             self.boundary.leave(is_done=False)
             raise
+        if self._digests is not None:
+            self._digests.tell(self.global_step, self.process_state.epochs_done)
         try:
             yield self.global_step
         except StopIteration:
@@ -247,7 +253,9 @@ class Session:
         Raises:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
         """
-        self._write_summary(values, self.global_step if step is None else step)
+        numbers = self._write_summary(values, self.global_step if step is None else step)
+        if self._trace is not None:
+            self._trace_numbers(self._trace, numbers_at_hand(values) if numbers is None else numbers)
 
     @property
     def epoch(self) -> int:
@@ -276,6 +284,12 @@ class Session:
     def watch_values(self, watch: ValueWatch) -> None:
         """Let ``watch`` handle non-finite numbers between two steps, and wait for that."""
         self._watch = watch
+
+    def trace_with(self, trace: StepTrace, digests: StepDigests | None = None) -> Beginning:
+        """Tell ``trace`` the numbers of the steps from now on, and have ``digests`` taken. Returns where it begins."""
+        self._trace, self._digests = trace, digests
+        state = self.process_state
+        return Beginning(self.global_step, state.epochs_done, state.processes)
 
     @property
     def is_evaluating(self) -> bool:
@@ -351,6 +365,13 @@ class Session:
             self._interrupts.raise_if_held()
 
     # --- inside ---
+
+    def _trace_numbers(self, trace: StepTrace, numbers: Mapping[str, float]) -> None:
+        thread = threading.get_ident()
+        # A service reports on a timer, at whatever step that is.
+        if thread == self.boundary.thread:
+            is_inside = self.boundary.is_mine
+            trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside=is_inside)
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
@@ -453,6 +474,9 @@ class Session:
                     self._leave_without_batch(error, turns)
                     raise
                 turns += 1
+                if self._digests is not None:
+                    source = "" if feed is None else shown(feed.loader)
+                    self._digests.tell(self.global_step, self.process_state.epochs_done, batch, source)
                 if accumulate > 1:
                     self.is_update = turns == accumulate or (feed is not None and feed.is_last_batch is True)
                 try:
@@ -585,6 +609,8 @@ class Session:
         self.boundary.enter()
         self.is_left = False
         self.process_state.begin_step()
+        if self._digests is not None:
+            self._digests.begin_step(self.global_step)
 
 
 def _total_steps(feed: Feed | None, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:

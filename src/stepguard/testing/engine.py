@@ -16,7 +16,7 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk.files import NewFile
-from stepguard.engine import Prepared, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.options import (
     Guarding,
@@ -58,6 +58,7 @@ class FakeSession:
         self.boundary = Boundary()
         self.interrupts = InterruptHold(self.boundary)
         self.watch: ValueWatch | None = None
+        self.trace: StepTrace | None = None
         self.before_close: Callable[[], None] | None = None
         self.end: tuple[int, Callable[[], None]] | None = None
 
@@ -66,6 +67,8 @@ class FakeSession:
         with self.in_step():
             for index in range(len(self.values)):
                 self.values[index] += 1
+            if self.trace is not None:
+                self.trace.numbers(self.step, 0, {"loss": self.loss})
         self.report(self.loss)
 
     @contextmanager
@@ -183,6 +186,11 @@ class FakeEngine:
     def watch_values(self, session: FakeSession, watch: ValueWatch) -> None:
         """Have the session report its loss to ``watch``."""
         session.watch = watch
+
+    def trace_steps(self, session: FakeSession, trace: StepTrace) -> Beginning:
+        """Have the session tell ``trace`` the loss of each step."""
+        session.trace = trace
+        return Beginning(session.step)
 
     def stop_at_boundary(self, session: FakeSession, main_thread_was_told: Callable[[], bool]) -> None:
         """Make the next step raise."""

@@ -7,7 +7,7 @@ files are not memory-mapped: under a map, a file that somebody truncates, or a d
 
 A file begins with :data:`MAGIC`. Records follow without gaps, all numbers little-endian::
 
-    kind u8 | 0 u8 | shape u16 | extent u32 | step i64 | payload | crc32 u32 of all before it in the record
+    kind u8 | between u8 | shape u16 | extent u32 | step i64 | payload | crc32 u32 of all before it in the record
 
 ==========  ====  =============================  ===================================================================
 kind              extent                         payload
@@ -21,8 +21,8 @@ FORK        18    complete epochs                none: see :class:`Fork`
 ==========  ====  =============================  ===================================================================
 
 ``step`` is the number of steps of the run that were done when the record was written: inside the first step it is 0.
-Together with the number of complete epochs it is a :data:`Moment`: between two steps, the end of an epoch changes only
-the latter.
+``between`` is 1 for what was recorded between two steps, before the step of that number, and else 0. Both and the
+number of complete epochs, which changes between two steps, are a :data:`Moment`.
 
 Nothing in a file is trusted: a record with a wrong checksum, an unknown kind or an impossible size ends the reading of
 that file, and what was before it counts. Names have bounds, and nothing outside the logdir is read.
@@ -67,8 +67,8 @@ _MOST_PAYLOAD = 1 << 16
 _MOST_READ = MOST_BYTES + 2 * _MOST_PAYLOAD
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
-Moment = tuple[int, int]
-"""The number of steps done, and of complete epochs."""
+Moment = tuple[int, int, bool]
+"""The number of steps done, that of complete epochs, and whether it is inside a step. They come in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,12 @@ class Record:
     step: int
     epochs: int
     values: Mapping[str, float]
+    is_inside: bool = True
+
+    @property
+    def moment(self) -> Moment:
+        """When it was recorded."""
+        return self.step, self.epochs, self.is_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +142,16 @@ class Difference:
 def differences(then: Step, now: Step) -> list[Difference]:
     """The names whose values differ, bit for bit, among those that both have; any NaN equals any other.
 
-    If one has more values of a name, the last ones are compared: a run that continues in the middle of what belongs
-    to a moment does not do its beginning again.
+    If one has fewer values of a name, only as many are compared: a run may have ended in the middle.
     """
     found = []
     for kind in ("settings", "digests", "numbers"):
         before, after = getattr(then, kind), getattr(now, kind)
         for name in (one for one in before if one in after):
-            pairs = zip(reversed(before[name]), reversed(after[name]), strict=False)
-            unlike = [pair for pair in pairs if not is_same(*pair)]
-            if unlike:
-                found.append(Difference(kind, name, *unlike[-1]))
+            pairs = zip(before[name], after[name], strict=False)
+            unlike = next((pair for pair in pairs if not is_same(*pair)), None)
+            if unlike is not None:
+                found.append(Difference(kind, name, *unlike))
     return found
 
 
@@ -173,10 +178,10 @@ def steps(items: Iterable[Item]) -> dict[Moment, Step]:
             if not item.is_resumed:
                 found.clear()
         elif isinstance(item, Fork):
-            for moment in [one for one in found if one >= (item.step, item.epochs)]:
+            for moment in [one for one in found if one[:2] >= (item.step, item.epochs)]:
                 del found[moment]
         else:
-            moment = item.step, item.epochs
+            moment = item.moment
             if moment not in found or written_by[moment] != start:
                 found[moment], written_by[moment] = Step(), start
             found[moment].add(item)
@@ -239,10 +244,10 @@ def parse(content: bytes) -> Iterator[tuple[Item, int]]:
     shapes: dict[int, tuple[str, ...]] = {}
     at = len(MAGIC)
     while at + _HEAD.size + _CRC.size <= len(content):
-        kind, zero, shape, extent, step = _HEAD.unpack_from(content, at)
+        kind, between, shape, extent, step = _HEAD.unpack_from(content, at)
         size = _payload_size(kind, extent, shapes.get(shape))
         end = at + _HEAD.size + (size or 0)
-        if size is None or zero or step < 0 or end + _CRC.size > len(content):
+        if size is None or between > 1 or step < 0 or end + _CRC.size > len(content):
             return
         if zlib.crc32(memoryview(content)[at:end]) != _CRC.unpack_from(content, end)[0]:
             return
@@ -254,7 +259,7 @@ def parse(content: bytes) -> Iterator[tuple[Item, int]]:
                 return
             shapes[shape] = names
             continue
-        item = _item(kind, shapes.get(shape, ()), extent, step, payload)
+        item = _item(kind, shapes.get(shape, ()), (step, extent, not between), payload)
         if item is None:
             return
         yield item, at
@@ -279,13 +284,14 @@ def _payload_size(kind: int, extent: int, names: Sequence[str] | None) -> int | 
     return 0 if kind == FORK else None
 
 
-def _item(kind: int, names: Sequence[str], extent: int, step: int, payload: memoryview) -> Item | None:
+def _item(kind: int, names: Sequence[str], moment: Moment, payload: memoryview) -> Item | None:
+    step, extent, is_inside = moment
     if kind == FORK:
         return Fork(step, extent)
     if kind == START:
         return _start(step, bytes(payload))
     values = struct.unpack(f"<{len(names)}{'Q' if kind == DIGESTS else 'd'}", payload)
-    return Record(VALUES[kind], step, extent, dict(zip(names, values, strict=True)))
+    return Record(VALUES[kind], step, extent, dict(zip(names, values, strict=True)), is_inside)
 
 
 def _names(payload: bytes) -> tuple[str, ...] | None:
@@ -326,7 +332,7 @@ def encoded_fork(fork: Fork) -> bytes:
 
 
 def packing(kind: int, names: int) -> Callable[..., bytes]:
-    """A function ``pack(kind, 0, shape, epochs, step, *values)`` for records with this number of values."""
+    """A function ``pack(kind, between, shape, epochs, step, *values)`` for records with this number of values."""
     return struct.Struct(f"<BBHIq{names}{'Q' if kind == DIGESTS else 'd'}").pack
 
 
