@@ -133,7 +133,7 @@ def applied(logdir: Any, options: Options) -> tuple[Any, Options]:
 
 def _traced(options: Options) -> Any:
     # Metrics on a fixed port would meet those of the real run.
-    return replace(options.watching, progress=False, metrics_port=None)
+    return replace(options.watching, trace="batches", progress=False, metrics_port=None)
 
 
 def _absolute(logdir: str) -> str:
