@@ -140,6 +140,8 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             restoring=restoring,
         )
         logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            tf.config.experimental.enable_op_determinism()
         refuse(
             saving,
             "max_to_keep",

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError, described
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
@@ -111,6 +113,9 @@ class Supervisor(CoreSupervisor[Session]):
             restoring=restoring,
         )
         logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         refuse(
             watching,
             "peer_timeout_secs",

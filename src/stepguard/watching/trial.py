@@ -110,6 +110,12 @@ def _read(path: str) -> Trial:
         ) from error
 
 
+def is_deterministic() -> bool:
+    """Whether the frameworks are to use deterministic algorithms only. A front door sets them; it knows how."""
+    trial = current()
+    return trial is not None and trial.is_deterministic
+
+
 def applied(logdir: Any, options: Options) -> tuple[Any, Options]:
     """The logdir and the options to use in place of those that the program gave: the same ones if this is no trial.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepguard.cli.logdir.checkpoint_changes import Change
-from stepguard.cli.proving.comparing import COMPUTATION, DATA, RANDOM, SETTINGS, STATE, Comparison, FirstDifference
+from stepguard.cli.proving.comparing import Comparison, FirstDifference
 from stepguard.cli.text import output
+from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, SETTINGS, STATE
 
 PAGE = "docs/prove.md"
 

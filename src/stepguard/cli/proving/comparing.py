@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepguard.cli.logdir import tensor_readers
 from stepguard.cli.logdir.checkpoint_changes import Change, compared
 from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.proving.runs import Run
 from stepguard.watching import trace
+from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, SETTINGS, STATE, is_measured
 from stepguard.watching.trace import Difference, Moment, Step
-
-DATA, RANDOM, SETTINGS, STATE, COMPUTATION = "data", "random state", "hyperparameters", "state", "computation"
-"""What can differ first at a step, as far as a trace can tell."""
 
 _BATCH = re.compile(r"batch\b")
 
@@ -76,8 +75,22 @@ def _compare_states(one: Run, other: Run) -> tuple[list[Change], int, list[str]]
     left, right = last_state(one), last_state(other)
     if left is None or right is None:
         return [], 0, [f"no good checkpoint of its last step, {one.step}, was saved"]
-    changes, equal = compared(left, right)
-    return changes, equal, []
+    if left.engine in tensor_readers.ENGINES:
+        return *compared(left, right), []
+    return *_compare_files(left, right), []
+
+
+def _compare_files(one: ListedCheckpoint, other: ListedCheckpoint) -> tuple[list[Change], int]:
+    """Compare the digests of the files, for an engine whose tensors cannot be read."""
+    left, right = (
+        {file.name.partition("/")[2] or file.name: file.digest for file in listed.checkpoint.manifest.files}
+        if listed.checkpoint.manifest is not None
+        else {}
+        for listed in (one, other)
+    )
+    names = sorted(left.keys() | right.keys())
+    changes = [Change(name, "values") for name in names if left.get(name) != right.get(name)]
+    return changes, len(names) - len(changes)
 
 
 def last_state(run: Run) -> ListedCheckpoint | None:
@@ -108,7 +121,7 @@ def first_difference(
     for moment, before in then.items():
         if moment not in now:
             continue
-        found = trace.differences(before, now[moment])
+        found = [one for one in trace.differences(before, now[moment]) if not is_measured(one)]
         if found:
             step = moment[0]
             earlier = [one for one in restarts if one <= step]

@@ -93,8 +93,8 @@ class Verdict:
 
 
 class Proof:
-    """Proves one program. ``show(result, begins_at)`` is called with each result, ``tell(what, start, step)`` meanwhile,
-    and ``say(line)`` with what is known beforehand.
+    """Proves one program. ``show(result, begins_at)`` gets each result, ``tell(what, start, step)`` the progress, and
+    ``say(line)`` what is known beforehand.
     """
 
     def __init__(
@@ -197,21 +197,8 @@ class Proof:
 
     def _check(self, first: Run) -> None:
         """Raise NotTriedError if the first run does not show what the others could be compared with."""
-        notes = [one for one in first.place.notes() if one.kind == "supervisor"]
-        given = sorted({one.path for one in notes if one.path is not None})
-        if not notes:
-            raise NotTriedError(
-                "the program has made no Supervisor of Stepguard (or one that does not know of proofs)", first.lines
-            )
-        if not given:
-            raise NotTriedError("the program gives its Supervisor no logdir, so nothing is saved: give it one")
-        if len(given) > 1:
-            raise NotTriedError(
-                f"the program has Supervisors with {len(given)} logdirs ({listed(map(printable, given))}), and a proof "
-                f"follows one: prove the parts one by one"
-            )
-        if not any(one.saves for one in notes):
-            raise NotTriedError("the Supervisor saves nothing (save_model_secs=0): there is nothing to resume from")
+        if (why := _unfit(first.place)) is not None:
+            raise NotTriedError(why, first.lines)
         if not first.step:
             raise NotTriedError(
                 "the program has done no step that is counted (is its global step None, or its work done?)", first.lines
@@ -292,6 +279,8 @@ class Proof:
                 f"the program itself writes into its logdir ({printable(str(writes[0]))}), which a proof must not "
                 f"change: have it write to another place for the proof"
             )
+        if (why := _unfit(place)) is not None:
+            return NotTriedError(why, error.lines)
         return NotTriedError(f"{kind}: {error}", error.lines)
 
     def _late(self, place: Place, kind: str) -> NotTriedError:
@@ -322,6 +311,24 @@ class Proof:
     def _add(self, result: Result) -> None:
         self._verdict.results.append(result)
         self._show(result, self._verdict.begins_at)
+
+
+def _unfit(place: Place) -> str | None:
+    """Why a program whose Supervisors have noted themselves in ``place`` cannot be proven; ``None`` if it can."""
+    notes = [one for one in place.notes() if one.kind == "supervisor"]
+    given = sorted({one.path for one in notes if one.path is not None})
+    if not notes:
+        return "the program has made no Supervisor of Stepguard (or one that does not know of proofs)"
+    if not given:
+        return "the program gives its Supervisor no logdir, so nothing is saved: give it one"
+    if len(given) > 1:
+        return (
+            f"the program has Supervisors with {len(given)} logdirs ({listed(map(printable, given))}), and a proof "
+            f"follows one: prove the parts one by one"
+        )
+    if not any(one.saves for one in notes):
+        return "the Supervisor saves nothing (save_model_secs=0): there is nothing to resume from"
+    return None
 
 
 def _training_secs(events: Sequence[dict[str, object]]) -> float:

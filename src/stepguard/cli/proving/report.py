@@ -117,7 +117,7 @@ def _counts(verdict: Verdict) -> str:
     found = [one.comparison for one in verdict.results if one.comparison is not None]
     equal, batches, steps = (max(getattr(one, name) for one in found) for name in ("equal", "batches", "steps"))
     restarts = sum(len(one.run.restarts) for one in verdict.results)
-    seen = output.counted(batches, "batch").replace("batchs", "batches") if batches else f"{steps} steps' numbers"
+    seen = f"{batches} batches" if batches else f"the numbers of {steps} steps" if steps else "no numbers of steps"
     return f"{equal:,} tensors and values, {seen}, {output.counted(restarts, 'restart')}"
 
 
