@@ -202,8 +202,10 @@ class StepTrace(Protocol):
     def settings(self, step: int, epochs: int, values: Mapping[str, float]) -> None:
         """The hyperparameters in force from this step on, all of them."""
 
-    def went_back(self, step: int, epochs: int = 0) -> None:
-        """The session was put back to a checkpoint, and will not do the same steps again. Inside the boundary."""
+    def saved(self, step: int, checkpoint_step: int) -> None:
+        """A checkpoint of ``checkpoint_step`` was taken before ``step``. Only for an engine that counts something else
+        than the step of its checkpoints; such an engine begins at that of the restored checkpoint.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from stepguard.store import Recovery
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.cluster.sync_replicas import AggregatingRun, gradients_taken
 from stepguard.tensorflow.coordinator import CLEAN_STOP_TYPES
+from stepguard.tensorflow.run_trace import RunTrace
 from stepguard.tensorflow.scalars import of_run
 
 # How long the exit of the process waits for threads whose session it has closed.
@@ -47,8 +48,11 @@ class Session(tf.compat.v1.Session):
         self._not_joined: Callable[[], AbstractContextManager[None]] = nullcontext
         # The threads that are inside `_waiting`.
         self._waits: set[int] = set()
-        # look_at(needed, fetches, result) shows the NaN guard the result of a step that ran `needed`.
-        self._look_at: Callable[[Any, Any, Any], Any] | None = None
+        # look_at(needed, fetches, result, feeds) shows the NaN guard and the trace the result of a step that ran
+        # `needed`.
+        self._look_at: Callable[..., Any] | None = None
+        self._watch: ValueWatch | None = None
+        self._trace: RunTrace | None = None
         self.recovered: Recovery | None = None
         """The result of the search for a checkpoint during preparation; ``None`` if there was no search."""
         super().__init__(target, graph=graph, config=config)
@@ -79,27 +83,46 @@ class Session(tf.compat.v1.Session):
         self._unwatch_values()
 
     def watch_values(self, watch: ValueWatch) -> None:
-        """Show ``watch`` the scalars that each step returns.
+        """Show ``watch`` the scalars that each step returns."""
+        self._watch = watch
+        self._look_at_steps()
+
+    def trace_with(self, trace: RunTrace) -> None:
+        """Tell ``trace`` of each step."""
+        self._trace = trace
+        self._look_at_steps()
+
+    @property
+    def trace(self) -> RunTrace | None:
+        """Where the steps are told; ``None`` if nowhere."""
+        return self._trace
+
+    def _look_at_steps(self) -> None:
+        """Show the guard and the trace each step.
 
         This replaces methods of this one object, so that a session that is not watched pays nothing for its steps.
         """
-        self._unwatch_values()
+        self._restore_methods()
         run, partial_run, make_callable = self.run, self.partial_run, self.make_callable
+        watch, trace = self._watch, self._trace
 
-        def look_at(needed: Any, fetches: Any, result: Any) -> Any:
+        def look_at(needed: Any, fetches: Any, result: Any, feeds: Any = None) -> Any:
             boundary = self._boundary
-            if boundary is not None and boundary.is_step(needed) and watch.look(of_run(fetches, result)):
-                watch.settle()
+            if boundary is not None and boundary.is_step(needed):
+                if trace is not None:
+                    trace.ran(fetches, result, feeds)
+                if watch is not None and watch.look(of_run(fetches, result)):
+                    watch.settle()
             return result
 
-        def looked_at(fetches: Any, result: Any) -> Any:
-            return look_at(fetches, fetches, result)
+        def looked_at(fetches: Any, result: Any, feeds: Any = None) -> Any:
+            return look_at(fetches, fetches, result, feeds)
 
         def watched_run(fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
-            return looked_at(fetches, run(fetches, feed_dict, options, run_metadata))
+            return looked_at(fetches, run(fetches, feed_dict, options, run_metadata), feed_dict)
 
         def watched_partial_run(handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
-            return looked_at(fetches, partial_run(handle, fetches, feed_dict))
+            return looked_at(fetches, partial_run(handle, fetches, feed_dict), feed_dict)
 
         def watched_make_callable(fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Any:
             function = make_callable(fetches, feed_list, accept_options)
@@ -110,6 +133,10 @@ class Session(tf.compat.v1.Session):
         self.__dict__.update(run=watched_run, partial_run=watched_partial_run, make_callable=watched_make_callable)
 
     def _unwatch_values(self) -> None:
+        self._watch = self._trace = None
+        self._restore_methods()
+
+    def _restore_methods(self) -> None:
         self._look_at = None
         for name in ("run", "partial_run", "make_callable"):
             self.__dict__.pop(name, None)

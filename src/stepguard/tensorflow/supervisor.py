@@ -507,6 +507,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         if global_step is None:
             global_step = self._engine.step(sess)
         self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
+        self._tensorflow.trace_summary(sess, summary)
 
     # --- the aliases of the contract ---
 

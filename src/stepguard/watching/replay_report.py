@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from stepguard.watching.replay import (
     BATCH_DIGEST,
     COMPUTATION,
@@ -30,8 +28,8 @@ _READ = 'see "Steps that are done again" in docs/watching.md'
 _LIKELY = {
     DATA: "the data order is not restored: a sampler, a shuffle or a prefetcher has a generator or a position of its "
     "own, which is not saved",
-    RANDOM: "something has drawn more or fewer random numbers than the first time, such as an evaluation outside of "
-    "sess.evaluating(), or a generator was seeded anew",
+    RANDOM: "before step {step}, something has drawn more or fewer random numbers than the first time, such as an "
+    "evaluation outside of sess.evaluating(), or has seeded a generator anew",
     SETTINGS: "the program sets other hyperparameters than the run before",
     STATE: "something besides the steps has changed the state",
     COMPUTATION: "the computation is not deterministic, or depends on something that is not saved",
@@ -91,7 +89,7 @@ def _unknown(replay: Replay) -> Outcome:
 
 def _different(replay: Replay, found: Finding) -> Outcome:
     step = found.moment[0]
-    parts = [f"{_short(one)} the same" for one in _grouped(found.same)]
+    parts = [f"{one} the same" for one in _grouped(found)]
     parts += [_told(one, found.source) for one in found.differences[:_MOST_TOLD]]
     more = len(found.differences) - _MOST_TOLD
     parts += [f"and {more} more differ"] if more > 0 else []
@@ -101,11 +99,18 @@ def _different(replay: Replay, found: Finding) -> Outcome:
     return _outcome(replay, DIFFERS, step, text, found)
 
 
-def _grouped(names: Sequence[str]) -> list[str]:
-    """The names, with one for all parts of a batch and of the state; numbers at the end."""
-    digests = [one for one in names if one.startswith((BATCH_DIGEST, STATE_DIGEST, RANDOM_DIGEST)) or one == SETTINGS]
-    numbers = [one for one in names if one not in digests]
-    return [*dict.fromkeys(_short(one) for one in digests), *numbers[:_MOST_TOLD]]
+def _grouped(found: Finding) -> list[str]:
+    """What is the same: a batch, or the state, of which nothing differs as a whole; the numbers at the end."""
+    unlike = [one.name for one in found.differences]
+    wholes = {BATCH_DIGEST: "batch", STATE_DIGEST: "state", RANDOM_DIGEST: RANDOM, SETTINGS: SETTINGS}
+    digests, numbers = [], []
+    for name in found.same:
+        kind = next((one for one in wholes if name.startswith(one)), None)
+        if kind is None:
+            numbers.append(name)
+        else:
+            digests.append(name if any(one.startswith(kind) for one in unlike) else wholes[kind])
+    return [*dict.fromkeys(digests), *numbers[:_MOST_TOLD]]
 
 
 def _short(name: str) -> str:
@@ -132,7 +137,9 @@ def _reason(replay: Replay, found: Finding) -> str:
         return _UNKNOWN_CAUSE
     if cause == DATA and any(one.startswith(BATCH_DIGEST) for one in found.same):
         return _CHANGED_ITEMS
-    return _AT_ONCE if cause == COMPUTATION and found.moment == replay.first else _LIKELY[cause]
+    if cause == COMPUTATION and found.moment == replay.first:
+        return _AT_ONCE
+    return _LIKELY[cause].format(step=found.moment[0])
 
 
 def _range(first: int, last: int) -> str:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from stepguard.engine import Beginning
@@ -20,7 +21,7 @@ from stepguard.watching.part import Part
 from stepguard.watching.replay import DIFFERS, Outcome, Replay
 from stepguard.watching.replay_report import outcome_of
 from stepguard.watching.run_record import RunRecord
-from stepguard.watching.trace import DIGESTS, NUMBERS, SETTINGS, VALUES, Fork, Record, Start
+from stepguard.watching.trace import DIGESTS, NUMBERS, SETTINGS, VALUES, Fork, Mark, Record, Start
 from stepguard.watching.trace_writer import TraceWriter
 from stepguard.words import logger
 
@@ -42,41 +43,60 @@ class StepRecorder(Part):
         self._writer = TraceWriter(logdir, record.now.role)
         self._lock = threading.Lock()
         self._replay: Replay | None = None
+        # By the step of a checkpoint, the step of the trace at which it was taken, and what is added to the steps that
+        # the session tells; for an engine that counts something else than the step of its checkpoints.
+        self._marks: dict[int, int] = {}
+        self._offset = 0
         self._outcome: Outcome | None = None
 
     def begin(self, beginning: Beginning, *, is_resumed: bool) -> None:
         """Open the trace. Before the first step."""
-        start = Start(
-            beginning.step, beginning.epochs, is_resumed, beginning.processes, pid=os.getpid(), time=time.time()
-        )
-        replay = Replay(self._writer.open(start), start)
+        now = Start(beginning.step, beginning.epochs, is_resumed, beginning.processes, os.getpid(), time.time())
+        before = self._writer.open(now)
+        self._marks = {one.checkpoint_step: one.step for one in before if isinstance(one, Mark)} if is_resumed else {}
+        self._count_from(beginning.step)
+        replay = Replay(before, replace(now, step=now.step + self._offset))
         self._replay = None if replay.is_over else replay
+
+    def _count_from(self, checkpoint_step: int) -> None:
+        """Continue the count of the trace where that checkpoint was taken."""
+        self._offset = self._marks.get(checkpoint_step, checkpoint_step) - checkpoint_step
 
     # --- what the session tells ---
 
     def numbers(self, step: int, epochs: int, values: Mapping[str, float], *, is_inside: bool = True) -> None:
         """Record numbers that the program has reported."""
-        self._writer.add(NUMBERS, step, epochs, values, between=0 if is_inside else 1)
+        step += self._offset
+        self._writer.add(NUMBERS, step, epochs, values, 0 if is_inside else 1)
         if self._replay is not None:
             self._compare(NUMBERS, step, epochs, values, is_inside=is_inside)
 
     def digests(self, step: int, epochs: int, values: Mapping[str, int], *, source: str = "") -> None:
         """Record digests of what the step is made of."""
+        step += self._offset
         self._writer.add(DIGESTS, step, epochs, values)
         if self._replay is not None:
             self._compare(DIGESTS, step, epochs, values, source=source)
 
     def settings(self, step: int, epochs: int, values: Mapping[str, float]) -> None:
         """Record the hyperparameters in force."""
+        step += self._offset
         self._writer.add(SETTINGS, step, epochs, values)
         if self._replay is not None:
             self._compare(SETTINGS, step, epochs, values)
 
-    def went_back(self, step: int, epochs: int = 0) -> None:
-        """Give up what was recorded from ``step`` on."""
+    def saved(self, step: int, checkpoint_step: int) -> None:
+        """Note at which step of the trace a checkpoint was taken."""
+        mark = Mark(step + self._offset, checkpoint_step)
+        self._marks[checkpoint_step] = mark.step
+        self._writer.note(mark)
+
+    def went_back(self, step: int) -> None:
+        """The session was put back to the checkpoint of ``step``, and goes on in another way. Inside the boundary."""
         with self._lock:
             self._finish()
-        self._writer.fork(Fork(step, epochs))
+        self._count_from(step)
+        self._writer.note(Fork(step + self._offset, 0))
 
     def _compare(
         self,
@@ -109,7 +129,7 @@ class StepRecorder(Part):
         if replay.found is not None:
             # What the sessions before did after this step is not what this one goes on to do.
             step, epochs, _ = replay.found.moment
-            self._writer.fork(Fork(step, epochs + 1))
+            self._writer.note(Fork(step, epochs + 1))
 
     # --- the observer's thread ---
 

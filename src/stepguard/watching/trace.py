@@ -18,6 +18,7 @@ SETTINGS    3     complete epochs                a float64 for each name: hyperp
 SHAPE       16    bytes of the payload           a JSON list of names; they are the shape from here on
 START       17    bytes of the payload           a JSON object: the fields of :class:`Start` but for ``step``
 FORK        18    complete epochs                none: see :class:`Fork`
+MARK        19    0                              an int64, the step of the checkpoint: see :class:`Mark`
 ==========  ====  =============================  ===================================================================
 
 ``step`` is the number of steps of the run that were done when the record was written: inside the first step it is 0.
@@ -53,7 +54,7 @@ MOST_BYTES = 4 << 20
 """The size of a file at which the next one begins."""
 
 NUMBERS, DIGESTS, SETTINGS = 1, 2, 3
-SHAPE, START, FORK = 16, 17, 18
+SHAPE, START, FORK, MARK = 16, 17, 18, 19
 VALUES = {NUMBERS: "numbers", DIGESTS: "digests", SETTINGS: "settings"}
 
 MOST_NAMES = 128
@@ -62,6 +63,7 @@ LONGEST_NAME = 200
 
 _HEAD = struct.Struct("<BBHIq")
 _CRC = struct.Struct("<I")
+_INT = struct.Struct("<q")
 _MOST_PAYLOAD = 1 << 16
 # A file may be larger than MOST_BYTES by its last record.
 _MOST_READ = MOST_BYTES + 2 * _MOST_PAYLOAD
@@ -111,7 +113,18 @@ class Fork:
     epochs: int
 
 
-Item = Start | Record | Fork
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The checkpoint of ``checkpoint_step`` was taken when ``step`` of the trace was about to begin.
+
+    For a framework that cannot tell cheaply what step a run of the graph belongs to: it counts its runs.
+    """
+
+    step: int
+    checkpoint_step: int
+
+
+Item = Start | Record | Fork | Mark
 
 
 @dataclass(slots=True)
@@ -180,7 +193,7 @@ def steps(items: Iterable[Item]) -> dict[Moment, Step]:
         elif isinstance(item, Fork):
             for moment in [one for one in found if one[:2] >= (item.step, item.epochs)]:
                 del found[moment]
-        else:
+        elif isinstance(item, Record):
             moment = item.moment
             if moment not in found or written_by[moment] != start:
                 found[moment], written_by[moment] = Step(), start
@@ -281,7 +294,7 @@ def _payload_size(kind: int, extent: int, names: Sequence[str] | None) -> int | 
         return None if names is None else 8 * len(names)
     if kind in (SHAPE, START):
         return extent if extent <= _MOST_PAYLOAD else None
-    return 0 if kind == FORK else None
+    return {FORK: 0, MARK: _INT.size}.get(kind)
 
 
 def _item(kind: int, names: Sequence[str], moment: Moment, payload: memoryview) -> Item | None:
@@ -290,6 +303,8 @@ def _item(kind: int, names: Sequence[str], moment: Moment, payload: memoryview) 
         return Fork(step, extent)
     if kind == START:
         return _start(step, bytes(payload))
+    if kind == MARK:
+        return Mark(step, _INT.unpack(payload)[0])
     values = struct.unpack(f"<{len(names)}{'Q' if kind == DIGESTS else 'd'}", payload)
     return Record(VALUES[kind], step, extent, dict(zip(names, values, strict=True)), is_inside)
 
@@ -329,6 +344,11 @@ def encoded_start(start: Start) -> bytes:
 def encoded_fork(fork: Fork) -> bytes:
     """The record of a fork."""
     return with_checksum(_HEAD.pack(FORK, 0, 0, fork.epochs, fork.step))
+
+
+def encoded_mark(mark: Mark) -> bytes:
+    """The record of a mark."""
+    return with_checksum(_HEAD.pack(MARK, 0, 0, 0, mark.step) + _INT.pack(mark.checkpoint_step))
 
 
 def packing(kind: int, names: int) -> Callable[..., bytes]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from stepguard.disk import files
 from stepguard.disk.files import AppendedFile
 from stepguard.watching import trace
-from stepguard.watching.trace import Fork, Item, Start
+from stepguard.watching.trace import Fork, Item, Mark, Start
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -79,7 +79,7 @@ class TraceWriter:
             good = 0
         return before, good
 
-    def add(self, kind: int, step: int, epochs: int, values: Mapping[str, float], *, between: int = 0) -> None:
+    def add(self, kind: int, step: int, epochs: int, values: Mapping[str, float], between: int = 0) -> None:
         """Append values of one moment; ``kind`` is one of ``trace.VALUES``, ``between`` 1 for between two steps."""
         shape = self._shapes[kind].get(tuple(values))
         if shape is None:
@@ -100,9 +100,9 @@ class TraceWriter:
         if self._room < 0:
             self._begin_next_file()
 
-    def fork(self, fork: Fork) -> None:
-        """Note that what was recorded from a moment on is given up."""
-        record = trace.encoded_fork(fork)
+    def note(self, item: Fork | Mark) -> None:
+        """Append a fork or a mark."""
+        record = trace.encoded_fork(item) if isinstance(item, Fork) else trace.encoded_mark(item)
         with self._lock:
             self._put(record)
 
@@ -134,7 +134,7 @@ class TraceWriter:
         if is_large:
             rest = iter({str(name)[: trace.LONGEST_NAME]: value for name, value in values.items()}.items())
             while part := dict(islice(rest, trace.MOST_NAMES)):
-                self.add(kind, step, epochs, part, between=between)
+                self.add(kind, step, epochs, part, between)
             return
         if not names:
             return
@@ -146,7 +146,7 @@ class TraceWriter:
                 self._shapes[kind][names] = shape
             elif names not in self._shapes[kind]:
                 return  # A program that makes up names: the trace has enough of them.
-        self.add(kind, step, epochs, values, between=between)
+        self.add(kind, step, epochs, values, between)
 
     def _put(self, record: bytes) -> None:
         """Append a record, with the lock taken."""
