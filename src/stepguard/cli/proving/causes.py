@@ -59,7 +59,12 @@ def of_a_disturbed_run(found: Comparison) -> Cause:
     """The cause of a difference between an undisturbed run and one that was resumed."""
     first = found.first
     if found.problems:
-        return Cause("end", "; ".join(found.problems), "the run did not come to the same end", "look at its logdir")
+        return Cause(
+            "end",
+            "; ".join(found.problems),
+            "a start that goes on from a checkpoint does not come to the end of one that begins anew",
+            "the message above says it; --show-output shows all that the program prints",
+        )
     if first is None:
         return Cause(
             "state",
@@ -111,8 +116,9 @@ def _of_data(first: FirstDifference, where: str) -> Cause:
         return Cause(
             DATA,
             f"{where} the batch is that of step {of}, which comes again",
-            "the position in the data is not restored: the loader begins anew at each start",
-            "give sess.steps the loader itself, not an iterator over it",
+            "the data begins anew at each start: a sampler with a generator of its own, or a lost position",
+            "draw from the global generators, or pass generator= to the loader; give sess.steps the loader itself, and "
+            "not an iterator over it",
         )
     return Cause(
         DATA,

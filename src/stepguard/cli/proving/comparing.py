@@ -63,6 +63,8 @@ def compare_runs(one: Run, other: Run, begins_at: int = 0) -> Comparison:
     Raises:
         CommandError: the framework of the checkpoints is missing.
     """
+    if other.problem is not None:
+        return Comparison((one.step, other.step), problems=(other.problem,))
     restarts = [begins_at, *(restart.step or begins_at for restart in other.restarts)]
     first, steps, batches = compare_traces(one.place.logdir, other.place.logdir, restarts)
     changes, equal, problems = _compare_states(one, other)

@@ -266,7 +266,10 @@ class Proof:
         try:
             done = end()
         except ProgramFailedError as error:
-            raise self._failed(error, place, kind) from error
+            if kind == UNDISTURBED:
+                raise self._failed(error, place, kind) from error
+            # A start that goes on from a checkpoint fails, and the one that began anew did not: that is a finding.
+            done = Run(place, problem=str(error), lines=error.lines)
         except OutOfTimeError as error:
             raise self._late(place, kind) from error
         self._note(place)

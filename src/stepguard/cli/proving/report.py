@@ -54,10 +54,12 @@ def title(result: Result) -> str:
 def line(result: Result, begins_at: int) -> str:
     """One line of the verdict; all runs but the first begin at ``begins_at``."""
     done = result.run
-    steps = f"{done.step} steps"
+    steps = f"{done.step} steps" if done.problem is None else "not done"
     if result.kind == UNDISTURBED:
         return f"{title(result):<{_TITLE}}{steps}, {done.secs:.1f} s"
-    if not result.is_tried:
+    if done.problem is not None:
+        text = "did not come to its end"
+    elif not result.is_tried:
         text = "; ".join(one.partition(": ")[2] for one in done.missed)
     elif result.kind == "disk":
         text = f"{steps}, training went on"
@@ -75,7 +77,7 @@ def details(result: Result) -> Iterator[str]:
     comparison, cause = result.comparison, result.cause
     if comparison is None or cause is None:
         return
-    yield from _wrapped(cause.what)
+    yield from _wrapped(printable(cause.what))
     if comparison.changes:
         first = comparison.changes[0]
         yield from _wrapped(f"the last state differs in {parts(comparison.changes)}; for one, {printable(first.name)}")

@@ -49,6 +49,8 @@ class Run:
     restarts: list[Restart] = field(default_factory=list)
     # The faults that could not be done, each with the reason.
     missed: list[str] = field(default_factory=list)
+    # Why it did not come to its end, if it did not.
+    problem: str | None = None
     lines: list[str] = field(default_factory=list)
 
     @property

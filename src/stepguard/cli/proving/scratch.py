@@ -50,13 +50,7 @@ class Scratch:
         self.root = Path(tempfile.mkdtemp(prefix="stepguard-prove-", dir=parent))
 
     def place(
-        self,
-        name: str,
-        *,
-        stop_at: int | None,
-        save_every: int | None,
-        is_deterministic: bool,
-        copy: Path | None = None,
+        self, name: str, *, stop_at: int, save_every: int, is_deterministic: bool = False, copy: Path | None = None
     ) -> Place:
         """A new place for a run, which begins with the checkpoints of the logdir ``copy``."""
         root = self.root / name
