@@ -59,8 +59,8 @@ def test_a_program_that_forgets_a_part_of_its_state_is_not_proven_and_the_step_i
     found = json.loads(printed)
     assert found["verdict"] == "different"
     run = found["runs"][-1]
-    # It began with the checkpoint of step `begins_at`, and differs from the first step after it.
-    assert run["first_difference"]["step"] == found["begins_at"]
+    # The first step after the start that went on from a checkpoint.
+    assert run["first_difference"]["step"] == run["first_difference"]["restarted_at"]
     assert run["first_difference"]["what"] == "computation"
     assert Path(run["logdir"]).is_dir()
 
@@ -71,6 +71,14 @@ def test_a_program_that_is_another_in_each_run_is_not_deterministic(tmp_path):
     assert code == 1, printed + told
     assert "NOT DETERMINISTIC: two undisturbed runs of training.py differ" in printed
     assert "try --deterministic" in printed
+
+
+def test_a_program_that_cannot_go_on_from_its_checkpoint_is_not_proven(tmp_path):
+    code, printed, told = prove("refuses", "--steps=40", "--faults=sigterm", cwd=tmp_path)
+
+    assert code == 1, printed + told
+    assert "did not come to its end" in printed
+    assert "this run is of another data set" in printed.replace("\n    ", " ")
 
 
 @pytest.mark.parametrize(

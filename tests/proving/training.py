@@ -24,6 +24,8 @@ def train(logdir: str | None, **options: object) -> None:
     with sv.managed_session() as sess:
         since_start = 0
         print("at step", sess.step, flush=True)
+        if WAY == "refuses" and sess.step:
+            raise ValueError("this run is of another data set")
         while WAY == "deaf" or not sv.should_stop():
             if WAY == "fails" and sess.step == 5:
                 raise ValueError("no such digit: 10")
