@@ -15,6 +15,8 @@ from stepguard.testing import FakeSupervisor
 
 WAY = sys.argv[1]
 STEP_SECS = 0.003
+# The step at which the program itself ends.
+LAST = {"ends": 30, "long": 2500}
 
 
 def train(logdir: str | None, **options: object) -> None:
@@ -29,7 +31,7 @@ def train(logdir: str | None, **options: object) -> None:
         while WAY == "deaf" or not sv.should_stop():
             if WAY == "fails" and sess.step == 5:
                 raise ValueError("no such digit: 10")
-            if WAY == "ends" and sess.step == 30:
+            if sess.step == LAST.get(WAY):
                 break
             time.sleep(STEP_SECS)
             since_start += 1
@@ -56,7 +58,7 @@ match WAY:
         train("two")
     case "new logdir":
         train(f"run-{time.time_ns()}")
-    case "in the way":
-        train("run")
+    case "long":
+        train("run", save_model_steps=100)
     case _:
         train("run")

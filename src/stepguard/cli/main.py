@@ -14,7 +14,7 @@ from stepguard import __version__
 from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run", "prove")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run", "prove", "chaos")
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -86,6 +86,10 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import prove
 
             return prove.command
+        case "chaos":
+            from stepguard.cli.commands import chaos
+
+            return chaos.command
     return None
 
 

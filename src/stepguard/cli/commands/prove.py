@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import SECONDS
+from stepguard.cli.arguments import SECONDS, choices_of
 from stepguard.cli.exits import FINDING
 from stepguard.cli.proving import report
 from stepguard.cli.proving.faults import KINDS
@@ -31,19 +31,6 @@ _DETERMINISTIC = {
     "NVIDIA_TF32_OVERRIDE": "0",
 }
 _XLA = "--xla_gpu_deterministic_ops=true"
-
-
-class _Kinds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "kinds"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        kinds = tuple(dict.fromkeys(one.strip() for one in str(value).split(",") if one.strip()))
-        for one in kinds:
-            if one not in KINDS:
-                self.fail(f"expected some of {', '.join(KINDS)}, found {printable(one)!r}", param, ctx)
-        return kinds
 
 
 @click.command(
@@ -81,7 +68,7 @@ Exit codes:
 )
 @click.option(
     "--faults",
-    type=_Kinds(),
+    type=choices_of(KINDS),
     default=",".join(KINDS),
     help="What the runs are put through, separated by commas. By default everything listed below.",
 )

@@ -6,14 +6,16 @@ which, and the moment within that step. A fault is a plain value, so that the sa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepguard.cli.launcher.processes import send
 from stepguard.cli.logdir.contents import GOOD, list_contents
@@ -141,13 +143,14 @@ def inject(fault: Fault, running: Running, live: Live) -> Done:
 def _kill_in_save(fault: Fault, running: Running, live: Live) -> Done:
     """Kill it a moment after a save has begun: its stage is there until the checkpoint is committed."""
     deadline = time.monotonic() + _SAVE_SECS
-    running.wait_for(lambda: _is_saving(live.logdir) or time.monotonic() > deadline)
+    running.wait_for(lambda: is_saving(live.logdir) or time.monotonic() > deadline)
     time.sleep(fault.delay_secs)
     running.kill()
-    return Done(True, "in a save" if _is_saving(live.logdir) else "")
+    return Done(True, "in a save" if is_saving(live.logdir) else "")
 
 
-def _is_saving(logdir: Path) -> bool:
+def is_saving(logdir: Path) -> bool:
+    """Whether a checkpoint is being written there, or a kill has cut a save short."""
     try:
         return any(name.startswith(STAGE) for name in os.listdir(logdir))
     except OSError:
@@ -186,32 +189,39 @@ def damage_newest(logdir: Path, choice: float) -> str | None:
 
 
 def _fill_disk(fault: Fault, running: Running) -> Done:
-    """Let the processes write nothing to any file for a while: their limit for the size of a file is 0.
-
-    The system enforces it, for any user and on any file system, also for what TensorFlow writes in C++. A write fails
-    with EFBIG in place of ENOSPC. Python ignores the signal that comes with it.
-    """
-    limit = getattr(resource, "prlimit", None)
-    if limit is None:
-        return Done(False, "only Linux can limit the files of another process")
-    limited = []
-    for pid in running.descendants():
-        try:
-            before = limit(pid, resource.RLIMIT_FSIZE)
-            limit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
-            limited.append((pid, before))
-        except (ProcessLookupError, PermissionError):
-            continue
+    """Let the processes write nothing to any file for a while."""
+    limited = limit_files(running.descendants())
     try:
         ends = time.monotonic() + fault.lasts_secs
         running.wait_for(lambda: time.monotonic() >= ends)
     finally:
-        for pid, before in limited:
-            try:
-                limit(pid, resource.RLIMIT_FSIZE, before)
-            except (ProcessLookupError, PermissionError):
-                continue
-    return Done(bool(limited), goes_on=True)
+        restore_limits(limited)
+    return Done(True, goes_on=True) if limited else Done(False, "only Linux limits the files of another process", True)
+
+
+def limit_files(pids: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    """Set the limit for the size of a file to 0 in these processes. Returns the limits that they had.
+
+    The system enforces it, for any user and on any file system, also for what TensorFlow writes in C++. A write fails
+    with EFBIG in place of ENOSPC. Python ignores the signal that comes with it. On Linux only.
+    """
+    limited: list[tuple[int, tuple[int, int]]] = []
+    limit: Callable[..., Any] | None = getattr(resource, "prlimit", None)
+    if limit is None:
+        return limited
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            before = limit(pid, resource.RLIMIT_FSIZE)
+            limit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
+            limited.append((pid, before))
+    return limited
+
+
+def restore_limits(limited: Sequence[tuple[int, tuple[int, int]]]) -> None:
+    """Undo :func:`limit_files`."""
+    for pid, before in limited:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 def _kill_one(fault: Fault, live: Live) -> Done:

@@ -182,14 +182,15 @@ class Proof:
             self._add(Result(AGAIN, again, found))
             again.place.remove()
             return True
-        once_more = self._run(Work(self._program, self._place("once-more")), AGAIN, self._teller(AGAIN))
-        between = self._compare(again, once_more)
-        if between.is_same:
-            self._verdict.verdict = DIFFERENT
-            self._add(Result(AGAIN, again, found, causes.of_a_disturbed_run(found)))
-        else:
-            self._verdict.verdict = NOT_DETERMINISTIC
-            self._add(Result(AGAIN, once_more, between, causes.of_two_undisturbed(between)))
+        if again.problem is None:
+            once_more = self._run(Work(self._program, self._place("once-more")), AGAIN, self._teller(AGAIN))
+            between = self._compare(again, once_more)
+            if not between.is_same:
+                self._verdict.verdict = NOT_DETERMINISTIC
+                self._add(Result(AGAIN, once_more, between, causes.of_two_undisturbed(between)))
+                return False
+        self._verdict.verdict = DIFFERENT
+        self._add(Result(AGAIN, again, found, causes.of_a_disturbed_run(found)))
         return False
 
     def _compare(self, one: Run, other: Run) -> Comparison:
