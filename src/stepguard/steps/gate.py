@@ -112,6 +112,10 @@ class Gate:
         """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
         moment = steps_done, epochs_done
         with self._changed:
+            if steps_done >= self._ends_at and self._loop is Loop.LEFT:
+                # The first loop of a run that was over when it was resumed: the stop is settled as inside a loop.
+                self._loop = Loop.RUNS
+                self._changed.notify_all()
             while steps_done >= min(self._limit, self._ends_at, self._meetings.next_at) or moment >= self._captures_at:
                 if self._must_capture(moment):
                     return False
