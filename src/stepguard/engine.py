@@ -191,7 +191,7 @@ class StepTrace(Protocol):
     wants_digests: bool
     """Whether the session is to call :meth:`digests` and :meth:`settings` as well."""
 
-    def numbers(self, step: int, epochs: int, values: Mapping[str, float], *, is_inside: bool = True) -> None:
+    def numbers(self, step: int, epochs: int, values: Mapping[str, float], is_inside: bool = True) -> None:
         """Numbers that the program has reported, by name."""
 
     def digests(self, step: int, epochs: int, values: Mapping[str, int], *, source: str = "") -> None:

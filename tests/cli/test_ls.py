@@ -9,6 +9,7 @@ import time
 import pytest
 from logdirs import commit
 
+from stepguard.disk import files
 from stepguard.store import FileRecord, Manifest, tensorflow_files
 
 
@@ -192,3 +193,31 @@ def test_names_that_are_no_text_are_shown_as_escapes(tmp_path, stepguard, docume
     assert "nötig-7\n" in shown.stdout
     assert json.loads(stepguard("ls", tmp_path, "--json").stdout)
     assert len(document("ls", tmp_path)["checkpoints"]) == 3
+
+
+@pytest.mark.parametrize("saver_files", [tensorflow_files, None], ids=["tensorflow", "torch"])
+@pytest.mark.parametrize("moved", [0, 1])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_save_whose_last_renames_a_kill_has_prevented_is_the_next_one(
+    is_whole, moved, saver_files, tmp_path, document, monkeypatch
+):
+    store = commit(tmp_path, 1, saver_files=saver_files)
+    move, moves = files.move, iter(range(100))
+
+    def killed(source, target):
+        if next(moves) == moved:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "move", killed)
+        patch.setattr(files, "remove", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            commit(tmp_path, 2, saver_files=saver_files)
+    if not is_whole:
+        os.truncate(next(one for one in tmp_path.rglob("*") if one.is_file() and b"step 2" in one.read_bytes()), 1)
+    found = document("ls", tmp_path)
+    assert next_ones(found) == ["model.ckpt-2" if is_whole else "model.ckpt-1"]
+    # As a chief does it.
+    store.sweep()
+    assert store.newest_good().checkpoint.step == (2 if is_whole else 1)

@@ -353,3 +353,30 @@ def test_a_thousand_processes_are_told_of_in_a_moment(tmp_path):
     # Each process against all lines took four seconds.
     assert time.process_time() - began < 1.5
     assert len(found.processes) == 1000
+
+
+def test_each_of_many_runs_is_a_line(tmp_path, monkeypatch):
+    train(tmp_path / "sweep" / "a", 3)
+    with pytest.raises(ValueError, match="bad batch"):
+        train(tmp_path / "sweep" / "deep" / "b", 2, ValueError("bad batch\x1b[31m"))
+    (tmp_path / "sweep" / "notes").mkdir()
+    (tmp_path / "sweep" / "notes" / "todo.txt").write_text("nothing")
+    (tmp_path / "sweep" / "around").symlink_to(tmp_path / "sweep")
+    tell(tmp_path / "c", step=1200, total_steps=5000, steps_per_sec=123.4, phase="training")
+    code, output = status(tmp_path / "sweep")
+    assert code == 1
+    title, *rows = output.splitlines()
+    assert title.split() == ["RUN", "STATE", "STEP", "OF", "RATE", "CHECKPOINT", "AT", "RISK", "LAST", "ERROR"]
+    assert len(rows) == 2
+    assert rows[0].split()[:4] == [str(tmp_path / "sweep" / "a"), "stopped:", "finished", "3"]
+    assert "stopped: error" in rows[1]
+    assert rows[1].endswith("ValueError: bad batch\\x1b[31m")
+    both = CliRunner().invoke(cli, ["status", str(tmp_path / "sweep" / "a"), str(tmp_path / "c")])
+    assert both.exit_code == 0
+    assert both.output.splitlines()[2].split()[1:5] == ["alive", "1,200", "5,000", "123/s"]
+    told = json.loads(CliRunner().invoke(cli, ["status", str(tmp_path), "--json"]).output)
+    assert [(Path(one["logdir"]).name, one["well"]) for one in told["runs"]] == [("c", True), ("a", True), ("b", False)]
+    # One run in a directory of others is a table too, and a directory with nothing is what it was.
+    code, output = status(tmp_path / "sweep" / "notes")
+    assert (code, "nothing has run here" in output) == (1, True)
+    assert status(tmp_path / "sweep" / "deep")[1].startswith("RUN ")

@@ -5,6 +5,7 @@ Usage: training_program.py LOGDIR WHAT [STEPS]
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -49,8 +50,10 @@ def train(logdir: str, what: str, steps: int) -> None:
 
 
 def _has_lost_its_worker(logdir: str) -> bool:
-    told = [one for one in ledger.read(logdir) if one["event"] in ("launch", "stop")]
-    return bool(told) and (told[-1]["event"], told[-1]["role"]) == ("stop", "worker")
+    events = ledger.read(logdir)
+    # By their times: the launcher's line may come late, once it has found the logdir.
+    launched = max((one["time"] for one in events if one["event"] == "launch"), default=math.inf)
+    return any(one["event"] == "stop" and one["role"] == "worker" and one["time"] >= launched for one in events)
 
 
 if __name__ == "__main__":

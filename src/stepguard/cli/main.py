@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import os
@@ -13,8 +14,9 @@ import click
 from stepguard import __version__
 from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
+from stepguard.words import printable
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "run", "prove", "chaos")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run", "prove", "chaos")
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -31,6 +33,16 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a command; None if there is no such command."""
         return _command(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that ``args`` name. Raises click.UsageError, with the nearest name, if there is none."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(_COMMANDS)}"
+            raise click.UsageError(f"no such command {printable(args[0])!r}: {meant}", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. An error becomes one line on stderr and an exit code; no traceback is shown."""
@@ -78,6 +90,10 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import status
 
             return status.command
+        case "log":
+            from stepguard.cli.commands import log
+
+            return log.command
         case "run":
             from stepguard.cli.commands import run
 
@@ -113,7 +129,7 @@ def _leave_the_pipe() -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
-Exit codes, of every command but `run`, which has those of its program:
+Exit codes, of every command but `run`, `prove` and `chaos`, which have their own:
   0    fine
   1    a finding: damaged, different, refused
   2    a mistake in the arguments

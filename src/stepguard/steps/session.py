@@ -254,8 +254,12 @@ class Session:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
         """
         numbers = self._write_summary(values, self.global_step if step is None else step)
-        if self._trace is not None:
-            self._trace_numbers(self._trace, numbers_at_hand(values) if numbers is None else numbers)
+        # A service reports on a timer, at whatever step that is: only what the thread of the steps reports is compared.
+        if self._trace is not None and threading.get_ident() == self.boundary.thread:
+            if numbers is None:
+                numbers = numbers_at_hand(values)
+            is_inside = self.boundary.stepping is not None
+            self._trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside)
 
     @property
     def epoch(self) -> int:
@@ -365,13 +369,6 @@ class Session:
             self._interrupts.raise_if_held()
 
     # --- inside ---
-
-    def _trace_numbers(self, trace: StepTrace, numbers: Mapping[str, float]) -> None:
-        thread = threading.get_ident()
-        # A service reports on a timer, at whatever step that is.
-        if thread == self.boundary.thread:
-            is_inside = self.boundary.is_mine
-            trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside=is_inside)
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""

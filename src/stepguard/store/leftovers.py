@@ -8,6 +8,7 @@ the manifest first.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from stepguard.disk import files
@@ -35,6 +36,16 @@ def put_in_order(layout: Layout) -> list[Path]:
     return gone
 
 
+def will_be_finished(layout: Layout) -> str | None:
+    """Return the name of the save that `put_in_order` would finish, judged by sizes only: no data are read."""
+    for entry in layout.entries():
+        if entry.name.startswith(layouts.STAGE):
+            name = layouts.staged_name(entry.name)
+            if _unfinished_save(layout, name, layout.root / entry.name, _has_recorded_size) is not None:
+                return name
+    return None
+
+
 def _put_in_order(layout: Layout, one: str) -> bool:
     """Handle the hidden name ``one``; return whether there was anything to do."""
     path = layout.root / one
@@ -57,15 +68,11 @@ def _finish_save(layout: Layout, name: str, stage: Path) -> bool:
 
     Only the last save before the kill: an older one had failed, and the run has saved without it.
     """
-    record = stage / layout.manifest(name).name
-    manifest = _unfinished(layout, name, record)
-    if manifest is None or not _is_newest(layout, manifest):
+    found = _unfinished_save(layout, name, stage, _is_as_recorded)
+    if found is None:
         return False
-    staged = {entry.name for entry in stage.iterdir()} - {record.name}
-    for one in manifest.files:
-        place = stage if one.name.split("/", 1)[0] in staged else layout.root
-        if not _is_as_recorded(place, one):
-            return False
+    manifest, staged = found
+    record = stage / layout.manifest(name).name
     in_place = {one.name.split("/", 1)[0] for one in manifest.files} - staged
     # What the save has not yet cleared away of the previous checkpoint of its name.
     layout.remove(name, [one for one in layout.present(name) if one not in in_place])
@@ -74,6 +81,22 @@ def _finish_save(layout: Layout, name: str, stage: Path) -> bool:
     files.fsync_dir(layout.root)
     _log.info("%s: a kill had cut its commit short; every byte of it is there, and it is committed now", name)
     return True
+
+
+def _unfinished_save(
+    layout: Layout, name: str, stage: Path, is_there: Callable[[Path, FileRecord], bool]
+) -> tuple[Manifest, set[str]] | None:
+    """The manifest of a save that lacks only renames, and its files that are still in ``stage``."""
+    record = stage / layout.manifest(name).name
+    manifest = _unfinished(layout, name, record)
+    if manifest is None or not _is_newest(layout, manifest):
+        return None
+    staged = {entry.name for entry in stage.iterdir()} - {record.name}
+    for one in manifest.files:
+        place = stage if one.name.split("/", 1)[0] in staged else layout.root
+        if not is_there(place, one):
+            return None
+    return manifest, staged
 
 
 def _is_newest(layout: Layout, manifest: Manifest) -> bool:
@@ -111,7 +134,9 @@ def _unfinished(layout: Layout, name: str, record: Path) -> Manifest | None:
         return None
 
 
+def _has_recorded_size(place: Path, one: FileRecord) -> bool:
+    return files.size_of(place / one.name) == one.size
+
+
 def _is_as_recorded(place: Path, one: FileRecord) -> bool:
-    if files.size_of(place / one.name) != one.size:
-        return False
-    return files.digest(place / one.name)[1] == one.digest
+    return _has_recorded_size(place, one) and files.digest(place / one.name)[1] == one.digest

@@ -19,7 +19,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -36,6 +36,8 @@ FILE_NAME = "run.jsonl"
 _MOST_WAITING = 1000
 
 _MOST_BYTES = 1 << 20
+# A ledger that is rotated in time is no longer than this; one that nobody has rotated may be.
+_MOST_BYTES_OF_WHOLE = 64 << 20
 # Of lines that a new ledger begins with.
 _MOST_CARRIED = 1000
 
@@ -172,17 +174,37 @@ def read(
     return found
 
 
-def _newest_archive(root: Path) -> int:
+def read_whole(
+    logdir: str | os.PathLike[str], on_unreadable: Callable[[Path, OSError], None] = _warn
+) -> Iterator[dict[str, Any]]:
+    """All events of a logdir, in the order in which they were written, with those of the ledgers that were put aside.
+
+    One ledger is in memory at a time. Events are checked as `read` does it.
+    """
+    root = Path(logdir)
+    names = [f"run.{number}.jsonl" for number in _archives(root)]
+    for name in (*names, FILE_NAME):
+        events = _events(_lines(root / name, on_unreadable, most_bytes=_MOST_BYTES_OF_WHOLE))
+        # A ledger begins with copies of lines of the one before it, as far as that is still there.
+        carried = [number for number, one in enumerate(events) if one["event"] == "rotated"]
+        yield from events[carried[-1] + 1 if carried and events[carried[-1]].get("archive") in names else 0 :]
+
+
+def _archives(root: Path) -> list[int]:
     try:
         names = os.listdir(root)
     except OSError:
-        return 0
-    return max((int(match.group(1)) for one in names if (match := _ARCHIVE.fullmatch(one))), default=0)
+        return []
+    return sorted(int(match.group(1)) for one in names if (match := _ARCHIVE.fullmatch(one)))
 
 
-def _lines(path: Path, on_unreadable: Callable[[Path, OSError], None]) -> list[bytes]:
+def _newest_archive(root: Path) -> int:
+    return max(_archives(root), default=0)
+
+
+def _lines(path: Path, on_unreadable: Callable[[Path, OSError], None], *, most_bytes: int = _MOST_BYTES) -> list[bytes]:
     try:
-        content, is_whole = files.read_end(path, _MOST_BYTES)
+        content, is_whole = files.read_end(path, most_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

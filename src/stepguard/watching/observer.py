@@ -160,6 +160,8 @@ class Observer:
         logdir, what = self._record.logdir, self._options.trace
         if what is None or logdir is None or self._is_passing or not isinstance(engine, TracesSteps):
             return []
+        if not self._record.may_write:
+            return []
         recorder = StepRecorder(logdir, self._record, wants_digests=what == BATCHES)
         beginning = engine.trace_steps(session, recorder)
         if beginning is None:

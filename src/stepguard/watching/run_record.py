@@ -85,6 +85,11 @@ class RunRecord:
         """The directory of the ledger, if there is one."""
         return self._room.logdir
 
+    @property
+    def may_write(self) -> bool:
+        """Whether this process may write into the logdir: a worker only where its chief has begun."""
+        return self._room.is_open()
+
     def begin(self) -> None:
         """Read the records of the previous run, and add a `start` line. Before a session is prepared."""
         if self._room.logdir is not None:

@@ -44,7 +44,7 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     good        the manifest is valid, and every file that a restore needs has the right size
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
     damaged     a file is missing or of a wrong size, or the manifest is damaged
-    incomplete  being written or removed, or cut short by a kill
+    incomplete  being written or removed, or cut short by a kill (marked with > if a restart would finish its commit)
 
     The data are not read for this: a bit that has flipped is found by `stepguard verify`.
 

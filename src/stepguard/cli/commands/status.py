@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
+from stepguard.cli.logdir import runs
 from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint
 from stepguard.cli.logdir.run_state import Launcher, Process, RunState, document, read_run_state
 from stepguard.cli.text import output
+from stepguard.cli.text.table import Column, table_lines
+from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import CHIEF
 from stepguard.words import duration, printable
 
@@ -37,6 +40,8 @@ _Line = tuple[str, str, str | None]
 Examples:
   stepguard status runs/digits
   stepguard status runs/digits --follow
+  stepguard status runs/
+  stepguard status runs/a runs/b --json | jq '.runs[] | select(.well | not) | .logdir'
   stepguard status runs/digits --json | jq '.processes[] | {role, state, step}'
 
 \b
@@ -45,7 +50,7 @@ Exit codes, besides those of every command:
   1    one is dead, silent, hangs, or stopped with an error, or nothing has run there; with --follow always 0, at Ctrl-C
 """,
 )
-@click.argument("logdir", type=LOGDIR)
+@click.argument("logdirs", type=LOGDIR, nargs=-1, required=True, metavar="LOGDIR...")
 @click.option(
     "--follow",
     "-f",
@@ -54,8 +59,9 @@ Exit codes, besides those of every command:
 )
 @output.json_option
 @click.pass_context
-def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -> None:
-    """Show the state of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints.
+def command(context: click.Context, logdirs: tuple[Path, ...], follow: bool, as_json: bool) -> None:
+    """Show the state of the run in LOGDIR, from its heartbeats, its ledger and its checkpoints. Of several, and of a
+    directory with runs below it, each gets a line.
 
     \b
     alive    a heartbeat came within the last seconds
@@ -66,59 +72,106 @@ def command(context: click.Context, logdir: Path, follow: bool, as_json: bool) -
     "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost and done
     again) or down (between a crash and the next start that trained).
     """
+    view = _One(logdirs[0]) if _is_one(logdirs) else _Many(logdirs)
     if follow:
         try:
-            _follow(logdir, as_json=as_json)
+            _follow(view, as_json=as_json)
         except KeyboardInterrupt:
             return
-    found = read_run_state(logdir)
+    found = view.read()
     if as_json:
-        output.print_json(document(found))
+        output.print_json(view.document(found))
     else:
-        click.echo(_text(found, _width()))
-    if not found.is_well:
+        click.echo(view.text(found, _width()))
+    if not all(one.is_well for one in found):
         context.exit(FINDING)
+
+
+def _is_one(logdirs: tuple[Path, ...]) -> bool:
+    """Whether one run is meant: one path, with a run in it or with none below it."""
+    return len(logdirs) == 1 and list(runs.below(logdirs[0])) in ([logdirs[0]], [])
+
+
+class _One:
+    """The view of one run: all that is known of it."""
+
+    def __init__(self, logdir: Path) -> None:
+        self._logdir = logdir
+
+    def read(self) -> list[RunState]:
+        return [read_run_state(self._logdir)]
+
+    def text(self, found: list[RunState], width: int | None) -> str:
+        return _text(found[0], width)
+
+    def document(self, found: list[RunState]) -> dict[str, Any]:
+        return document(found[0])
+
+    def watched(self, found: list[RunState]) -> Iterator[tuple[str, object, str]]:
+        return _watched(found[0])
+
+
+class _Many:
+    """The view of all runs in or below some paths: a line for each."""
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        self._paths = paths
+
+    def read(self) -> list[RunState]:
+        logdirs = [logdir for path in self._paths for logdir in (list(runs.below(path)) or [path])]
+        return [read_run_state(logdir) for logdir in dict.fromkeys(logdirs)]
+
+    def text(self, found: list[RunState], width: int | None) -> str:
+        return "\n".join(table_lines(_COLUMNS, [_row(one) for one in found], width))
+
+    def document(self, found: list[RunState]) -> dict[str, Any]:
+        return {"runs": [document(one) for one in found]}
+
+    def watched(self, found: list[RunState]) -> Iterator[tuple[str, object, str]]:
+        for state in found:
+            for key, value, line in _watched(state):
+                yield f"{state.logdir} {key}", value, f"{printable(str(state.logdir))}: {line}"
 
 
 # --- going on ---
 
 
-def _follow(logdir: Path, *, as_json: bool) -> None:
+def _follow(view: _One | _Many, *, as_json: bool) -> None:
     if as_json:
-        for found, _ in _changes(logdir):
-            click.echo(json.dumps(document(found)))
+        for found, _ in _changes(view):
+            output.print_json_line(view.document(found))
     elif sys.stdout.isatty():
-        _refresh(logdir)
+        _refresh(view)
     else:
-        for found, changed in _changes(logdir):
+        for found, changed in _changes(view):
             for line in changed:
-                click.echo(f"{time.strftime('%H:%M:%S', time.localtime(found.now))} {line}")
+                click.echo(f"{time.strftime('%H:%M:%S', time.localtime(found[0].now))} {line}")
 
 
-def _states(logdir: Path) -> Iterator[RunState]:
+def _states(view: _One | _Many) -> Iterator[list[RunState]]:
     while True:
         began = time.monotonic()
-        yield read_run_state(logdir)
+        yield view.read()
         time.sleep(max(_LOOK_SECS, (time.monotonic() - began) / _MOST_SHARE))
 
 
-def _refresh(logdir: Path) -> None:
+def _refresh(view: _One | _Many) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     console = Console()
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        for found in _states(logdir):
-            live.update(Text.from_ansi(_text(found, console.width)), refresh=True)
+        for found in _states(view):
+            live.update(Text.from_ansi(view.text(found, console.width)), refresh=True)
 
 
-def _changes(logdir: Path) -> Iterator[tuple[RunState, list[str]]]:
+def _changes(view: _One | _Many) -> Iterator[tuple[list[RunState], list[str]]]:
     """Yield the state whenever more than the step has changed, with one line for each change."""
     seen: dict[str, object] = {}
-    for found in _states(logdir):
+    for found in _states(view):
         lines = []
-        for key, value, line in _watched(found):
+        for key, value, line in view.watched(found):
             if key not in seen or seen[key] != value:
                 lines.append(line)
             seen[key] = value
@@ -143,6 +196,56 @@ def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
     if not found.processes:
         name = None if found.newest is None else found.newest.checkpoint.name
         yield "checkpoint", name, f"checkpoint {_checkpoint(found.newest, found.now)}"
+
+
+# --- many runs ---
+
+
+def _row(found: RunState) -> tuple[str, ...]:
+    chief = next((one for one in found.processes if not one.is_left_behind and one.beat.role == CHIEF), None)
+    troubled = next((one for one in found.processes if not one.is_left_behind and not one.is_well), chief)
+    beat = None if chief is None else chief.beat
+    good = found.newest_good
+    return (
+        printable(str(found.logdir)),
+        "nothing has run here" if troubled is None else _state(troubled),
+        "-" if beat is None or beat.step is None else f"{beat.step:,}",
+        "-" if beat is None or not beat.total_steps else f"{beat.total_steps:,}",
+        "-" if chief is None or chief.state != "alive" or beat is None or not beat.steps_per_sec else _rate(beat),
+        "-" if good is None else f"{duration(found.now - good.checkpoint.time)} old",
+        "-" if found.steps_at_risk is None else f"{found.steps_at_risk:,}",
+        printable((beat.error if beat is not None else None) or found.last_error or ""),
+    )
+
+
+def _state(one: Process) -> str:
+    what = "alive, hangs" if one.hangs else one.state
+    if one.state == "stopped":
+        what = f"stopped: {printable(one.beat.reason or 'unknown')}"
+    return what if one.beat.role == CHIEF else f"{printable(one.beat.role)} {what}"
+
+
+def _rate(beat: Heartbeat) -> str:
+    rate = beat.steps_per_sec or 0.0
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
+def _state_colour(state: str) -> str | None:
+    if state == "stopped: error" or state.startswith("dead") or "hangs" in state:
+        return "red"
+    return "green" if state.startswith(("alive", "stopped")) else "yellow"
+
+
+_COLUMNS = (
+    Column("RUN", shrink=True),
+    Column("STATE", style=_state_colour),
+    Column("STEP", align_right=True),
+    Column("OF", align_right=True, hide=True),
+    Column("RATE", align_right=True, hide=True),
+    Column("CHECKPOINT", align_right=True),
+    Column("AT RISK", align_right=True),
+    Column("LAST ERROR", shrink=True, style=lambda _: "red"),
+)
 
 
 # --- text ---
@@ -239,8 +342,7 @@ def _headline(one: Process) -> str:
 def _progress(one: Process) -> str:
     parts = [_step(one)]
     if one.state == "alive" and one.beat.steps_per_sec is not None:
-        rate = one.beat.steps_per_sec
-        parts.append(f"{rate:,.0f} steps/s" if rate >= 100 else f"{rate:.3g} steps/s")
+        parts.append(_rate(one.beat).replace("/", " steps/"))
     if one.secs_left is not None:
         parts.append(f"{duration(one.secs_left)} left")
     return ", ".join(parts)

@@ -7,6 +7,7 @@ again, so that one being replaced or removed is never reported as damaged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError
-from stepguard.store import Checkpoint, Manifest, recovery, statefile, tensorflow_files, verification
+from stepguard.store import Checkpoint, Manifest, leftovers, recovery, statefile, tensorflow_files, verification
 from stepguard.store import layout as layouts
 from stepguard.store.checkpoint import split_name
 from stepguard.store.layout import Layout
@@ -113,10 +114,12 @@ def _list_once(root: Path, kinds: Mapping[str, bool]) -> LogdirContents:
         layout = Layout(root, basename, tensorflow_files)
         of_basename = _listed(layout)
         listed.update(one.checkpoint.name for one in of_basename)
-        found += _marked(of_basename)
-    unfinished = _unfinished(root, kinds, listed)
+        found += of_basename
+    found = [*_unfinished(root, kinds, listed), *found]
     missing = _missing(root, kinds, listed)
-    return LogdirContents(root, (*unfinished, *found), missing, _count(root / recovery.QUARANTINE), _unreadable(root))
+    return LogdirContents(
+        root, tuple(_marked(root, found)), missing, _count(root / recovery.QUARANTINE), _unreadable(root)
+    )
 
 
 def _unreadable(root: Path) -> tuple[str, ...]:
@@ -310,13 +313,24 @@ def _committed(
     )
 
 
-def _marked(found: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
-    marked = list(found)
-    for number, one in enumerate(found):
+def _marked(root: Path, found: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
+    """Mark for each basename the checkpoint that a restart would take: one that it first finishes, or the newest."""
+    chosen: dict[str, ListedCheckpoint] = {}
+    for one in found:
         if one.state in (GOOD, UNVERIFIED):
-            marked[number] = replace(one, is_next=True)
-            break
-    return marked
+            chosen.setdefault(one.basename, one)
+    uncommitted = [one for one in found if one.state in (INCOMPLETE, UNVERIFIED)]
+    cut_short = {basename: _cut_short(root, basename) for basename in {one.basename for one in uncommitted}}
+    for one in uncommitted:
+        if one.checkpoint.name == cut_short[one.basename]:
+            chosen[one.basename] = one
+    return [replace(one, is_next=True) if one is chosen.get(one.basename) else one for one in found]
+
+
+def _cut_short(root: Path, basename: str) -> str | None:
+    with contextlib.suppress(OSError):
+        return leftovers.will_be_finished(Layout(root, basename, tensorflow_files))
+    return None
 
 
 def _unfinished(root: Path, kinds: Mapping[str, bool], listed: set[str]) -> list[ListedCheckpoint]:

@@ -25,6 +25,11 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
 
 
+def print_json_line(document: Mapping[str, Any]) -> None:
+    """Print one document on a line of its own, for a command that prints many."""
+    click.echo(json.dumps(_plain(document), allow_nan=False))
+
+
 def size(count: int) -> str:
     """Bytes in binary units with three digits: ``"512 B"``, ``"1.46 MiB"``."""
     if count < 1024:

@@ -47,18 +47,22 @@ STATE = Column("STATE", style=lambda state: _COLOURS.get(state, "yellow"))
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under the titles of their columns. What a terminal would obey is shown as escapes."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    # One write: thousands of small ones take longer than all the rest. Click takes the colours out where it is piped.
+    click.echo("\n".join(table_lines(columns, rows, width)))
+
+
+def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """The lines of a table, coloured; fitted to a terminal of ``width`` columns, and complete with None."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    is_terminal = sys.stdout.isatty()
-    if is_terminal:
+    if width is not None:
         shown = [n for n, one in enumerate(columns) if not (one.hide and all(row[n] in _NOTHING for row in rows))]
         columns, rows = [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
     widths = [max(map(cell_len, cells)) for cells in zip([one.title for one in columns], *rows, strict=True)]
-    if is_terminal:
-        _fit(widths, columns, shutil.get_terminal_size().columns)
+    if width is not None:
+        _fit(widths, columns, width)
     lines = [_line(columns, widths, [one.title for one in columns], is_title=True)]
-    lines += [_line(columns, widths, row, is_title=False) for row in rows]
-    # One write: thousands of small ones take longer than all the rest. Click takes the colours out where it is piped.
-    click.echo("\n".join(lines))
+    return lines + [_line(columns, widths, row, is_title=False) for row in rows]
 
 
 def _fit(widths: list[int], columns: Sequence[Column], width: int) -> None:

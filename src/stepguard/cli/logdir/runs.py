@@ -1,0 +1,50 @@
+"""The logdirs below a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepguard.cli.logdir.contents import basenames
+from stepguard.store import statefile
+from stepguard.watching import heartbeat, ledger
+
+_DEEPEST = 6
+_OF_A_RUN = frozenset({ledger.FILE_NAME, heartbeat.DIR_NAME, statefile.FILE_NAME})
+
+
+def below(path: Path) -> Iterator[Path]:
+    """Yield ``path`` if it is a logdir, and else the logdirs below it, by name. Raises OSError if it is unreadable.
+
+    What lies in a logdir is not searched, nor what begins with a dot; links to directories are followed once.
+    """
+    yield from _below(path, os.listdir(path), _DEEPEST, set())
+
+
+def _below(path: Path, names: list[str], deepest: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    if _is_run(names):
+        yield path
+        return
+    for name in sorted(names) if deepest else ():
+        inner = path / name
+        if name.startswith("."):
+            continue
+        try:
+            status = inner.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            inner_names = os.listdir(inner)
+        except OSError:
+            continue  # It is no directory, or may not be read.
+        yield from _below(inner, inner_names, deepest - 1, seen)
+
+
+def _is_run(names: list[str]) -> bool:
+    """Whether something has run in a directory with these names: a ledger, heartbeats, a state file, a checkpoint."""
+    return not _OF_A_RUN.isdisjoint(names) or (any(map(_may_be_of_checkpoint, names)) and bool(basenames(names)))
+
+
+def _may_be_of_checkpoint(name: str) -> bool:
+    return name.endswith((".manifest.json", ".index"))
