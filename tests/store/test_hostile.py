@@ -188,6 +188,41 @@ def test_no_link_in_a_logdir_leads_to_a_write_outside(tmp_path: Path) -> None:
     assert good_step(store) == 3
 
 
+@kinds
+@pytest.mark.parametrize("place", [".stage-{}", ".replaced-{}", "quarantine/{}"])
+def test_a_link_to_another_logdir_moves_nothing_in_either_direction(place: str, kind: str, tmp_path: Path) -> None:
+    store, other = open_store(tmp_path / "mine", kind), open_store(tmp_path / "other", kind)
+    save(store, 1)
+    save(other, 9)
+    link = tmp_path / "mine" / place.format("model.ckpt-9")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "other")
+    # What a move to quarantine that a kill has cut short would have left, and the link would take.
+    left = "model.ckpt-9.data-00001-of-00002" if kind == "tensorflow" else "model.ckpt-9"
+    if link.parent.name == "quarantine":
+        (tmp_path / "mine" / left).write_bytes(b"left")
+        files.remove(tmp_path / "other" / left)
+    before = sorted(tmp_path.glob("other/**/*"))
+    assert good_step(store) == 1
+    store.sweep()
+    assert good_step(store) == 1
+    assert sorted(tmp_path.glob("other/**/*")) == before
+
+
+@kinds
+def test_a_save_is_finished_although_an_nfs_client_has_left_a_file_beside_it(kind: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path, kind)
+    save(store, 1)
+    save(store, 2)
+    stage = tmp_path / ".stage-model.ckpt-2"
+    stage.mkdir()
+    for path in tmp_path.glob("model.ckpt-2*"):
+        path.rename(stage / path.name)
+    (stage / ".nfs000000000001").write_bytes(b"open elsewhere")
+    store.sweep()
+    assert good_step(store) == 2
+
+
 def test_the_logdir_itself_may_be_a_link(tmp_path: Path) -> None:
     logdir, _, directory = outside(tmp_path)
     link = tmp_path / "link"

@@ -14,7 +14,7 @@ from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.digests import numbers_at_hand
 from stepguard.steps.feeds import Feed, shown
-from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
@@ -301,6 +301,11 @@ class Session:
         return self._evaluations > 0
 
     @property
+    def moment(self) -> Moment | None:
+        """How far this process is, for the others; ``None`` without others. Any thread."""
+        return None if self._gate is None else self._gate.moment(self.boundary.steps)
+
+    @property
     def is_alone(self) -> bool:
         """Whether no other process trains with this one."""
         return self._gate is None
@@ -348,6 +353,8 @@ class Session:
         """Continue at ``step`` from ``state``, which an earlier process has saved."""
         self.global_step = step
         self.process_state.restore(state)
+        if self._gate is not None:
+            self._gate.begin_at(self.process_state.epochs_done)
 
     def finish_step(self, *, was_left: bool = False) -> None:
         """End the step of this thread, if it is in one, because its body was left or asks for a save."""
@@ -363,7 +370,7 @@ class Session:
         if self._gate is not None:
             self._gate.done(self.boundary.steps)
             if was_left:
-                self._gate.end(*self._moment, how=Loop.LEFT)
+                self._gate.end(self.boundary.steps, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
@@ -420,10 +427,15 @@ class Session:
         state = self.process_state
         self._settle()
         is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
-        self.boundary.rest(state.complete_epoch, is_last=is_last)
+        self.boundary.rest(self._turn_epoch, is_last=is_last)
         if self._gate is not None:
-            self._gate.end(*self._moment)
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
+
+    def _turn_epoch(self) -> None:
+        self.process_state.complete_epoch()
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps, self.process_state.epochs_done)
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -431,6 +443,9 @@ class Session:
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
+            if self._gate is not None:
+                self.boundary.rest(self._turn_loop)
+                self._gate.end(boundary.steps)
             return
         self._advice.on_first_step(plan)
         if self._put_back is not None:
@@ -527,22 +542,27 @@ class Session:
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
+    def _turn_loop(self, plan: LoopPlan | None = None) -> None:
+        """Count a loop that has ended, inside the boundary; note its end unless its last step has noted it."""
+        if plan is not None:
+            self._note_loop_over(plan)
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps)
+
     def _settle(self) -> None:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
 
     def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
         """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
-        if self._gate is not None:
-            self._gate.end(*self._moment)
         self.is_update = True
         is_stopped = self._coord.stop_requested or self.boundary.must_stop
         if not is_stopped:
             self.total_steps = self.global_step
-        change = None
-        if plan is not None and not is_over and not is_stopped:
-            change = functools.partial(self._note_loop_over, plan)
-        self.boundary.rest(change, is_last=is_stopped)
+        is_new_end = plan is not None and not is_over and not is_stopped
+        self.boundary.rest(functools.partial(self._turn_loop, plan if is_new_end else None), is_last=is_stopped)
+        if self._gate is not None:
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
         if plan is None:
             return
@@ -559,10 +579,6 @@ class Session:
         # Until the last step is settled, another process may have begun a step that needs this one.
         if self._gate is None or self._gate.is_last:
             self._interrupts.raise_if_held()
-
-    @property
-    def _moment(self) -> tuple[int, int]:
-        return self.boundary.steps, self.process_state.epochs_done
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
@@ -593,7 +609,7 @@ class Session:
         """Enter the next step; ``False`` if no process may."""
         if self._is_at_end() and self._gate is None:
             return False
-        if self._gate is not None and not self._gate.begin(*self._moment):
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()
         return True

@@ -173,6 +173,8 @@ class Layout:
         for entry in self.entries():
             names.add(entry.name)
             if entry.name.startswith(REPLACED):
+                if entry.is_symlink():
+                    continue  # What is restored and moved must not be of another logdir.
                 replaced.append(entry.name[len(REPLACED) :])
             else:
                 self._note(found, entry)

@@ -39,7 +39,7 @@ def put_in_order(layout: Layout) -> list[Path]:
 def will_be_finished(layout: Layout) -> str | None:
     """Return the name of the save that `put_in_order` would finish, judged by sizes only: no data are read."""
     for entry in layout.entries():
-        if entry.name.startswith(layouts.STAGE):
+        if entry.name.startswith(layouts.STAGE) and not entry.is_symlink():
             name = layouts.staged_name(entry.name)
             if _unfinished_save(layout, name, layout.root / entry.name, _has_recorded_size) is not None:
                 return name
@@ -49,7 +49,9 @@ def will_be_finished(layout: Layout) -> str | None:
 def _put_in_order(layout: Layout, one: str) -> bool:
     """Handle the hidden name ``one``; return whether there was anything to do."""
     path = layout.root / one
-    if one.startswith(layouts.PRUNED):
+    if os.path.islink(path) and one.startswith((layouts.PRUNED, layouts.STAGE, layouts.REPLACED)):
+        pass  # Nothing is moved or removed that lies outside the logdir.
+    elif one.startswith(layouts.PRUNED):
         _finish_removal(layout, one[len(layouts.PRUNED) :], path)
     elif one.startswith(layouts.STAGE):
         name = layouts.staged_name(one)
@@ -91,7 +93,8 @@ def _unfinished_save(
     manifest = _unfinished(layout, name, record)
     if manifest is None or not _is_newest(layout, manifest):
         return None
-    staged = {entry.name for entry in stage.iterdir()} - {record.name}
+    # Not whatever else lies there, such as the `.nfs*` of a file that an NFS client has open.
+    staged = {entry.name for entry in stage.iterdir()} & {one.name.split("/", 1)[0] for one in manifest.files}
     for one in manifest.files:
         place = stage if one.name.split("/", 1)[0] in staged else layout.root
         if not is_there(place, one):

@@ -196,7 +196,8 @@ def finish_quarantine(layout: Layout) -> list[Path]:
     moved = []
     for place in places:
         name = place.name if layout.is_name(place.name) else place.name.rpartition(".")[0]
-        if not layout.is_name(name) or not os.path.lexists(place / layout.manifest(name).name):
+        is_own = layout.is_name(name) and not os.path.islink(place)
+        if not is_own or not os.path.lexists(place / layout.manifest(name).name):
             continue
         left = layout.present(name)
         if left and not layout.is_candidate(name, left):

@@ -110,7 +110,7 @@ class TorchEngine(LoopEngine[Session]):
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
-        self._member = TorchMember(self._coord, session, self._program.components, HostMemory(), self._root)
+        self._member = TorchMember(self._coord, session, self._program.components, self._root)
         return self._member
 
     def _initialise(self) -> None:
@@ -231,7 +231,7 @@ class TorchEngine(LoopEngine[Session]):
             process = {**own, "program": self._program.notes()}
             copies.close()
         self._memories.append((memory, weakref.ref(copies)))
-        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies, session.moment)
 
     def _free_memory(self) -> HostMemory:
         """Memory without a snapshot in it. A second one is made only if a loop ends while a snapshot is written."""
@@ -257,7 +257,7 @@ class TorchEngine(LoopEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)
-        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
+        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.moment)
         try:
             digests = self._write_own(snapshot, directory, messages)
         except BaseException:
