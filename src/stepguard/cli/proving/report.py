@@ -98,9 +98,12 @@ def conclusion(verdict: Verdict, argv: Sequence[str], options: Options) -> Itera
         yield from textwrap.wrap(f"note: {remark}", WIDTH, subsequent_indent="  ")
     name = printable(name_of(argv))
     if verdict.verdict == NOT_DETERMINISTIC:
+        found = verdict.results[-1].comparison
+        first = None if found is None else found.first
+        until = "" if first is None else f" The steps before step {first.step} are the same."
         yield from textwrap.wrap(
-            f"NOT DETERMINISTIC: two undisturbed runs of {name} differ, so that nothing can be said of a resumed one. "
-            f"Up to there they are the same.",
+            f"NOT DETERMINISTIC: two undisturbed runs of {name} differ, so that nothing can be said of a resumed one."
+            f"{until}",
             WIDTH,
         )
         return
