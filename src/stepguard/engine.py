@@ -297,6 +297,13 @@ class Engine(Protocol[SessionT]):
         ``should_stop()`` return true; it may run further steps to finish.
         """
 
+    def end_at(self, session: SessionT, step: int, ask_stop: Callable[[], None]) -> None:
+        """Call ``ask_stop()`` at the boundary after ``step``, so that no later step begins. Before the first step.
+
+        ``ask_stop`` sets the stop flag and calls :meth:`stop_at_boundary`; any thread may call it, and more than once.
+        Several processes end after the same step.
+        """
+
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
         """Call ``callback`` at the boundary after ``steps`` more steps, in the thread that did the last of them.
 

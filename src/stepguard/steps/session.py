@@ -72,6 +72,8 @@ class Session:
         self.is_left = False
         # The step that was left without training, until it is known that no error has left it.
         self._left_untrained: int | None = None
+        # The step after which the run ends, and the function that asks for the stop there.
+        self._end: tuple[int, Callable[[], None]] | None = None
 
     def steps(
         self,
@@ -218,7 +220,7 @@ class Session:
         self.boundary.call_due()
         if not self._begin():
             self._interrupts.raise_if_held()
-            raise StopRequested("stopped before the next step, as the other processes do")
+            raise StopRequested("stopped before the next step: the run ends here, in every process")
         try:
             self.boundary.check_stop()
         except BaseException:
@@ -336,6 +338,12 @@ class Session:
     def is_impatient(self) -> bool:
         """Whether a second Ctrl-C has ended the run, so that it waits for nothing."""
         return self._interrupts.is_impatient
+
+    def end_at(self, step: int, ask_stop: Callable[[], None]) -> None:
+        """Begin no step after ``step``, and call ``ask_stop()`` in place of it: the run ends exactly there."""
+        self._end = step, ask_stop
+        if self._gate is not None:
+            self._gate.end_at(max(0, step - self.global_step))
 
     def put_back_with(self, put_back: Callable[[], None]) -> None:
         """Set the function that resets the program's objects to the state that the session was restored with."""
@@ -577,9 +585,16 @@ class Session:
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
-        if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
+        if self._gate is None and (self._is_at_end() or self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
+
+    def _is_at_end(self) -> bool:
+        """Whether the run ends at this step; the stop is asked for then."""
+        if self._end is None or self.global_step < self._end[0]:
+            return False
+        self._end[1]()
+        return True
 
     def _check_stop(self) -> None:
         self.boundary.check_stop()
@@ -592,6 +607,8 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
+        if self._is_at_end() and self._gate is None:
+            return False
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()

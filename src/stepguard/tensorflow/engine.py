@@ -202,6 +202,24 @@ class TensorFlowEngine:
         if boundary is not None:
             boundary.stop(main_thread_was_told)
 
+    def end_at(self, session: Any, step: int, ask_stop: Callable[[], None]) -> None:
+        """Read the global step after each run that changes the model. A session that is not ours does not end there.
+
+        Another thread may be in a step meanwhile, so that a program with several may end some steps later.
+        """
+        boundary = _boundary(session)
+        if boundary is None or self._model.global_step is None:
+            _log.warning("this session counts no steps, and does not end at step %d", step)
+            return
+
+        def look() -> None:
+            done = self.step(session)
+            if done is not None and done >= step:
+                ask_stop()
+
+        boundary.call_after_each(look)
+        look()
+
     def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
         """Count the runs that change the model. A session that is not ours reports no runs."""
         boundary = _boundary(session)

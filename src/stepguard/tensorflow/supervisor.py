@@ -25,6 +25,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -138,6 +139,9 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            tf.config.experimental.enable_op_determinism()
         refuse(
             saving,
             "max_to_keep",

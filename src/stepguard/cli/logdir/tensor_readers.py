@@ -11,7 +11,8 @@ from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, ListedCheckpoint
 from stepguard.store.saved_tensor import SavedTensor
 
-_ENGINES = ("tensorflow", "torch")
+ENGINES = ("tensorflow", "torch")
+"""The engines whose tensors can be read."""
 
 
 def read_tensors(one: ListedCheckpoint) -> Iterator[SavedTensor]:
@@ -47,7 +48,7 @@ def _damaged(one: ListedCheckpoint) -> CommandError:
 
 def _module(one: ListedCheckpoint) -> Any:
     path = one.checkpoint.path
-    if one.engine not in _ENGINES:
+    if one.engine not in ENGINES:
         raise CommandError(
             f"{path}: expected a checkpoint of TensorFlow or PyTorch, found one of the engine {one.engine!r}", NOT_DONE
         )
