@@ -291,7 +291,8 @@ class TensorFlowEngine:
         return list(getattr(self._model.saver, "last_checkpoints", ()))
 
     def _is_in_place(self, path: str) -> bool:
-        return os.path.dirname(path) == os.path.dirname(str(self._save_path))
+        # The same directory may be written as "logs" and as "./logs".
+        return os.path.abspath(os.path.dirname(path)) == os.path.abspath(os.path.dirname(str(self._save_path)))
 
     def _meta_bytes(self) -> bytes:
         # The graph is finalised, so one export is enough, unless the program un-finalises it and goes on building.
