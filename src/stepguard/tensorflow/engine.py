@@ -285,7 +285,10 @@ class TensorFlowEngine:
         if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
             # Checkpoints that the program has saved elsewhere stay on the list, for the saver to prune.
             elsewhere = [(path, 0.0) for path in self._last_checkpoints() if not self._is_in_place(path)]
-            self._model.saver.set_last_checkpoints_with_time([*elsewhere, *kept])
+            # Spelt as the program spells them, so that its saver knows them again.
+            place = os.path.dirname(str(self._save_path))
+            mine = [(os.path.join(place, os.path.basename(path)), time) for path, time in kept]
+            self._model.saver.set_last_checkpoints_with_time([*elsewhere, *mine])
 
     def _last_checkpoints(self) -> list[str]:
         return list(getattr(self._model.saver, "last_checkpoints", ()))
