@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.disk.files import NewFile
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
@@ -255,9 +256,12 @@ class TensorFlowEngine:
         return self._plan.non_finite(snapshot)
 
     def checkpoint_name(self, step: int | None) -> str:
-        """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
+        """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads.
+
+        A step that no name can hold, such as a negative one, is left out.
+        """
         basename = os.path.basename(str(self._save_path))
-        if step is None:
+        if step is None or not 0 <= step < 10**MOST_DIGITS:
             return basename
         padded = getattr(self._model.saver, "_pad_step_number", False)
         return f"{basename}-{step:08d}" if padded else f"{basename}-{step}"
