@@ -19,7 +19,7 @@ from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
 from stepguard.jax.session import STREAMS, Session
 from stepguard.options import Restoring
-from stepguard.orbax_files.runs import newest_of_orbax
+from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
 from stepguard.steps.peers_engine import PeersEngine
@@ -140,26 +140,25 @@ class JaxEngine(PeersEngine[Session]):
         def restore_own() -> str | None:
             if store is None:
                 return None
-            found.append(restore_newest(store, functools.partial(self.restore, session), self._restoring))
-            if found[0].checkpoint is not None:
-                return found[0].checkpoint.name
-            of_orbax = newest_of_orbax(store.root)
-            if of_orbax is None:
-                return None
-            step, path = of_orbax
-            self._load_orbax(session, path, step)
-            return path.relative_to(store.root).as_posix()
+            # A program that went back to Orbax for a time goes on where Orbax has left it.
+            newest = max((one.step or 0 for one in store.candidates()), default=-1)
+            of_orbax = restore_newest_of_orbax(store.root, newest, functools.partial(self._load_orbax, session))
+            if of_orbax is not None:
+                found.append(Recovery(of_orbax))
+            else:
+                found.append(restore_newest(store, functools.partial(self.restore, session), self._restoring))
+            return None if found[0].checkpoint is None else found[0].checkpoint.name
 
         def restore_named(name: str) -> None:
             if store is None:
                 return
-            path, step = store.root / name, name.partition("/")[0]
+            path, step = store.root / name, step_of(name)
             if not path.is_dir():
                 raise FileNotFoundError(
                     f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
                 )
-            if step.isdigit():
-                self._load_orbax(session, path, int(step))
+            if step is not None:
+                self._load_orbax(session, path, step)
             else:
                 self._load(session, path, self.peers.rank)
 
@@ -172,7 +171,7 @@ class JaxEngine(PeersEngine[Session]):
         """Refer to the arrays, or copy those that the next step would donate."""
         session.donations.look_again()
         process = {"global_step": session.global_step, **session.process_state.capture()}
-        return take(session.state, session.global_step, process, session.donations, self._memory)
+        return take(session.state, session.global_step, process, session.donations, self._memory, moment=session.moment)
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The names of leaves with NaN or infinity, and of plain numbers that are NaN."""
@@ -184,7 +183,7 @@ class JaxEngine(PeersEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._store is None else directory.relative_to(self._store.root)
-        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
+        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
         try:
             own = {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
         except BaseException:

@@ -14,6 +14,7 @@ from stepguard.errors import CheckpointCorruptError
 from stepguard.orbax_files import plain_values
 from stepguard.orbax_files.index import StoredLeaf, is_numpys
 from stepguard.orbax_files.reading import Stored, open_stored, whole
+from stepguard.store import manifest
 from stepguard.store.saved_tensor import SavedTensor
 
 _NUMBERS = (bool, int, float, complex)
@@ -32,7 +33,10 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
             nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
             read = functools.partial(_array, stored, leaf)
             yield SavedTensor(leaf.name, leaf.dtype.name, leaf.shape, nbytes, read)
-    for file in sorted(path.glob("process-*.json")):
+    named = manifest.named_files(path)
+    for file in sorted(path.glob("process-*.json") if named is None else named):
+        if not file.name.startswith("process-") or file.parent != path:
+            continue
         try:
             values = plain_values.from_json(files.read_bytes(file))
         except ValueError as error:

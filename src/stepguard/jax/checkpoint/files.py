@@ -15,6 +15,7 @@ from stepguard.jax.checkpoint.snapshot import JaxSnapshot
 from stepguard.orbax_files import plain_values
 from stepguard.orbax_files.index import Index, StoredLeaf, StoredPart
 from stepguard.orbax_files.writing import Digests, offsets, write_data, write_index, write_small
+from stepguard.store import manifest
 
 ENGINE = "jax"
 """The name of this engine in the manifests of its checkpoints."""
@@ -69,6 +70,9 @@ def read_process(directory: Path, rank: int) -> dict[str, Any] | None:
         CheckpointCorruptError: it cannot be read.
     """
     path = directory / process_file(rank)
+    named = manifest.named_files(directory)
+    if named is not None and path not in named:
+        return None
     try:
         found = plain_values.from_json(files.read_bytes(path))
     except FileNotFoundError:

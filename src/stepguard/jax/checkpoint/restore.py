@@ -16,7 +16,7 @@ from stepguard.jax.checkpoint.tree import Flat, Leaf, flatten, rebuild
 from stepguard.options import Restoring
 from stepguard.orbax_files.index import StoredLeaf
 from stepguard.orbax_files.reading import Stored, Under, is_checkpoint, open_stored, whole
-from stepguard.orbax_files.runs import newest_of_orbax
+from stepguard.orbax_files.runs import steps_of_orbax
 from stepguard.store import CheckpointStore
 from stepguard.words import listed
 
@@ -101,10 +101,9 @@ def _newest(place: Path) -> Path:
     good = CheckpointStore(place, engine=ENGINE).newest_good(quarantine=False).checkpoint
     if good is not None:
         return good.path
-    of_orbax = newest_of_orbax(place)
-    if of_orbax is None:
-        raise FileNotFoundError(f"{place}: expected a checkpoint of Stepguard or Orbax, or the logdir of a run")
-    return of_orbax[1]
+    for _, path in steps_of_orbax(place):
+        return path
+    raise FileNotFoundError(f"{place}: expected a checkpoint of Stepguard or Orbax, or the logdir of a run")
 
 
 # --- values ---
