@@ -49,7 +49,7 @@ class ForkedProgram(Program):
             atexit._run_exitfuncs()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - what ends a program is printed
             traceback.print_exc()
         finally:
             atexit._run_exitfuncs()

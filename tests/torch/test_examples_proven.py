@@ -1,11 +1,10 @@
-"""Examples are proven: killed, stopped and damaged, they are bit by bit the same run. The soak does it for all of them."""
+"""Examples are proven: killed and damaged, they are bit by bit the same run. `tests/soak/prove_examples.py` has all."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
 from forked import fork
 from proving import main
 
@@ -13,7 +12,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "torch"
 README = Path(__file__).parent.parent.parent / "README.md"
 
 
-def prove(argv, place, *, steps=40, faults=("kill", "save", "sigterm", "damage")):
+def prove(argv, place, *, steps=40, faults=("kill", "damage")):
     """The document of the verdict."""
     process = fork(main, [str(one) for one in argv], steps, faults, str(place))
     process.join(200)
@@ -23,20 +22,13 @@ def prove(argv, place, *, steps=40, faults=("kill", "save", "sigterm", "damage")
     return found, output
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("digits.py", ()),
-        ("language_model.py", ("--batch-size=64", "--context=32", "--width=16", "--dtype=float32")),
-    ],
-)
-def test_an_example_is_proven(name, arguments, tmp_path):
-    found, output = prove([EXAMPLES / name, *arguments], tmp_path)
+def test_an_example_is_proven(tmp_path):
+    found, output = prove([EXAMPLES / "digits.py"], tmp_path)
 
     assert found["verdict"] == "proven", (found, output)
-    assert [one["kind"] for one in found["runs"]] == ["undisturbed", "again", "kill", "sigterm", "damage"]
+    assert [one["kind"] for one in found["runs"]] == ["undisturbed", "again", "kill", "damage"]
     assert max(one["batches_compared"] or 0 for one in found["runs"]) == 40
-    assert sum(len(one["restarts"]) for one in found["runs"]) >= 5
+    assert sum(len(one["restarts"]) for one in found["runs"]) >= 4
     assert not (tmp_path / "runs").exists()
 
 
