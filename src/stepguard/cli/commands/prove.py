@@ -123,7 +123,7 @@ def command(
     options = Options(steps, faults, seed, save_steps, deterministic, jobs or _jobs())
     lines = _Lines(is_quiet=as_json)
     clock = Clock(time_limit_secs)
-    runner = Program(program, clock, environment=_environment(deterministic), is_shown=show_output)
+    runner = Program(program, clock, environment=environment(is_deterministic=deterministic), is_shown=show_output)
     place = Scratch(scratch)
     lines.say(
         f"{printable(report.name_of(program))}, up to step {steps}, in at most {duration(time_limit_secs)}, with a "
@@ -178,7 +178,8 @@ def _jobs() -> int:
     return 1 if has_gpu or (os.cpu_count() or 1) < 2 else 2
 
 
-def _environment(is_deterministic: bool) -> dict[str, str]:
+def environment(*, is_deterministic: bool) -> dict[str, str]:
+    """The variables that a program is started with, besides those of this process."""
     if not is_deterministic:
         return {}
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_XLA}".strip()
