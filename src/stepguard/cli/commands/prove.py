@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def command(
         f"checkpoint each {options.spacing} steps; nothing in its own logdir is touched"
     )
     is_kept = False
+    # A job whose time is over is told so by SIGTERM: nothing is left behind then either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         proof = Proof(runner, place, options, show=lines.show, tell=lines.tell, say=lines.say)
         verdict = proof.prove()
