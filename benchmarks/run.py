@@ -25,6 +25,7 @@ SMALLEST = {
     "large_logdirs": "--checkpoints 3 --processes 1 2 --repeats 1",
     "torch_stalls": "--megabytes 4 --seconds 1",
     "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
+    "jax_checkpoints": "--megabytes 2 --arrays 3 --rounds 1",
 }
 
 

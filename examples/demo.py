@@ -1,7 +1,7 @@
 """Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept; then flip a bit of it.
 
 This program only starts, kills and watches the training program, in a process of its own, as you would:
-``single_program.py``, or with ``--engine=torch`` ``torch/digits.py``.
+``single_program.py``, with ``--engine=torch`` ``torch/digits.py``, or with ``--engine=jax`` ``jax/digits.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 PROGRAMS = {
     "tensorflow": Path(__file__).with_name("single_program.py"),
     "torch": Path(__file__).with_name("torch") / "digits.py",
+    "jax": Path(__file__).with_name("jax") / "digits.py",
 }
 ENOUGH_ACCURACY = 0.95
 

@@ -58,8 +58,10 @@ class Session:
         # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
         self._epochs_wanted = 0
-        # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
+        # Whether a stop or `max_steps` has ended a loop before its end, so that the epoch around it is not complete;
+        # and the `max_steps` that ends the loop over epochs after this body.
         self._is_cut = False
+        self._ended_by: int | None = None
         self._evaluations = 0
         # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
@@ -101,7 +103,9 @@ class Session:
         Args:
             loader: a loader of the framework, one with ``state_dict``, or any other iterable; a mapping or a sequence
                 of loaders, of which each step gets one batch each; or a function that makes an iterable for each epoch.
-            max_steps: the global step at which the loop ends; steps done before a restart count.
+            max_steps: the global step at which the loop ends; steps done before a restart count. In the body of
+                :meth:`epochs` it also ends the epochs, after this body. Without a loader, or over one without a
+                length, it ends only the epoch, so that ``max_steps=(epoch + 1) * 1000`` is an epoch of 1000 steps.
             epochs: the number of epochs over this loader in all; those before a restart count.
             accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
                 ``is_update`` is true in the last turn of a step: call the optimizer there.
@@ -409,18 +413,26 @@ class Session:
     def _epochs(self, number: int) -> Iterator[int]:
         state = self.process_state
         while state.epochs_done < number and not self._must_end(None):
-            self._loops_begun, self._epochs_wanted, self._is_cut = 0, number, False
+            self._loops_begun, self._epochs_wanted, self._is_cut, self._ended_by = 0, number, False, None
             state.begin_epoch()
             try:
                 yield state.epochs_done
             finally:
                 self._loops_begun = None
                 state.leave_epoch()
-            if self._is_cut:
+            if not self._is_cut:
+                self._complete_epoch(number)
+            if self._ends_epochs(number):
                 return
-            self._complete_epoch(number)
         if not self._coord.stop_requested:
             self.total_steps = self.global_step
+
+    def _ends_epochs(self, number: int) -> bool:
+        """Whether a stop or `max_steps` ends the loop over epochs after this body."""
+        done = self.process_state.epochs_done
+        if self._ended_by is not None and done < number:
+            self._advice.on_epochs_ended(self._ended_by, done, number)
+        return self._is_cut or self._ended_by is not None
 
     def _complete_epoch(self, number: int) -> None:
         """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
@@ -443,6 +455,8 @@ class Session:
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
+            if plan.is_sized and self._must_end(plan.max_steps):
+                self._ended_by = plan.max_steps
             if self._gate is not None:
                 self.boundary.rest(self._turn_loop)
                 self._gate.end(boundary.steps)
@@ -542,6 +556,17 @@ class Session:
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
+    def _note_max_steps(self, plan: LoopPlan, is_empty: bool) -> bool:
+        """Note that `max_steps` has ended a loop in the body of `epochs`; return whether the loop is over.
+
+        It is not over if its epoch has batches left: with a larger `max_steps` a next start goes on with them. Epochs
+        over a loader end with `max_steps`. Where no length says what an epoch is, `max_steps` may be its end.
+        """
+        is_over = not is_empty if not plan.is_sized else plan.is_at_end
+        self._ended_by = plan.max_steps if plan.is_sized or is_empty else None
+        self._is_cut = not is_over
+        return is_over
+
     def _turn_loop(self, plan: LoopPlan | None = None) -> None:
         """Count a loop that has ended, inside the boundary; note its end unless its last step has noted it."""
         if plan is not None:
@@ -560,6 +585,8 @@ class Session:
         if not is_stopped:
             self.total_steps = self.global_step
         is_new_end = plan is not None and not is_over and not is_stopped
+        if plan is not None and is_new_end and plan.number is not None:
+            is_new_end = self._note_max_steps(plan, is_empty)
         self.boundary.rest(functools.partial(self._turn_loop, plan if is_new_end else None), is_last=is_stopped)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)

@@ -69,7 +69,7 @@ class FakeSession:
                 self.values[index] += 1
             if self.trace is not None:
                 self.trace.numbers(self.step, 0, {"loss": self.loss})
-        self.report(self.loss)
+        self._show(self.loss)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -104,6 +104,11 @@ class FakeSession:
 
     def report(self, loss: float) -> None:
         """Report a number that the program has computed, between two steps."""
+        if self.trace is not None:
+            self.trace.numbers(self.step, 0, {"loss": loss}, is_inside=False)
+        self._show(loss)
+
+    def _show(self, loss: float) -> None:
         if self.watch is not None and self.watch.look({"loss": loss}):
             self.watch.settle()
 

@@ -172,6 +172,9 @@ class Launcher:
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
                 # The terminal has already sent the signal to the program.
                 send(pid, received.number)
+                if received.number in STOPS:
+                    # A program that is suspended could not obey.
+                    send(pid, signal.SIGCONT)
         return code
 
     def _is_first_request(self) -> bool:
@@ -260,7 +263,8 @@ class Launcher:
         if why is CRASH_LOOP:
             self._say(
                 f"crash loop, not started again: {SAME_FAILURES} starts in a row made no progress and ended in the "
-                f"same way ({ended.failure}); mend that, and start it again:\n  {shlex.join(self._argv)}"
+                f"same way ({ended.failure}); mend that, and start it again:\n  "
+                f"{printable(shlex.join(self._argv))}"
             )
         else:
             done = output.counted(self._restarts.done, "restart")
