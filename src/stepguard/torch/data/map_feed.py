@@ -121,6 +121,8 @@ class MapFeed(Feed):
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
+        # Before anything is compared: the length of a data set may depend on the epoch.
+        self._inside.set_epoch(position["epoch"])
         super().resume(position, processes, is_checked=is_checked)
         self._worker_seed = position["worker_seed"]
         self._order = position.get("order")
