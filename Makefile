@@ -17,13 +17,16 @@ export NO_MKDOCS_2_WARNING ?= 1
 # How long `make soak` attacks.
 SOAK_SECONDS ?= 3600
 
-.PHONY: help demo demo-replicas test soak lint format bench docs docs-serve clean
+.PHONY: help demo demo-jax demo-replicas test soak lint format bench docs docs-serve clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, resume, report
 	@$(BIN)/python examples/demo.py
+
+demo-jax: $(VENV)/.ready-to-develop  ## The same with JAX
+	@$(BIN)/python examples/demo.py --engine=jax
 
 demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill two of them, see them come back
 	@$(BIN)/python examples/demo_replicas.py

@@ -17,14 +17,15 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Moment
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import Rendezvous
 from stepguard.steps.worker import Worker
@@ -76,6 +77,14 @@ class CountingStore:
         self.counts["values"] += sum(len(value) for value in values)
 
 
+@dataclass(frozen=True)
+class NoPart:
+    """The part of a process without a state."""
+
+    moment: Moment
+    steps: int
+
+
 class Process:
     """One process of the training, without a model."""
 
@@ -104,15 +113,15 @@ class Process:
     def steps_done(self) -> int:
         return self._done
 
-    def moment(self) -> tuple[int, int]:
-        return self._done, 0
+    def moment(self) -> Moment:
+        return self.gate.moment(self._done)
 
-    def take_state(self) -> tuple[int, int]:
-        return self.moment()
+    def take_part(self) -> NoPart:
+        return NoPart(self.moment(), self._done)
 
-    def write_part(self, messages: PartMessages, _: str, held: AbstractContextManager[None]) -> None:
-        with held:
-            messages.answer("process", ANSWER)
+    def write_part(self, messages: PartMessages, _: str, part: Callable[[], NoPart]) -> None:
+        part()
+        messages.answer("process", ANSWER)
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
@@ -165,10 +174,11 @@ def host(pipe: Connection, port: int, ranks: range, size: int, step_secs: float)
     training = threading.Thread(target=train)
     training.start()
     while (asked := pipe.recv()) != "end":
-        pipe.send(save(processes[0].peers, asked) if asked == "save" else counts(processes))
+        pipe.send(save(processes[0], asked) if asked == "save" else counts(processes))
     is_over.set()
     training.join()
     for process in processes:
+        process.gate.turn(process.steps_done())
         process.gate.end(process.steps_done())
     closing = [threading.Thread(target=process.peers.close, args=(GRACE_SECS,)) for process in processes]
     for thread in closing:
@@ -177,13 +187,14 @@ def host(pipe: Connection, port: int, ranks: range, size: int, step_secs: float)
         thread.join()
 
 
-def save(chief: Rendezvous, place: str) -> tuple[float, float]:
+def save(process: Process, place: str) -> tuple[float, float]:
     """One checkpoint: the seconds until all know its step, and those until all have written."""
+    chief = process.peers
     assert isinstance(chief, Chief)
     began = time.perf_counter()
     with chief.meeting("a checkpoint"):
-        agreed = time.perf_counter()
-    chief.ask_for_parts(place, epochs_done=0).collect("process")
+        agreed, moment = time.perf_counter(), process.moment()
+    chief.ask_for_parts(place, moment).collect("process")
     chief.settled()
     return agreed - began, time.perf_counter() - began
 

@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 SMALLEST = {
     "import_time": "--rounds 1",
     "step_overhead": "--rounds 1 --turns 1 --steps 5",
+    "step_trace": "--rounds 1 --turns 1 --steps 5 --batch-bytes 1000",
     "idle_services": "--rounds 1 --secs 1 --service-secs 0.2 --settle-secs 0.3",
     "checkpointing": "--mb 10 --rounds 1 --secs 1 --save-secs 0.2 --step-ms 5 --repeats 1",
     "replicas": "--secs 0.5 --repeat 1 --waited-secs 0.2 --recovery-wait-secs 1",
@@ -24,6 +25,7 @@ SMALLEST = {
     "large_logdirs": "--checkpoints 3 --processes 1 2 --repeats 1",
     "torch_stalls": "--megabytes 4 --seconds 1",
     "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
+    "jax_checkpoints": "--megabytes 2 --arrays 3 --rounds 1",
 }
 
 

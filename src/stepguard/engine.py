@@ -7,8 +7,8 @@ write the snapshot, and has it restore a checkpoint. A framework is one folder w
 **The session** is the handle that the program gets: see :class:`Session` for its four duties.
 
 **The engine** is an object with the methods of :class:`Engine`. Abilities that only some frameworks have are protocols
-of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The
-core checks once, when it is built, which of them an engine implements.
+of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`TracesSteps`, :class:`HearsOfCommits`,
+:class:`KeepsCheckpoints`. The core checks once, when it is built, which of them an engine implements.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:
@@ -54,7 +54,8 @@ For a framework whose program is a loop over batches, ``stepguard.steps`` provid
 
 - ``session.Session`` does all four duties. The program runs ``for batch in sess.steps(loader, max_steps=...)``, or
   ``with sess.step()``; ``sess.summary(values)`` hands a mapping to the engine's writer. Its constructor takes the
-  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``. After a block of ``sess.step()``, and after
+  coordinator, that writer, ``write(values, step)``, and a ``ProcessState``. The writer returns the numbers as floats if
+  it has read them, else ``None``. After a block of ``sess.step()``, and after
   a loop, the program may lend the model to other work: a save waits for the next step, or gets the state of the end of
   the loop (:class:`RestsBetweenLoops`);
 - ``process_state.ProcessState(streams)`` holds the state of the process: the random streams, and the position in each
@@ -180,6 +181,42 @@ class ValueWatch(Protocol):
         """Wait until the guard has dealt with what :meth:`look` found. Only between two steps of the calling thread."""
 
 
+class StepTrace(Protocol):
+    """Is told what each step is, so that steps that are done again can be compared. Any thread, and fast.
+
+    ``step`` is the number of steps that were done before, ``epochs`` that of complete epochs. ``is_inside`` is false
+    for what the program reports between two steps, before the step of that number.
+    """
+
+    wants_digests: bool
+    """Whether the session is to call :meth:`digests` and :meth:`settings` as well."""
+
+    def numbers(self, step: int, epochs: int, values: Mapping[str, float], is_inside: bool = True) -> None:
+        """Numbers that the program has reported, by name."""
+
+    def digests(self, step: int, epochs: int, values: Mapping[str, int], *, source: str = "") -> None:
+        """Digests of 64 bits, taken at the beginning of a step: ``random``, one for each part of the batch
+        (``batch[0]``), and at times one for each part of the state (``state model``). ``source`` names the loader.
+        """
+
+    def settings(self, step: int, epochs: int, values: Mapping[str, float]) -> None:
+        """The hyperparameters in force from this step on, all of them."""
+
+    def saved(self, step: int, checkpoint_step: int) -> None:
+        """A checkpoint of ``checkpoint_step`` was taken before ``step``. Only for an engine that counts something else
+        than the step of its checkpoints; such an engine begins at that of the restored checkpoint.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a session begins, or continues: steps done, complete epochs, and the processes that train together."""
+
+    step: int
+    epochs: int = 0
+    processes: int = 1
+
+
 class Engine(Protocol[SessionT]):
     """One framework, as the core sees it: the attributes and methods that every engine has.
 
@@ -258,6 +295,13 @@ class Engine(Protocol[SessionT]):
 
         Exception: a main thread for which ``main_thread_was_told()`` is true, asked anew at each step, has already seen
         ``should_stop()`` return true; it may run further steps to finish.
+        """
+
+    def end_at(self, session: SessionT, step: int, ask_stop: Callable[[], None]) -> None:
+        """Call ``ask_stop()`` at the boundary after ``step``, so that no later step begins. Before the first step.
+
+        ``ask_stop`` sets the stop flag and calls :meth:`stop_at_boundary`; any thread may call it, and more than once.
+        Several processes end after the same step.
         """
 
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
@@ -359,6 +403,18 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
         """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
+
+
+@runtime_checkable
+class TracesSteps(Protocol[_SessionT_contra]):
+    """An engine whose sessions tell what their steps are."""
+
+    def trace_steps(self, session: _SessionT_contra, trace: StepTrace) -> Beginning | None:
+        """From now on tell ``trace`` of the steps of ``session``. Called before the first of them, once at most.
+
+        Returns where the session begins; ``None`` if its steps are not told, because other processes change the model
+        at moments of their own.
+        """
 
 
 @runtime_checkable

@@ -19,6 +19,9 @@ from typing import Any, ParamSpec, TypeVar
 
 STOP = "stop"
 RETURN = "return"
+NUMBERS = "numbers"
+BATCHES = "batches"
+TRACES = (NUMBERS, BATCHES)
 
 # Of one letter it is a drive of Windows. `pathlib` makes one slash of two.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -146,6 +149,9 @@ class Watching(_Group):
         hang_secs: after this many seconds without a step boundary, the stacks of all threads are written to a file in
             ``logdir/stacks``. Choose more than the longest step, the first included. ``None`` turns the watch off.
         end_on_hang: whether a process that hangs is killed, so that ``stepguard run`` starts it again.
+        trace: what is recorded of each step, to compare steps that are done again after a crash with the first time:
+            ``"numbers"``, those that the program reports; ``"batches"``, also hyperparameters and digests of batches,
+            random states and the state, which tell the cause of a difference; ``None`` records nothing.
         metrics_port: the port for ``/metrics``; 0 takes a free port, ``None`` serves no metrics.
         metrics_host: the address that metrics are served on; by default only this machine can reach it.
         peer_timeout_secs: after this many seconds of silence from a server that the graph needs, the session counts as
@@ -160,6 +166,7 @@ class Watching(_Group):
     save_summaries_secs: float | None = 120
     hang_secs: float | None = None
     end_on_hang: bool = False
+    trace: str | None = "numbers"
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     peer_timeout_secs: float | None = 60
@@ -172,6 +179,7 @@ class Watching(_Group):
         check_switch("end_on_hang", self.end_on_hang)
         if self.end_on_hang and self.hang_secs is None:
             raise ValueError("end_on_hang needs hang_secs: the seconds without a step that count as a hang")
+        _check_choice("trace", self.trace, *TRACES, None)
         check_count("metrics_port", self.metrics_port, most=65535, or_none=True)
         _check_text("metrics_host", self.metrics_host, "an address such as '127.0.0.1'")
         check_seconds("peer_timeout_secs", self.peer_timeout_secs, or_none=True)

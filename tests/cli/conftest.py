@@ -79,6 +79,34 @@ def torch_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return logdir
 
 
+@pytest.fixture(scope="session")
+def jax_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A logdir of JAX with the steps 2 and 4."""
+    pytest.importorskip("jax")
+    import jax
+    import jax.numpy as jnp
+
+    from stepguard.jax import Supervisor
+
+    logdir = tmp_path_factory.mktemp("jax")
+    kinds = {
+        "half": jnp.asarray([1.5, -2.5], jnp.bfloat16),
+        "flags": jnp.asarray([True, False]),
+        "nothing": jnp.zeros((0, 3)),
+        "broken": jnp.asarray([1.0, float("nan"), float("-inf")]),
+        "wave": jnp.asarray([3 + 4j]),
+        "eighth": jnp.asarray([0.5, -1.0], jnp.float8_e4m3fn),
+        "word": "same",
+        "patience": 3,
+    }
+    for last in (2, 4):
+        sv = Supervisor(logdir, save_model_secs=0, saving=Saving(save_at_end=True), save_summaries_secs=0)
+        with sv.managed_session({"params": [jnp.zeros(3)], "kinds": kinds, "key": jax.random.key(0)}) as session:
+            for _ in session.steps(max_steps=last):
+                session.state = {**session.state, "params": [session.state["params"][0] + 1]}
+    return logdir
+
+
 def _train(logdir: Path) -> None:
     import torch
 

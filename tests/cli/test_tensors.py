@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("engine", "prefix"), [("tensorflow", ""), ("torch", "kinds.")])
+@pytest.mark.parametrize(("engine", "prefix"), [("tensorflow", ""), ("torch", "kinds."), ("jax", "kinds.")])
 def test_tensors_of_all_kinds_are_shown(engine, prefix, request, stepguard, document):
     logdir = request.getfixturevalue(f"{engine}_run")
     shown = stepguard("show", logdir / "model.ckpt-4")
@@ -70,7 +70,7 @@ def test_a_logdir_stands_for_the_one_that_a_restart_would_take(torch_run, tmp_pa
     assert "found none that a restart could take" in nothing.stderr
 
 
-@pytest.mark.parametrize("engine", ["tensorflow", "torch"])
+@pytest.mark.parametrize("engine", ["tensorflow", "torch", "jax"])
 def test_a_checkpoint_equals_itself(engine, request, stepguard, document):
     logdir = request.getfixturevalue(f"{engine}_run")
     same = stepguard("diff", logdir, logdir / "model.ckpt-4")

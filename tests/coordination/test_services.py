@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stepguard.coordination.services import StepCounter, WhileOpen
+from stepguard.errors import NoBoundaryError
 from stepguard.testing import FakeEngine, FakeSession, RecordedEvents
 
 
@@ -42,6 +43,14 @@ class TestAServiceOfASession:
     def test_that_fails_while_it_is_open_is_one(self, engine, session):
         with pytest.raises(ZeroDivisionError):
             WhileOpen(engine, session, _raising(ZeroDivisionError()))()
+
+    def test_that_finds_no_boundary_is_skipped(self, engine, session, caplog):
+        """The first step of a JAX program may compile for minutes; that is no reason to end the run."""
+        error = NoBoundaryError("no step boundary for a summary: step 1 has been under way for 6 s")
+        with caplog.at_level(logging.WARNING, "stepguard"):
+            WhileOpen(engine, session, _raising(error))()
+
+        assert caplog.messages == [f"skipped until the next time: {error}"]
 
 
 class TestTheStepRate:

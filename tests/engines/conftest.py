@@ -17,6 +17,7 @@ import pytest
 
 ENGINES = {
     "fake": ("programs_fake", "FakeUnderTest"),
+    "jax": ("programs_jax", "JaxUnderTest"),
     "numpy": ("programs_numpy", "NumPyUnderTest"),
     "tensorflow": ("programs_tensorflow", "TensorFlowUnderTest"),
     "torch": ("programs_torch", "TorchUnderTest"),

@@ -58,7 +58,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def everything_in(directory: Path) -> dict[str, bytes]:
-    found = {str(one.relative_to(directory)): one.read_bytes() for one in directory.rglob("model.ckpt*/**/*")}
+    inside = [one for one in directory.rglob("model.ckpt*/**/*") if one.is_file()]
+    found = {str(one.relative_to(directory)): one.read_bytes() for one in inside}
     found.update({one.name: one.read_bytes() for one in directory.iterdir() if one.is_file()})
     return {name: content for name, content in found.items() if "model.ckpt" in name or name == statefile.FILE_NAME}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import StoreLostError
@@ -102,6 +102,14 @@ class Below:
         return Below(self._store, f"{self._name}/{name}")
 
 
+@dataclass(frozen=True)
+class StubPart:
+    """What a process had done when it was copied."""
+
+    moment: Moment
+    steps: int
+
+
 class StubMember:
     """A process that does nothing in its steps."""
 
@@ -114,8 +122,9 @@ class StubMember:
         self.impatient = False
         self.epochs = 0
         self.taken: list[int] = []
-        self.taken_in: list[int] = []
+        self.taken_at: list[Moment] = []
         self.waited_secs = 0.0
+        self.copy_secs = 0.0
 
     def finish_step(self) -> None:
         self._done += 1
@@ -125,22 +134,28 @@ class StubMember:
         return self._done
 
     def moment(self) -> Moment:
-        return self._done, self.epochs
+        return self._gate.moment(self._done)
 
     def complete_epoch(self) -> None:
         """As a session does at the end of the body of ``sess.epochs``."""
         self.epochs += 1
-        self._gate.end(*self.moment())
+        self._gate.turn(self._done, self.epochs)
+        self._gate.end(self._done)
 
-    def take_state(self) -> Moment:
+    def end_loop(self) -> None:
+        """As a session does when its data is over."""
+        self._gate.turn(self._done)
+        self._gate.end(self._done)
+
+    def take_part(self) -> StubPart:
+        time.sleep(self.copy_secs)
         self.taken.append(self._done)
-        self.taken_in.append(self.epochs)
-        return self.moment()
+        self.taken_at.append(self.moment())
+        return StubPart(self.moment(), self._done)
 
-    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
+    def write_part(self, messages: PartMessages, place: str, part: Callable[[], StubPart]) -> None:
         try:
-            with held:
-                messages.answer("process", str(self.taken[-1]).encode())
+            messages.answer("process", str(part().steps).encode())
         except Exception as error:  # noqa: BLE001 - a thread's edge
             messages.answer_error("process", error)
 
@@ -189,12 +204,12 @@ class Fleet:
 
     def ends(self) -> None:
         """The loops come to their ends."""
-        for gate, member in zip(self.gates, self.members, strict=True):
-            gate.end(*member.moment())
+        for member in self.members:
+            member.end_loop()
 
     def step(self, rank: int) -> None:
         began = time.monotonic()
-        assert self.gates[rank].begin(*self.members[rank].moment())
+        assert self.gates[rank].begin(self.members[rank].steps_done())
         self.members[rank].waited_secs = max(self.members[rank].waited_secs, time.monotonic() - began)
         self.members[rank].finish_step()
 
@@ -215,9 +230,10 @@ class Fleet:
         with self.chief.meeting("a checkpoint"):
             return 1
 
-    def write(self, epochs_done: int = 0) -> list[int]:
-        """Have the others write their parts; of which steps these are."""
-        return [int(one) for one in self.chief.ask_for_parts("place", epochs_done).collect("process")]
+    def write(self, moment: Moment | None = None) -> list[int]:
+        """Have the others write their parts of ``moment``, or of where the chief is; of which steps these are."""
+        moment = moment or self.members[0].moment()
+        return [int(one) for one in self.chief.ask_for_parts("place", moment).collect("process")]
 
     def begin_until_refused(self, rank: int) -> None:
         deadline = time.monotonic() + 60

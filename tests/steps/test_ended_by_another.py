@@ -6,7 +6,7 @@ import pytest
 from plain_session import plain_session
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Moment
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_batches_that_are_left_are_told_of(stopped_after, reason, is_told, caplo
         if len(trained) == stopped_after:
             # As the rendezvous does when the chief has come to its end, or was asked to stop.
             coord.end() if reason is None else coord.ask_stop(reason)
-            gate.open_until(stopped_after, is_last=True)
+            gate.open_until(Moment(0, 0, stopped_after), is_last=True)
     session.close()
 
     assert trained == ["a", "b", "c"][:stopped_after]

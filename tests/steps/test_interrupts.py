@@ -8,7 +8,7 @@ import pytest
 from plain_session import plain_session
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Moment
 from stepguard.steps.session import Session
 
 
@@ -23,15 +23,16 @@ def test_the_steps_that_another_process_needs_are_done_first(place):
     gate = Gate()
     session = open_session(gate)
     steps: list[int] = []
+    third = Moment(0, 1, 1) if place == "end of a loop" else Moment(1, 0, 1)
 
     def interrupt(here: str, is_here: bool) -> None:
         if here == place and is_here:
             signal.raise_signal(signal.SIGINT)
             # Another process has begun its third step.
-            gate.open_until(3)
+            gate.open_until(third)
         elif len(steps) == 3:
             # All processes have come to that step.
-            gate.open_until(3, is_last=True)
+            gate.open_until(third, is_last=True)
 
     def train_epochs() -> None:
         for epoch in session.epochs(3):

@@ -12,7 +12,7 @@ from fleet import Fleet, MemoryStore, until
 
 from stepguard.errors import NoBoundaryError, PeerLeftError
 from stepguard.steps import rendezvous
-from stepguard.steps.gate import Loop
+from stepguard.steps.gate import Loop, Moment
 
 
 def test_a_chief_that_is_closed_settles_the_last_step_first(caplog):
@@ -46,10 +46,37 @@ def test_the_others_are_told_why_one_was_asked_to_stop(asked):
     fleet.close()
 
 
+@pytest.mark.parametrize("last", [0, 3])
+def test_all_end_exactly_after_the_step_that_was_set_beforehand(last):
+    fleet = Fleet(3)
+    for gate in fleet.gates:
+        gate.end_at(last)
+    fleet.start()
+
+    def train(rank):
+        gate, member = fleet.gates[rank], fleet.members[rank]
+        while True:
+            if member.steps_done() >= last:
+                member.request_stop(None, "trial")
+            if not gate.begin(member.steps_done()):
+                return
+            member.finish_step()
+
+    training = [threading.Thread(target=train, args=(rank,), daemon=True) for rank in range(3)]
+    for one in training:
+        one.start()
+    for one in training:
+        one.join(60)
+
+    assert not any(one.is_alive() for one in training)
+    assert [member.steps_done() for member in fleet.members] == [last] * 3
+    fleet.close()
+
+
 def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
     fleet = Fleet(2)
     gate = fleet.gates[1]
-    gate.capture_at((0, 0))
+    gate.capture_at(Moment(0, 0, 0))
     gate.begin(0)  # What it has captured is still wanted at the next step.
     gate.meet_every(1, 1)
     may_begin: list[bool] = []
@@ -83,7 +110,8 @@ def test_a_chief_that_evaluates_between_two_loops_is_waited_for_in_the_next_step
     # The worker is in the second step, which takes both; the chief has ended a loop after the first.
     for rank in range(2):
         fleet.step(rank)
-    fleet.gates[0].end(1)
+    fleet.members[0].end_loop()
+    fleet.gates[1].turn(1)  # Its data was over too, and it is in the next loop.
     assert fleet.gates[1].begin(1)
     fleet.start()
     met: list[int] = []
@@ -158,18 +186,17 @@ def test_parts_are_of_one_side_of_an_epochs_end_though_no_step_lies_between():
     fleet.start()
     fleet.run_steps(3)
     # The chief has completed an epoch after the third step, and the worker has not yet found that its data is over.
-    fleet.gates[0].end(*chief.moment())
+    chief.end_loop()
     chief.complete_epoch()
     with fleet.chief.meeting("a checkpoint"):
-        assert chief.moment() == (3, 1)
+        assert chief.moment() == (1, 0, 0)
     until(lambda: not fleet.gates[1].is_free)
-    assert fleet.gates[1].begin(*worker.moment())
-    fleet.gates[1].end(*worker.moment())
-    assert worker.taken_in == []
+    assert fleet.gates[1].begin(3)
+    worker.end_loop()
     worker.complete_epoch()
 
-    assert fleet.write(epochs_done=1) == [3]
-    assert worker.taken_in == [1]
+    assert fleet.write() == [3]
+    assert worker.taken_at == [(0, 1, 0), (1, 0, 0)]
     fleet.close()
 
 
@@ -182,17 +209,17 @@ def test_a_part_of_the_other_side_of_an_epochs_end_is_taken_again_or_refused(mor
     with fleet.chief.meeting("a checkpoint"):
         pass
     until(lambda: not fleet.gates[1].is_free)
-    fleet.gates[1].end(*worker.moment())
-    assert worker.taken_in == [0]
+    worker.end_loop()
+    assert worker.taken_at == [(0, 1, 0)]
     for _ in range(more_epochs):
         worker.complete_epoch()
 
     if more_epochs == 1:
-        assert fleet.write(epochs_done=1) == [3]
-        assert worker.taken_in == [0, 1]
+        assert fleet.write(Moment(1, 0, 0)) == [3]
+        assert worker.taken_at == [(0, 1, 0), (1, 0, 0)]
     else:
-        with pytest.raises(NoBoundaryError, match="was past step 3 of this session, with 1 epochs complete"):
-            fleet.write(epochs_done=1)
+        with pytest.raises(NoBoundaryError, match="was past the beginning of epoch 1, loop 0 of this session"):
+            fleet.write(Moment(1, 0, 0))
     fleet.close()
 
 
@@ -251,7 +278,7 @@ def test_a_step_at_which_the_chief_does_not_save_is_passed():
     fleet.chief.at_known_step(lambda: 1)
     until(lambda: begun == [True])
     # What it has taken at the first is kept: it is still to be written.
-    assert fleet.write() == [1]
+    assert fleet.write(Moment(0, 0, 1)) == [1]
     fleet.close()
 
 
@@ -262,14 +289,107 @@ def test_a_chief_whose_data_is_over_is_not_waited_for_at_a_known_step():
     fleet.gates[1].meet_every(5, 5)
     fleet.run_steps(5)
     fleet.chief.at_known_step(fleet.save)
+    fleet.step(1)
     assert fleet.write() == [5]
     fleet.chief.settled()
-    fleet.gates[0].end(5)
+    fleet.members[0].end_loop()
     until(lambda: fleet.store.waiting == 2)
 
     for _ in range(20):
         fleet.step(1)
     fleet.close()
+
+
+class TestUnevenInputs:
+    def test_one_with_fewer_batches_hands_in_the_state_of_its_own_last_step(self, caplog):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.members[1].end_loop()
+        fleet.step(0)
+        fleet.step(0)
+
+        assert fleet.save() == 1
+        assert fleet.write() == [3]
+        # Taken before the program went on, and not when it was asked for.
+        assert fleet.members[1].taken_at == [(0, 1, 0)]
+        assert "this process has done 3 steps of this session and rank 0 5" in caplog.text
+        fleet.close()
+
+    def test_steps_count_from_the_beginning_of_their_loop(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.step(0)
+        for member in fleet.members:
+            member.end_loop()
+            member.complete_epoch()
+        fleet.run_steps(2)
+
+        assert fleet.save() == 1
+        fleet.step(1)  # It passes the moment for which it was asked.
+        assert fleet.write(Moment(1, 0, 2)) == [5]
+        assert fleet.members[0].steps_done() == 6
+        fleet.close()
+
+    def test_one_between_two_loops_hands_in_nothing_for_a_step_that_it_will_come_to(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.ends()
+        fleet.step(0)
+        fleet.step(0)
+        assert fleet.save() == 1
+        answers: list[list[int]] = []
+        writing = threading.Thread(target=lambda: answers.append(fleet.write()), daemon=True)
+        writing.start()
+        for _ in range(3):
+            assert answers == []
+            fleet.step(1)
+        writing.join(60)
+
+        assert answers == [[5]]
+        fleet.close()
+
+    def test_one_that_has_gone_on_after_its_loop_has_no_part_for_a_step_of_that_loop(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.members[1].end_loop()
+        fleet.members[1].complete_epoch()
+        fleet.step(0)
+
+        assert fleet.save() == 1
+        with pytest.raises(NoBoundaryError, match="rank 1 was past epoch 0, loop 0, step 4"):
+            fleet.write()
+        fleet.close()
+
+    def test_a_chief_with_fewer_batches_says_what_its_checkpoint_lacks(self, caplog):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.step(1)
+        fleet.ends()
+
+        assert fleet.save() == 1
+        assert fleet.write() == [4]
+        assert "rank 1 has trained 4 steps of this session and rank 0, whose model is saved, 3" in caplog.text
+        fleet.close()
+
+    def test_a_stop_is_after_the_same_step_of_the_loop(self):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(2)
+        fleet.step(1)
+        for member in fleet.members:
+            member.end_loop()
+        fleet.run_steps(2)
+        fleet.members[1].request_stop(None, "sigterm")
+        until(lambda: all(gate.is_last for gate in fleet.gates))
+
+        assert not any(gate.begin(member.steps_done()) for gate, member in zip(fleet.gates, fleet.members, strict=True))
+        assert [member.moment() for member in fleet.members] == [(0, 1, 2), (0, 1, 2)]
+        fleet.close()
 
 
 class TestOneThatLeaves:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from fleet import Fleet
@@ -116,3 +119,65 @@ def test_a_process_takes_its_part_when_its_loop_ends(ends):
     # What is taken already is not taken from the live state again.
     assert len(fleet.members[1].taken) == (1 if ends == "end" else 2)
     fleet.close()
+
+
+def test_a_part_that_was_not_copied_is_refused_and_never_read_while_the_program_has_the_state(monkeypatch):
+    fleet = with_copies_that_cost(Fleet(2), monkeypatch)
+    fleet.start()
+    fleet.run_steps(3)
+    fleet.ends()
+    assert fleet.save() == 1
+    refused = in_background(fleet.write)
+    # The next loop begins: what the program has done between the two is part of the state now.
+    fleet.step(1)
+
+    assert "rank 1 has not copied its part at the end of its loop" in str(refused.exception(SOON_SECS))
+    assert fleet.members[1].taken == []
+    fleet.run_steps(1)
+    fleet.close()
+
+
+def test_a_part_that_was_not_copied_is_read_when_the_program_is_over(monkeypatch):
+    fleet = with_copies_that_cost(Fleet(2), monkeypatch)
+    fleet.start()
+    fleet.run_steps(3)
+    fleet.ends()
+    assert fleet.save() == 1
+    written = in_background(fleet.write)
+    fleet.close_in_background(1)
+
+    assert written.result(SOON_SECS) == [3]
+    fleet.peers[0].close(60)
+
+
+def test_a_part_that_costs_nothing_is_copied_at_the_end_of_each_loop(monkeypatch):
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.ends()
+    monkeypatch.setattr(CopyingBudget, "allows_one", lambda _: False)
+    for _ in range(5):
+        fleet.run_steps(1)
+        fleet.ends()
+
+    assert fleet.members[1].taken == [0, 1, 2, 3, 4, 5]
+    fleet.close()
+
+
+def with_copies_that_cost(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    """None of them is in the budget."""
+    monkeypatch.setattr(CopyingBudget, "allows_one", lambda _: False)
+    monkeypatch.setattr(CopyingBudget, "costs_nothing", False)
+    return fleet
+
+
+def in_background(work: Callable[[], object]) -> Future[Any]:
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - for the test
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
-from stepguard.options import Guarding
+from stepguard.options import Guarding, Watching
 from stepguard.torch import Session, Supervisor, Values
 
 
@@ -57,25 +57,29 @@ def main() -> None:
     net = network()
     model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=17)
+    if args.join:  # Whose updates do not depend on how many there were.
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10**9 if args.join else 17)
     data = Augmented()
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=True), num_workers=0)
     mine = Values(per_process=True, rank=rank, items=0)
     sv = Supervisor(
         {"model": model, "optimizer": optimizer, "scheduler": scheduler, "mine": mine},
         args.logdir,
-        save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
         guarding=Guarding(nan_guard="stop" if args.nan else None),
+        watching=Watching(trace="batches", save_summaries_secs=0),
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
-    with sv.managed_session() as session, joined(model, args):
+    with sv.managed_session() as session, nullcontext() if args.epochs else joined(model, args):
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
-        for index, inputs, targets in batches(session, loader, args):
+        for index, inputs, targets in batches(session, loader, model, args):
             optimizer.zero_grad()
-            torch.nn.functional.mse_loss(model(inputs), targets).backward()
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            loss.backward()
             optimizer.step()
+            session.summary({"loss of all" if args.nan else "loss": loss})
             scheduler.step()
             mine.items += sum(index.tolist())
             if args.nan:
@@ -90,7 +94,7 @@ def main() -> None:
             if args.leave == f"{rank}:{session.global_step}:break":
                 break
     # Not after SIGTERM, which ends one process: to put the weights together takes all.
-    if session.global_step == args.steps:
+    if session.global_step == args.steps or (args.join and args.epochs):
         outcome = f"{session.global_step} {digest(net, optimizer)}"
         args.logdir.with_suffix(f".outcome-{rank}").write_text(f"{outcome} {random.random()} {vars(mine)}")
         # Else the first to end may close its connections while another still reads from them.
@@ -106,11 +110,18 @@ def joined(model: torch.nn.Module, args: argparse.Namespace) -> AbstractContextM
     return Join([model])
 
 
-def batches(session: Session, loader: DataLoader, args: argparse.Namespace) -> Iterator[list[torch.Tensor]]:
+def batches(
+    session: Session, loader: DataLoader, model: torch.nn.Module, args: argparse.Namespace
+) -> Iterator[list[torch.Tensor]]:
     if args.join:
         count = int(args.join.split(",")[dist.get_rank()])
         inputs = [[torch.arange(4), torch.ones(4, 4), torch.ones(4, 1)]] * count
-        yield from session.steps(inputs, epochs=1)
+        if not args.epochs:
+            yield from session.steps(inputs, epochs=1)
+            return
+        for _ in session.epochs(args.epochs):
+            with joined(model, args):
+                yield from session.steps(inputs)
         return
     if args.epoch_ends:
         for epoch in session.epochs(args.epochs):

@@ -30,6 +30,10 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     for rank in range(2):
         assert seen(killed, rank) == seen(whole, rank)
     assert steps_saved(killed)[0] == 60
+    # Each process has compared the steps that it did again, with its own share of the data.
+    replays = [one for one in ledger.read(killed) if one["event"] == "replay"]
+    assert {one["role"] for one in replays} == {"chief", "worker-1"}
+    assert {one["outcome"] for one in replays} == {"same"}
 
 
 def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):
@@ -150,3 +154,18 @@ def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
     counts = [int(count) for count in batches.split(",")]
     assert [len(seen(logdir, rank)) for rank in range(2)] == counts
     assert steps_saved(logdir)[0] == counts[0]
+
+
+def test_uneven_inputs_in_each_epoch_are_gone_on_with_where_each_process_was(tmp_path):
+    even, killed = tmp_path / "even", tmp_path / "killed"
+    options = ["--steps=100000", "--epochs=3", "--join=7,4"]
+    run_two(even, *options)
+    # In the second epoch, when the data of the other has ended.
+    for process in start_two(killed, *options, "--step-secs=0.1", "--kill=0:13", "--kill=1:8"):
+        process.communicate(timeout=200)
+    assert 7 < steps_saved(killed)[0] <= 13
+    errors = run_two(killed, *options)
+
+    assert outcomes(killed, 2) == outcomes(even, 2)
+    assert [seen(killed, rank) for rank in range(2)] == [seen(even, rank) for rank in range(2)]
+    assert "because their inputs are uneven" in errors[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.engine import Engine, EventLog
+from stepguard.errors import NoBoundaryError
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -24,11 +25,16 @@ class WhileOpen:
         self._service = service
 
     def __call__(self) -> None:
-        """Call the service. An error from a session that was closed during the call is not an error of the run."""
+        """Call the service. An error from a session that was closed during the call is not an error of the run.
+
+        Nor is a step that is longer than the service waits for its end, such as one in which a framework compiles.
+        """
         if not self._engine.is_open(self._session):
             return
         try:
             self._service()
+        except NoBoundaryError as error:
+            _log.warning("skipped until the next time: %s", error)
         except Exception as error:
             if self._engine.is_open(self._session):
                 raise

@@ -17,6 +17,7 @@ directory; nothing else is, in whatever order it was done.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -261,6 +262,37 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
         return size + len(lines)
     finally:
         os.close(descriptor)
+
+
+class AppendedFile:
+    """A file of our own that one process appends to, each record by one ``write``. Any thread.
+
+    A SIGKILL loses no record, and at most cuts the last one short; nothing is fsynced. ``keep`` is how many bytes of an
+    existing file are kept. There is no ``close``: the file is closed when nobody holds it any more, so that a thread
+    that still appends cannot meet another file under the same descriptor.
+    """
+
+    __slots__ = ("_descriptor", "path")
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        self.path = path
+        self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        if os.fstat(self._descriptor).st_size > keep:
+            os.ftruncate(self._descriptor, keep)
+
+    def append(self, record: bytes) -> None:
+        """Append one record, whole or not at all. Raises OSError."""
+        count = os.write(self._descriptor, record)
+        if count < len(record):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - count)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path))
+
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        # The constructor may have failed before there was one.
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            _close(descriptor)
 
 
 class NewFile:

@@ -177,9 +177,22 @@ class Checkpointer:
     def _take(self, what: str, patience_secs: float | None) -> tuple[Snapshot, float]:
         """Take a snapshot; return it with the seconds that training waited. Also runs in the writer's thread."""
         with self._engine.at_boundary(self._session, what, patience_secs):
-            copy = self._copy_at_rest() or self._take_copy()
+            copy = self._copy_at_rest()
+            if copy is None:
+                self._check_is_not_lent(what)
+                copy = self._take_copy()
             self._saved_progress, self._is_saved = copy.progress, True
         return copy.snapshot, copy.stall_secs
+
+    def _check_is_not_lent(self, what: str) -> None:
+        """Raise NoBoundaryError if the state may belong to the program, because no loop runs."""
+        loops = self._loops
+        if loops is None or self._reads_live_at_end or not loops.is_resting(self._session):
+            return
+        raise NoBoundaryError(
+            f"no step boundary for {what}: no loop runs, and the last one was too short to be copied at its end (such "
+            f"copies take at most a twentieth of the time)"
+        )
 
     def _take_copy(self) -> _Copy:
         """Copy the live state. At a boundary."""

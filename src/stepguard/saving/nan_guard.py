@@ -54,8 +54,9 @@ class NanGuard:
     observation and the return.
 
     Threads: :meth:`look`, :meth:`settle`, :meth:`mark` and :meth:`admits` from any thread; the others from the thread
-    that opens and stops the session. ``on_error`` is called with the error of the run, ``on_return`` at the boundary of
-    a return. ``one_save`` is held during a return, so that no checkpoint is committed meanwhile.
+    that opens and stops the session. ``on_error`` is called with the error of the run, ``on_return`` with
+    the step of a return, at its boundary. ``one_save`` is held during a return, so that no checkpoint is committed
+    meanwhile.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class NanGuard:
         observer: Observer,
         one_save: threading.Lock,
         on_error: Callable[[BaseException], None],
-        on_return: Callable[[], None],
+        on_return: Callable[[int | None], None],
     ) -> None:
         self._way_back = WayBack(options, engine, store, events, on_return)
         self._engine = engine

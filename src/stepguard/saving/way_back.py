@@ -16,7 +16,7 @@ from stepguard.words import listed
 class WayBack:
     """Puts a session back to the newest checkpoint that is good and finite, ``nan_returns`` times at most.
 
-    ``on_return`` is called after each restore, inside the same boundary. Threads: one at a time.
+    ``on_return`` is called with the step after each restore, inside the same boundary. Threads: one at a time.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class WayBack:
         engine: Engine[Any],
         store: CheckpointStore | None,
         events: EventLog | None,
-        on_return: Callable[[], None],
+        on_return: Callable[[int | None], None],
     ) -> None:
         self._options = options
         self._engine = engine
@@ -72,7 +72,7 @@ class WayBack:
         if self._events is not None and to_step is not None:
             # After this record, TensorBoard drops the points of the steps that are done again.
             self._events.started(to_step)
-        self._on_return()
+        self._on_return(to_step)
         self._returns_left -= 1
         return checkpoint, to_step
 

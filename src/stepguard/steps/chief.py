@@ -13,12 +13,12 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from stepguard.errors import NoBoundaryError
 from stepguard.steps.common_store import CommonStore, StoreLostError
-from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.gate import NEVER, Gate, Loop, Moment
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
 from stepguard.steps.word_log import Word
@@ -45,12 +45,14 @@ class Chief(Rendezvous):
         super().__init__(store, 0, size, gate, member, grace_secs=grace_secs)
         self._rounds = threading.Lock()
         self._round_secs = _ROUND_SECS + size * _ROUND_SECS_OF_A_PROCESS
-        # The step of the last snapshot, and whether the others still keep their states of that step.
+        # The number of steps at the last snapshot, and whether the others still keep their states of that moment.
         self._taken_at: int | None = None
         self._is_wanted = False
         # The thread and the step at which a training thread stands where all others take their states unasked.
         self._knows_steps = False
         self._met_at: tuple[int, int] | None = None
+        # Whether it was said that this process had fewer batches than another.
+        self._is_shorter = False
         self._starting = threading.Lock()
         self._settling: threading.Thread | None = None
         # Who asked another process to stop, which has asked all for it.
@@ -63,7 +65,7 @@ class Chief(Rendezvous):
     def take_state(self) -> None:
         """Do nothing: the state of this process is in the snapshot itself."""
 
-    def loop_changed(self) -> None:
+    def loop_changed(self, *, is_due: bool) -> None:  # noqa: ARG002 - for processes that write only a part
         """If all processes know the steps of the checkpoints, tell the others whether the chief will come to them."""
         if self._knows_steps:
             self._say("loop", self._gate.loop is not Loop.ENDED)
@@ -78,26 +80,26 @@ class Chief(Rendezvous):
             NoBoundaryError: there is no such step, or it did not come in time.
         """
         if self._met_at == (threading.get_ident(), self._member.steps_done()):
-            step = self._member.steps_done()
             if self._is_wanted:
                 # The others wait here, because the previous checkpoint may still need the states that they hold.
-                self._words.say("save", step, self._member.moment()[1])
-            self._note_taken(step)
+                self._words.say("save", self._member.moment())
+            self._note_taken()
             yield
             return
         with self._rounds:
             try:
-                self._note_taken(self._agree(what))
+                self._agree(what)
+                self._note_taken()
                 yield
             finally:
-                self._gate.open_until(math.inf)
+                self._gate.open_until(NEVER)
 
-    def _note_taken(self, step: int) -> None:
-        self._taken_at, self._is_wanted = step, True
+    def _note_taken(self) -> None:
+        self._taken_at, self._is_wanted = self._member.steps_done(), True
 
     def at_known_step(self, callback: Callable[[], int]) -> int:
         """Call ``callback``, which may save, after a step at which all others take their states unasked."""
-        step = self._member.steps_done()
+        step, moment = self._member.steps_done(), self._member.moment()
         self._knows_steps = True
         self._met_at = threading.get_ident(), step
         try:
@@ -105,7 +107,7 @@ class Chief(Rendezvous):
         finally:
             self._met_at = None
             if self._taken_at != step:
-                self._say("passed", step)
+                self._say("passed", step, moment)
 
     def settled(self) -> None:
         """Tell the others that the last snapshot is committed, so that they can free their states of it."""
@@ -113,80 +115,98 @@ class Chief(Rendezvous):
             self._is_wanted = False
             self._say("settled")
 
-    def ask_for_parts(self, place: str, epochs_done: int) -> PartMessages:
+    def ask_for_parts(self, place: str, moment: Moment) -> PartMessages:
         """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
 
-        ``epochs_done`` is the number of complete epochs in that snapshot, which must be the same in their parts.
+        ``moment`` is that of the snapshot.
         """
-        return self._part_messages(self._words.say("write", self._taken_at, epochs_done, place))
+        return self._part_messages(self._words.say("write", moment, self._taken_at, place))
 
     def _say(self, kind: str, *content: object) -> None:
         """Say a word, and ignore a lost store: the next collective operation reports that the others have ended."""
         with contextlib.suppress(StoreLostError):
             self._words.say(kind, *content)
 
-    def _agree(self, what: str) -> int:
+    def _agree(self, what: str) -> None:
         """Open a round and go to its step. This process then waits there; the others do not wait."""
         # A training thread cannot go to another step from here.
         is_here = self._gate.trainer == threading.get_ident()
         patience_secs = _HERE_SECS if is_here else self._grace_secs + PATIENCE_SECS
         check = self._patience(f"{what}: another process has begun a step that this one has not", patience_secs)
         try:
-            return self._agreed_step(what, check, is_here=is_here)
+            self._go_to_agreed_step(what, check, is_here=is_here)
         except NoBoundaryError:
             self._say("resume")
             raise
 
-    def _agreed_step(self, what: str, check: Callable[[], None], *, is_here: bool) -> int:
+    def _go_to_agreed_step(self, what: str, check: Callable[[], None], *, is_here: bool) -> None:
         pause_secs = _ASK_AGAIN_SECS
         while True:
-            step, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
-            is_there = step <= self._member.steps_done() or have_ended
+            moment, have_ended = self._ask(what, 0 if is_here else self._steps_ahead())
+            is_there = moment <= self._member.moment() or have_ended
             if is_there or not (is_here or self._gate.is_resting):
-                # The processes that are behind come to the step where this process is.
-                step = max(step, self._member.steps_done())
-                # Where this process is on its way, nobody knows yet whether an epoch ends there.
-                self._words.say("save", step, self._member.moment()[1] if is_there else 0)
-                self._gate.open_until(step)
-                if is_there or self._has_come_to(step, what):
-                    return step
+                # The processes that are behind come to the moment where this process is.
+                moment = self._member.moment() if is_there else moment
+                self._words.say("save", moment)
+                self._gate.open_until(moment)
+                if is_there or self._has_come_to(moment, what):
+                    return
             self._words.say("resume")
-            self._gate.open_until(math.inf)
+            self._gate.open_until(NEVER)
             # This process is between two loops. The others may be in a step that needs it, and wait for it.
             self._gate.await_change(pause_secs, lambda: not self._gate.is_resting and not is_here)
             pause_secs = min(2 * pause_secs, _ASK_AGAIN_AT_MOST_SECS)
             check()
 
-    def _ask(self, what: str, ahead: int) -> tuple[int, bool]:
+    def _ask(self, what: str, ahead: int) -> tuple[Moment, bool]:
         """Ask every process for its limit; return the first step that all can reach, and whether all loops are over."""
         began = time.monotonic()
-        promises = [self._gate.pause(ahead)]
+        promises = [(*self._gate.pause(ahead), self._member.steps_done())]
         number = self._words.say("round", ahead)
         answers = self._gather([f"round/{number}/{rank}" for rank in self._others()], what)
-        promises += [tuple(json.loads(answer)) for answer in answers]
+        promises += [(Moment(*limit), has_ended, steps) for limit, has_ended, steps in map(json.loads, answers)]
         self._round_secs = 2 * (time.monotonic() - began)
-        # With uneven inputs, a process whose data has ended has another number of steps, and comes to no further step.
-        running = [limit for limit, has_ended in promises if not has_ended]
-        return max(running or [limit for limit, _ in promises]), not running
+        # With uneven inputs, a process whose data has ended comes to no further step of this loop.
+        running = [limit for limit, has_ended, _ in promises if not has_ended]
+        mine, has_ended, _ = promises[0]
+        if has_ended:
+            self._warn_if_shorter([steps if limit <= mine else 0 for limit, _, steps in promises])
+        return max(running or [limit for limit, _, _ in promises]), not running
+
+    def _warn_if_shorter(self, steps: Sequence[int]) -> None:
+        """Warn if another process has trained steps that this process, whose model is saved, had no batches for."""
+        if max(steps) > steps[0] and not self._is_shorter:
+            self._is_shorter = True
+            _log.warning(
+                "rank %d has trained %d steps of this session and rank 0, whose model is saved, %d: what was trained "
+                "after the data of rank 0 had ended is not in the checkpoint. Give rank 0 at least as many batches as "
+                "the others",
+                steps.index(max(steps)),
+                max(steps),
+                steps[0],
+            )
 
     def _steps_ahead(self) -> int:
         """The number of steps that are run while the answers travel, so that no process has to wait."""
         steps = self._round_secs / max(self._gate.step_secs, 1e-9)
         return math.ceil(min(steps, _MOST_STEPS_AHEAD))
 
-    def _has_come_to(self, step: int, what: str) -> bool:
-        """Wait until this process has done ``step`` steps; ``False`` if its loop rests before that."""
+    def _has_come_to(self, moment: Moment, what: str) -> bool:
+        """Wait until this process is at ``moment``; ``False`` if its loop rests before that."""
         gate, member = self._gate, self._member
-        text = f"{what}: step {step} of this session is still under way in rank 0"
-        done, check = -1, self._patience(text)
-        while (now := member.steps_done()) < step:
+        done = member.moment()
+        check = self._patience(self._under_way(what))
+        while (now := member.moment()) < moment:
             if gate.is_resting:
                 return False
             if now > done:
-                done, check = now, self._patience(text)
-            gate.await_change(_LOOK_SECS, lambda: member.steps_done() >= step)
+                done, check = now, self._patience(self._under_way(what))
+            gate.await_change(_LOOK_SECS, lambda: member.moment() >= moment)
             check()
         return True
+
+    def _under_way(self, what: str) -> str:
+        return f"{what}: step {self._member.steps_done() + 1} of this session is still under way in rank 0"
 
     # --- the last step ---
 
@@ -216,7 +236,7 @@ class Chief(Rendezvous):
             self._say("last", sight, reason)
             # Not earlier: a thread that leaves its loop must already know whether the run has ended well.
             self._member.request_stop(as_error(sight), reason)
-            self._gate.open_until(self._member.steps_done(), is_last=True)
+            self._gate.open_until(self._member.moment(), is_last=True)
 
     def _met_last(self) -> list[object] | None:
         """Wait until all have come to the last step; return the non-finite values that one of them has seen, if any."""
@@ -226,10 +246,10 @@ class Chief(Rendezvous):
             return None
         try:
             check = self._patience(what, self._grace_secs + PATIENCE_SECS)
-            step, _ = self._ask(what, 0)
-            number = self._words.say("stop_at", step)
-            self._gate.open_until(step)
-            self._await_steps(step, check)
+            moment, _ = self._ask(what, 0)
+            number = self._words.say("stop_at", moment)
+            self._gate.open_until(moment)
+            self._await_moment(moment, check)
             keys = [f"stop/{number}/{rank}" for rank in self._others()]
             sights = [json.loads(one) for one in self._gather(keys, what, self._grace_secs + PATIENCE_SECS)]
         except NoBoundaryError as error:

@@ -11,6 +11,7 @@ _SHARE = 20
 _FREE_SECS = 0.2
 # The cost of a copy is the least of this many, because on a busy machine any copy may have waited for the processor.
 _REMEMBERED = 8
+_UNFELT_SECS = 0.002
 
 
 class CopyingBudget:
@@ -27,6 +28,11 @@ class CopyingBudget:
         self._left_secs = min(_FREE_SECS, self._left_secs + (now - self._looked_at) / _SHARE)
         self._looked_at = now
         return self._left_secs > 0
+
+    @property
+    def costs_nothing(self) -> bool:
+        """Whether a copy is so short that no program feels it."""
+        return bool(self._lasted) and min(self._lasted) < _UNFELT_SECS
 
     def spend(self, secs: float) -> None:
         """Record that a copy has taken ``secs``. The first copy, which also allocates its memory, is free."""

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from stepguard.engine import Beginning, StepTrace
 from stepguard.steps.session import Session
+from stepguard.steps.step_digests import StepDigests
 
 SessionT = TypeVar("SessionT", bound=Session)
 
@@ -51,6 +53,10 @@ class LoopEngine(Generic[SessionT]):
         """``steps`` ends at the next boundary, and ``step`` raises there."""
         session.boundary.stop(main_thread_was_told)
 
+    def end_at(self, session: SessionT, step: int, ask_stop: Callable[[], None]) -> None:
+        """The session begins no step after ``step``."""
+        session.end_at(step, ask_stop)
+
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
         session.boundary.call_after_steps(steps, callback)
@@ -86,6 +92,11 @@ class LoopEngine(Generic[SessionT]):
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
         """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)
+
+    def trace_steps(self, session: SessionT, trace: StepTrace) -> Beginning:
+        """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""
+        streams = session.process_state.streams
+        return session.trace_with(trace, StepDigests(trace, streams) if trace.wants_digests else None)
 
     @contextmanager
     def at_boundary(self, session: SessionT, what: str, patience_secs: float | None = None) -> Iterator[None]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Loop(Enum):
@@ -31,13 +31,22 @@ class Loop(Enum):
     """The loop has ended as intended: no more data, the last step, or a stop. Another loop may follow."""
 
 
-Moment = tuple[int, int]
-"""How far a process is: the steps done in this session, and the complete epochs of ``sess.epochs``.
+class Moment(NamedTuple):
+    """How far a process is. Moments are ordered, and the same moment is the same place in the program of each process.
 
-The end of an epoch's body changes the state without a step, such as the position and what a scheduler holds.
-"""
+    The steps count from the beginning of their loop, because processes with uneven inputs end a loop after different
+    numbers of steps, and then begin the next one together.
+    """
 
-_NEVER: Moment = (sys.maxsize, 0)
+    epochs: int
+    """The complete epochs of ``sess.epochs``, those before a restart included."""
+    loops: int
+    """The loops that have ended since the last complete epoch."""
+    steps: int
+    """The steps done since the last loop has ended."""
+
+
+NEVER = Moment(sys.maxsize, 0, 0)
 
 # A process that is between two steps for longer than this does something else, and is not asked to go to a later step.
 _PAUSE_SECS = 1.0
@@ -49,8 +58,8 @@ class Attendant(Protocol):
     def take_state(self) -> None:
         """Copy this process's part of a checkpoint. Raises nothing."""
 
-    def loop_changed(self) -> None:
-        """A loop has begun, was left, or has ended. Raises nothing."""
+    def loop_changed(self, *, is_due: bool) -> None:
+        """A loop has begun, was left, or has ended; ``is_due`` if a capture is due at its end. Raises nothing."""
 
 
 @dataclass(slots=True)
@@ -76,51 +85,82 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._begun = 0
-        self._done = 0
+        # The moment from which steps are counted, and the steps of the session until then.
+        self._origin = Moment(0, 0, 0), 0
+        self._begun = self._done = self._origin[0]
+        # The moment after the last step, which the end of its loop does not change.
+        self.last_done: Moment | None = None
         self._moved_at = self._began_at = time.monotonic()
         self._step_secs = math.inf
         self._loop = Loop.LEFT
-        self._limit = math.inf
+        self._limit = NEVER
         self._is_last = False
         self._refusal: Exception | None = None
         self._attendant: Attendant | None = None
-        self._captures_at = _NEVER
+        self._captures_at = NEVER
         self._meetings = _Meetings()
+        # No step begins after so many, but for the rendezvous to settle that they are the last.
+        self._ends_at = math.inf
+        self._steps_begun = 0
         # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
 
     # --- the training thread ---
 
-    def begin(self, steps_done: int, epochs_done: int = 0) -> bool:
-        """Wait until the step after ``steps_done`` may begin; ``False`` if it never may.
+    def moment(self, steps_done: int) -> Moment:
+        """The moment after ``steps_done`` steps of this session. Any thread."""
+        origin, before = self._origin
+        return origin._replace(steps=steps_done - before)
 
-        ``epochs_done`` is the number of complete epochs of ``sess.epochs``.
+    def begin_at(self, epochs_done: int) -> None:
+        """Go on after ``epochs_done`` complete epochs. Called before the first step."""
+        self._origin = Moment(epochs_done, 0, 0), 0
+        self._begun = self._done = self._origin[0]
+
+    def turn(self, steps_done: int, epochs_done: int | None = None) -> None:
+        """Count a loop that has ended after ``steps_done`` steps, or an epoch, so that ``epochs_done`` are complete.
+
+        Called inside the boundary, so that the state and its moment change together. :meth:`end` follows.
+        """
+        last = self.moment(steps_done)
+        if epochs_done is None:
+            self._origin = Moment(last.epochs, last.loops + 1, 0), steps_done
+        else:
+            self._origin = Moment(epochs_done, 0, 0), steps_done
+
+    def begin(self, steps_done: int) -> bool:
+        """Wait until the step after ``steps_done`` may begin; ``False`` if it never may.
 
         Raises:
             Exception: the error that :meth:`refuse_after` was given: another process takes no part in this step.
         """
-        while not (is_let := self._is_let(steps_done, epochs_done)):
+        while not (is_let := self._is_let(steps_done)):
             if is_let is None:
+                self._tell_of_loop()
                 return False
             self._take_state()
         return True
 
-    def _is_let(self, steps_done: int, epochs_done: int) -> bool | None:
+    def _is_let(self, steps_done: int) -> bool | None:
         """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
-        moment = steps_done, epochs_done
+        moment = self.moment(steps_done)
         with self._changed:
-            while steps_done >= min(self._limit, self._meetings.next_at) or moment >= self._captures_at:
-                if self._must_capture(moment):
+            if steps_done >= self._ends_at and self._loop is Loop.LEFT:
+                # The first loop of a run that was over when it was resumed: the stop is settled as inside a loop.
+                self._loop = Loop.RUNS
+                self._changed.notify_all()
+            is_at_end = steps_done >= self._ends_at
+            while is_at_end or moment >= min(self._limit, self._captures_at) or steps_done >= self._meetings.next_at:
+                if self._must_capture(moment, steps_done):
                     return False
-                if steps_done >= self._limit and self._refusal is not None:
+                if moment >= self._limit and self._refusal is not None:
                     raise self._refusal
-                if steps_done >= self._limit and self._is_last:
+                if (is_at_end or moment >= self._limit) and self._is_last:
                     self._loop = Loop.ENDED
                     return None
                 self._changed.wait()
             was, self._loop = self._loop, Loop.RUNS
-            self._begun = steps_done + 1
+            self._begun, self._steps_begun = _after(moment), steps_done + 1
             self._note_pace(was)
             self.trainer = threading.get_ident()
             self._changed.notify_all()
@@ -136,38 +176,54 @@ class Gate:
             self._step_secs = secs if self._step_secs == math.inf else 0.8 * self._step_secs + 0.2 * secs
         self._began_at = self._moved_at = now
 
-    def _must_capture(self, moment: Moment) -> bool:
-        if moment < self._captures_at and not self._meetings.is_due(moment[0]):
+    def _must_capture(self, moment: Moment, steps_done: int) -> bool:
+        if moment < self._captures_at and not self._meetings.is_due(steps_done):
             return False
-        self._captures_at = _NEVER
+        self._captures_at = NEVER
         self._meetings.is_free = False
-        self._meetings.pass_by(moment[0])
+        self._meetings.pass_by(steps_done)
         return True
 
     def _take_state(self) -> None:
         if self._attendant is not None:
             self._attendant.take_state()
 
-    def _tell_of_loop(self) -> None:
+    def _tell_of_loop(self, *, is_due: bool = False) -> None:
         if self._attendant is not None:
-            self._attendant.loop_changed()
+            self._attendant.loop_changed(is_due=is_due)
 
     def done(self, steps: int) -> None:
         """Note that ``steps`` steps are done."""
         with self._changed:
-            self._done, self._moved_at = steps, time.monotonic()
+            self._done, self._moved_at = self.moment(steps), time.monotonic()
+            self.last_done = self._done
             self._changed.notify_all()
 
-    def end(self, steps_done: int, epochs_done: int = 0, *, how: Loop = Loop.ENDED) -> None:
-        """Note that the loop ends after ``steps_done`` steps. A begun step that found no input does not count."""
-        with self._changed:
-            self._begun = self._done = steps_done
-            self._loop = how
-            must_capture = self._must_capture((steps_done, epochs_done))
-            self._changed.notify_all()
-        if must_capture:
+    def meet(self, steps_done: int) -> None:
+        """Take the state after the last step of a loop if it is due there, before the end of the loop changes it."""
+        while self._is_awaited(steps_done):
             self._take_state()
-        self._tell_of_loop()
+
+    def _is_awaited(self, steps_done: int) -> bool:
+        """Whether a capture must come after ``steps_done`` steps; waits while the last captured state is needed."""
+        moment = self.moment(steps_done)
+        with self._changed:
+            while moment >= self._captures_at or steps_done >= self._meetings.next_at:
+                if self._must_capture(moment, steps_done):
+                    return True
+                if self._is_last or self._refusal is not None:
+                    return False
+                self._changed.wait()
+        return False
+
+    def end(self, steps_done: int, *, how: Loop = Loop.ENDED) -> None:
+        """Note that no step follows for now. A begun step that found no input does not count."""
+        with self._changed:
+            moment = self._begun = self._done = self.moment(steps_done)
+            self._loop, self._steps_begun = how, steps_done
+            is_due = self._must_capture(moment, steps_done)
+            self._changed.notify_all()
+        self._tell_of_loop(is_due=is_due)
 
     # --- how far this process is ---
 
@@ -177,8 +233,8 @@ class Gate:
         return self._loop
 
     @property
-    def begun(self) -> int:
-        """The number of steps that have begun."""
+    def begun(self) -> Moment:
+        """The moment after the steps that have begun."""
         return self._begun
 
     @property
@@ -205,40 +261,46 @@ class Gate:
 
     # --- how far it may go ---
 
-    def pause(self, ahead: int = 0) -> tuple[int, bool]:
-        """Let only ``ahead`` more steps begin; return that limit, in steps begun, and whether the loop is over."""
+    def pause(self, ahead: int = 0) -> tuple[Moment, bool]:
+        """Let only ``ahead`` more steps begin; return that limit, and whether the loop is over."""
         with self._changed:
             # A loop that is not running promises no steps, because nobody knows how far it will go.
-            limit = self._begun + (0 if self.is_resting or self._is_last else ahead)
+            ahead = int(min(ahead, max(0, self._ends_at - self._steps_begun)))
+            limit = _after(self._begun, 0 if self.is_resting or self._is_last else ahead)
             if self._refusal is None and not self._is_last:
                 self._limit = limit
             return limit, self._loop is Loop.ENDED
 
-    def open_until(self, step: float, *, is_last: bool = False) -> None:
-        """Let steps begin until ``step`` are done; with ``is_last`` the run ends there."""
+    def open_until(self, moment: Moment, *, is_last: bool = False) -> None:
+        """Let steps begin until ``moment``; with ``is_last`` the run ends there."""
         with self._changed:
             if self._refusal is None and not (self._is_last and not is_last):
-                self._limit = step
+                self._limit = moment
             self._is_last = self._is_last or is_last
             self._changed.notify_all()
 
-    def refuse_after(self, step: int, error: Exception) -> bool:
-        """Have ``begin`` raise ``error`` for a step after ``step``; return whether such a step has already begun."""
+    def end_at(self, steps: int) -> None:
+        """Let no step begin after ``steps`` are done. A thread that comes there waits for the agreement on the end."""
+        with self._changed:
+            self._ends_at = steps
+
+    def refuse_after(self, moment: Moment, error: Exception) -> bool:
+        """Have ``begin`` raise ``error`` for a step after ``moment``; return whether such a step has already begun."""
         with self._changed:
             if self._is_last or self._refusal is not None:
                 return False
-            self._limit, self._refusal = step, error
+            self._limit, self._refusal = moment, error
             self._meetings = _Meetings()
             self._changed.notify_all()
-            return self._begun > step
+            return self._begun > moment
 
     def abandon(self) -> None:
         """Open the gate, because nobody will move it any more; it stays closed if the run is to end."""
         with self._changed:
             self._meetings = _Meetings()
-            self._captures_at = _NEVER
+            self._captures_at = NEVER
             if not self._is_last and self._refusal is None:
-                self._limit = math.inf
+                self._limit = NEVER
             self._changed.notify_all()
 
     # --- this process's part of a checkpoint ---
@@ -284,3 +346,7 @@ class Gate:
         with self._changed:
             self._meetings.has_chief = is_coming
             self._changed.notify_all()
+
+
+def _after(moment: Moment, steps: int = 1) -> Moment:
+    return moment._replace(steps=moment.steps + steps)

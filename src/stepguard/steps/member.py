@@ -23,8 +23,10 @@ class SessionMember:
         return self._session.boundary.steps
 
     def moment(self) -> Moment:
-        """The number of steps done in this session, and that of complete epochs."""
-        return self._session.boundary.steps, self._session.process_state.epochs_done
+        """How far this process is."""
+        moment = self._session.moment
+        assert moment is not None, "a session with other processes has a gate"
+        return moment
 
     def should_stop(self) -> bool:
         """Whether this process was asked to stop."""

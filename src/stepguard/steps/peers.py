@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from stepguard.steps.chief import Chief
 from stepguard.steps.common_store import CommonStore
-from stepguard.steps.gate import Gate
+from stepguard.steps.gate import Gate, Moment
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.rendezvous import Member
 from stepguard.steps.session import Session
@@ -103,12 +103,14 @@ class Peers:
         """
         return self._rendezvous.meeting(what) if isinstance(self._rendezvous, Chief) else nullcontext()
 
-    def ask_for_parts(self, place: str, epochs_done: int) -> PartMessages | None:
+    def ask_for_parts(self, place: str, moment: Moment | None) -> PartMessages | None:
         """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
 
-        ``epochs_done`` is the number of complete epochs in that snapshot.
+        ``moment`` is that of the snapshot; ``None`` without others.
         """
-        return self._rendezvous.ask_for_parts(place, epochs_done) if isinstance(self._rendezvous, Chief) else None
+        if moment is None or not isinstance(self._rendezvous, Chief):
+            return None
+        return self._rendezvous.ask_for_parts(place, moment)
 
     def settled(self) -> None:
         """Tell the others that the last snapshot is committed, so that they can free their states of it."""

@@ -23,6 +23,7 @@ class ProcessState(ABC):
 
     def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
         self.streams = streams
+        self.processes = processes
         self._places = Places(processes)
         # The earlier run's random states, until the first step.
         self._random: dict[str, Any] | None = None

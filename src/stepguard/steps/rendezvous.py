@@ -19,6 +19,11 @@ they reach that step. Each process copies its part of the checkpoint when it pas
 its file when the chief's writer asks for it. If all processes know the steps of the checkpoints beforehand, the chief
 asks nothing.
 
+Between two loops the state belongs to the program. Each process therefore copies its part when its loop ends, before
+the program goes on, and nothing reads the state after that. With uneven inputs a process may have ended a loop that
+the others still run: its part is the one of its loop's end. So a place in the program is a :class:`.Moment`, in which
+the steps count from the beginning of their loop.
+
 A kill leaves the store as it is; the next start uses another part of it. If the process that holds the store is killed,
 the others notice the end of their connections. If another process is killed, their collective operations fail, and a
 round that waits for it is given up after the patience. A process that leaves while the others go on says so, and they
@@ -32,8 +37,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
 from stepguard.steps.common_store import CommonStore, StoreLostError, awaited
@@ -53,6 +57,18 @@ _FAREWELL_SECS = 5.0
 _CLOSED_LOOK_SECS = 0.5
 
 
+class Part(Protocol):
+    """A copy of one process's part of a checkpoint, which nothing changes."""
+
+    @property
+    def moment(self) -> Moment:
+        """The moment of the copied state."""
+
+    @property
+    def steps(self) -> int:
+        """The steps done in this session."""
+
+
 class Member(Protocol):
     """One process of the training, as its rendezvous sees it. Any thread."""
 
@@ -60,20 +76,19 @@ class Member(Protocol):
         """The number of steps done in this session."""
 
     def moment(self) -> Moment:
-        """The number of steps done, and that of complete epochs."""
+        """How far this process is."""
 
-    def take_state(self) -> Moment:
-        """Copy this process's part of a checkpoint between two steps; return the moment of it.
+    def take_part(self) -> Part:
+        """Copy this process's part of a checkpoint between two steps. The memory of parts that are gone is reused.
 
         Raises:
             NoBoundaryError: no boundary came in time.
         """
 
-    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
-        """Write the copied part into the directory ``place`` of the logdir, and answer the chief. Never raises.
+    def write_part(self, messages: PartMessages, place: str, part: Callable[[], Any]) -> None:
+        """Write the part that ``part()`` returns into ``place`` of the logdir, and answer the chief. Never raises.
 
-        Inside ``held`` the part exists and does not change. If it does not exist, ``held`` raises, and the error is the
-        answer.
+        If ``part()`` raises, the error is the answer.
         """
 
     def should_stop(self) -> bool:
@@ -115,7 +130,7 @@ class Rendezvous(ABC):
         # Set when listening ends: because the run is over, or because a process is gone (`_gone` says which and why).
         self._is_over = threading.Event()
         self._gone: str | None = None
-        self._finished_after: int | None = None
+        self._finished_at: Moment | None = None
         self._failed_at: float | None = None
         self._closing = threading.Event()
         gate.attend(self)
@@ -133,8 +148,8 @@ class Rendezvous(ABC):
         """Copy this process's part of a checkpoint."""
 
     @abstractmethod
-    def loop_changed(self) -> None:
-        """A loop has begun, was left, or has ended."""
+    def loop_changed(self, *, is_due: bool) -> None:
+        """A loop has begun, was left, or has ended; ``is_due`` if a copy is due at its end."""
 
     # --- listening ---
 
@@ -163,15 +178,15 @@ class Rendezvous(ABC):
     def _hear(self, word: Word) -> None:
         """Do what ``word`` asks for, without waiting for anything."""
 
-    def _hear_finished(self, rank: int, steps: int) -> None:
-        """Handle the word that ``rank`` has left its loop after ``steps`` steps, without a stop of all processes."""
-        self._finished_after = steps
+    def _hear_finished(self, rank: int, steps: int, moment: Sequence[int]) -> None:
+        """Handle the word that ``rank`` has left its loop at ``moment``, without a stop of all processes."""
+        self._finished_at = left_at = Moment(*moment)
         error = PeerLeftError(
             f"rank {rank} has left the training after {steps} steps of this session, by `break` or an exit, and this "
             f"process was to go on: all processes have to leave their loops after the same step",
             rank=rank,
         )
-        if rank != self._rank and self._gate.refuse_after(steps, error):
+        if rank != self._rank and self._gate.refuse_after(left_at, error):
             # This step may be in a collective operation that waits for the other process; it fails when that one ends.
             self._member.request_stop(error)
             self._words.say("over", unless_said=True)
@@ -235,8 +250,8 @@ class Rendezvous(ABC):
             self._words.say("gone", f"for an error, {described(error):.500}", unless_said=True)
         elif error is not None and self._has_failed():
             self._words.say("over", unless_said=True)
-        elif self._gate.loop is not Loop.ENDED and self._finished_after != self._member.steps_done():
-            self._words.say("finished", self._member.steps_done(), unless_said=True)
+        elif self._gate.loop is not Loop.ENDED and self._finished_at != self._member.moment():
+            self._words.say("finished", self._member.steps_done(), self._member.moment(), unless_said=True)
 
     # --- waiting for others ---
 
@@ -287,10 +302,10 @@ class Rendezvous(ABC):
 
         return check
 
-    def _await_steps(self, steps: int, check: Callable[[], None]) -> None:
-        """Wait until ``steps`` steps are done or the loop has ended; ``check`` raises when the time is over."""
+    def _await_moment(self, moment: Moment, check: Callable[[], None]) -> None:
+        """Wait until this process is at ``moment`` or its loop has ended; ``check`` raises when the time is over."""
         gate, member = self._gate, self._member
-        while not gate.await_change(0.05, lambda: member.steps_done() >= steps or gate.loop is Loop.ENDED):
+        while not gate.await_change(0.05, lambda: member.moment() >= moment or gate.loop is Loop.ENDED):
             check()
 
 

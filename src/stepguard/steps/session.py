@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
+from stepguard.engine import Beginning, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
+from stepguard.steps.digests import numbers_at_hand
 from stepguard.steps.feeds import Feed, shown
-from stepguard.steps.gate import Gate, Loop
+from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice, LoopPlan
 from stepguard.steps.process_state import ProcessState
+from stepguard.steps.step_digests import StepDigests
 
 
 class Session:
@@ -32,7 +34,7 @@ class Session:
     def __init__(
         self,
         coord: Coordinator,
-        write_summary: Callable[[Mapping[str, Any], int], None],
+        write_summary: Callable[[Mapping[str, Any], int], Mapping[str, float] | None],
         process_state: ProcessState,
         *,
         gate: Gate | None = None,
@@ -50,12 +52,16 @@ class Session:
         self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
+        self._trace: StepTrace | None = None
+        self._digests: StepDigests | None = None
         self.is_update = True
         # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
         self._epochs_wanted = 0
-        # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
+        # Whether a stop or `max_steps` has ended a loop before its end, so that the epoch around it is not complete;
+        # and the `max_steps` that ends the loop over epochs after this body.
         self._is_cut = False
+        self._ended_by: int | None = None
         self._evaluations = 0
         # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
@@ -68,6 +74,8 @@ class Session:
         self.is_left = False
         # The step that was left without training, until it is known that no error has left it.
         self._left_untrained: int | None = None
+        # The step after which the run ends, and the function that asks for the stop there.
+        self._end: tuple[int, Callable[[], None]] | None = None
 
     def steps(
         self,
@@ -95,7 +103,9 @@ class Session:
         Args:
             loader: a loader of the framework, one with ``state_dict``, or any other iterable; a mapping or a sequence
                 of loaders, of which each step gets one batch each; or a function that makes an iterable for each epoch.
-            max_steps: the global step at which the loop ends; steps done before a restart count.
+            max_steps: the global step at which the loop ends; steps done before a restart count. In the body of
+                :meth:`epochs` it also ends the epochs, after this body. Without a loader, or over one without a
+                length, it ends only the epoch, so that ``max_steps=(epoch + 1) * 1000`` is an epoch of 1000 steps.
             epochs: the number of epochs over this loader in all; those before a restart count.
             accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
                 ``is_update`` is true in the last turn of a step: call the optimizer there.
@@ -214,12 +224,14 @@ class Session:
         self.boundary.call_due()
         if not self._begin():
             self._interrupts.raise_if_held()
-            raise StopRequested("stopped before the next step, as the other processes do")
+            raise StopRequested("stopped before the next step: the run ends here, in every process")
         try:
             self.boundary.check_stop()
         except BaseException:
             self.boundary.leave(is_done=False)
             raise
+        if self._digests is not None:
+            self._digests.tell(self.global_step, self.process_state.epochs_done)
         try:
             yield self.global_step
         except StopIteration:
@@ -245,7 +257,13 @@ class Session:
         Raises:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
         """
-        self._write_summary(values, self.global_step if step is None else step)
+        numbers = self._write_summary(values, self.global_step if step is None else step)
+        # A service reports on a timer, at whatever step that is: only what the thread of the steps reports is compared.
+        if self._trace is not None and threading.get_ident() == self.boundary.thread:
+            if numbers is None:
+                numbers = numbers_at_hand(values)
+            is_inside = self.boundary.stepping is not None
+            self._trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside)
 
     @property
     def epoch(self) -> int:
@@ -275,10 +293,21 @@ class Session:
         """Let ``watch`` handle non-finite numbers between two steps, and wait for that."""
         self._watch = watch
 
+    def trace_with(self, trace: StepTrace, digests: StepDigests | None = None) -> Beginning:
+        """Tell ``trace`` the numbers of the steps from now on, and have ``digests`` taken. Returns where it begins."""
+        self._trace, self._digests = trace, digests
+        state = self.process_state
+        return Beginning(self.global_step, state.epochs_done, state.processes)
+
     @property
     def is_evaluating(self) -> bool:
         """Whether the program is inside :meth:`evaluating`. Any thread."""
         return self._evaluations > 0
+
+    @property
+    def moment(self) -> Moment | None:
+        """How far this process is, for the others; ``None`` without others. Any thread."""
+        return None if self._gate is None else self._gate.moment(self.boundary.steps)
 
     @property
     def is_alone(self) -> bool:
@@ -314,6 +343,12 @@ class Session:
         """Whether a second Ctrl-C has ended the run, so that it waits for nothing."""
         return self._interrupts.is_impatient
 
+    def end_at(self, step: int, ask_stop: Callable[[], None]) -> None:
+        """Begin no step after ``step``, and call ``ask_stop()`` in place of it: the run ends exactly there."""
+        self._end = step, ask_stop
+        if self._gate is not None:
+            self._gate.end_at(max(0, step - self.global_step))
+
     def put_back_with(self, put_back: Callable[[], None]) -> None:
         """Set the function that resets the program's objects to the state that the session was restored with."""
         self._put_back = put_back
@@ -322,6 +357,8 @@ class Session:
         """Continue at ``step`` from ``state``, which an earlier process has saved."""
         self.global_step = step
         self.process_state.restore(state)
+        if self._gate is not None:
+            self._gate.begin_at(self.process_state.epochs_done)
 
     def finish_step(self, *, was_left: bool = False) -> None:
         """End the step of this thread, if it is in one, because its body was left or asks for a save."""
@@ -337,7 +374,7 @@ class Session:
         if self._gate is not None:
             self._gate.done(self.boundary.steps)
             if was_left:
-                self._gate.end(*self._moment, how=Loop.LEFT)
+                self._gate.end(self.boundary.steps, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
         if self._gate is None and not was_left:
             self._interrupts.raise_if_held()
@@ -376,28 +413,41 @@ class Session:
     def _epochs(self, number: int) -> Iterator[int]:
         state = self.process_state
         while state.epochs_done < number and not self._must_end(None):
-            self._loops_begun, self._epochs_wanted, self._is_cut = 0, number, False
+            self._loops_begun, self._epochs_wanted, self._is_cut, self._ended_by = 0, number, False, None
             state.begin_epoch()
             try:
                 yield state.epochs_done
             finally:
                 self._loops_begun = None
                 state.leave_epoch()
-            if self._is_cut:
+            if not self._is_cut:
+                self._complete_epoch(number)
+            if self._ends_epochs(number):
                 return
-            self._complete_epoch(number)
         if not self._coord.stop_requested:
             self.total_steps = self.global_step
+
+    def _ends_epochs(self, number: int) -> bool:
+        """Whether a stop or `max_steps` ends the loop over epochs after this body."""
+        done = self.process_state.epochs_done
+        if self._ended_by is not None and done < number:
+            self._advice.on_epochs_ended(self._ended_by, done, number)
+        return self._is_cut or self._ended_by is not None
 
     def _complete_epoch(self, number: int) -> None:
         """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
         state = self.process_state
         self._settle()
         is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
-        self.boundary.rest(state.complete_epoch, is_last=is_last)
+        self.boundary.rest(self._turn_epoch, is_last=is_last)
         if self._gate is not None:
-            self._gate.end(*self._moment)
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
+
+    def _turn_epoch(self) -> None:
+        self.process_state.complete_epoch()
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps, self.process_state.epochs_done)
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
@@ -405,6 +455,11 @@ class Session:
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
+            if plan.is_sized and self._must_end(plan.max_steps):
+                self._ended_by = plan.max_steps
+            if self._gate is not None:
+                self.boundary.rest(self._turn_loop)
+                self._gate.end(boundary.steps)
             return
         self._advice.on_first_step(plan)
         if self._put_back is not None:
@@ -416,6 +471,8 @@ class Session:
             # Called first, because it may set the session back, so that steps must be done again.
             self._settle()
             if self._must_end(plan.max_steps):
+                if self._gate is not None and plan.number is None and boundary.steps > began_at[0]:
+                    self._gate.meet(boundary.steps)
                 self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
                 return
             boundary.call_due()
@@ -445,6 +502,9 @@ class Session:
                     self._leave_without_batch(error, turns)
                     raise
                 turns += 1
+                if self._digests is not None:
+                    source = "" if feed is None else shown(feed.loader)
+                    self._digests.tell(self.global_step, self.process_state.epochs_done, batch, source)
                 if accumulate > 1:
                     self.is_update = turns == accumulate or (feed is not None and feed.is_last_batch is True)
                 try:
@@ -498,22 +558,40 @@ class Session:
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
+    def _note_max_steps(self, plan: LoopPlan, is_empty: bool) -> bool:
+        """Note that `max_steps` has ended a loop in the body of `epochs`; return whether the loop is over.
+
+        It is not over if its epoch has batches left: with a larger `max_steps` a next start goes on with them. Epochs
+        over a loader end with `max_steps`. Where no length says what an epoch is, `max_steps` may be its end.
+        """
+        is_over = not is_empty if not plan.is_sized else plan.is_at_end
+        self._ended_by = plan.max_steps if plan.is_sized or is_empty else None
+        self._is_cut = not is_over
+        return is_over
+
+    def _turn_loop(self, plan: LoopPlan | None = None) -> None:
+        """Count a loop that has ended, inside the boundary; note its end unless its last step has noted it."""
+        if plan is not None:
+            self._note_loop_over(plan)
+        if self._gate is not None:
+            self._gate.turn(self.boundary.steps)
+
     def _settle(self) -> None:
         if self._watch is not None and not self.boundary.is_mine:
             self._watch.settle()
 
     def _end_loop(self, plan: LoopPlan | None = None, is_empty: bool = False, *, is_over: bool = False) -> None:
         """End the loop: code after it, such as an evaluation, is no step that could hang or be waited for."""
-        if self._gate is not None:
-            self._gate.end(*self._moment)
         self.is_update = True
         is_stopped = self._coord.stop_requested or self.boundary.must_stop
         if not is_stopped:
             self.total_steps = self.global_step
-        change = None
-        if plan is not None and not is_over and not is_stopped:
-            change = functools.partial(self._note_loop_over, plan)
-        self.boundary.rest(change, is_last=is_stopped)
+        is_new_end = plan is not None and not is_over and not is_stopped
+        if plan is not None and is_new_end and plan.number is not None:
+            is_new_end = self._note_max_steps(plan, is_empty)
+        self.boundary.rest(functools.partial(self._turn_loop, plan if is_new_end else None), is_last=is_stopped)
+        if self._gate is not None:
+            self._gate.end(self.boundary.steps)
         self._raise_interrupt()
         if plan is None:
             return
@@ -531,18 +609,21 @@ class Session:
         if self._gate is None or self._gate.is_last:
             self._interrupts.raise_if_held()
 
-    @property
-    def _moment(self) -> tuple[int, int]:
-        return self.boundary.steps, self.process_state.epochs_done
-
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
-        if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
+        if self._gate is None and (self._is_at_end() or self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
+
+    def _is_at_end(self) -> bool:
+        """Whether the run ends at this step; the stop is asked for then."""
+        if self._end is None or self.global_step < self._end[0]:
+            return False
+        self._end[1]()
+        return True
 
     def _check_stop(self) -> None:
         self.boundary.check_stop()
@@ -555,7 +636,9 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
-        if self._gate is not None and not self._gate.begin(*self._moment):
+        if self._is_at_end() and self._gate is None:
+            return False
+        if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()
         return True
@@ -568,6 +651,8 @@ class Session:
         self.boundary.enter()
         self.is_left = False
         self.process_state.begin_step()
+        if self._digests is not None:
+            self._digests.begin_step(self.global_step)
 
 
 def _total_steps(feed: Feed | None, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:

@@ -1,27 +1,29 @@
 """A worker's side of the rendezvous: it does what the chief asks for.
 
 The protocol is explained in :mod:`stepguard.steps.rendezvous`. The listening thread answers at once, and waits for no
-other thread. For each checkpoint a thread waits for the training thread to take the state, and writes it; the two share
-the lock ``_taking``. One more thread waits for the last step and reports it to the chief. Each of these waits has a
-patience.
+other thread. For each checkpoint a thread waits until the training thread has taken the part, and writes it. One more
+thread waits for the last step and reports it to the chief. Each of these waits has a patience.
+
+Only the training thread takes parts: between two steps of a loop, at the end of a loop before the program goes on, and
+when the program has left its block. A part never changes, so no lock protects it. Two are kept: the one that was asked
+for, until its checkpoint is settled, and the one of the last loop's end. A program of many short loops with a sharded
+state may take none at the end of a loop; a checkpoint of that moment is then refused.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from stepguard.disk.processes import yield_to_others
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget
-from stepguard.steps.gate import Gate, Loop, Moment
+from stepguard.steps.gate import NEVER, Gate, Loop, Moment
 from stepguard.steps.part_messages import PartMessages
-from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Rendezvous, as_error
+from stepguard.steps.rendezvous import PATIENCE_SECS, Member, Part, Rendezvous, as_error
 from stepguard.steps.word_log import Word
 from stepguard.words import logger
 
@@ -37,13 +39,20 @@ class Worker(Rendezvous):
         super().__init__(store, rank, size, gate, member, grace_secs=grace_secs)
         self._restored: list[str | None] = []
         self._is_restored = threading.Event()
-        # The moment at which this process has last taken its state, the step that the chief has asked for, and the
-        # error that prevented the last take.
-        self._taken_at: Moment | None = None
-        self._asked_for: int | None = None
-        self._not_taken: Exception | None = None
-        self._taking = threading.Lock()
+        # The part that the chief has asked for or may ask for, and that of the last loop's end with the last moment
+        # inside of that loop.
+        self._captured: Part | None = None
+        self._rested: Part | None = None
+        self._ran_to: Moment | None = None
+        # Whether a loop has ended, the moment that the chief has asked for, and why the part of a moment was not taken.
+        self._has_rested = False
+        self._asked_for: Moment | None = None
+        self._not_taken: tuple[Moment, Exception] | None = None
         self._budget = CopyingBudget()
+        # Whether it was said that this process has done other steps than the chief.
+        self._is_uneven = False
+        # Set when the program has left its block.
+        self._has_left = threading.Event()
         self._writing: threading.Thread | None = None
         self._earlier: PartMessages | None = None
         self._answered: str | None = None
@@ -61,36 +70,41 @@ class Worker(Rendezvous):
                 raise RuntimeError("stopped while waiting for the chief to restore the model")
         return self._restored[0]
 
-    def loop_changed(self) -> None:
-        """Take the state when a loop ends, before the program may use its streams or the model for something else.
+    def loop_changed(self, *, is_due: bool) -> None:
+        """Take the part when a loop ends, before the program may use its streams or the model for something else.
 
         A process that leaves for good says so when the session is closed.
         """
-        if self._gate.loop is Loop.RUNS or not self._gate.is_free:
+        if self._gate.loop is Loop.RUNS:
             return
-        # The end of an epoch has changed the state since it was taken at the end of the epoch's loop.
-        self._taken_at = None
-        if not self._budget.allows_one():
-            return
-        began = time.monotonic()
-        self.take_state()
-        self._budget.spend(time.monotonic() - began)
+        self._has_rested = True
+        # First, so that its memory is reused.
+        self._rested = None
+        self._ran_to = self._gate.last_done
+        if is_due or self._gate.is_last or self._budget.costs_nothing or self._budget.allows_one():
+            began = time.monotonic()
+            self._rested = self._take()
+            self._budget.spend(time.monotonic() - began)
+        if is_due:
+            self._captured = self._rested
 
     # --- what the chief says ---
 
     def _hear(self, word: Word) -> None:
         actions: dict[str, Callable[..., object]] = {
             "restored": self._hear_restored,
-            "round": lambda ahead: self._answer("round", word.number, list(self._gate.pause(ahead))),
-            "resume": lambda: self._gate.open_until(math.inf),
+            "round": lambda ahead: self._answer(
+                "round", word.number, [*self._gate.pause(ahead), self._member.steps_done()]
+            ),
+            "resume": lambda: self._gate.open_until(NEVER),
             "save": self._hear_save,
-            "write": lambda step, epochs_done, place: self._start_writing(
-                self._part_messages(word.number), (step, epochs_done), place
+            "write": lambda moment, steps, place: self._start_writing(
+                self._part_messages(word.number), Moment(*moment), steps, place
             ),
             "settled": self._gate.free,
             "passed": self._hear_passed,
             "loop": self._gate.expect_chief,
-            "stop_at": lambda step: self._start("stepguard-last", self._come_to_last, word.number, step),
+            "stop_at": lambda moment: self._start("stepguard-last", self._come_to_last, word.number, Moment(*moment)),
             "last": self._hear_last,
         }
         if word.kind in actions:
@@ -100,20 +114,21 @@ class Worker(Rendezvous):
         self._restored.append(name)
         self._is_restored.set()
 
-    def _hear_save(self, step: int, epochs_done: int) -> None:
-        self._asked_for = step
-        self._gate.capture_at((step, epochs_done))
-        self._gate.open_until(math.inf)
+    def _hear_save(self, moment: Sequence[int]) -> None:
+        self._asked_for = Moment(*moment)
+        self._gate.capture_at(self._asked_for)
+        self._gate.open_until(NEVER)
 
-    def _hear_passed(self, step: int) -> None:
+    def _hear_passed(self, step: int, moment: Sequence[int]) -> None:
         self._gate.pass_meeting(step)
-        if self._taken_at is not None and self._taken_at[0] == step != self._asked_for:
+        captured = self._captured
+        if captured is not None and captured.moment == Moment(*moment) != self._asked_for:
             self._gate.free()
 
     def _hear_last(self, sight: list[object] | None, reason: str | None) -> None:
         # Not after `open_until`: a thread that leaves its loop must already know whether the run has ended well.
         self._member.request_stop(as_error(sight), reason)
-        self._gate.open_until(self._member.steps_done(), is_last=True)
+        self._gate.open_until(self._member.moment(), is_last=True)
 
     def _answer(self, kind: str, number: int, content: object) -> None:
         key = f"{kind}/{number}/{self._rank}"
@@ -131,25 +146,33 @@ class Worker(Rendezvous):
     # --- its part of a checkpoint ---
 
     def take_state(self) -> None:
-        """Copy this process's part of a checkpoint, which the chief may ask for later."""
-        self._take(self._member.moment())
+        """Take this process's part of a checkpoint, which the chief may ask for later."""
+        moment = self._member.moment()
+        part = self._part_of(moment)
+        if part is None and self._gate.loop is not Loop.RUNS and self._has_rested:
+            # The program may have changed the state since its loop has ended.
+            self._not_taken = moment, NoBoundaryError(_no_copy(self._rank, moment))
+        elif part is None:
+            part = self._take()
+        self._captured = part
 
-    def _take(self, moment: Moment) -> None:
-        """Copy the state of ``moment``. Called on the training thread, or on a writing thread if no step follows."""
-        with self._taking:
-            # The other thread may have been quicker, and training may have gone on.
-            if self._taken_at == moment and self._not_taken is None:
-                return
-            try:
-                self._taken_at, self._not_taken = self._member.take_state(), None
-            except Exception as error:  # noqa: BLE001 - the chief raises it, and the training goes on
-                self._taken_at, self._not_taken = self._member.moment(), error
+    def _take(self) -> Part | None:
+        try:
+            return self._member.take_part()
+        except Exception as error:  # noqa: BLE001 - the chief raises it, and the training goes on
+            self._not_taken = self._member.moment(), error
+            return None
 
-    def _start_writing(self, messages: PartMessages, moment: Moment, place: str) -> None:
+    def _part_of(self, moment: Moment) -> Part | None:
+        return next(
+            (part for part in (self._captured, self._rested) if part is not None and part.moment == moment), None
+        )
+
+    def _start_writing(self, messages: PartMessages, moment: Moment, steps: int, place: str) -> None:
         # On a thread of its own, because the listening thread must be free for the next word, perhaps a stop.
-        self._writing = self._start("stepguard-writer", self._write, messages, moment, place)
+        self._writing = self._start("stepguard-writer", self._write, messages, moment, steps, place)
 
-    def _write(self, messages: PartMessages, moment: Moment, place: str) -> None:
+    def _write(self, messages: PartMessages, moment: Moment, steps: int, place: str) -> None:
         """Write this process's part. Runs on a thread of its own; an error is sent as the answer."""
         yield_to_others()
         if self._earlier is not None:
@@ -157,61 +180,79 @@ class Worker(Rendezvous):
         self._earlier = messages
 
         try:
-            self._member.write_part(messages, place, self._held(moment))
+            self._member.write_part(messages, place, lambda: self._awaited_part(moment, steps))
         except StoreLostError:
             # The store has ended together with the process that holds it, and a launcher is about to end this one too.
             _log.debug("the chief could not be told", exc_info=True)
 
-    @contextmanager
-    def _held(self, moment: Moment) -> Iterator[None]:
-        """A block in which the state of ``moment`` exists and does not change.
+    def _awaited_part(self, moment: Moment, steps: int) -> Part:
+        """The part of ``moment``, at which the chief had done ``steps``; it may have come there before this process.
 
         Raises:
-            NoBoundaryError, NonFiniteError: that state was not taken, and will not be.
+            NoBoundaryError, NonFiniteError: that part was not taken, and will not be.
         """
-        self._await_taken(moment)
-        with self._taking:
-            if isinstance(error := self._member.error(), NonFiniteError):
-                raise error
-            yield
-
-    def _await_taken(self, moment: Moment) -> None:
-        """Wait until the state of ``moment`` is taken; the chief may have come there before this process.
-
-        Raises:
-            NoBoundaryError: the state was not taken, and will not be.
-        """
-        step, epochs_done = moment
         check = self._patience(f"the part of rank {self._rank}", self._grace_secs + PATIENCE_SECS)
-        while self._taken_at != moment:
-            has_ended = self._gate.loop is Loop.ENDED
-            now = self._member.moment()
-            if now == moment or (has_ended and now[0] != step):
-                # No step follows, or the next has not begun. With uneven inputs it may not be the chief's step.
-                self._take(now)
-                if self._taken_at == now:
-                    break
-            if now > moment:
-                raise NoBoundaryError(
-                    f"rank {self._rank} was past step {step} of this session, with {epochs_done} epochs complete, when "
-                    f"it was told of it"
-                )
-            self._gate.await_change(0.05, lambda: self._member.moment() >= moment or self._taken_at == moment)
-            check()
-        if self._not_taken is not None:
-            raise self._not_taken
+        try:
+            while (part := self._part_for(moment)) is None:
+                self._gate.await_change(0.05, lambda: self._part_of(moment) is not None)
+                check()
+        except NoBoundaryError:
+            # No step has to wait for this part any longer.
+            self._gate.free()
+            raise
+        if isinstance(error := self._member.error(), NonFiniteError):
+            raise error
+        if part.steps != steps and not self._is_uneven:
+            self._is_uneven = True
+            _log.warning(
+                "this process has done %d steps of this session and rank 0 %d, because their inputs are uneven. A "
+                "checkpoint has the model and the optimizers of rank 0, and the random states and positions of each: "
+                "after a restart this process goes on with the optimizers of rank 0, which is the same run only if "
+                "they depend on no count of steps, as SGD without momentum",
+                part.steps,
+                steps,
+            )
+        return part
+
+    def _part_for(self, moment: Moment) -> Part | None:
+        """The part that belongs to ``moment``; ``None`` if this process has yet to come there.
+
+        Raises:
+            NoBoundaryError: the part was not taken, and will not be.
+        """
+        now, has_left = self._member.moment(), self._has_left.is_set()
+        part, not_taken, rested = self._part_of(moment), self._not_taken, self._rested
+        if part is not None:
+            return part
+        if not_taken is not None and not_taken[0] == moment:
+            raise not_taken[1]
+        if now > moment:
+            if rested is not None and self._is_end_of_the_loop_of(moment, rested.moment):
+                return rested
+            raise NoBoundaryError(f"rank {self._rank} was past {_shown(moment)} of this session when it was told of it")
+        if now == moment and has_left:
+            if self._has_rested and self._member.should_stop():
+                raise NoBoundaryError(_no_copy(self._rank, moment))
+            # The program is over, and the state is as it leaves it.
+            return self._member.take_part()
+        return None
+
+    def _is_end_of_the_loop_of(self, moment: Moment, ended_at: Moment) -> bool:
+        """Whether the loop of ``moment`` has ended here at ``ended_at``, with fewer steps: uneven inputs."""
+        has_fewer = self._ran_to is None or self._ran_to < moment
+        return has_fewer and moment.steps > 0 and ended_at == Moment(moment.epochs, moment.loops + 1, 0)
 
     # --- the last step ---
 
     def _ask_stop(self) -> None:
         self._words.say("stop", self._member.stop_reason(), unless_said=True)
 
-    def _come_to_last(self, number: int, step: int) -> None:
-        """Wait until ``step`` steps are done, and answer the chief. Runs on a thread of its own."""
-        self._gate.open_until(step)
+    def _come_to_last(self, number: int, moment: Moment) -> None:
+        """Wait until this process is at ``moment``, and answer the chief. Runs on a thread of its own."""
+        self._gate.open_until(moment)
         try:
             check = self._patience("a stop", self._grace_secs + 30)
-            self._await_steps(step, check)
+            self._await_moment(moment, check)
             self._answer("stop", number, self._sight())
         except StoreLostError:
             _log.debug("the common store has ended before the last step", exc_info=True)
@@ -219,6 +260,7 @@ class Worker(Rendezvous):
             _log.warning("the chief asked for a stop, and this process gave up on the last step: %s", error)
 
     def _say_farewell(self, timeout_secs: float) -> None:
+        self._has_left.set()
         self._say_if_left()
         if not self._is_over.wait(timeout_secs):
             self._words.say("gone", f"after it had waited {timeout_secs:g} s for the chief to end", unless_said=True)
@@ -226,3 +268,15 @@ class Worker(Rendezvous):
         if writing is not None:
             # Wait for the writer, even if this process or the chief has failed: its part may complete a checkpoint.
             writing.join(min(timeout_secs, 5.0))
+
+
+def _no_copy(rank: int, moment: Moment) -> str:
+    return (
+        f"rank {rank} has not copied its part at the end of its loop, {_shown(moment)} of this session: copies of the "
+        f"sharded state at the ends of short loops take at most a twentieth of the time"
+    )
+
+
+def _shown(moment: Moment) -> str:
+    place = f"epoch {moment.epochs}, loop {moment.loops}"
+    return f"{place}, step {moment.steps}" if moment.steps else f"the beginning of {place}"

@@ -143,5 +143,22 @@ class Manifest:
         return cls(**{**known, "files": records, "owned": owned})
 
 
+def named_files(checkpoint: Path) -> list[Path] | None:
+    """The files that the manifest of the checkpoint at this path names; None if it has none.
+
+    Whatever else lies in its directory was never committed, nor compared with a digest.
+
+    Raises:
+        CheckpointCorruptError: the manifest is damaged.
+        OSError: the manifest cannot be read.
+    """
+    record = checkpoint.with_name(checkpoint.name + SUFFIX)
+    try:
+        manifest = Manifest.from_json(files.read_bytes(record), record)
+    except FileNotFoundError:
+        return None
+    return [checkpoint.parent / one.name for one in manifest.files]
+
+
 def _canonical(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,9 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.coordination.looper import LooperThread
 from stepguard.disk.files import NewFile
 from stepguard.disk.schema import MOST_DIGITS
-from stepguard.engine import Prepared, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.tensorflow.boundary import Boundary
@@ -25,6 +27,7 @@ from stepguard.tensorflow.cluster.sync_replicas import gradients_to_come, wait_f
 from stepguard.tensorflow.defaults import Model, summary_tensor
 from stepguard.tensorflow.events import TensorFlowEvents, write_graph
 from stepguard.tensorflow.run_effects import RunKinds
+from stepguard.tensorflow.run_trace import RunTrace
 from stepguard.tensorflow.scalars import is_finite, of_summary
 from stepguard.tensorflow.session import Session
 from stepguard.words import logger
@@ -122,6 +125,8 @@ class TensorFlowEngine:
     def restore(self, session: Any, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
         """Restore the saver's variables. State that it does not save (queues, local variables) stays as it is."""
         restore_file(session.unmarked() if in_run else session, self._model.saver, str(checkpoint.path))
+        if in_run and (trace := session.trace) is not None:
+            trace.count_from(self.step(session) or 0)
 
     def write_graph(self) -> None:
         """Write the graph to the logdir and to the event log, once into each event file."""
@@ -181,11 +186,40 @@ class TensorFlowEngine:
         else:
             _log.warning("this session does not mark its steps: what they return is not looked at by the NaN guard")
 
+    def trace_steps(self, session: Any, trace: StepTrace) -> Beginning | None:
+        """Tell ``trace`` the scalars that steps return, and with digests what they are fed.
+
+        Not of a model on a server, which others train too, nor of a program that counts no steps.
+        """
+        boundary, step = _boundary(session), self.step(session)
+        if boundary is None or step is None or self.is_shared(session):
+            return None
+        session.trace_with(RunTrace(trace, boundary, step))
+        return Beginning(step)
+
     def stop_at_boundary(self, session: Any, main_thread_was_told: Callable[[], bool]) -> None:
         """Have the next run that changes the model raise. A session that is not ours goes on until its loop asks."""
         boundary = _boundary(session)
         if boundary is not None:
             boundary.stop(main_thread_was_told)
+
+    def end_at(self, session: Any, step: int, ask_stop: Callable[[], None]) -> None:
+        """Read the global step after each run that changes the model. A session that is not ours does not end there.
+
+        Another thread may be in a step meanwhile, so that a program with several may end some steps later.
+        """
+        boundary = _boundary(session)
+        if boundary is None or self._model.global_step is None:
+            _log.warning("this session counts no steps, and does not end at step %d", step)
+            return
+
+        def look() -> None:
+            done = self.step(session)
+            if done is not None and done >= step:
+                ask_stop()
+
+        boundary.call_after_each(look)
+        look()
 
     def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
         """Count the runs that change the model. A session that is not ours reports no runs."""
@@ -222,7 +256,10 @@ class TensorFlowEngine:
         """Fetch the tensors that the saver would save. If only the saver knows them, have it save."""
         # A sharded saver writes where the variables live. Any other saver brings them to one place, as a fetch does.
         if self._plan is not None and isinstance(session, Session) and (session.is_local or self._plan.is_central):
-            return self._plan.take(session.read, self._model.global_step)
+            taken = self._plan.take(session.read, self._model.global_step)
+            if session.trace is not None and taken.step is not None:
+                session.trace.saved(taken.step)
+            return taken
         with self._model.graph.as_default():
             step = self.step(session)
             # No other arguments: a saver with a save() of its own may know only the oldest ones.
@@ -366,6 +403,12 @@ class TensorFlowEngine:
             self._events.summary(summary, step)
         if self._watch is not None:
             self._watch.look(of_summary(summary), step)
+
+    def trace_summary(self, session: Any, summary: Any) -> None:
+        """Tell the trace the scalars of a summary that the program has computed; not those of a service on a timer."""
+        trace = session.trace if isinstance(session, Session) else None
+        if trace is not None and not isinstance(threading.current_thread(), LooperThread):
+            trace.report(of_summary(summary))
 
     @contextmanager
     def _summary_boundary(self, session: Any) -> Iterator[None]:

@@ -25,6 +25,7 @@ from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -150,6 +151,9 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            tf.config.experimental.enable_op_determinism()
         refuse(
             saving,
             "max_to_keep",
@@ -520,6 +524,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         if global_step is None:
             global_step = self._engine.step(sess)
         self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
+        self._tensorflow.trace_summary(sess, summary)
 
     # --- the aliases of the contract ---
 

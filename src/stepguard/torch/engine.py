@@ -14,11 +14,12 @@ import torch
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
-from stepguard.engine import Prepared, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.options import Restoring
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers import Peers
+from stepguard.steps.step_digests import StepDigests
 from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.arena import coming_bytes
 from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
@@ -28,6 +29,7 @@ from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.data.outliving import let_workers_outlive_signals
+from stepguard.torch.digests import hyperparameters, tensor_bytes
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
@@ -108,7 +110,7 @@ class TorchEngine(LoopEngine[Session]):
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
-        self._member = TorchMember(self._coord, session, self._program.components, HostMemory(), self._root)
+        self._member = TorchMember(self._coord, session, self._program.components, self._root)
         return self._member
 
     def _initialise(self) -> None:
@@ -180,6 +182,22 @@ class TorchEngine(LoopEngine[Session]):
         """Count the steps of the session."""
         session.boundary.call_after_steps(steps, self._peers.saving(session, callback))
 
+    def trace_steps(self, session: Session, trace: StepTrace) -> Beginning:
+        """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""
+        digests = None
+        if trace.wants_digests:
+            digests = StepDigests(
+                trace, STREAMS, state=self._live_state, settings=self._hyperparameters, as_bytes=tensor_bytes
+            )
+        return session.trace_with(trace, digests)
+
+    def _live_state(self) -> dict[str, Any]:
+        with torch.no_grad():
+            return {one.name: one.state() for one in self._program.components}
+
+    def _hyperparameters(self) -> dict[str, float]:
+        return hyperparameters((one.name, optimizer) for one, optimizer in self._program.optimizers())
+
     @contextmanager
     def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
         """Hold the steps back; with several processes, those of all processes after the same step."""
@@ -213,7 +231,7 @@ class TorchEngine(LoopEngine[Session]):
             process = {**own, "program": self._program.notes()}
             copies.close()
         self._memories.append((memory, weakref.ref(copies)))
-        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies)
+        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies, session.moment)
 
     def _free_memory(self) -> HostMemory:
         """Memory without a snapshot in it. A second one is made only if a loop ends while a snapshot is written."""
@@ -239,7 +257,7 @@ class TorchEngine(LoopEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)
-        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
+        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.moment)
         try:
             digests = self._write_own(snapshot, directory, messages)
         except BaseException:
@@ -282,20 +300,25 @@ class TorchEngine(LoopEngine[Session]):
         _log.info("recording summary at step %d", step)
         self.write_summary(values, step, where="summaries")
 
-    def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
+    def write_summary(
+        self, values: Mapping[str, Any], step: int, *, where: str = "summary"
+    ) -> Mapping[str, float] | None:
         """Write values that the program has computed itself and given to ``where``. Any thread.
+
+        Returns them as numbers; ``None`` if no one uses them, so that they were not read.
 
         Raises:
             TypeError: a value is no number, or ``values`` is no dictionary.
         """
         check_values(values, where)
         if self._watch is None and self._events is None:
-            return  # No one uses the values, so do not wait for those on a GPU.
-        values = as_numbers(values, where)
+            return None  # No one uses the values, so do not wait for those on a GPU.
+        numbers = as_numbers(values, where)
         if self._events is not None:
-            self._events.summary(values, step)
+            self._events.summary(numbers, step)
         if self._watch is not None:
-            self._watch.look(values, step)
+            self._watch.look(numbers, step)
+        return numbers
 
 
 def _synchronize() -> None:

@@ -32,7 +32,7 @@ class Session(LoopSession):
     def __init__(
         self,
         coord: Coordinator,
-        write_summary: Callable[[Mapping[str, Any], int], None],
+        write_summary: Callable[[Mapping[str, Any], int], Mapping[str, float] | None],
         *,
         gate: Gate | None = None,
         processes: int = 1,

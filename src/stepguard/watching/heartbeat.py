@@ -18,6 +18,7 @@ from typing import Any
 
 from stepguard.disk import files, schema
 from stepguard.disk.processes import is_running, process_start
+from stepguard.watching.replay import Outcome
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0
@@ -61,6 +62,8 @@ class Heartbeat:
     boundary_time: float | None = None
     # name, step, time, bytes, secs (of the write), stall_secs (for which training waited)
     last_checkpoint: dict[str, Any] | None = None
+    # step, to_step, outcome, compared, differs_at, cause, message: see stepguard.watching.replay.Outcome
+    replay: dict[str, Any] | None = None
     restarts: int = 0
     save_failures: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -175,6 +178,8 @@ def _heartbeat(content: bytes, role: str) -> Heartbeat:
         raise schema.SchemaError(f"phase: expected one of {_PHASES}, found {found.phase!r}")
     if not all(isinstance(one, str) for one in found.warnings):
         raise schema.SchemaError("warnings: expected texts")
+    if found.replay is not None:
+        found.replay = schema.checked(found.replay, schema.kinds_of(Outcome), required=("outcome", "message"))
     if found.last_checkpoint is not None:
         found.last_checkpoint = schema.checked(found.last_checkpoint, _CHECKPOINT)
     return found

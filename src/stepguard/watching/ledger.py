@@ -45,14 +45,17 @@ _MOST_CARRIED = 1000
 _KINDS: schema.Kinds = {
     **dict.fromkeys(("event", "host", "role"), (str,)),
     **dict.fromkeys(
-        ("engine", "version", "name", "checkpoint", "reason", "error", "failure", "message", "stacks", "signal"),
+        (
+            *("engine", "version", "name", "checkpoint", "reason", "error", "failure", "message", "stacks", "signal"),
+            *("outcome", "cause"),
+        ),
         (str, NoneType),
     ),
     **dict.fromkeys(
         ("pid", "child_pid", "process_start", "attempt", "restarts", "bytes", "number", "code"), (int, NoneType)
     ),
     **dict.fromkeys(
-        ("step", "to_step", "previous_step", "lost_steps"),
+        ("step", "to_step", "previous_step", "lost_steps", "compared", "differs_at"),
         (int, NoneType),
     ),
     **dict.fromkeys(("secs", "stall_secs", "delay_secs", "checkpoint_time", "previous_time"), (float, NoneType)),

@@ -104,6 +104,14 @@ class _Collector:
         for name, (value, text) in gauges.items():
             if value is not None:
                 yield self._with_role(GaugeMetricFamily(f"stepguard_{name}", text, labels=["role"]), value)
+        replay = now.replay
+        if replay is not None:
+            yield self._with_role(
+                GaugeMetricFamily(
+                    "stepguard_replay_differs", "Whether steps that were done again differ", labels=["role"]
+                ),
+                int(replay["outcome"] == "differs"),
+            )
         counters = {
             "save_failures": (now.save_failures, "Tries to save that failed"),
             "restarts": (now.restarts, "Starts of this run after a crash"),

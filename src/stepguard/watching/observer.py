@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepguard.engine import Engine
-from stepguard.options import Watching
+from stepguard.engine import Engine, TracesSteps
+from stepguard.options import BATCHES, Watching
 from stepguard.store import Recovery
 from stepguard.watching import launcher_link, ledger
 from stepguard.watching.hang_report import HangReport
@@ -33,6 +33,7 @@ from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
 from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
+from stepguard.watching.step_recorder import StepRecorder
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -71,6 +72,8 @@ class Observer:
         self._options = options
         self._record = RunRecord(self._heartbeat(""), Room(None, is_chief))
         self._watch: _Watch | None = None
+        self._is_passing = False
+        self._recorder: StepRecorder | None = None
 
     @property
     def now(self) -> Heartbeat:
@@ -96,6 +99,7 @@ class Observer:
             return
         # Resolve a relative logdir now, against the same directory as the checkpoints; it stays the same later.
         room = Room(None if self._place is None else Path(self._place).absolute(), self._is_chief)
+        self._is_passing, self._recorder = is_passing, None
         self._record = record = RunRecord(self._heartbeat(role), room)
         metrics = self._serve_metrics(record)
         room.make()
@@ -127,7 +131,8 @@ class Observer:
         watch.meter.begin_at(step)
         self._record.trains(recovery)
         if self.now.phase == "preparing":
-            watch.parts = [*self._watch_for_hangs(watch.meter), *self._show_progress(), *watch.parts]
+            added = [*self._watch_for_hangs(watch.meter), *self._show_progress(), *self._trace(session, recovery)]
+            watch.parts = [*added, *watch.parts]
         self.now.phase = "training"
         # Last, because from now on the observer's thread uses all of the above.
         watch.meter.follow(session)
@@ -148,6 +153,29 @@ class Observer:
 
     def _show_progress(self) -> list[Part]:
         return [ProgressLine(self.now)] if self._options.progress else []
+
+    def _trace(self, session: Any, recovery: Recovery | None) -> list[Part]:
+        """Record what the steps of ``session`` are. A visitor of a chief's logdir records nothing there."""
+        engine: object = self._engine
+        logdir, what = self._record.logdir, self._options.trace
+        if what is None or logdir is None or self._is_passing or not isinstance(engine, TracesSteps):
+            return []
+        if not self._record.may_write:
+            return []
+        recorder = StepRecorder(logdir, self._record, wants_digests=what == BATCHES)
+        beginning = engine.trace_steps(session, recorder)
+        if beginning is None:
+            return []
+        # A worker takes the state that its chief has restored, and does not search itself.
+        is_resumed = recovery.checkpoint is not None if recovery is not None else beginning.step > 0
+        recorder.begin(beginning, is_resumed=is_resumed)
+        self._recorder = recorder
+        return [recorder]
+
+    def went_back(self, step: int | None) -> None:
+        """Note that the session was put back to ``step``, inside its boundary, to go on in another way."""
+        if self._recorder is not None:
+            self._recorder.went_back(step or 0)
 
     def stopping(self) -> None:
         """Note that the loop is over: the rest of the run has no step boundaries, and is not a hang."""

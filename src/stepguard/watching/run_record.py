@@ -85,6 +85,11 @@ class RunRecord:
         """The directory of the ledger, if there is one."""
         return self._room.logdir
 
+    @property
+    def may_write(self) -> bool:
+        """Whether this process may write into the logdir: a worker only where its chief has begun."""
+        return self._room.is_open()
+
     def begin(self) -> None:
         """Read the records of the previous run, and add a `start` line. Before a session is prepared."""
         if self._room.logdir is not None:
@@ -197,6 +202,30 @@ class RunRecord:
     def note_warning(self, message: str) -> None:
         """Add a warning to the heartbeat only: the ledger has another kind of line for it."""
         self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
+
+    def replayed(
+        self,
+        *,
+        step: int,
+        to_step: int,
+        outcome: str,
+        compared: int,
+        differs_at: int | None,
+        cause: str | None,
+        message: str,
+    ) -> None:
+        """Note what the comparison of steps that were done again has found; see :mod:`stepguard.watching.replay`."""
+        fields = {
+            "step": step,
+            "to_step": to_step,
+            "outcome": outcome,
+            "compared": compared,
+            "differs_at": differs_at,
+            "cause": cause,
+            "message": message,
+        }
+        self.now.replay = fields
+        self.append("replay", **fields)
 
     def append(self, event: str, **fields: Any) -> None:
         """Add a line to the ledger, if there is one. A `start` line that had to wait is added first."""

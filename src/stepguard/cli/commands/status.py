@@ -282,6 +282,9 @@ def _process_lines(one: Process, found: RunState) -> list[_Line]:
     is_told = beat.phase != "stopped" or bool(found.steps_at_risk)
     if beat.role == CHIEF and found.steps_at_risk is not None and is_told:
         lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
+    if beat.replay is not None:
+        is_fault = beat.replay["outcome"] == "differs"
+        lines.append(("  replay", printable(beat.replay["message"]), "yellow" if is_fault else None))
     if beat.save_failures:
         lines.append(("  saving", output.counted(beat.save_failures, "failed save"), "yellow"))
     lines += [("  warning", printable(text), "yellow") for text in beat.warnings[-_WARNINGS_SHOWN:]]

@@ -11,7 +11,14 @@ from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, ListedCheckpoint
 from stepguard.store.saved_tensor import SavedTensor
 
-_ENGINES = ("tensorflow", "torch")
+# The module of each engine that reads its checkpoints. Those of JAX are read without JAX.
+_MODULES = {
+    "tensorflow": "stepguard.tensorflow.checkpoint.tensors",
+    "torch": "stepguard.torch.checkpoint.tensors",
+    "jax": "stepguard.orbax_files.tensors",
+}
+ENGINES = tuple(_MODULES)
+"""The engines whose tensors can be read."""
 
 
 def read_tensors(one: ListedCheckpoint) -> Iterator[SavedTensor]:
@@ -47,13 +54,14 @@ def _damaged(one: ListedCheckpoint) -> CommandError:
 
 def _module(one: ListedCheckpoint) -> Any:
     path = one.checkpoint.path
-    if one.engine not in _ENGINES:
+    if one.engine not in _MODULES:
         raise CommandError(
-            f"{path}: expected a checkpoint of TensorFlow or PyTorch, found one of the engine {one.engine!r}", NOT_DONE
+            f"{path}: expected a checkpoint of TensorFlow, PyTorch or JAX, found one of the engine {one.engine!r}",
+            NOT_DONE,
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:
-        return importlib.import_module(f"stepguard.{one.engine}.checkpoint.tensors")
+        return importlib.import_module(_MODULES[one.engine])
     except ModuleNotFoundError as error:
         raise CommandError(
             f"{path}: its tensors cannot be read without its framework ({error}): "

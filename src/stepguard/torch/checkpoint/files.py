@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from stepguard.disk import files
-from stepguard.store import Manifest
-from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+from stepguard.store import manifest
 from stepguard.torch.checkpoint import unpickling
 
 ENGINE = "torch"
@@ -42,12 +41,9 @@ def named_files(path: Path) -> list[Path]:
         CheckpointCorruptError: the manifest is damaged.
         OSError: the directory or the manifest cannot be read.
     """
-    record = path.with_name(path.name + MANIFEST_SUFFIX)
-    try:
-        manifest = Manifest.from_json(files.read_bytes(record), record)
-    except FileNotFoundError:
+    named = manifest.named_files(path)
+    if named is None:
         return sorted(one for one in path.glob(f"*{SUFFIX}") if one.is_file())
-    named = [path.parent / one.name for one in manifest.files]
     return sorted(one for one in named if one.parent == path and one.suffix == SUFFIX)
 
 

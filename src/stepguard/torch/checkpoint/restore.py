@@ -123,7 +123,7 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
     process = read_file(processes[f"{PROCESS}0"])
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
-        # The count of epochs is the chief's too, because the chief may have been a moment ahead.
-        of_chief = {key: process[key] for key in ("sharded", "program", "epochs") if key in process}
+        # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
+        of_chief = {key: process[key] for key in ("sharded", "program") if key in process}
         process = {**read_file(own), **of_chief}
     return process, found, own is not None

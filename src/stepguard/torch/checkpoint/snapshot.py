@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stepguard.steps.gate import Moment
 from stepguard.torch.checkpoint.arena import Arena
 from stepguard.torch.checkpoint.packed import LONG, packed, packed_bytes, unpacked
 from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
@@ -35,6 +36,8 @@ class TorchSnapshot:
     process: Mapping[str, Any]
     nbytes: int
     copies: CopyStreams
+    # For the parts of the other processes; `None` without others.
+    moment: Moment | None = None
     written: str | None = None
 
     def finish(self) -> None:

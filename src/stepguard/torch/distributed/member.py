@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +25,80 @@ from stepguard.torch.session import Session
 from stepguard.words import listed
 
 
+@dataclass(frozen=True, slots=True)
+class TorchPart:
+    """A copy of the state of one process, and of its parts of the sharded objects, in memory of its own."""
+
+    moment: Moment
+    steps: int
+    process: Mapping[str, Any]
+    sharded: Mapping[str, Any]
+    copies: CopyStreams
+
+
 class TorchMember(SessionMember):
-    """Holds the part of the last snapshot that belongs to this process. Without ``root`` the process has no logdir."""
+    """Takes and writes the part of a checkpoint that belongs to this process.
+
+    Without ``root`` the process has no logdir.
+    """
 
     def __init__(
         self,
         coord: Coordinator,
         session: Session,
         components: Sequence[Component],
-        memory: HostMemory,
         root: Path | None,
     ) -> None:
         super().__init__(coord, session)
         self._torch_session = session
         self._components = components
-        self._memory = memory
         self._root = root
+        # The memories, each with a weak reference to what belongs to the part in it.
+        self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
         self._is_sharded = any(is_sharded(one.state()) for one in components)
-        self._process: Mapping[str, Any] = {}
-        self._part: Mapping[str, Any] = {}
-        self._copies = CopyStreams({})
         # The watch that must see the values that this process saves, if there is one.
         self.watch: ValueWatch | None = None
 
-    def take_state(self) -> Moment:
+    def take_part(self) -> TorchPart:
         """Copy the random states, the positions in the data and this process's parts of sharded objects."""
         session = self._torch_session
         copies = CopyStreams(session.training_streams)
+        memory = self._free_memory()
         with session.boundary.hold("a checkpoint"), torch.no_grad():
-            moment = self.moment()
+            moment, steps = self.moment(), self.steps_done()
             state = {"global_step": session.global_step, **session.process_state.capture()}
-            self._process = self._memory.copy("process", state, copies)
-            if self._is_sharded:
-                live = {one.name: one.state() for one in self._components}
-                self._part = {
-                    name: self._memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)
-                }
+            process = memory.copy("process", state, copies)
+            live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
+            sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
             copies.close()
-        self._copies = copies
-        return moment
+        self._memories.append((memory, weakref.ref(copies)))
+        return TorchPart(moment, steps, process, sharded, copies)
 
-    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
+    def _free_memory(self) -> HostMemory:
+        free = [memory for memory, copies in self._memories if copies() is None]
+        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
+        return free[0] if free else HostMemory()
+
+    def write_part(self, messages: PartMessages, place: str, part: Callable[[], TorchPart]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
         # Without a logdir this directory does not exist, and `write_process` reports that to the chief.
         directory = (self._root or Path()) / place
         try:
-            with held:
-                self._copies.finish()
-                unpacked(self._process)
-                write_process(messages, directory, self._process)
-                if self._is_sharded:
-                    write_mine(messages, messages.rank, directory, self._finite_part)
+            mine = part()
+            mine.copies.finish()
+            unpacked(mine.process)
+            write_process(messages, directory, mine.process)
+            if self._is_sharded:
+                write_mine(messages, messages.rank, directory, lambda: self._finite(mine.sharded))
         except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
             answer_error(messages, "process", error)
             if self._is_sharded:
                 answer_error(messages, "has", error)
 
-    def _finite_part(self) -> Mapping[str, Any]:
+    def _finite(self, sharded: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.watch is not None:
-            _check_finite(self._part)
-        return self._part
+            _check_finite(sharded)
+        return sharded
 
 
 def _check_finite(states: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints of JAX programs: the leaves of a state, their files, and restoring them, whole or sharded."""

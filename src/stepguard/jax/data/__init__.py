@@ -1,0 +1,1 @@
+"""Loaders of all kinds, and the position in them."""

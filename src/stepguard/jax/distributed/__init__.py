@@ -1,0 +1,1 @@
+"""Several processes that train one model: they save at agreed steps, and write one checkpoint together."""

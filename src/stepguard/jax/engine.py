@@ -1,0 +1,220 @@
+"""The engine of JAX programs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk import files
+from stepguard.engine import Prepared
+from stepguard.errors import CheckpointCorruptError
+from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
+from stepguard.jax.checkpoint.restore import first_values, read_state
+from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
+from stepguard.jax.distributed.member import JaxMember, collect_parts
+from stepguard.jax.distributed.world import shared_store, world
+from stepguard.jax.session import STREAMS, Session
+from stepguard.options import Restoring
+from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
+from stepguard.saving.restoring import restore_newest
+from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
+from stepguard.steps.peers_engine import PeersEngine
+from stepguard.steps.process_state import describe_positions
+from stepguard.store import Checkpoint, CheckpointStore, Recovery
+from stepguard.words import logger
+
+_log = logger(__name__)
+
+
+class JaxEngine(PeersEngine[Session]):
+    """The engine over the value that a program trains. For threads see :class:`stepguard.engine.Engine`.
+
+    ``store`` is None without a logdir. Processes other than the chief read from it, and do not commit.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: CheckpointStore | None,
+        restoring: Restoring,
+        events: EventFile | WriterEvents | None,
+        basename: str,
+        summaries: Callable[[Any], Mapping[str, Any]] | None,
+        init_fn: Callable[[Any], Any] | None,
+        coord: Coordinator,
+        stop_grace_secs: float,
+    ) -> None:
+        rank, processes = world()
+        super().__init__(
+            rank=rank,
+            processes=processes,
+            common=shared_store() if processes > 1 else None,
+            grace_secs=stop_grace_secs,
+            basename=basename,
+            events=events,
+        )
+        self.name = ENGINE
+        self._store = store
+        self._restoring = restoring
+        self._summaries = summaries
+        self._init_fn = init_fn
+        self._coord = coord
+        self._memory = HostMemory()
+
+    # --- the session ---
+
+    def prepare(self, state: Any = None, meets_every: int | None = None) -> Prepared[Session]:
+        """Prepare a session from the newest good checkpoint; without one, from ``state``.
+
+        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
+        """
+        gate = self.peers.gate()
+        session = Session(state, self._coord, self.write_summary, gate=gate, processes=self.peers.size)
+        self.peers.open(gate, functools.partial(self._new_member, session))
+        try:
+            recovered, is_restored = self._go_on(session)
+            if not is_restored:
+                self._initialise(session)
+        except BaseException:
+            self.close(session)
+            raise
+        if meets_every is not None:
+            self.peers.meet_every(meets_every, gate, session.global_step)
+        session.hold_interrupts()
+        return Prepared(session, recovered)
+
+    def _initialise(self, session: Session) -> None:
+        if self._init_fn is not None:
+            session.state = self._init_fn(session.state)
+        session.state = first_values(session.state, self._restoring)
+
+    def _new_member(self, session: Session) -> JaxMember:
+        root = None if self._store is None else self._store.root
+        return JaxMember(self._coord, session, root, self.peers.rank, lambda: self.value_watch is not None)
+
+    def restore(self, session: Session, checkpoint: Checkpoint, *, in_run: bool = False) -> None:
+        """Replace the state of the session."""
+        if in_run:
+            self._return_to(session, checkpoint.path)
+            return
+        self._load(session, checkpoint.path, rank=0)
+        if self._restoring == Restoring() and not self.peers.has_any:
+            session.put_back_with(functools.partial(self._return_to, session, checkpoint.path))
+
+    def _return_to(self, session: Session, path: Path) -> None:
+        """Reset the state and the step. Random streams and data positions are kept."""
+        process = _process(path, 0)
+        session.state = read_state(path, session.state, Restoring())
+        session.global_step = process["global_step"]
+
+    def _load(self, session: Session, path: Path, rank: int) -> None:
+        chief, own = _process(path, 0), read_process(path, rank)
+        state = read_state(path, session.state, self._restoring)
+        # The count of epochs is the chief's, which may have been a moment ahead. A process that the earlier run did not
+        # have begins with the random streams that the program has seeded.
+        process = {**chief, "random": STREAMS.capture()} if own is None else {**own, "epochs": chief["epochs"]}
+        session.state = state
+        session.restore_process_state(process, chief["global_step"])
+        _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
+
+    def _load_orbax(self, session: Session, path: Path, step: int) -> None:
+        """Continue a run of Orbax's CheckpointManager, which has kept no position in the data."""
+        session.state = read_state(path, session.state, self._restoring)
+        session.global_step = step
+        _log.warning(
+            "going on at step %d from %s, which Orbax has written: it holds no position in the data and no random "
+            "streams, so a new epoch begins",
+            step,
+            path,
+        )
+
+    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
+        """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
+        found: list[Recovery] = []
+        store = self._store
+
+        def restore_own() -> str | None:
+            if store is None:
+                return None
+            # A program that went back to Orbax for a time goes on where Orbax has left it.
+            newest = max((one.step or 0 for one in store.candidates()), default=-1)
+            of_orbax = restore_newest_of_orbax(store.root, newest, functools.partial(self._load_orbax, session))
+            if of_orbax is not None:
+                found.append(Recovery(of_orbax))
+            else:
+                found.append(restore_newest(store, functools.partial(self.restore, session), self._restoring))
+            return None if found[0].checkpoint is None else found[0].checkpoint.name
+
+        def restore_named(name: str) -> None:
+            if store is None:
+                return
+            path, step = store.root / name, step_of(name)
+            if not path.is_dir():
+                raise FileNotFoundError(
+                    f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
+                )
+            if step is not None:
+                self._load_orbax(session, path, step)
+            else:
+                self._load(session, path, self.peers.rank)
+
+        name = self.peers.restored(restore_own, restore_named)
+        return next(iter(found), None), name is not None
+
+    # --- checkpoints ---
+
+    def snapshot(self, session: Session) -> JaxSnapshot:
+        """Refer to the arrays, or copy those that the next step would donate."""
+        session.donations.look_again()
+        process = {"global_step": session.global_step, **session.process_state.capture()}
+        return take(session.state, session.global_step, process, session.donations, self._memory, moment=session.moment)
+
+    def non_finite(self, snapshot: Any) -> Sequence[str]:
+        """The names of leaves with NaN or infinity, and of plain numbers that are NaN."""
+        return list(snapshot.non_finite())
+
+    def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
+        """Write a directory that Orbax reads; each of several processes writes its shards into it."""
+        snapshot.finish()
+        directory = stage / name
+        files.make_dir(directory)
+        place = directory if self._store is None else directory.relative_to(self._store.root)
+        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
+        try:
+            own = {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
+        except BaseException:
+            # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
+            # so theirs are ignored.
+            with contextlib.suppress(Exception):
+                collect_parts(messages)
+            raise
+        others = collect_parts(messages)
+        tree = write_tree(directory, snapshot, self.peers.size)
+        return {f"{name}/{file}": digest for file, digest in {**own, **others, **tree}.items()}
+
+    # --- summaries ---
+
+    def summarise(self, session: Session) -> None:
+        """Evaluate the program's summary function between two steps, without moving the random states.
+
+        It is not called after the last step of a loop, because the state belongs to the program then.
+        """
+        if self._summaries is None or self._events is None:
+            return
+        with session.boundary.hold("a summary"), STREAMS.preserved():
+            if session.boundary.is_resting:
+                return
+            values, step = as_numbers(self._summaries(session.state), "summaries"), session.global_step
+        _log.info("recording summary at step %d", step)
+        self.write_summary(values, step)
+
+
+def _process(path: Path, rank: int) -> dict[str, Any]:
+    process = read_process(path, rank)
+    if process is None:
+        raise CheckpointCorruptError(f"{path}: expected the file {process_file(rank)}, found none", path=path)
+    return process

@@ -1,0 +1,61 @@
+"""The session of a JAX program: that of every loop framework, with the state that each step replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stepguard.coordination.coordinator import Coordinator
+from stepguard.jax.checkpoint.snapshot import Donations
+from stepguard.jax.data.feeds import feed_of
+from stepguard.steps.feeds import Feed
+from stepguard.steps.gate import Gate
+from stepguard.steps.process_state import ProcessState
+from stepguard.steps.random_streams import RandomStreams
+from stepguard.steps.session import Session as LoopSession
+from stepguard.words import logger
+
+_log = logger(__name__)
+
+STREAMS = RandomStreams()
+"""The random streams of this process: Python's and NumPy's. JAX's keys are values, and part of the state."""
+
+
+class Session(LoopSession):
+    """A run of a JAX program, from its start or restart to its stop.
+
+    ``state`` is the state of the last step, and each step replaces it::
+
+        sess.state, loss = train_step(sess.state, batch)
+
+    It is any pytree. Objects that steps change in place, such as the modules of Flax nnx, are part of it too.
+    ``global_step`` is the number of steps done; inside the first step it is 0. :meth:`steps` runs many steps,
+    :meth:`step` runs one.
+    """
+
+    def __init__(
+        self,
+        state: Any,
+        coord: Coordinator,
+        write_summary: Callable[[Mapping[str, Any], int], None],
+        *,
+        gate: Gate | None = None,
+        processes: int = 1,
+    ) -> None:
+        super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes), gate=gate)
+        self.state = state
+        self.donations = Donations()
+
+    def _step_is_ending(self) -> None:
+        problem = self.donations.after_step(self.state)
+        if problem is not None:
+            _log.warning(
+                "%s, so that checkpoints would hold a state that is not trained: assign the result of the step, as in "
+                "`sess.state, loss = train_step(sess.state, batch)`",
+                problem,
+            )
+
+
+class _JaxProcessState(ProcessState):
+    def new_feed(self, loader: Any) -> Feed:
+        return feed_of(loader, self.streams)

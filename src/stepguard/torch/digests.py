@@ -1,0 +1,53 @@
+"""What the trace of a PyTorch program digests: the bytes of tensors, and the hyperparameters of optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from stepguard.steps.digests import SAMPLED, array_bytes
+
+
+def tensor_bytes(leaf: Any) -> Any:
+    """The bytes of a tensor, or of an array; of a tensor on a device, those of evenly spaced values.
+
+    Of a tensor of several processes, the part of this process. ``None`` for a tensor without plain storage.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return array_bytes(leaf)
+    local = getattr(leaf, "to_local", None)
+    tensor = leaf.detach() if local is None else local().detach()
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        return None
+    flat = tensor.reshape(-1)
+    if flat.device.type != "cpu":
+        flat = flat[:: max(1, flat.numel() // SAMPLED)].cpu()
+    return flat.contiguous().view(torch.uint8).numpy() if flat.numel() else b""
+
+
+def hyperparameters(optimizers: Iterable[tuple[str, torch.optim.Optimizer]]) -> dict[str, float]:
+    """The numbers that the steps of optimizers use, such as ``optimizer.lr``; with several groups ``optimizer[1].lr``.
+
+    Tensors on a device are left out, because reading them would wait for it.
+    """
+    found: dict[str, float] = {}
+    for name, optimizer in optimizers:
+        for index, group in enumerate(optimizer.param_groups):
+            place = name if len(optimizer.param_groups) == 1 else f"{name}[{index}]"
+            for key, value in group.items():
+                if key != "params":
+                    found.update(_numbers(f"{place}.{key}", value))
+    return found
+
+
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, (bool, int, float)):
+        yield place, float(value)
+    elif isinstance(value, torch.Tensor):
+        if value.device.type == "cpu" and value.numel() == 1:
+            yield place, float(value)
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _numbers(f"{place}[{index}]", part)

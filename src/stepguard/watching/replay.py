@@ -1,0 +1,183 @@
+"""Compares the steps that a resumed session does again with what they were the first time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stepguard.watching import trace
+from stepguard.watching.trace import Difference, Item, Moment, Record, Start, Step
+
+SAME, DIFFERS, UNKNOWN = "same", "differs", "unknown"
+DATA, RANDOM, SETTINGS, STATE, COMPUTATION = "data", "random state", "hyperparameters", "state", "computation"
+
+BATCH_DIGEST = "batch"
+"""How the names of the digests of a batch begin; each of its parts has one."""
+RANDOM_DIGEST = "random"
+STATE_DIGEST = "state "
+
+# The names of numbers that are measured, so that they differ between two runs that are the same.
+_MEASURED = re.compile(
+    r"(?:^|[^a-z])(?:secs?|seconds?|ms|msecs?|minutes?|hours?|times?|wall\w*|elapsed|duration|eta|latency|speed|"
+    r"throughput|fps|ips|mfu|gpu|cpu|mem|memory|rss|\w+_per_\w+|\w+/s(?:ec)?)(?:$|[^a-z])",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the comparison of steps that were done again has found.
+
+    The steps ``step`` to ``to_step`` were done again; ``compared`` of them were compared. ``outcome`` is "same",
+    "differs" or "unknown". Where they differ, ``differs_at`` is the first step that does, and ``cause`` is one of
+    "data", "random state", "hyperparameters", "state" and "computation", or ``None`` if the trace cannot tell.
+    """
+
+    step: int
+    to_step: int
+    outcome: str
+    compared: int
+    differs_at: int | None
+    cause: str | None
+    message: str
+
+    def document(self) -> dict[str, Any]:
+        """The fields, for the ledger and the heartbeat."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first moment that is not what it was: what differs there, what is the same, and what it was and is."""
+
+    moment: Moment
+    differences: Sequence[Difference]
+    same: Sequence[str]
+    cause: str | None
+    source: str
+
+
+class Replay:
+    """Compares the records of a resumed session with those of the sessions before. One thread at a time.
+
+    Only what is inside a step or between two later ones is compared: what was recorded between two steps where the
+    session continues may belong to the time before its checkpoint.
+
+    Args:
+        before: the trace up to the start of this session.
+        start: where this session continues.
+    """
+
+    def __init__(self, before: Sequence[Item], start: Start) -> None:
+        known = trace.steps(before) if start.is_resumed else {}
+        self.first: Moment = start.step, start.epochs, True
+        self._then = {moment: one for moment, one in known.items() if moment >= self.first}
+        self.last: Moment = max(self._then, default=self.first)
+        self.is_changed = start.processes != _processes(before, start.processes)
+        # The first step of which the trace still knows, if it has lost older ones.
+        self.begins = None if not before or isinstance(before[0], Start) else min(known, default=self.first)[0]
+        self._settings_now: dict[str, float] = {}
+        self._settings_then: dict[str, float] = {}
+        for moment, one in known.items():
+            if moment <= self.first:
+                self._settings_then.update(_newest(one))
+        # The moments whose settings are not in force yet.
+        self._coming = [moment for moment, one in self._then.items() if one.settings][::-1]
+        self._moment: Moment | None = None
+        self._now = Step()
+        self.compared: list[int] = []
+        self.names: dict[str, None] = {}
+        self.measured: dict[str, None] = {}
+        self.source = ""
+        """The loader of the running step, for messages."""
+        self.found: Finding | None = None
+        self.is_over = not self._then
+        self.has_passed = False
+        """Whether this session has come further than the ones before."""
+
+    @property
+    def then_names(self) -> list[str]:
+        """The names of numbers and digests that were recorded the first time."""
+        return sorted({name for one in self._then.values() for name in (*one.numbers, *one.digests)})
+
+    def see(self, record: Record) -> None:
+        """Take a record of this session."""
+        moment = record.moment
+        if moment != self._moment:
+            self._close()
+            # A moment before the last one follows a return of the run to a checkpoint.
+            self.has_passed = self.has_passed or moment > self.last
+            self.is_over = self.is_over or self.has_passed or (self._moment is not None and moment < self._moment)
+            self._moment, self._now = moment, Step()
+        self._now.add(record)
+
+    def end(self) -> None:
+        """The session ends, perhaps in the middle of a step: compare what there is of that."""
+        self._close()
+        self.is_over = True
+
+    def _close(self) -> None:
+        """Compare the moment that is over."""
+        moment, now = self._moment, self._now
+        then = None if moment is None else self._then.get(moment)
+        if moment is None or then is None or self.is_over or self.is_changed:
+            return
+        names = [one for one in (*then.digests, *then.numbers) if one in now.digests or one in now.numbers]
+        found = [
+            *self._other_settings(moment),
+            *(one for one in trace.differences(then, now) if one.kind != "settings"),
+        ]
+        measured = {one.name for one in found if is_measured(one)}
+        found = [one for one in found if one.name not in measured]
+        self.measured.update(dict.fromkeys(sorted(measured)))
+        if not found and not names:
+            return
+        if not self.compared or self.compared[-1] != moment[0]:
+            self.compared.append(moment[0])
+        self.names.update(dict.fromkeys(names))
+        if found:
+            unlike = {one.name for one in found}
+            same = [one for one in names if one not in unlike and one not in self.measured]
+            if self._settings_now and not any(one.kind == "settings" for one in found):
+                same.append(SETTINGS)
+            self.found = Finding(moment, found, same, _cause(found, same), self.source)
+            self.is_over = True
+
+    def _other_settings(self, moment: Moment) -> list[Difference]:
+        while self._coming and self._coming[-1] <= moment:
+            self._settings_then.update(_newest(self._then[self._coming.pop()]))
+        then, now = self._settings_then, self._settings_now
+        now.update(_newest(self._now))
+        names = [one for one in then if one in now and not trace.is_same(then[one], now[one])]
+        return [Difference("settings", name, then[name], now[name]) for name in names]
+
+
+def _cause(found: Sequence[Difference], same: Sequence[str]) -> str | None:
+    """What the differences of the first moment that differs tell of their cause."""
+    digests = [one.name for one in found if one.kind == "digests"]
+    # In the order in which a step uses them: what was drawn before decides what is drawn.
+    if RANDOM_DIGEST in digests:
+        return RANDOM
+    if any(one.startswith(BATCH_DIGEST) for one in digests):
+        return DATA
+    if any(one.kind == "settings" for one in found):
+        return SETTINGS
+    if digests:
+        return STATE
+    return COMPUTATION if RANDOM_DIGEST in same else None
+
+
+def _newest(step: Step) -> dict[str, float]:
+    return {name: values[-1] for name, values in step.settings.items()}
+
+
+def _processes(before: Sequence[Item], otherwise: int) -> int:
+    """The number of processes of the newest start."""
+    return next((one.processes for one in reversed(before) if isinstance(one, Start)), otherwise)
+
+
+def is_measured(one: Difference) -> bool:
+    """Whether this number is measured, such as a time, so that it differs between two runs that are the same."""
+    return one.kind == "numbers" and _MEASURED.search(one.name) is not None
