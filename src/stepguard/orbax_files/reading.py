@@ -81,6 +81,12 @@ def open_stored(directory: Path, parts: Sequence[str] = ()) -> Stored:
     return Under({name: OrbaxFiles(path) for name, path in items.items()})
 
 
+def open_part(directory: Path, name: str) -> Stored:
+    """Open the part ``name`` of the state in a checkpoint, or the checkpoint as that part, if it has no such part."""
+    stored = open_stored(directory, [name])
+    return stored if any(one.keys and one.keys[0] == name for one in stored.leaves) else Under({name: stored})
+
+
 def _items(directory: Path) -> dict[str, Path]:
     """The trees that Orbax has saved in ``directory``, by name: itself, or the items of a ``CheckpointManager``."""
     if (directory / METADATA).is_file():
