@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 SMALLEST = {
     "import_time": "--rounds 1",
     "step_overhead": "--rounds 1 --turns 1 --steps 5",
+    "step_trace": "--rounds 1 --turns 1 --steps 5 --batch-bytes 1000",
     "idle_services": "--rounds 1 --secs 1 --service-secs 0.2 --settle-secs 0.3",
     "checkpointing": "--mb 10 --rounds 1 --secs 1 --save-secs 0.2 --step-ms 5 --repeats 1",
     "replicas": "--secs 0.5 --repeat 1 --waited-secs 0.2 --recovery-wait-secs 1",

@@ -1,4 +1,4 @@
-"""Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept.
+"""Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept; then flip a bit of it.
 
 This program only starts, kills and watches the training program, in a process of its own, as you would:
 ``single_program.py``, with ``--engine=torch`` ``torch/digits.py``, or with ``--engine=jax`` ``jax/digits.py``.
@@ -7,6 +7,7 @@ This program only starts, kills and watches the training program, in a process o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -57,6 +58,21 @@ def main() -> None:
     print(f"  event files     {args.logdir}/events.out.tfevents.*: {len(event_files(args.logdir))}, one of each run")
     print(f"  look at them    tensorboard --logdir {shlex.quote(str(args.logdir))}")
     print("                  (pip install tensorboard, if that is not found)")
+    print(f"  proof           {proof_of_replay(args.logdir)}\n")
+
+    damaged = flip_a_bit(args.logdir)
+    print(f"one bit of {damaged} is flipped\n")
+    if (
+        subprocess.run(shown([sys.executable, "-m", "stepguard", "verify", str(args.logdir)]), check=False).returncode
+        != 1
+    ):
+        sys.exit("DEMO FAILED: expected `stepguard verify` to find the flipped bit")
+    print()
+    restored, _ = run_again(command)
+    if restored is None or restored >= args.steps:
+        sys.exit(f"DEMO FAILED: expected to resume before step {args.steps}, which is damaged, found {restored}")
+    print(f"\nresumed from the checkpoint before, of step {restored}, and trained to step {args.steps} again")
+    print(f"  proof           {proof_of_replay(args.logdir)}")
 
 
 def run_and_kill(command: list[str], logdir: Path, half: int) -> tuple[int, int]:
@@ -90,8 +106,14 @@ def run_again(command: list[str]) -> tuple[int | None, float | None]:
     return restored, accuracy
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def shown(command: list[str]) -> list[str]:
+    """Print a command as one would type it, and return it."""
     print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
+    return command
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    shown(command)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
     return subprocess.Popen(
         command, env={**quiet, **os.environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -119,6 +141,25 @@ def newest_step(logdir: Path) -> int:
 def saved_steps(logdir: Path) -> list[int]:
     # A checkpoint exists when its manifest does.
     return sorted(int(path.name.split("-")[1].split(".")[0]) for path in logdir.glob("model.ckpt-*.manifest.json"))
+
+
+def proof_of_replay(logdir: Path) -> str:
+    """Return what the last start has found about the steps that it did again, from the ledger."""
+    lines = [json.loads(line) for line in (logdir / "run.jsonl").read_text().splitlines()]
+    replays = [line["message"] for line in lines if line["event"] == "replay"]
+    return replays[-1] if replays else "no step had to be done again"
+
+
+def flip_a_bit(logdir: Path) -> Path:
+    """Flip one bit of the largest data file of the newest checkpoint, and return the file."""
+    name = f"model.ckpt-{newest_step(logdir)}"
+    manifest = json.loads((logdir / f"{name}.manifest.json").read_text())
+    data = [file for file in manifest["files"] if not file["name"].endswith(".meta")]
+    path = logdir / max(data, key=lambda file: file["size"])["name"]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
 
 
 def event_files(logdir: Path) -> list[Path]:

@@ -152,6 +152,18 @@ def test_the_demo_kills_resumes_and_reports(tmp_path):
     assert f"resumed at step {restored} from {logdir}/model.ckpt-{restored}" in printed
     assert accuracy(printed) > 0.95
     assert f"tensorboard --logdir {logdir}" in printed
+    assert_is_proven(printed, logdir)
+
+
+def assert_is_proven(printed: str, logdir: Path) -> None:
+    """The replayed steps were the same, and a bit that was flipped cost one step back."""
+    proofs = re.findall(r"^  proof +(.*)", printed, re.MULTILINE)
+    assert len(proofs) == 2, printed
+    assert all("bit for bit the same" in one or "no step had to be done again" in one for one in proofs), printed
+    assert "bit for bit the same" in proofs[1]
+    damaged = re.search(r"one bit of (\S+) is flipped", printed)[1]
+    assert re.search(rf"^model.ckpt-\d+: {re.escape(damaged)}: expected the digest", printed, re.MULTILINE), printed
+    assert "resumed from the checkpoint before, of step" in printed
 
 
 def test_the_demo_fails_loudly_when_nothing_was_restored(tmp_path):

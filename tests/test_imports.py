@@ -33,6 +33,7 @@ CORE = [
     "watching.history",
     "watching.launcher_link",
     "watching.ledger",
+    "watching.trial",
     "coordination.looper",
     "managed_session",
     "watching.metrics",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stepguard import Watching
 from stepguard.torch import Supervisor
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -54,6 +55,8 @@ sv = Supervisor(
     save_model_secs=args.save_model_secs,
     save_summaries_secs=1,
     summaries=lambda: {"test_accuracy": test_accuracy()},
+    # Steps that are done again after a crash are compared with the first time: their batches and random states, too.
+    watching=Watching(trace="batches"),
 )
 with sv.managed_session() as sess:
     step = sess.global_step

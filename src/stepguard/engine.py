@@ -191,7 +191,7 @@ class StepTrace(Protocol):
     wants_digests: bool
     """Whether the session is to call :meth:`digests` and :meth:`settings` as well."""
 
-    def numbers(self, step: int, epochs: int, values: Mapping[str, float], *, is_inside: bool = True) -> None:
+    def numbers(self, step: int, epochs: int, values: Mapping[str, float], is_inside: bool = True) -> None:
         """Numbers that the program has reported, by name."""
 
     def digests(self, step: int, epochs: int, values: Mapping[str, int], *, source: str = "") -> None:
@@ -295,6 +295,13 @@ class Engine(Protocol[SessionT]):
 
         Exception: a main thread for which ``main_thread_was_told()`` is true, asked anew at each step, has already seen
         ``should_stop()`` return true; it may run further steps to finish.
+        """
+
+    def end_at(self, session: SessionT, step: int, ask_stop: Callable[[], None]) -> None:
+        """Call ``ask_stop()`` at the boundary after ``step``, so that no later step begins. Before the first step.
+
+        ``ask_stop`` sets the stop flag and calls :meth:`stop_at_boundary`; any thread may call it, and more than once.
+        Several processes end after the same step.
         """
 
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:

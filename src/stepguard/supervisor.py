@@ -24,6 +24,7 @@ from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
 from stepguard.store import CheckpointStore, Recovery
+from stepguard.watching import trial
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
@@ -290,6 +291,7 @@ class Supervisor(Generic[SessionT]):
             self._engine.watch(session, self._save_before_close)
             if self._guard is not None:
                 self._guard.begin(session)
+            self._end_trial_in_time(session)
             if start_standard_services and self._is_chief:
                 if self._logdir:
                     self.start_standard_services(session)
@@ -345,6 +347,18 @@ class Supervisor(Generic[SessionT]):
                 self._coord.ask_stop("time_limit")
 
         threading.Thread(target=limit, name="stepguard-time-limit", daemon=True).start()
+
+    def _end_trial_in_time(self, session: SessionT) -> None:
+        """Have a trial of `stepguard prove` end exactly at its last step."""
+        known = trial.current()
+        if known is None or known.stop_at is None:
+            return
+
+        def ask_stop() -> None:
+            self._coord.ask_stop(trial.REASON)
+            self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
+
+        self._engine.end_at(session, known.stop_at, ask_stop)
 
     def _begin_observation(self) -> None:
         if self._is_chief:

@@ -46,12 +46,15 @@ def test_a_clean_end_is_the_end_and_the_streams_are_the_programs_own(tmp_path):
 
 def test_a_crash_at_once_is_a_crash_loop_after_three_starts(tmp_path):
     program = counting(tmp_path / "starts", "echo why >&2; echo Error: no disk $$ >&2; echo ===== >&2; exit 5")
+    program.append("\x1b]0;title\x07")
     code, _, errors = ended(run(*program, options=["--logdir", tmp_path]))
     assert code == 70
     assert starts(tmp_path / "starts") == 3
     told = errors[errors.index("crash loop") :]
     assert "3 starts in a row made no progress" in told
     assert "  why\n  Error: no disk" in told
+    assert "\\x1b]0;title\\x07" in told
+    assert "\x1b" not in told
     launches = events(tmp_path, "launch", "exit", "restart", "gave_up")
     assert [one["event"] for one in launches] == ["launch", "exit", "restart"] * 2 + ["launch", "exit", "gave_up"]
     assert {one["role"] for one in launches} == {"launcher"}
@@ -273,6 +276,17 @@ def test_other_signals_are_passed_on(tmp_path, children):
     launcher.send_signal(signal.SIGUSR1)
     code, output, _ = ended(launcher)
     assert (code, output) == (0, "usr1\n")
+
+
+def test_a_request_reaches_a_program_that_is_suspended(tmp_path, children):
+    launcher = run(
+        "sh", "-c", "trap 'echo asked; exit 0' TERM; echo ready; kill -STOP $$; while :; do sleep 0.05; done"
+    )
+    children.append(launcher)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.terminate()
+    code, output, _ = ended(launcher)
+    assert (code, output) == (0, "asked\n")
 
 
 def test_a_launcher_that_is_killed_leaves_no_run_behind(tmp_path, children):

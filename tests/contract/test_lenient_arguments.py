@@ -187,3 +187,24 @@ def test_a_float_global_step_names_the_checkpoints_and_resumes_from_them(tmp_pat
         return found, tf.train.latest_checkpoint(logdir) == f"{logdir}/model.ckpt-8"
 
     assert run(scenario, OURS, tmp_path) == ([0.0, 4.0], True)
+
+
+@pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")
+@pytest.mark.parametrize("first", [-6, 2**62])
+def test_a_global_step_that_no_name_can_hold_is_resumed_all_the_same(first, tmp_path, caplog):
+    def scenario(side, logdir):
+        found = []
+        for _ in range(2):
+            with tf.Graph().as_default():
+                initial = v1.constant_initializer(first, tf.int64)
+                step = v1.get_variable("global_step", [], dtype=tf.int64, initializer=initial, trainable=False)
+                train = v1.assign_add(step, 1)
+                with side.Supervisor(logdir=logdir, save_summaries_secs=0).managed_session() as sess:
+                    found.append(int(sess.run(step)) - first)
+                    for _ in range(4):
+                        sess.run(train)
+        return found, tf.train.latest_checkpoint(logdir).removeprefix(f"{logdir}/")
+
+    newest = "model.ckpt-2" if first == -6 else "model.ckpt"
+    assert run(scenario, OURS, tmp_path) == ([0, 4], newest)
+    assert "such steps are saved as model.ckpt" in caplog.text

@@ -226,6 +226,21 @@ def test_public_methods_that_a_class_overrides_are_called(tmp_path):
     assert assert_same(scenario, tmp_path) == ["prepare", "services", "queues", "stop"]
 
 
+def test_a_method_may_be_overridden_with_fewer_arguments_where_their_class_passes_no_more(tmp_path):
+    def scenario(side, logdir):
+        class Derived(side.Supervisor):
+            def prepare_or_wait_for_session(self, master="", config=None, start_standard_services=True):
+                return super().prepare_or_wait_for_session(
+                    master, config, start_standard_services=start_standard_services
+                )
+
+        model = counting_model()
+        with Derived(logdir=logdir).managed_session() as session:
+            return int(session.run(model.global_step))
+
+    assert assert_same(scenario, tmp_path) == 0
+
+
 @pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")
 class TestNamesThatStepguardNeedsItself:
     @pytest.mark.parametrize("name", ["_observe", "open_session"])
@@ -243,15 +258,16 @@ class TestNamesThatStepguardNeedsItself:
             counting_model()
             Derived("a game engine")
 
-    def test_are_refused_at_the_session_when_they_were_set_later(self, tmp_path):
+    @pytest.mark.parametrize("name", ["_store", "_options", "_life", "_worker_role"])
+    def test_are_refused_at_the_session_when_they_were_set_later(self, name, tmp_path):
         def scenario(side, logdir):
             counting_model()
             sv = side.Supervisor()
-            sv._store = {}
+            setattr(sv, name, {})
             with sv.managed_session():
                 pass
 
-        with pytest.raises(TypeError, match="Supervisor: _store: a Supervisor of Stepguard"):
+        with pytest.raises(TypeError, match=f"Supervisor: {name}: a Supervisor of Stepguard"):
             run(scenario, OURS, tmp_path)
 
     def test_a_coordinator_of_another_kind_is_one(self, tmp_path):

@@ -32,6 +32,7 @@ from stepguard.steps.session import Session
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import Supervisor
 from stepguard.testing import RecordedEvents
+from stepguard.watching import trial
 
 ENGINE = "numpy"
 STATE_FILE = "state.npz"
@@ -180,7 +181,7 @@ class NumPySupervisor(Supervisor[Session]):
         summaries: Summaries = None,
         **given: Any,
     ) -> None:
-        options = Options.of(**given)
+        logdir, options = trial.applied(logdir, Options.of(**given))
         refuse(options.watching, "peer_timeout_secs", because="the NumPy engine has no servers")
         for_parts = ("hyperparameters", "only", "leave_out", "init_from", "init_fit")
         refuse(options.restoring, *for_parts, because="the NumPy engine restores a model whole")

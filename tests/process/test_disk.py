@@ -23,7 +23,7 @@ from mounts import MEGABYTE, Mount, mounted
 from zygote import Zygote, wait_until
 
 from stepguard.disk import files
-from stepguard.errors import SaveFailedError
+from stepguard.errors import LogdirInUseError, SaveFailedError
 from stepguard.options import Saving
 from stepguard.saving.commit import Committer
 from stepguard.saving.retry import Backoff
@@ -289,6 +289,22 @@ class TestALogdirThatCannotBeWritten:
         assert str(logdir) in child.output
         assert child.reports("start") == []
         assert list(logdir.iterdir()) == []
+
+    def test_because_of_files_of_another_user_is_gone_on_with_where_a_directory_is_shared(
+        self, fake_children: Zygote, open_to_all: Path
+    ) -> None:
+        """As after a first run by root in a container."""
+        logdir = open_to_all / "run"
+        first = fake_children.start("train", logdir=str(logdir))
+        first.wait_for("saved")
+        first.kill()
+        logdir.chmod(0o777)
+        child = fake_children.start("train", logdir=str(logdir), uid=NOBODY)
+        child.wait_for("saved")
+
+        with pytest.raises(LogdirInUseError):
+            CheckpointStore(logdir).acquire()
+        child.kill()
 
     def test_by_this_user_any_more_is_retried(self, fake_children: Zygote, open_to_all: Path) -> None:
         logdir = open_to_all / "run"

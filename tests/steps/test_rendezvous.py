@@ -46,6 +46,33 @@ def test_the_others_are_told_why_one_was_asked_to_stop(asked):
     fleet.close()
 
 
+@pytest.mark.parametrize("last", [0, 3])
+def test_all_end_exactly_after_the_step_that_was_set_beforehand(last):
+    fleet = Fleet(3)
+    for gate in fleet.gates:
+        gate.end_at(last)
+    fleet.start()
+
+    def train(rank):
+        gate, member = fleet.gates[rank], fleet.members[rank]
+        while True:
+            if member.steps_done() >= last:
+                member.request_stop(None, "trial")
+            if not gate.begin(member.steps_done()):
+                return
+            member.finish_step()
+
+    training = [threading.Thread(target=train, args=(rank,), daemon=True) for rank in range(3)]
+    for one in training:
+        one.start()
+    for one in training:
+        one.join(60)
+
+    assert not any(one.is_alive() for one in training)
+    assert [member.steps_done() for member in fleet.members] == [last] * 3
+    fleet.close()
+
+
 def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
     fleet = Fleet(2)
     gate = fleet.gates[1]

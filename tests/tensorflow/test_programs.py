@@ -144,6 +144,25 @@ class TestSessionsOfAnotherKind:
 
 
 class TestSaversOfTheProgramsOwn:
+    @pytest.mark.parametrize("logdir", [".", "./logs", "logs//run/"])
+    def test_count_the_same_checkpoints_however_the_logdir_is_spelt(self, logdir, graph, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        step = counting_step()
+        saver = v1.train.Saver(max_to_keep=2)
+        supervisor = Supervisor(logdir=logdir, saver=saver, save_summaries_secs=0)
+        with supervisor.managed_session() as session:
+            for _ in range(4):
+                session.run(step)
+                saver.save(session, supervisor.save_path, global_step=supervisor.global_step)
+            session.run(step)
+
+        assert committed(Path(logdir)) == [5]
+        assert sorted(path.name for path in Path(logdir).glob("*.index")) == [
+            "model.ckpt-4.index",
+            "model.ckpt-5.index",
+        ]
+        assert saver.last_checkpoints == [f"{supervisor.save_path}-4", f"{supervisor.save_path}-5"]
+
     def test_may_name_their_files_as_they_like(self, graph, tmp_path):
         class Npz:
             saver_def = None

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
-from stepguard.options import Guarding
+from stepguard.options import Guarding, Watching
 from stepguard.torch import Session, Supervisor, Values
 
 
@@ -66,18 +66,20 @@ def main() -> None:
     sv = Supervisor(
         {"model": model, "optimizer": optimizer, "scheduler": scheduler, "mine": mine},
         args.logdir,
-        save_summaries_secs=0,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
         guarding=Guarding(nan_guard="stop" if args.nan else None),
+        watching=Watching(trace="batches", save_summaries_secs=0),
     )
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session, nullcontext() if args.epochs else joined(model, args):
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
         for index, inputs, targets in batches(session, loader, model, args):
             optimizer.zero_grad()
-            torch.nn.functional.mse_loss(model(inputs), targets).backward()
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            loss.backward()
             optimizer.step()
+            session.summary({"loss of all" if args.nan else "loss": loss})
             scheduler.step()
             mine.items += sum(index.tolist())
             if args.nan:

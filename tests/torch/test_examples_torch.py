@@ -119,6 +119,9 @@ def test_the_demo_takes_this_engine(tmp_path):
     assert restored > 0
     assert "killed with SIGKILL" in printed
     assert accuracy(printed) > 0.95
+    proofs = re.findall(r"^  proof +(.*)", printed, re.MULTILINE)
+    assert "bit for bit the same (batch, " in proofs[1]
+    assert "resumed from the checkpoint before, of step" in printed
 
 
 def test_the_program_in_the_manual_runs_as_it_stands(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from forked import begin, fork
 
 from stepguard.store import CheckpointStore
+from stepguard.watching import ledger
 
 STEPS = 1000
 
@@ -82,6 +83,8 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert Run(killed, *fast, "--save-secs=0.02").outcome() == expected
     assert history(killed) == history(tmp_path / "whole")
     assert [path.name for path in killed.glob("quarantine")] == []
+    replays = [one for one in ledger.read(killed) if one["event"] == "replay"]
+    assert {one["outcome"] for one in replays} == {"same"}, [one["message"] for one in replays]
 
 
 def test_stopped_and_continued_it_is_only_later(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -161,6 +162,25 @@ def test_a_stop_between_short_loops_saves_a_step_that_was_copied(tmp_path):
     assert restored(tmp_path) == (3, 3.0)
 
 
+def test_with_other_processes_a_step_without_a_copy_is_refused_and_not_read(tmp_path, caplog):
+    run = Counting(tmp_path)
+    # An older copy would not be of the step at which the others are.
+    run.sv._engine.is_alone = lambda _: False
+    with pytest.raises(KeyboardInterrupt), run.sv.managed_session() as session:
+        run.loop(session, max_steps=3)
+        run.save()
+        for _ in range(20):
+            run.sv._saving.checkpointer._budget.spend(3600.0)
+        run.loop(session, max_steps=5)
+        run.lend()
+        run.sv._saving.checkpointer()
+        assert "checkpoint skipped" in caplog.text
+        raise KeyboardInterrupt
+
+    assert "the last one was too short to be copied at its end" in caplog.text
+    assert restored(tmp_path) == (3, 3.0)
+
+
 def test_a_loop_of_ones_own_is_read_before_its_thread_goes_on(tmp_path):
     """A save that waits for the end of a step has it, and not what the program does after it."""
     run = Counting(tmp_path)
@@ -245,14 +265,14 @@ class Tutorial:
         assert self.sv._saving.writer.drain(SOON_SECS)
         raise Killed
 
-    def train(self, dies=None):
+    def train(self, dies=None, max_steps=None):
         """``dies`` is where: ``(epoch, place)``."""
         with self.sv.managed_session() as session:
             for epoch in session.epochs(self.EPOCHS):
                 if dies == (epoch, "begin"):
                     self.save_and_die()
                 torch.rand(())  # what belongs to the beginning of an epoch
-                for number, (batch,) in enumerate(session.steps(self.loader)):
+                for number, (batch,) in enumerate(session.steps(self.loader, max_steps=max_steps)):
                     self.step(batch)
                     if session.is_last_batch:
                         self.done.append(f"last batch of {epoch}")
@@ -337,6 +357,62 @@ def test_sigterm_in_the_middle_of_an_epoch_does_not_do_its_end(tmp_path):
 
     assert ends == [0]
     assert max(committed(tmp_path)) == BATCHES + 3
+
+
+class Endless:
+    """A stream without a length."""
+
+    def __iter__(self):
+        return itertools.count()
+
+
+class TestMaxStepsInEpochs:
+    @pytest.mark.parametrize(
+        ("max_steps", "complete", "bodies"), [(10, 2, [0, 1]), (8, 1, [0, 1]), (99, 5, [*range(5)])]
+    )
+    def test_ends_the_epochs_after_its_body(self, max_steps, complete, bodies, tmp_path, caplog):
+        run = Counting(tmp_path)
+        with run.sv.managed_session() as session:
+            seen = []
+            for epoch in session.epochs(5):
+                run.loop(session, max_steps=max_steps)
+                seen.append(epoch)
+            assert session.process_state.epochs_done == complete
+
+        assert seen == bodies
+        told = f"epochs: ended after {complete} complete epochs of 5, because the loop inside has come to max_steps"
+        assert (told in caplog.text) == (max_steps < 99)
+
+    def test_a_larger_one_goes_on_with_the_next_batch_of_the_same_epoch(self, tmp_path):
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        for max_steps in (5, 6, 20):
+            Tutorial(parts).train(max_steps=max_steps)
+        Tutorial(whole).train(max_steps=20)
+
+        assert Tutorial(parts).outcome() == Tutorial(whole).outcome()
+
+    @pytest.mark.parametrize("loader", [None, Endless()], ids=["none", "endless"])
+    def test_is_the_end_of_an_epoch_where_no_length_is(self, loader, tmp_path):
+        seen = []
+        for _ in range(2):
+            with Counting(tmp_path).sv.managed_session() as session:
+                for epoch in session.epochs(3):
+                    for _ in session.steps(loader, max_steps=(epoch + 1) * 4):
+                        pass
+                    seen.append((epoch, session.global_step))
+
+        assert seen == [(0, 4), (1, 8), (2, 12)]
+
+    def test_a_start_after_the_end_trains_nothing_and_changes_nothing(self, tmp_path, caplog):
+        for bodies in (2, 1):
+            run, seen = Counting(tmp_path), []
+            with run.sv.managed_session() as session:
+                for epoch in session.epochs(5):
+                    run.loop(session, max_steps=6)
+                    seen.append(epoch)
+                assert (session.global_step, session.process_state.epochs_done, len(seen)) == (6, 1, bodies)
+        assert "trains nothing: max_steps=6" in caplog.text
+        assert restored(tmp_path) == (6, 6.0)
 
 
 def test_a_run_of_one_loop_goes_on_in_its_epoch_when_the_program_gets_an_epoch_loop(tmp_path):

@@ -182,6 +182,22 @@ class TestTheFirstWeights:
         assert "2 of 4 first weights" in caplog.text
         assert "head.weight" in caplog.text
 
+    @pytest.mark.parametrize("fit", ["whole", "part"])
+    @pytest.mark.parametrize(
+        ("prefix", "way_out"),
+        [
+            ("backbone.", "'backbone.body.weight' may be 'body.weight' under another prefix"),
+            ("other_", "is it of this model?"),
+        ],
+    )
+    def test_of_which_nothing_fits_are_not_offered_in_part(self, prefix, way_out, fit, tmp_path):
+        torch.save({prefix + key: one for key, one in Net().state_dict().items()}, tmp_path / "weights.pt")
+        with pytest.raises(CheckpointMismatchError, match="there is nothing to take") as raised:
+            self.begin(tmp_path / "second", Net(), init_from=tmp_path / "weights.pt", init_fit=fit)
+
+        assert way_out in str(raised.value)
+        assert "init_fit" not in str(raised.value)
+
     def test_may_come_from_a_place_for_each_part(self, tmp_path, source):
         model, teacher = Net(), Net()
         torch.save(source.state_dict(), tmp_path / "weights.pt")

@@ -30,6 +30,10 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     for rank in range(2):
         assert seen(killed, rank) == seen(whole, rank)
     assert steps_saved(killed)[0] == 60
+    # Each process has compared the steps that it did again, with its own share of the data.
+    replays = [one for one in ledger.read(killed) if one["event"] == "replay"]
+    assert {one["role"] for one in replays} == {"chief", "worker-1"}
+    assert {one["outcome"] for one in replays} == {"same"}
 
 
 def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):

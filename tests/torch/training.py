@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from stepguard.options import Watching
 from stepguard.torch import Supervisor, Values
 
 ITEMS = 50
@@ -131,12 +132,14 @@ def main(arguments: list[str] | None = None) -> None:
         persistent = args.workers > 0  # else most of the time goes into starting them
         return DataLoader(Augmented(), BATCH, shuffle=True, num_workers=args.workers, persistent_workers=persistent)
 
-    training = Training(args.logdir, loader, save_model_secs=args.save_secs)
+    watching = Watching(trace="batches")
+    training = Training(args.logdir, loader, save_model_secs=args.save_secs, watching=watching)
     with training.sv.managed_session() as session:
         for batch in session.steps(training.loader, max_steps=args.steps):
             if not training.batches:
                 print("in the first step", flush=True)
             training.step(batch)
+            session.summary({"lowest loss": training.progress.lowest})
             time.sleep(args.step_secs)
             if args.seen:
                 with open(args.seen, "a") as seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,29 @@ class _Seconds(click.FloatRange):
 
 SECONDS = _Seconds(min=0)
 """A finite number of seconds, at least 0."""
+
+
+class _Choices(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "names"
+
+    def __init__(self, among: Sequence[str]) -> None:
+        self._among = among
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = tuple(dict.fromkeys(one.strip() for one in str(value).split(",") if one.strip()))
+        for one in found:
+            if one not in self._among:
+                self.fail(f"expected some of {', '.join(self._among)}, found {printable(one)!r}", param, ctx)
+        if not found:
+            self.fail(f"expected some of {', '.join(self._among)}, found none", param, ctx)
+        return found
+
+
+def choices_of(among: Sequence[str]) -> click.ParamType:  # type: ignore[type-arg,unused-ignore]
+    """Some of these names, separated by commas, as a tuple."""
+    return _Choices(among)
 
 
 @dataclass(frozen=True, slots=True)

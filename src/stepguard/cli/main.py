@@ -16,7 +16,7 @@ from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Com
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 from stepguard.words import printable
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run")
+_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run", "prove", "chaos")
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -98,6 +98,14 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import run
 
             return run.command
+        case "prove":
+            from stepguard.cli.commands import prove
+
+            return prove.command
+        case "chaos":
+            from stepguard.cli.commands import chaos
+
+            return chaos.command
     return None
 
 
@@ -121,7 +129,7 @@ def _leave_the_pipe() -> None:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
-Exit codes, of every command but `run`, which has those of its program:
+Exit codes, of every command but `run`, `prove` and `chaos`, which have their own:
   0    fine
   1    a finding: damaged, different, refused
   2    a mistake in the arguments

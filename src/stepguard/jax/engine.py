@@ -171,7 +171,7 @@ class JaxEngine(PeersEngine[Session]):
         """Refer to the arrays, or copy those that the next step would donate."""
         session.donations.look_again()
         process = {"global_step": session.global_step, **session.process_state.capture()}
-        return take(session.state, session.global_step, process, session.donations, self._memory)
+        return take(session.state, session.global_step, process, session.donations, self._memory, moment=session.moment)
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The names of leaves with NaN or infinity, and of plain numbers that are NaN."""
@@ -183,7 +183,7 @@ class JaxEngine(PeersEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._store is None else directory.relative_to(self._store.root)
-        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.process["epochs"]["done"])
+        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
         try:
             own = {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
         except BaseException:

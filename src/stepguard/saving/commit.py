@@ -41,6 +41,7 @@ class Committer:
         self._observer = observer
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
+        self._has_warned_of_name = False
         self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
 
     @property
@@ -88,12 +89,16 @@ class Committer:
 
     def _write(self, store: CheckpointStore, adoption: Adoption, snapshot: Snapshot, taken_at: float) -> Path:
         name = self._engine.checkpoint_name(snapshot.step)
+        step = store.step_of(name)
+        if step != snapshot.step and not self._has_warned_of_name:
+            self._has_warned_of_name = True
+            self.warn(f"no name can hold the step {snapshot.step}: such steps are saved as {name}, one over the other")
         adoption.adopt()
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
             digests = self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, snapshot.step, digests=digests, taken_at=taken_at)
+            checkpoint = store.commit(name, step, digests=digests, taken_at=taken_at)
         except BaseException:
             # A full disk would stay full if every failed save left its files behind.
             with contextlib.suppress(OSError):  # The original error says more.

@@ -43,7 +43,8 @@ class Boundary:
         # The turn of the service that waits or holds the boundary; the next step waits until it is set.
         self._turn: threading.Event | None = None
         self._holding = threading.Lock()
-        self._stepping: int | None = None
+        # The thread that is in a step.
+        self.stepping: int | None = None
         # The threads that are taking or releasing the lock; an interrupt between two lines could leave it taken.
         self._changing: set[int] = set()
         self._began = 0.0
@@ -77,7 +78,7 @@ class Boundary:
             if turn is not None:
                 turn.wait()
             self._lock.acquire()
-            self._stepping = self.thread = me
+            self.stepping = self.thread = me
         finally:
             self._changing.discard(me)
         self._began = time.monotonic()
@@ -136,7 +137,7 @@ class Boundary:
         Without ``calls_due`` a callback that is due is left for :meth:`call_due`.
         """
         me = threading.get_ident()
-        if self._stepping != me:
+        if self.stepping != me:
             return
         if is_done:
             self.steps += 1
@@ -145,7 +146,7 @@ class Boundary:
             self._longest_secs = lasted
         self._changing.add(me)
         try:
-            self._stepping = None
+            self.stepping = None
             self._lock.release()
         finally:
             self._changing.discard(me)
@@ -180,7 +181,7 @@ class Boundary:
     @property
     def is_mine(self) -> bool:
         """Whether the calling thread is in the middle of a step."""
-        return self._stepping == threading.get_ident()
+        return self.stepping == threading.get_ident()
 
     @property
     def is_changing_hands(self) -> bool:

@@ -53,6 +53,10 @@ class LoopEngine(Generic[SessionT]):
         """``steps`` ends at the next boundary, and ``step`` raises there."""
         session.boundary.stop(main_thread_was_told)
 
+    def end_at(self, session: SessionT, step: int, ask_stop: Callable[[], None]) -> None:
+        """The session begins no step after ``step``."""
+        session.end_at(step, ask_stop)
+
     def call_after_steps(self, session: SessionT, steps: int, callback: Callable[[], int]) -> None:
         """Count the steps of the session."""
         session.boundary.call_after_steps(steps, callback)

@@ -99,6 +99,9 @@ class Gate:
         self._attendant: Attendant | None = None
         self._captures_at = NEVER
         self._meetings = _Meetings()
+        # No step begins after so many, but for the rendezvous to settle that they are the last.
+        self._ends_at = math.inf
+        self._steps_begun = 0
         # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
 
@@ -142,17 +145,22 @@ class Gate:
         """``True`` if the step may begin, ``None`` if it never may, ``False`` if a capture must come first."""
         moment = self.moment(steps_done)
         with self._changed:
-            while moment >= min(self._limit, self._captures_at) or steps_done >= self._meetings.next_at:
+            if steps_done >= self._ends_at and self._loop is Loop.LEFT:
+                # The first loop of a run that was over when it was resumed: the stop is settled as inside a loop.
+                self._loop = Loop.RUNS
+                self._changed.notify_all()
+            is_at_end = steps_done >= self._ends_at
+            while is_at_end or moment >= min(self._limit, self._captures_at) or steps_done >= self._meetings.next_at:
                 if self._must_capture(moment, steps_done):
                     return False
                 if moment >= self._limit and self._refusal is not None:
                     raise self._refusal
-                if moment >= self._limit and self._is_last:
+                if (is_at_end or moment >= self._limit) and self._is_last:
                     self._loop = Loop.ENDED
                     return None
                 self._changed.wait()
             was, self._loop = self._loop, Loop.RUNS
-            self._begun = _after(moment)
+            self._begun, self._steps_begun = _after(moment), steps_done + 1
             self._note_pace(was)
             self.trainer = threading.get_ident()
             self._changed.notify_all()
@@ -195,7 +203,7 @@ class Gate:
         """Note that no step follows for now. A begun step that found no input does not count."""
         with self._changed:
             moment = self._begun = self._done = self.moment(steps_done)
-            self._loop = how
+            self._loop, self._steps_begun = how, steps_done
             is_due = self._must_capture(moment, steps_done)
             self._changed.notify_all()
         self._tell_of_loop(is_due=is_due)
@@ -240,6 +248,7 @@ class Gate:
         """Let only ``ahead`` more steps begin; return that limit, and whether the loop is over."""
         with self._changed:
             # A loop that is not running promises no steps, because nobody knows how far it will go.
+            ahead = int(min(ahead, max(0, self._ends_at - self._steps_begun)))
             limit = _after(self._begun, 0 if self.is_resting or self._is_last else ahead)
             if self._refusal is None and not self._is_last:
                 self._limit = limit
@@ -252,6 +261,11 @@ class Gate:
                 self._limit = moment
             self._is_last = self._is_last or is_last
             self._changed.notify_all()
+
+    def end_at(self, steps: int) -> None:
+        """Let no step begin after ``steps`` are done. A thread that comes there waits for the agreement on the end."""
+        with self._changed:
+            self._ends_at = steps
 
     def refuse_after(self, moment: Moment, error: Exception) -> bool:
         """Have ``begin`` raise ``error`` for a step after ``moment``; return whether such a step has already begun."""

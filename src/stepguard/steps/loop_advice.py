@@ -27,6 +27,19 @@ class LoopPlan:
     thread: int
 
     @property
+    def is_sized(self) -> bool:
+        """Whether the length of the loader says what an epoch is."""
+        return self.feed is not None and self.feed.length is not None
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the loader has no batch left in this epoch, as far as its length says."""
+        feed = self.feed
+        if feed is None or feed.length is None:
+            return False
+        return feed.is_last_batch is True or feed.batches >= feed.length
+
+    @property
     def epochs_seen(self) -> int:
         """The number of complete epochs over the loader."""
         return 0 if self.feed is None else self.feed.epoch
@@ -103,6 +116,17 @@ class LoopAdvice:
                 feed.epoch,
                 plan.until_epoch,
             )
+
+    def on_epochs_ended(self, max_steps: int, epochs_done: int, number: int) -> None:
+        """Warn of a loop over epochs that `max_steps` of a loop inside has ended."""
+        _log.warning(
+            "epochs: ended after %d complete epochs of %d, because the loop inside has come to max_steps=%d, which "
+            "counts the steps of the whole run. For more, raise it; for epochs of a fixed number of steps, leave "
+            "max_steps out and give steps() a loader of that length",
+            epochs_done,
+            number,
+            max_steps,
+        )
 
     def on_ended_by_another(self, plan: LoopPlan, global_step: int) -> None:
         """Warn of a loop that stops because another process has come to its end, if this one has more to do."""

@@ -58,8 +58,10 @@ class Session:
         # The number of loops begun in the body of `epochs`; ``None`` outside.
         self._loops_begun: int | None = None
         self._epochs_wanted = 0
-        # Whether a stop has ended a loop before its end, so that the epoch around it is not complete.
+        # Whether a stop or `max_steps` has ended a loop before its end, so that the epoch around it is not complete;
+        # and the `max_steps` that ends the loop over epochs after this body.
         self._is_cut = False
+        self._ended_by: int | None = None
         self._evaluations = 0
         # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
@@ -72,6 +74,8 @@ class Session:
         self.is_left = False
         # The step that was left without training, until it is known that no error has left it.
         self._left_untrained: int | None = None
+        # The step after which the run ends, and the function that asks for the stop there.
+        self._end: tuple[int, Callable[[], None]] | None = None
 
     def steps(
         self,
@@ -99,7 +103,9 @@ class Session:
         Args:
             loader: a loader of the framework, one with ``state_dict``, or any other iterable; a mapping or a sequence
                 of loaders, of which each step gets one batch each; or a function that makes an iterable for each epoch.
-            max_steps: the global step at which the loop ends; steps done before a restart count.
+            max_steps: the global step at which the loop ends; steps done before a restart count. In the body of
+                :meth:`epochs` it also ends the epochs, after this body. Without a loader, or over one without a
+                length, it ends only the epoch, so that ``max_steps=(epoch + 1) * 1000`` is an epoch of 1000 steps.
             epochs: the number of epochs over this loader in all; those before a restart count.
             accumulate: how many batches, each a turn of the loop, make one step; fewer at the end of an epoch.
                 ``is_update`` is true in the last turn of a step: call the optimizer there.
@@ -218,7 +224,7 @@ class Session:
         self.boundary.call_due()
         if not self._begin():
             self._interrupts.raise_if_held()
-            raise StopRequested("stopped before the next step, as the other processes do")
+            raise StopRequested("stopped before the next step: the run ends here, in every process")
         try:
             self.boundary.check_stop()
         except BaseException:
@@ -252,8 +258,12 @@ class Session:
             TypeError: a value is no number, and no tensor of one element; the message names its curve.
         """
         numbers = self._write_summary(values, self.global_step if step is None else step)
-        if self._trace is not None:
-            self._trace_numbers(self._trace, numbers_at_hand(values) if numbers is None else numbers)
+        # A service reports on a timer, at whatever step that is: only what the thread of the steps reports is compared.
+        if self._trace is not None and threading.get_ident() == self.boundary.thread:
+            if numbers is None:
+                numbers = numbers_at_hand(values)
+            is_inside = self.boundary.stepping is not None
+            self._trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside)
 
     @property
     def epoch(self) -> int:
@@ -333,6 +343,12 @@ class Session:
         """Whether a second Ctrl-C has ended the run, so that it waits for nothing."""
         return self._interrupts.is_impatient
 
+    def end_at(self, step: int, ask_stop: Callable[[], None]) -> None:
+        """Begin no step after ``step``, and call ``ask_stop()`` in place of it: the run ends exactly there."""
+        self._end = step, ask_stop
+        if self._gate is not None:
+            self._gate.end_at(max(0, step - self.global_step))
+
     def put_back_with(self, put_back: Callable[[], None]) -> None:
         """Set the function that resets the program's objects to the state that the session was restored with."""
         self._put_back = put_back
@@ -364,13 +380,6 @@ class Session:
             self._interrupts.raise_if_held()
 
     # --- inside ---
-
-    def _trace_numbers(self, trace: StepTrace, numbers: Mapping[str, float]) -> None:
-        thread = threading.get_ident()
-        # A service reports on a timer, at whatever step that is.
-        if thread == self.boundary.thread:
-            is_inside = self.boundary.is_mine
-            trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside=is_inside)
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
@@ -404,18 +413,26 @@ class Session:
     def _epochs(self, number: int) -> Iterator[int]:
         state = self.process_state
         while state.epochs_done < number and not self._must_end(None):
-            self._loops_begun, self._epochs_wanted, self._is_cut = 0, number, False
+            self._loops_begun, self._epochs_wanted, self._is_cut, self._ended_by = 0, number, False, None
             state.begin_epoch()
             try:
                 yield state.epochs_done
             finally:
                 self._loops_begun = None
                 state.leave_epoch()
-            if self._is_cut:
+            if not self._is_cut:
+                self._complete_epoch(number)
+            if self._ends_epochs(number):
                 return
-            self._complete_epoch(number)
         if not self._coord.stop_requested:
             self.total_steps = self.global_step
+
+    def _ends_epochs(self, number: int) -> bool:
+        """Whether a stop or `max_steps` ends the loop over epochs after this body."""
+        done = self.process_state.epochs_done
+        if self._ended_by is not None and done < number:
+            self._advice.on_epochs_ended(self._ended_by, done, number)
+        return self._is_cut or self._ended_by is not None
 
     def _complete_epoch(self, number: int) -> None:
         """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
@@ -438,6 +455,8 @@ class Session:
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
+            if plan.is_sized and self._must_end(plan.max_steps):
+                self._ended_by = plan.max_steps
             if self._gate is not None:
                 self.boundary.rest(self._turn_loop)
                 self._gate.end(boundary.steps)
@@ -537,6 +556,17 @@ class Session:
         if plan.number is not None:
             self.process_state.loops_done = plan.number + 1
 
+    def _note_max_steps(self, plan: LoopPlan, is_empty: bool) -> bool:
+        """Note that `max_steps` has ended a loop in the body of `epochs`; return whether the loop is over.
+
+        It is not over if its epoch has batches left: with a larger `max_steps` a next start goes on with them. Epochs
+        over a loader end with `max_steps`. Where no length says what an epoch is, `max_steps` may be its end.
+        """
+        is_over = not is_empty if not plan.is_sized else plan.is_at_end
+        self._ended_by = plan.max_steps if plan.is_sized or is_empty else None
+        self._is_cut = not is_over
+        return is_over
+
     def _turn_loop(self, plan: LoopPlan | None = None) -> None:
         """Count a loop that has ended, inside the boundary; note its end unless its last step has noted it."""
         if plan is not None:
@@ -555,6 +585,8 @@ class Session:
         if not is_stopped:
             self.total_steps = self.global_step
         is_new_end = plan is not None and not is_over and not is_stopped
+        if plan is not None and is_new_end and plan.number is not None:
+            is_new_end = self._note_max_steps(plan, is_empty)
         self.boundary.rest(functools.partial(self._turn_loop, plan if is_new_end else None), is_last=is_stopped)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
@@ -580,9 +612,16 @@ class Session:
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
-        if self._gate is None and (self._coord.stop_requested or self.boundary.must_stop):
+        if self._gate is None and (self._is_at_end() or self._coord.stop_requested or self.boundary.must_stop):
             return True
         return max_steps is not None and self.global_step >= max_steps
+
+    def _is_at_end(self) -> bool:
+        """Whether the run ends at this step; the stop is asked for then."""
+        if self._end is None or self.global_step < self._end[0]:
+            return False
+        self._end[1]()
+        return True
 
     def _check_stop(self) -> None:
         self.boundary.check_stop()
@@ -595,6 +634,8 @@ class Session:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
+        if self._is_at_end() and self._gate is None:
+            return False
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
         self._enter()

@@ -55,7 +55,8 @@ _NOTE: schema.Kinds = {
 }
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+# EBADF: NFS locks for writing only what is open for writing.
+_UNSUPPORTED = frozenset({errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 class _Held:
@@ -221,7 +222,7 @@ def _lock(logdir: Path) -> _Held:
     if fcntl is None:  # pragma: no cover - Windows
         raise OSError(errno.ENOSYS, "this system has no flock")
     path = logdir / FILE_NAME
-    descriptor = files.open_own(path, os.O_RDWR | os.O_CREAT)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         pid = os.getpid()
@@ -232,6 +233,16 @@ def _lock(logdir: Path) -> _Held:
         os.close(descriptor)
         raise
     return _Held(descriptor, path)
+
+
+def _open(path: Path) -> int:
+    try:
+        return files.open_own(path, os.O_RDWR | os.O_CREAT)
+    except PermissionError:
+        # In a directory that several users may write to, the file may be another one's: reading is enough to lock it.
+        if not os.access(path.parent, os.W_OK):
+            raise
+        return files.open_own(path, os.O_RDONLY)
 
 
 def _describe(descriptor: int, content: bytes) -> None:

@@ -63,6 +63,7 @@ class Boundary:
         self._hold: _Hold | None = None
         self._on_due: Callable[[], int] | None = None
         self._due_at = 0
+        self._after_each: Callable[[], None] | None = None
 
     @property
     def steps(self) -> int:
@@ -140,6 +141,8 @@ class Boundary:
         if self._hold is not None:
             with self._condition:
                 self._condition.notify_all()
+        if self._after_each is not None:
+            self._after_each()
         if self._on_due is not None:
             self._call_if_due(self._on_due)
 
@@ -177,6 +180,10 @@ class Boundary:
         """
         self._due_at = self.steps + max(1, steps)
         self._on_due = callback
+
+    def call_after_each(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` after each step, on its thread, before what is due there."""
+        self._after_each = callback
 
     @contextmanager
     def hold(self, what: str, *, patience_secs: float | None = None, at_most_secs: float = math.inf) -> Iterator[None]:

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from stepguard.coordination.looper import LooperThread
 from stepguard.disk.files import NewFile
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
@@ -202,6 +203,24 @@ class TensorFlowEngine:
         if boundary is not None:
             boundary.stop(main_thread_was_told)
 
+    def end_at(self, session: Any, step: int, ask_stop: Callable[[], None]) -> None:
+        """Read the global step after each run that changes the model. A session that is not ours does not end there.
+
+        Another thread may be in a step meanwhile, so that a program with several may end some steps later.
+        """
+        boundary = _boundary(session)
+        if boundary is None or self._model.global_step is None:
+            _log.warning("this session counts no steps, and does not end at step %d", step)
+            return
+
+        def look() -> None:
+            done = self.step(session)
+            if done is not None and done >= step:
+                ask_stop()
+
+        boundary.call_after_each(look)
+        look()
+
     def call_after_steps(self, session: Any, steps: int, callback: Callable[[], int]) -> None:
         """Count the runs that change the model. A session that is not ours reports no runs."""
         boundary = _boundary(session)
@@ -274,9 +293,12 @@ class TensorFlowEngine:
         return self._plan.non_finite(snapshot)
 
     def checkpoint_name(self, step: int | None) -> str:
-        """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads."""
+        """The saver's own naming: ``model.ckpt-1200``, or zero-padded where the saver pads.
+
+        A step that no name can hold, such as a negative one, is left out.
+        """
         basename = os.path.basename(str(self._save_path))
-        if step is None:
+        if step is None or not 0 <= step < 10**MOST_DIGITS:
             return basename
         padded = getattr(self._model.saver, "_pad_step_number", False)
         return f"{basename}-{step:08d}" if padded else f"{basename}-{step}"
@@ -304,13 +326,17 @@ class TensorFlowEngine:
         if kept and hasattr(self._model.saver, "set_last_checkpoints_with_time"):
             # Checkpoints that the program has saved elsewhere stay on the list, for the saver to prune.
             elsewhere = [(path, 0.0) for path in self._last_checkpoints() if not self._is_in_place(path)]
-            self._model.saver.set_last_checkpoints_with_time([*elsewhere, *kept])
+            # Spelt as the program spells them, so that its saver knows them again.
+            place = os.path.dirname(str(self._save_path))
+            mine = [(os.path.join(place, os.path.basename(path)), time) for path, time in kept]
+            self._model.saver.set_last_checkpoints_with_time([*elsewhere, *mine])
 
     def _last_checkpoints(self) -> list[str]:
         return list(getattr(self._model.saver, "last_checkpoints", ()))
 
     def _is_in_place(self, path: str) -> bool:
-        return os.path.dirname(path) == os.path.dirname(str(self._save_path))
+        # The same directory may be written as "logs" and as "./logs".
+        return os.path.abspath(os.path.dirname(path)) == os.path.abspath(os.path.dirname(str(self._save_path)))
 
     def _meta_bytes(self) -> bytes:
         # The graph is finalised, so one export is enough, unless the program un-finalises it and goes on building.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from stepguard.engine import StepTrace
 from stepguard.steps.digests import array_bytes, digest
 from stepguard.steps.random_streams import RandomStreams
@@ -12,6 +14,7 @@ from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.scalars import of_run
 
 _MOST_FEEDS = 16
+_MOST_NAMES = 4096
 
 
 class RunTrace:
@@ -24,7 +27,9 @@ class RunTrace:
     def __init__(self, trace: StepTrace, boundary: Boundary, step: int) -> None:
         self._trace = trace
         self._boundary = boundary
-        self._wants_digests = trace.wants_digests
+        self.wants_digests = trace.wants_digests
+        # The names of fetches by their ids, with the fetches, so that no id is reused: TensorFlow makes them up anew.
+        self._names: dict[int, tuple[Any, str]] = {}
         self._streams = RandomStreams()
         self._before = 0
         self.count_from(step)
@@ -36,20 +41,46 @@ class RunTrace:
     def ran(self, fetches: Any, result: Any, feeds: Any) -> None:
         """Tell of a run that has just ended."""
         step = self._before + self._boundary.steps - 1
-        if self._wants_digests:
+        if self.wants_digests:
             self._trace.digests(step, 0, self._digests(feeds), source="the feeds" if feeds else "")
-        if result is not None:
-            self.report(of_run(fetches, result), step)
-
-    def report(self, numbers: Mapping[str, float], step: int | None = None) -> None:
-        """Tell of numbers that the program has computed: those of ``step``, by default between two runs."""
+        numbers = self._scalars(fetches, result)
         if numbers:
-            now = self._before + self._boundary.steps
-            self._trace.numbers(now if step is None else step, 0, numbers, is_inside=step is not None)
+            self._trace.numbers(step, 0, numbers)
+
+    def report(self, numbers: Mapping[str, float]) -> None:
+        """Tell of numbers that the program has computed between two runs."""
+        if numbers:
+            self._trace.numbers(self._before + self._boundary.steps, 0, numbers, False)
 
     def saved(self, checkpoint_step: int) -> None:
         """Tell that a checkpoint is being taken. Inside the boundary."""
         self._trace.saved(self._before + self._boundary.steps, checkpoint_step)
+
+    def _scalars(self, fetches: Any, result: Any) -> dict[str, float]:
+        """As :func:`of_run`, and fast for what training loops fetch: a list or a dictionary of tensors."""
+        kind = type(result)
+        if kind is list and type(fetches) in (list, tuple) and len(fetches) == len(result):
+            pairs = zip(fetches, result, strict=True)
+        elif kind is dict and type(fetches) is dict:
+            pairs = zip(fetches.values(), result.values(), strict=True)
+        else:
+            pairs = zip((fetches,), (result,), strict=True)
+        found: dict[str, float] = {}
+        names = self._names
+        for fetch, value in pairs:
+            if type(value) is np.float32:
+                known = names.get(id(fetch))
+                found[self._new_name(fetch) if known is None else known[1]] = value  # type: ignore[assignment]
+            elif value is not None:
+                found.update(of_run(fetch, value))
+        return found
+
+    def _new_name(self, fetch: Any) -> str:
+        if len(self._names) >= _MOST_NAMES:
+            self._names.clear()
+        name = str(getattr(fetch, "name", fetch))
+        self._names[id(fetch)] = fetch, name
+        return name
 
     def _digests(self, feeds: Any) -> dict[str, int]:
         """Digests of Python's and NumPy's random states, and of what was fed."""

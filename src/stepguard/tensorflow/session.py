@@ -48,10 +48,8 @@ class Session(tf.compat.v1.Session):
         self._not_joined: Callable[[], AbstractContextManager[None]] = nullcontext
         # The threads that are inside `_waiting`.
         self._waits: set[int] = set()
-        # look_at(needed, fetches, result, feeds) shows the NaN guard and the trace the result of a step that ran
-        # `needed`.
-        self._look_at: Callable[..., Any] | None = None
-        self._watch: ValueWatch | None = None
+        # look_at(needed, fetches, result) shows the NaN guard the result of a step that ran `needed`.
+        self._look_at: Callable[[Any, Any, Any], Any] | None = None
         self._trace: RunTrace | None = None
         self.recovered: Recovery | None = None
         """The result of the search for a checkpoint during preparation; ``None`` if there was no search."""
@@ -80,49 +78,31 @@ class Session(tf.compat.v1.Session):
         self._boundary = None
         self._before_close = None
         self._around_save = None
+        self._trace = None
         self._unwatch_values()
 
     def watch_values(self, watch: ValueWatch) -> None:
-        """Show ``watch`` the scalars that each step returns."""
-        self._watch = watch
-        self._look_at_steps()
-
-    def trace_with(self, trace: RunTrace) -> None:
-        """Tell ``trace`` of each step."""
-        self._trace = trace
-        self._look_at_steps()
-
-    @property
-    def trace(self) -> RunTrace | None:
-        """Where the steps are told; ``None`` if nowhere."""
-        return self._trace
-
-    def _look_at_steps(self) -> None:
-        """Show the guard and the trace each step.
+        """Show ``watch`` the scalars that each step returns.
 
         This replaces methods of this one object, so that a session that is not watched pays nothing for its steps.
         """
-        self._restore_methods()
+        self._unwatch_values()
         run, partial_run, make_callable = self.run, self.partial_run, self.make_callable
-        watch, trace = self._watch, self._trace
 
-        def look_at(needed: Any, fetches: Any, result: Any, feeds: Any = None) -> Any:
+        def look_at(needed: Any, fetches: Any, result: Any) -> Any:
             boundary = self._boundary
-            if boundary is not None and boundary.is_step(needed):
-                if trace is not None:
-                    trace.ran(fetches, result, feeds)
-                if watch is not None and watch.look(of_run(fetches, result)):
-                    watch.settle()
+            if boundary is not None and boundary.is_step(needed) and watch.look(of_run(fetches, result)):
+                watch.settle()
             return result
 
-        def looked_at(fetches: Any, result: Any, feeds: Any = None) -> Any:
-            return look_at(fetches, fetches, result, feeds)
+        def looked_at(fetches: Any, result: Any) -> Any:
+            return look_at(fetches, fetches, result)
 
         def watched_run(fetches: Any, feed_dict: Any = None, options: Any = None, run_metadata: Any = None) -> Any:
-            return looked_at(fetches, run(fetches, feed_dict, options, run_metadata), feed_dict)
+            return looked_at(fetches, run(fetches, feed_dict, options, run_metadata))
 
         def watched_partial_run(handle: Any, fetches: Any, feed_dict: Any = None) -> Any:
-            return looked_at(fetches, partial_run(handle, fetches, feed_dict), feed_dict)
+            return looked_at(fetches, partial_run(handle, fetches, feed_dict))
 
         def watched_make_callable(fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Any:
             function = make_callable(fetches, feed_list, accept_options)
@@ -132,11 +112,16 @@ class Session(tf.compat.v1.Session):
         self._look_at = look_at
         self.__dict__.update(run=watched_run, partial_run=watched_partial_run, make_callable=watched_make_callable)
 
-    def _unwatch_values(self) -> None:
-        self._watch = self._trace = None
-        self._restore_methods()
+    def trace_with(self, trace: RunTrace) -> None:
+        """Tell ``trace`` of each step."""
+        self._trace = trace
 
-    def _restore_methods(self) -> None:
+    @property
+    def trace(self) -> RunTrace | None:
+        """Where the steps are told; ``None`` if nowhere."""
+        return self._trace
+
+    def _unwatch_values(self) -> None:
         self._look_at = None
         for name in ("run", "partial_run", "make_callable"):
             self.__dict__.pop(name, None)
@@ -160,9 +145,13 @@ class Session(tf.compat.v1.Session):
             return super().run(fetches, feed_dict, options, run_metadata)
         boundary.enter(fetches)
         try:
-            return super().run(fetches, feed_dict, options, run_metadata)
+            result = super().run(fetches, feed_dict, options, run_metadata)
         finally:
             boundary.leave()
+        trace = self._trace
+        if trace is not None and (result is not None or trace.wants_digests):
+            trace.ran(fetches, result, feed_dict)
+        return result
 
     def _run_marked(self, boundary: Boundary, fetches: Any, feed_dict: Any, options: Any, run_metadata: Any) -> Any:
         if not boundary.is_step(fetches):
@@ -189,16 +178,21 @@ class Session(tf.compat.v1.Session):
             return super().partial_run(handle, fetches, feed_dict)
         boundary.enter(fetches)
         try:
-            return super().partial_run(handle, fetches, feed_dict)
+            result = super().partial_run(handle, fetches, feed_dict)
         finally:
             boundary.leave()
+        if self._trace is not None:
+            self._trace.ran(fetches, result, feed_dict)
+        return result
 
     def make_callable(self, fetches: Any, feed_list: Any = None, accept_options: bool = False) -> Callable[..., Any]:
         """A function that runs ``fetches``, as ``tf.compat.v1.Session.make_callable`` does."""
         taken = gradients_taken(self.graph, fetches) if self.is_local and not feed_list else []
         if taken:
             return self._aggregating(fetches, taken)
-        return self._marked(fetches, super().make_callable(fetches, feed_list, accept_options))
+        function = super().make_callable(fetches, feed_list, accept_options)
+        # With feeds the function calls `run`, which marks and tells the step.
+        return self._marked(fetches, function, None if feed_list else fetches)
 
     def _aggregating(self, fetches: Any, taken: list[Any]) -> Callable[..., Any]:
         """A function that runs ``fetches``, which need the gradients ``taken`` from accumulators."""
@@ -239,7 +233,7 @@ class Session(tf.compat.v1.Session):
     def _make_callable_from_options(self, callable_options: Any) -> Callable[..., Any]:
         """A function that runs the elements named in ``callable_options``; Keras runs its steps by it."""
         fetched, needed = self._elements(callable_options)
-        function = self._marked(needed, super()._make_callable_from_options(callable_options))
+        function = self._marked(needed, super()._make_callable_from_options(callable_options), fetched)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
@@ -252,8 +246,8 @@ class Session(tf.compat.v1.Session):
         fetched = [self.graph.as_graph_element(name) for name in options.fetch]
         return fetched, [*fetched, *(self.graph.as_graph_element(name) for name in options.target)]
 
-    def _marked(self, fetches: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``function``, which runs ``fetches``, so that its steps are marked."""
+    def _marked(self, fetches: Any, function: Callable[..., Any], returned: Any) -> Callable[..., Any]:
+        """Wrap ``function``, which runs ``fetches``, so that its steps are marked, and what it returns is told."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             boundary = self._boundary
@@ -261,9 +255,12 @@ class Session(tf.compat.v1.Session):
                 return function(*args, **kwargs)
             boundary.enter(fetches)
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
             finally:
                 boundary.leave()
+            if self._trace is not None and returned is not None:
+                self._trace.ran(returned, result, None)
+            return result
 
         return call
 

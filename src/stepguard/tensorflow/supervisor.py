@@ -25,23 +25,36 @@ from stepguard.tensorflow.events import TensorFlowEvents, open_writer
 from stepguard.tensorflow.session import Session
 from stepguard.tensorflow.session_manager import SessionManager
 from stepguard.tensorflow.subclassing import Subclassable, is_same, refuse_names
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
 _v1 = tf.compat.v1
 
+_MAX_WAIT_SECS = 7200
 
 # The attributes that the core needs as long as the Supervisor lives; a subclass must not set them.
 _CORE = (
+    "_built_from",
+    "_built_in",
     "_engine",
     "_events",
+    "_everyones_logdir",
+    "_given_options",
     "_guard",
+    "_has_summaries",
+    "_life",
     "_observer",
     "_options",
+    "_own_manager",
+    "_own_writer",
+    "_saved_plan",
+    "_saved_store",
     "_saving",
     "_store",
     "_tensorflow",
     "_tensorflow_events",
+    "_worker_role",
 )
 
 
@@ -138,6 +151,9 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            tf.config.experimental.enable_op_determinism()
         refuse(
             saving,
             "max_to_keep",
@@ -286,11 +302,16 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             role=arguments.worker_role(),
         )
         self._built_from = parts
-        self._built = {name: vars(self)[name] for name in _CORE}
+        self._core_as_built = {name: vars(self)[name] for name in _CORE}
+
+    def _refuse_changes(self) -> None:
+        """Refuse attributes of the core that a subclass or the program has set. Raises TypeError."""
+        built = self._core_as_built
+        refuse_names(type(self), sorted(name for name in built if vars(self)[name] is not built[name]))
 
     def _take_changes(self) -> None:
         """Use the attributes that a subclass or the program has set since the last session."""
-        refuse_names(type(self), sorted(name for name in self._built if vars(self)[name] is not self._built[name]))
+        self._refuse_changes()
         parts = self._parts()
         if is_same(parts, self._built_from):
             return
@@ -367,7 +388,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         master: str = "",
         config: Any = None,
         wait_for_checkpoint: bool = False,
-        max_wait_secs: float | None = 7200,
+        max_wait_secs: float | None = _MAX_WAIT_SECS,
         start_standard_services: bool = True,
     ) -> Any:
         """A session on ``master`` with a ready model. The chief restores or initialises it; a worker waits for that.
@@ -433,7 +454,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         start_standard_services: bool = True,
         close_summary_writer: bool = True,
         *,
-        max_wait_secs: float | None = 7200,
+        max_wait_secs: float | None = _MAX_WAIT_SECS,
     ) -> AbstractContextManager[Any]:
         """A context that returns a prepared session. The end of its block ends the run.
 
@@ -447,15 +468,15 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             close_summary_writer: whether to close the summary writer at the end.
             max_wait_secs: keyword only; how long to wait for the model, in seconds.
         """
+        # Like TensorFlow's class, so that a subclass may override the method with fewer arguments.
+        others: dict[str, Any] = {} if max_wait_secs == _MAX_WAIT_SECS else {"max_wait_secs": max_wait_secs}
 
         def open_session() -> Any:
             return self.prepare_or_wait_for_session(
-                master=master,
-                config=config,
-                max_wait_secs=max_wait_secs,
-                start_standard_services=start_standard_services,
+                master=master, config=config, start_standard_services=start_standard_services, **others
             )
 
+        self._refuse_changes()
         return self.managed(open_session, close_summary_writer=close_summary_writer)
 
     def start_queue_runners(self, sess: Any, queue_runners: Iterable[Any] | None = None) -> list[threading.Thread]:

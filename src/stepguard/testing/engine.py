@@ -35,6 +35,7 @@ from stepguard.steps.interrupts import InterruptHold
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.supervisor import Supervisor
 from stepguard.testing.events import RecordedEvents
+from stepguard.watching import trial
 
 ENGINE = "fake"
 _STATE_FILE = "state.json"
@@ -59,6 +60,7 @@ class FakeSession:
         self.watch: ValueWatch | None = None
         self.trace: StepTrace | None = None
         self.before_close: Callable[[], None] | None = None
+        self.end: tuple[int, Callable[[], None]] | None = None
 
     def run_step(self) -> None:
         """Run one training step."""
@@ -67,7 +69,7 @@ class FakeSession:
                 self.values[index] += 1
             if self.trace is not None:
                 self.trace.numbers(self.step, 0, {"loss": self.loss})
-        self.report(self.loss)
+        self._show(self.loss)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -78,6 +80,7 @@ class FakeSession:
         """
         self.boundary.enter()
         try:
+            self.check_end()
             self.boundary.check_stop()
         except StopRequested:
             self.boundary.leave(is_done=False)
@@ -93,8 +96,19 @@ class FakeSession:
         # Raise a Ctrl-C that came during the step.
         self.interrupts.raise_if_held()
 
+    def check_end(self) -> None:
+        """Ask for a stop, and raise StopRequested, if the run ends at this step."""
+        if self.end is not None and self.step >= self.end[0]:
+            self.end[1]()
+            raise StopRequested(f"the run ends at step {self.step}")
+
     def report(self, loss: float) -> None:
         """Report a number that the program has computed, between two steps."""
+        if self.trace is not None:
+            self.trace.numbers(self.step, 0, {"loss": loss}, is_inside=False)
+        self._show(loss)
+
+    def _show(self, loss: float) -> None:
         if self.watch is not None and self.watch.look({"loss": loss}):
             self.watch.settle()
 
@@ -187,6 +201,10 @@ class FakeEngine:
         """Make the next step raise."""
         session.boundary.stop(main_thread_was_told)
 
+    def end_at(self, session: FakeSession, step: int, ask_stop: Callable[[], None]) -> None:
+        """Have the session raise there."""
+        session.end = step, ask_stop
+
     def call_after_steps(self, session: FakeSession, steps: int, callback: Callable[[], int]) -> None:
         """Have the boundary count the steps and call back."""
         session.boundary.call_after_steps(steps, callback)
@@ -269,6 +287,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")
         for_parts = ("hyperparameters", "only", "leave_out", "init_from", "init_fit")
         refuse(restoring, *for_parts, because="the fake engine's model has no parts")

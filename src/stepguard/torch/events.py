@@ -6,15 +6,18 @@ import contextlib
 import errno
 import itertools
 import os
+import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from stepguard.torch.random_states import STREAMS
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -31,6 +34,8 @@ def open_writer(logdir: str) -> Any:
     # The import draws random numbers, and so does the import of TensorFlow, which tensorboard loads if it is installed.
     # Without `preserved`, a program that has seeded its streams would train differently under a supervisor.
     with STREAMS.preserved():
+        if trial.current() is not None:
+            _leave_tensorflow_out()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -39,6 +44,14 @@ def open_writer(logdir: str) -> Any:
         # The names of event files count whole seconds: the suffix keeps two of them apart.
         options = {"log_dir": logdir, "filename_suffix": f".{os.getpid()}.{next(_opened)}"}
         return _late(SummaryWriter, _storage_errors())(**options)
+
+
+def _leave_tensorflow_out() -> None:
+    """Have tensorboard use its own small file layer, for a local directory, instead of TensorFlow if that is installed.
+
+    A trial starts the program many times, and the import of TensorFlow takes longer than all of its steps.
+    """
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
 
 def _late(kind: type[Any], storage_errors: tuple[type[BaseException], ...]) -> type[Any]:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.errors import LogdirInUseError, described
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
@@ -24,6 +26,7 @@ from stepguard.torch.distributed.world import world
 from stepguard.torch.engine import TorchEngine
 from stepguard.torch.events import TorchEvents, open_writer
 from stepguard.torch.session import Session
+from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -109,6 +112,10 @@ class Supervisor(CoreSupervisor[Session]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         refuse(
             watching,
             "peer_timeout_secs",

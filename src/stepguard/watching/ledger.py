@@ -19,13 +19,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from stepguard.disk import files, schema
 from stepguard.watching import history
+from stepguard.watching.redaction import without_secrets
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -67,10 +68,6 @@ _KINDS: schema.Kinds = {
 }
 
 _ARCHIVE = re.compile(r"run\.([0-9]{1,9})\.jsonl")
-_SECRET = re.compile(r"(?:token|key|password|passwd|passphrase|pwd|secret|credentials?|auth)$", re.IGNORECASE)
-_OPTION = re.compile(r"(-{0,2})([A-Za-z_][\w.:+-]*)(=.*)?", re.DOTALL)
-_USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
-_HIDDEN = "***"
 
 
 class Ledger:
@@ -126,27 +123,6 @@ class Ledger:
         files.move(self.path, archive)
         files.append_lines(self.path, b"".join(map(encode, lines)), durable=True)
         files.fsync_dir(self.path.parent)
-
-
-def without_secrets(argv: Sequence[Any]) -> list[str]:
-    """The arguments of a program, without the values of those whose names end like that of a secret (``--api-key``,
-    ``HF_TOKEN=...``), and without users and passwords in addresses.
-    """
-    shown = []
-    is_value = False
-    for one in map(str, argv):
-        match = _OPTION.fullmatch(one)
-        is_secret = match is not None and _SECRET.search(match.group(2)) is not None
-        if is_value and not one.startswith("--"):
-            shown.append(_HIDDEN)
-            is_value = False
-        elif match is not None and is_secret and match.group(3) is not None:
-            shown.append(f"{match.group(1)}{match.group(2)}={_HIDDEN}")
-            is_value = False
-        else:
-            shown.append(_USER_IN_URL.sub(rf"\1{_HIDDEN}@", one))
-            is_value = match is not None and is_secret and bool(match.group(1))
-    return shown
 
 
 def encode(line: Mapping[str, Any]) -> bytes:

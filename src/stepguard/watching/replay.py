@@ -129,7 +129,7 @@ class Replay:
             *self._other_settings(moment),
             *(one for one in trace.differences(then, now) if one.kind != "settings"),
         ]
-        measured = {one.name for one in found if one.kind == "numbers" and _MEASURED.search(one.name)}
+        measured = {one.name for one in found if is_measured(one)}
         found = [one for one in found if one.name not in measured]
         self.measured.update(dict.fromkeys(sorted(measured)))
         if not found and not names:
@@ -176,3 +176,8 @@ def _newest(step: Step) -> dict[str, float]:
 def _processes(before: Sequence[Item], otherwise: int) -> int:
     """The number of processes of the newest start."""
     return next((one.processes for one in reversed(before) if isinstance(one, Start)), otherwise)
+
+
+def is_measured(one: Difference) -> bool:
+    """Whether this number is measured, such as a time, so that it differs between two runs that are the same."""
+    return one.kind == "numbers" and _MEASURED.search(one.name) is not None

@@ -64,7 +64,7 @@ class StepRecorder(Part):
 
     # --- what the session tells ---
 
-    def numbers(self, step: int, epochs: int, values: Mapping[str, float], *, is_inside: bool = True) -> None:
+    def numbers(self, step: int, epochs: int, values: Mapping[str, float], is_inside: bool = True) -> None:
         """Record numbers that the program has reported."""
         step += self._offset
         self._writer.add(NUMBERS, step, epochs, values, 0 if is_inside else 1)

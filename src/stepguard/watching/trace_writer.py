@@ -11,12 +11,13 @@ once a second. A kill leaves whole records, and at most one that is cut short, w
 from __future__ import annotations
 
 import errno
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from zlib import crc32
 
 from stepguard.disk import files
 from stepguard.disk.files import AppendedFile
@@ -31,10 +32,10 @@ _MOST_SHAPES = 4096
 _MAY_PASS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    number: int
-    pack: Callable[..., bytes]
+_Shape = tuple[int, Callable[..., bytes]]
+"""The number of a shape, and the function that packs its records."""
+
+_packed_crc = struct.Struct("<I").pack
 
 
 class TraceWriter:
@@ -81,11 +82,18 @@ class TraceWriter:
 
     def add(self, kind: int, step: int, epochs: int, values: Mapping[str, float], between: int = 0) -> None:
         """Append values of one moment; ``kind`` is one of ``trace.VALUES``, ``between`` 1 for between two steps."""
+        # Every step may come here: what would read better as calls of functions is written out.
         shape = self._shapes[kind].get(tuple(values))
         if shape is None:
             self._add_new(kind, step, epochs, values, between)
             return
-        record = trace.with_checksum(shape.pack(kind, between, shape.number, epochs, step, *values.values()))
+        number, pack = shape
+        if len(values) == 1:
+            (value,) = values.values()
+            body = pack(kind, between, number, epochs, step, value)
+        else:
+            body = pack(kind, between, number, epochs, step, *values.values())
+        record = body + _packed_crc(crc32(body))
         file = self._file
         if file is None:
             self._wait(record)
@@ -141,7 +149,7 @@ class TraceWriter:
         with self._lock:
             known = sum(map(len, self._shapes.values()))
             if names not in self._shapes[kind] and known < _MOST_SHAPES:
-                shape = _Shape(known, trace.packing(kind, len(names)))
+                shape = known, trace.packing(kind, len(names))
                 self._put(trace.encoded_shape(known, names))
                 self._shapes[kind][names] = shape
             elif names not in self._shapes[kind]:
@@ -179,7 +187,7 @@ class TraceWriter:
     def _put_shapes(self, file: AppendedFile) -> None:
         for shapes in self._shapes.values():
             for names, shape in shapes.items():
-                file.append(trace.encoded_shape(shape.number, names))
+                file.append(trace.encoded_shape(shape[0], names))
 
     def _begin_next_file(self) -> None:
         with self._lock:

@@ -65,6 +65,7 @@ Exit codes:
     show_default=True,
     help="Seconds that processes left behind by a program that has failed may take to stop.",
 )
+@click.option("--announcements", type=click.Path(exists=True, file_okay=False, path_type=Path), hidden=True)
 @click.argument("program", metavar="[--] PROGRAM [ARGUMENTS]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def command(
@@ -74,6 +75,7 @@ def command(
     first_delay_secs: float,
     longest_delay_secs: float,
     grace_secs: float,
+    announcements: Path | None,
     program: tuple[str, ...],
 ) -> None:
     """Start PROGRAM, and start it again after a crash, with growing delays in between.
@@ -88,7 +90,9 @@ def command(
     """
     began = time.time()
     restarts = Restarts(most=max_restarts, first_delay_secs=first_delay_secs, longest_delay_secs=longest_delay_secs)
-    launcher = Launcher(program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say)
+    launcher = Launcher(
+        program, logdir=logdir, restarts=restarts, grace_secs=grace_secs, say=_say, announcements=announcements
+    )
     exit_code = launcher.run()
     _say(_summary(exit_code, launcher.request, restarts.done, time.time() - began, launcher.histories()))
     context.exit(exit_code)

@@ -8,6 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +63,8 @@ class Launcher:
         logdir: where its run leaves its files; ``None`` waits for the program to announce it.
         restarts: decides after each crash.
         grace_secs: how long the processes that the program has left behind may take to stop.
+        announcements: the directory in which the program announces its logdir, for another who wants to know it; by
+            default one that is removed at the end.
         say: prints a line for the person who watches.
     """
 
@@ -73,11 +76,13 @@ class Launcher:
         restarts: Restarts,
         grace_secs: float,
         say: Callable[[str], None],
+        announcements: Path | None = None,
     ) -> None:
         self._argv = list(argv)
         self._logdir = logdir
         self._restarts = restarts
         self._grace_secs = grace_secs
+        self._announcements = announcements
         self._say = say
         self._processes = Processes()
         self._signals = SignalQueue()
@@ -91,7 +96,7 @@ class Launcher:
 
     def run(self) -> int:
         """The exit code: the program's own last one, 128 + n for signal n, or `CRASH_LOOP_EXIT`."""
-        with self._signals, TemporaryDirectory(prefix="stepguard-run-", ignore_cleanup_errors=True) as announcements:
+        with self._signals, self._place_of_announcements() as announcements:
             self._logdirs = LaunchedLogdirs(self._logdir, Path(announcements))
             environment = {**os.environ, launcher_link.LAUNCHER_DIR: announcements}
             while True:
@@ -101,6 +106,11 @@ class Launcher:
                     return ended
                 if (exit_code := self._exit_code(ended)) is not None:
                     return exit_code
+
+    def _place_of_announcements(self) -> AbstractContextManager[str]:
+        if self._announcements is not None:
+            return nullcontext(os.fspath(self._announcements))
+        return TemporaryDirectory(prefix="stepguard-run-", ignore_cleanup_errors=True)
 
     @property
     def request(self) -> str | None:
@@ -162,6 +172,9 @@ class Launcher:
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
                 # The terminal has already sent the signal to the program.
                 send(pid, received.number)
+                if received.number in STOPS:
+                    # A program that is suspended could not obey.
+                    send(pid, signal.SIGCONT)
         return code
 
     def _is_first_request(self) -> bool:
@@ -250,7 +263,8 @@ class Launcher:
         if why is CRASH_LOOP:
             self._say(
                 f"crash loop, not started again: {SAME_FAILURES} starts in a row made no progress and ended in the "
-                f"same way ({ended.failure}); mend that, and start it again:\n  {shlex.join(self._argv)}"
+                f"same way ({ended.failure}); mend that, and start it again:\n  "
+                f"{printable(shlex.join(self._argv))}"
             )
         else:
             done = output.counted(self._restarts.done, "restart")

@@ -35,10 +35,12 @@ class Processes:
         *,
         environment: Mapping[str, str],
         stderr: int,
+        stdout: int | None = None,
         has_own_group: bool,
         in_child: Callable[[], None],
     ) -> int:
-        """Start a program and return its pid. ``in_child`` is called in the new process before the program.
+        """Start a program and return its pid. ``in_child`` is called in the new process before the program. Its
+        standard output is that of this process unless ``stdout`` is given.
 
         Raises:
             OSError: there is no such program, or it cannot be executed.
@@ -56,7 +58,7 @@ class Processes:
 
         # Pids are reused: an orphan that ended earlier may have had the pid that this program gets.
         self._ended.clear()
-        process = subprocess.Popen(argv, env=environment, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
+        process = subprocess.Popen(argv, env=environment, stdout=stdout, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
         # `reap` collects the exit code; this keeps the object from waiting for it as well.
         process.returncode = 0
         return process.pid
@@ -76,6 +78,10 @@ class Processes:
         """The exit code of a child, negative for the signal that ended it; None while it runs."""
         self.reap()
         return self._ended.get(pid)
+
+    def descendants(self) -> list[int]:
+        """All running descendants of this process, parents before their children; on Linux only."""
+        return _descendants(os.getpid(), -1)
 
     def orphans(self, known: int) -> list[int]:
         """The children that this process has inherited, without ``known``."""

@@ -68,9 +68,7 @@ class Relay:
     def last_lines(self) -> list[str]:
         """The last lines that were passed on, without blank lines, colours and progress bars."""
         length = int.from_bytes(self._kept[:_LENGTH_BYTES], "little")
-        text = self._kept[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
-        lines = (_without_progress(line.rstrip("\r")) for line in _ESCAPES.sub("", text).split("\n"))
-        return [line.rstrip() for line in lines if line.strip()]
+        return without_noise(self._kept[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
     def _run(self, reader: int) -> None:
         # A session of its own gets no signals of the terminal. Standard input and output are closed because others may
@@ -85,6 +83,13 @@ class Relay:
             self._kept[_LENGTH_BYTES : _LENGTH_BYTES + len(kept)] = kept
             self._kept[:_LENGTH_BYTES] = len(kept).to_bytes(_LENGTH_BYTES, "little")
             _write(self._target, block)
+
+
+def without_noise(printed: bytes) -> list[str]:
+    """The lines of what a program has printed, without blank lines, colours and progress bars."""
+    text = printed.decode("utf-8", "replace")
+    lines = (_without_progress(line.rstrip("\r")) for line in _ESCAPES.sub("", text).split("\n"))
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def _without_progress(line: str) -> str:

@@ -153,6 +153,10 @@ def _return(event: _Event) -> _Told:
     return f"the NaN guard went back {steps}: {event.get('reason')}", BAD
 
 
+def _replay(event: _Event) -> _Told:
+    return str(event.get("message")), {"same": GOOD, "differs": BAD}.get(str(event.get("outcome")), PLAIN)
+
+
 def _hang(event: _Event) -> _Told:
     killed = ", and was killed" if event.get("ended") else ""
     return f"no step for {_secs(event.get('secs') or 0)}{killed}; the stacks are in {event.get('stacks')}", BAD
@@ -208,6 +212,7 @@ _TELLERS: Mapping[str, Callable[[_Event], _Told]] = {
     "checkpoint": _checkpoint,
     "warning": _warning,
     "return": _return,
+    "replay": _replay,
     "hang": _hang,
     "stop": _stop,
     "launch": _launch,

@@ -17,6 +17,8 @@ _MODULES = {
     "torch": "stepguard.torch.checkpoint.tensors",
     "jax": "stepguard.orbax_files.tensors",
 }
+ENGINES = tuple(_MODULES)
+"""The engines whose tensors can be read."""
 
 
 def read_tensors(one: ListedCheckpoint) -> Iterator[SavedTensor]:

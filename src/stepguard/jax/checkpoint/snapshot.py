@@ -23,6 +23,7 @@ import numpy as np
 
 from stepguard.errors import CheckpointError
 from stepguard.jax.checkpoint.tree import Leaf, flatten
+from stepguard.steps.gate import Moment
 
 Index = tuple[tuple[int, int], ...]
 
@@ -69,6 +70,8 @@ class JaxSnapshot:
     parts: Sequence[Part]
     process: Mapping[str, Any]
     nbytes: int
+    # How far the processes were; None without others.
+    moment: Moment | None
     # Frees the memory of the copies, for the next snapshot, when the snapshot is no longer referenced.
     lease: object = None
     written: str | None = None
@@ -155,7 +158,13 @@ class _Lease:
 
 
 def take(
-    state: Any, step: int, process: Mapping[str, Any], donations: Donations, memory: HostMemory, rank: int = 0
+    state: Any,
+    step: int,
+    process: Mapping[str, Any],
+    donations: Donations,
+    memory: HostMemory,
+    rank: int = 0,
+    moment: Moment | None = None,
 ) -> JaxSnapshot:
     """The state of the step that has just ended. Called inside the boundary.
 
@@ -174,7 +183,7 @@ def take(
             parts.append(Part(len(leaves), index, data))
         leaves.append(saved)
     nbytes = sum(part.data.nbytes for part in parts)
-    return JaxSnapshot(step, leaves, flat.static, flat.empty, parts, process, nbytes, lease)
+    return JaxSnapshot(step, leaves, flat.static, flat.empty, parts, process, nbytes, moment, lease)
 
 
 def _described(leaf: Leaf, rank: int) -> tuple[SavedLeaf, list[tuple[Index, Any]]]:

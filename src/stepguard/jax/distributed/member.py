@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,20 @@ _log = logger(__name__)
 _PART = "part"
 
 
+@dataclass(frozen=True, slots=True)
+class JaxPart:
+    """The shards of one process, its random streams and its positions in the data, at one moment."""
+
+    moment: Moment
+    steps: int
+    snapshot: JaxSnapshot
+
+
 class JaxMember(SessionMember):
-    """Holds the part of the last snapshot that belongs to this process. Without ``root`` the process has no logdir."""
+    """Takes and writes the part of a checkpoint that belongs to this process.
+
+    Without ``root`` the process has no logdir. ``is_watched`` says whether the values that are saved must be finite.
+    """
 
     def __init__(
         self, coord: Coordinator, session: Session, root: Path | None, rank: int, is_watched: Callable[[], bool]
@@ -42,27 +54,21 @@ class JaxMember(SessionMember):
         self._root = root
         self._rank = rank
         self._memory = HostMemory()
-        self._taken: JaxSnapshot | None = None
-        # Whether the values that are saved must be finite.
         self._is_watched = is_watched
 
-    def take_state(self) -> Moment:
+    def take_part(self) -> JaxPart:
         """Take this process's shards, random streams and positions in the data."""
         session = self._jax_session
         with session.boundary.hold("a checkpoint"):
-            moment = self.moment()
             session.donations.look_again()
             process = {"global_step": session.global_step, **session.process_state.capture()}
-            # First, so that the memory of the last one is free.
-            self._taken = None
-            self._taken = take(session.state, session.global_step, process, session.donations, self._memory, self._rank)
-        return moment
+            taken = take(session.state, session.global_step, process, session.donations, self._memory, self._rank)
+            return JaxPart(self.moment(), self.steps_done(), taken)
 
-    def write_part(self, messages: PartMessages, place: str, held: AbstractContextManager[None]) -> None:
+    def write_part(self, messages: PartMessages, place: str, part: Callable[[], JaxPart]) -> None:
         """Write the files of this process into ``place`` below the logdir, and send their digests to the chief."""
         try:
-            with held:
-                written = self._write((self._root or Path()) / place)
+            written = self._write((self._root or Path()) / place, part().snapshot)
             messages.answer(_PART, json.dumps(written).encode())
         except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
             _log.warning("the part of process %d was not written: %s", self._rank, described(error))
@@ -72,9 +78,7 @@ class JaxMember(SessionMember):
                 # The store has ended with the process that hosts it, and a launcher is about to end this process too.
                 _log.debug("the chief could not be told", exc_info=True)
 
-    def _write(self, directory: Path) -> Mapping[str, Any]:
-        taken = self._taken
-        assert taken is not None
+    def _write(self, directory: Path, taken: JaxSnapshot) -> Mapping[str, Any]:
         if not directory.is_dir():
             # An OSError, so that the chief tries again: a network file system may show the directory late.
             raise FileNotFoundError(

@@ -116,8 +116,8 @@ def _fitting(part: Component, found: Mapping[str, Any], options: Restoring) -> A
     ]
     if options.init_fit == "whole" or not taken:
         raise CheckpointMismatchError(
-            f"init_from={options.init_from!r} does not fit this program: {reasons}. Nothing was changed; "
-            f"Restoring(init_fit='part') takes what fits",
+            f"init_from={options.init_from!r} does not fit this program: {reasons}. Nothing was changed. "
+            f"{_way_out(taken, found, live)}",
             missing=reasons.missing,
             unexpected=reasons.unexpected,
             reshaped=reasons.reshaped,
@@ -133,3 +133,15 @@ def _fitting(part: Component, found: Mapping[str, Any], options: Restoring) -> A
     )
     live.update({key: found[key] for key in taken})
     return live
+
+
+def _way_out(taken: list[str], found: Mapping[str, Any], live: Mapping[str, Any]) -> str:
+    """What to do about weights that do not fit; ``taken`` are the names of those that would."""
+    if taken:
+        return f"Restoring(init_fit='part') takes the {len(taken)} that fit"
+    nothing = "No weight fits by name and shape, so there is nothing to take"
+    wanted = next(iter(live), None)
+    same = next((key for key in found if wanted and (key.endswith(f".{wanted}") or wanted.endswith(f".{key}"))), None)
+    if wanted is None or same is None:
+        return f"{nothing}: is it of this model? If its layers have other names, rename them and save the state_dict"
+    return f"{nothing}, but {same!r} may be {wanted!r} under another prefix: rename the keys and save the state_dict"

@@ -1,0 +1,1 @@
+"""`stepguard prove`: a program is run undisturbed and through faults, and the runs are compared."""

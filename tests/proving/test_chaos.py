@@ -1,0 +1,42 @@
+"""`stepguard chaos` as a user calls it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from stepguard.store import CheckpointStore
+from stepguard.watching import ledger
+
+PROGRAM = Path(__file__).with_name("training.py")
+
+
+def test_a_run_comes_to_its_end_through_random_faults_in_its_own_logdir(tmp_path):
+    command = [sys.executable, "-m", "stepguard", "chaos", "--for-secs=5", "--every-secs=0.4", "--seed=1", "--"]
+    ended = subprocess.run(
+        [*command, sys.executable, str(PROGRAM), "long"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "done at 2500" in ended.stdout
+    assert "bit for bit the same" in ended.stderr
+    assert CheckpointStore(tmp_path / "run").newest_good(quarantine=False).checkpoint.step == 2500
+    assert sum(one["event"] == "restart" for one in ledger.read(tmp_path / "run")) >= 1
+
+
+def test_a_fault_that_would_end_the_run_for_good_is_refused(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "stepguard", "chaos", "--faults=sigterm", "--", "true"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "expected some of kill, save, damage, disk, process, found 'sigterm'" in ended.stderr

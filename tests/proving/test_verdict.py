@@ -1,0 +1,218 @@
+"""The verdict of a proof: what two traces say, the words for it at 80 columns, and the faults of a seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from stepguard.cli.logdir.checkpoint_changes import Change
+from stepguard.cli.logdir.tensor_statistics import Difference
+from stepguard.cli.proving import causes, faults, report
+from stepguard.cli.proving.comparing import Comparison, first_difference
+from stepguard.cli.proving.faults import Pace, damage_newest, plan
+from stepguard.cli.proving.proof import (
+    AGAIN,
+    DIFFERENT,
+    NOT_TRIED,
+    PROVEN,
+    UNDISTURBED,
+    Options,
+    Result,
+    Verdict,
+)
+from stepguard.cli.proving.runs import Restart, Run, is_at_end
+from stepguard.cli.proving.scratch import Scratch
+from stepguard.options import Saving
+from stepguard.store import CheckpointStore
+from stepguard.testing import FakeSupervisor
+from stepguard.watching.trace import Record, steps
+
+OPTIONS = Options(200, faults.KINDS, 0)
+PACE = Pace(20, 200, 0.01, 0.05, processes=2)
+
+
+def trace_of(values_of):
+    """A trace of ten steps with what ``values_of(step)`` says: a loss, a batch, a random state, a learning rate."""
+    items = []
+    for step in range(10):
+        for kind, values in values_of(step).items():
+            items.append(Record(kind, step, 0, values))
+    return steps(items)
+
+
+def usual(step, **other):
+    return {
+        "settings": {"optimizer.lr": 0.1},
+        "digests": {"random": 100 + step, "batch[0]": 200 + step},
+        "numbers": {"loss": 1.0 / (step + 1), "secs": random.random()},
+    } | other
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"numbers": {"loss": 0.5}}, "computation"),
+        ({"digests": {"random": 106, "batch[0]": 7}}, "data"),
+        ({"digests": {"random": 7, "batch[0]": 8}}, "random state"),
+        ({"settings": {"optimizer.lr": 0.2}, "numbers": {"loss": 0.5}}, "hyperparameters"),
+    ],
+)
+def test_the_first_difference_says_what_differs_first(other, what):
+    now = trace_of(lambda step: usual(step, **(other if step == 6 else {})))
+
+    found = first_difference("chief", trace_of(usual), now, [2, 5, 9])
+
+    assert (found.step, found.what, found.restarted_at) == (6, what, 5)
+
+
+def test_times_that_were_measured_make_no_difference():
+    assert first_difference("chief", trace_of(usual), trace_of(usual)) is None
+
+
+def test_a_batch_of_a_later_step_tells_how_many_were_skipped():
+    def ahead(step):
+        skipped = 3 if step >= 4 else 0
+        return usual(step, digests={"random": 100 + step, "batch[0]": 200 + step + skipped})
+
+    found = first_difference("worker-1", trace_of(usual), trace_of(ahead), [4])
+
+    assert found.batch_of == 7
+    said = causes.of_a_disturbed_run(Comparison((9, 9), found))
+    assert said.what == (
+        "in worker-1, step 4, the first after the restart at 4: the batch is that of step 7: 3 batches were skipped"
+    )
+
+
+def test_a_loss_of_another_last_bit_is_told_with_both():
+    now = trace_of(lambda step: usual(step, numbers={"loss": 0.0562030} if step == 3 else {"loss": 1.0 / (step + 1)}))
+    found = first_difference("chief", trace_of(usual), now)
+    assert causes.of_two_undisturbed(Comparison((9, 9), found)).what == (
+        "step 3: loss 0.25 then, 0.056203 now; random state and batch the same"
+    )
+
+
+# --- words ---
+
+
+def result(kind, tmp_path, *, restarts=0, again=0, missed=(), comparison=None):
+    place = Scratch(tmp_path).place(kind, stop_at=200, save_every=20)
+    done = Run(place, secs=11.2, step=200, missed=list(missed))
+    done.restarts = [Restart(kind, "", again if number == 0 else 0, 0) for number in range(restarts)]
+    found = Comparison((200, 200), equal=92, steps=200, batches=200) if comparison is None else comparison
+    cause = None if found.is_same else causes.of_a_disturbed_run(found)
+    return Result(kind, done, None if kind == UNDISTURBED else found, cause)
+
+
+def test_the_lines_of_a_proof_fit_into_80_columns_and_say_what_was_done(tmp_path):
+    rows = [
+        result(UNDISTURBED, tmp_path),
+        result(AGAIN, tmp_path),
+        result("kill", tmp_path, restarts=5, again=138),
+        result("sigterm", tmp_path, restarts=1),
+        result("disk", tmp_path),
+    ]
+    lines = [report.line(one, 20) for one in rows]
+
+    assert lines == [
+        "undisturbed            200 steps, 11.2 s",
+        "begun again            200 steps, from step 20 on ........ same run, bit for bit",
+        "killed 5 times         200 steps, 138 of them done again . same run, bit for bit",
+        "stopped by SIGTERM     200 steps, 0 done again ........... same run, bit for bit",
+        "full disk              200 steps, training went on ....... same run, bit for bit",
+    ]
+    verdict = Verdict(PROVEN, rows, longest_stall_secs=0.0213, stall_share=0.028)
+    assert " ".join(report.conclusion(verdict, ["python", "-u", "train.py"], OPTIONS)) == (
+        "PROVEN for train.py: 92 tensors and values, 200 batches, 6 restarts. A save each 20 steps stops the training "
+        "21.3 ms at most, 2.8% of the time."
+    )
+
+
+def test_a_run_that_is_not_the_same_says_where_why_and_what_to_do(tmp_path):
+    now = trace_of(lambda step: usual(step, **({"numbers": {"loss": 0.5}} if step == 6 else {})))
+    changes = (
+        Change("model.0.weight", "values", difference=Difference(3, 8, 0.004, 0.1)),
+        Change("model.0.bias", "values", difference=Difference(1, 8, 0.01, 0.1)),
+        Change("optimizer.state.0.step", "only in A"),
+    )
+    found = Comparison((200, 200), first_difference("chief", trace_of(usual), now, [5]), changes)
+    bad = result("kill", tmp_path, restarts=1, comparison=found)
+
+    assert report.line(bad, 0).endswith(" NOT the same run")
+    said = "\n".join(report.details(bad))
+    # A path is never broken.
+    assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
+    said = " ".join(said.split())
+    assert "step 6, 1 after the restart at 5: loss 0.142857143 then, 0.5 now" in said
+    assert "the last state differs in model (by 0.01), optimizer" in said
+    assert "likely: something that the step uses is not in the saved state" in said
+    verdict = Verdict(DIFFERENT, [result(UNDISTURBED, tmp_path), bad])
+    assert list(report.conclusion(verdict, ["train.py"], OPTIONS)) == [
+        "NOT PROVEN for train.py: not the same run when killed once."
+    ]
+
+
+def test_a_fault_that_could_not_be_done_is_named(tmp_path):
+    untried = result("disk", tmp_path, missed=["disk: only Linux limits the files of another process"])
+    assert report.line(untried, 0).endswith(" not tried")
+    verdict = Verdict(NOT_TRIED, [result(UNDISTURBED, tmp_path), untried])
+    assert next(report.conclusion(verdict, ["train.py"], OPTIONS)) == (
+        "NOT ALL TRIED for train.py: full disk. The rest is proven."
+    )
+
+
+def test_the_document_has_all_of_it(tmp_path):
+    found = report.document(Verdict(PROVEN, [result(UNDISTURBED, tmp_path)]), ["python", "train.py"], OPTIONS)
+    assert (found["verdict"], found["steps"], found["runs"][0]["kind"]) == ("proven", 200, "undisturbed")
+
+
+# --- faults ---
+
+
+def test_the_same_seed_plans_the_same_faults_and_another_does_not():
+    assert plan(faults.KINDS, PACE, 3) == plan(faults.KINDS, PACE, 3)
+    assert plan(faults.KINDS, PACE, 3) != plan(faults.KINDS, PACE, 4)
+
+
+def test_faults_come_in_order_inside_the_steps():
+    rungs = plan(faults.KINDS, PACE, 0)
+    assert [one.kind for one in rungs] == ["kill", "sigterm", "interrupt", "damage", "disk", "process"]
+    for rung in rungs:
+        moments = [one.after_step for one in rung.faults]
+        assert moments == sorted(moments)
+        assert all(PACE.first_step < one < PACE.last_step for one in moments)
+    assert sorted(one.kind for one in rungs[0].faults) == ["kill", "kill", "kill", "save", "save"]
+
+
+def test_one_process_alone_is_not_killed_as_one_of_several():
+    assert plan(("process",), Pace(0, 200, 0.01, 0.05), 0) == []
+
+
+def test_a_damaged_checkpoint_costs_a_step_back(tmp_path):
+    for step in (2, 4):
+        sv = FakeSupervisor(str(tmp_path), save_model_secs=0, saving=Saving(save_at_end=True))
+        with sv.managed_session() as sess:
+            while sess.step < step:
+                sess.run_step()
+    damaged = damage_newest(tmp_path, 0.5)
+
+    assert Path(damaged).parts[0] == "model.ckpt-4"
+    assert CheckpointStore(tmp_path, engine="fake").newest_good(quarantine=False).checkpoint.step == 2
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "is_so"),
+    [
+        ({"reason": "trial", "error": None}, 0, True),
+        ({"reason": "finished", "error": None}, 0, True),
+        # The program has chosen what it ends with after a request to stop.
+        ({"reason": "trial", "error": None, "exit_code": 75}, 75, True),
+        ({"reason": "trial", "error": None}, 1, False),
+        ({"reason": "sigterm", "error": None}, -15, False),
+        ({"reason": "error", "error": "ValueError: no"}, 1, False),
+        ({}, -9, False),
+    ],
+)
+def test_a_start_has_come_to_the_end_if_its_ledger_and_its_exit_code_say_so(stop, code, is_so):
+    assert is_at_end(stop, code) is is_so

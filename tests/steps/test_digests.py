@@ -1,0 +1,135 @@
+"""Digests of batches, random states and states: each bit counts, and they are the same in every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from stepguard.steps.digests import SAMPLED, array_bytes, digest, is_on_host, leaves, numbers_at_hand, part_digests
+
+
+@dataclasses.dataclass
+class Sample:
+    image: Any
+    label: int
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+def of(value: Any) -> int:
+    return digest(value, array_bytes)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.zeros(3), np.array([0.0, 0.0, -0.0])),
+        (np.zeros(4), np.zeros((2, 2))),
+        (np.zeros(4, np.float32), np.zeros(4, np.int32)),
+        (np.arange(6).reshape(2, 3).T, np.arange(6).reshape(3, 2)),
+        (np.array(["a", "b"]), np.array(["a", "c"])),
+        (np.array([{"a": 1}], object), np.array([{"a": 2}], object)),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}),
+        ({"a": 1}, {"b": 1}),
+        ([1, [2]], [1, [3]]),
+        ([[1], [2]], [[1, 2]]),
+        (list(range(20)), list(range(1, 21))),
+        (1, 1.0),
+        (1, True),
+        ("1", b"1"),
+        ("ä", "a"),
+        (Sample(np.zeros(2), 1), Sample(np.zeros(2), 2)),
+        (Plain([1]), Plain([2])),
+        (Pair(1, 2), Pair(2, 1)),
+        (None, 0),
+    ],
+)
+def test_what_differs_has_another_digest(one: Any, other: Any) -> None:
+    assert of(one) == of(one)
+    assert of(one) != of(other)
+
+
+def test_a_digest_says_nothing_of_addresses() -> None:
+    assert of([object(), Plain(1)]) == of([object(), Plain(1)])
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    assert of(cyclic) == of(cyclic)
+
+
+def test_a_digest_is_the_same_in_another_process() -> None:
+    program = """
+        import numpy as np, random
+        from stepguard.steps.digests import array_bytes, digest
+        random.seed(3)
+        print(digest({"x": np.arange(5.0), "state": random.getstate(), "text": "ä", "set": None}, array_bytes))
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=True, text=True)
+    random.seed(3)
+    assert int(told.stdout) == of({"x": np.arange(5.0), "state": random.getstate(), "text": "ä", "set": None})
+
+
+def test_the_parts_of_a_batch_are_named_as_the_program_names_them() -> None:
+    arrays = np.zeros(2), np.ones(2)
+    assert list(part_digests("batch", arrays, array_bytes)) == ["batch[0]", "batch[1]"]
+    assert list(part_digests("batch", {"x": 1, 7: 2}, array_bytes)) == ["batch['x']", "batch[7]"]
+    assert list(part_digests("batch", Pair(1, 2), array_bytes)) == ["batch[x]", "batch[y]"]
+    assert list(part_digests("batch", arrays[0], array_bytes)) == ["batch"]
+    assert list(part_digests("batch", [arrays[0]], array_bytes)) == ["batch"]
+    many = part_digests("batch", list(range(100)), array_bytes)
+    assert (len(many), list(many)[-1]) == (16, "batch[...]")
+    assert many != part_digests("batch", [*range(99), -1], array_bytes)
+
+
+class OnDevice:
+    """An array on a device, which counts the values that are read."""
+
+    device = "gpu:0"
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.dtype, self.shape = array, array.dtype, array.shape
+
+    def reshape(self, *shape: int) -> OnDevice:
+        return OnDevice(self.array.reshape(*shape))
+
+    def __getitem__(self, index: Any) -> OnDevice:
+        return OnDevice(self.array[index])
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.array
+
+
+def test_of_an_array_on_a_device_evenly_spaced_values_are_read() -> None:
+    array = np.arange(100 * SAMPLED, dtype=np.int64)
+    content = array_bytes(OnDevice(array))
+    assert len(content) == 8 * SAMPLED
+    assert np.frombuffer(content, np.int64)[1] == 100
+    assert of(OnDevice(array)) != of(OnDevice(array + 1))
+
+
+def test_numbers_on_a_device_are_not_waited_for() -> None:
+    values = {"a": 1, "b": np.float32(0.5), "c": OnDevice(np.zeros(1)), "d": "no number", "e": np.zeros(3)}
+    assert numbers_at_hand(values) == {"a": 1.0, "b": 0.5}
+    assert is_on_host(np.zeros(2))
+    assert not is_on_host(OnDevice(np.zeros(2)))
+
+
+def test_the_depth_of_what_is_walked_is_bounded() -> None:
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert len(list(leaves(deep))) == 1
