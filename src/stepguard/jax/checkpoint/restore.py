@@ -11,10 +11,11 @@ import numpy as np
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.jax.checkpoint.files import ENGINE
-from stepguard.jax.checkpoint.fitting import Fitting, fit
-from stepguard.jax.checkpoint.tree import Flat, Leaf, flatten, rebuild
+from stepguard.jax.checkpoint.tree import flatten, rebuild
 from stepguard.options import Restoring
+from stepguard.orbax_files.fitting import Fitting, fit
 from stepguard.orbax_files.index import StoredLeaf
+from stepguard.orbax_files.leaves import Flat, Leaf
 from stepguard.orbax_files.reading import Stored, open_part, open_stored, whole
 from stepguard.orbax_files.runs import newest_at
 from stepguard.words import listed
@@ -35,7 +36,7 @@ def read_state(directory: Path, state: Any, options: Restoring) -> Any:
     """
     flat = flatten(state)
     stored = open_stored(directory, _parts(flat.leaves))
-    fitting = fit(directory, flat, stored, options)
+    fitting = fit(directory, flat, stored, options, jax.dtypes.canonicalize_dtype)
     values = _values(flat.leaves, stored, fitting)
     if jax.process_index() == 0:
         fitting.report(directory)
@@ -82,7 +83,9 @@ def _first_of_part(name: str, place: Path, leaves: list[Leaf], options: Restorin
         left += shapes
     if len(left) >= len(leaves) and all(one.name in left for one in leaves):
         left = list(options.leave_out)  # Nothing fits: let the error say why.
-    fitting = fit(path, Flat(leaves, {}, {}), stored, Restoring(only=[name], leave_out=left))
+    fitting = fit(
+        path, Flat(leaves, {}, {}), stored, Restoring(only=[name], leave_out=left), jax.dtypes.canonicalize_dtype
+    )
     fitting.report(path)
     return _values(leaves, stored, fitting)
 

@@ -8,46 +8,22 @@ Flax nnx are taken apart into a graph definition, which is compared, and a state
 from __future__ import annotations
 
 import enum
-import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from stepguard.orbax_files.index import Keys, name_of, orbax_name
+from stepguard.orbax_files.leaves import Flat, Leaf, described
 from stepguard.words import listed
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_MOST_TEXT = 300
 _PLAIN = (bool, int, float, complex, str)
 _EMPTY: dict[type, str] = {dict: "Dict", list: "List", tuple: "Tuple"}
-
-
-class Leaf(NamedTuple):
-    """One value of a state. ``keys`` is its place: names, and ``int`` for a place in a list or tuple.
-
-    ``key_impl`` is the implementation of a typed PRNG key, of which ``value`` has the data.
-    """
-
-    keys: Keys
-    name: str
-    value: Any
-    key_impl: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A state taken apart. ``static`` has the parts that are compared, as text; ``empty`` the kinds of empty nodes."""
-
-    leaves: list[Leaf]
-    static: Mapping[str, str]
-    empty: Mapping[Keys, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +100,6 @@ def rebuild(state: Any, values: list[Any]) -> Any:
         return live
 
     return jax.tree_util.tree_map(updated, state, made, is_leaf=_is_nnx)
-
-
-def described(part: Any) -> str:
-    """A static part as text that is the same in each process: without addresses, and sets in order."""
-    text = _text(part)
-    if len(text) <= _MOST_TEXT:
-        return text
-    return f"{text[:_MOST_TEXT]}... ({hashlib.blake2b(text.encode(), digest_size=8).hexdigest()})"
 
 
 def _split(state: Any) -> Any:
@@ -276,15 +244,3 @@ def _key(key: Any) -> str | int:
     if isinstance(key, GetAttrKey):
         return str(key.name)
     return str(key.key) if isinstance(key, DictKey) else str(key)
-
-
-def _text(part: Any) -> str:
-    if isinstance(part, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_text, part)))}}}"
-    if type(part) in (list, tuple):
-        return f"({', '.join(map(_text, part))})"
-    if isinstance(part, Mapping):
-        return f"{{{', '.join(f'{key}: {_text(one)}' for key, one in part.items())}}}"
-    if isinstance(part, type) or hasattr(part, "__qualname__"):
-        return f"{part.__module__}.{part.__qualname__}"
-    return _ADDRESS.sub("", repr(part))
