@@ -7,7 +7,6 @@ Flax nnx are taken apart into a graph definition, which is compared, and a state
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,9 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from stepguard.orbax_files.index import Keys, name_of, orbax_name
-from stepguard.orbax_files.leaves import Flat, Leaf, described
+from stepguard.orbax_files.leaves import PLAIN, Flat, Leaf, check_saveable, described, described_leaf
 from stepguard.words import listed
 
-_PLAIN = (bool, int, float, complex, str)
 _EMPTY: dict[type, str] = {dict: "Dict", list: "List", tuple: "Tuple"}
 
 
@@ -73,9 +71,9 @@ def flatten(state: Any) -> Flat:
         elif kind == "key":
             leaves.append(Leaf(keys, name, jax.random.key_data(value), str(jax.random.key_impl(value))))
         elif kind == "other":
-            static[name] = _described_leaf(name, value)
+            static[name] = described_leaf(name, value)
         else:
-            _check_saveable(name, value)
+            check_saveable(name, value)
             leaves.append(Leaf(keys, name, value))
     return Flat(leaves, static, places.empty)
 
@@ -137,7 +135,7 @@ def _kind_of(value: Any) -> str:
     if isinstance(value, jax.Array):
         kind = "key" if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) else "array"
     else:
-        kind = "plain" if isinstance(value, (np.ndarray, np.generic, *_PLAIN)) else "other"
+        kind = "plain" if isinstance(value, (np.ndarray, np.generic, *PLAIN)) else "other"
     return _KINDS.setdefault(type(value), kind)
 
 
@@ -152,25 +150,6 @@ def _wrapped(held: Any, value: Any) -> Any:
     if _kind_of(held) == "key":
         return jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(held)))
     return value
-
-
-def _check_saveable(name: str, value: Any) -> None:
-    if isinstance(value, (np.ndarray, np.generic)):
-        # The types of ml_dtypes, such as bfloat16, have the kind "V", as structured arrays have.
-        if value.dtype.kind in "OSUMm" or value.dtype.names is not None:
-            raise TypeError(f"{name}: expected numbers, found a NumPy array of {value.dtype}, which cannot be saved")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise TypeError(f"{name}: expected an integer of at most 64 bits, found {value!r:.80}")
-
-
-def _described_leaf(name: str, value: Any) -> str:
-    """The text of a leaf that is no data. Functions and the like are part of the program; other objects hold state."""
-    if callable(value) or isinstance(value, (enum.Enum, np.dtype)):
-        return described(value)
-    raise TypeError(
-        f"{name}: expected an array, a number, a string or a function, found a {type(value).__name__}, which cannot be "
-        f"saved: take it out of the state, or put what it holds into arrays"
-    )
 
 
 # --- names ---
