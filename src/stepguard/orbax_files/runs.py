@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections.abc import Callable
@@ -30,8 +31,9 @@ def steps_of_orbax(root: Path) -> list[tuple[int, Path]]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         step = step_of(path.name)
-        if step is not None and path.is_dir() and not path.is_symlink() and is_checkpoint(path):
-            found.append((step, path))
+        with contextlib.suppress(OSError):  # What cannot be read is no checkpoint.
+            if step is not None and path.is_dir() and not path.is_symlink() and is_checkpoint(path):
+                found.append((step, path))
     return sorted(found, reverse=True)
 
 
@@ -49,7 +51,7 @@ def restore_newest_of_orbax(root: Path, newer_than: int, load: Callable[[Path, i
             return None
         try:
             load(path, step)
-        except CheckpointCorruptError as error:
+        except (CheckpointCorruptError, OSError) as error:
             _log.warning("%s, which Orbax has written, is passed over, since it cannot be read: %s", path, error)
         else:
             return Checkpoint(root, path.name, step, path.stat().st_mtime, is_committed=False)
