@@ -58,8 +58,8 @@ def test_work_between_loops_that_is_done_again_does_not_count_twice(tmp_path):
     [
         ({"restoring": Restoring(hyperparameters="program")}, "hyperparameters"),
         ({"watching": Watching(peer_timeout_secs=5)}, "peer_timeout_secs"),
-        ({"init_fn": 3}, "init_fn: expected a function of the state"),
-        ({"logdir": 3}, "logdir: expected a path"),
+        ({"init_fn": 3}, "init_fn must be a function of the state"),
+        ({"logdir": 3}, "logdir must be a path"),
         ({"summary_writer": 3}, "add_scalar"),
     ],
 )
