@@ -26,6 +26,7 @@ SMALLEST = {
     "torch_stalls": "--megabytes 4 --seconds 1",
     "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
     "jax_checkpoints": "--megabytes 2 --arrays 3 --rounds 1",
+    "jax_stalls": "--megabytes 2 --seconds 0.3 --overhead-steps 200",
 }
 
 

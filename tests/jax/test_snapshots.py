@@ -201,3 +201,15 @@ def test_a_state_that_is_never_assigned_and_donated_says_what_to_do():
         state = session.state
         for _ in session.steps(max_steps=4):
             state = donating(state)
+
+
+def test_memory_for_what_is_donated_is_made_as_soon_as_that_is_known(monkeypatch):
+    made = []
+    with Supervisor().managed_session(initial()) as session:
+        empty = np.empty
+        monkeypatch.setattr(np, "empty", lambda *arguments: made.append(session.global_step) or empty(*arguments))
+        for _ in session.steps(max_steps=4):
+            session.state = donating(session.state)
+        take(session.state, 4, {}, session.donations, session.memory)
+
+    assert made == [2, 2]  # one for each array, at the end of the second step

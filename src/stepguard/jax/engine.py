@@ -14,7 +14,7 @@ from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.errors import CheckpointCorruptError
 from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.jax.checkpoint.restore import first_values, read_state
-from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
+from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.digests import bytes_of, parts_of
 from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
@@ -65,7 +65,6 @@ class JaxEngine(PeersEngine[Session]):
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
-        self._memory = HostMemory()
 
     # --- the session ---
 
@@ -182,7 +181,9 @@ class JaxEngine(PeersEngine[Session]):
         """Refer to the arrays, or copy those that the next step would donate."""
         session.donations.look_again()
         process = {"global_step": session.global_step, **session.process_state.capture()}
-        return take(session.state, session.global_step, process, session.donations, self._memory, moment=session.moment)
+        return take(
+            session.state, session.global_step, process, session.donations, session.memory, moment=session.moment
+        )
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The names of leaves with NaN or infinity, and of plain numbers that are NaN."""

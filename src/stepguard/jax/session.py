@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.jax.checkpoint.snapshot import Donations
+from stepguard.jax.checkpoint.snapshot import Donations, HostMemory, take
 from stepguard.jax.data.feeds import feed_of
+from stepguard.jax.distributed.world import world
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
@@ -45,9 +46,15 @@ class Session(LoopSession):
         super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes), gate=gate)
         self.state = state
         self.donations = Donations()
+        # Memory for the copies of donated arrays.
+        self.memory = HostMemory()
 
     def _step_is_ending(self) -> None:
+        was_known = self.donations.is_known
         problem = self.donations.after_step(self.state)
+        if self.donations.names and not was_known:
+            # The first copy makes the memory, so that each snapshot is as fast as the later ones.
+            take(self.state, self.global_step, {}, self.donations, self.memory, world()[0])
         if problem is not None:
             _log.warning(
                 "%s, so that checkpoints would hold a state that is not trained: assign the result of the step, as in "

@@ -18,7 +18,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.errors import NonFiniteError, described
 from stepguard.jax.checkpoint.files import write_part, write_process
-from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
+from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.session import Session
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.gate import Moment
@@ -53,7 +53,6 @@ class JaxMember(SessionMember):
         self._jax_session = session
         self._root = root
         self._rank = rank
-        self._memory = HostMemory()
         self._is_watched = is_watched
 
     def take_part(self) -> JaxPart:
@@ -62,7 +61,7 @@ class JaxMember(SessionMember):
         with session.boundary.hold("a checkpoint"):
             session.donations.look_again()
             process = {"global_step": session.global_step, **session.process_state.capture()}
-            taken = take(session.state, session.global_step, process, session.donations, self._memory, self._rank)
+            taken = take(session.state, session.global_step, process, session.donations, session.memory, self._rank)
             return JaxPart(self.moment(), self.steps_done(), taken)
 
     def write_part(self, messages: PartMessages, place: str, part: Callable[[], JaxPart]) -> None:
