@@ -17,6 +17,7 @@ from stepguard.jax.session import Session
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, store_of
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once
 from stepguard.steps.event_file import EventFile, WriterEvents
+from stepguard.watching import trial
 
 
 class Supervisor(LoopSupervisor[Session]):
@@ -99,6 +100,10 @@ class Supervisor(LoopSupervisor[Session]):
             guarding=guarding,
             restoring=restoring,
         )
+        logdir, options = trial.applied(logdir, options)
+        if trial.is_deterministic():
+            # Read when JAX is first used; the CPU is deterministic anyway.
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
         check_arguments(
             takes="of the state",
             logdir=logdir,
