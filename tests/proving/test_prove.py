@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from stepguard.cli.commands.prove import environment
+from stepguard.disk.processes import is_running
 
 PROGRAM = Path(__file__).with_name("training.py")
 
@@ -121,6 +126,55 @@ def test_the_own_end_of_the_program_is_the_end_of_the_proof(tmp_path):
 
     assert code == 0, printed + errors
     assert "undisturbed            30 steps" in printed
+
+
+def test_a_program_that_reads_its_own_logdir_is_told_that_it_reads_the_real_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.txt").write_text("the best")
+    code, printed, errors = prove("reads", "--steps=20", "--faults=sigterm", cwd=tmp_path)
+
+    assert code == 0, printed + errors
+    assert f"note: the program reads its own logdir ({tmp_path}/run" in printed.replace("\n  ", " ")
+
+
+def test_to_leave_one_of_several_processes_alone_there_must_be_several(tmp_path):
+    code, printed, errors = prove("right", "--steps=20", "--faults=process", cwd=tmp_path)
+    assert code == 2, printed + errors
+    assert "process: one process trains" in errors
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    command = [sys.executable, "-m", "stepguard", "prove", "--steps=100000", f"--scratch={tmp_path / 'scratch'}", "--"]
+    proving = subprocess.Popen(
+        [*command, sys.executable, str(PROGRAM), "endless"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    ledgers = []
+    deadline = time.monotonic() + 60
+    while not ledgers:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        ledgers = [path for path in tmp_path.rglob("run.jsonl") if '"fresh"' in path.read_text()]
+    pid = json.loads(ledgers[0].read_text().splitlines()[0])["pid"]
+    os.killpg(proving.pid, signal.SIGINT)
+    proving.communicate(timeout=60)
+
+    assert proving.returncode == 130
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not is_running(pid, None)
+
+
+def test_deterministic_sets_what_the_frameworks_read_at_their_start(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_thunk_runtime=true")
+    assert environment(is_deterministic=False) == {}
+    found = environment(is_deterministic=True)
+    assert found["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert found["TF_DETERMINISTIC_OPS"] == "1"
+    assert found["XLA_FLAGS"] == "--xla_cpu_use_thunk_runtime=true --xla_gpu_deterministic_ops=true"
 
 
 def test_a_program_that_is_not_there_is_a_mistake(tmp_path):

@@ -56,6 +56,7 @@ def usual(step, **other):
         ({"numbers": {"loss": 0.5}}, "computation"),
         ({"digests": {"random": 106, "batch[0]": 7}}, "data"),
         ({"digests": {"random": 7, "batch[0]": 8}}, "random state"),
+        ({"digests": {"random": 7, "batch[0]": 206}, "numbers": {"loss": 0.5}}, "random state"),
         ({"settings": {"optimizer.lr": 0.2}, "numbers": {"loss": 0.5}}, "hyperparameters"),
     ],
 )
@@ -69,6 +70,22 @@ def test_the_first_difference_says_what_differs_first(other, what):
 
 def test_times_that_were_measured_make_no_difference():
     assert first_difference("chief", trace_of(usual), trace_of(usual)) is None
+
+
+def test_random_states_that_nobody_draws_from_make_no_difference():
+    def drawn(step):
+        return usual(step, digests={"random": 7 if step >= 4 else 100 + step, "batch[0]": 200 + step})
+
+    assert first_difference("chief", trace_of(usual), trace_of(drawn)) is None
+
+
+def test_random_states_that_are_not_restored_do_not_hide_what_differs_later():
+    def other(step):
+        numbers = {"loss": 0.5 if step == 8 else 1.0 / (step + 1)}
+        return usual(step, digests={"random": 7 if step >= 4 else 100 + step, "batch[0]": 200 + step}, numbers=numbers)
+
+    found = first_difference("chief", trace_of(usual), trace_of(other), [4])
+    assert (found.step, found.what) == (8, "computation")
 
 
 def test_a_batch_of_a_later_step_tells_how_many_were_skipped():

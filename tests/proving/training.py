@@ -16,11 +16,13 @@ from stepguard.testing import FakeSupervisor
 WAY = sys.argv[1]
 STEP_SECS = 0.003
 # The step at which the program itself ends.
-LAST = {"ends": 30, "long": 2500}
+LAST = {"ends": 30, "long": 2500, "endless": 10**9}
 
 
 def train(logdir: str | None, **options: object) -> None:
     sv = FakeSupervisor(logdir, **options)
+    if WAY == "reads":
+        print("of the real run:", [path.read_text() for path in sorted(Path(str(logdir)).iterdir())])
     if WAY == "writes":
         (Path(str(logdir)) / "best.txt").write_text("the best of all runs")
     with sv.managed_session() as sess:

@@ -77,6 +77,15 @@ def stacked(samples):
     return torch.stack([one for (one,) in samples])
 
 
+def say_whether_deterministic(environment, output):
+    """Print whether PyTorch uses deterministic algorithms only, before and after a Supervisor is made."""
+    begin(output)
+    os.environ.update(environment)
+    print(torch.are_deterministic_algorithms_enabled())
+    Supervisor({"model": torch.nn.Linear(1, 1)}, logdir="own")
+    print(torch.are_deterministic_algorithms_enabled())
+
+
 def main(cause, environment, output):
     """Run the program in this new process."""
     begin(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from forked import fork
-from inexact_programs import main
+from inexact_programs import main, say_whether_deterministic
 
 from stepguard.cli.proving import causes
 from stepguard.cli.proving.comparing import compare_runs
@@ -91,3 +91,10 @@ def test_two_undisturbed_runs_that_differ_are_named(cause, what, likely, start):
     assert not found.is_same
     assert found.first.what == what
     assert likely in causes.of_two_undisturbed(found).likely
+
+
+def test_deterministic_algorithms_are_what_a_trial_may_ask_for(tmp_path):
+    place = Scratch(tmp_path).place("run", stop_at=LAST, save_every=100, is_deterministic=True)
+    process = fork(say_whether_deterministic, place.environment, str(tmp_path / "output"))
+    process.join(100)
+    assert (tmp_path / "output").read_text().split() == ["False", "True"]

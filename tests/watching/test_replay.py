@@ -24,8 +24,10 @@ def whole_step(step: int, value: float = 0.5, **others: int) -> list[Record]:
     return [digests(step, **{"random": 1, "image": 2, "label": 3, **others}), loss(step, value)]
 
 
-def compare(before: list[Item], now: list[Record], *, at: Start, source: str = "") -> Outcome | None:
-    replay = Replay(before, at)
+def compare(
+    before: list[Item], now: list[Record], *, at: Start, source: str = "", is_whole: bool = True
+) -> Outcome | None:
+    replay = Replay(before, at, is_whole=is_whole)
     replay.source = source
     for record in now:
         if not replay.is_over:
@@ -133,7 +135,7 @@ def test_another_number_of_processes_is_not_compared() -> None:
 
 def test_steps_that_the_trace_has_lost_are_said() -> None:
     before = [loss(step) for step in range(500, 600)]
-    found = compare(before, [loss(step) for step in range(100, 601)], at=resumed(100))
+    found = compare(before, [loss(step) for step in range(100, 601)], at=resumed(100), is_whole=False)
     assert found is not None
     assert (found.outcome, found.compared) == ("same", 100)
     assert "100 of them could be compared; those before step 500 are no longer in the trace" in found.message

@@ -79,21 +79,28 @@ def test_a_torn_last_record_is_left_out(tmp_path: Path, lost: int) -> None:
 
 def test_a_flipped_bit_ends_the_reading_and_no_value_is_wrong(tmp_path: Path) -> None:
     whole = encoded(Start(0), loss(0, 1.0), loss(1, 2.0))
-    items = [item for item, _ in trace.parse(whole)]
+    items = trace.parse(whole).items
     for at in range(len(whole)):
         content = bytearray(whole)
         content[at] ^= 4
-        found = [item for item, _ in trace.parse(bytes(content))]
+        found = trace.parse(bytes(content)).items
         assert found == items[: len(found)]
         assert len(found) < len(items)
 
 
 def test_the_end_of_what_is_good_is_where_the_next_record_belongs() -> None:
     content = encoded(Start(0), loss(0, 1.0))
-    assert trace.end_of_good(content) == len(content)
-    assert trace.end_of_good(content + b"\x01\x00") == len(content)
-    assert trace.end_of_good(trace.MAGIC) == len(trace.MAGIC)
-    assert trace.end_of_good(b"something else") == 0
+    assert trace.parse(content).end == len(content)
+    assert trace.parse(content + b"\x01\x00").end == len(content)
+    assert trace.parse(trace.MAGIC).end == len(trace.MAGIC)
+    assert trace.parse(b"something else").end == 0
+
+
+def test_of_a_long_trace_only_the_steps_that_matter_are_read() -> None:
+    rate = Record("settings", 1, 0, {"lr": 0.1})
+    parsed = trace.parse(encoded(Start(0), loss(0, 1.0), rate, loss(5, 2.0), loss(6, 3.0), Fork(9, 0)), 5, 6)
+    assert parsed.items == [Start(0), rate, loss(5, 2.0), Fork(9, 0)]
+    assert parsed.earlier == 1
 
 
 def test_nothing_but_a_regular_file_of_a_bounded_size_is_read(tmp_path: Path) -> None:
@@ -136,7 +143,7 @@ def test_a_link_in_the_place_of_the_directory_is_not_followed(tmp_path: Path) ->
 def test_a_shape_that_is_none_ends_the_reading(document: bytes) -> None:
     head = trace._HEAD.pack(trace.SHAPE, 0, 0, len(document), 0)
     content = encoded(Start(0)) + trace.with_checksum(head + document) + encoded(loss(0, 1.0))[len(trace.MAGIC) :]
-    assert [item for item, _ in trace.parse(content)] == [Start(0)]
+    assert trace.parse(content).items == [Start(0)]
 
 
 # --- what the steps were ---

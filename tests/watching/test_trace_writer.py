@@ -66,9 +66,32 @@ def test_everything_is_in_the_file_at_once(tmp_path: Path) -> None:
 def test_the_next_start_gets_what_was_written_before(tmp_path: Path) -> None:
     opened(tmp_path).add(NUMBERS, 0, 0, {"loss": 0.5})
     again = TraceWriter(tmp_path, "chief")
-    assert again.open(Start(1, is_resumed=True)) == [Start(0), loss(0)]
+    assert again.open(Start(0, is_resumed=True)).items == [Start(0), loss(0)]
+    again.close()
+    assert TraceWriter(tmp_path, "chief").open(Start(0)).items == []
+    again = TraceWriter(tmp_path, "chief")
+    again.open(Start(1, is_resumed=True))
     again.add(NUMBERS, 1, 0, {"loss": 0.5})
-    assert trace.read(tmp_path) == [Start(0), loss(0), Start(1, is_resumed=True), loss(1)]
+    resumed = Start(0, is_resumed=True)
+    assert trace.read(tmp_path) == [Start(0), loss(0), resumed, Start(0), Start(1, is_resumed=True), loss(1)]
+
+
+def test_a_start_learns_what_the_trace_has_lost(tmp_path: Path) -> None:
+    writer = opened(tmp_path, most_bytes=2000)
+    for step in range(1000):
+        writer.add(NUMBERS, step, 0, {"loss": 0.5})
+    first = next(one.step for one in trace.read(tmp_path) if isinstance(one, Record))
+    assert not TraceWriter(tmp_path, "chief").open(Start(first - 1, is_resumed=True)).is_whole
+    assert TraceWriter(tmp_path, "chief").open(Start(first + 1, is_resumed=True)).is_whole
+
+
+def test_the_checkpoint_says_from_where_on_it_matters(tmp_path: Path) -> None:
+    writer = opened(tmp_path)
+    for step in range(4):
+        writer.add(NUMBERS, step, 0, {"loss": 0.5})
+    writer.note(Mark(2, 1))
+    past = TraceWriter(tmp_path, "chief").open(Start(1, is_resumed=True))
+    assert [one.step for one in past.items if isinstance(one, Record)] == [2, 3]
 
 
 @pytest.mark.parametrize("rest", [b"\x01", b"\x01" + bytes(30), b"garbage" * 20])
@@ -131,7 +154,7 @@ def test_records_of_several_threads_are_whole(tmp_path: Path) -> None:
         one.join()
     writer.add(NUMBERS, 999, 0, {"last": 1.0})
     content = trace.path_of(tmp_path, "chief").read_bytes()
-    assert trace.end_of_good(content) == len(content)
+    assert trace.parse(content).end == len(content)
     assert trace.read(tmp_path)[-1] == Record("numbers", 999, 0, {"last": 1.0})
     of_each: dict[int, list[int]] = {}
     for one in trace.read(tmp_path)[:-1]:
@@ -211,7 +234,7 @@ def test_a_place_that_is_none_is_left_alone(tmp_path: Path, where: str, caplog: 
         place.mkdir()
         (place / "chief.trace").symlink_to(outside / "file")
     writer = TraceWriter(logdir, "chief")
-    assert writer.open(Start(0)) == []
+    assert writer.open(Start(0)).items == []
     writer.add(NUMBERS, 0, 0, {"loss": 0.5})
     writer.retry()
     assert "the trace could not be written" in caplog.text

@@ -101,9 +101,6 @@ class Supervisor(LoopSupervisor[Session]):
             restoring=restoring,
         )
         logdir, options = trial.applied(logdir, options)
-        if trial.is_deterministic():
-            # Read when JAX is first used; the CPU is deterministic anyway.
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
         check_arguments(
             takes="of the state",
             logdir=logdir,

@@ -68,16 +68,17 @@ class Replay:
     Args:
         before: the trace up to the start of this session.
         start: where this session continues.
+        is_whole: whether that trace has everything from ``start`` on.
     """
 
-    def __init__(self, before: Sequence[Item], start: Start) -> None:
+    def __init__(self, before: Sequence[Item], start: Start, *, is_whole: bool = True) -> None:
         known = trace.steps(before) if start.is_resumed else {}
         self.first: Moment = start.step, start.epochs, True
         self._then = {moment: one for moment, one in known.items() if moment >= self.first}
         self.last: Moment = max(self._then, default=self.first)
         self.is_changed = start.processes != _processes(before, start.processes)
         # The first step of which the trace still knows, if it has lost older ones.
-        self.begins = None if not before or isinstance(before[0], Start) else min(known, default=self.first)[0]
+        self.begins = None if is_whole else min(known, default=self.first)[0]
         self._settings_now: dict[str, float] = {}
         self._settings_then: dict[str, float] = {}
         for moment, one in known.items():

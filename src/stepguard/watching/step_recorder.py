@@ -52,10 +52,10 @@ class StepRecorder(Part):
     def begin(self, beginning: Beginning, *, is_resumed: bool) -> None:
         """Open the trace. Before the first step."""
         now = Start(beginning.step, beginning.epochs, is_resumed, beginning.processes, os.getpid(), time.time())
-        before = self._writer.open(now)
-        self._marks = {one.checkpoint_step: one.step for one in before if isinstance(one, Mark)} if is_resumed else {}
+        past = self._writer.open(now)
+        self._marks = {one.checkpoint_step: one.step for one in past.items if isinstance(one, Mark)}
         self._count_from(beginning.step)
-        replay = Replay(before, replace(now, step=now.step + self._offset))
+        replay = Replay(past.items, replace(now, step=now.step + self._offset), is_whole=past.is_whole)
         self._replay = None if replay.is_over else replay
 
     def _count_from(self, checkpoint_step: int) -> None:

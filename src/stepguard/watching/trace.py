@@ -36,7 +36,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ _HEAD = struct.Struct("<BBHIq")
 _CRC = struct.Struct("<I")
 _INT = struct.Struct("<q")
 _MOST_PAYLOAD = 1 << 16
+_END = 1 << 63
 # A file may be larger than MOST_BYTES by its last record.
 _MOST_READ = MOST_BYTES + 2 * _MOST_PAYLOAD
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -233,60 +234,76 @@ def read(
     A missing file is an empty one. What the system cannot read, and what is no regular file, is passed over:
     ``on_unreadable`` is told.
     """
+    return [item for content in contents(logdir, role, on_unreadable) for item in parse(content).items]
+
+
+def contents(
+    logdir: str | os.PathLike[str], role: str, on_unreadable: Callable[[Path, OSError], None] = _warn
+) -> list[bytes]:
+    """The contents of the two files of a trace, the older first; what is missing or cannot be read is empty."""
     place = path_of(logdir, role)
-    found: list[Item] = []
-    for path in (place.with_name(role + BEFORE), place):
-        try:
-            files.check_own_dir(path.parent)
-            content = files.read_own(path, most=_MOST_READ)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if os.path.lexists(path.parent) and not isinstance(error, FileNotFoundError):
-                on_unreadable(path.parent, error)
-                break
-        except OSError as error:
-            on_unreadable(path, error)
-        else:
-            found += [item for item, _ in parse(content)]
-    return found
+    try:
+        files.check_own_dir(place.parent)
+    except OSError as error:
+        if os.path.lexists(place.parent):
+            on_unreadable(place.parent, error)
+        return [b"", b""]
+    return [_content(path, on_unreadable) for path in (place.with_name(role + BEFORE), place)]
 
 
-def parse(content: bytes) -> Iterator[tuple[Item, int]]:
-    """The items in the content of one file, each with the offset of its end. Ends at the first that is damaged."""
-    if not content.startswith(MAGIC):
-        return
-    shapes: dict[int, tuple[str, ...]] = {}
-    at = len(MAGIC)
-    while at + _HEAD.size + _CRC.size <= len(content):
-        kind, between, shape, extent, step = _HEAD.unpack_from(content, at)
-        size = _payload_size(kind, extent, shapes.get(shape))
-        end = at + _HEAD.size + (size or 0)
-        if size is None or between > 1 or step < 0 or end + _CRC.size > len(content):
-            return
-        if zlib.crc32(memoryview(content)[at:end]) != _CRC.unpack_from(content, end)[0]:
-            return
-        payload = memoryview(content)[at + _HEAD.size : end]
-        at = end + _CRC.size
-        if kind == SHAPE:
-            names = _names(bytes(payload))
-            if names is None:
-                return
-            shapes[shape] = names
-            continue
-        item = _item(kind, shapes.get(shape, ()), (step, extent, not between), payload)
-        if item is None:
-            return
-        yield item, at
-
-
-def end_of_good(content: bytes) -> int:
-    """The offset up to which the content of a file is whole records; 0 for a file that is none of ours."""
-    end = 0
-    if not content.startswith(MAGIC):
-        return end
-    end = len(MAGIC)
-    for _, end in parse(content):  # noqa: B007 - the last one counts
+def _content(path: Path, on_unreadable: Callable[[Path, OSError], None]) -> bytes:
+    try:
+        return files.read_own(path, most=_MOST_READ)
+    except FileNotFoundError:
         pass
-    return end
+    except OSError as error:
+        on_unreadable(path, error)
+    return b""
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the content of one file holds: up to ``end`` it is whole; ``earlier`` is how many records were too early."""
+
+    items: list[Item]
+    end: int
+    earlier: int
+
+
+def parse(content: bytes, since: int = 0, until: int = _END) -> Parsed:
+    """Read the content of one file, up to the first record that is damaged.
+
+    Numbers and digests of other steps than ``since`` to ``until`` are left out: a trace may have hundreds of thousands.
+    """
+    items: list[Item] = []
+    if not content.startswith(MAGIC):
+        return Parsed(items, 0, 0)
+    shapes: dict[int, tuple[str, ...]] = {}
+    view, earlier, end, last = memoryview(content), 0, len(MAGIC), len(content) - _HEAD.size - _CRC.size
+    unpack, crc_at, crc32, head = _HEAD.unpack_from, _CRC.unpack_from, zlib.crc32, _HEAD.size
+    while end <= last:
+        kind, between, shape, extent, step = unpack(content, end)
+        names = shapes.get(shape)
+        size = _payload_size(kind, extent, names)
+        past = end + head + (size or 0)
+        if size is None or between > 1 or step < 0 or past + _CRC.size > len(content):
+            break
+        if crc32(view[end:past]) != crc_at(content, past)[0]:
+            break
+        if kind <= DIGESTS and not since <= step < until:
+            earlier += step < since
+        elif kind == SHAPE:
+            declared = _names(bytes(view[end + head : past]))
+            if declared is None:
+                break
+            shapes[shape] = declared
+        else:
+            item = _item(kind, names or (), (step, extent, not between), view[end + head : past])
+            if item is None:
+                break
+            items.append(item)
+        end = past + _CRC.size
+    return Parsed(items, end, earlier)
 
 
 def _payload_size(kind: int, extent: int, names: Sequence[str] | None) -> int | None:

@@ -14,7 +14,8 @@ import errno
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -27,6 +28,10 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
+MOST_COMPARED = 50_000
+"""How many steps after a restart are compared at most: what they were is in memory until then."""
+
+_NEVER = 1 << 63
 _MOST_WAITING = 4096
 _MOST_SHAPES = 4096
 _MAY_PASS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
@@ -36,6 +41,35 @@ _Shape = tuple[int, Callable[..., bytes]]
 """The number of a shape, and the function that packs its records."""
 
 _packed_crc = struct.Struct("<I").pack
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the trace tells a start: its items, without the steps before. ``is_whole``: nothing after it is lost."""
+
+    items: list[Item]
+    is_whole: bool
+
+
+def _read_past(contents: Sequence[bytes], checkpoint_step: int) -> tuple[Past, int]:
+    """What to compare with after a restart from ``checkpoint_step``, and where the good part of the newer file ends."""
+    since = checkpoint_step
+    parsed = [trace.parse(content, since, since + MOST_COMPARED) for content in contents]
+    marked = _step_of([item for one in parsed for item in one.items], checkpoint_step)
+    if marked != since:
+        parsed = [trace.parse(content, marked, marked + MOST_COMPARED) for content in contents]
+    items = [item for one in parsed for item in one.items]
+    is_whole = not items or isinstance(items[0], Start) or any(one.earlier for one in parsed)
+    return Past(items, is_whole), parsed[-1].end
+
+
+def _end(content: bytes) -> int:
+    return trace.parse(content, since=_NEVER).end
+
+
+def _step_of(items: Sequence[Item], checkpoint_step: int) -> int:
+    marks = (one.step for one in reversed(items) if isinstance(one, Mark) and one.checkpoint_step == checkpoint_step)
+    return next(marks, checkpoint_step)
 
 
 class TraceWriter:
@@ -55,30 +89,32 @@ class TraceWriter:
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
         self._is_failing = self._is_over = False
 
-    def open(self, start: Start) -> list[Item]:
-        """Begin with ``start``; returns what earlier processes have written. A disk that fails causes a warning."""
-        before: list[Item] = []
+    def open(self, start: Start) -> Past:
+        """Begin with ``start``; returns what matters of the past to it. A disk that fails causes a warning."""
+        past = Past([], is_whole=True)
         record = trace.encoded_start(start)
         try:
             files.make_own_dir(self._path.parent)
-            before, good = self._read()
-            file = self._opened(keep=good)
+            contents = self._contents()
+            if start.is_resumed:
+                past, end = _read_past(contents, start.step)
+            else:
+                end = _end(contents[-1])
+            file = self._opened(keep=end)
             file.append(record)
         except OSError as error:
             with self._lock:
                 self._fail(error, record)
         else:
             self._file = file
-        return before
+        return past
 
-    def _read(self) -> tuple[list[Item], int]:
-        """The trace so far, and where the good part of the newer file ends."""
-        before = trace.read(self._path.parent.parent, self._path.name.removesuffix(trace.SUFFIX))
-        try:
-            good = trace.end_of_good(files.read_own(self._path))
-        except FileNotFoundError:
-            good = 0
-        return before, good
+    def _contents(self) -> list[bytes]:
+        contents = trace.contents(self._path.parent.parent, self._path.name.removesuffix(trace.SUFFIX))
+        if not contents[-1] and files.size_of(self._path):
+            # It cannot be read, and a warning has said so: this raises the same error.
+            files.read_own(self._path)
+        return contents
 
     def add(self, kind: int, step: int, epochs: int, values: Mapping[str, float], between: int = 0) -> None:
         """Append values of one moment; ``kind`` is one of ``trace.VALUES``, ``between`` 1 for between two steps."""
@@ -219,7 +255,7 @@ class TraceWriter:
 
     def _reopen(self) -> None:
         files.make_own_dir(self._path.parent)
-        file = self._opened(keep=self._read()[1])
+        file = self._opened(keep=_end(self._contents()[-1]))
         # A shape may be among the records that were dropped.
         self._put_shapes(file)
         while self._waiting:

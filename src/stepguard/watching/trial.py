@@ -192,7 +192,7 @@ class _Guard:
             path, is_write = arguments[0], False
         else:
             return
-        if self._is_noting or not isinstance(path, (str, bytes)) or not self._is_inside(os.fsdecode(path)):
+        if self._is_noting or not isinstance(path, (str, bytes, os.PathLike)) or not self._is_inside(os.fsdecode(path)):
             return
         self._tell("write" if is_write else "read", os.path.abspath(os.fsdecode(path)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -123,13 +124,15 @@ def command(
     options = Options(steps, faults, seed, save_steps, deterministic, jobs or _jobs())
     lines = _Lines(is_quiet=as_json)
     clock = Clock(time_limit_secs)
-    runner = Program(program, clock, environment=_environment(deterministic), is_shown=show_output)
+    runner = Program(program, clock, environment=environment(is_deterministic=deterministic), is_shown=show_output)
     place = Scratch(scratch)
     lines.say(
         f"{printable(report.name_of(program))}, up to step {steps}, in at most {duration(time_limit_secs)}, with a "
         f"checkpoint each {options.spacing} steps; nothing in its own logdir is touched"
     )
     is_kept = False
+    # A job whose time is over is told so by SIGTERM: nothing is left behind then either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         proof = Proof(runner, place, options, show=lines.show, tell=lines.tell, say=lines.say)
         verdict = proof.prove()
@@ -178,7 +181,8 @@ def _jobs() -> int:
     return 1 if has_gpu or (os.cpu_count() or 1) < 2 else 2
 
 
-def _environment(is_deterministic: bool) -> dict[str, str]:
+def environment(*, is_deterministic: bool) -> dict[str, str]:
+    """The variables that a program is started with, besides those of this process."""
     if not is_deterministic:
         return {}
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_XLA}".strip()

@@ -9,8 +9,6 @@ from stepguard.cli.proving.comparing import Comparison, FirstDifference
 from stepguard.cli.text import output
 from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, SETTINGS, STATE
 
-PAGE = "docs/prove.md"
-
 
 @dataclass(frozen=True, slots=True)
 class Cause:
@@ -20,6 +18,29 @@ class Cause:
     what: str
     likely: str
     repair: str
+
+
+# By what differs first: the likely cause, and the repair.
+_OF_A_RESUME = {
+    RANDOM: (
+        "something drew random numbers at another moment than before: an evaluation, or work that counts from the "
+        "start of the process",
+        "put it into `with sess.evaluating():`, or draw from a generator of its own that is in the state",
+    ),
+    SETTINGS: (
+        "a hyperparameter is not part of the saved state",
+        "give its scheduler or optimizer to the Supervisor, or compute it from the global step",
+    ),
+    STATE: (
+        "the restored state is not the one that was saved",
+        "look for code that changes it between the restore and the first step",
+    ),
+}
+_NOT_SAVED = (
+    "something that the step uses is not in the saved state: gradients that were not applied, an average, a counter, a "
+    "buffer of the program's own",
+    "give it to the Supervisor, in stepguard.torch.Values say; accumulate with sess.steps(..., accumulate=n)",
+)
 
 
 def of_two_undisturbed(found: Comparison) -> Cause:
@@ -76,28 +97,9 @@ def of_a_disturbed_run(found: Comparison) -> Cause:
     where = _where(first)
     if first.what == DATA:
         return _of_data(first, where)
-    likely, repair = {
-        RANDOM: (
-            "something drew random numbers at another moment than before: an evaluation, or work that counts from the "
-            "start of the process",
-            "put it into `with sess.evaluating():`, or draw from a generator of its own that is in the state",
-        ),
-        SETTINGS: (
-            "a hyperparameter is not part of the saved state: " + _names(first),
-            "give its scheduler or optimizer to the Supervisor, or compute it from the global step",
-        ),
-        STATE: (
-            "the restored state is not the one that was saved: " + _names(first),
-            "look for code that changes it between the restore and the first step",
-        ),
-    }.get(
-        first.what,
-        (
-            "something that the step uses is not in the saved state: gradients that were not applied, an average, a "
-            "counter, a buffer of the program's own",
-            "give it to the Supervisor, in stepguard.torch.Values say; accumulate with sess.steps(..., accumulate=n)",
-        ),
-    )
+    likely, repair = _OF_A_RESUME.get(first.what, _NOT_SAVED)
+    if first.what in (SETTINGS, STATE):
+        likely = f"{likely}: {_names(first)}"
     return Cause(first.what, f"{where} {_differs(first)}", likely, repair)
 
 

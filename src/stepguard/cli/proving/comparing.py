@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from stepguard.cli.logdir.checkpoint_changes import Change, compared
 from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.proving.runs import Run
 from stepguard.watching import trace
-from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, SETTINGS, STATE, is_measured
+from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, RANDOM_DIGEST, SETTINGS, STATE, is_measured
 from stepguard.watching.trace import Difference, Moment, Step
 
 _BATCH = re.compile(r"batch\b")
@@ -119,26 +119,42 @@ def compare_traces(one: Path, other: Path, restarts: Sequence[int] = ()) -> tupl
 def first_difference(
     role: str, then: dict[Moment, Step], now: dict[Moment, Step], restarts: Sequence[int] = ()
 ) -> FirstDifference | None:
-    """The first moment of both at which they differ, and what differs there first; ``None`` if none does."""
+    """The first moment of both at which they differ, and what differs there first; ``None`` if none does.
+
+    Random states that nobody draws from make no difference: those that only a later draw would show, and those that
+    the engine does not restore, so that they differ, and nothing else does, in the first step after a restart.
+    """
+    found = list(_all_differences(then, now))
+    restarted = [moment for moment, differences in found if moment[0] in restarts and _is_random(differences)]
+    if restarted and restarted[0] == found[0][0]:
+        found = [(moment, kept) for moment, one in found if (kept := [d for d in one if d.name != RANDOM_DIGEST])]
+    if not found or all(_is_random(differences) for _, differences in found):
+        return None
+    moment, differences = found[0]
+    step, before = moment[0], then[moment]
+    unlike = {one.name for one in differences}
+    names = [*before.settings, *before.digests, *before.numbers]
+    return FirstDifference(
+        role,
+        step,
+        what_differs(differences),
+        tuple(differences),
+        tuple(name for name in names if name not in unlike),
+        max((one for one in restarts if one <= step), default=None),
+        _step_of_batch(now[moment], then),
+    )
+
+
+def _all_differences(then: dict[Moment, Step], now: dict[Moment, Step]) -> Iterator[tuple[Moment, list[Difference]]]:
     for moment, before in then.items():
-        if moment not in now:
-            continue
-        found = [one for one in trace.differences(before, now[moment]) if not is_measured(one)]
-        if found:
-            step = moment[0]
-            earlier = [one for one in restarts if one <= step]
-            unlike = {one.name for one in found}
-            names = [*before.settings, *before.digests, *before.numbers]
-            return FirstDifference(
-                role,
-                step,
-                what_differs(found),
-                tuple(found),
-                tuple(name for name in names if name not in unlike),
-                max(earlier, default=None),
-                _step_of_batch(now[moment], then),
-            )
-    return None
+        if moment in now:
+            found = [one for one in trace.differences(before, now[moment]) if not is_measured(one)]
+            if found:
+                yield moment, found
+
+
+def _is_random(found: Sequence[Difference]) -> bool:
+    return all(one.name == RANDOM_DIGEST for one in found)
 
 
 def what_differs(found: Sequence[Difference]) -> str:
@@ -150,7 +166,7 @@ def what_differs(found: Sequence[Difference]) -> str:
         return STATE
     if any(one.kind == "settings" for one in found):
         return SETTINGS
-    if "random" in digests:
+    if RANDOM_DIGEST in digests:
         return RANDOM
     return DATA if any(map(_BATCH.match, digests)) else COMPUTATION
 

@@ -7,11 +7,14 @@ killed, Linux ends the programs.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +22,10 @@ from stepguard.cli.proving.faults import Fault
 from stepguard.cli.proving.program import Program
 from stepguard.cli.proving.runs import Run, run
 from stepguard.cli.proving.scratch import Place
+from stepguard.disk import files
+
+_PROGRESS = "progress"
+_LOOK_SECS = 0.3
 
 Tell = Callable[[int, "int | None"], object]
 
@@ -48,7 +55,7 @@ def open_lanes(count: int) -> Iterator[Lane]:
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
     try:
-        yield lambda work, _: pool.submit(_do, work).result
+        yield lambda work, tell: functools.partial(_await, pool.submit(_do, work), work.place, tell)
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -62,9 +69,34 @@ def _begin() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def _await(future: Future[Run], place: Place, tell: Tell) -> Run:
+    while True:
+        try:
+            return future.result(_LOOK_SECS)
+        except concurrent.futures.TimeoutError:
+            if future.done():
+                raise  # It was the work that raised it.
+            start, _, step = _progress(place).partition(" ")
+            tell(int(start or 0), int(step) if step.isdigit() else None)
+
+
+def _progress(place: Place) -> str:
+    with contextlib.suppress(OSError):
+        return (place.root / _PROGRESS).read_text()
+    return ""
+
+
 def _do(work: Work) -> Run:
+    told = 0.0
+
+    def tell(start: int, step: int | None) -> None:
+        nonlocal told
+        if time.monotonic() - told > _LOOK_SECS:
+            told = time.monotonic()
+            files.write_volatile(work.place.root / _PROGRESS, f"{start} {step}".encode())
+
     try:
-        return work(lambda *_: None)
+        return work(tell)
     finally:
         with contextlib.suppress(OSError):
             work.program.kill()

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -227,8 +226,3 @@ def reached(logdir: Path) -> int:
     if beat is not None and beat.time >= begun and isinstance(beat.step, int):
         steps.append(beat.step)
     return max(steps)
-
-
-def is_linux() -> bool:
-    """Whether all processes of a program can be found."""
-    return sys.platform == "linux"

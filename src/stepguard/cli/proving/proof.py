@@ -129,6 +129,8 @@ class Proof:
         if not self._begin_again(first):
             return self._verdict
         rungs = plan(self._options.kinds, self._pace(first), self._options.seed)
+        if not rungs:
+            raise NotTriedError(f"{', '.join(self._options.kinds)}: one process trains, and no other can be left alone")
         with lanes.open_lanes(self._options.jobs if self._pace(first).processes == 1 else 1) as lane:
             waiting = [(rung, self._start(lane, rung)) for rung in rungs]
             for rung, run_ in waiting:

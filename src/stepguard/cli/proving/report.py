@@ -86,16 +86,17 @@ def details(result: Result) -> Iterator[str]:
     yield from _wrapped(f"its logdir is kept: {printable(str(result.run.place.logdir))}")
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, first: str = "  ", then: str = "    ") -> list[str]:
+    # A path is never broken.
     return textwrap.wrap(
-        text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        text, WIDTH, initial_indent=first, subsequent_indent=then, break_long_words=False, break_on_hyphens=False
     )
 
 
 def conclusion(verdict: Verdict, argv: Sequence[str], options: Options) -> Iterator[str]:
     """The last lines."""
     for remark in verdict.remarks:
-        yield from textwrap.wrap(f"note: {remark}", WIDTH, subsequent_indent="  ")
+        yield from _wrapped(f"note: {remark}", "", "  ")
     name = printable(name_of(argv))
     if verdict.verdict == NOT_DETERMINISTIC:
         found = verdict.results[-1].comparison
