@@ -50,32 +50,38 @@ def steps_saved(logdir):
     return [one.step for one in CheckpointStore(logdir).candidates()]
 
 
-def test_two_processes_go_on_exactly_and_one_takes_over_from_them(tmp_path):
-    whole = run(tmp_path / "whole", 2, "--steps=20", "--save-steps=100")
-    run(tmp_path / "parts", 2, "--steps=9", "--save-steps=3")
-    # A step is left out where the one before was still being written.
-    assert steps_saved(tmp_path / "parts")[0] == 9
-    assert {*steps_saved(tmp_path / "parts")} <= {0, 3, 6, 9}
-    printed = run(tmp_path / "parts", 2, "--steps=20", "--save-steps=100")
+def wait_for_a_save(logdir, started, *, after=0):
+    deadline = time.monotonic() + 100
+    while not logdir.exists() or max(steps_saved(logdir), default=0) <= after:
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in started] == [None, None], started[0].communicate()
+        time.sleep(0.02)
 
-    assert ["began at 9" in one for one in printed] == [True, True]
+
+def test_two_processes_that_are_killed_go_on_exactly_and_one_takes_over_from_them(tmp_path):
+    whole = run(tmp_path / "whole", 2, "--steps=60", "--save-steps=100")
+    killed = start(tmp_path / "killed", 2, "--steps=60", "--save-steps=3", "--step-secs=0.1")
+    wait_for_a_save(tmp_path / "killed", killed, after=5)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    printed = run(tmp_path / "killed", 2, "--steps=60", "--save-steps=3")
+
+    begun = [int(re.search(r"began at (\d+)", one)[1]) for one in printed]
+    assert begun[0] == begun[1] > 5
     assert outcomes(printed) == outcomes(whole)
     assert outcomes(whole)[0] == outcomes(whole)[1]
-    assert [seen(tmp_path / "parts", rank) for rank in (0, 1)] == [seen(tmp_path / "whole", rank) for rank in (0, 1)]
+    assert [seen(tmp_path / "killed", rank) for rank in (0, 1)] == [seen(tmp_path / "whole", rank) for rank in (0, 1)]
 
-    (alone,) = run(tmp_path / "parts", 1, "--steps=22")
-    assert "began at 20" in alone
-    assert [len(seen(tmp_path / "parts", 0)[step]) for step in (19, 20)] == [4, 8]
+    (alone,) = run(tmp_path / "killed", 1, "--steps=62")
+    assert "began at 60" in alone
+    assert [len(seen(tmp_path / "killed", 0)[step]) for step in (59, 60)] == [4, 8]
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
     logdir = tmp_path / "run"
     started = start(logdir, 2, "--steps=100000")
-    deadline = time.monotonic() + 100
-    while not logdir.exists() or not any(steps_saved(logdir)):
-        assert time.monotonic() < deadline
-        assert [process.poll() for process in started] == [None, None], started[0].communicate()
-        time.sleep(0.02)
+    wait_for_a_save(logdir, started)
     started[1].send_signal(signal.SIGTERM)
     assert started[1].wait(100) == -signal.SIGTERM
     # At its exit a process of JAX waits for the others, until it is told to end too.

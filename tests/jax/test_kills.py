@@ -14,7 +14,7 @@ import pytest
 
 from stepguard.store import CheckpointStore
 
-STEPS = 150
+STEPS = 100
 
 
 class Run:
@@ -48,7 +48,7 @@ def history(logdir: Path) -> dict[int, str]:
     return dict(re.findall(r"^step (\d+) (\[.*\])$", Path(f"{logdir}.output").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("kills", [int(os.environ.get("STEPGUARD_JAX_KILLS", "4"))])
+@pytest.mark.parametrize("kills", [int(os.environ.get("STEPGUARD_JAX_KILLS", "3"))])
 def test_kills_change_nothing(tmp_path, kills):
     chance = random.Random(20)
     expected = Run(tmp_path / "whole", f"--steps={STEPS}", "--save-secs=0").outcome()
