@@ -188,3 +188,10 @@ def test_a_program_that_is_not_there_is_a_mistake(tmp_path):
     assert ended.returncode == 2
     assert "could not be started: No such file" in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_over_before_it_has_saved_begins_with_the_checkpoint_of_a_short_one(tmp_path):
+    code, printed, errors = prove("right", "--steps=20", "--save-steps=1000", "--faults=sigterm", cwd=tmp_path)
+
+    assert code == 0, printed + errors
+    assert "begun again            20 steps, from step 1 on" in printed
