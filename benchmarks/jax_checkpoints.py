@@ -211,6 +211,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("stepguard").setLevel(logging.INFO)
     logging.getLogger("stepguard").addHandler(logging.NullHandler())
+    logging.getLogger("stepguard").propagate = False  # Orbax has made a handler of all.
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         for arrays in given.arrays:

@@ -3,11 +3,12 @@
 Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, the watch of
 ``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the
 main thread leaves the block, or until the grace period is over; then it saves the last step and closes the session
-itself, so that a loop blocked in native code returns. A session that drives its own loops is not closed, because its
-loop ends at the next boundary; between two loops the patience thread saves the last step at once. A main thread that
-leaves the block wakes the patience thread and then joins it, so only one of them saves and closes at a time. The join
-ends: the patience thread waits for nothing but its save, whose limit is the grace period. A kill at any point costs
-only the steps since the last committed checkpoint.
+itself, so that a loop blocked in native code returns. If the main thread still does not leave, because it sleeps or
+waits for a queue of the program's own, the patience thread stops the run and ends the process. A session that drives
+its own loops is not closed, because its loop ends at the next boundary; between two loops the patience thread saves the
+last step at once. A main thread that leaves the block wakes the patience thread and then joins it, so only one of them
+saves and closes at a time. The join ends: the patience thread waits for nothing but its save, whose limit is the grace
+period, or it ends the process. A kill at any point costs only the steps since the last committed checkpoint.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from stepguard.watching import launcher_link
 from stepguard.words import logger
 
 _log = logger(__name__)
+
+# How long a main thread whose session was closed has to leave the block.
+_LEAVING_SECS = 5.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -184,6 +188,8 @@ class ManagedSession(AbstractContextManager[SessionT]):
             return
         session = self._session
         if session is None:
+            _log.error("the preparation goes on %g s after SIGTERM: the process ends", grace_secs)
+            self._sigterm.end_process()
             return
         if is_loop:
             # Closing the session would end no wait, and would lose the step that is being done.
@@ -193,6 +199,17 @@ class ManagedSession(AbstractContextManager[SessionT]):
         self._run.note_end("sigterm")
         self._run.save()
         self._run.close(session)
+        if not self._left.wait(_LEAVING_SECS):
+            self._end_stuck_program()
+
+    def _end_stuck_program(self) -> None:
+        """End the process although its main thread waits for something that is neither a step nor a session."""
+        _log.error("the program waits for something else than its session, and does not end: the process ends")
+        try:
+            self._run.stop()
+        except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
+            _log.error("while stopping: %s", described(error))
+        self._sigterm.end_process()
 
     def _stop_at_boundary(self) -> None:
         self._run.ask_stop(self._sigterm.reason)

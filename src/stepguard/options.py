@@ -220,13 +220,15 @@ class Restoring(_Group):
             that is an error, because starting over throws the run away.
         hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
             the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
-            the difference in either case. For PyTorch, like the options that follow.
+            the difference in either case. For PyTorch.
         only: the names of the parts of the state to restore, or patterns such as ``"model*"``. At each start the other
-            parts keep the values that the program gave them. By default every part is restored.
+            parts keep the values that the program gave them. By default every part is restored. For PyTorch and JAX,
+            like the options that follow.
         leave_out: patterns for parameters and buffers, such as ``"model.head.*"``, that are not restored: at each start
             they keep the values that the program gave them.
         init_from: the first weights of a run that has no checkpoint yet: the logdir or a checkpoint of another run, a
-            file with a plain ``state_dict``, or a mapping from names of parts to such paths.
+            file with a plain ``state_dict``, for JAX a checkpoint of Orbax's, or a mapping from names of parts to such
+            paths.
         init_fit: ``"whole"`` if these weights must fit the model exactly, ``"part"`` to load the weights that fit.
 
     Raises:

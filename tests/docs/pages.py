@@ -32,7 +32,8 @@ class Block:
 
     @property
     def framework(self) -> str:
-        return "tensorflow" if re.search(r"\btensorflow\b", self.before + self.code) else "torch"
+        found = re.search(r"\b(tensorflow|jax)\b", self.before + self.code)
+        return "torch" if found is None else found[1]
 
 
 def blocks(page: Path) -> list[Block]:

@@ -218,6 +218,11 @@ def _blocked(sv: Any, session: Any, model: Model, blocking: Any) -> None:
     session.run(blocking.never)
 
 
+def _sleeps(sv: Any, session: Any, model: Model, blocking: Any) -> None:
+    _step(session, model)
+    time.sleep(3600)
+
+
 def _stuck(sv: Any, session: Any, model: Model, blocking: Any) -> None:
     stuck = threading.Thread(target=time.sleep, args=(3600,), daemon=True)
     stuck.start()
@@ -249,8 +254,22 @@ _LOOPS = {
     "threads that never ask": _threads_that_never_ask,
     "fed": _fed,
     "blocked": _blocked,
+    "sleeps": _sleeps,
     "stuck": _stuck,
 }
+
+
+def preparing_for_ever(logdir: str) -> None:
+    """A program whose ``init_fn`` does not come back."""
+
+    def init(session: Any) -> None:
+        report("preparing")
+        time.sleep(3600)
+
+    with tf.Graph().as_default():
+        _, sv = build(logdir, init_fn=init, stop_grace_secs=0.5)
+        with sv.managed_session():
+            report("start")
 
 
 def with_own_handler(logdir: str) -> None:

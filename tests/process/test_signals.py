@@ -11,6 +11,7 @@ import pytest
 from zygote import Child, Zygote, wait_until
 
 from stepguard.store import CheckpointStore, tensorflow_files
+from stepguard.watching import ledger
 
 # A stop, a save of a few kilobytes and the end of the interpreter, on a busy machine.
 QUICKLY_SECS = 40.0
@@ -98,6 +99,26 @@ class TestSigterm:
 
         assert child.wait(QUICKLY_SECS) == -signal.SIGTERM, child.output
         assert newest_saved(tmp_path) == 3
+
+    def test_ends_a_run_whose_main_thread_waits_for_something_else(
+        self, tensorflow_children: Zygote, tmp_path: Path
+    ) -> None:
+        child = start(tensorflow_children, tmp_path, "sleeps", stop_grace_secs=0.5)
+
+        child.send(signal.SIGTERM)
+
+        assert child.wait(QUICKLY_SECS) in (-signal.SIGTERM, 128 + signal.SIGTERM), child.output
+        assert_all_steps_saved(child, tmp_path)
+        (stop,) = [one for one in ledger.read(tmp_path) if one["event"] == "stop"]
+        assert stop["reason"] == "sigterm"
+
+    def test_ends_a_preparation_that_does_not_end(self, tensorflow_children: Zygote, tmp_path: Path) -> None:
+        child = tensorflow_children.start("preparing_for_ever", logdir=str(tmp_path))
+        child.wait_for("preparing")
+
+        child.send(signal.SIGTERM)
+
+        assert child.wait(QUICKLY_SECS) in (-signal.SIGTERM, 128 + signal.SIGTERM), child.output
 
     def test_ends_a_worker_that_waits_for_its_chief(self, tensorflow_children: Zygote, tmp_path: Path) -> None:
         child = tensorflow_children.start("waiting_worker")

@@ -174,6 +174,38 @@ class LazySampler(PythonSampler):
             yield pool.pop(random.randrange(len(pool)))
 
 
+class CountingSampler(PythonSampler):
+    """It counts its epochs itself, and draws the order of an epoch from that number."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.begun += 1
+        return iter(random.Random(self.begun).sample(range(ITEMS), ITEMS))
+
+
+class CountingStream(Stream):
+    """It goes on in each epoch where the last one has ended."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _ in range(ITEMS):
+            self.at += 5
+            yield self._item(self.at % ITEMS)
+
+
+class CountingItems(Items):
+    """What an item is depends on how many there were before."""
+
+    given = 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.given += 1
+        return super().__getitem__(index) + self.given
+
+
 class Wrapper:
     """As prefetchers are: it passes batches and attributes on."""
 
@@ -253,6 +285,9 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "Python's generator": of_items(sampler=PythonSampler),
     "a list shuffled in place": of_items(sampler=InPlaceSampler),
     "drawn lazily": of_items(sampler=LazySampler),
+    "a sampler that counts": of_items(sampler=CountingSampler),
+    "a stream that counts": lambda *_: loader(CountingStream(), 0, False),
+    "items that are counted": lambda *_: loader(CountingItems(), 0, False, shuffle=True),
     "a subclass": of_items(Endless, shuffle=lambda: True),
     "torchdata's shuffled": of_items(StatefulDataLoader, shuffle=lambda: True),
     "torchdata's with PyTorch's sampler": of_items(StatefulDataLoader, sampler=lambda: RandomSampler(range(ITEMS))),

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from loader_kinds import BATCHES, KINDS, OwnEpochs, StatefulStream, Stream, Wrapper, loader, shuffled
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stepguard.errors import CheckpointMismatchError
@@ -404,3 +404,31 @@ def test_batches_out_of_order_are_put_in_order(caplog):
 
     assert batches == [[0], [1], [2], [3]]
     assert "in_order=False is left out" in caplog.text
+
+
+class Growing(Dataset):
+    """A curriculum: more in each epoch."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 4 + 2 * self.epoch
+
+    def __getitem__(self, index):
+        return index
+
+
+def test_a_data_set_whose_length_depends_on_the_epoch_goes_on():
+    before, after = (feed_of(DataLoader(Growing(), batch_size=2, shuffle=True)) for _ in range(2))
+    for _ in range(2 + 3 + 1):
+        last = before.next(None)
+        before.consumed()
+    assert (before.epoch, before.batches) == (2, 1)
+    after.resume(before.position())
+
+    assert [after.next(None).tolist() for _ in range(3)] == [before.next(None).tolist() for _ in range(3)]
+    assert last.tolist()

@@ -752,3 +752,33 @@ def test_values_beside_the_model_are_those_of_the_last_step_too(tmp_path):
     again = Values(steps=0)
     with Supervisor({"values": again}, tmp_path, save_summaries_secs=0).managed_session():
         assert again.steps == 3
+
+
+@pytest.mark.parametrize("place", ["in a step", "between", "evaluating", "trained with"])
+def test_persistent_workers_of_an_evaluation_that_is_not_told_of_are_warned_of(place, tmp_path, caplog):
+    run = Counting(tmp_path)
+    values = DataLoader(torch.ones(4, 1), batch_size=2, num_workers=1, persistent_workers=True)
+    with run.sv.managed_session() as session:
+        passing = Passing(values)
+        for _ in session.epochs(2):
+            for _ in session.steps(passing if place == "trained with" else run.loader):
+                if place == "in a step" and session.is_last_batch:
+                    list(values)
+            if place == "between":
+                list(values)
+            if place == "evaluating":
+                with session.evaluating():
+                    list(values)
+
+    said = caplog.text.count("a DataLoader with persistent workers was started outside of the training")
+    assert said == (place in ("in a step", "between"))
+
+
+class Passing:
+    """As wrappers are, which begin to read when they are asked for the first batch."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __iter__(self):
+        yield from self.base

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Program:
             restoring=Restoring(hyperparameters="program"),
         )
 
-    def new_loader(self) -> DataLoader:
+    def new_loader(self) -> Any:
         return DataLoader(Items(), 8, shuffle=True)
 
     def loss(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
@@ -132,6 +133,22 @@ class OtherOrder(Program):
         return DataLoader(Items(), 8, sampler=OwnOrder())
 
 
+class Prefetcher:
+    """Reads ahead from a loader whose order it draws itself, in a thread of its own."""
+
+    def __iter__(self) -> Any:
+        loader = DataLoader(Items(), 8, sampler=random.SystemRandom().sample(range(ITEMS), ITEMS))
+        with ThreadPoolExecutor(1) as pool:
+            yield from pool.submit(list, loader).result()
+
+
+class Prefetches(Program):
+    resume_data = "unchecked"
+
+    def new_loader(self) -> Any:
+        return Prefetcher()
+
+
 class OtherAugmentation(Program):
     def new_loader(self) -> DataLoader:
         unseeded = torch.Generator()
@@ -180,6 +197,7 @@ class ChangesTheModel(Program):
     ("kind", "cause", "at", "said"),
     [
         (OtherOrder, "data", 10, "the data order is not restored"),
+        (Prefetches, "data", 10, "of steps(Prefetcher) differs"),
         (OtherAugmentation, "data", 10, "batch['x'] of steps(DataLoader) differs"),
         (EvaluatesAtItsStart, "random state", 11, "an evaluation outside of sess.evaluating()"),
         (OtherRate, "hyperparameters", 10, "optimizer.lr 0.0100000 then, 0.0200000 now"),

@@ -10,11 +10,12 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
-from stepguard.engine import Prepared
+from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.errors import CheckpointCorruptError
 from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.jax.checkpoint.restore import first_values, read_state
 from stepguard.jax.checkpoint.snapshot import HostMemory, JaxSnapshot, take
+from stepguard.jax.digests import bytes_of, parts_of
 from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
 from stepguard.jax.session import STREAMS, Session
@@ -24,6 +25,7 @@ from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
 from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.process_state import describe_positions
+from stepguard.steps.step_digests import StepDigests
 from stepguard.store import Checkpoint, CheckpointStore, Recovery
 from stepguard.words import logger
 
@@ -164,6 +166,15 @@ class JaxEngine(PeersEngine[Session]):
 
         name = self.peers.restored(restore_own, restore_named)
         return next(iter(found), None), name is not None
+
+    # --- steps ---
+
+    def trace_steps(self, session: Session, trace: StepTrace) -> Beginning:
+        """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""
+        digests = None
+        if trace.wants_digests:
+            digests = StepDigests(trace, STREAMS, state=lambda: parts_of(session.state), as_bytes=bytes_of)
+        return session.trace_with(trace, digests)
 
     # --- checkpoints ---
 

@@ -37,7 +37,7 @@ class Session(LoopSession):
         self,
         state: Any,
         coord: Coordinator,
-        write_summary: Callable[[Mapping[str, Any], int], None],
+        write_summary: Callable[[Mapping[str, Any], int], Mapping[str, float] | None],
         *,
         gate: Gate | None = None,
         processes: int = 1,

@@ -200,3 +200,10 @@ def dtype_of(name: str) -> np.dtype[Any]:
     if dtype.kind in "OSUMm" or dtype.type is np.void:
         raise ValueError(f"expected a type of numbers, found {name!r:.80}")
     return dtype
+
+
+def kind_of(dtype: np.dtype[Any]) -> str:
+    """The kind of a type: "b" (booleans), "i" (integers), "f" (floats) or "c" (complex numbers)."""
+    if dtype.kind == "V":
+        return "i" if "int" in dtype.name else "f"
+    return "i" if dtype.kind == "u" else dtype.kind

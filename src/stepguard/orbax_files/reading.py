@@ -81,6 +81,12 @@ def open_stored(directory: Path, parts: Sequence[str] = ()) -> Stored:
     return Under({name: OrbaxFiles(path) for name, path in items.items()})
 
 
+def open_part(directory: Path, name: str) -> Stored:
+    """Open the part ``name`` of the state in a checkpoint, or the checkpoint as that part, if it has no such part."""
+    stored = open_stored(directory, [name])
+    return stored if any(one.keys and one.keys[0] == name for one in stored.leaves) else Under({name: stored})
+
+
 def _items(directory: Path) -> dict[str, Path]:
     """The trees that Orbax has saved in ``directory``, by name: itself, or the items of a ``CheckpointManager``."""
     if (directory / METADATA).is_file():
@@ -103,6 +109,12 @@ class StepguardFiles:
         self._directory = directory
         self.leaves = index.leaves
         self.static = index.static
+        # Before memory is made for arrays of any size.
+        sizes = {
+            part.rank: files.size_of(directory / data_file(part.rank)) for leaf in self.leaves for part in leaf.parts
+        }
+        for leaf in self.leaves:
+            _check_parts(directory, leaf, sizes)
 
     def read(self, leaf: StoredLeaf, bounds: Bounds) -> np.ndarray[Any, Any]:
         """A part of an array; see `Stored`."""
@@ -110,12 +122,9 @@ class StepguardFiles:
         if dtype is None:
             raise ValueError(f"{leaf.name}: expected an array, found the value {leaf.plain!r:.80}")
         found = _aligned(tuple(stop - start for start, stop in bounds), dtype)
-        read = 0
-        for part in leaf.parts:
-            read += self._read_part(dtype, part, bounds, found)
+        read = sum(self._read_part(dtype, part, bounds, found) for part in leaf.parts)
         if read != found.size:
-            path = self._directory / STATE_FILE
-            raise CheckpointCorruptError(f"{path}: {leaf.name}: expected the whole array, found gaps in it", path=path)
+            raise _gaps(self._directory, leaf)
         return found
 
     def _read_part(self, dtype: np.dtype[Any], part: StoredPart, bounds: Bounds, into: np.ndarray[Any, Any]) -> int:
@@ -136,6 +145,25 @@ class StepguardFiles:
         target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(shared, bounds, strict=True))
         into[target] = read[source]
         return math.prod(stop - start for start, stop in shared)
+
+
+def _check_parts(directory: Path, leaf: StoredLeaf, sizes: Mapping[int, int | None]) -> None:
+    """Raise CheckpointCorruptError unless the files have as many bytes as the array."""
+    dtype = leaf.dtype
+    if dtype is None:
+        return
+    for part in leaf.parts:
+        end, size = part.offset + nbytes_of(part.bounds, dtype), sizes[part.rank]
+        if size is None or size < end:
+            path = directory / data_file(part.rank)
+            raise CheckpointCorruptError(f"{path}: {leaf.name}: expected {end} bytes or more, found {size}", path=path)
+    if sum(nbytes_of(part.bounds, dtype) for part in leaf.parts) != nbytes_of(whole(leaf), dtype):
+        raise _gaps(directory, leaf)
+
+
+def _gaps(directory: Path, leaf: StoredLeaf) -> CheckpointCorruptError:
+    path = directory / STATE_FILE
+    return CheckpointCorruptError(f"{path}: {leaf.name}: expected the whole array, found other parts", path=path)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -187,7 +215,7 @@ class OrbaxFiles:
             self.leaves: Sequence[StoredLeaf] = [
                 leaf for place, one in tree.items() if (leaf := self._leaf(place, one)) is not None
             ]
-        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as error:
             raise CheckpointCorruptError(
                 f"{path}: expected a checkpoint of Orbax's, found one that cannot be read: {error}", path=path
             ) from error

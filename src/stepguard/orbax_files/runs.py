@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError
 from stepguard.orbax_files.reading import is_checkpoint
-from stepguard.store import Checkpoint
+from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -29,8 +31,9 @@ def steps_of_orbax(root: Path) -> list[tuple[int, Path]]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         step = step_of(path.name)
-        if step is not None and path.is_dir() and not path.is_symlink() and is_checkpoint(path):
-            found.append((step, path))
+        with contextlib.suppress(OSError):  # What cannot be read is no checkpoint.
+            if step is not None and path.is_dir() and not path.is_symlink() and is_checkpoint(path):
+                found.append((step, path))
     return sorted(found, reverse=True)
 
 
@@ -48,8 +51,24 @@ def restore_newest_of_orbax(root: Path, newer_than: int, load: Callable[[Path, i
             return None
         try:
             load(path, step)
-        except CheckpointCorruptError as error:
+        except (CheckpointCorruptError, OSError) as error:
             _log.warning("%s, which Orbax has written, is passed over, since it cannot be read: %s", path, error)
         else:
             return Checkpoint(root, path.name, step, path.stat().st_mtime, is_committed=False)
     return None
+
+
+def newest_at(place: Path, engine: str) -> Path:
+    """The checkpoint at ``place``, or the newest good one of the run there: of ``engine``, or of Orbax.
+
+    Raises:
+        FileNotFoundError: there is none.
+        NoGoodCheckpointError: there are some, and all are damaged.
+    """
+    if is_checkpoint(place):
+        return place
+    good = CheckpointStore(place, engine=engine).newest_good(quarantine=False).checkpoint
+    found = [] if good is None else [good.path]
+    for path in [*found, *(path for _, path in steps_of_orbax(place))]:
+        return path
+    raise FileNotFoundError(errno.ENOENT, "expected a checkpoint of Stepguard or Orbax, or a run's logdir", str(place))

@@ -42,14 +42,36 @@ def write_data(directory: Path, rank: int, arrays: Iterable[np.ndarray[Any, Any]
     name = data_file(rank)
     files.make_own_dir(directory / "d")
     with files.NewFile(directory / name) as file:
+        blocks = _Blocks(file)
         for array in arrays:
-            if file.size % _ALIGNMENT:
-                file.write(bytes(-file.size % _ALIGNMENT))
+            blocks.write(bytes(-blocks.size % _ALIGNMENT))
             data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-            view = memoryview(data.reshape(-1).view(np.uint8))
-            for begin in range(0, len(view), _BLOCK_BYTES):
-                file.write(view[begin : begin + _BLOCK_BYTES])
+            blocks.write(memoryview(data.reshape(-1).view(np.uint8)))
+        blocks.flush()
     return {name: (file.size, file.digest)}
+
+
+class _Blocks:
+    """Writes large arrays block by block, and puts small ones together into blocks: each write has a price."""
+
+    def __init__(self, file: files.NewFile) -> None:
+        self._file = file
+        self._held = bytearray()
+        self.size = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        self.size += len(content)
+        if len(self._held) + len(content) > _BLOCK_BYTES:
+            self.flush()
+        if len(content) < _BLOCK_BYTES:
+            self._held += content
+            return
+        for begin in range(0, len(content), _BLOCK_BYTES):
+            self._file.write(content[begin : begin + _BLOCK_BYTES])
+
+    def flush(self) -> None:
+        self._file.write(self._held)
+        self._held.clear()
 
 
 def offsets(parts: Iterable[tuple[Bounds, np.dtype[Any]]]) -> Iterator[int]:
@@ -75,15 +97,18 @@ def write_index(directory: Path, index: Index, chunks: Sequence[tuple[int, ...]]
     node = ocdbt.node(values)
     root = ocdbt.Place(_TREE_FILE, 0, len(node))
     strings = {orbax_name(one.keys): one.plain for one in index.leaves if one.kind == "str"}
-    files.make_own_dir(directory / "array_metadatas")
     written = {
         STATE_FILE: index.to_json(),
         _TREE_FILE: node,
         ocdbt.MANIFEST: ocdbt.manifest(root, values),
         "_METADATA": json.dumps(_metadata(index, chunks, empty)).encode(),
-        "array_metadatas/process_0": json.dumps(_array_metadata(index, chunks)).encode(),
-        **({"_strings.json": json.dumps(strings).encode()} if strings else {}),
     }
+    # Each file costs an fsync, so there is none without content.
+    if strings:
+        written["_strings.json"] = json.dumps(strings).encode()
+    if any(one.key_impl is not None for one in index.leaves):
+        files.make_own_dir(directory / "array_metadatas")
+        written["array_metadatas/process_0"] = json.dumps(_array_metadata(index, chunks)).encode()
     return {name: write_small(directory / name, content) for name, content in written.items()}
 
 

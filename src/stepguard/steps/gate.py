@@ -199,6 +199,23 @@ class Gate:
             self.last_done = self._done
             self._changed.notify_all()
 
+    def meet(self, steps_done: int) -> None:
+        """Take the state after the last step of a loop if it is due there, before the end of the loop changes it."""
+        while self._is_awaited(steps_done):
+            self._take_state()
+
+    def _is_awaited(self, steps_done: int) -> bool:
+        """Whether a capture must come after ``steps_done`` steps; waits while the last captured state is needed."""
+        moment = self.moment(steps_done)
+        with self._changed:
+            while moment >= self._captures_at or steps_done >= self._meetings.next_at:
+                if self._must_capture(moment, steps_done):
+                    return True
+                if self._is_last or self._refusal is not None:
+                    return False
+                self._changed.wait()
+        return False
+
     def end(self, steps_done: int, *, how: Loop = Loop.ENDED) -> None:
         """Note that no step follows for now. A begun step that found no input does not count."""
         with self._changed:

@@ -84,16 +84,21 @@ class PeersEngine(LoopEngine[SessionT]):
         """Tell the other processes that they can free their parts."""
         self.peers.settled()
 
-    def write_summary(self, values: Mapping[str, Any], step: int, *, where: str = "summary") -> None:
+    def write_summary(
+        self, values: Mapping[str, Any], step: int, *, where: str = "summary"
+    ) -> Mapping[str, float] | None:
         """Write values that the program has computed itself and given to ``where``. Any thread.
+
+        Returns them as numbers; ``None`` if no one uses them, so that they were not read.
 
         Raises:
             TypeError: a value is no number, or ``values`` is no dictionary.
         """
         if self.value_watch is None and self._events is None and isinstance(values, Mapping):
-            return  # No one uses the values, so do not wait for those that are still computed.
+            return None  # No one uses the values, so do not wait for those that are still computed.
         numbers = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(numbers, step)
         if self.value_watch is not None:
             self.value_watch.look(numbers, step)
+        return numbers

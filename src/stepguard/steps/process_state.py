@@ -55,6 +55,11 @@ class ProcessState(ABC):
         return self._places.epoch
 
     @property
+    def loaders(self) -> list[Any]:
+        """The loaders that ``steps`` was given and that the program still has."""
+        return [feed.loader for feed in self._places.feeds]
+
+    @property
     def batches_read_again(self) -> int:
         """The number of batches that were read again to come to the positions of the earlier run. Any thread."""
         return sum(feed.read_again for feed in self._places.feeds)

@@ -471,6 +471,8 @@ class Session:
             # Called first, because it may set the session back, so that steps must be done again.
             self._settle()
             if self._must_end(plan.max_steps):
+                if self._gate is not None and boundary.steps > began_at[0]:
+                    self._gate.meet(boundary.steps)
                 self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
                 return
             boundary.call_due()

@@ -119,5 +119,5 @@ class TestTheIndex:
     def test_has_its_small_files_whatever_the_number_of_arrays(self, tmp_path):
         path = save({f"w{n}": jnp.ones(3) for n in range(100)}, tmp_path / "it")
 
-        assert len([one for one in path.rglob("*") if one.is_file()]) == 7
+        assert len([one for one in path.rglob("*") if one.is_file()]) == 6
         assert len(json.loads((path / "state.json").read_bytes())["leaves"]) == 100

@@ -11,13 +11,13 @@ import numpy as np
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.jax.checkpoint.files import ENGINE
-from stepguard.jax.checkpoint.fitting import Fitting, fit
-from stepguard.jax.checkpoint.tree import Flat, Leaf, flatten, rebuild
+from stepguard.jax.checkpoint.tree import flatten, rebuild
 from stepguard.options import Restoring
+from stepguard.orbax_files.fitting import Fitting, fit
 from stepguard.orbax_files.index import StoredLeaf
-from stepguard.orbax_files.reading import Stored, Under, is_checkpoint, open_stored, whole
-from stepguard.orbax_files.runs import steps_of_orbax
-from stepguard.store import CheckpointStore
+from stepguard.orbax_files.leaves import Flat, Leaf
+from stepguard.orbax_files.reading import Stored, open_part, open_stored, whole
+from stepguard.orbax_files.runs import newest_at
 from stepguard.words import listed
 
 # The parts that hold weights, by the names that programs give them.
@@ -36,7 +36,7 @@ def read_state(directory: Path, state: Any, options: Restoring) -> Any:
     """
     flat = flatten(state)
     stored = open_stored(directory, _parts(flat.leaves))
-    fitting = fit(directory, flat, stored, options)
+    fitting = fit(directory, flat, stored, options, jax.dtypes.canonicalize_dtype)
     values = _values(flat.leaves, stored, fitting)
     if jax.process_index() == 0:
         fitting.report(directory)
@@ -74,10 +74,8 @@ def first_values(state: Any, options: Restoring) -> Any:
 
 
 def _first_of_part(name: str, place: Path, leaves: list[Leaf], options: Restoring) -> list[Any]:
-    path = _newest(place)
-    stored = open_stored(path, [name])
-    if not any(one.keys and one.keys[0] == name for one in stored.leaves):
-        stored = Under({name: stored})  # The checkpoint has nothing but this part.
+    path = newest_at(place, ENGINE)
+    stored = open_part(path, name)
     left = list(options.leave_out)
     if options.init_fit == "part":
         shapes = {one.name: one.shape for one in stored.leaves}
@@ -85,25 +83,15 @@ def _first_of_part(name: str, place: Path, leaves: list[Leaf], options: Restorin
         left += shapes
     if len(left) >= len(leaves) and all(one.name in left for one in leaves):
         left = list(options.leave_out)  # Nothing fits: let the error say why.
-    fitting = fit(path, Flat(leaves, {}, {}), stored, Restoring(only=[name], leave_out=left))
+    fitting = fit(
+        path, Flat(leaves, {}, {}), stored, Restoring(only=[name], leave_out=left), jax.dtypes.canonicalize_dtype
+    )
     fitting.report(path)
     return _values(leaves, stored, fitting)
 
 
 def _parts(leaves: Sequence[Leaf]) -> list[str]:
     return list(dict.fromkeys(str(leaf.keys[0]) for leaf in leaves if leaf.keys))
-
-
-def _newest(place: Path) -> Path:
-    """The checkpoint at ``place``, or the newest good one of the run there."""
-    if is_checkpoint(place):
-        return place
-    good = CheckpointStore(place, engine=ENGINE).newest_good(quarantine=False).checkpoint
-    if good is not None:
-        return good.path
-    for _, path in steps_of_orbax(place):
-        return path
-    raise FileNotFoundError(f"{place}: expected a checkpoint of Stepguard or Orbax, or the logdir of a run")
 
 
 # --- values ---

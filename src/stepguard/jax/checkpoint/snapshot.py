@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepguard.errors import CheckpointError
-from stepguard.jax.checkpoint.tree import Leaf, flatten
+from stepguard.jax.checkpoint.tree import flatten
+from stepguard.orbax_files.leaves import Leaf
 from stepguard.steps.gate import Moment
 
 Index = tuple[tuple[int, int], ...]

@@ -7,47 +7,21 @@ Flax nnx are taken apart into a graph definition, which is compared, and a state
 
 from __future__ import annotations
 
-import enum
-import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from stepguard.orbax_files.index import Keys, name_of, orbax_name
+from stepguard.orbax_files.leaves import PLAIN, Flat, Leaf, check_saveable, described, described_leaf
 from stepguard.words import listed
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_MOST_TEXT = 300
-_PLAIN = (bool, int, float, complex, str)
 _EMPTY: dict[type, str] = {dict: "Dict", list: "List", tuple: "Tuple"}
-
-
-class Leaf(NamedTuple):
-    """One value of a state. ``keys`` is its place: names, and ``int`` for a place in a list or tuple.
-
-    ``key_impl`` is the implementation of a typed PRNG key, of which ``value`` has the data.
-    """
-
-    keys: Keys
-    name: str
-    value: Any
-    key_impl: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A state taken apart. ``static`` has the parts that are compared, as text; ``empty`` the kinds of empty nodes."""
-
-    leaves: list[Leaf]
-    static: Mapping[str, str]
-    empty: Mapping[Keys, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +71,9 @@ def flatten(state: Any) -> Flat:
         elif kind == "key":
             leaves.append(Leaf(keys, name, jax.random.key_data(value), str(jax.random.key_impl(value))))
         elif kind == "other":
-            static[name] = _described_leaf(name, value)
+            static[name] = described_leaf(name, value)
         else:
-            _check_saveable(name, value)
+            check_saveable(name, value)
             leaves.append(Leaf(keys, name, value))
     return Flat(leaves, static, places.empty)
 
@@ -124,14 +98,6 @@ def rebuild(state: Any, values: list[Any]) -> Any:
         return live
 
     return jax.tree_util.tree_map(updated, state, made, is_leaf=_is_nnx)
-
-
-def described(part: Any) -> str:
-    """A static part as text that is the same in each process: without addresses, and sets in order."""
-    text = _text(part)
-    if len(text) <= _MOST_TEXT:
-        return text
-    return f"{text[:_MOST_TEXT]}... ({hashlib.blake2b(text.encode(), digest_size=8).hexdigest()})"
 
 
 def _split(state: Any) -> Any:
@@ -169,7 +135,7 @@ def _kind_of(value: Any) -> str:
     if isinstance(value, jax.Array):
         kind = "key" if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) else "array"
     else:
-        kind = "plain" if isinstance(value, (np.ndarray, np.generic, *_PLAIN)) else "other"
+        kind = "plain" if isinstance(value, (np.ndarray, np.generic, *PLAIN)) else "other"
     return _KINDS.setdefault(type(value), kind)
 
 
@@ -184,25 +150,6 @@ def _wrapped(held: Any, value: Any) -> Any:
     if _kind_of(held) == "key":
         return jax.random.wrap_key_data(value, impl=str(jax.random.key_impl(held)))
     return value
-
-
-def _check_saveable(name: str, value: Any) -> None:
-    if isinstance(value, (np.ndarray, np.generic)):
-        # The types of ml_dtypes, such as bfloat16, have the kind "V", as structured arrays have.
-        if value.dtype.kind in "OSUMm" or value.dtype.names is not None:
-            raise TypeError(f"{name}: expected numbers, found a NumPy array of {value.dtype}, which cannot be saved")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise TypeError(f"{name}: expected an integer of at most 64 bits, found {value!r:.80}")
-
-
-def _described_leaf(name: str, value: Any) -> str:
-    """The text of a leaf that is no data. Functions and the like are part of the program; other objects hold state."""
-    if callable(value) or isinstance(value, (enum.Enum, np.dtype)):
-        return described(value)
-    raise TypeError(
-        f"{name}: expected an array, a number, a string or a function, found a {type(value).__name__}, which cannot be "
-        f"saved: take it out of the state, or put what it holds into arrays"
-    )
 
 
 # --- names ---
@@ -276,15 +223,3 @@ def _key(key: Any) -> str | int:
     if isinstance(key, GetAttrKey):
         return str(key.name)
     return str(key.key) if isinstance(key, DictKey) else str(key)
-
-
-def _text(part: Any) -> str:
-    if isinstance(part, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_text, part)))}}}"
-    if type(part) in (list, tuple):
-        return f"({', '.join(map(_text, part))})"
-    if isinstance(part, Mapping):
-        return f"{{{', '.join(f'{key}: {_text(one)}' for key, one in part.items())}}}"
-    if isinstance(part, type) or hasattr(part, "__qualname__"):
-        return f"{part.__module__}.{part.__qualname__}"
-    return _ADDRESS.sub("", repr(part))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from stepguard.steps.group_feed import GroupFeed
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import MapFeed
 from stepguard.torch.data.outliving import starting_workers
+from stepguard.torch.data.persistent import beginning
 from stepguard.torch.data.stateful_feed import StatefulFeed
 from stepguard.torch.data.stream_feed import StreamFeed, TorchFunctionFeed, WorkerStreamFeed
 from stepguard.words import logger
@@ -28,10 +30,16 @@ def feed_of(loader: Any) -> Feed:
     Raises:
         TypeError: ``loader`` cannot be iterated over, or has a state that cannot be saved.
     """
-    with starting_workers(loader):  # torchdata's loader starts its workers when it is asked for its state.
+    with _starting(loader):  # torchdata's loader starts its workers when it is asked for its state.
         feed = _feed_of(loader)
-    feed.starting = starting_workers
+    feed.starting = _starting
     return feed
+
+
+@contextmanager
+def _starting(loader: Any) -> Iterator[None]:
+    with beginning(), starting_workers(loader):
+        yield
 
 
 def _feed_of(loader: Any) -> Feed:

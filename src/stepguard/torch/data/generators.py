@@ -1,4 +1,7 @@
-"""Random number generators that a loader, its samplers or its data set hold, beside the streams of the process."""
+"""Random number generators that a loader, its samplers or its data set hold, beside the streams of the process.
+
+What these count for themselves decides, as a generator does, what they give next: :class:`.Counts` is kept like one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 from stepguard.torch.checkpoint.state import with_arrays, without_arrays
+from stepguard.torch.data.counts import Counts
 
 
 def is_generator(value: Any) -> bool:
@@ -34,6 +38,8 @@ def restore(generators: Sequence[Any], saved: Sequence[Any]) -> None:
     for generator, state in zip(generators, saved, strict=False):
         if isinstance(generator, torch.Generator):
             generator.set_state(state)
+        elif isinstance(generator, Counts):
+            generator.put(state)
         elif isinstance(generator, random.Random):
             version, internal, gauss_next = state
             generator.setstate((version, tuple(internal), gauss_next))
@@ -58,6 +64,8 @@ def reseed(generators: Sequence[Any], seed: str) -> None:
 def _state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
+    if isinstance(generator, Counts):
+        return generator.state()
     if isinstance(generator, random.Random):
         return generator.getstate()
     return without_arrays(_numpy_state(generator))

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from stepguard.steps.apart import ApartIterator
 from stepguard.steps.feeds import Feed, length, shown
 from stepguard.torch.data import generators
+from stepguard.torch.data.counts import Counts
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.shuffled_lists import ShuffledLists
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
@@ -47,8 +48,13 @@ class MapFeed(Feed):
         found += [one for one in samplers.generators if one is not loader.generator]
         # The generators from which the order is drawn, and those from which items are made in this process. A sampler
         # may refer to the data set, so that a generator may be both.
+        found_in_items = {id(one) for one in Inside(loader.dataset).objects}
+        found += [Counts(one for one in samplers.objects if id(one) not in found_in_items)]
         self._generators: list[Any] = found
-        self._item_generators = self._inside.generators if loader.num_workers == 0 else []
+        self._item_generators: list[Any] = []
+        if loader.num_workers == 0:
+            items = Inside(loader.dataset, loader.collate_fn).objects
+            self._item_generators = [*self._inside.generators, Counts(items)]
         self._items_before: Sequence[Any] = ()
         self._worker_seed = torch.initial_seed()
         self._ordered = self._ordered_copy()
@@ -121,6 +127,8 @@ class MapFeed(Feed):
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
+        # Before anything is compared: the length of a data set may depend on the epoch.
+        self._inside.set_epoch(position["epoch"])
         super().resume(position, processes, is_checked=is_checked)
         self._worker_seed = position["worker_seed"]
         self._order = position.get("order")

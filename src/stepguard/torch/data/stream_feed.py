@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stepguard.steps.feeds import FunctionFeed, IterableFeed, shown
 from stepguard.torch.data import generators
+from stepguard.torch.data.counts import Counts
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
 from stepguard.torch.data.workers import InitWorker, SeededStream
@@ -30,6 +31,9 @@ class StreamFeed(IterableFeed):
     def __init__(self, loader: Any, *roots: Any) -> None:
         super().__init__(loader, STREAMS)
         self._inside = Inside(*(roots or (loader,)))
+        # Those of wrappers around them, such as the progress of a bar, are no part of the data.
+        data = [one for one in self._inside.objects if isinstance(one, (Dataset, Sampler))]
+        self._held = [*self._inside.generators, *([Counts(data)] if data else [])]
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
         self._has_warned = False
@@ -43,22 +47,22 @@ class StreamFeed(IterableFeed):
     def position(self) -> dict[str, Any]:
         """The position, with the states of the generators inside the loader at the beginning of the epoch."""
         position = super().position()
-        if self._inside.generators:
+        if self._held:
             live = not self.batches
-            position["generators"] = generators.states(self._inside.generators) if live else self._generators_before
+            position["generators"] = generators.states(self._held) if live else self._generators_before
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
         super().resume(position, processes, is_checked=is_checked)
         self._generators_before = position.get("generators")
-        generators.restore(self._inside.generators, self._generators_before or ())
+        generators.restore(self._held, self._generators_before or ())
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
         if skip and self._generators_before is not None:
-            generators.restore(self._inside.generators, self._generators_before)
-        elif self._inside.generators:
-            self._generators_before = generators.states(self._inside.generators)
+            generators.restore(self._held, self._generators_before)
+        elif self._held:
+            self._generators_before = generators.states(self._held)
         return super()._begin_epoch(skip)
 
     def _announce_epoch(self) -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.jax.checkpoint.tree import Flat, Leaf
 from stepguard.options import Restoring
-from stepguard.orbax_files.index import StoredLeaf, orbax_name
+from stepguard.orbax_files.index import StoredLeaf, kind_of, orbax_name
+from stepguard.orbax_files.leaves import Flat, Leaf
 from stepguard.orbax_files.reading import Stored
 from stepguard.saving.mismatch import Mismatch
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
-_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+Canonical = Callable[[Any], Any]
 
 
 @dataclass(slots=True)
@@ -48,8 +46,10 @@ class Fitting:
             _log.warning("%s is not restored exactly, so the run is not the same: %s", path, "; ".join(found))
 
 
-def fit(path: Path, flat: Flat, stored: Stored, options: Restoring) -> Fitting:
+def fit(path: Path, flat: Flat, stored: Stored, options: Restoring, canonical: Canonical) -> Fitting:
     """Decide how the checkpoint at ``path`` goes into a state. Nothing is read or changed.
+
+    ``canonical`` gives the type that an array of a type gets in this program, which may have no types of 64 bits.
 
     Raises:
         CheckpointMismatchError: the checkpoint does not fit. The error lists all reasons.
@@ -66,7 +66,7 @@ def fit(path: Path, flat: Flat, stored: Stored, options: Restoring) -> Fitting:
         elif saved is None:
             found.missing.append(leaf.name)
         else:
-            _compare(leaf, saved, fitting, found)
+            _compare(leaf, saved, fitting, found, canonical)
     found.unexpected += [
         one.name
         for one in held.values()
@@ -110,23 +110,23 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(pattern in (name, dotted) or fnmatch.fnmatchcase(dotted, pattern) for pattern in patterns)
 
 
-def _compare(leaf: Leaf, saved: StoredLeaf, fitting: Fitting, found: Mismatch) -> None:
+def _compare(leaf: Leaf, saved: StoredLeaf, fitting: Fitting, found: Mismatch, canonical: Canonical) -> None:
     own = _form(leaf)
     if isinstance(leaf.value, str) or saved.kind == "str":
         fits = isinstance(leaf.value, str) and saved.kind == "str"
     else:
-        is_same_kind = any(jnp.issubdtype(_dtype(leaf), one) and jnp.issubdtype(_dtype(saved), one) for one in _KINDS)
+        is_same_kind = kind_of(_dtype(leaf)) == kind_of(_dtype(saved))
         fits = is_same_kind and np.shape(leaf.value) == saved.shape and leaf.key_impl == saved.key_impl
     if not fits:
         found.reshaped[leaf.name] = (own, saved.form)
-    elif _is_cast(leaf, saved):
+    elif _is_cast(leaf, saved, canonical):
         fitting.casts.append(f"{leaf.name} ({saved.form} in the checkpoint, {own} in the program)")
 
 
-def _is_cast(leaf: Leaf, saved: StoredLeaf) -> bool:
+def _is_cast(leaf: Leaf, saved: StoredLeaf, canonical: Canonical) -> bool:
     """Whether the value changes its type. A value that the run had as another kind of object keeps its own type."""
     if saved.kind == "array":
-        wanted = leaf.value.dtype if isinstance(leaf.value, jax.Array) else jax.dtypes.canonicalize_dtype(saved.dtype)
+        wanted = leaf.value.dtype if hasattr(leaf.value, "sharding") else canonical(saved.dtype)
         return bool(wanted != saved.dtype)
     is_array = saved.kind == "numpy" and isinstance(leaf.value, np.ndarray)
     return is_array and leaf.value.dtype.newbyteorder("=") != saved.dtype  # The files have one order of bytes.
