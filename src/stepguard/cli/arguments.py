@@ -57,6 +57,9 @@ class _Seconds(click.FloatRange):
 SECONDS = _Seconds(min=0)
 """A finite number of seconds, at least 0."""
 
+SECONDS_BETWEEN = _Seconds(min=0.01)
+"""A finite number of seconds between two things."""
+
 
 class _Choices(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "names"
