@@ -1,8 +1,10 @@
 """The commands on checkpoints of JAX, which are read without JAX."""
 
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from logdirs import flip
 
@@ -37,8 +39,6 @@ def test_ls_and_verify_know_them(jax_run, document, stepguard, tmp_path):
 
 
 def test_a_damaged_one_is_found(jax_run, stepguard, tmp_path):
-    import shutil
-
     shutil.copytree(jax_run, tmp_path / "run")
     flip(tmp_path / "run" / "model.ckpt-4" / "d" / "process-0")
     verified = stepguard("verify", tmp_path / "run")
@@ -56,3 +56,18 @@ def test_jax_is_not_loaded(command, jax_run):
     done = subprocess.run([sys.executable, "-c", program, command, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == (command == "diff"), done.stderr
     assert "params[0]" in done.stdout
+
+
+def test_one_without_a_manifest_is_shown_as_such(jax_run, document, tmp_path):
+    shutil.copytree(jax_run / "model.ckpt-4", tmp_path / "copy")
+    found = document("show", tmp_path / "copy")
+    assert (found["engine"], found["state"]) == ("jax", "incomplete")
+    assert by_name(found["tensors"])["params[0]"]["max"] == 4
+
+
+def test_what_orbax_has_written_is_shown(stepguard, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    ocp.PyTreeCheckpointer().save(tmp_path / "it", {"params": [np.arange(3.0)], "n": 7})
+    shown = stepguard("show", tmp_path / "it", "--all")
+    assert shown.exit_code == 0
+    assert "params[0]" in shown.stdout

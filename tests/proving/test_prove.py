@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,10 +38,11 @@ def test_a_right_program_is_proven_and_nothing_of_its_own_is_touched(tmp_path):
 
     assert code == 0, printed + told
     lines = printed.splitlines()
-    assert [line[:23].strip() for line in lines[:7]] == [
+    # On a busy machine a short program may end before the last of five kills.
+    assert [re.sub("killed [2-5] times", "killed", line[:23]).strip() for line in lines[:7]] == [
         "undisturbed",
         "begun again",
-        "killed 5 times",
+        "killed",
         "stopped by SIGTERM",
         "stopped by Ctrl-C",
         "newest one damaged",
@@ -188,3 +190,10 @@ def test_a_program_that_is_not_there_is_a_mistake(tmp_path):
     assert ended.returncode == 2
     assert "could not be started: No such file" in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_over_before_it_has_saved_begins_with_the_checkpoint_of_a_short_one(tmp_path):
+    code, printed, errors = prove("right", "--steps=20", "--save-steps=1000", "--faults=sigterm", cwd=tmp_path)
+
+    assert code == 0, printed + errors
+    assert "begun again            20 steps, from step 1 on" in printed

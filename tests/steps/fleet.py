@@ -165,6 +165,9 @@ class StubMember:
     def wait_for_stop(self, timeout_secs: float) -> object:
         return self._stop.wait(timeout_secs)
 
+    def has_ended(self) -> bool:
+        return False
+
     def stop_reason(self) -> str | None:
         return self.reason
 
@@ -175,6 +178,9 @@ class StubMember:
 
     def error(self) -> BaseException | None:
         return self._error
+
+    def is_collective(self, file: str) -> bool:
+        return False
 
     def is_impatient(self) -> bool:
         return self.impatient

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself, once")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
-    parser.add_argument("--leave", help="RANK:STEP:break or RANK:STEP:exit, in the middle of a loop that goes on")
+    parser.add_argument("--leave", help="RANK:STEP:break, exit or break-first, in the middle of a loop that goes on")
     parser.add_argument("--join", help="the numbers of batches of each rank, which come to their ends under Join")
     args = parser.parse_args()
 
@@ -75,6 +75,8 @@ def main() -> None:
     with sv.managed_session() as session, nullcontext() if args.epochs else joined(model, args):
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
         for index, inputs, targets in batches(session, loader, model, args):
+            if args.leave == f"{rank}:{session.global_step}:break-first":  # The other is in this step, and waits.
+                break
             optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(model(inputs), targets)
             loss.backward()

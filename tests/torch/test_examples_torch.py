@@ -120,7 +120,7 @@ def test_the_demo_takes_this_engine(tmp_path):
     assert "killed with SIGKILL" in printed
     assert accuracy(printed) > 0.95
     proofs = re.findall(r"^  proof +(.*)", printed, re.MULTILINE)
-    assert "bit for bit the same (batch, " in proofs[1]
+    assert "bit for bit the same (batches, random states, " in proofs[1]
     assert "resumed from the checkpoint before, of step" in printed
 
 

@@ -754,31 +754,20 @@ def test_values_beside_the_model_are_those_of_the_last_step_too(tmp_path):
         assert again.steps == 3
 
 
-@pytest.mark.parametrize("place", ["in a step", "between", "evaluating", "trained with"])
-def test_persistent_workers_of_an_evaluation_that_is_not_told_of_are_warned_of(place, tmp_path, caplog):
-    run = Counting(tmp_path)
-    values = DataLoader(torch.ones(4, 1), batch_size=2, num_workers=1, persistent_workers=True)
-    with run.sv.managed_session() as session:
-        passing = Passing(values)
-        for _ in session.epochs(2):
-            for _ in session.steps(passing if place == "trained with" else run.loader):
-                if place == "in a step" and session.is_last_batch:
-                    list(values)
-            if place == "between":
-                list(values)
-            if place == "evaluating":
-                with session.evaluating():
-                    list(values)
+class Evaluating(Tutorial):
+    """Its evaluation has workers that persist, and draws an order in each epoch."""
 
-    said = caplog.text.count("a DataLoader with persistent workers was started outside of the training")
-    assert said == (place in ("in a step", "between"))
+    def __init__(self, logdir):
+        super().__init__(logdir)
+        values = self.values.dataset
+        self.values = DataLoader(values, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
 
 
-class Passing:
-    """As wrappers are, which begin to read when they are asked for the first batch."""
+@pytest.mark.parametrize("place", ["step", "end"])
+def test_persistent_workers_of_an_evaluation_do_not_move_the_training(place, tmp_path):
+    whole = Evaluating(tmp_path / "whole").train()
+    with pytest.raises(Killed):
+        Evaluating(tmp_path / "killed").train(dies=(1, place))
+    again = Evaluating(tmp_path / "killed").train()
 
-    def __init__(self, base):
-        self.base = base
-
-    def __iter__(self):
-        yield from self.base
+    assert again.outcome()[0] == whole.outcome()[0]

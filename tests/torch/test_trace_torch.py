@@ -7,7 +7,7 @@ second run another one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,19 @@ class KeepsSomethingForItself(Program):
         return loss / (1 + self.mean)
 
 
+class AppliesGradientsLater(Program):
+    """Keeps the gradients of a step for the next one, in a list of its own."""
+
+    waiting: Sequence[torch.Tensor] = ()
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        weights = list(self.model.parameters())
+        for weight, gradient in zip(weights, self.waiting, strict=False):
+            weight -= 0.01 * gradient
+        self.waiting = [weight.grad.clone() for weight in weights]
+
+
 class ComputesDifferently(Program):
     """As kernels do whose sums come in another order: from step 12 on, in the last bits."""
 
@@ -208,6 +221,7 @@ class ChangesTheModel(Program):
             12,
             "random state the same, batch the same, hyperparameters the same, loss",
         ),
+        (AppliesGradientsLater, "computation", 11, "depends on something that is not saved"),
         (ChangesTheModel, "state", 10, "state optimizer the same"),
     ],
     ids=lambda one: one.__name__ if isinstance(one, type) else "",

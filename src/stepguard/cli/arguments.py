@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stepguard.cli.logdir.contents import ListedCheckpoint, list_contents, list_one
+from stepguard.cli.logdir.contents import JAX_FILES, ListedCheckpoint, list_contents, list_one
 from stepguard.options import check_local
 from stepguard.store import tensorflow_files
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
@@ -56,6 +56,9 @@ class _Seconds(click.FloatRange):
 
 SECONDS = _Seconds(min=0)
 """A finite number of seconds, at least 0."""
+
+SECONDS_BETWEEN = _Seconds(min=0.01)
+"""A finite number of seconds between two things."""
 
 
 class _Choices(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -150,8 +153,9 @@ def _is_checkpoint(path: Path) -> bool:
         return True
     if path.is_file():
         return _is_single(path)
-    # A directory without a manifest may still hold what PyTorch has written.
-    return path.is_dir() and any(path.glob("*.pt")) and not any(path.glob("*" + MANIFEST_SUFFIX))
+    # A directory without a manifest may still hold what PyTorch or Orbax has written.
+    is_written = path.is_dir() and (any(path.glob("*.pt")) or any((path / one).is_file() for one in JAX_FILES))
+    return is_written and not any(path.glob("*" + MANIFEST_SUFFIX))
 
 
 def _is_single(path: Path) -> bool:

@@ -36,6 +36,10 @@ class SessionMember:
         """Wait until this process is asked to stop, at most ``timeout_secs``."""
         return self._coord.wait_for_stop(timeout_secs)
 
+    def has_ended(self) -> bool:
+        """Whether the run is over in this process although nobody asked it to stop, and without an error."""
+        return self._coord.should_stop() and self._coord.stop_reason is None and self._coord.first_error is None
+
     def stop_reason(self) -> str | None:
         """Who asked this process to stop; ``None`` if nobody did."""
         return self._coord.stop_reason

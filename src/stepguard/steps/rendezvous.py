@@ -33,6 +33,7 @@ end.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -55,6 +56,10 @@ _IMPATIENCE_SECS = 1.0
 _FAREWELL_SECS = 5.0
 # How often the thread that waits for a stop of its process checks whether the session was closed without one.
 _CLOSED_LOOK_SECS = 0.5
+# How long a step may stay in one call, in and outside of the framework, after another process has left in that step.
+_STUCK_SECS = 5.0
+_STUCK_ELSEWHERE_SECS = 60.0
+_STUCK_LOOK_SECS = 0.1
 
 
 class Part(Protocol):
@@ -97,6 +102,9 @@ class Member(Protocol):
     def wait_for_stop(self, timeout_secs: float) -> object:
         """Wait until this process is asked to stop, at most ``timeout_secs``."""
 
+    def has_ended(self) -> bool:
+        """Whether the run is over in this process although nobody asked it to stop, and without an error."""
+
     def stop_reason(self) -> str | None:
         """Who asked this process to stop, as the ledger says it; ``None`` if nobody did."""
 
@@ -108,6 +116,9 @@ class Member(Protocol):
 
     def is_impatient(self) -> bool:
         """Whether a second Ctrl-C has ended this process."""
+
+    def is_collective(self, file: str) -> bool:
+        """Whether a thread that stays in a call of the module ``file`` waits for the other processes."""
 
 
 class Rendezvous(ABC):
@@ -186,10 +197,37 @@ class Rendezvous(ABC):
             f"process was to go on: all processes have to leave their loops after the same step",
             rank=rank,
         )
-        if rank != self._rank and self._gate.refuse_after(left_at, error):
+        if rank == self._rank:
+            return
+        if self._gate.refuse_after(left_at, error):
             # This step may be in a collective operation that waits for the other process; it fails when that one ends.
             self._member.request_stop(error)
             self._words.say("over", unless_said=True)
+        elif self._member.moment() < self._gate.begun == left_at:
+            # That process has left in the middle of the step in which this one still is.
+            threading.Thread(target=self._watch_step, args=(error,), name="stepguard-left", daemon=True).start()
+
+    def _watch_step(self, error: PeerLeftError) -> None:
+        """Stop for ``error`` if the step under way waits for the process that has left. Runs on a thread of its own.
+
+        The step may also come to its end, and leave its loop as the other process did. So a wait is told from work: the
+        thread of the step stays in one call.
+        """
+        step, place, since = self._gate.begun, None, time.monotonic()
+        while not (self._closing.is_set() or self._is_over.is_set() or self._member.moment() >= step):
+            frame = sys._current_frames().get(self._gate.trainer or 0)
+            here = None if frame is None else (id(frame), frame.f_lasti)
+            if here != place:
+                place, since = here, time.monotonic()
+            is_collective = frame is not None and self._member.is_collective(frame.f_code.co_filename)
+            del frame
+            if time.monotonic() - since > (_STUCK_SECS if is_collective else _STUCK_ELSEWHERE_SECS):
+                # A collective operation fails when the process that it waits for ends: it has this one's word for that.
+                self._member.request_stop(error)
+                with contextlib.suppress(StoreLostError):
+                    self._words.say("gone", f"in the middle of a step, as rank {error.rank} was", unless_said=True)
+                return
+            self._closing.wait(_STUCK_LOOK_SECS)
 
     def _hear_gone(self, rank: int, why: str) -> None:
         self._gone = f"rank {rank} was left {why}"
@@ -211,6 +249,10 @@ class Rendezvous(ABC):
             while not self._closing.is_set():
                 if not self._member.should_stop():
                     self._member.wait_for_stop(_CLOSED_LOOK_SECS)
+                elif self._gate.loop is Loop.LEFT and self._member.has_ended():
+                    # Not only when the session is closed: the last checkpoint may need a process that needs this one.
+                    self._say_if_left()
+                    return
                 elif self._gate.loop is Loop.LEFT:
                     # The program has left its loop. If it ends here, `close` tells the others; or it begins a new loop.
                     self._gate.await_change(_CLOSED_LOOK_SECS, lambda: self._gate.loop is not Loop.LEFT)

@@ -29,7 +29,7 @@ from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.data.outliving import let_workers_outlive_signals
-from stepguard.torch.data.persistent import watch_persistent_loaders
+from stepguard.torch.data.persistent import keep_from_persistent_loaders
 from stepguard.torch.digests import hyperparameters, tensor_bytes
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
@@ -108,7 +108,7 @@ class TorchEngine(LoopEngine[Session]):
             self._peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
         let_workers_outlive_signals()
-        watch_persistent_loaders(session)
+        keep_from_persistent_loaders(session)
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:

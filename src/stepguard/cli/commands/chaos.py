@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import SECONDS, choices_of
+from stepguard.cli.arguments import SECONDS, SECONDS_BETWEEN, choices_of
 from stepguard.cli.exits import FINDING
 from stepguard.cli.proving.chaos import KINDS, Chaos, Outcome
 from stepguard.cli.text import output
@@ -34,7 +34,7 @@ Exit codes:
 )
 @click.option(
     "--every-secs",
-    type=click.FloatRange(min=0.01),
+    type=SECONDS_BETWEEN,
     default=30.0,
     show_default=True,
     help="Mean seconds between two faults.",

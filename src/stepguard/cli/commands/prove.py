@@ -132,7 +132,7 @@ def command(
     )
     is_kept = False
     # A job whose time is over is told so by SIGTERM: nothing is left behind then either.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         proof = Proof(runner, place, options, show=lines.show, tell=lines.tell, say=lines.say)
         verdict = proof.prove()
@@ -144,6 +144,7 @@ def command(
         runner.kill()
         if not is_kept:
             place.remove()
+        signal.signal(signal.SIGTERM, before)
     if as_json:
         output.print_json(report.document(verdict, program, options))
     for line in report.conclusion(verdict, program, options):

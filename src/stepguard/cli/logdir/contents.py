@@ -32,6 +32,9 @@ DAMAGED = "damaged"
 INCOMPLETE = "incomplete"
 """Files without a commit record: a checkpoint that is being written or removed, or that a kill left half done."""
 
+JAX_FILES = ("_METADATA", "state.json")
+"""The files by which a directory is known as a JAX checkpoint. Orbax's own have the first."""
+
 UNKNOWN_ENGINE = "unknown"
 
 _LOOKS = 3
@@ -375,7 +378,10 @@ def _engine_of_files(root: Path, name: str, entries: Sequence[str]) -> str:
             inside += _listdir(root / entry)
     if tensorflow_files.entry_file(name) in inside or any(map(tensorflow_files.checkpoint_of_data, inside)):
         return "tensorflow"
-    return "torch" if name in inside else UNKNOWN_ENGINE
+    if name not in inside:
+        return UNKNOWN_ENGINE
+    places = [root / name, *(root / entry / name for entry in entries if entry.startswith(layouts.STAGE))]
+    return "jax" if any((place / one).is_file() for place in places for one in JAX_FILES) else "torch"
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -72,8 +72,21 @@ class Chaos:
         command += [f"--announcements={self._announcements}", "--", *self._argv]
         launcher = subprocess.Popen(command)
         # A terminal sends Ctrl-C to the launcher as well.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, _: launcher.send_signal(number))
+        before = (
+            signal.signal(signal.SIGINT, signal.SIG_IGN),
+            signal.signal(signal.SIGTERM, lambda number, _: launcher.send_signal(number)),
+        )
+        try:
+            self._attack(launcher)
+            code = launcher.wait()
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, handler)
+        self._outcome.code = code if code >= 0 else 128 - code
+        self._read_replays()
+        return self._outcome
+
+    def _attack(self, launcher: subprocess.Popen[bytes]) -> None:
         # The time begins with the training: to import a framework may take longer than it.
         while launcher.poll() is None and not self._training():
             time.sleep(_LOOK_SECS)
@@ -84,10 +97,6 @@ class Chaos:
                 self._do(self._chance.choice(self._kinds), launcher)
         if launcher.poll() is None:
             self._say("no more faults: the program goes on to its end")
-        code = launcher.wait()
-        self._outcome.code = code if code >= 0 else 128 - code
-        self._read_replays()
-        return self._outcome
 
     def _sleep(self, launcher: subprocess.Popen[bytes], secs: float) -> bool:
         """Wait; ``False`` if the launcher ends before."""

@@ -152,10 +152,21 @@ class Proof:
         beginning.take_kept(first.step or 0)
         if beginning.step is not None:
             self._copied, self._verdict.begins_at = beginning.target, beginning.step
+        else:
+            first = self._run_from_a_short_one(first, beginning.at_least)
         self._note_costs(first)
         self._add(Result(UNDISTURBED, first))
         self._say_what_follows(first)
         return first
+
+    def _run_from_a_short_one(self, first: Run, step: int) -> Run:
+        """The first run again, from a checkpoint of its own: it was over before an early one was written."""
+        short = self._run(Work(self._program, self._place("short", stop_at=step)), UNDISTURBED, self._teller("short"))
+        if not short.step or short.step >= (first.step or 0) or last_state(short) is None:
+            return first
+        self._copied, self._verdict.begins_at = short.place.logdir, short.step
+        first.place.remove()
+        return self._run(Work(self._program, self._place("from-short")), UNDISTURBED, self._teller(UNDISTURBED))
 
     def _say_what_follows(self, first: Run) -> None:
         size = max(1, first.place.size())
@@ -250,10 +261,10 @@ class Proof:
 
     # --- one run ---
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str, stop_at: int | None = None) -> Place:
         return self._scratch.place(
             name,
-            stop_at=self._options.steps,
+            stop_at=stop_at or self._options.steps,
             save_every=self._options.spacing,
             is_deterministic=self._options.is_deterministic,
             copy=self._copied,

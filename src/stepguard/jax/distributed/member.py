@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
@@ -29,6 +32,7 @@ from stepguard.words import listed, logger
 _log = logger(__name__)
 
 _PART = "part"
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,10 @@ class JaxMember(SessionMember):
         self._root = root
         self._rank = rank
         self._is_watched = is_watched
+
+    def is_collective(self, file: str) -> bool:
+        """Collective operations run in the background; the host waits in JAX's own modules for their results."""
+        return file.startswith(_JAX)
 
     def take_part(self) -> JaxPart:
         """Take this process's shards, random streams and positions in the data."""

@@ -1,10 +1,11 @@
-"""Warns of loaders with persistent workers that the program uses itself, such as one for an evaluation.
+"""Loaders with persistent workers that the program uses itself, such as one for an evaluation.
 
 A loader draws the seed of its workers from the random stream of the process when it starts them. Workers that persist
-are started once in a process, so a restart draws that seed at another place, and all later random numbers of the
-training are others. Inside ``sess.evaluating()`` the draw does not count.
+are started once in a process, so a restarted run draws that seed at another place than the run before, and all later
+random numbers of the training would be others. Therefore nothing that such a loader draws when it is iterated over
+counts, while a session is open: the streams go on as they were.
 
-PyTorch has no hook for this. So the method that makes a loader's iterator is replaced by one that looks at it first.
+PyTorch has no hook for this, so ``DataLoader.__iter__`` is replaced by a method that looks at the loader first.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from torch.utils.data import DataLoader
 from stepguard.steps.feeds import is_function
 from stepguard.steps.session import Session
 from stepguard.torch.data.inside import Inside
-from stepguard.words import logger
-
-_log = logger(__name__)
+from stepguard.torch.random_states import STREAMS
 
 _TORCHDATA = "torchdata.stateful_dataloader"
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -31,13 +30,12 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _beginning = 0
 
 
-def watch_persistent_loaders(session: Session) -> None:
-    """Warn, while ``session`` trains, of persistent workers that are started outside of ``evaluating()``."""
+def keep_from_persistent_loaders(session: Session) -> None:
+    """Keep the random streams from persistent workers that the program starts itself, while ``session`` is open."""
     _sessions.add(session)
-    kinds = [DataLoader, getattr(sys.modules.get(_TORCHDATA), "StatefulDataLoader", None)]
-    for kind in kinds:
-        if kind is not None and not hasattr(kind._get_iterator, "stepguard"):
-            kind._get_iterator = _looking(kind._get_iterator)
+    for kind in (DataLoader, getattr(sys.modules.get(_TORCHDATA), "StatefulDataLoader", None)):
+        if kind is not None and not hasattr(kind.__iter__, "stepguard"):
+            kind.__iter__ = _kept_apart(kind.__iter__)
 
 
 @contextmanager
@@ -51,29 +49,21 @@ def beginning() -> Iterator[None]:
         _beginning -= 1
 
 
-def _looking(get_iterator: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(get_iterator)
-    def look(loader: Any) -> Any:
-        if not _beginning and loader.num_workers and loader.persistent_workers:
-            _look(loader)
-        return get_iterator(loader)
+def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(iterate)
+    def begin(loader: Any) -> Any:
+        if _beginning or not loader.num_workers or not loader.persistent_workers or not _is_of_the_program(loader):
+            return iterate(loader)
+        with STREAMS.preserved():
+            return iterate(loader)
 
-    look.stepguard = True  # type: ignore[attr-defined]
-    return look
-
-
-def _look(loader: Any) -> None:
-    for session in list(_sessions):
-        if session.is_open and session.boundary.steps and not session.is_evaluating and not _trains(session, loader):
-            _sessions.discard(session)
-            _log.warning(
-                "a DataLoader with persistent workers was started outside of the training, at step %d. It draws a "
-                "random seed now and not at its later uses, so a run that is restarted draws at another place, and is "
-                "not the same run from there on: put the evaluation into `with sess.evaluating():`",
-                session.global_step,
-            )
+    begin.stepguard = True  # type: ignore[attr-defined]
+    return begin
 
 
-def _trains(session: Session, loader: Any) -> bool:
-    """Whether ``loader`` is inside of a loader that ``steps`` was given; a function may have any inside."""
-    return any(is_function(one) or loader in Inside(one).loaders for one in session.process_state.loaders)
+def _is_of_the_program(loader: Any) -> bool:
+    """Whether a session is open, and ``loader`` is not inside of a loader that its ``steps`` was given."""
+    sessions = [session for session in list(_sessions) if session.is_open]
+    trained_with = [one for session in sessions for one in session.process_state.loaders]
+    # A function may have any loader inside.
+    return bool(sessions) and not any(is_function(one) or loader in Inside(one).loaders for one in trained_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import answer_error, write_mine, write_process
 from stepguard.torch.session import Session
 from stepguard.words import listed
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class TorchMember(SessionMember):
         self._is_sharded = any(is_sharded(one.state()) for one in components)
         # The watch that must see the values that this process saves, if there is one.
         self.watch: ValueWatch | None = None
+
+    def is_collective(self, file: str) -> bool:
+        """Collective operations wait in PyTorch's own modules: those of DDP in the backward pass."""
+        return file.startswith(_TORCH)
 
     def take_part(self) -> TorchPart:
         """Copy the random states, the positions in the data and this process's parts of sharded objects."""
