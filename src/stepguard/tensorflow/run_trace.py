@@ -9,7 +9,6 @@ import numpy as np
 
 from stepguard.engine import StepTrace
 from stepguard.steps.digests import array_bytes, digest
-from stepguard.steps.random_streams import RandomStreams
 from stepguard.tensorflow.boundary import Boundary
 from stepguard.tensorflow.scalars import of_run
 
@@ -30,7 +29,6 @@ class RunTrace:
         self.wants_digests = trace.wants_digests
         # The names of fetches by their ids, with the fetches, so that no id is reused: TensorFlow makes them up anew.
         self._names: dict[int, tuple[Any, str]] = {}
-        self._streams = RandomStreams()
         self._before = 0
         self.count_from(step)
 
@@ -41,8 +39,8 @@ class RunTrace:
     def ran(self, fetches: Any, result: Any, feeds: Any) -> None:
         """Tell of a run that has just ended."""
         step = self._before + self._boundary.steps - 1
-        if self.wants_digests:
-            self._trace.digests(step, 0, self._digests(feeds), source="the feeds" if feeds else "")
+        if self.wants_digests and feeds:
+            self._trace.digests(step, 0, self._digests(feeds), source="the feeds")
         numbers = self._scalars(fetches, result)
         if numbers:
             self._trace.numbers(step, 0, numbers)
@@ -83,8 +81,10 @@ class RunTrace:
         return name
 
     def _digests(self, feeds: Any) -> dict[str, int]:
-        """Digests of Python's and NumPy's random states, and of what was fed."""
-        found = {"random": digest(self._streams.capture(), array_bytes)}
+        """Digests of what was fed. Not of random states: a restart puts those of Python and NumPy back as little as
+        those inside of TensorFlow's operations.
+        """
+        found = {}
         for key, value in list((feeds or {}).items())[:_MOST_FEEDS]:
             found[f"batch[{getattr(key, 'name', key)}]"] = digest(value, array_bytes)
         return found
