@@ -177,6 +177,6 @@ DEPARTURES: dict[str, Departure] = {
     "our_files": Departure(
         "a checkpoint exists when its manifest does; one live process is the chief of a logdir",
         "no such files",
-        "model.ckpt-N.manifest.json beside each checkpoint, .stepguard.lock, run.jsonl, heartbeats/",
+        "model.ckpt-N.manifest.json beside each checkpoint, .stepguard.lock, run.jsonl, heartbeats/, traces/",
     ),
 }

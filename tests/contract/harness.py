@@ -29,7 +29,7 @@ DEADLINE_SECS = 20.0
 
 # What stands in a logdir of ours and not in one of TensorFlow's: departure "our-files".
 _OUR_FILES = (".manifest.json", ".stepguard.lock", "run.jsonl")
-_OUR_FOLDERS = ("quarantine", "heartbeats/")
+_OUR_FOLDERS = ("quarantine", "heartbeats/", "traces/")
 
 
 @dataclass(frozen=True)

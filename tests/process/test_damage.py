@@ -178,7 +178,9 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 def everything_in(directory: Path) -> dict[str, bytes]:
     found = {str(one.relative_to(directory)): one.read_bytes() for one in directory.rglob("*") if one.is_file()}
     # What tells of a start, also of one that failed.
-    return {name: content for name, content in found.items() if name != "run.jsonl" and "heartbeats/" not in name}
+    return {
+        name: content for name, content in found.items() if not name.startswith(("run.jsonl", "heartbeats/", "traces/"))
+    }
 
 
 class TestACommittedCheckpoint:

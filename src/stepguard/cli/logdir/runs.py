@@ -43,8 +43,4 @@ def _below(path: Path, names: list[str], deepest: int, seen: set[tuple[int, int]
 
 def _is_run(names: list[str]) -> bool:
     """Whether something has run in a directory with these names: a ledger, heartbeats, a state file, a checkpoint."""
-    return not _OF_A_RUN.isdisjoint(names) or (any(map(_may_be_of_checkpoint, names)) and bool(basenames(names)))
-
-
-def _may_be_of_checkpoint(name: str) -> bool:
-    return name.endswith((".manifest.json", ".index"))
+    return not _OF_A_RUN.isdisjoint(names) or bool(basenames(names))

@@ -20,6 +20,7 @@ from typing import Any
 from stepguard.cli.launcher.processes import send
 from stepguard.cli.logdir.contents import GOOD, list_contents
 from stepguard.cli.proving.program import Live, Running
+from stepguard.store import tensorflow_files
 from stepguard.store.layout import STAGE
 from stepguard.watching import heartbeat, history
 
@@ -177,7 +178,8 @@ def damage_newest(logdir: Path, choice: float) -> str | None:
     if newest is None or newest.checkpoint.manifest is None:
         return None
     # The meta graph of TensorFlow is not read by a restore, which may then rightly take this checkpoint.
-    data = [one for one in newest.checkpoint.manifest.files if not one.name.endswith(".meta")]
+    name = newest.checkpoint.name
+    data = [one for one in newest.checkpoint.manifest.files if tensorflow_files.is_needed(one.name, name)]
     largest = max(data, key=lambda one: one.size)
     with (newest.checkpoint.root / largest.name).open("r+b") as file:
         file.seek(int(choice * largest.size))
