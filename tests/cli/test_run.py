@@ -178,15 +178,15 @@ def test_a_request_during_the_delay_ends_it_at_once(tmp_path, children):
     assert "SIGTERM: not started again" in errors
 
 
-@pytest.mark.parametrize("what", ["ignore", "stopped"])
-def test_what_does_not_stop_is_killed_by_the_second_request_with_its_children(tmp_path, children, what):
+@pytest.mark.parametrize("is_suspended", [False, True])
+def test_what_does_not_stop_is_killed_by_the_second_request_with_its_children(tmp_path, children, is_suspended):
     logdir = tmp_path / "run"
     grandchild = tmp_path / "grandchild"
-    script = f"setsid sleep 1000 & echo $! > {grandchild}; exec {shlex.join(TRAINING)} {logdir} {what}"
+    script = f"setsid sleep 1000 & echo $! > {grandchild}; exec {shlex.join(TRAINING)} {logdir} ignore"
     launcher = run("sh", "-c", script)
     children.append(launcher)
     beat = wait_until(lambda: is_training(logdir), "training")
-    if what == "stopped":
+    if is_suspended:
         os.kill(beat.pid, signal.SIGSTOP)
     sleeper = int(grandchild.read_text())
     launcher.send_signal(signal.SIGTERM)
