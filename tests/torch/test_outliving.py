@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -41,9 +42,9 @@ def workers():
     """Makes iterators over loaders with workers, and ends those that a test has left."""
     made = []
 
-    def make(**options):
+    def make(dataset: Dataset | None = None, num_workers: int = 2):
         let_workers_outlive_signals()
-        loader = DataLoader(Numbers(), batch_size=None, num_workers=2, prefetch_factor=1, **options)
+        loader = DataLoader(dataset or Numbers(), batch_size=None, num_workers=num_workers, prefetch_factor=1)
         with starting_workers(loader):
             made.append(iter(loader))
         return made[-1]
@@ -82,8 +83,23 @@ def test_the_parents_own_terminate_ends_a_worker_at_once(workers):
     assert time.monotonic() - began < 3
 
 
+class Held(Dataset):
+    """Only the first item comes, so that a worker that is killed then is not just writing into the queue."""
+
+    def __init__(self) -> None:
+        self.never = multiprocessing.get_context("fork").Event()
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        if index:
+            self.never.wait()
+        return index
+
+
 def test_a_worker_that_is_killed_is_an_error_of_the_parent_as_before(workers):
-    batches = workers()
+    batches = workers(Held(), num_workers=1)
     next(batches)
     os.kill(batches._workers[0].pid, signal.SIGKILL)
 
