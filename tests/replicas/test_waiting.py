@@ -8,7 +8,7 @@ def test_a_worker_without_a_chief_says_what_it_waits_for(cluster):
     worker = cluster.train(1, retry=False, session={"max_wait_secs": 5})
     lost = worker.wait_for("lost")
     assert lost["type"] == "ModelWaitTimeoutError"
-    assert 5 <= lost["time"] - worker.wait_for("asked")["time"] < 5 + 15
+    assert 5 <= lost["time"] - worker.wait_for("asked")["time"] < 5 + 40
     for part in ("variables not initialised: global_step, w0", "max_wait_secs=5", "is the chief running"):
         assert part in lost["message"]
     assert worker.join() == 1
