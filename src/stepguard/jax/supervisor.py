@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.jax import arguments
 from stepguard.jax.checkpoint.files import ENGINE
 from stepguard.jax.distributed.world import world
 from stepguard.jax.engine import JaxEngine
 from stepguard.jax.session import Session
-from stepguard.loop_supervisor import LoopSupervisor, check_arguments, store_of
-from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once
+from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
+from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.steps.event_file import EventFile, WriterEvents
 from stepguard.watching import trial
 
@@ -110,7 +109,13 @@ class Supervisor(LoopSupervisor[Session]):
             summary_writer=summary_writer,
         )
         rank, processes = world()
-        arguments.check(options, watching, restoring, processes)
+        refuse(
+            watching,
+            "peer_timeout_secs",
+            because="it is for TensorFlow's servers; with JAX it is the timeout of jax.distributed.initialize",
+        )
+        refuse(restoring, "hyperparameters", because="in JAX the optimizer's settings are code, or leaves of the state")
+        check_world(options, "jax.distributed", processes)
         is_chief = rank == 0 if is_chief is None else is_chief
         # Absolute, because a program may change its working directory while it trains.
         root = os.path.abspath(logdir) if logdir else None
