@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -76,3 +77,12 @@ def test_after_a_disk_error_the_curve_has_a_gap_and_the_next_checkpoint_opens_a_
 def test_what_is_no_number_is_refused(tmp_path, values, message):
     with Supervisor(tmp_path).managed_session({"a": jnp.zeros(1)}) as session, pytest.raises(TypeError, match=message):
         session.summary(values)
+
+
+def test_without_tensorboard_no_summaries_are_written_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
+    with Supervisor(tmp_path).managed_session({"a": jnp.zeros(1)}) as session:
+        for _ in session.steps(max_steps=2):
+            session.summary({"loss": 1.0})
+    assert "no summaries are written" in caplog.text
+    assert not list(tmp_path.glob("events.*"))

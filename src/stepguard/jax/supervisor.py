@@ -12,10 +12,10 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.jax.checkpoint.files import ENGINE
 from stepguard.jax.distributed.world import world
 from stepguard.jax.engine import JaxEngine
-from stepguard.jax.session import Session
+from stepguard.jax.session import STREAMS, Session
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
-from stepguard.steps.event_file import EventFile, WriterEvents
+from stepguard.steps.event_file import EventFile, WriterEvents, event_file
 from stepguard.watching import trial
 
 
@@ -126,7 +126,7 @@ class Supervisor(LoopSupervisor[Session]):
         if is_chief and summary_writer is not None:
             events = WriterEvents(summary_writer)
         elif is_chief and root is not None:
-            events = EventFile(root)
+            events = event_file(root, STREAMS)
         coord = Coordinator(clean_stop_exception_types=(StopIteration,))
         self._jax = JaxEngine(
             store=found if is_chief or processes > 1 else None,

@@ -1,21 +1,21 @@
-"""TensorBoard's event files, written without TensorFlow, TensorBoard or a thread.
+"""TensorBoard's event files, written without TensorFlow and without a thread.
 
-A record is one append to the file, which the system keeps in one piece, so threads need no lock and a kill loses
-nothing. The format is that of TensorFlow's record files (length, its checksum, content, its checksum), of which each
-holds one message of ``event.proto``.
+Records and messages are TensorBoard's own. A record is one append to the file, which the system keeps in one piece, so
+threads need no lock and a kill loses nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from stepguard.steps.random_streams import RandomStreams
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -24,7 +24,20 @@ _opened = itertools.count()
 
 # After a disk error, a new file is opened at the next checkpoint, or after this time.
 _RETRY_SECS = 60.0
-_START, _STOP, _CHECKPOINT = 1, 2, 3
+_VERSION = "brain.Event:2"
+
+
+def event_file(logdir: str, streams: RandomStreams) -> EventFile | None:
+    """An event file in ``logdir``; ``None``, with a warning, if the tensorboard package is not installed."""
+    try:
+        # An import may draw random numbers, and the program may have seeded its streams already.
+        with streams.preserved():
+            for name in ("compat.proto.event_pb2", "summary.writer.record_writer"):
+                importlib.import_module(f"tensorboard.{name}")
+    except ImportError as error:
+        _log.warning("no summaries are written: %s; pip install tensorboard", error)
+        return None
+    return EventFile(logdir)
 
 
 class EventFile:
@@ -42,14 +55,16 @@ class EventFile:
     def started(self, step: int) -> None:
         """Write the session log record START. TensorBoard then drops earlier values for this step and later steps."""
         self._start_due = step
-        self._write(b"")
+        self._write()
 
     def checkpointed(self, step: int | None, path: str) -> None:
         """Write the session log record CHECKPOINT, with the directory that was written."""
         if self._retry_at is not None:
             # A checkpoint was written, so the disk works again: retry now.
             self._retry_at = 0.0
-        self._write(_event(step, 7, _session_log(_CHECKPOINT, path)))
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._write(step=step, session_log=SessionLog(status=SessionLog.CHECKPOINT, checkpoint_path=path))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Write one value of one curve."""
@@ -57,14 +72,19 @@ class EventFile:
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
         """Write one value for each of several curves."""
-        self._write(_event(step, 5, b"".join(_bytes(1, _value(tag, value)) for tag, value in values.items())))
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        shown = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=Summary(value=shown))
 
     def flush(self) -> None:
         """Do nothing: each record is with the system already."""
 
     def stopped(self) -> None:
         """Write the session log record STOP."""
-        self._write(_event(None, 7, _session_log(_STOP)))
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._write(session_log=SessionLog(status=SessionLog.STOP))
 
     def close(self) -> None:
         """Close the file. Later records, from a write that was given up, are dropped."""
@@ -77,7 +97,10 @@ class EventFile:
         if self._retry_at is not None:
             self._retry_at = 0.0
 
-    def _write(self, message: bytes) -> None:
+    def _write(self, **event: Any) -> None:
+        """Append a message Event with these fields, after what is due before it."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
         if not self._is_open or (self._retry_at is not None and time.monotonic() < self._retry_at):
             return
         try:
@@ -86,10 +109,10 @@ class EventFile:
             step, self._start_due = self._start_due, None
             if step is not None:
                 # For this version of the format TensorBoard heeds the record START.
-                self._append(_event(step, 3, b"brain.Event:2"))
-                self._append(_event(step, 7, _session_log(_START)))
-            if message:
-                self._append(message)
+                self._append(step=step, file_version=_VERSION)
+                self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+            if event:
+                self._append(**event)
         except OSError as error:
             self._lose_file(error)
 
@@ -99,17 +122,18 @@ class EventFile:
         path = os.path.join(self._logdir, name)
         os.makedirs(self._logdir, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._append(_event(None, 3, b"brain.Event:2"))
+        self._append(file_version=_VERSION)
         if self._retry_at is not None:
             self._retry_at = None
             _log.info("the event log is written again, to a new file in %s", self._logdir)
 
-    def _append(self, message: bytes) -> None:
-        length = struct.pack("<Q", len(message))
-        record = length + _checksum(length) + message + _checksum(message)
-        if self._descriptor is not None and os.write(self._descriptor, record) < len(record):
-            # A reader stops at a part of a record.
-            raise OSError(f"a record of {len(record)} bytes was written in part: the disk is full")
+    def _append(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self._descriptor is not None:
+            message = Event(wall_time=time.time(), **event)
+            RecordWriter(_Appending(self._descriptor)).write(message.SerializeToString())
 
     def _lose_file(self, error: OSError) -> None:
         was_known, self._retry_at = self._retry_at is not None, time.monotonic() + _RETRY_SECS
@@ -178,7 +202,7 @@ class WriterEvents:
 
 
 def as_numbers(values: Any, where: str) -> dict[str, float]:
-    """Convert numbers, and arrays of one element, to floats. This waits for arrays that are still computed.
+    """Convert numbers, and tensors of one element, to floats. This waits for those that are still computed.
 
     Raises:
         TypeError: ``values``, given to ``where``, is no mapping, or a value is no number; the message names its curve.
@@ -191,9 +215,10 @@ def as_numbers(values: Any, where: str) -> dict[str, float]:
 
 
 def _as_number(tag: str, value: Any, where: str) -> float:
-    if getattr(value, "size", 1) != 1:
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
         raise TypeError(
-            f"{where}: expected a number for the curve {tag!r}, found an array of shape {list(value.shape)}; take its "
+            f"{where}: expected a number for the curve {tag!r}, found a tensor of shape {list(shape)}; take its "
             f"mean, say"
         )
     try:
@@ -207,54 +232,13 @@ def _as_number(tag: str, value: Any, where: str) -> float:
 # --- the format ---
 
 
-def _event(step: int | None, field: int, content: bytes) -> bytes:
-    """A message Event: field 1 is the time, field 2 the step."""
-    numbered = b"" if not step else b"\x10" + _varint(step)
-    return b"\x09" + struct.pack("<d", time.time()) + numbered + _bytes(field, content)
+class _Appending:
+    """The file of a TensorBoard record writer, in which each record is one write."""
 
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
-def _value(tag: str, value: float) -> bytes:
-    """A message Summary.Value with a float."""
-    try:
-        packed = struct.pack("<f", value)
-    except OverflowError:  # The number is beyond 32 bits.
-        packed = struct.pack("<f", math.copysign(math.inf, value))
-    return _bytes(1, tag.encode()) + b"\x15" + packed
-
-
-def _session_log(status: int, path: str = "") -> bytes:
-    return b"\x08" + _varint(status) + (_bytes(2, os.fsencode(path)) if path else b"")
-
-
-def _bytes(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
-
-
-def _table() -> list[int]:
-    table = []
-    for one in range(256):
-        for _ in range(8):
-            one = one >> 1 ^ (0x82F63B78 if one & 1 else 0)
-        table.append(one)
-    return table
-
-
-_CRC32C = _table()
-
-
-def _checksum(content: bytes) -> bytes:
-    """The masked CRC-32C (Castagnoli) of TensorFlow's record files."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    def write(self, record: bytes) -> None:
+        if os.write(self._descriptor, record) < len(record):
+            # A reader stops at a part of a record.
+            raise OSError(f"a record of {len(record)} bytes was written in part: the disk is full")

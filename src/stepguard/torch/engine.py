@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
-from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.options import Restoring
-from stepguard.steps.engine import LoopEngine
 from stepguard.steps.part_messages import PartMessages
-from stepguard.steps.peers import Peers
+from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.step_digests import StepDigests
 from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.arena import coming_bytes
@@ -34,7 +32,7 @@ from stepguard.torch.digests import hyperparameters, tensor_bytes
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
-from stepguard.torch.events import TorchEvents, as_numbers, check_values
+from stepguard.torch.events import TorchEvents
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 from stepguard.words import logger
@@ -42,7 +40,7 @@ from stepguard.words import logger
 _log = logger(__name__)
 
 
-class TorchEngine(LoopEngine[Session]):
+class TorchEngine(PeersEngine[Session]):
     """The engine over the objects that a program saves. For threads see :class:`stepguard.engine.Engine`."""
 
     def __init__(
@@ -59,24 +57,25 @@ class TorchEngine(LoopEngine[Session]):
         coord: Coordinator,
         stop_grace_secs: float,
     ) -> None:
+        rank, processes = world()
+        super().__init__(
+            rank=rank,
+            processes=processes,
+            common=shared_store() if processes > 1 else None,
+            grace_secs=stop_grace_secs,
+            basename=basename,
+            events=events,
+        )
         self.name = ENGINE
         self._program = program
         self._root = root
         self._restoring = restoring
         self._restorer = restorer
-        self._events = events
-        self._basename = basename
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
-        rank, processes = world()
-        self.can_return = processes == 1
-        store = shared_store() if processes > 1 else None
-        self._peers = Peers(store, rank, processes, grace_secs=stop_grace_secs)
-        self._member: TorchMember | None = None
         # The memories, each with a weak reference to the snapshot in it.
         self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
-        self._watch: ValueWatch | None = None
 
     # --- the session ---
 
@@ -85,18 +84,18 @@ class TorchEngine(LoopEngine[Session]):
 
         Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
         """
-        gate = self._peers.gate()
+        gate = self.peers.gate()
         holders = {one.name: one.holder for one in self._program.components}
         optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
         session = Session(
             self._coord,
             self.write_summary,
             gate=gate,
-            processes=self._peers.size,
+            processes=self.peers.size,
             optimizers=optimizers,
             own=self._program.own,
         )
-        self._peers.open(gate, functools.partial(self._new_member, session))
+        self.peers.open(gate, functools.partial(self._new_member, session))
         try:
             recovered, is_restored = self._go_on(session)
             if not is_restored:
@@ -105,15 +104,15 @@ class TorchEngine(LoopEngine[Session]):
             self.close(session)
             raise
         if meets_every is not None:
-            self._peers.meet_every(meets_every, gate, session.global_step)
+            self.peers.meet_every(meets_every, gate, session.global_step)
         session.hold_interrupts()
         let_workers_outlive_signals()
         keep_from_persistent_loaders(session)
         return Prepared(session, recovered)
 
     def _new_member(self, session: Session) -> TorchMember:
-        self._member = TorchMember(self._coord, session, self._program.components, self._root)
-        return self._member
+        components = self._program.components
+        return TorchMember(self._coord, session, components, self._root, lambda: self.value_watch is not None)
 
     def _initialise(self) -> None:
         if self._init_fn is not None:
@@ -128,7 +127,7 @@ class TorchEngine(LoopEngine[Session]):
             self._restorer.load(checkpoint.path, session)
             # With options for restoring, the program's changes to the state may be intended; and no process may differ
             # from the others.
-            if self._restoring == Restoring() and not self._peers.has_any:
+            if self._restoring == Restoring() and not self.peers.has_any:
                 session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
             return
         _synchronize()
@@ -154,35 +153,10 @@ class TorchEngine(LoopEngine[Session]):
 
         def restore_named(name: str) -> None:
             if self._restorer is not None:
-                self._restorer.restore_named(session, name, self._peers.rank)
+                self._restorer.restore_named(session, name, self.peers.rank)
 
-        name = self._peers.restored(restore_newest, restore_named)
+        name = self.peers.restored(restore_newest, restore_named)
         return next(iter(found), None), name is not None
-
-    def close(self, session: Session) -> None:
-        """Close the session."""
-        session.unwatch()
-        self._peers.close()
-        super().close(session)
-
-    # --- steps ---
-
-    def watch_values(self, session: Session, watch: ValueWatch) -> None:
-        """Show ``watch`` the values that are summarised; a step returns no numbers."""
-        self._watch = watch
-        if self._member is not None:
-            self._member.watch = watch
-        session.watch_values(watch)
-
-    def stop_at_boundary(self, session: Session, main_thread_was_told: Callable[[], bool]) -> None:
-        """``steps`` ends at the next boundary, and ``step`` raises there."""
-        if not self._peers.has_any:
-            session.boundary.stop(main_thread_was_told)
-        # With several processes the rendezvous passes the stop request on, and all stop after the same step.
-
-    def call_after_steps(self, session: Session, steps: int, callback: Callable[[], int]) -> None:
-        """Count the steps of the session."""
-        session.boundary.call_after_steps(steps, self._peers.saving(session, callback))
 
     def trace_steps(self, session: Session, trace: StepTrace) -> Beginning:
         """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""
@@ -199,15 +173,6 @@ class TorchEngine(LoopEngine[Session]):
 
     def _hyperparameters(self) -> dict[str, float]:
         return hyperparameters((one.name, optimizer) for one, optimizer in self._program.optimizers())
-
-    @contextmanager
-    def at_boundary(self, session: Session, what: str, patience_secs: float | None = None) -> Iterator[None]:
-        """Hold the steps back; with several processes, those of all processes after the same step."""
-        session.finish_step()
-        # Checked before the others are asked to come to this boundary.
-        session.boundary.check_whole(what)
-        with self._peers.meeting(what), session.boundary.hold(what, patience_secs):
-            yield
 
     # --- checkpoints ---
 
@@ -246,10 +211,6 @@ class TorchEngine(LoopEngine[Session]):
         snapshot.finish()
         return [place for name, state in snapshot.states.items() for place in non_finite(name, state)]
 
-    def checkpoint_name(self, step: int | None) -> str:
-        """The name of a checkpoint, such as ``model.ckpt-1200``."""
-        return f"{self._basename}-{step}"
-
     def write(self, snapshot: Any, stage: Path, name: str) -> Mapping[str, tuple[int, str]]:
         """Write a directory with one file for each object, which ``torch.load(weights_only=True)`` reads.
 
@@ -259,7 +220,7 @@ class TorchEngine(LoopEngine[Session]):
         directory = stage / name
         files.make_dir(directory)
         place = directory if self._root is None else directory.relative_to(self._root)
-        messages = self._peers.ask_for_parts(place.as_posix(), snapshot.moment)
+        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
         try:
             digests = self._write_own(snapshot, directory, messages)
         except BaseException:
@@ -282,10 +243,6 @@ class TorchEngine(LoopEngine[Session]):
             digests = write_all(messages, directory, sharded)
         return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
-    def committed(self, kept: Sequence[tuple[str, float]]) -> None:  # noqa: ARG002 - PyTorch keeps no list of its own
-        """Tell the other processes that they can free their parts."""
-        self._peers.settled()
-
     # --- summaries ---
 
     def summarise(self, session: Session) -> None:
@@ -301,26 +258,6 @@ class TorchEngine(LoopEngine[Session]):
             values, step = self._summaries(), session.global_step
         _log.info("recording summary at step %d", step)
         self.write_summary(values, step, where="summaries")
-
-    def write_summary(
-        self, values: Mapping[str, Any], step: int, *, where: str = "summary"
-    ) -> Mapping[str, float] | None:
-        """Write values that the program has computed itself and given to ``where``. Any thread.
-
-        Returns them as numbers; ``None`` if no one uses them, so that they were not read.
-
-        Raises:
-            TypeError: a value is no number, or ``values`` is no dictionary.
-        """
-        check_values(values, where)
-        if self._watch is None and self._events is None:
-            return None  # No one uses the values, so do not wait for those on a GPU.
-        numbers = as_numbers(values, where)
-        if self._events is not None:
-            self._events.summary(numbers, step)
-        if self._watch is not None:
-            self._watch.look(numbers, step)
-        return numbers
 
 
 def _synchronize() -> None:

@@ -14,8 +14,6 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from stepguard.torch.random_states import STREAMS
 from stepguard.watching import trial
 from stepguard.words import logger
@@ -97,37 +95,6 @@ def _no_room(logdir: str) -> OSError | None:
 
 def _no_space(logdir: str) -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), logdir)
-
-
-def check_values(values: Any, where: str) -> None:
-    """Raise TypeError unless ``values``, given to ``where``, is a mapping from names of curves."""
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"{where}: expected numbers by the names of their curves, found {type(values).__name__}: {values!r:.80}"
-        )
-
-
-def as_numbers(values: Mapping[str, Any], where: str) -> dict[str, float]:
-    """Convert numbers, and tensors of one element, to floats. This waits for tensors on a GPU.
-
-    Raises:
-        TypeError: a value is no number; the message names its curve, and ``where`` it was given.
-    """
-    return {tag: _as_number(tag, value, where) for tag, value in values.items()}
-
-
-def _as_number(tag: str, value: Any, where: str) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise TypeError(
-            f"{where}: expected a number for the curve {tag!r}, found a tensor of shape {list(value.shape)}; take its "
-            f"mean, say"
-        )
-    try:
-        return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
-        ) from error
 
 
 class TorchEvents:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import ValueWatch
 from stepguard.errors import NonFiniteError
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
@@ -42,7 +41,7 @@ class TorchPart:
 class TorchMember(SessionMember):
     """Takes and writes the part of a checkpoint that belongs to this process.
 
-    Without ``root`` the process has no logdir.
+    Without ``root`` the process has no logdir. ``is_watched`` says whether the values that are saved must be finite.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class TorchMember(SessionMember):
         session: Session,
         components: Sequence[Component],
         root: Path | None,
+        is_watched: Callable[[], bool],
     ) -> None:
         super().__init__(coord, session)
         self._torch_session = session
@@ -59,8 +59,7 @@ class TorchMember(SessionMember):
         # The memories, each with a weak reference to what belongs to the part in it.
         self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
         self._is_sharded = any(is_sharded(one.state()) for one in components)
-        # The watch that must see the values that this process saves, if there is one.
-        self.watch: ValueWatch | None = None
+        self._is_watched = is_watched
 
     def is_collective(self, file: str) -> bool:
         """Collective operations wait in PyTorch's own modules: those of DDP in the backward pass."""
@@ -103,7 +102,7 @@ class TorchMember(SessionMember):
                 answer_error(messages, "has", error)
 
     def _finite(self, sharded: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self.watch is not None:
+        if self._is_watched():
             _check_finite(sharded)
         return sharded
 
