@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.disk import files
 from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.errors import CheckpointCorruptError
 from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
@@ -23,6 +21,7 @@ from stepguard.options import Restoring
 from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.process_state import describe_positions
 from stepguard.steps.step_digests import StepDigests
@@ -71,29 +70,21 @@ class JaxEngine(PeersEngine[Session]):
     def prepare(self, state: Any = None, meets_every: int | None = None) -> Prepared[Session]:
         """Prepare a session from the newest good checkpoint; without one, from ``state``.
 
-        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
+        ``meets_every``: see `PeersEngine.prepare_session`.
         """
-        gate = self.peers.gate()
-        session = Session(state, self._coord, self.write_summary, gate=gate, processes=self.peers.size)
-        self.peers.open(gate, functools.partial(self._new_member, session))
-        try:
-            recovered, is_restored = self._go_on(session)
-            if not is_restored:
-                self._initialise(session)
-        except BaseException:
-            self.close(session)
-            raise
-        if meets_every is not None:
-            self.peers.meet_every(meets_every, gate, session.global_step)
-        session.hold_interrupts()
-        return Prepared(session, recovered)
+        return self.prepare_session(
+            lambda gate: Session(state, self._coord, self.write_summary, gate=gate, processes=self.peers.size),
+            meets_every,
+        )
 
-    def _initialise(self, session: Session) -> None:
+    def initialise(self, session: Session) -> None:
+        """Begin with the program's own state."""
         if self._init_fn is not None:
             session.state = self._init_fn(session.state)
         session.state = first_values(session.state, self._restoring)
 
-    def _new_member(self, session: Session) -> JaxMember:
+    def new_member(self, session: Session) -> JaxMember:
+        """This process's part of checkpoints."""
         root = None if self._store is None else self._store.root
         return JaxMember(self._coord, session, root, self.peers.rank, lambda: self.value_watch is not None)
 
@@ -133,7 +124,7 @@ class JaxEngine(PeersEngine[Session]):
             path,
         )
 
-    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
+    def go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
         found: list[Recovery] = []
         store = self._store
@@ -193,20 +184,14 @@ class JaxEngine(PeersEngine[Session]):
         """Write a directory that Orbax reads; each of several processes writes its shards into it."""
         snapshot.finish()
         directory = stage / name
-        files.make_dir(directory)
-        place = directory if self._store is None else directory.relative_to(self._store.root)
-        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
-        try:
-            own = {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
-        except BaseException:
-            # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
-            # so theirs are ignored.
-            with contextlib.suppress(Exception):
-                collect_parts(messages)
-            raise
-        others = collect_parts(messages)
+
+        def write_own(_messages: PartMessages | None) -> dict[str, tuple[int, str]]:
+            return {**write_part(directory, 0, snapshot), **write_process(directory, 0, snapshot.process)}
+
+        root = None if self._store is None else self._store.root
+        parts = self.write_jointly(directory, root, snapshot.moment, write_own, collect_parts)
         tree = write_tree(directory, snapshot, self.peers.size)
-        return {f"{name}/{file}": digest for file, digest in {**own, **others, **tree}.items()}
+        return {f"{name}/{file}": digest for file, digest in {**parts, **tree}.items()}
 
     # --- summaries ---
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from stepguard.engine import ValueWatch
+from stepguard.disk import files
+from stepguard.engine import Prepared, ValueWatch
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.engine import LoopEngine
 from stepguard.steps.event_file import as_numbers
+from stepguard.steps.gate import Gate, Moment
+from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers import Peers
+from stepguard.steps.rendezvous import Member
 from stepguard.steps.session import Session
+from stepguard.store import Recovery
 
 SessionT = TypeVar("SessionT", bound=Session)
 
@@ -23,11 +32,11 @@ class SummaryLog(Protocol):
         """Write one value for each of several curves."""
 
 
-class PeersEngine(LoopEngine[SessionT]):
+class PeersEngine(LoopEngine[SessionT], ABC):
     """Adds to `LoopEngine` what follows from the other processes of one training, and the values of summaries.
 
-    A framework adds its ``name``, ``prepare``, ``restore``, ``snapshot``, ``non_finite``, ``write`` and ``summarise``.
-    ``common`` is the processes' store; without it this process is alone.
+    A framework adds its ``name``, ``prepare``, ``restore``, ``snapshot``, ``non_finite``, ``write`` and ``summarise``,
+    and the methods that are abstract here. ``common`` is the processes' store; without it this process is alone.
     """
 
     def __init__(
@@ -45,6 +54,69 @@ class PeersEngine(LoopEngine[SessionT]):
         self.value_watch: ValueWatch | None = None
         self._basename = basename
         self._events = events
+
+    def prepare_session(
+        self, new_session: Callable[[Gate | None], SessionT], meets_every: int | None
+    ) -> Prepared[SessionT]:
+        """Prepare a session from the newest good checkpoint; without one, as the framework initialises it.
+
+        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
+        """
+        gate = self.peers.gate()
+        session = new_session(gate)
+        self.peers.open(gate, functools.partial(self.new_member, session))
+        try:
+            recovered, is_restored = self.go_on(session)
+            if not is_restored:
+                self.initialise(session)
+        except BaseException:
+            self.close(session)
+            raise
+        if meets_every is not None:
+            self.peers.meet_every(meets_every, gate, session.global_step)
+        session.hold_interrupts()
+        return Prepared(session, recovered)
+
+    @abstractmethod
+    def new_member(self, session: SessionT) -> Member:
+        """This process, as the rendezvous of the processes sees it."""
+
+    @abstractmethod
+    def go_on(self, session: SessionT) -> tuple[Recovery | None, bool]:
+        """Restore what is to be continued.
+
+        Returns the result of this process's own search, and whether the session was restored (perhaps as the chief
+        said).
+        """
+
+    @abstractmethod
+    def initialise(self, session: SessionT) -> None:
+        """Begin without a checkpoint."""
+
+    def write_jointly(
+        self,
+        directory: Path,
+        root: Path | None,
+        moment: Moment | None,
+        write_own: Callable[[PartMessages | None], dict[str, tuple[int, str]]],
+        collect: Callable[[PartMessages | None], dict[str, tuple[int, str]]],
+    ) -> dict[str, tuple[int, str]]:
+        """Make ``directory``, below the logdir ``root``, and have every process write its part of ``moment`` into it.
+
+        ``collect`` waits until the others have stopped writing. Returns sizes and digests by file name.
+        """
+        files.make_dir(directory)
+        place = directory if root is None else directory.relative_to(root)
+        messages = self.peers.ask_for_parts(place.as_posix(), moment)
+        try:
+            own = write_own(messages)
+        except BaseException:
+            # Not before the others have stopped writing may the next try use the directory. This error came first, so
+            # theirs are ignored.
+            with contextlib.suppress(Exception):
+                collect(messages)
+            raise
+        return {**own, **collect(messages)}
 
     def close(self, session: SessionT) -> None:
         """Close the session, here and with the other processes."""

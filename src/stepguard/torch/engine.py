@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.disk import files
 from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.options import Restoring
+from stepguard.steps.gate import Gate
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.step_digests import StepDigests
@@ -82,39 +81,33 @@ class TorchEngine(PeersEngine[Session]):
     def prepare(self, meets_every: int | None = None) -> Prepared[Session]:
         """Prepare a session from the newest good checkpoint; without one, from the model as it is.
 
-        Several processes take their states after each ``meets_every`` steps, so that the chief can save exactly there.
+        ``meets_every``: see `PeersEngine.prepare_session`.
         """
-        gate = self.peers.gate()
         holders = {one.name: one.holder for one in self._program.components}
         optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
-        session = Session(
-            self._coord,
-            self.write_summary,
-            gate=gate,
-            processes=self.peers.size,
-            optimizers=optimizers,
-            own=self._program.own,
-        )
-        self.peers.open(gate, functools.partial(self._new_member, session))
-        try:
-            recovered, is_restored = self._go_on(session)
-            if not is_restored:
-                self._initialise()
-        except BaseException:
-            self.close(session)
-            raise
-        if meets_every is not None:
-            self.peers.meet_every(meets_every, gate, session.global_step)
-        session.hold_interrupts()
-        let_workers_outlive_signals()
-        keep_from_persistent_loaders(session)
-        return Prepared(session, recovered)
 
-    def _new_member(self, session: Session) -> TorchMember:
+        def new_session(gate: Gate | None) -> Session:
+            return Session(
+                self._coord,
+                self.write_summary,
+                gate=gate,
+                processes=self.peers.size,
+                optimizers=optimizers,
+                own=self._program.own,
+            )
+
+        prepared = self.prepare_session(new_session, meets_every)
+        let_workers_outlive_signals()
+        keep_from_persistent_loaders(prepared.session)
+        return prepared
+
+    def new_member(self, session: Session) -> TorchMember:
+        """This process's part of checkpoints."""
         components = self._program.components
         return TorchMember(self._coord, session, components, self._root, lambda: self.value_watch is not None)
 
-    def _initialise(self) -> None:
+    def initialise(self, session: Session) -> None:  # noqa: ARG002 - the program holds its own state
+        """Begin with the model as the program has built it, or with the weights of another run."""
         if self._init_fn is not None:
             self._init_fn()
         take_first_weights(self._program, self._restoring)
@@ -140,7 +133,7 @@ class TorchEngine(PeersEngine[Session]):
         restorer.return_to(path, session)
         session.put_gradients_back()
 
-    def _go_on(self, session: Session) -> tuple[Recovery | None, bool]:
+    def go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
         found: list[Recovery] = []
 
@@ -218,19 +211,14 @@ class TorchEngine(PeersEngine[Session]):
         """
         snapshot.finish()
         directory = stage / name
-        files.make_dir(directory)
-        place = directory if self._root is None else directory.relative_to(self._root)
-        messages = self.peers.ask_for_parts(place.as_posix(), snapshot.moment)
-        try:
-            digests = self._write_own(snapshot, directory, messages)
-        except BaseException:
-            # Wait until the others have stopped writing, before the next try uses the directory. This error came first,
-            # so theirs are ignored.
-            with contextlib.suppress(Exception):
-                collect_processes(messages)
-            raise
-        others = collect_processes(messages)
-        return {f"{name}/{file}": digest for file, digest in {**digests, **others}.items()}
+        written = self.write_jointly(
+            directory,
+            self._root,
+            snapshot.moment,
+            functools.partial(self._write_own, snapshot, directory),
+            collect_processes,
+        )
+        return {f"{name}/{file}": digest for file, digest in written.items()}
 
     def _write_own(self, snapshot: Any, directory: Path, messages: PartMessages | None) -> dict[str, tuple[int, str]]:
         sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
