@@ -131,8 +131,8 @@ def test_a_save_that_found_the_disk_full_is_tried_again_while_training_goes_on(
     state = {"w": jnp.zeros(100_000)}
     sv = Supervisor(tmp_path, save_model_secs=0.01, save_summaries_secs=0)
     store = CheckpointStore(tmp_path, engine="jax")
+    small_files(100_000)  # Before there is a session, whose first checkpoint may be written before its first step.
     with sv.managed_session(state) as session:
-        small_files(100_000)
         for _ in session.steps():
             session.state = {"w": session.state["w"] + 1}
             if "too large" in caplog.text:
