@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 from fleet import Fleet, MemoryStore, until
 
-from stepguard.errors import NoBoundaryError, PeerLeftError
+from stepguard.errors import CheckpointError, NoBoundaryError, PeerLeftError
 from stepguard.steps import rendezvous
 from stepguard.steps.gate import Loop, Moment
 
@@ -446,6 +446,26 @@ class TestOneThatLeaves:
         until(lambda: isinstance(fleet.members[0].error(), PeerLeftError))
         assert "rank 1 was left for an error, ZeroDivisionError: of the program" in str(fleet.members[0].error())
         fleet.peers[0].close(60)
+
+    def test_is_not_waited_for_by_the_others_who_listen_no_more(self, monkeypatch):
+        # The chief has left in a step, and the other, in the next one, has ended the run for it. Now the chief's writer
+        # asks for the part of an earlier step; the step of the other ends when the chief's process ends.
+        monkeypatch.setattr(rendezvous, "_FAREWELL_SECS", 0.1)
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        assert fleet.save() == 1
+        fleet.gates[0].begin(3)
+        fleet.step(1)
+        fleet.gates[1].begin(4)
+        fleet.gates[0].end(3, how=Loop.LEFT)
+        fleet.chief._say_if_left()
+        until(fleet.chief._is_over.is_set)
+        assert isinstance(fleet.members[1].error(), PeerLeftError)
+
+        with pytest.raises(CheckpointError, match="no answer from another process"):
+            fleet.write()
+        fleet.joined(fleet.close_in_background(1), fleet.close_in_background(0))
 
     def test_is_told_to_who_would_save_with_it(self):
         fleet = Fleet(2)

@@ -52,7 +52,7 @@ _log = logger(__name__)
 PATIENCE_SECS = 30.0
 # The patience after a second Ctrl-C, which is meant to end this process at once.
 _IMPATIENCE_SECS = 1.0
-# How long a process that has failed waits for the parts of the others, which may have ended too.
+# How long a process waits for the parts of the others, which may have ended too, when it has failed or the run is over.
 _FAREWELL_SECS = 5.0
 # How often the thread that waits for a stop of its process checks whether the session was closed without one.
 _CLOSED_LOOK_SECS = 0.5
@@ -142,7 +142,8 @@ class Rendezvous(ABC):
         self._is_over = threading.Event()
         self._gone: str | None = None
         self._finished_at: Moment | None = None
-        self._failed_at: float | None = None
+        # Since when this process has failed, or the run is over.
+        self._ending_since: float | None = None
         self._closing = threading.Event()
         gate.attend(self)
         self._thread = threading.Thread(target=self._listen, name="stepguard-peers", daemon=True)
@@ -313,12 +314,13 @@ class Rendezvous(ABC):
             raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
         if self._gone is not None:
             raise CheckpointError(f"{what}: {self._gone}")
-        if not self._has_failed():
-            self._failed_at = None
-        elif self._failed_at is None:
-            self._failed_at = time.monotonic()
-        elif time.monotonic() > self._failed_at + _FAREWELL_SECS:
-            raise CheckpointError(f"{what}: no answer from another process, and this one has failed; it may have ended")
+        # Who says that the run is over listens to no request any more, and answers only those that came before.
+        if not (self._has_failed() or self._is_over.is_set()):
+            self._ending_since = None
+        elif self._ending_since is None:
+            self._ending_since = time.monotonic()
+        elif time.monotonic() > self._ending_since + _FAREWELL_SECS:
+            raise CheckpointError(f"{what}: no answer from another process, and the run is ending; it may have ended")
 
     def _gather(self, keys: Sequence[str], what: str, patience_secs: float = PATIENCE_SECS) -> list[bytes]:
         """Wait for answers that the others give at once, and return them.
