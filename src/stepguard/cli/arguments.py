@@ -61,27 +61,18 @@ SECONDS_BETWEEN = _Seconds(min=0.01)
 """A finite number of seconds between two things."""
 
 
-class _Choices(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "names"
+def some_of(among: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """A callback for names out of ``among``, separated by commas."""
 
-    def __init__(self, among: Sequence[str]) -> None:
-        self._among = among
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        found = tuple(dict.fromkeys(one.strip() for one in str(value).split(",") if one.strip()))
-        for one in found:
-            if one not in self._among:
-                self.fail(f"expected some of {', '.join(self._among)}, found {printable(one)!r}", param, ctx)
-        if not found:
-            self.fail(f"expected some of {', '.join(self._among)}, found none", param, ctx)
+    def convert(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(one.strip() for one in value.split(",") if one.strip()))
+        unknown = next((one for one in found if one not in among), None)
+        if unknown is not None or not found:
+            shown = "none" if unknown is None else repr(printable(unknown))
+            raise click.BadParameter(f"expected some of {', '.join(among)}, found {shown}")
         return found
 
-
-def choices_of(among: Sequence[str]) -> click.ParamType:  # type: ignore[type-arg,unused-ignore]
-    """Some of these names, separated by commas, as a tuple."""
-    return _Choices(among)
+    return convert
 
 
 @dataclass(frozen=True, slots=True)

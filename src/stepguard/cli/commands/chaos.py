@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import SECONDS, SECONDS_BETWEEN, choices_of
+from stepguard.cli.arguments import SECONDS, SECONDS_BETWEEN, some_of
 from stepguard.cli.exits import FINDING
 from stepguard.cli.proving.chaos import KINDS, Chaos, Outcome
 from stepguard.cli.text import output
@@ -41,7 +41,8 @@ Exit codes:
 )
 @click.option(
     "--faults",
-    type=choices_of(KINDS),
+    callback=some_of(KINDS),
+    metavar="NAMES",
     default=",".join(KINDS),
     show_default=True,
     help="The faults, separated by commas; see `stepguard prove`.",

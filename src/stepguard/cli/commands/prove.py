@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import SECONDS, choices_of
+from stepguard.cli.arguments import SECONDS, some_of
 from stepguard.cli.exits import FINDING
 from stepguard.cli.proving import report
 from stepguard.cli.proving.faults import KINDS
@@ -69,7 +69,8 @@ Exit codes:
 )
 @click.option(
     "--faults",
-    type=choices_of(KINDS),
+    callback=some_of(KINDS),
+    metavar="NAMES",
     default=",".join(KINDS),
     help="What the runs are put through, separated by commas. By default everything listed below.",
 )

@@ -254,7 +254,7 @@ def _listed(layout: Layout) -> list[ListedCheckpoint]:
     found = []
     for candidate in recovery.newest_first(layout):
         if candidate.root == layout.root:
-            one = inspect(layout, candidate, lambda: entries.get(candidate.name, ()))  # noqa: B023 - called at once
+            one = inspect(layout, candidate, entries.get(candidate.name, []).copy)
         else:
             one = inspect(layout, candidate, layout.within(candidate.root).present(candidate.name).copy)
         if one is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,9 @@ def run(
     began, number = time.monotonic(), 0
     while True:
         number += 1
-        live = Live(place.logdir)
         running = program.start(place.environment)
         fault = pending.pop(0) if pending else None
-        outcome = _put_through(fault, running, live, lambda: tell(number, live.step()))  # noqa: B023 - called at once
-        code = running.wait(lambda: tell(number, live.step()))  # noqa: B023 - called at once
+        outcome, code = _ended(running, fault, Live(place.logdir), functools.partial(tell, number))
         _note_restored(done, place, running)
         stop = last_stop(place, running.began)
         if fault is not None and not outcome.is_done:
@@ -92,9 +91,15 @@ def run(
     return done
 
 
-def _put_through(fault: Fault | None, running: Running, live: Live, look: Callable[[], object]) -> Done:
+def _ended(running: Running, fault: Fault | None, live: Live, tell: Callable[[int | None], object]) -> tuple[Done, int]:
+    """Put ``running`` through ``fault``, and wait for its end; what became of the fault, and the exit code."""
+
+    def look() -> None:
+        tell(live.step())
+
     look()
-    return Done(False) if fault is None else inject(fault, running, live)
+    outcome = Done(False) if fault is None else inject(fault, running, live)
+    return outcome, running.wait(look)
 
 
 def last_stop(place: Place, since: float) -> dict[str, Any]:
