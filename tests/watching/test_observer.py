@@ -215,11 +215,13 @@ class TestTheLedger:
         assert events(tmp_path)[-1]["error"] == "RuntimeError: no input"
 
     def test_tells_of_saves_that_failed_and_of_those_that_followed(self, tmp_path: Path) -> None:
-        sv = FakeSupervisor(str(tmp_path), save_model_secs=0.01)
+        sv = FakeSupervisor(str(tmp_path), saving=Saving(save_model_secs=0, save_model_steps=1))
         sv.engine.fail_writes = [OSError(5, "Input/output error")]
         with sv.managed_session() as session:
             session.run_step()
             wait_until(lambda: events(tmp_path, "checkpoint"), "a checkpoint")
+            # A beat follows what it tells of.
+            wait_until(lambda: chief(tmp_path) is not None and chief(tmp_path).last_checkpoint, "a beat that knows it")
 
         (warning, *_) = events(tmp_path, "warning")
         assert "Input/output error" in warning["message"]
