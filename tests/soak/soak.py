@@ -54,7 +54,6 @@ from zygote import Child, Zygote  # noqa: E402
 from stepguard.errors import CheckpointError, LogdirInUseError  # noqa: E402
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files  # noqa: E402
 
-SOON_SECS = 120.0
 PAUSE_SECS = 0.002
 # Of the steps of a run that nobody interrupts.
 STEPS = 60
@@ -84,7 +83,14 @@ class Attacked:
     weight = 4
 
     def __init__(
-        self, name: str, zygote: Zygote, logdir: Path, mount: Mount | None, chance: random.Random, only: list[str]
+        self,
+        name: str,
+        zygote: Zygote,
+        logdir: Path,
+        mount: Mount | None,
+        chance: random.Random,
+        only: list[str],
+        patience_secs: float,
     ) -> None:
         self.name = name
         self.logdir = logdir
@@ -93,6 +99,7 @@ class Attacked:
         self._zygote = zygote
         self._chance = chance
         self._only = only
+        self._patience_secs = patience_secs
         self._reader = engine_under_test(name)
 
     # --- what is there ---
@@ -135,13 +142,13 @@ class Attacked:
 
     def await_begin(self, child: Child, expected: int) -> None:
         """Wait until it trains. Raises LossError if it does not, or from another step, or with wrong values."""
-        deadline = time.monotonic() + SOON_SECS
+        deadline = time.monotonic() + self._patience_secs
         while not child.reports("began"):
             if child.poll() is not None:
                 raise LossError(f"a start failed: {child.output[-3000:]}")
             if time.monotonic() > deadline:
                 child.kill()
-                raise LossError(f"a start did not come to train in {SOON_SECS:g} s: {child.output[-3000:]}")
+                raise LossError(f"a start did not come to train in {self._patience_secs:g} s: {child.output[-3000:]}")
             time.sleep(0.005)
         self.check_begin(child, expected)
 
@@ -155,10 +162,10 @@ class Attacked:
     def end(self, child: Child) -> int:
         """Wait until it has ended by itself. Raises LossError if it does not."""
         try:
-            return child.wait(SOON_SECS)
+            return child.wait(self._patience_secs)
         except AssertionError:
             child.kill()
-            raise LossError(f"a process did not end in {SOON_SECS:g} s: {child.output[-3000:]}") from None
+            raise LossError(f"a process did not end in {self._patience_secs:g} s: {child.output[-3000:]}") from None
 
     def kill(self, child: Child) -> None:
         """End it at once, and look whether what was committed until then is good."""
@@ -397,7 +404,9 @@ class Refused:
 
 
 @contextmanager
-def attacked(names: list[str], folder: Path, chance: random.Random, only: list[str]) -> Iterator[list[Attacked]]:
+def attacked(
+    names: list[str], folder: Path, chance: random.Random, only: list[str], patience_secs: float
+) -> Iterator[list[Attacked]]:
     """Each engine, with a process that forks its programs, and a file system of its own where one can be mounted."""
     with ExitStack() as stack:
         found = []
@@ -410,7 +419,7 @@ def attacked(names: list[str], folder: Path, chance: random.Random, only: list[s
             stack.callback(zygote.close)
             mount = stack.enter_context(small_disk(folder / f"{name}-disk"))
             logdir = folder / name if mount is None else mount.path / "run"
-            found.append(Attacked(name, zygote, logdir, mount, chance, only))
+            found.append(Attacked(name, zygote, logdir, mount, chance, only, patience_secs))
         del os.environ["SOAK_ENGINE"]
         yield found
 
@@ -470,6 +479,12 @@ def main() -> None:
     options.add_argument("--engines", nargs="+", choices=sorted(PROGRAMS), default=sorted(PROGRAMS))
     options.add_argument("--only", nargs="+", choices=KINDS, default=[], help="only these rounds of the engines")
     options.add_argument("--seed", type=int, default=None)
+    options.add_argument(
+        "--patience-secs",
+        type=float,
+        default=120.0,
+        help="a start or an end that takes longer is a loss; give more beside other work",
+    )
     given = options.parse_args()
     # What this process finds when it looks is in the table.
     logging.getLogger("stepguard").setLevel(logging.ERROR)
@@ -479,7 +494,7 @@ def main() -> None:
     kept = Path(tempfile.mkdtemp(prefix="stepguard-soak-"))
     with (
         tempfile.TemporaryDirectory(prefix="stepguard-soak-") as folder,
-        attacked(given.engines, Path(folder), chance, given.only) as engines,
+        attacked(given.engines, Path(folder), chance, given.only, given.patience_secs) as engines,
     ):
         targets: list[Any] = list(engines)
         refused = Refused(Path(folder), chance)

@@ -18,6 +18,7 @@ PROGRAMS = {
     "numpy": ("programs_numpy", "NumPyUnderTest"),
     "tensorflow": ("programs_tensorflow", "TensorFlowUnderTest"),
     "torch": ("programs_torch", "TorchUnderTest"),
+    "jax": ("programs_jax", "JaxUnderTest"),
 }
 
 
