@@ -106,9 +106,8 @@ class JaxEngine(PeersEngine[Session]):
     def _load(self, session: Session, path: Path, rank: int) -> None:
         chief, own = _process(path, 0), read_process(path, rank)
         state = read_state(path, session.state, self._restoring)
-        # The count of epochs is the chief's, which may have been a moment ahead. A process that the earlier run did not
-        # have begins with the random streams that the program has seeded.
-        process = {**chief, "random": STREAMS.capture()} if own is None else {**own, "epochs": chief["epochs"]}
+        # A process that the earlier run did not have begins with the random streams that the program has seeded.
+        process = {**chief, "random": STREAMS.capture()} if own is None else own
         session.state = state
         session.restore_process_state(process, chief["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
