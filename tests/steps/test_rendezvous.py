@@ -317,7 +317,42 @@ def test_a_chief_whose_data_is_over_is_not_waited_for_at_a_known_step():
     fleet.close()
 
 
+def test_a_chief_whose_program_is_over_lets_the_others_find_the_end_of_their_data():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.run_steps(3)
+    fleet.members[0].end_loop()
+    fleet.members[0].complete_epoch()
+    fleet.request_stop()
+    until(lambda: fleet.chief._settling is not None)
+
+    # Which it does in the next step; then comes the end of its epoch.
+    assert fleet.gates[1].begin(3)
+    fleet.members[1].end_loop()
+    fleet.members[1].complete_epoch()
+    assert not fleet.gates[1].begin(3)
+    assert fleet.members[1].moment() == fleet.members[0].moment() == (1, 0, 0)
+    fleet.close()
+
+
 class TestUnevenInputs:
+    def test_one_that_a_stop_has_cut_short_hands_in_its_last_state(self, caplog):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.step(1)
+        fleet.members[0].end_loop()
+        fleet.step(1)
+        fleet.members[1].request_stop(None, "sigterm")
+        until(lambda: all(gate.is_last for gate in fleet.gates))
+        assert not fleet.gates[1].begin(5)
+
+        assert fleet.save() == 1
+        closing = fleet.close_in_background(1)
+        assert fleet.write() == [5]
+        assert "this process has done 5 steps of this session and rank 0 3" in caplog.text
+        fleet.joined(fleet.close_in_background(0), closing)
+
     def test_one_with_fewer_batches_hands_in_the_state_of_its_own_last_step(self, caplog):
         fleet = Fleet(2)
         fleet.start()

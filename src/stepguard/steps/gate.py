@@ -241,6 +241,11 @@ class Gate:
         return self._begun
 
     @property
+    def steps_begun(self) -> int:
+        """The number of steps of this session that have begun."""
+        return self._steps_begun
+
+    @property
     def is_last(self) -> bool:
         """Whether the last step of the run is settled."""
         return self._is_last
