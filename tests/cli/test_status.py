@@ -87,7 +87,7 @@ def test_a_run_in_progress_then_suspended_then_killed(running, monkeypatch):
     assert chief["total_steps"] == 10**9
     assert chief["secs_left"] > 0
     assert found["good_checkpoint"]["state"] == "good"
-    assert found["steps_at_risk"] == max(0, chief["step"] - found["good_checkpoint"]["step"])
+    assert found["steps_at_risk"] == max(0, last["step"] - found["good_checkpoint"]["step"])
     code, text = status(logdir)
     assert code == 0
     assert "chief       alive, training" in text
@@ -271,6 +271,20 @@ def test_a_launcher_that_waits_or_gave_up(tmp_path):
     assert code == 1
     assert "gave up, crash loop: exit code 1: no disk" in text
     book.append("launch", attempt=1, argv=["x"], child_pid=1, process_start=here - 1)
+    code, found = known(tmp_path)
+    assert (code, found["launcher"]["state"]) == (0, "ended")
+
+
+def test_a_launcher_that_gave_up_is_a_finding_whatever_its_program_says_until_that_is_started_again(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, 3, SystemExit(3))
+    book = Ledger(tmp_path, role="launcher")
+    book.append("launch", attempt=3, argv=["x"], child_pid=1, process_start=heartbeat.process_start(os.getpid()))
+    book.append("gave_up", reason="crash loop", failure="exit code 3")
+    code, found = known(tmp_path)
+    assert (found["processes"][0]["reason"], found["launcher"]["state"]) == ("exit", "gave up")
+    assert (code, found["well"]) == (1, False)
+    train(tmp_path, 3)
     code, found = known(tmp_path)
     assert (code, found["launcher"]["state"]) == (0, "ended")
 
