@@ -114,7 +114,10 @@ def read_run_state(logdir: Path) -> RunState:
     events_of: dict[object, list[dict[str, Any]]] = {}
     for event in events:
         events_of.setdefault(event.get("role"), []).append(event)
-    beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
+    beats = [
+        history.completed(one, events_of.get(one.role, ()), None if heartbeat.state(one, now) == "alive" else logdir)
+        for one in beats
+    ]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return RunState(
