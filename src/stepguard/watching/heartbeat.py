@@ -42,8 +42,9 @@ class Heartbeat:
     """The state that a process of a run reports. Times are Unix seconds; ``None`` means unknown.
 
     ``phase`` is "preparing", "training", "stopping" or "stopped". The ``reason`` of a stopped process is "finished",
-    "sigterm", "interrupt", "request_stop", "exit" or "error". ``boundary_time`` is when the end of a step was last
-    seen. ``stacks`` is the file with the stacks of a hang that still lasts.
+    "exit", "error", or a request: "sigterm", "sigusr1", "interrupt", "request_stop" or "time_limit".
+    ``boundary_time`` is when the end of a step was last seen. ``stacks`` is the file with the stacks of a
+    hang that still lasts.
     """
 
     role: str

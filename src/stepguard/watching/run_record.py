@@ -117,7 +117,7 @@ class RunRecord:
         except OSError as error:
             _log.warning("%s: what the run before says of itself cannot be read: %s", logdir, error)
             return
-        self._previous = None if last is None else history.completed(last, events)
+        self._previous = None if last is None else history.completed(last, events, logdir)
         mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
         self._before = [*events, {**mine, "role": now.role}]
         now.restarts = history.from_events(self._before, role=now.role).restarts

@@ -47,7 +47,8 @@ Examples:
 \b
 Exit codes, besides those of every command:
   0    every process lives, or stopped without an error
-  1    one is dead, silent, hangs, or stopped with an error, or nothing has run there; with --follow always 0, at Ctrl-C
+  1    one is dead, silent, hangs, or stopped with an error, the launcher gave up, something could not be read, or
+       nothing has run there; with --follow always 0, at Ctrl-C
 """,
 )
 @click.argument("logdirs", type=LOGDIR, nargs=-1, required=True, metavar="LOGDIR...")

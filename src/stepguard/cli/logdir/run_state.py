@@ -46,7 +46,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """The newest `stepguard run` of the logdir: "running", "waiting" (until ``next_start``), "gave up" or "ended"."""
+    """The newest `stepguard run` of the logdir: "running", "waiting" (until ``next_start``), "gave up" or "ended".
+
+    One that gave up has "ended" once the program was started without it.
+    """
 
     pid: int | None
     host: str | None
@@ -83,13 +86,15 @@ class RunState:
 
     @property
     def is_well(self) -> bool:
-        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        """Whether all processes of the present start run, or stopped without an error, and no launcher has given up.
+
+        Nothing at all is not well.
+        """
         if self.is_empty or self.unreadable:
             return False
-        present = [one for one in self.processes if not one.is_left_behind]
-        if not present:
-            return self.launcher is None or self.launcher.state != "gave up"
-        return all(one.is_well for one in present)
+        if self.launcher is not None and self.launcher.state == "gave up":
+            return False
+        return all(one.is_well for one in self.processes if not one.is_left_behind)
 
 
 def read_run_state(logdir: Path) -> RunState:
@@ -109,7 +114,10 @@ def read_run_state(logdir: Path) -> RunState:
     events_of: dict[object, list[dict[str, Any]]] = {}
     for event in events:
         events_of.setdefault(event.get("role"), []).append(event)
-    beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
+    beats = [
+        history.completed(one, events_of.get(one.role, ()), None if heartbeat.state(one, now) == "alive" else logdir)
+        for one in beats
+    ]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return RunState(
@@ -121,7 +129,7 @@ def read_run_state(logdir: Path) -> RunState:
         steps_at_risk=_at_risk(chief, good),
         history=history.from_events(events, chief),
         last_error=history.last_error(events),
-        launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
+        launcher=_launcher(events),
         has_ledger=bool(events),
         unreadable=tuple(unreadable),
     )
@@ -176,14 +184,17 @@ def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | No
 
 
 def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
-    launches = [one for one in events if one["event"] == "launch"]
+    own = [one for one in events if one.get("role") == history.LAUNCHER]
+    launches = [one for one in own if one["event"] == "launch"]
     if not launches:
         return None
-    launch, last = launches[-1], events[-1]
+    launch, last = launches[-1], own[-1]
     pid, host = launch.get("pid"), launch.get("host")
     found = Launcher(pid, host, "ended", None, last.get("reason"), last.get("failure"))
     if last["event"] == "gave_up":
-        return replace(found, state="gave up")
+        since = events[events.index(last) :]
+        was_started_again = any(one["event"] == "start" for one in since)
+        return found if was_started_again else replace(found, state="gave up")
     is_here = host == socket.gethostname() and isinstance(pid, int)
     if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
         return found
