@@ -268,10 +268,10 @@ def test_hyperparameters_are_named_by_optimizer_and_group() -> None:
 
 
 def test_a_summary_whose_names_are_no_texts_stops_no_run(tmp_path: Path) -> None:
-    """Its numbers are read for the guard, and nothing else makes their names texts when there is no event log."""
+    """Its numbers are read for the guard, under the names that the program gives."""
     model = torch.nn.Linear(1, 1)
     guarding = Guarding(nan_guard="stop")
-    sv = Supervisor({"model": model}, str(tmp_path), save_model_secs=0, summary_writer=None, guarding=guarding)
+    sv = Supervisor({"model": model}, str(tmp_path), guarding=guarding)
     with sv.managed_session() as sess:
         for _ in sess.steps(max_steps=2):
             sess.summary({0: torch.tensor(0.5), "loss": 1.0})  # type: ignore[dict-item]

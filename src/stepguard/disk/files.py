@@ -282,9 +282,11 @@ class AppendedFile:
         self._lock = threading.Lock()
         self._is_sealed = False
         self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        self.size = min(keep, os.fstat(self._descriptor).st_size)
+        size = os.fstat(self._descriptor).st_size
+        self.size = min(keep, size)
         """How many bytes of whole records there are."""
-        os.ftruncate(self._descriptor, self.size)
+        if size > keep:
+            os.ftruncate(self._descriptor, keep)
 
     def append(self, record: bytes) -> None:
         """Append one record, whole or not at all. Raises OSError; after that, nothing more can be appended."""
