@@ -47,3 +47,20 @@ def test_a_fault_that_would_end_the_run_for_good_is_refused(tmp_path):
     )
     assert ended.returncode == 2
     assert "expected some of kill, save, damage, disk, process, found 'sigterm'" in ended.stderr
+
+
+def test_a_replay_that_differs_is_found_also_in_a_ledger_that_was_put_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_MOST_BYTES", 2000)
+    written = ledger.Ledger(tmp_path, role="chief")
+    written.append("replay", outcome="differs", compared=7, message="step 3 is not what it was")
+    for step in range(100):
+        written.append("checkpoint", name=f"model.ckpt-{step}", step=step)
+    assert not any(one["event"] == "replay" for one in ledger.read(tmp_path))
+    chaos = Chaos(["true"], kinds=KINDS, lasts_secs=1, every_secs=1, seed=0, announcements=tmp_path / "none", say=print)
+    chaos._began = 0.0
+    monkeypatch.setattr(chaos, "_logdir", lambda: tmp_path)
+
+    chaos._read_replays()
+
+    assert chaos._outcome.differs == "step 3 is not what it was"
+    assert (chaos._outcome.steps_again, dict(chaos._outcome.replays)) == (7, {"differs": 1})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import datetime as dt
+import enum
+import os
 import random
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from stepguard.steps.digests import SAMPLED, array_bytes, digest, is_on_host, leaves, numbers_at_hand, part_digests
+from stepguard.steps.digests import SAMPLED, array_bytes, digest, is_on_host, numbers_at_hand, part_digests
 
 
 @dataclasses.dataclass
@@ -24,6 +30,26 @@ class Sample:
 class Plain:
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Slots:
+    __slots__ = ("__hidden", "a")
+
+    def __init__(self, a: Any, hidden: Any) -> None:
+        self.a, self.__hidden = a, hidden
+
+
+class MoreSlots(Slots):
+    __slots__ = ("b", "never_set")
+
+    def __init__(self, a: Any, hidden: Any, b: Any) -> None:
+        super().__init__(a, hidden)
+        self.b = b
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
 
 
 class Pair(NamedTuple):
@@ -56,6 +82,20 @@ def of(value: Any) -> int:
         (Sample(np.zeros(2), 1), Sample(np.zeros(2), 2)),
         (Plain([1]), Plain([2])),
         (Pair(1, 2), Pair(2, 1)),
+        ({1, 2}, {1, 3}),
+        (frozenset("ab"), frozenset("ac")),
+        (Slots(1, 2), Slots(1, 3)),
+        (Slots([1], None), Slots([2], None)),
+        (MoreSlots(1, 2, 3), MoreSlots(1, 2, 4)),
+        (np.array([Plain(1)], object), np.array([Plain(2)], object)),
+        (np.array([Slots(1, 2)] * 2, object), np.array([Slots(1, 2), Slots(2, 2)], object)),
+        (collections.deque([1]), collections.deque([2])),
+        (dt.date(2026, 1, 1), dt.date(2026, 1, 2)),
+        (Path("a"), Path("b")),
+        (Color.RED, Color.BLUE),
+        ({(1, 2): 0}, {(1, 3): 0}),
+        ({"a" * 100 + "b": 0}, {"a" * 100 + "c": 0}),
+        (["a", "b"], ["ab"]),
         (None, 0),
     ],
 )
@@ -132,4 +172,55 @@ def test_the_depth_of_what_is_walked_is_bounded() -> None:
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
-    assert len(list(leaves(deep))) == 1
+    assert of(deep) == of([deep])
+
+
+class Node:
+    """Knows its neighbours."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.near: list[Node] = []
+
+
+def graph(values: Any) -> list[Node]:
+    nodes = [Node(one) for one in values]
+    for one in nodes:
+        one.near = [other for other in nodes if other is not one]
+    return nodes
+
+
+def test_objects_that_all_know_each_other_cost_no_more_than_their_number() -> None:
+    began = time.process_time()
+    assert of(graph(range(60))) == of(graph(range(60)))
+    assert time.process_time() - began < 2
+    assert of(graph(range(60))) != of(graph([*range(59), -1]))
+
+
+def test_whether_equal_parts_are_one_object_makes_no_difference() -> None:
+    part = [1, {"a": 2.0}]
+    assert of([part, part]) == of([[1, {"a": 2.0}], [1, {"a": 2.0}]])
+    assert of([part, part]) != of([part, [1, {"a": 3.0}]])
+
+
+def test_arrays_of_objects_and_sets_are_the_same_in_another_process() -> None:
+    program = """
+        import numpy as np
+        from stepguard.steps.digests import array_bytes, digest
+        class Label:
+            __slots__ = ("name", "__weight")
+            def __init__(self, name):
+                self.name, self.__weight = name, {"c", "a", "b"}
+        digested = digest([np.array([Label("x"), Label("y")], object), {"c", "b", "a"}, Label, len], array_bytes)
+        print(digested)
+    """
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(told) == 1

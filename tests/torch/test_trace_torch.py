@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stepguard.options import Restoring, Saving, Watching
+from stepguard.options import Guarding, Restoring, Saving, Watching
 from stepguard.steps import step_digests
 from stepguard.torch import Supervisor
 from stepguard.torch.digests import hyperparameters, tensor_bytes
@@ -265,3 +265,16 @@ def test_hyperparameters_are_named_by_optimizer_and_group() -> None:
     found = hyperparameters([("adam", adam), ("sgd", torch.optim.SGD(weights[2:], lr=torch.tensor(0.25)))])
     assert (found["adam[0].lr"], found["adam[1].lr"], found["sgd.lr"]) == (0.5, 0.1, 0.25)
     assert found["adam[0].betas[1]"] == 0.999
+
+
+def test_a_summary_whose_names_are_no_texts_stops_no_run(tmp_path: Path) -> None:
+    """Its numbers are read for the guard, under the names that the program gives."""
+    model = torch.nn.Linear(1, 1)
+    guarding = Guarding(nan_guard="stop")
+    sv = Supervisor({"model": model}, str(tmp_path), guarding=guarding)
+    with sv.managed_session() as sess:
+        for _ in sess.steps(max_steps=2):
+            sess.summary({0: torch.tensor(0.5), "loss": 1.0})  # type: ignore[dict-item]
+
+    records = [one for one in trace.read(tmp_path) if isinstance(one, Record)]
+    assert [one.values for one in records if one.kind == "numbers"] == [{"0": 0.5, "loss": 1.0}] * 2

@@ -310,3 +310,90 @@ def test_a_trace_that_cannot_be_read_tells_of_no_step(tmp_path: Path, caplog: py
     trace.path_of(tmp_path, "chief").mkdir(parents=True)
     assert trace.came_to(tmp_path, "chief", pid=7, started=100.0) is None
     assert not caplog.records
+
+
+def test_a_step_does_not_wait_while_a_disk_is_tried_again(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = opened(tmp_path)
+    writer.add(NUMBERS, 0, 0, {"loss": 0.5})
+    disk.error = errno.ENOSPC
+    writer.add(NUMBERS, 1, 0, {"loss": 0.5})
+    disk.error = None
+    tries, goes_on = threading.Event(), threading.Event()
+    open_own = files.open_own
+
+    def slow(*arguments: Any) -> int:
+        tries.set()
+        assert goes_on.wait(30)
+        return open_own(*arguments)
+
+    monkeypatch.setattr(files, "open_own", slow)
+    retrying = threading.Thread(target=writer.retry)
+    retrying.start()
+    assert tries.wait(30)
+    steps = threading.Thread(target=lambda: [writer.add(NUMBERS, 2, 0, {"new": 0.5}), writer.note(Mark(3, 6))])
+    steps.start()
+    steps.join(5)
+    has_waited = steps.is_alive()
+    goes_on.set()
+    steps.join()
+    retrying.join()
+
+    assert not has_waited
+    new = Record("numbers", 2, 0, {"new": 0.5})
+    assert trace.read(tmp_path) == [Start(0), loss(0), loss(1), new, Mark(3, 6)]
+
+
+def test_a_disk_that_is_tried_again_is_not_read(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = opened(tmp_path)
+    monkeypatch.setattr(trace, "contents", None)
+    for step in range(3):
+        disk.error = errno.EFBIG  # A limit for files, as `stepguard prove` sets it, passes too.
+        writer.add(NUMBERS, step, 0, {"loss": 0.5})
+        disk.error = None
+        writer.retry()
+    assert trace.parse(trace.path_of(tmp_path, "chief").read_bytes()).items == [Start(0), *map(loss, range(3))]
+
+
+def test_a_disk_that_fails_while_it_is_tried_again_loses_nothing(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = opened(tmp_path)
+    disk.error = errno.ENOSPC
+    for step in range(10):
+        writer.add(NUMBERS, step, 0, {"loss": 0.5})
+    disk.error = None
+    left = 4
+    write = os.write
+
+    def for_a_while(descriptor: int, content: bytes) -> int:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            return write(descriptor, content[:5])
+        return write(descriptor, content)
+
+    monkeypatch.setattr(disk, "write", for_a_while)
+    writer.retry()
+    writer.add(NUMBERS, 10, 0, {"loss": 0.5})
+    writer.retry()
+    assert trace.read(tmp_path) == [Start(0), *map(loss, range(11))]
+
+
+def test_names_that_are_no_texts_are_written_as_texts(tmp_path: Path) -> None:
+    opened(tmp_path).add(NUMBERS, 0, 0, {0: 0.5, "loss": 1.0})  # type: ignore[dict-item]
+    assert trace.read(tmp_path) == [Start(0), Record("numbers", 0, 0, {"0": 0.5, "loss": 1.0})]
+
+
+def test_a_record_that_was_taken_in_part_does_not_cut_off_another_threads(tmp_path: Path, disk: Disk) -> None:
+    file = files.AppendedFile(tmp_path / "file", keep=0)
+    file.append(b"first;")
+    disk.takes = 3
+    with pytest.raises(OSError, match="No space"):
+        file.append(b"second;")
+    disk.takes = None
+    # Another thread that still has the file: its record must not be behind what the next try cuts off.
+    with pytest.raises(OSError, match="No space"):
+        file.append(b"third;")
+    assert (file.seal(), (tmp_path / "file").read_bytes()) == (6, b"first;")

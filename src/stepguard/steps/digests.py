@@ -1,21 +1,30 @@
 """Digests of 64 bits of whatever a loader gives, a generator holds or a model is, to compare two runs bit for bit.
 
-The digest is XXH3 of the bytes of each leaf, with its kind and shape. Of arrays on a device only evenly spaced values
-are read, since a copy of all of them would cost more than the step.
+The digest is XXH3 of the bytes of each leaf, with its kind and shape, and of the digests of what holds the leaves. What
+is digested once is remembered, so that objects that refer to each other cost no more than their number, and it makes no
+difference whether two equal parts are one object. Nothing depends on an address or on the order of a set. Of arrays on
+a device only evenly spaced values are read, since a copy of all of them would cost more than the step.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 SAMPLED = 4096
 """How many values of an array on a device are read."""
 
 _DEPTH = 12
+_MOST_PARTS = 100_000
+_AS_TEXT = (date, time, timedelta, Decimal, PurePath, range, slice)
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
 
 AsBytes = Callable[[Any], Any]
@@ -23,14 +32,8 @@ AsBytes = Callable[[Any], Any]
 
 
 def digest(value: Any, as_bytes: AsBytes) -> int:
-    """The digest of a value with all that it holds."""
-    import xxhash
-
-    hasher = xxhash.xxh3_64()
-    for path, leaf in leaves(value):
-        hasher.update(path.encode("utf-8", "surrogatepass"))
-        _update(hasher, leaf, as_bytes)
-    return int(hasher.intdigest())
+    """The digest of a value with all that it holds, down to a bounded depth and number of parts."""
+    return _Digester(as_bytes).of(value)
 
 
 def part_digests(name: str, value: Any, as_bytes: AsBytes, most: int = 16) -> dict[str, int]:
@@ -52,28 +55,117 @@ def part_digests(name: str, value: Any, as_bytes: AsBytes, most: int = 16) -> di
     return {key: digest(one, as_bytes) for key, one in parts.items()}
 
 
-def leaves(value: Any, path: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, sequences, data classes and plain objects, each with its path."""
-    if isinstance(value, _PLAIN) or _is_array(value) or not depth:
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from leaves(part, f"{path}[{key!r:.80}]", depth - 1)
-    elif isinstance(value, (list, tuple)):
-        numbers = _numbers(value)
-        if numbers is not None:
-            yield f"{path}[:]", numbers
-            return
-        for index, part in enumerate(value):
-            yield from leaves(part, f"{path}[{index}]", depth - 1)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for one in fields(value):
-            yield from leaves(getattr(value, one.name), f"{path}.{one.name}", depth - 1)
-    elif parts := getattr(value, "__dict__", None):
-        for key, part in dict(parts).items():
-            yield from leaves(part, f"{path}.{key}", depth - 1)
-    else:
-        yield path, value
+class _Digester:
+    """Makes one digest."""
+
+    def __init__(self, as_bytes: AsBytes) -> None:
+        import xxhash
+
+        self._new = xxhash.xxh3_64
+        self._as_bytes = as_bytes
+        # By address, what has a digest already; the value itself is kept, so that nothing else gets its address.
+        self._known: dict[int, tuple[Any, bytes]] = {}
+        # What is being digested now, with its depth: one that comes again there is in a circle.
+        self._open: dict[int, int] = {}
+
+    def of(self, value: Any) -> int:
+        """The digest of a value."""
+        hasher = self._new()
+        self._add(hasher, value, 0)
+        return int(hasher.intdigest())
+
+    def _add(self, hasher: Any, value: Any, depth: int) -> None:
+        if isinstance(value, _PLAIN):
+            _add_plain(hasher, value)
+        elif _is_array(value) and not getattr(value.dtype, "hasobject", False):
+            self._add_array(hasher, value)
+        elif id(value) in self._known:
+            hasher.update(self._known[id(value)][1])
+        elif id(value) in self._open:
+            hasher.update(f"circle {depth - self._open[id(value)]}".encode())
+        elif depth >= _DEPTH or len(self._known) >= _MOST_PARTS:
+            hasher.update(_name_of(value))
+        else:
+            self._open[id(value)] = depth
+            own = self._new()
+            self._add_parts(own, value, depth + 1)
+            del self._open[id(value)]
+            self._known[id(value)] = value, own.digest()
+            hasher.update(own.digest())
+
+    def _add_array(self, hasher: Any, value: Any) -> None:
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        content = self._as_bytes(value)
+        if content is not None:
+            hasher.update(content)
+
+    def _add_parts(self, hasher: Any, value: Any, depth: int) -> None:
+        if isinstance(value, (set, frozenset)):
+            hasher.update(b"set")
+            for one in sorted(self._digest(part, depth) for part in value):
+                hasher.update(one)
+        elif isinstance(value, (list, tuple)) and (numbers := _numbers(value)) is not None:
+            hasher.update(b"numbers")
+            hasher.update(numbers)
+        elif isinstance(value, Mapping):
+            hasher.update(f"mapping of {len(value)}".encode())
+            for key, part in value.items():
+                self._add(hasher, key, depth)
+                self._add(hasher, part, depth)
+        elif isinstance(value, (list, tuple, deque)):
+            hasher.update(f"sequence of {len(value)}".encode())
+            for part in value:
+                self._add(hasher, part, depth)
+        elif _is_array(value):
+            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            for part in value.reshape(-1).tolist():
+                self._add(hasher, part, depth)
+        else:
+            hasher.update(_name_of(value))
+            for name, part in _attributes(value):
+                _add_plain(hasher, name)
+                self._add(hasher, part, depth)
+
+    def _digest(self, value: Any, depth: int) -> bytes:
+        hasher = self._new()
+        self._add(hasher, value, depth)
+        return bytes(hasher.digest())
+
+
+def _name_of(value: Any) -> bytes:
+    """What is told of an object itself: its type, or its text where that is all there is; never an address."""
+    if isinstance(value, _AS_TEXT):
+        return repr(value).encode("utf-8", "surrogatepass")
+    if isinstance(value, (FunctionType, ModuleType, type)):
+        return f"{value.__class__.__name__} {getattr(value, '__qualname__', value.__name__)}".encode()
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}".encode()
+    return type(value).__qualname__.encode()
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, also those in slots; of one that is told by its name, none."""
+    if isinstance(value, (*_AS_TEXT, FunctionType, ModuleType, type, Enum)):
+        return
+    yield from dict(getattr(value, "__dict__", None) or {}).items()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            # A private name stands in the class under another one.
+            inside = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
+            member = kind.__dict__.get(inside)
+            if isinstance(member, MemberDescriptorType):
+                try:
+                    yield name, member.__get__(value)
+                except AttributeError:
+                    continue  # It was never set.
+
+
+def _add_plain(hasher: Any, value: Any) -> None:
+    content = value if isinstance(value, (bytes, bytearray)) else repr(value).encode("utf-8", "surrogatepass")
+    # With its length, so that two values are never another two that look alike when they stand one after the other.
+    hasher.update(f"{type(value).__name__} {len(content)} ".encode())
+    hasher.update(content)
 
 
 def _numbers(values: Any) -> bytes | None:
@@ -90,21 +182,6 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _update(hasher: Any, leaf: Any, as_bytes: AsBytes) -> None:
-    if isinstance(leaf, (bytes, bytearray)):
-        hasher.update(leaf)
-    elif isinstance(leaf, _PLAIN):
-        hasher.update(repr(leaf).encode("utf-8", "surrogatepass"))
-    elif _is_array(leaf):
-        hasher.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        content = as_bytes(leaf)
-        if content is not None:
-            hasher.update(content)
-    else:
-        # An object of which nothing is known: its address is not the same in another process.
-        hasher.update(type(leaf).__qualname__.encode())
-
-
 def array_bytes(leaf: Any) -> Any:
     """The bytes of what NumPy can read, such as an array of its own or of JAX; of a device, evenly spaced values."""
     numpy = sys.modules.get("numpy")
@@ -116,7 +193,7 @@ def array_bytes(leaf: Any) -> Any:
     try:
         found = numpy.ascontiguousarray(leaf)
         if found.dtype.hasobject:
-            return repr(found.tolist()).encode("utf-8", "surrogatepass")
+            return None  # Its bytes are addresses.
         return found.reshape(-1).view(numpy.uint8).data
     except (TypeError, ValueError):
         return None

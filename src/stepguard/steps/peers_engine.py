@@ -168,7 +168,8 @@ class PeersEngine(LoopEngine[SessionT], ABC):
         """
         if self.value_watch is None and self._events is None and isinstance(values, Mapping):
             return None  # No one uses the values, so do not wait for those that are still computed.
-        numbers = as_numbers(values, where)
+        # A curve has a text for its name, also in the trace and in messages.
+        numbers = {str(name): value for name, value in as_numbers(values, where).items()}
         if self._events is not None:
             self._events.summary(numbers, step)
         if self.value_watch is not None:

@@ -3,7 +3,7 @@
 The protocol: the session tells of its steps, from the thread of the step. The recorder appends what it is told to the
 trace, and while steps are done again also compares it with the trace of the sessions before, under a lock, because a
 program may run steps in several threads. The observer's thread looks once a second: it tries a failed disk again, and
-publishes an outcome, so that no training thread logs or waits for the ledger. Nobody waits for anybody. After a kill
+publishes an outcome, so that no training thread logs or waits for the ledger, or for a disk that fails. After a kill
 the trace has everything up to the last record, and the next start compares again.
 """
 

@@ -1,16 +1,19 @@
 """Writes the trace of one process: appends records, and begins the next file when one is full.
 
-The protocol: any thread adds values. The usual way takes no lock: it looks up the shape of the names, packs a record
-and appends it by one ``write`` to a file opened for appending, so that records of several threads do not mix. A lock
-covers what is rare: a new shape, the next file, and a disk that fails. A shape is in the table only once its record is
-in the file, and a new file begins with all shapes of the table before any thread sees it; so no record comes before its
-shape. While the disk fails, records wait in memory, the oldest are dropped first, and the observer's thread tries again
-once a second. A kill leaves whole records, and at most one that is cut short, which the next start removes.
+The protocol: any thread adds values. The usual way looks up the shape of the names, packs a record and appends it by
+one ``write``. A lock covers what is rare: a new shape, the next file, and the moment at which a disk fails or works
+again. A shape is in the table only once its record is in the file, and a new file begins with all shapes of the table
+before any thread sees it; so no record comes before its shape.
+
+While the disk fails, there is no file, and records wait in a deque that threads append to without a lock; the oldest
+are dropped first. The observer's thread alone tries again, once a second: it opens the file, writes the shapes and
+what waits, and holds no lock meanwhile, so that no step waits for the disk. What other threads have added to the deque
+while the file was handed over is written at the next look, or at the end. Any error may pass: a disk that is full says
+so in several ways. A kill leaves whole records, and at most one that is cut short, which the next start removes.
 """
 
 from __future__ import annotations
 
-import errno
 import struct
 import threading
 from collections import deque
@@ -34,8 +37,6 @@ MOST_COMPARED = 50_000
 _NEVER = 1 << 63
 _MOST_WAITING = 4096
 _MOST_SHAPES = 4096
-_MAY_PASS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
-
 
 _Shape = tuple[int, Callable[..., bytes]]
 """The number of a shape, and the function that packs its records."""
@@ -83,7 +84,8 @@ class TraceWriter:
         self._most_bytes = most_bytes
         self._shapes: dict[int, dict[tuple[str, ...], _Shape]] = {kind: {} for kind in trace.VALUES}
         self._file: AppendedFile | None = None
-        self._room = 0
+        # Where the good part of the file ends, once an error has ended the writing; ``None`` if that is not known.
+        self._end: int | None = None
         self._lock = threading.Lock()
         # While the disk fails: the records that could not be written yet.
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
@@ -103,8 +105,7 @@ class TraceWriter:
             file = self._opened(keep=end)
             file.append(record)
         except OSError as error:
-            with self._lock:
-                self._fail(error, record)
+            self._fail(None, error, record)
         else:
             self._file = file
         return past
@@ -129,38 +130,24 @@ class TraceWriter:
             body = pack(kind, between, number, epochs, step, value)
         else:
             body = pack(kind, between, number, epochs, step, *values.values())
-        record = body + _packed_crc(crc32(body))
-        file = self._file
-        if file is None:
-            self._wait(record)
-            return
-        try:
-            file.append(record)
-        except OSError as error:
-            with self._lock:
-                self._fail(error, record)
-            return
-        self._room -= len(record)
-        if self._room < 0:
-            self._begin_next_file()
+        self._put(body + _packed_crc(crc32(body)))
 
     def note(self, item: Fork | Mark) -> None:
         """Append a fork or a mark."""
-        record = trace.encoded_fork(item) if isinstance(item, Fork) else trace.encoded_mark(item)
-        with self._lock:
-            self._put(record)
+        self._put(trace.encoded_fork(item) if isinstance(item, Fork) else trace.encoded_mark(item))
 
     def retry(self) -> None:
-        """If the disk has failed, try again. Called about once a second."""
-        with self._lock:
-            if not self._is_failing or self._is_over:
+        """If the disk has failed, try again. Called about once a second, by the observer's thread only."""
+        if self._file is None:
+            if self._is_over or not self._is_failing or not self._is_reopened():
                 return
-            try:
-                self._reopen()
-            except OSError:
-                return
-            self._is_failing = False
-        _log.info("%s: the trace is written again", self._path)
+            _log.info("%s: the trace is written again", self._path)
+        file = self._file
+        try:
+            if file is not None:
+                self._write_waiting(file)
+        except OSError as error:
+            self._fail(file, error)
 
     def close(self) -> None:
         """Write nothing more."""
@@ -173,92 +160,136 @@ class TraceWriter:
 
     def _add_new(self, kind: int, step: int, epochs: int, values: Mapping[str, float], between: int) -> None:
         """Add values under names that were not seen together before."""
-        names = tuple(values)
-        is_large = len(names) > trace.MOST_NAMES or any(len(one) > trace.LONGEST_NAME for one in names)
-        if is_large:
-            rest = iter({str(name)[: trace.LONGEST_NAME]: value for name, value in values.items()}.items())
+        names = tuple(str(one)[: trace.LONGEST_NAME] for one in values)
+        if len(names) > trace.MOST_NAMES or names != tuple(values):
+            rest = iter(dict(zip(names, values.values(), strict=True)).items())
             while part := dict(islice(rest, trace.MOST_NAMES)):
                 self.add(kind, step, epochs, part, between)
-            return
-        if not names:
-            return
+        elif names and self._is_declared(kind, names):
+            self.add(kind, step, epochs, values, between)
+
+    def _is_declared(self, kind: int, names: tuple[str, ...]) -> bool:
+        """Put names into the table. ``False``: a program makes up names, and the trace has enough of them."""
+        failure = None
         with self._lock:
-            known = sum(map(len, self._shapes.values()))
-            if names not in self._shapes[kind] and known < _MOST_SHAPES:
-                shape = known, trace.packing(kind, len(names))
-                self._put(trace.encoded_shape(known, names))
-                self._shapes[kind][names] = shape
-            elif names not in self._shapes[kind]:
-                return  # A program that makes up names: the trace has enough of them.
-        self.add(kind, step, epochs, values, between)
+            if names in self._shapes[kind]:
+                return True
+            number = sum(map(len, self._shapes.values()))
+            if number >= _MOST_SHAPES:
+                return False
+            file, record = self._file, trace.encoded_shape(number, names)
+            try:
+                if file is None:
+                    self._waiting.append(record)
+                else:
+                    file.append(record)
+            except OSError as error:
+                failure = error
+            self._shapes[kind][names] = number, trace.packing(kind, len(names))
+        if failure is not None:
+            self._fail(file, failure, record)
+        return True
 
     def _put(self, record: bytes) -> None:
-        """Append a record, with the lock taken."""
-        if self._is_over:
-            return
-        if self._file is None:
-            self._waiting.append(record)
+        """Append a record, or let it wait."""
+        file = self._file
+        if file is None:
+            if not self._is_over:
+                self._waiting.append(record)
             return
         try:
-            self._append(record)
+            file.append(record)
         except OSError as error:
-            self._fail(error, record)
-
-    def _append(self, record: bytes) -> None:
-        assert self._file is not None
-        self._file.append(record)
-        self._room -= len(record)
-
-    def _wait(self, record: bytes) -> None:
-        with self._lock:
-            self._put(record)
+            self._fail(file, error, record)
+            return
+        if file.size > self._most_bytes:
+            self._begin_next_file(file)
 
     def _opened(self, *, keep: int) -> AppendedFile:
         file = AppendedFile(self._path, keep=keep)
-        if not keep:
+        if not file.size:
             file.append(trace.MAGIC)
-        self._room = self._most_bytes - keep
         return file
 
-    def _put_shapes(self, file: AppendedFile) -> None:
-        for shapes in self._shapes.values():
-            for names, shape in shapes.items():
-                file.append(trace.encoded_shape(shape[0], names))
-
-    def _begin_next_file(self) -> None:
+    def _begin_next_file(self, full: AppendedFile) -> None:
         with self._lock:
-            if self._room >= 0 or self._file is None:
+            if self._file is not full:
                 return  # Another thread was faster.
             try:
                 files.move(self._path, self._path.with_name(self._path.name.removesuffix(trace.SUFFIX) + trace.BEFORE))
                 file = self._opened(keep=0)
-                self._put_shapes(file)
+                for names, shape in self._all_shapes():
+                    file.append(trace.encoded_shape(shape[0], names))
                 self._file = file
+                return
             except OSError as error:
-                self._fail(error)
+                failure = error
+        self._fail(full, failure)
 
-    def _fail(self, error: OSError, record: bytes | None = None) -> None:
-        """Keep ``record`` until the disk works again, with the lock taken. Errors that cannot pass end the trace."""
-        self._file = None
-        may_pass = error.errno in _MAY_PASS
-        self._is_over = self._is_over or not may_pass
-        if record is not None and may_pass:
-            self._waiting.append(record)
-        if not self._is_failing:
-            self._is_failing = True
-            _log.warning(
-                "%s: the trace could not be written (%s); %s",
-                self._path,
-                error.strerror or error,
-                "it is tried again" if may_pass else "steps that are done again cannot be compared with this run's",
-            )
+    def _all_shapes(self) -> list[tuple[tuple[str, ...], _Shape]]:
+        """By the names, all shapes of the table."""
+        # A copy: other threads may add shapes meanwhile.
+        return [one for shapes in self._shapes.values() for one in list(shapes.items())]
 
-    def _reopen(self) -> None:
+    def _fail(self, file: AppendedFile | None, error: OSError, record: bytes | None = None) -> None:
+        """Give ``file`` up, and keep ``record`` until the disk works again."""
+        with self._lock:
+            if record is not None and not self._is_over:
+                self._waiting.append(record)
+            if self._file is not file or self._is_failing or self._is_over:
+                return  # Another thread was faster.
+            self._file, self._is_failing = None, True
+            # Nothing may come behind this end, which the next try goes on from.
+            self._end = None if file is None else file.seal()
+        _log.warning("%s: the trace could not be written (%s); it is tried again", self._path, error.strerror or error)
+
+    def _is_reopened(self) -> bool:
+        """Whether the disk works again. The file then has all that waits, and threads append to it."""
+        try:
+            file = self._file_again()
+        except OSError:
+            return False
+        declared: set[int] = set()
+        try:
+            self._write_waiting(file, declared)
+            with self._lock:
+                # No record comes before its shape: those that were added meanwhile are among what waits.
+                self._declare(file, declared)
+                if not self._is_over:
+                    self._file, self._is_failing = file, False
+        except OSError:
+            self._end = file.seal()
+            return False
+        return not self._is_over
+
+    def _file_again(self) -> AppendedFile:
         files.make_own_dir(self._path.parent)
-        file = self._opened(keep=_end(self._contents()[-1]))
-        # A shape may be among the records that were dropped.
-        self._put_shapes(file)
+        size, end = files.size_of(self._path), self._end
+        if end is None or size is None or size < end:
+            # To read it takes a while; only a file that this writer has not written is read.
+            end = _end(self._contents()[-1])
+        return self._opened(keep=end)
+
+    def _write_waiting(self, file: AppendedFile, declared: set[int] | None = None) -> None:
+        """Append what waits. With ``declared``, the numbers of the shapes that the file has, those that it lacks come
+        first: the record of a shape may be among those that were dropped.
+        """
         while self._waiting:
-            file.append(self._waiting[0])
-            self._waiting.popleft()
-        self._file = file
+            record = self._waiting.popleft()
+            try:
+                # The shape of a record is in the table before the record waits.
+                if declared is not None:
+                    self._declare(file, declared)
+                file.append(record)
+            except OSError:
+                if len(self._waiting) < _MOST_WAITING:
+                    self._waiting.appendleft(record)
+                raise
+
+    def _declare(self, file: AppendedFile, declared: set[int]) -> None:
+        if len(declared) == sum(map(len, self._shapes.values())):
+            return
+        for names, (number, _) in self._all_shapes():
+            if number not in declared:
+                file.append(trace.encoded_shape(number, names))
+                declared.add(number)

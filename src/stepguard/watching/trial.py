@@ -5,25 +5,26 @@ written; a program in between, such as torchrun or a script, passes the variable
 passes its logdir and its options through :func:`applied`. The program itself is unchanged: its Supervisor writes to the
 scratch logdir, traces its batches, saves more often, and asks for a stop at the step of the trial.
 
-Nothing of the program's own logdir is touched. A trial whose file cannot be read is an error, because the run would
-otherwise go on in the real logdir. The program itself may read its own logdir, which is noted; if it opens a file there
-to write, the call raises, because the result of 200 steps would replace that of the real run.
+The Supervisor touches nothing in the program's own logdir. A trial whose file cannot be read is an error, because the
+run would otherwise go on in the real logdir. The program itself may read its own logdir, which is noted; if Python code
+of it would change a file there, the call raises, because the result of 200 steps would replace that of the real run.
+:mod:`stepguard.watching.logdir_guard` says what is not seen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stepguard.disk import files
 from stepguard.options import Options
+from stepguard.watching.logdir_guard import LogdirGuard
 
 VARIABLE = "STEPGUARD_TRIAL"
 REASON = "trial"
@@ -31,9 +32,7 @@ REASON = "trial"
 
 _NOTES = "notes"
 _SUFFIX = ".json"
-# What the audit events have as their first argument, a path, and change there.
-_WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
-_READS = ("os.listdir", "os.scandir")
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,68 +158,10 @@ def notes(place: Path) -> list[Note]:
 def _note(trial: Trial, note: Note) -> None:
     directory = Path(trial.place) / _NOTES
     with contextlib.suppress(OSError):
-        number = len(os.listdir(directory))
-        files.write_volatile(directory / f"{number:04d}-{os.getpid()}{_SUFFIX}", json.dumps(asdict(note)).encode())
-
-
-# --- the program's own logdir ---
-
-
-class _Guard:
-    """Knows the logdirs that this process was given, and looks at what the program itself opens there."""
-
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
-        self._given: list[str] = []
-        self._noted: set[tuple[str, str]] = set()
-        self._is_noting = False
-        sys.addaudithook(self._hear)
-
-    def number(self, given: str) -> int:
-        """The number of a logdir, from 0."""
-        if given not in self._given:
-            self._given.append(given)
-        return self._given.index(given)
-
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, mode, flags = arguments
-            is_write = bool(flags & (os.O_WRONLY | os.O_RDWR)) if mode is None else any(one in mode for one in "wax+")
-        elif event in _WRITES:
-            path, is_write = arguments[0], True
-        elif event in _READS:
-            path, is_write = arguments[0], False
-        else:
-            return
-        if self._is_noting or not isinstance(path, (str, bytes, os.PathLike)) or not self._is_inside(os.fsdecode(path)):
-            return
-        self._tell("write" if is_write else "read", os.path.abspath(os.fsdecode(path)))
-
-    def _is_inside(self, path: str) -> bool:
-        path = os.path.abspath(path)
-        return any(path == one or path.startswith(one + os.sep) for one in self._given)
-
-    def _tell(self, kind: str, path: str) -> None:
-        if (kind, path) not in self._noted:
-            self._noted.add((kind, path))
-            with self._noting():
-                _note(self._trial, Note(kind, path, os.getpid()))
-        # The directory itself may be made: many programs do that before they make their Supervisor.
-        if kind == "write" and path not in self._given:
-            raise PermissionError(
-                f"{path}: this is a trial of `stepguard prove`, and the program itself writes into its own logdir, "
-                f"which the trial must not change; give the program another logdir for the proof"
-            )
-
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        self._is_noting = True
-        try:
-            yield
-        finally:
-            self._is_noting = False
+        name = f"{os.getpid()}-{next(_NUMBERS):04d}{_SUFFIX}"
+        files.write_volatile(directory / name, json.dumps(asdict(note)).encode())
 
 
 @functools.lru_cache(maxsize=1)
-def _guarded(trial: Trial) -> _Guard:
-    return _Guard(trial)
+def _guarded(trial: Trial) -> LogdirGuard:
+    return LogdirGuard(lambda kind, path: _note(trial, Note(kind, path, os.getpid())))

@@ -119,8 +119,8 @@ def command(
     """Run PROGRAM, unchanged, twice undisturbed and then through faults, and compare the runs bit for bit.
 
     Each run is resumed until it reaches the same step. Compared are the batches that it saw, the numbers that it
-    reported, the random states, and every part of the last state. All runs write to scratch logdirs: nothing in the
-    program's own logdir is read or changed.
+    reported, the random states, and every part of the last state. All Supervisors write to scratch logdirs; Python code
+    of the program that would change a file in its own logdir is stopped.
     """
     options = Options(steps, faults, seed, save_steps, deterministic, jobs or _jobs())
     lines = _Lines(is_quiet=as_json)
@@ -129,7 +129,7 @@ def command(
     place = Scratch(scratch)
     lines.say(
         f"{printable(report.name_of(program))}, up to step {steps}, in at most {duration(time_limit_secs)}, with a "
-        f"checkpoint each {options.spacing} steps; nothing in its own logdir is touched"
+        f"checkpoint each {options.spacing} steps, in scratch logdirs and not in its own"
     )
     is_kept = False
     # A job whose time is over is told so by SIGTERM: nothing is left behind then either.

@@ -81,7 +81,7 @@ class Processes:
 
     def descendants(self) -> list[int]:
         """All running descendants of this process, parents before their children; on Linux only."""
-        return _descendants(os.getpid(), -1)
+        return descendants_of(os.getpid())
 
     def orphans(self, known: int) -> list[int]:
         """The children that this process has inherited, without ``known``."""
@@ -95,7 +95,7 @@ class Processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 (os.killpg if os.getpgid(program) == program else os.kill)(program, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_SECS
-        while (alive := _descendants(os.getpid(), spared)) and time.monotonic() < deadline:
+        while (alive := descendants_of(os.getpid(), spared)) and time.monotonic() < deadline:
             for pid in alive:
                 send(pid, signal.SIGKILL)
             time.sleep(0.01)  # nothing signals that a descendant has ended, so scan again
@@ -108,7 +108,8 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _descendants(root: int, spared: int) -> list[int]:
+def descendants_of(root: int, spared: int = -1) -> list[int]:
+    """All running descendants of a process except ``spared``, parents before their children; on Linux only."""
     children = _children()
     found = [pid for pid in children.get(root, []) if pid != spared]
     for pid in found:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard.cli.launcher.processes import send
-from stepguard.cli.proving.faults import damage_newest, is_saving, limit_files, restore_limits
+from stepguard.cli.launcher.processes import descendants_of, send
+from stepguard.cli.proving.faults import damage_newest, is_saving
+from stepguard.cli.proving.full_disk import FullDisk
 from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.heartbeat import Heartbeat
 
@@ -138,10 +139,7 @@ class Chaos:
     ) -> str | None:
         """Do it; ``None`` if it could not be done."""
         if kind == "disk":
-            limited = limit_files([one.pid for one in beats])
-            self._sleep(launcher, _FULL_SECS)
-            restore_limits(limited)
-            return f" full for {_FULL_SECS:g} s" if limited else None
+            return self._fill_disk(beats, launcher)
         if kind == "process":
             victim = self._chance.choice(beats)
             send(victim.pid, signal.SIGKILL)
@@ -159,9 +157,17 @@ class Chaos:
             return None if file is None else f": a bit of {file} flipped, and killed"
         return " interrupted" if kind == "save" else ""
 
+    def _fill_disk(self, beats: Sequence[Heartbeat], launcher: subprocess.Popen[bytes]) -> str | None:
+        disk = FullDisk(one.pid for one in beats)
+        ends = time.monotonic() + _FULL_SECS
+        while time.monotonic() < ends and self._sleep(launcher, _LOOK_SECS):
+            disk.spare(descendants_of(launcher.pid))
+        disk.end(descendants_of(launcher.pid))
+        return f" full for {_FULL_SECS:g} s" if disk.is_full else None
+
     def _read_replays(self) -> None:
         logdir = self._logdir()
-        events: list[dict[str, Any]] = [] if logdir is None else ledger.read(logdir)
+        events: Iterable[dict[str, Any]] = [] if logdir is None else ledger.read_whole(logdir)
         for one in events:
             if one["event"] == "replay" and one["time"] >= self._began and one.get("role") == history.CHIEF:
                 self._outcome.replays[str(one.get("outcome"))] += 1

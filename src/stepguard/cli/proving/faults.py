@@ -6,19 +6,17 @@ which, and the moment within that step. A fault is a plain value, so that the sa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stepguard.cli.launcher.processes import send
 from stepguard.cli.logdir.contents import GOOD, list_contents
+from stepguard.cli.proving.full_disk import FullDisk
 from stepguard.cli.proving.program import Live, Running
 from stepguard.store import tensorflow_files
 from stepguard.store.layout import STAGE
@@ -135,7 +133,7 @@ def inject(fault: Fault, running: Running, live: Live) -> Done:
         case "damage":
             return _damage(fault, running, live)
         case "disk":
-            return _fill_disk(fault, running)
+            return _fill_disk(fault, running, live)
         case "process":
             return _kill_one(fault, live)
     return Done(True)
@@ -190,40 +188,23 @@ def damage_newest(logdir: Path, choice: float) -> str | None:
     return str(largest.name)
 
 
-def _fill_disk(fault: Fault, running: Running) -> Done:
-    """Let the processes write nothing to any file for a while."""
-    limited = limit_files(running.descendants())
+def _fill_disk(fault: Fault, running: Running, live: Live) -> Done:
+    """Let the processes that train write nothing to any file for a while."""
+    ours = running.descendants()
+    disk = FullDisk(one.pid for one in heartbeat.read(live.logdir) if one.pid in ours)
+    ends = time.monotonic() + fault.lasts_secs
+
+    def is_over() -> bool:
+        disk.spare(running.descendants())
+        return time.monotonic() >= ends
+
     try:
-        ends = time.monotonic() + fault.lasts_secs
-        running.wait_for(lambda: time.monotonic() >= ends)
+        goes_on = running.wait_for(is_over)
     finally:
-        restore_limits(limited)
-    return Done(True, goes_on=True) if limited else Done(False, "only Linux limits the files of another process", True)
-
-
-def limit_files(pids: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
-    """Set the limit for the size of a file to 0 in these processes. Returns the limits that they had.
-
-    The system enforces it, for any user and on any file system, also for what TensorFlow writes in C++. A write fails
-    with EFBIG in place of ENOSPC. Python ignores the signal that comes with it. On Linux only.
-    """
-    limited: list[tuple[int, tuple[int, int]]] = []
-    limit: Callable[..., Any] | None = getattr(resource, "prlimit", None)
-    if limit is None:
-        return limited
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            before = limit(pid, resource.RLIMIT_FSIZE)
-            limit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
-            limited.append((pid, before))
-    return limited
-
-
-def restore_limits(limited: Sequence[tuple[int, tuple[int, int]]]) -> None:
-    """Undo :func:`limit_files`."""
-    for pid, before in limited:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        disk.end(running.descendants())
+    if not disk.is_full:
+        return Done(False, "only Linux limits the files of another process", goes_on=True)
+    return Done(goes_on, "" if goes_on else "the program ended while the disk was full", goes_on=True)
 
 
 def _kill_one(fault: Fault, live: Live) -> Done:

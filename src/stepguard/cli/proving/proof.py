@@ -13,6 +13,7 @@ from stepguard.cli.proving.causes import Cause
 from stepguard.cli.proving.comparing import Comparison, compare_runs, last_state
 from stepguard.cli.proving.faults import Pace, Rung, plan
 from stepguard.cli.proving.lanes import Work
+from stepguard.cli.proving.own_files import OwnFiles
 from stepguard.cli.proving.program import OutOfTimeError, Program
 from stepguard.cli.proving.runs import ProgramFailedError, Run, is_at_end, last_stop
 from stepguard.cli.proving.scratch import Place, Scratch
@@ -113,7 +114,8 @@ class Proof:
         self._show = show
         self._tell = tell
         self._say = say
-        self._verdict = Verdict(PROVEN)
+        self.verdict = Verdict(PROVEN)
+        self._own_files = OwnFiles()
         self._given: set[str] = set()
         # The logdir that every later run begins with a copy of.
         self._copied: Path | None = None
@@ -125,9 +127,16 @@ class Proof:
             NotTriedError: the program cannot be proven as it is; the message says why.
             OSError: the program cannot be started.
         """
+        try:
+            self._climb_all()
+        finally:
+            self._remark_on_own_files()
+        return self.verdict
+
+    def _climb_all(self) -> None:
         first = self._first_run()
         if not self._begin_again(first):
-            return self._verdict
+            return
         rungs = plan(self._options.kinds, self._pace(first), self._options.seed)
         if not rungs:
             raise NotTriedError(f"{', '.join(self._options.kinds)}: one process trains, and no other can be left alone")
@@ -135,7 +144,6 @@ class Proof:
             waiting = [(rung, self._start(lane, rung)) for rung in rungs]
             for rung, run_ in waiting:
                 self._climb(rung, first, run_())
-        return self._verdict
 
     # --- the undisturbed runs ---
 
@@ -145,13 +153,15 @@ class Proof:
 
         def look(start: int, step: int | None) -> None:
             beginning.look()
+            if self._own_files.is_empty:
+                self._list_own_files(place)
             self._tell(UNDISTURBED, start, step)
 
         first = self._run(Work(self._program, place), UNDISTURBED, look)
         self._check(first)
         beginning.take_kept(first.step or 0)
         if beginning.step is not None:
-            self._copied, self._verdict.begins_at = beginning.target, beginning.step
+            self._copied, self.verdict.begins_at = beginning.target, beginning.step
         else:
             first = self._run_from_a_short_one(first, beginning.at_least)
         self._note_costs(first)
@@ -164,7 +174,7 @@ class Proof:
         short = self._run(Work(self._program, self._place("short", stop_at=step)), UNDISTURBED, self._teller("short"))
         if not short.step or short.step >= (first.step or 0) or last_state(short) is None:
             return first
-        self._copied, self._verdict.begins_at = short.place.logdir, short.step
+        self._copied, self.verdict.begins_at = short.place.logdir, short.step
         first.place.remove()
         return self._run(Work(self._program, self._place("from-short")), UNDISTURBED, self._teller(UNDISTURBED))
 
@@ -199,15 +209,15 @@ class Proof:
             once_more = self._run(Work(self._program, self._place("once-more")), AGAIN, self._teller(AGAIN))
             between = self._compare(again, once_more)
             if not between.is_same:
-                self._verdict.verdict = NOT_DETERMINISTIC
+                self.verdict.verdict = NOT_DETERMINISTIC
                 self._add(Result(AGAIN, once_more, between, causes.of_two_undisturbed(between)))
                 return False
-        self._verdict.verdict = DIFFERENT
+        self.verdict.verdict = DIFFERENT
         self._add(Result(AGAIN, again, found, causes.of_a_disturbed_run(found)))
         return False
 
     def _compare(self, one: Run, other: Run) -> Comparison:
-        return compare_runs(one, other, self._verdict.begins_at)
+        return compare_runs(one, other, self.verdict.begins_at)
 
     def _check(self, first: Run) -> None:
         """Raise NotTriedError if the first run does not show what the others could be compared with."""
@@ -224,9 +234,9 @@ class Proof:
         events = ledger.read(first.place.logdir)
         writes = [one["secs"] for one in events if one["event"] == "checkpoint" and one.get("secs")]
         beats = heartbeat.read(first.place.logdir)
-        steps = max(1, (first.step or 1) - self._verdict.begins_at)
+        steps = max(1, (first.step or 1) - self.verdict.begins_at)
         return Pace(
-            self._verdict.begins_at,
+            self.verdict.begins_at,
             first.step or 1,
             _training_secs(events) / steps,
             statistics.median(writes) if writes else 0.0,
@@ -236,8 +246,8 @@ class Proof:
     def _note_costs(self, first: Run) -> None:
         events = ledger.read(first.place.logdir)
         stalls = [one["stall_secs"] for one in events if one["event"] == "checkpoint" and one.get("stall_secs")]
-        self._verdict.longest_stall_secs = max(stalls, default=0.0)
-        self._verdict.stall_share = sum(stalls) / max(1e-9, _training_secs(events))
+        self.verdict.longest_stall_secs = max(stalls, default=0.0)
+        self.verdict.stall_share = sum(stalls) / max(1e-9, _training_secs(events))
 
     # --- the faults ---
 
@@ -253,10 +263,10 @@ class Proof:
         result = Result(rung.kind, done, found, cause)
         self._add(result)
         if not found.is_same:
-            self._verdict.verdict = DIFFERENT
+            self.verdict.verdict = DIFFERENT
             return
-        if not result.is_tried and self._verdict.verdict == PROVEN:
-            self._verdict.verdict = NOT_TRIED
+        if not result.is_tried and self.verdict.verdict == PROVEN:
+            self.verdict.verdict = NOT_TRIED
         done.place.remove()
 
     # --- one run ---
@@ -309,12 +319,26 @@ class Proof:
             )
         return NotTriedError(f"{kind}: the time was over (--time-limit-secs)")
 
+    def _list_own_files(self, place: Place) -> None:
+        notes = [one for one in place.notes() if one.kind == "supervisor"]
+        self._own_files.list_new(one.path for one in notes if one.path is not None)
+
+    def _remark_on_own_files(self) -> None:
+        changed = self._own_files.changed()
+        if changed:
+            more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+            self.verdict.remarks.append(
+                f"files in the program's own logdir have changed meanwhile ({printable(changed[0])}{more}): unless "
+                f"another run writes there, the program has done it in a way that a trial cannot stop"
+            )
+
     def _note(self, place: Place) -> None:
         """Remark on what the notes of a run show besides."""
+        self._list_own_files(place)
         notes = place.notes()
         self._given |= {one.path for one in notes if one.kind == "supervisor" and one.path is not None}
         remarks = []
-        if len(self._given) > 1 and self._verdict.results:
+        if len(self._given) > 1 and self.verdict.results:
             remarks.append(
                 "the program gives another logdir at each start: outside of a proof, a restart finds nothing to resume"
             )
@@ -323,11 +347,11 @@ class Proof:
             remarks.append(
                 f"the program reads its own logdir ({printable(reads[0])}): what it reads there is the real run's"
             )
-        self._verdict.remarks += [one for one in remarks if one not in self._verdict.remarks]
+        self.verdict.remarks += [one for one in remarks if one not in self.verdict.remarks]
 
     def _add(self, result: Result) -> None:
-        self._verdict.results.append(result)
-        self._show(result, self._verdict.begins_at)
+        self.verdict.results.append(result)
+        self._show(result, self.verdict.begins_at)
 
 
 def _unfit(place: Place) -> str | None:
