@@ -1,6 +1,8 @@
 """A small run of several processes, with weights that are sharded over the devices of all.
 
-Each process has two devices and notes the batches that it has seen. Their collectives are gloo's.
+There are four devices in all, however many processes. Collectives are gloo's. `stepguard prove` proves it, too::
+
+    stepguard prove -- python tests/jax/jax_launch.py tests/jax/jax_distributed.py --logdir=/tmp/run --steps=60
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--port", type=int)
 parser.add_argument("--save-steps", type=int)
 parser.add_argument("--save-secs", type=float, default=0)
+parser.add_argument("--notes", action="store_true", help="note the batches")
 parser.add_argument("--step-secs", type=float, default=0.005)
 args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# As many devices in all, however many processes there are.
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={4 // args.processes} --xla_backend_optimization_level=0"
 )
@@ -93,9 +95,10 @@ with sv.managed_session(initial()) as sess:
     for batch in sess.steps(loader, max_steps=args.steps):
         sess.state = {**step(sess.state, batch), "steps": sess.state["steps"] + 1}
         jax.block_until_ready(sess.state)
-        with seen.open("a") as lines:
-            mine = [one for shard in batch["index"].addressable_shards for one in np.asarray(shard.data).tolist()]
-            lines.write(f"{sess.global_step} {mine}\n")
+        if args.notes:
+            with seen.open("a") as lines:
+                mine = [one for shard in batch["index"].addressable_shards for one in np.asarray(shard.data).tolist()]
+                lines.write(f"{sess.global_step} {mine}\n")
         if not trains:
             print("trains", flush=True)
         trains = True

@@ -16,7 +16,7 @@ import time
 
 
 def main() -> int:
-    """The exit code is that of the first process that failed."""
+    """The exit code is that of a process that failed, as a shell reports it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("command", nargs=argparse.REMAINDER)
@@ -43,10 +43,7 @@ def main() -> int:
             one.wait(10 if failed else None)
         except subprocess.TimeoutExpired:
             one.kill()
-    if failed < 0:
-        signal.signal(-failed, signal.SIG_DFL)
-        signal.raise_signal(-failed)
-    return failed
+    return 128 - failed if failed < 0 else failed
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Run:
             port = free.getsockname()[1]
         self._outputs = [logdir.with_suffix(f".output-{rank}") for rank in range(processes)]
         self._begin_at = [one.stat().st_size if one.exists() else 0 for one in self._outputs]
-        common = [f"--logdir={logdir}", f"--processes={processes}", f"--port={port}", *arguments]
+        common = [f"--logdir={logdir}", f"--processes={processes}", f"--port={port}", "--notes", *arguments]
         self.processes = [
             jax_forked.start("jax_distributed.py", str(output), [*common, f"--rank={rank}"])
             for rank, output in enumerate(self._outputs)
