@@ -70,7 +70,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = prove(program, passed, Path(folder))
         failed += found["verdict"] != "proven"
-        print(f"{Path(program[0]).name:<28}{found['verdict']:<18}{time.monotonic() - began:6.0f} s", flush=True)
+        print(
+            f"{program[0].removeprefix('../'):<32}{found['verdict']:<18}{time.monotonic() - began:6.0f} s", flush=True
+        )
         if found["verdict"] != "proven":
             print(json.dumps(found, indent=2)[:4000], flush=True)
     print(f"{len(chosen)} programs, {failed} not proven")
