@@ -10,7 +10,6 @@ from typing import Any
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.errors import CheckpointCorruptError
-from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.jax.checkpoint.restore import first_values, read_state
 from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.digests import bytes_of, parts_of
@@ -19,6 +18,7 @@ from stepguard.jax.distributed.world import shared_store, world
 from stepguard.jax.session import STREAMS, Session
 from stepguard.options import Restoring
 from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
+from stepguard.orbax_files.taken import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
 from stepguard.steps.part_messages import PartMessages
