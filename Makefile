@@ -31,9 +31,9 @@ demo-jax: $(VENV)/.ready-to-develop  ## The same with JAX
 demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill three of them, see them come back
 	@$(BIN)/python examples/demo_replicas.py
 
-# Many tests wait for processes: three of them fill two processors.
+# Many tests wait for processes: three of them fill two processors. The order is that of tests/conftest.py.
 test: lint  ## The whole gate: format, lint, types, imports, tests
-	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
+	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.ready-to-develop  ## Kill, stop, fill and damage runs at random, for SOAK_SECONDS (an hour)
 	@$(BIN)/python tests/soak/soak.py --seconds $(SOAK_SECONDS)
