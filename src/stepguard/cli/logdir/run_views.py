@@ -236,7 +236,8 @@ def _headline(one: Process) -> str:
         secs = one.age_secs + beat.time - (beat.boundary_time or beat.started)
         return f"alive, and hangs: no step for {duration(secs)}"
     if one.state == "stopped":
-        return f"stopped: {printable(beat.reason or 'unknown')}"
+        chosen = "" if beat.exit_code is None else f", exit code {beat.exit_code}"
+        return f"stopped: {printable(beat.reason or 'unknown')}{chosen}"
     if one.state == "silent":
         return f"silent for {duration(one.age_secs)}, {printable(beat.phase)}"
     return f"{one.state}, {printable(beat.phase)}"
