@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
-from stepguard.disk import processes
+from stepguard.cli.logdir.launcher_state import Launcher, launcher_of
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -42,21 +40,6 @@ class Process:
         if self.state == "stopped":
             return self.beat.reason != "error"
         return self.state == "alive" and not self.hangs
-
-
-@dataclass(frozen=True, slots=True)
-class Launcher:
-    """The newest `stepguard run` of the logdir: "running", "waiting" (until ``next_start``), "gave up" or "ended".
-
-    One that gave up has "ended" once the program was started without it.
-    """
-
-    pid: int | None
-    host: str | None
-    state: str
-    next_start: float | None
-    reason: str | None
-    failure: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +112,7 @@ def read_run_state(logdir: Path) -> RunState:
         steps_at_risk=_at_risk(chief, good),
         history=history.from_events(events, chief),
         last_error=history.last_error(events),
-        launcher=_launcher(events),
+        launcher=launcher_of(events),
         has_ledger=bool(events),
         unreadable=tuple(unreadable),
     )
@@ -181,26 +164,6 @@ def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | No
         # The checkpoints may lie where only the framework can read them.
         saved.append(chief.last_checkpoint["step"])
     return max(0, chief.step - max(saved))
-
-
-def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
-    own = [one for one in events if one.get("role") == history.LAUNCHER]
-    launches = [one for one in own if one["event"] == "launch"]
-    if not launches:
-        return None
-    launch, last = launches[-1], own[-1]
-    pid, host = launch.get("pid"), launch.get("host")
-    found = Launcher(pid, host, "ended", None, last.get("reason"), last.get("failure"))
-    if last["event"] == "gave_up":
-        since = events[events.index(last) :]
-        was_started_again = any(one["event"] == "start" for one in since)
-        return found if was_started_again else replace(found, state="gave up")
-    is_here = host == socket.gethostname() and isinstance(pid, int)
-    if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
-        return found
-    if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
-        return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])
-    return replace(found, state="running") if last["event"] == "launch" else found
 
 
 def _process_document(one: Process) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _STOPS = {
     "finished": "finished",
     "sigterm": "stopped by SIGTERM",
     "sigusr1": "stopped by SIGUSR1",
+    "sigusr2": "stopped by SIGUSR2",
     "interrupt": "stopped by Ctrl-C",
     "request_stop": "stopped: the program has asked for it",
     "time_limit": "stopped: the time that it was given is over",
