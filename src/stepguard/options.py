@@ -68,6 +68,9 @@ class Saving(_Group):
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all. With TensorFlow, the Saver's own setting.
         keep_checkpoint_every_n_hours: one checkpoint of every N hours is kept in addition to ``max_to_keep``. With
             TensorFlow, the Saver's own setting.
+        keep_best: ``("val_loss", "min", 3)`` keeps the 3 checkpoints with the smallest ``val_loss`` (``"max"``: the
+            largest) in addition to ``max_to_keep``. The value comes from ``sess.metrics({"val_loss": ...})``, with
+            TensorFlow ``sv.metrics(sess, {...})``; a step that is one of the best is saved then.
         checkpoint_basename: the beginning of the names of the checkpoints.
         max_unprotected_secs: for how many seconds saves may fail, retries included, before the run stops.
 
@@ -80,6 +83,7 @@ class Saving(_Group):
     save_at_end: bool | None = None
     max_to_keep: int | None = 5
     keep_checkpoint_every_n_hours: float | None = None
+    keep_best: tuple[str, str, int] | None = None
     checkpoint_basename: str = "model.ckpt"
     max_unprotected_secs: float = 1800
 
@@ -90,6 +94,7 @@ class Saving(_Group):
         check_count("max_to_keep", self.max_to_keep, or_none=True)
         hours = self.keep_checkpoint_every_n_hours
         check_seconds("keep_checkpoint_every_n_hours", hours, unit="hours", is_positive=True, or_none=True)
+        _check_best(self.keep_best)
         _check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
@@ -103,7 +108,7 @@ class Saving(_Group):
     @property
     def is_on(self) -> bool:
         """Whether anything is ever saved."""
-        return bool(self.save_model_secs or self.save_model_steps or self.saves_last_step)
+        return bool(self.save_model_secs or self.save_model_steps or self.saves_last_step or self.keep_best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -424,6 +429,16 @@ def _check_text(name: str, value: object, expected: str) -> None:
         raise wrong_type(name, expected, value)
     if not value:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_best(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise wrong_type("keep_best", "a tuple such as ('val_loss', 'min', 3), or None", value)
+    _check_text("keep_best[0]", value[0], "the name of a metric such as 'val_loss'")
+    _check_choice("keep_best[1]", value[1], "min", "max")
+    check_count("keep_best[2]", value[2], what="checkpoints", least=1)
 
 
 def _check_choice(name: str, value: object, *choices: object) -> None:

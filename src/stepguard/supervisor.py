@@ -23,7 +23,9 @@ from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
+from stepguard.steps.event_file import as_numbers
 from stepguard.store import CheckpointStore, Recovery
+from stepguard.store.marks import check_name
 from stepguard.watching import trial
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
@@ -316,6 +318,31 @@ class Supervisor(Generic[SessionT]):
         ``open_session`` opens the session through :meth:`open_session`; ``close_summary_writer`` is as in :meth:`stop`.
         """
         return ManagedSession(_Block(self, open_session, close_summary_writer))
+
+    def keep_metrics(self, session: SessionT, values: Mapping[str, Any]) -> None:
+        """Note numbers that were measured of the last step, for a session without ``metrics``. Not inside a step.
+
+        Raises:
+            TypeError: a value is no number; the message names it.
+        """
+        numbers = as_numbers(values, "metrics")
+        if self._guard is not None:
+            self._guard.look(numbers)
+        if self._saving.keeper is not None:
+            self._saving.keeper.metrics(numbers, self._engine.step(session))
+
+    def keep_checkpoint(self, session: SessionT, name: str | None) -> None:
+        """Save now, and keep that under ``name``, for a session without ``save``. Not inside a step.
+
+        Raises:
+            TypeError, ValueError: ``name`` is no word.
+        """
+        if name is not None:
+            check_name(name)
+        if self._saving.keeper is not None:
+            self._saving.keeper.save(name, self._engine.step(session))
+        elif self._is_chief:
+            _log.warning("save: this run saves nothing, because it has no logdir or its saving is off")
 
     # --- the life of a session ---
 
