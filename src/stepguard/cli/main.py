@@ -16,7 +16,10 @@ from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Com
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 from stepguard.words import printable
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run", "prove", "chaos")
+_COMMANDS = (
+    *("ls", "verify", "prune", "keep", "unkeep", "best", "show", "diff"),
+    *("events", "status", "log", "run", "prove", "chaos"),
+)
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -74,6 +77,18 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import prune
 
             return prune.command
+        case "keep":
+            from stepguard.cli.commands import keep
+
+            return keep.command
+        case "unkeep":
+            from stepguard.cli.commands import unkeep
+
+            return unkeep.command
+        case "best":
+            from stepguard.cli.commands import best
+
+            return best.command
         case "show":
             from stepguard.cli.commands import show
 
