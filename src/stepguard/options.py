@@ -71,6 +71,8 @@ class Saving(_Group):
         keep_best: ``("val_loss", "min", 3)`` keeps the 3 checkpoints with the smallest ``val_loss`` (``"max"``: the
             largest) in addition to ``max_to_keep``. The value comes from ``sess.metrics({"val_loss": ...})``, with
             TensorFlow ``sv.metrics(sess, {...})``; a step that is one of the best is saved then.
+        on_commit: a function that is called after each commit, on a thread of its own, with what was committed: an
+            object with ``path``, ``step``, ``metrics`` and ``names``. Its errors are warnings.
         checkpoint_basename: the beginning of the names of the checkpoints.
         max_unprotected_secs: for how many seconds saves may fail, retries included, before the run stops.
 
@@ -84,6 +86,7 @@ class Saving(_Group):
     max_to_keep: int | None = 5
     keep_checkpoint_every_n_hours: float | None = None
     keep_best: tuple[str, str, int] | None = None
+    on_commit: Callable[[Any], object] | None = None
     checkpoint_basename: str = "model.ckpt"
     max_unprotected_secs: float = 1800
 
@@ -95,6 +98,8 @@ class Saving(_Group):
         hours = self.keep_checkpoint_every_n_hours
         check_seconds("keep_checkpoint_every_n_hours", hours, unit="hours", is_positive=True, or_none=True)
         _check_best(self.keep_best)
+        if self.on_commit is not None and not callable(self.on_commit):
+            raise wrong_type("on_commit", "a function of one argument, or None", self.on_commit)
         _check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
@@ -223,6 +228,9 @@ class Restoring(_Group):
     Args:
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, because starting over throws the run away.
+        step: which checkpoint a start goes on from, instead of the newest: its step, ``"best"`` (see
+            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it. A run that saves puts the
+            newer ones into ``aside/`` in its logdir, once: its later starts with the same value go on with the newest.
         hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
             the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
             the difference in either case. For PyTorch.
@@ -241,6 +249,7 @@ class Restoring(_Group):
     """
 
     start_over_when_all_damaged: bool = False
+    step: int | str | None = None
     hyperparameters: str = "checkpoint"
     only: Sequence[str] | None = None
     leave_out: Sequence[str] = ()
@@ -249,6 +258,7 @@ class Restoring(_Group):
 
     def __post_init__(self) -> None:
         check_switch("start_over_when_all_damaged", self.start_over_when_all_damaged)
+        _check_asked(self.step)
         _check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
         _check_patterns("only", self.only, or_none=True)
         _check_patterns("leave_out", self.leave_out)
@@ -429,6 +439,13 @@ def _check_text(name: str, value: object, expected: str) -> None:
         raise wrong_type(name, expected, value)
     if not value:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_asked(value: Any) -> None:
+    if isinstance(value, str):
+        _check_text("step", value, "a step, 'best', the name of a checkpoint, or None")
+    elif value is not None:
+        check_count("step", value)
 
 
 def _check_best(value: Any) -> None:

@@ -17,7 +17,7 @@ from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodChe
 from stepguard.words import printable
 
 _COMMANDS = (
-    *("ls", "verify", "prune", "keep", "unkeep", "best", "show", "diff"),
+    *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff"),
     *("events", "status", "log", "run", "prove", "chaos"),
 )
 """Their names, in the order in which --help has them."""
@@ -89,6 +89,10 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import best
 
             return best.command
+        case "rollback":
+            from stepguard.cli.commands import rollback
+
+            return rollback.command
         case "show":
             from stepguard.cli.commands import show
 

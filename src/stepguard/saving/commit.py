@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
+from stepguard.saving.commit_hook import CommitHook, Committed
 from stepguard.saving.noted import Noted
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
@@ -36,12 +38,14 @@ class Committer:
         events: EventLog | None = None,
         observer: Observer | None = None,
         noted: Noted | None = None,
+        on_commit: Callable[[Committed], object] | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
         self._events = events
         self._observer = observer
         self._noted = Noted() if noted is None else noted
+        self._hook = None if on_commit is None else CommitHook(on_commit, self.warn)
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
         # Then the framework prunes by itself.
@@ -91,9 +95,17 @@ class Committer:
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
             self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._hook is not None:
+            marks = self._noted.of(snapshot.step)
+            self._hook.tell(Committed(Path(path), snapshot.step, marks.metrics, marks.names))
         self._is_written_by_framework = snapshot.written is not None
         if self._store is not None and snapshot.written is None:
             self._prune(self._store)
+
+    def close(self, deadline: float) -> None:
+        """Wait for the program's own work after the commits, until ``deadline`` (monotonic clock). Any thread."""
+        if self._hook is not None:
+            self._hook.close(deadline)
 
     def warn(self, message: str) -> None:
         """Log a warning about saving, and keep it in the run's record. Any thread."""
@@ -146,7 +158,7 @@ class Committer:
 
     def _prune(self, store: CheckpointStore) -> None:
         try:
-            store.prune()
+            store.prune(protect=() if self._hook is None else self._hook.unfinished)
         except OSError as error:
             # The step is saved anyway; the next save prunes again.
             self.warn(f"an old checkpoint could not be removed: {error}")

@@ -106,7 +106,9 @@ class RunSaver(Generic[SessionT]):
         # If an earlier session was not stopped, share its writer: nobody would end that writer otherwise.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                Committer(self._engine, self._store, self._events, self._observer, self._noted),
+                Committer(
+                    self._engine, self._store, self._events, self._observer, self._noted, self._options.on_commit
+                ),
                 self._on_error,
                 retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,

@@ -181,6 +181,7 @@ class CheckpointWriter:
 
     def close(self, timeout_secs: float) -> bool:
         """Drain, and end the thread; ``False`` if the thread is still writing after ``timeout_secs``."""
+        began = time.monotonic()
         is_idle = self.drain(timeout_secs)
         with self._wake:
             self._closing = True
@@ -188,6 +189,7 @@ class CheckpointWriter:
             thread, self._thread = self._thread, None
         if thread is not None and is_idle:
             thread.join()
+        self._committer.close(began + timeout_secs)
         return is_idle
 
     # --- the writer's thread ---

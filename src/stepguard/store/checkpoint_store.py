@@ -22,14 +22,15 @@ from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.options import check_local
 from stepguard.store import layout as layouts
-from stepguard.store import leftovers, lock, recovery, statefile, verification
+from stepguard.store import leftovers, lock, recovery, rollback, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
-from stepguard.store.marks import BestRule, Marks
+from stepguard.store.marks import BEST, BestRule, Marks
 from stepguard.store.pins import Pins
 from stepguard.store.retention import Retention
-from stepguard.words import logger
+from stepguard.store.rollback import Rollback
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -395,6 +396,29 @@ class CheckpointStore:
         """
         return verification.read_manifest(self._layout.within(checkpoint.root), checkpoint.name)
 
+    def find(self, asked: int | str) -> Checkpoint:
+        """Return the checkpoint of a step, the ``"best"`` one, or the one that has this name.
+
+        Raises CheckpointError, which names what there is, if there is none.
+        """
+        found = self.candidates()
+        self.pins.load(found)
+        known = self.pins.standing
+        if isinstance(asked, str):
+            name = next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
+            meant = [one for one in found if one.name == name]
+        else:
+            meant = [one for one in found if one.step == asked]
+        if meant:
+            return meant[0]
+        steps = listed(str(one.step) for one in found if one.step is not None)
+        names = listed(known.holders)
+        raise CheckpointError(
+            f"{self.root}: expected a checkpoint {asked!r}, found the steps {steps or 'none'}"
+            f"{f' and the names {names}' if names else ''}",
+            path=self.root,
+        )
+
     def verify(self, checkpoint: Checkpoint) -> Checkpoint:
         """Verify a checkpoint by its manifest, first all sizes, then the digests; return it with the manifest.
 
@@ -449,6 +473,20 @@ class CheckpointStore:
         If the logdir cannot be written, the files stay, a warning says so, and ``moved_to`` is None.
         """
         return recovery.quarantine(self._layout, checkpoint, reason)
+
+    def roll_back(self, to: Checkpoint, asked: int | str, *, by_program: bool) -> Rollback:
+        """Put the checkpoints of later steps than ``to`` aside; return what was done. See `stepguard.store.rollback`.
+
+        Only for the chief. Raises OSError if the disk fails; the next start then does the rest.
+        """
+        done = rollback.roll_back(self._layout, to, str(asked), by_program=by_program)
+        self._newest_good = self._stated = to.name
+        return done
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this store holds the chief's lock, because its run saves here."""
+        return self._hold() is not None
 
     # --- retention ---
 
@@ -664,6 +702,9 @@ class CheckpointStore:
         try:
             self.forget_removed()
             swept += recovery.finish_quarantine(self._layout)
+            unfinished = rollback.read(self.root)
+            if unfinished is not None and unfinished.is_pending:
+                rollback.finish(self._layout, unfinished)
         except OSError as error:
             _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept

@@ -169,7 +169,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
             refuse(watching, "peer_timeout_secs", because=because)
-            refuse(restoring, "start_over_when_all_damaged", because=because)
+            refuse(restoring, "start_over_when_all_damaged", "step", because=because)
         graph = _v1.get_default_graph() if graph is None else graph
         given = arguments.checked(
             options,

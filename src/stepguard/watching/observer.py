@@ -169,6 +169,9 @@ class Observer:
         # A worker takes the state that its chief has restored, and does not search itself.
         is_resumed = recovery.checkpoint is not None if recovery is not None else beginning.step > 0
         recorder.begin(beginning, is_resumed=is_resumed)
+        if recovery is not None and recovery.rolled_back:
+            # On purpose, and perhaps with other settings: not the steps of the run before, done again.
+            recorder.went_back(beginning.step)
         self._recorder = recorder
         return [recorder]
 

@@ -153,6 +153,11 @@ def _return(event: _Event) -> _Told:
     return f"the NaN guard went back {steps}: {event.get('reason')}", BAD
 
 
+def _rollback(event: _Event) -> _Told:
+    was = f" from step {_number(event['previous_step'])}" if event.get("previous_step") is not None else ""
+    return f"rolled back{was} to {event.get('checkpoint')}, step {_number(event.get('step'))}", _TROUBLE
+
+
 def _replay(event: _Event) -> _Told:
     return str(event.get("message")), {"same": GOOD, "differs": BAD}.get(str(event.get("outcome")), PLAIN)
 
@@ -212,6 +217,7 @@ _TELLERS: Mapping[str, Callable[[_Event], _Told]] = {
     "checkpoint": _checkpoint,
     "warning": _warning,
     "return": _return,
+    "rollback": _rollback,
     "replay": _replay,
     "hang": _hang,
     "stop": _stop,
