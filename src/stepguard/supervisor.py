@@ -29,6 +29,7 @@ from stepguard.store.marks import check_name
 from stepguard.watching import trial
 from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
+from stepguard.watching.requests import SAVE, STOP, Answer, Request
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -235,7 +236,8 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, self._life.recovered)
+        answer = functools.partial(self._answer, sess)
+        self._observer.session_ready(sess, step, self._life.recovered, answer)
         for thread in threads:
             thread.start()
         return threads
@@ -386,6 +388,29 @@ class Supervisor(Generic[SessionT]):
             self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
 
         self._engine.end_at(session, known.stop_at, ask_stop)
+
+    def _answer(self, session: SessionT, request: Request) -> Answer:
+        """Do what was asked from outside. Runs on a thread of its own."""
+        if request.verb == SAVE:
+            return self._saving.save_for(request.name)
+        if request.verb != STOP:
+            return Answer(False, f"expected {SAVE} or {STOP}, found {request.verb!r:.80}")
+
+        def ask_stop() -> None:
+            self._coord.ask_stop("command")
+            self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
+
+        now = self._engine.step(session)
+        if request.step is None:
+            ask_stop()
+            return Answer(True, f"stops at the next step boundary, after step {now}")
+        engine: object = self._engine
+        if isinstance(engine, RestsBetweenLoops) and not engine.is_alone(session):
+            return Answer(False, "a stop at a given step is for a run of one process; leave --at out")
+        if now is None or request.step <= now:
+            return Answer(False, f"expected a step after the present one, found {request.step}: it is at step {now}")
+        self._engine.end_at(session, request.step, ask_stop)
+        return Answer(True, f"stops after step {request.step}; it is at step {now}")
 
     def _begin_observation(self) -> None:
         if self._is_chief:

@@ -18,7 +18,7 @@ from stepguard.words import printable
 
 _COMMANDS = (
     *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff"),
-    *("events", "status", "log", "run", "prove", "chaos"),
+    *("events", "status", "log", "save", "stop", "run", "prove", "chaos"),
 )
 """Their names, in the order in which --help has them."""
 
@@ -113,6 +113,14 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import log
 
             return log.command
+        case "save":
+            from stepguard.cli.commands import save
+
+            return save.command
+        case "stop":
+            from stepguard.cli.commands import stop
+
+            return stop.command
         case "run":
             from stepguard.cli.commands import run
 

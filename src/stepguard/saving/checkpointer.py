@@ -54,6 +54,7 @@ class Checkpointer:
         self._budget = CopyingBudget()
         self._copies_all = copies_all
         # The step of the last snapshot that was handed to the writer; of a restored checkpoint at the beginning.
+        self._handed_over = 0
         self.saved_step = engine.step(session) if is_saved else None
         self._reads_live_at_end = False
         # The number of checkpoints that fell due while the writer was busy with another.
@@ -105,6 +106,16 @@ class Checkpointer:
     def has_saved(self, step: int | None) -> bool:
         """Whether a checkpoint of ``step`` was committed, or is being written."""
         return self._is_saved and self.saved_step == step
+
+    def save_on_request(self) -> bool:
+        """Save now, as on a timer; return whether the present state is saved or being written.
+
+        Called by a thread that does not train. ``False`` if no boundary came, or if an evaluation inside a step puts
+        the save off until the step's end.
+        """
+        before = self._handed_over
+        self()
+        return self._handed_over > before or not self._has_changed()
 
     def save_here(self, what: str) -> bool:
         """Save the state of the last boundary now, although no checkpoint is due; return whether it will be written.
@@ -219,6 +230,7 @@ class Checkpointer:
             # Here the framework itself writes the snapshot, and the write has failed.
             return self._writer.retake(lambda: self._take(what, None), error)
         if self._writer.submit(snapshot, stall_secs, lambda: self._take(what, None)):
+            self._handed_over += 1
             return True
         self._saved_progress, self._is_saved, self.saved_step = saved
         return False

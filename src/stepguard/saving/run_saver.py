@@ -17,7 +17,9 @@ from stepguard.saving.noted import Noted
 from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
+from stepguard.store.marks import check_name
 from stepguard.watching.observer import Observer
+from stepguard.watching.requests import Answer
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -150,6 +152,32 @@ class RunSaver(Generic[SessionT]):
             self._noted.forget_after(self._engine.step(self._session))
         if self._step_trigger is not None:
             self._step_trigger.went_back()
+
+    def save_for(self, name: str | None) -> Answer:
+        """Save the last step for somebody outside, and keep it under ``name``, if there is one. On a thread of its own.
+
+        Waits until the checkpoint is committed, or the disk fails.
+        """
+        checkpointer, writer = self.checkpointer, self.writer
+        if checkpointer is None or writer is None:
+            return Answer(False, "this run saves nothing")
+        if name is not None:
+            check_name(name)
+        if not writer.wait_until_idle():
+            return Answer(False, f"the disk fails: {writer.last_error}")
+        if not checkpointer.save_on_request():
+            return Answer(
+                False, "no step boundary came; `stepguard log` says why, and the next checkpoint is on its way"
+            )
+        step = checkpointer.saved_step
+        if not writer.wait_until_idle():
+            return Answer(False, f"step {step} is not saved yet, and will be tried again: {writer.last_error}")
+        if name is not None:
+            self._noted.add(step, name=name)
+            writer.mark(step)
+            writer.wait_until_marked()
+        path = self._engine.checkpoint_name(step)
+        return Answer(True, f"saved {path if self._store is None else self._store.root / path}")
 
     def save_now(self, timeout_secs: float) -> None:
         """Save the last step, after a wait of at most ``timeout_secs`` for the checkpoint that is being written.

@@ -142,6 +142,11 @@ class CheckpointWriter:
         with self._wake:
             return self._wake.wait_for(lambda: self._order is None or self.retrying) and self._order is None
 
+    def wait_until_marked(self) -> None:
+        """Wait until everything that was committed has its marks."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._is_done() or self.retrying)
+
     def _mark(self) -> int | None:
         return None if self._guard is None else self._guard.mark()
 

@@ -28,7 +28,7 @@ from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
 LAUNCHER = "launcher"
-REQUESTS = frozenset({"sigterm", "sigusr1", "interrupt", "request_stop", "time_limit", "trial"})
+REQUESTS = frozenset({"sigterm", "sigusr1", "interrupt", "request_stop", "time_limit", "command", "trial"})
 """The reasons of a requested stop, after which a run has neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")

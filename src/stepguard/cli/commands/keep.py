@@ -16,7 +16,8 @@ from stepguard.store.marks import Marks, check_name
 from stepguard.words import printable
 
 
-def _name(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+def checked_name(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """The value of an option `--name`; a mistake in the arguments if no checkpoint may have it."""
     try:
         if value is not None:
             check_name(value)
@@ -35,7 +36,9 @@ Examples:
 )
 @click.argument("logdir", type=LOGDIR)
 @standings.target_of
-@click.option("--name", callback=_name, metavar="NAME", help="A name for it; it moves here from another checkpoint.")
+@click.option(
+    "--name", callback=checked_name, metavar="NAME", help="A name for it; it moves here from another checkpoint."
+)
 @output.json_option
 def command(logdir: Path, target: str, name: str | None, as_json: bool) -> None:
     """Keep the checkpoint of LOGDIR at a step, the best one, or one by its name: the retention rules of a run and

@@ -23,6 +23,7 @@ _STOPS = {
     "interrupt": "stopped by Ctrl-C",
     "request_stop": "stopped: the program has asked for it",
     "time_limit": "stopped: the time that it was given is over",
+    "command": "stopped by `stepguard stop`",
     "exit": "the program left without stopping the run",
     "error": "failed",
 }
