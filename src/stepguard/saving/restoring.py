@@ -21,7 +21,7 @@ from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, rollback, statefile
 from stepguard.store.recovery import QUARANTINE
-from stepguard.words import logger
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -93,11 +93,11 @@ def restore_asked(store: CheckpointStore, restore: Restore, asked: int | str) ->
         record = store.roll_back(good, asked, by_program=True)
         found = _with_rollback(store, found, is_asked_for=True)
         _log.warning(
-            "rolled back to %s, as the program asks: %s newer. Later starts go on with the newest again",
+            "rolled back to %s, as the program asks; newer checkpoints that are now in %s: %s. Later starts go on "
+            "with the newest again",
             good.path,
-            f"{len(record.names)} checkpoints in {store.root / rollback.ASIDE / record.place} are"
-            if record.names
-            else "no checkpoint is",
+            store.root / rollback.ASIDE / record.place,
+            listed(record.names) or "none",
         )
     report(found)
     store.adopt_earlier()
