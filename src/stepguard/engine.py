@@ -400,6 +400,11 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         whether the run ends there.
         """
 
+    def saves_rest(self, session: _SessionT_contra) -> None:
+        """Note that the copy of the end of the last loop is about to be written, without a boundary. Other processes
+        may have begun the next loop; they have copies of that moment too.
+        """
+
     def is_outside_steps(self, session: _SessionT_contra, error: BaseException) -> bool:
         """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 

@@ -133,7 +133,8 @@ class Checkpointer:
             if not self._writer.wait_until_idle():
                 self._writer.warn(f"{what} skipped: the disk fails, and the checkpoint before it is not written yet")
                 return False
-            self._check_is_of_last_boundary(what)
+            if self._loops is not None and self._loops.is_resting(self._session):
+                return self._save_rest(self._loops, what)
             return self._save(what, None)
         except NoBoundaryError as error:
             self._writer.warn(f"{what} skipped: {error}")
@@ -142,15 +143,21 @@ class Checkpointer:
             self._copies_all = True
             self._saving.release()
 
-    def _check_is_of_last_boundary(self, what: str) -> None:
-        loops, copy = self._loops, self._copy
-        if loops is None or not loops.is_resting(self._session):
-            return
+    def _save_rest(self, loops: RestsBetweenLoops[Any], what: str) -> bool:
+        """Save the copy of the end of the last loop. The caller is the thread of that loop, so nothing changes it."""
+        copy = self._copy
         if copy is None or copy.progress != self._engine.progress(self._session):
             raise NoBoundaryError(
                 f"no step boundary for {what}: no loop runs, and the last one was too short to be copied at its end. "
                 f"From now on each loop is copied"
             )
+        # No boundary is asked for: other processes may be in the next loop already, and wait there for this one.
+        loops.saves_rest(self._session)
+        if not self._writer.submit(copy.snapshot, copy.stall_secs, lambda: self._take(what, None)):
+            return False
+        self._saved_progress, self._is_saved, self.saved_step = copy.progress, True, copy.snapshot.step
+        self._handed_over += 1
+        return True
 
     def save_last(self, timeout_secs: float, *, is_finished: bool = False, was_told: bool = False) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until the checkpoint is durable.

@@ -85,6 +85,9 @@ class LoopEngine(Generic[SessionT]):
         """Call ``keep(is_last)`` at the boundary where a loop ends."""
         session.boundary.call_at_rest(keep)
 
+    def saves_rest(self, session: SessionT) -> None:
+        """Do nothing: no other process takes part."""
+
     def is_outside_steps(self, session: SessionT, error: BaseException) -> bool:
         """Whether the loader has raised ``error`` before a step."""
         return session.failed_fetch is error
