@@ -7,8 +7,9 @@ write the snapshot, and has it restore a checkpoint. A framework is one folder w
 **The session** is the handle that the program gets: see :class:`Session` for its four duties.
 
 **The engine** is an object with the methods of :class:`Engine`. Abilities that only some frameworks have are protocols
-of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`TracesSteps`, :class:`HearsOfCommits`,
-:class:`KeepsCheckpoints`. The core checks once, when it is built, which of them an engine implements.
+of their own: :class:`SharedModel`, :class:`RestsBetweenLoops`, :class:`KeepsOnRequest`, :class:`TracesSteps`,
+:class:`HearsOfCommits`, :class:`KeepsCheckpoints`. The core checks once, when it is built, which of them an engine
+implements.
 
 **The Supervisor** is a subclass of :class:`stepguard.supervisor.Supervisor`. Its constructor builds, in this order and
 each from those before it:
@@ -41,7 +42,8 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
 
 **What the core gives** to every engine:
 
-- ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints;
+- ``stepguard.store``: ``CheckpointStore`` finds, proves and commits checkpoints. Its constructor takes the options of
+  ``Saving`` that say which are kept: ``max_to_keep``, ``keep_every_n_hours``, ``keep_best``;
 - ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` searches for the checkpoint to
   continue from. It quarantines damaged checkpoints, refuses those of another engine, and warns once of what was lost;
 - ``stepguard.disk.files``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends; ``size``
@@ -398,11 +400,37 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         whether the run ends there.
         """
 
+    def saves_rest(self, session: _SessionT_contra) -> None:
+        """Note that the copy of the end of the last loop is about to be written, without a boundary. Other processes
+        may have begun the next loop; they have copies of that moment too.
+        """
+
     def is_outside_steps(self, session: _SessionT_contra, error: BaseException) -> bool:
         """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
         """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
+
+
+class Keeper(Protocol):
+    """Keeps what the program says of its steps. Called by threads that train, outside of a step. Raises nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int | None) -> None:
+        """Numbers that were measured at ``step``, the last boundary: they belong to its checkpoint."""
+
+    def save(self, name: str | None, step: int | None) -> None:
+        """Save the last boundary, ``step``, now; with a ``name`` it is kept until that is taken away."""
+
+
+@runtime_checkable
+class KeepsOnRequest(Protocol[_SessionT_contra]):
+    """An engine whose sessions have methods for metrics and saves, because a program calls them inside a step too."""
+
+    def keep_with(self, session: _SessionT_contra, keeper: Keeper) -> None:
+        """From now on hand ``keeper`` what the program says; inside a step, at its end."""
+
+    def hand_over(self, session: _SessionT_contra) -> None:
+        """Hand over what the program has said in a last step that was left by ``break``. The run has ended well."""
 
 
 @runtime_checkable

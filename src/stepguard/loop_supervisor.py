@@ -183,4 +183,5 @@ def store_of(root: str | None, saving: Saving, engine: str) -> CheckpointStore |
         engine=engine,
         max_to_keep=saving.max_to_keep,
         keep_every_n_hours=saving.keep_checkpoint_every_n_hours,
+        keep_best=saving.keep_best,
     )

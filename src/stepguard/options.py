@@ -72,6 +72,11 @@ class Saving(_Group):
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all. With TensorFlow, the Saver's own setting.
         keep_checkpoint_every_n_hours: one checkpoint of every N hours is kept in addition to ``max_to_keep``. With
             TensorFlow, the Saver's own setting.
+        keep_best: ``("val_loss", "min", 3)`` keeps the 3 checkpoints with the smallest ``val_loss`` (``"max"``: the
+            largest) in addition to ``max_to_keep``. The value comes from ``sess.metrics({"val_loss": ...})``, with
+            TensorFlow ``sv.metrics(sess, {...})``; a step that is one of the best is saved then.
+        on_commit: a function that is called after each commit, on a thread of its own, with what was committed: an
+            object with ``path``, ``step``, ``metrics`` and ``names``. Its errors are warnings.
         checkpoint_basename: the beginning of the names of the checkpoints.
         max_unprotected_secs: for how many seconds saves may fail, retries included, before the run stops.
 
@@ -84,6 +89,8 @@ class Saving(_Group):
     save_at_end: bool | None = None
     max_to_keep: int | None = 5
     keep_checkpoint_every_n_hours: float | None = None
+    keep_best: tuple[str, str, int] | None = None
+    on_commit: Callable[[Any], object] | None = None
     checkpoint_basename: str = "model.ckpt"
     max_unprotected_secs: float = 1800
 
@@ -94,6 +101,9 @@ class Saving(_Group):
         check_count("max_to_keep", self.max_to_keep, or_none=True)
         hours = self.keep_checkpoint_every_n_hours
         check_seconds("keep_checkpoint_every_n_hours", hours, unit="hours", is_positive=True, or_none=True)
+        _check_best(self.keep_best)
+        if self.on_commit is not None and not callable(self.on_commit):
+            raise wrong_type("on_commit", "a function of one argument, or None", self.on_commit)
         _check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
@@ -107,7 +117,7 @@ class Saving(_Group):
     @property
     def is_on(self) -> bool:
         """Whether anything is ever saved."""
-        return bool(self.save_model_secs or self.save_model_steps or self.saves_last_step)
+        return bool(self.save_model_secs or self.save_model_steps or self.saves_last_step or self.keep_best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +254,9 @@ class Restoring(_Group):
     Args:
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, because starting over throws the run away.
+        step: which checkpoint a start goes on from, instead of the newest: its step, ``"best"`` (see
+            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it. A run that saves puts the
+            newer ones into ``aside/`` in its logdir, once: its later starts with the same value go on with the newest.
         hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
             the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
             the difference in either case. For PyTorch.
@@ -262,6 +275,7 @@ class Restoring(_Group):
     """
 
     start_over_when_all_damaged: bool = False
+    step: int | str | None = None
     hyperparameters: str = "checkpoint"
     only: Sequence[str] | None = None
     leave_out: Sequence[str] = ()
@@ -270,6 +284,7 @@ class Restoring(_Group):
 
     def __post_init__(self) -> None:
         check_switch("start_over_when_all_damaged", self.start_over_when_all_damaged)
+        _check_asked(self.step)
         _check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
         _check_patterns("only", self.only, or_none=True)
         _check_patterns("leave_out", self.leave_out)
@@ -450,6 +465,23 @@ def _check_text(name: str, value: object, expected: str) -> None:
         raise wrong_type(name, expected, value)
     if not value:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_asked(value: Any) -> None:
+    if isinstance(value, str):
+        _check_text("step", value, "a step, 'best', the name of a checkpoint, or None")
+    elif value is not None:
+        check_count("step", value)
+
+
+def _check_best(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise wrong_type("keep_best", "a tuple such as ('val_loss', 'min', 3), or None", value)
+    _check_text("keep_best[0]", value[0], "the name of a metric such as 'val_loss'")
+    _check_choice("keep_best[1]", value[1], "min", "max")
+    check_count("keep_best[2]", value[2], what="checkpoints", least=1)
 
 
 def _check_choice(name: str, value: object, *choices: object) -> None:

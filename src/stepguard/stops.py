@@ -33,7 +33,7 @@ REASON_OF = {
 # warning. SIGUSR2 belongs to the program until it is given, and Ctrl-C to Python.
 DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-REQUESTS = frozenset({*REASON_OF.values(), "request_stop", TIME_LIMIT, "trial"})
+REQUESTS = frozenset({*REASON_OF.values(), "request_stop", TIME_LIMIT, "command", "trial"})
 """The reasons of a requested stop, after which a run has neither finished nor failed."""
 PREEMPTING = frozenset(REASON_OF.keys() - {signal.SIGINT})
 """The signals that schedulers send."""

@@ -25,10 +25,13 @@ from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
+from stepguard.steps.event_file import as_numbers
 from stepguard.stops import ERROR, FINISHED, end_time
 from stepguard.store import CheckpointStore, Recovery
+from stepguard.store.marks import check_name
 from stepguard.watching import trial
 from stepguard.watching.observer import Observer
+from stepguard.watching.requests import SAVE, STOP, Answer, Request
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -235,7 +238,8 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        self._observer.session_ready(sess, step, self._life.recovered)
+        answer = functools.partial(self._answer, sess)
+        self._observer.session_ready(sess, step, self._life.recovered, answer)
         for thread in threads:
             thread.start()
         return threads
@@ -319,6 +323,31 @@ class Supervisor(Generic[SessionT]):
         """
         return ManagedSession(_Block(self, open_session, close_summary_writer))
 
+    def keep_metrics(self, session: SessionT, values: Mapping[str, Any]) -> None:
+        """Note numbers that were measured of the last step, for a session without ``metrics``. Not inside a step.
+
+        Raises:
+            TypeError: a value is no number; the message names it.
+        """
+        numbers = as_numbers(values, "metrics")
+        if self._guard is not None:
+            self._guard.look(numbers)
+        if self._saving.keeper is not None:
+            self._saving.keeper.metrics(numbers, self._engine.step(session))
+
+    def keep_checkpoint(self, session: SessionT, name: str | None) -> None:
+        """Save now, and keep that under ``name``, for a session without ``save``. Not inside a step.
+
+        Raises:
+            TypeError, ValueError: ``name`` is no word.
+        """
+        if name is not None:
+            check_name(name)
+        if self._saving.keeper is not None:
+            self._saving.keeper.save(name, self._engine.step(session))
+        elif self._is_chief:
+            _log.warning("save: this run saves nothing, because it has no logdir or its saving is off")
+
     # --- the life of a session ---
 
     def _warn_of_another_directory(self) -> None:
@@ -354,6 +383,29 @@ class Supervisor(Generic[SessionT]):
             self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
 
         self._engine.end_at(session, known.stop_at, ask_stop)
+
+    def _answer(self, session: SessionT, request: Request) -> Answer:
+        """Do what was asked from outside. Runs on a thread of its own."""
+        if request.verb == SAVE:
+            return self._saving.save_for(request.name)
+        if request.verb != STOP:
+            return Answer(False, f"expected {SAVE} or {STOP}, found {request.verb!r:.80}")
+
+        def ask_stop() -> None:
+            self._coord.ask_stop("command")
+            self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
+
+        now = self._engine.step(session)
+        if request.step is None:
+            ask_stop()
+            return Answer(True, f"stops at the next step boundary, after step {now}")
+        engine: object = self._engine
+        if isinstance(engine, RestsBetweenLoops) and not engine.is_alone(session):
+            return Answer(False, "a stop at a given step is for a run of one process; leave --at out")
+        if now is None or request.step <= now:
+            return Answer(False, f"expected a step after the present one, found {request.step}: it is at step {now}")
+        self._engine.end_at(session, request.step, ask_stop)
+        return Answer(True, f"stops after step {request.step}; it is at step {now}")
 
     def _begin_observation(self) -> None:
         if self._is_chief:

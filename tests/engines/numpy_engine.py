@@ -186,7 +186,8 @@ class NumPySupervisor(Supervisor[Session]):
         for_parts = ("hyperparameters", "only", "leave_out", "init_from", "init_fit")
         refuse(options.restoring, *for_parts, because="the NumPy engine restores a model whole")
         saving = options.saving
-        keep = {"max_to_keep": saving.max_to_keep, "keep_every_n_hours": saving.keep_checkpoint_every_n_hours}
+        hours = saving.keep_checkpoint_every_n_hours
+        keep = {"max_to_keep": saving.max_to_keep, "keep_every_n_hours": hours, "keep_best": saving.keep_best}
         store = CheckpointStore(logdir, basename=saving.checkpoint_basename, engine=ENGINE, **keep) if logdir else None
         options.check_return(commits=store is not None and is_chief)
         coord = Coordinator(clean_stop_exception_types=(EOFError,))

@@ -63,6 +63,21 @@ class Program(ABC):
     def spoil(self, session: Any) -> None:
         """Make a part of the saved state, "weight", NaN: one that steps leave alone."""
 
+    def metrics(self, session: Any, **values: float) -> None:
+        """Hand over what was measured of the last step."""
+        # The sessions of loop frameworks have the method; for the others it is the Supervisor's.
+        if hasattr(session, "metrics"):
+            session.metrics(values)
+        else:
+            self.sv.metrics(session, values)
+
+    def save(self, session: Any, name: str | None = None) -> None:
+        """Save the last step now."""
+        if hasattr(session, "metrics"):
+            session.save(name)
+        else:
+            self.sv.save(session, name)
+
     def open_session(self) -> Any:
         """A prepared session with its services running."""
         return self.sv.prepare_or_wait_for_session()

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from training import Augmented
 
-from stepguard.options import Guarding, Watching
+from stepguard.options import Guarding, Saving, Watching
 from stepguard.torch import Session, Supervisor, Values
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--loop-steps", type=int, help="the steps of one of many loops; rank 0 evaluates after each")
     parser.add_argument("--epoch-ends", action="store_true", help="a loop over epochs, with work at the end of each")
     parser.add_argument("--kill-in-end", help="RANK:EPOCH, SIGKILL of itself, once, when the end was begun")
+    parser.add_argument("--measures", action="store_true", help="hands over a metric at the end of each epoch")
     parser.add_argument("--save-steps", type=int)
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
@@ -68,6 +69,7 @@ def main() -> None:
         args.logdir,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
+        saving=Saving(keep_best=("val_loss", "min", 2) if args.measures else None),
         guarding=Guarding(nan_guard="stop" if args.nan else None),
         watching=Watching(trace="batches", save_summaries_secs=0),
     )
@@ -128,6 +130,10 @@ def batches(
     if args.epoch_ends:
         for epoch in session.epochs(args.epochs):
             yield from session.steps(loader)
+            if args.measures:
+                # The others are in the next loop then, and wait there for who evaluates.
+                time.sleep(0.5 * (dist.get_rank() == 0))
+                session.metrics({"val_loss": 10.0 - epoch})
             end_epoch(epoch, args)
         return
     if not args.loop_steps:

@@ -10,6 +10,7 @@ import time
 import pytest
 from launch import outcomes, run, run_two, seen, start_two, steps_saved, terminate_one, torchrun, torchrun_command
 
+from stepguard.store import CheckpointStore
 from stepguard.watching import ledger
 
 pytestmark = pytest.mark.timeout(400)
@@ -50,6 +51,18 @@ def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(
         assert whole.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "2", "3"]
         # The other may have come to the next epoch, and waited there in vain.
         assert killed.with_suffix(f".ends-{rank}").read_text().split() == ["0", "1", "1", "2", "3"]
+
+
+def test_the_best_epochs_are_saved_with_the_parts_of_all(tmp_path):
+    logdir = tmp_path / "run"
+    run_two(logdir, "--epoch-ends", "--epochs=3", "--steps=21", "--measures", "--save-steps=1000")
+
+    store = CheckpointStore(logdir)
+    assert steps_saved(logdir) == [21, 14, 7]
+    assert store.pins.standing.best == ("model.ckpt-21", "model.ckpt-14")
+    for one in store.candidates():
+        assert store.verify(one).manifest.marks.metrics == {"val_loss": 11.0 - one.step / 7}
+        assert {"process-0.pt", "process-1.pt"} <= {path.name for path in one.path.iterdir()}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

@@ -16,7 +16,10 @@ from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, Com
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 from stepguard.words import printable
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run", "prove", "chaos")
+_COMMANDS = (
+    *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff"),
+    *("events", "status", "log", "save", "stop", "run", "prove", "chaos"),
+)
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -74,6 +77,22 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import prune
 
             return prune.command
+        case "keep":
+            from stepguard.cli.commands import keep
+
+            return keep.command
+        case "unkeep":
+            from stepguard.cli.commands import unkeep
+
+            return unkeep.command
+        case "best":
+            from stepguard.cli.commands import best
+
+            return best.command
+        case "rollback":
+            from stepguard.cli.commands import rollback
+
+            return rollback.command
         case "show":
             from stepguard.cli.commands import show
 
@@ -94,6 +113,14 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import log
 
             return log.command
+        case "save":
+            from stepguard.cli.commands import save
+
+            return save.command
+        case "stop":
+            from stepguard.cli.commands import stop
+
+            return stop.command
         case "run":
             from stepguard.cli.commands import run
 

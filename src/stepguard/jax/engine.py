@@ -133,7 +133,9 @@ class JaxEngine(PeersEngine[Session]):
                 return None
             # A program that went back to Orbax for a time goes on where Orbax has left it.
             newest = max((one.step or 0 for one in store.candidates()), default=-1)
-            of_orbax = restore_newest_of_orbax(store.root, newest, functools.partial(self._load_orbax, session))
+            of_orbax = None
+            if self._restoring.step is None:
+                of_orbax = restore_newest_of_orbax(store.root, newest, functools.partial(self._load_orbax, session))
             if of_orbax is not None:
                 found.append(Recovery(of_orbax))
             else:

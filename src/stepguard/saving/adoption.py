@@ -7,6 +7,7 @@ from typing import Any
 
 from stepguard.engine import Engine, HearsOfCommits, KeepsCheckpoints
 from stepguard.store import CheckpointStore
+from stepguard.store.marks import Marks
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -34,7 +35,7 @@ class Adoption:
         if self._hearer is not None:
             self._hearer.committed([(str(one.path), one.time) for one in self._store.owned])
 
-    def commit(self, written: str) -> None:
+    def commit(self, written: str, marks: Marks) -> None:
         """Commit the checkpoint that the framework has just written to ``written``, if the path is in the store."""
         store = self._store
         if not store.holds(written):
@@ -42,7 +43,10 @@ class Adoption:
             return
         name = os.path.basename(written)
         self.adopt()
-        store.commit_in_place(name, store.step_of(name))
+        store.commit_in_place(name, store.step_of(name), marks=marks)
+        if name in store.pins.pinned:
+            # Off the framework's list, it is not removed by the framework either.
+            self.tell()
         # The framework prunes by itself, and knows nothing of manifests.
         store.forget_removed()
 

@@ -3,7 +3,8 @@
 Between two loops the state belongs to the program, which may have lent the model to something else. A save then uses
 the copy that the thread of the last loop took at its end. The copy is kept until the next one replaces it and reuses
 its memory. A loop that ends soon after the last copy may take none, so that many short loops cost little; a timer or
-a stop then saves the older copy.
+a stop then saves the older copy. A program that saves what it has evaluated (:meth:`Checkpointer.save_here`) has a copy
+taken at the end of each loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from stepguard.errors import NoBoundaryError, SaveFailedError
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.steps.copying_budget import CopyingBudget
 
+# How long a save that the program asks for waits for a trigger that waits for a boundary.
+_PATIENCE_SECS = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
@@ -32,7 +36,9 @@ class _Copy:
 class Checkpointer:
     """Takes snapshots of one session at step boundaries and hands them to the writer. Any thread."""
 
-    def __init__(self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool) -> None:
+    def __init__(
+        self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool, copies_all: bool = False
+    ) -> None:
         self._engine = engine
         self._shared = engine if isinstance(engine, SharedModel) else None
         self._loops = engine if isinstance(engine, RestsBetweenLoops) else None
@@ -46,6 +52,10 @@ class Checkpointer:
         # The newest copy. It is read only while no loop runs.
         self._copy: _Copy | None = None
         self._budget = CopyingBudget()
+        self._copies_all = copies_all
+        # The step of the last snapshot that was handed to the writer; of a restored checkpoint at the beginning.
+        self._handed_over = 0
+        self.saved_step = engine.step(session) if is_saved else None
         self._reads_live_at_end = False
         # The number of checkpoints that fell due while the writer was busy with another.
         self.skipped = 0
@@ -92,6 +102,62 @@ class Checkpointer:
         copy = self._copy_at_rest()
         progress = self._engine.progress(self._session) if copy is None else copy.progress
         return progress != self._saved_progress
+
+    def has_saved(self, step: int | None) -> bool:
+        """Whether a checkpoint of ``step`` was committed, or is being written."""
+        return self._is_saved and self.saved_step == step
+
+    def save_on_request(self) -> bool:
+        """Save now, as on a timer; return whether the present state is saved or being written.
+
+        Called by a thread that does not train. ``False`` if no boundary came, or if an evaluation inside a step puts
+        the save off until the step's end.
+        """
+        before = self._handed_over
+        self()
+        return self._handed_over > before or not self._has_changed()
+
+    def save_here(self, what: str) -> bool:
+        """Save the state of the last boundary now, although no checkpoint is due; return whether it will be written.
+
+        Called by the thread that trains, outside of a step. It waits for a checkpoint that is being written. What
+        prevents the save is a warning: no boundary, a disk that fails, a loop that was too short to be copied.
+        """
+        # Another trigger that waits for a boundary has its own patience.
+        if not self._saving.acquire(timeout=_PATIENCE_SECS):
+            self._writer.warn(f"{what} skipped: another checkpoint has waited {_PATIENCE_SECS:g} s for a boundary")
+            return False
+        try:
+            if self._is_closed or not self._has_changed():
+                return not self._is_closed
+            if not self._writer.wait_until_idle():
+                self._writer.warn(f"{what} skipped: the disk fails, and the checkpoint before it is not written yet")
+                return False
+            if self._loops is not None and self._loops.is_resting(self._session):
+                return self._save_rest(self._loops, what)
+            return self._save(what, None)
+        except NoBoundaryError as error:
+            self._writer.warn(f"{what} skipped: {error}")
+            return False
+        finally:
+            self._copies_all = True
+            self._saving.release()
+
+    def _save_rest(self, loops: RestsBetweenLoops[Any], what: str) -> bool:
+        """Save the copy of the end of the last loop. The caller is the thread of that loop, so nothing changes it."""
+        copy = self._copy
+        if copy is None or copy.progress != self._engine.progress(self._session):
+            raise NoBoundaryError(
+                f"no step boundary for {what}: no loop runs, and the last one was too short to be copied at its end. "
+                f"From now on each loop is copied"
+            )
+        # No boundary is asked for: other processes may be in the next loop already, and wait there for this one.
+        loops.saves_rest(self._session)
+        if not self._writer.submit(copy.snapshot, copy.stall_secs, lambda: self._take(what, None)):
+            return False
+        self._saved_progress, self._is_saved, self.saved_step = copy.progress, True, copy.snapshot.step
+        self._handed_over += 1
+        return True
 
     def save_last(self, timeout_secs: float, *, is_finished: bool = False, was_told: bool = False) -> None:
         """Save the last step, if steps were done since the last snapshot, and wait until the checkpoint is durable.
@@ -140,6 +206,7 @@ class Checkpointer:
         """Drop the copy after the session was put back to a checkpoint. At a boundary."""
         self._copy = None
         self._saved_progress, self._is_saved = self._engine.progress(self._session), True
+        self.saved_step = self._engine.step(self._session)
 
     def _keep(self, is_last: bool) -> None:
         """Keep a copy of the last step of a loop that has ended, unless there is one already."""
@@ -148,7 +215,7 @@ class Checkpointer:
             return
         if self._copy is not None and self._copy.progress == progress:
             return
-        if is_last or self._budget.allows_one():
+        if is_last or self._copies_all or self._budget.allows_one():
             self._budget.spend(self._take_copy().stall_secs)
 
     def _copy_at_rest(self) -> _Copy | None:
@@ -163,15 +230,16 @@ class Checkpointer:
 
     def _save(self, what: str, patience_secs: float | None) -> bool:
         """Take a snapshot and hand it to the writer; ``False`` if the writer is busy with another."""
-        saved = self._saved_progress, self._is_saved
+        saved = self._saved_progress, self._is_saved, self.saved_step
         try:
             snapshot, stall_secs = self._take(what, patience_secs)
         except self._writer.storage_errors as error:
             # Here the framework itself writes the snapshot, and the write has failed.
             return self._writer.retake(lambda: self._take(what, None), error)
         if self._writer.submit(snapshot, stall_secs, lambda: self._take(what, None)):
+            self._handed_over += 1
             return True
-        self._saved_progress, self._is_saved = saved
+        self._saved_progress, self._is_saved, self.saved_step = saved
         return False
 
     def _take(self, what: str, patience_secs: float | None) -> tuple[Snapshot, float]:
@@ -181,7 +249,7 @@ class Checkpointer:
             if copy is None:
                 self._check_is_not_lent(what)
                 copy = self._take_copy()
-            self._saved_progress, self._is_saved = copy.progress, True
+            self._saved_progress, self._is_saved, self.saved_step = copy.progress, True, copy.snapshot.step
         return copy.snapshot, copy.stall_secs
 
     def _check_is_not_lent(self, what: str) -> None:

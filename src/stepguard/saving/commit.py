@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
+from stepguard.saving.commit_hook import CommitHook, Committed
+from stepguard.saving.noted import Noted
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
@@ -34,13 +37,19 @@ class Committer:
         store: CheckpointStore | None,
         events: EventLog | None = None,
         observer: Observer | None = None,
+        noted: Noted | None = None,
+        on_commit: Callable[[Committed], object] | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
         self._events = events
         self._observer = observer
+        self._noted = Noted() if noted is None else noted
+        self._hook = None if on_commit is None else CommitHook(on_commit, self.warn)
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
+        # Then the framework prunes by itself.
+        self._is_written_by_framework = False
         self._has_warned_of_name = False
         self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
 
@@ -53,11 +62,25 @@ class Committer:
         """Make ``snapshot`` durable and return its path. ``taken_at`` is the Unix time when it was taken."""
         if snapshot.written is not None:
             if self._adoption is not None:
-                self._adoption.commit(snapshot.written)
+                self._adoption.commit(snapshot.written, self._noted.of(snapshot.step))
             return snapshot.written
         if self._store is None or self._adoption is None:
             raise ValueError(f"the snapshot of step {snapshot.step} is not written, and there is no store for it")
         return str(self._write(self._store, self._adoption, snapshot, taken_at))
+
+    def mark(self, step: int | None) -> None:
+        """Note in the checkpoint of ``step`` what the program has said of it since, if there is such a checkpoint."""
+        if self._store is None or self._adoption is None:
+            return
+        name = self._engine.checkpoint_name(step)
+        try:
+            changed = self._store.mark(name, self._store.pins.marks_of(name).joined(self._noted.of(step)))
+        except FileNotFoundError:
+            return  # It was not committed: the NaN guard did not admit it, or a save was given up.
+        if changed:
+            self._adoption.tell()
+            if not self._is_written_by_framework:
+                self._prune(self._store)
 
     def reject(self, snapshot: Snapshot) -> None:
         """Discard ``snapshot``. If the framework has already written it, quarantine it against later starts."""
@@ -72,8 +95,17 @@ class Committer:
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
             self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._hook is not None:
+            marks = self._noted.of(snapshot.step)
+            self._hook.tell(Committed(Path(path), snapshot.step, marks.metrics, marks.names))
+        self._is_written_by_framework = snapshot.written is not None
         if self._store is not None and snapshot.written is None:
             self._prune(self._store)
+
+    def close(self, deadline: float) -> None:
+        """Wait for the program's own work after the commits, until ``deadline`` (monotonic clock). Any thread."""
+        if self._hook is not None:
+            self._hook.close(deadline)
 
     def warn(self, message: str) -> None:
         """Log a warning about saving, and keep it in the run's record. Any thread."""
@@ -98,7 +130,9 @@ class Committer:
         try:
             self._check_space(store, snapshot)
             digests = self._engine.write(snapshot, stage, name)
-            checkpoint = store.commit(name, step, digests=digests, taken_at=taken_at)
+            checkpoint = store.commit(
+                name, step, digests=digests, taken_at=taken_at, marks=self._noted.of(snapshot.step)
+            )
         except BaseException:
             # A full disk would stay full if every failed save left its files behind.
             with contextlib.suppress(OSError):  # The original error says more.
@@ -124,7 +158,7 @@ class Committer:
 
     def _prune(self, store: CheckpointStore) -> None:
         try:
-            store.prune()
+            store.prune(protect=() if self._hook is None else self._hook.unfinished)
         except OSError as error:
             # The step is saved anyway; the next save prunes again.
             self.warn(f"an old checkpoint could not be removed: {error}")

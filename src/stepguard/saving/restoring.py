@@ -19,9 +19,9 @@ from pathlib import Path
 from stepguard.disk import files
 from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
-from stepguard.store import Checkpoint, CheckpointStore, Recovery, statefile
+from stepguard.store import Checkpoint, CheckpointStore, Recovery, rollback, statefile
 from stepguard.store.recovery import QUARANTINE
-from stepguard.words import logger
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -51,7 +51,10 @@ def restore_newest(
     Raises:
         NoGoodCheckpointError: checkpoints exist, or are named by the state file, and none is good. Nothing was changed.
         CheckpointMismatchError: a good checkpoint does not fit the program, or another engine wrote it.
+        CheckpointError: ``options.step`` asks for a checkpoint that does not exist.
     """
+    if options.step is not None and _is_due(store, options.step):
+        return restore_asked(store, restore, options.step)
     try:
         found = find_newest(store, restore, step_held=step_held, refuses_missing=refuses_missing)
     except NoGoodCheckpointError as error:
@@ -65,7 +68,56 @@ def restore_newest(
         found = _put_aside(store, found)
     report(found)
     store.adopt_earlier()
+    return _with_rollback(store, found, is_asked_for=options.step is not None)
+
+
+def _is_due(store: CheckpointStore, asked: int | str) -> bool:
+    """Whether the program is still to be put back: a run does so once, and its later starts go on with the newest."""
+    record = rollback.read(store.root)
+    is_done = record is not None and record.by_program and record.asked == str(asked)
+    # Who only reads gets what it asks for, each time.
+    return not (store.is_chief and is_done)
+
+
+def restore_asked(store: CheckpointStore, restore: Restore, asked: int | str) -> Recovery:
+    """Restore the checkpoint of a step, the best, or one by its name; a run that saves puts the newer ones aside.
+
+    Raises:
+        CheckpointError: there is none.
+        CheckpointCorruptError: it is damaged. Nothing was moved, and no other is tried in its place.
+        CheckpointMismatchError: it does not fit the program, or another engine wrote it.
+    """
+    good = restore_one(store, restore, store.find(asked))
+    found = Recovery(good)
+    if store.is_chief:
+        record = store.roll_back(good, asked, by_program=True)
+        found = _with_rollback(store, found, is_asked_for=True)
+        _log.warning(
+            "rolled back to %s, as the program asks; newer checkpoints that are now in %s: %s. Later starts go on "
+            "with the newest again",
+            good.path,
+            store.root / rollback.ASIDE / record.place,
+            listed(record.names) or "none",
+        )
+    report(found)
+    store.adopt_earlier()
     return found
+
+
+def _with_rollback(store: CheckpointStore, found: Recovery, *, is_asked_for: bool) -> Recovery:
+    """Note that a run begins where the last rollback has led, and say so once."""
+    record = rollback.read(store.root) if store.is_chief else None
+    if record is None or found.checkpoint is None:
+        return found
+    try:
+        if record.is_new:
+            rollback.note_start(store.root, record)
+        elif record.by_program and not is_asked_for:
+            # The program asks for it no longer: when it asks again, it means a new one.
+            rollback.forget(store.root)
+    except OSError as error:
+        _log.warning("%s: could not be written: %s", store.root / rollback.FILE_NAME, error)
+    return replace(found, rolled_back=record.is_new and record.to == found.checkpoint.name)
 
 
 def find_newest(

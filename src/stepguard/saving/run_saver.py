@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable
 from typing import Generic
 
-from stepguard.engine import Engine, EventLog, MakesRoom, SessionT
+from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, SessionT
 from stepguard.options import Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
+from stepguard.saving.keeper import Keeper
 from stepguard.saving.nan_guard import NanGuard
+from stepguard.saving.noted import Noted
 from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
 from stepguard.store import CheckpointStore, LogdirHold
+from stepguard.store.marks import check_name
 from stepguard.watching.observer import Observer
+from stepguard.watching.requests import Answer
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -56,6 +60,10 @@ class RunSaver(Generic[SessionT]):
         self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
         self.checkpointer: Checkpointer | None = None
+        # What the program says of its steps, and where it goes; with the session that says it.
+        self._noted = Noted(None if store is None else store.pins.rule)
+        self.keeper: Keeper | None = None
+        self._session: SessionT | None = None
         self._step_trigger: StepTrigger | None = None
 
     @property
@@ -100,7 +108,9 @@ class RunSaver(Generic[SessionT]):
         # If an earlier session was not stopped, share its writer: nobody would end that writer otherwise.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                Committer(self._engine, self._store, self._events, self._observer),
+                Committer(
+                    self._engine, self._store, self._events, self._observer, self._noted, self._options.on_commit
+                ),
                 self._on_error,
                 retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
@@ -108,14 +118,26 @@ class RunSaver(Generic[SessionT]):
             )
         if isinstance(self._engine, MakesRoom):
             self._engine.make_room(session)
-        checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))
+        is_saved, copies_all = self._is_newest_saved(step), self._noted.rule is not None
+        checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=is_saved, copies_all=copies_all)
         self.checkpointer = checkpointer
+        self._keep(session, checkpointer, self.writer)
         every_steps = self._options.save_model_steps
         if every_steps:
             trigger = StepTrigger(self._engine, session, checkpointer, every_steps, self._on_error)
             self._engine.call_after_steps(session, 1, trigger)
             self._step_trigger = trigger
         return checkpointer
+
+    def _keep(self, session: SessionT, checkpointer: Checkpointer, writer: CheckpointWriter) -> None:
+        if self._store is not None:
+            # Before the first step: the manifests are read now.
+            _log.debug("pinned checkpoints: %s", sorted(self._store.pins.pinned))
+        self.keeper = Keeper(self._engine, self._store, checkpointer, writer, self._noted, self._on_error)
+        self._session = session
+        engine: object = self._engine
+        if isinstance(engine, KeepsOnRequest):
+            engine.keep_with(session, self.keeper)
 
     def _is_newest_saved(self, step: int | None) -> bool:
         """Whether the newest checkpoint is a committed one of ``step``, the step at which the session starts."""
@@ -126,8 +148,36 @@ class RunSaver(Generic[SessionT]):
         """Note that the run was put back to an earlier step. At a boundary."""
         if self.checkpointer is not None:
             self.checkpointer.went_back()
+        if self._session is not None:
+            self._noted.forget_after(self._engine.step(self._session))
         if self._step_trigger is not None:
             self._step_trigger.went_back()
+
+    def save_for(self, name: str | None) -> Answer:
+        """Save the last step for somebody outside, and keep it under ``name``, if there is one. On a thread of its own.
+
+        Waits until the checkpoint is committed, or the disk fails.
+        """
+        checkpointer, writer = self.checkpointer, self.writer
+        if checkpointer is None or writer is None:
+            return Answer(False, "this run saves nothing")
+        if name is not None:
+            check_name(name)
+        if not writer.wait_until_idle():
+            return Answer(False, f"the disk fails: {writer.last_error}")
+        if not checkpointer.save_on_request():
+            return Answer(
+                False, "no step boundary came; `stepguard log` says why, and the next checkpoint is on its way"
+            )
+        step = checkpointer.saved_step
+        if not writer.wait_until_idle():
+            return Answer(False, f"step {step} is not saved yet, and will be tried again: {writer.last_error}")
+        if name is not None:
+            self._noted.add(step, name=name)
+            writer.mark(step)
+            writer.wait_until_marked()
+        path = self._engine.checkpoint_name(step)
+        return Answer(True, f"saved {path if self._store is None else self._store.root / path}")
 
     def save_now(self, timeout_secs: float) -> None:
         """Save the last step, after a wait of at most ``timeout_secs`` for the checkpoint that is being written.
@@ -154,6 +204,9 @@ class RunSaver(Generic[SessionT]):
         Raises:
             SaveFailedError: writing took longer.
         """
+        engine: object = self._engine
+        if self._session is not None and isinstance(engine, KeepsOnRequest):
+            engine.hand_over(self._session)
         if self.checkpointer is not None and self._options is not None and self._options.saves_last_step:
             self.checkpointer.save_last(
                 max(0.0, deadline - time.monotonic()), is_finished=is_finished, was_told=was_told
@@ -161,7 +214,7 @@ class RunSaver(Generic[SessionT]):
 
     def stop(self, deadline: float) -> bool:
         """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""
-        self._step_trigger = None
+        self._step_trigger = self.keeper = self._session = None
         checkpointer, self.checkpointer = self.checkpointer, None
         if checkpointer is not None:
             checkpointer.close()

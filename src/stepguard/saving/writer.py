@@ -7,6 +7,9 @@ step boundary, whose wait has a limit. :meth:`CheckpointWriter.drain` waits on t
 gone, at most for its timeout. It wakes a writer that waits for its next try, and sets the deadline after which a failed
 try is the last. The lock of the condition is never held during a write.
 
+A step is marked between two orders: its checkpoint gets what the program has said of it since the commit. An order that
+waits for the disk to recover delays the marks, and a drain waits for them too.
+
 ``one_save`` is held during a try, but never while the writer waits for a step boundary or for the next try. The other
 holders of ``one_save`` (the program's own saves, the NaN guard) do not wait for an order, so no circle of waits exists.
 A kill during the write leaves a stage, which the next chief sweeps; a kill after the manifest leaves a committed
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field
 
 from stepguard.disk.processes import yield_to_others
 from stepguard.engine import Snapshot
-from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.errors import NoBoundaryError, SaveFailedError, StepguardError
 from stepguard.saving.commit import Committer
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.retry import Retry
@@ -83,6 +86,9 @@ class CheckpointWriter:
         # `_order` is set until the order is done; `_waiting` is the same order until the thread takes it.
         self._order: _Order | None = None
         self._waiting: _Order | None = None
+        # The steps whose checkpoints are to be marked, once nothing is being written.
+        self._unmarked: set[int | None] = set()
+        self._is_marking = False
         self._closing = False
         self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
@@ -114,11 +120,32 @@ class CheckpointWriter:
             # The deadline of an earlier drain does not apply to this snapshot.
             self._gives_up_at = None
             self._wake.notify_all()
-            if self._thread is None:
-                self._closing = False
-                self._thread = threading.Thread(target=self._run, name="stepguard-writer", daemon=True)
-                self._thread.start()
+            self._start()
             return True
+
+    def _start(self) -> None:
+        """Start the thread, unless it runs; with the lock."""
+        if self._thread is None:
+            self._closing = False
+            self._thread = threading.Thread(target=self._run, name="stepguard-writer", daemon=True)
+            self._thread.start()
+
+    def mark(self, step: int | None) -> None:
+        """Have the checkpoint of ``step`` marked with what the program has said of it, once it is committed."""
+        with self._wake:
+            self._unmarked.add(step)
+            self._wake.notify_all()
+            self._start()
+
+    def wait_until_idle(self) -> bool:
+        """Wait for the end of the write at hand; ``False`` at once if it has failed and waits for its next try."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._order is None or self.retrying) and self._order is None
+
+    def wait_until_marked(self) -> None:
+        """Wait until everything that was committed has its marks."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._is_done() or self.retrying)
 
     def _mark(self) -> int | None:
         return None if self._guard is None else self._guard.mark()
@@ -152,10 +179,14 @@ class CheckpointWriter:
         with self._wake:
             self._gives_up_at = time.monotonic() + timeout_secs
             self._wake.notify_all()
-            return self._wake.wait_for(lambda: self._order is None, min(timeout_secs, threading.TIMEOUT_MAX))
+            return self._wake.wait_for(self._is_done, min(timeout_secs, threading.TIMEOUT_MAX))
+
+    def _is_done(self) -> bool:
+        return self._order is None and not self._unmarked and not self._is_marking
 
     def close(self, timeout_secs: float) -> bool:
         """Drain, and end the thread; ``False`` if the thread is still writing after ``timeout_secs``."""
+        began = time.monotonic()
         is_idle = self.drain(timeout_secs)
         with self._wake:
             self._closing = True
@@ -163,6 +194,7 @@ class CheckpointWriter:
             thread, self._thread = self._thread, None
         if thread is not None and is_idle:
             thread.join()
+        self._committer.close(began + timeout_secs)
         return is_idle
 
     # --- the writer's thread ---
@@ -171,10 +203,13 @@ class CheckpointWriter:
         yield_to_others()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting is not None or self._closing)
+                self._wake.wait_for(lambda: self._waiting is not None or self._unmarked or self._closing)
                 order, self._waiting = self._waiting, None
             if order is None:
-                return
+                if not self._unmarked:
+                    return
+                self._mark_next()
+                continue
             try:
                 self._write_with_retries(order)
             except NoBoundaryError as error:
@@ -187,6 +222,23 @@ class CheckpointWriter:
                     self._order = None
                     self._wake.notify_all()
 
+    def _mark_next(self) -> None:
+        """Mark one checkpoint. What cannot be noted costs a warning: the checkpoint itself is as good as before."""
+        with self._wake:
+            # Before the marks are read: what is said from now on is marked once more.
+            step, self._is_marking = self._unmarked.pop(), True
+        try:
+            with self._one_save:
+                self._committer.mark(step)
+        except (StepguardError, OSError) as error:
+            self.warn(f"what the program said of step {step} could not be noted in its checkpoint: {error}")
+        except Exception as error:  # noqa: BLE001 - a thread's edge: the coordinator raises it
+            self._on_error(error)
+        finally:
+            with self._wake:
+                self._is_marking = False
+                self._wake.notify_all()
+
     def _write_with_retries(self, order: _Order) -> None:
         began = time.monotonic()
         while True:
@@ -196,6 +248,10 @@ class CheckpointWriter:
                 saved = self._try(order)
                 break
             except self.storage_errors as error:
+                with self._wake:
+                    order.failed_tries += 1
+                    # Who waits for the end of this write is not to wait for the disk's recovery.
+                    self._wake.notify_all()
                 self._wait_after(error, order, time.monotonic() - began, gives_up_at)
         if saved is not None:
             self._committer.record(*saved, time.monotonic() - tried_at, order.stall_secs)
@@ -227,7 +283,6 @@ class CheckpointWriter:
         if order.take is not None and (is_written or isinstance(error, NameTakenError)):
             # What the framework has written is not to be relied upon; a name that cannot be had is that of one step.
             order.snapshot = None
-        order.failed_tries += 1
         order.last_error = error
         wait_secs = self._retry(order.failed_tries, failing_secs)
         if wait_secs is None or not self._may_wait(wait_secs, gave_up_at):

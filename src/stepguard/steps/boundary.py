@@ -56,7 +56,7 @@ class Boundary:
         self._away: int | None = None
         self._is_back = threading.Event()
         self._on_rest: Callable[[bool], None] | None = None
-        self._soon: Callable[[], None] | None = None
+        self._soon: list[Callable[[], None]] = []
         self.steps = 0
         # The thread that began the last step.
         self.thread: int | None = None
@@ -155,9 +155,7 @@ class Boundary:
 
     def call_due(self) -> None:
         """Call the callbacks that are due after the last step, unless they were called already."""
-        if self._soon is not None:
-            soon, self._soon = self._soon, None
-            soon()
+        self.call_put_off()
         # `>=`, because another thread may have done one more step before this thread gets here.
         if self.steps >= self._due_at and self._on_due is not None:
             # Called once, by the first thread that gets here.
@@ -172,6 +170,11 @@ class Boundary:
     def mark_torn(self) -> None:
         """Mark that this thread leaves its step half-way."""
         self._is_torn = True
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the training thread runs code of the program between two steps of a loop of its own."""
+        return self._away is not None
 
     @property
     def is_torn(self) -> bool:
@@ -206,7 +209,12 @@ class Boundary:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, at the end of the running step, on its thread."""
-        self._soon = callback
+        self._soon.append(callback)
+
+    def call_put_off(self) -> None:
+        """Call the callbacks of :meth:`call_soon` that have not been called yet."""
+        while self._soon:
+            self._soon.pop(0)()
 
     @contextmanager
     def hold(self, what: str, patience_secs: float | None = None) -> Iterator[None]:

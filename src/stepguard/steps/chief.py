@@ -97,6 +97,10 @@ class Chief(Rendezvous):
     def _note_taken(self) -> None:
         self._taken_at, self._is_wanted = self._member.steps_done(), True
 
+    def note_rest(self) -> None:
+        """Note that the state of the last rest is to be saved: the others hold theirs of that moment for no one."""
+        self._taken_at, self._is_wanted = self._member.steps_done(), False
+
     def at_known_step(self, callback: Callable[[], int]) -> int:
         """Call ``callback``, which may save, after a step at which all others take their states unasked."""
         step, moment = self._member.steps_done(), self._member.moment()

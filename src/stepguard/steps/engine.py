@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from stepguard.engine import Beginning, StepTrace
+from stepguard.engine import Beginning, Keeper, StepTrace
 from stepguard.steps.session import Session
 from stepguard.steps.step_digests import StepDigests
 
@@ -85,6 +85,9 @@ class LoopEngine(Generic[SessionT]):
         """Call ``keep(is_last)`` at the boundary where a loop ends."""
         session.boundary.call_at_rest(keep)
 
+    def saves_rest(self, session: SessionT) -> None:
+        """Do nothing: no other process takes part."""
+
     def is_outside_steps(self, session: SessionT, error: BaseException) -> bool:
         """Whether the loader has raised ``error`` before a step."""
         return session.failed_fetch is error
@@ -92,6 +95,14 @@ class LoopEngine(Generic[SessionT]):
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
         """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)
+
+    def keep_with(self, session: SessionT, keeper: Keeper) -> None:
+        """The session has ``metrics`` and ``save``."""
+        session.keep_with(keeper)
+
+    def hand_over(self, session: SessionT) -> None:
+        """Call what a step that was left by ``break`` has put off."""
+        session.boundary.call_put_off()
 
     def trace_steps(self, session: SessionT, trace: StepTrace) -> Beginning:
         """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""

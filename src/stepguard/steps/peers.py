@@ -103,6 +103,11 @@ class Peers:
         """
         return self._rendezvous.meeting(what) if isinstance(self._rendezvous, Chief) else nullcontext()
 
+    def saves_rest(self) -> None:
+        """Note that the state of this process's last rest is about to be written."""
+        if isinstance(self._rendezvous, Chief):
+            self._rendezvous.note_rest()
+
     def ask_for_parts(self, place: str, moment: Moment | None) -> PartMessages | None:
         """Ask the others to write their parts of the last snapshot to ``place``, which is relative to the logdir.
 

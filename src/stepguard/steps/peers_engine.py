@@ -148,6 +148,10 @@ class PeersEngine(LoopEngine[SessionT], ABC):
         with self.peers.meeting(what), session.boundary.hold(what, patience_secs):
             yield
 
+    def saves_rest(self, session: SessionT) -> None:  # noqa: ARG002 - the others know the moment by the snapshot
+        """Have the chief ask the others for their parts of that moment."""
+        self.peers.saves_rest()
+
     def checkpoint_name(self, step: int | None) -> str:
         """The name of a checkpoint, such as ``model.ckpt-1200``."""
         return f"{self._basename}-{step}"

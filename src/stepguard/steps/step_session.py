@@ -8,16 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import Beginning, StepTrace, ValueWatch
+from stepguard.engine import Beginning, Keeper, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.digests import numbers_at_hand
+from stepguard.steps.event_file import as_numbers
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice
 from stepguard.steps.process_state import ProcessState
 from stepguard.steps.step_digests import StepDigests
+from stepguard.store.marks import check_name
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 
 class StepSession:
@@ -50,6 +55,8 @@ class StepSession:
         self._watch: ValueWatch | None = None
         self._trace: StepTrace | None = None
         self._digests: StepDigests | None = None
+        self._keeper: Keeper | None = None
+        self._has_warned_of_no_keeper = False
         self.is_update = True
         self._evaluations = 0
         self._advice = LoopAdvice()
@@ -139,6 +146,44 @@ class StepSession:
             is_inside = self.boundary.stepping is not None
             self._trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside)
 
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """Note numbers that were measured of the state of the last step, such as a loss on held-out data::
+
+            with sess.evaluating():
+                val_loss = evaluate(model)
+            sess.metrics({"val_loss": val_loss})
+
+        They are in the manifest of that step's checkpoint, whenever it is saved. With ``Saving(keep_best=...)`` it is
+        saved now if it is one of the best. Between two loops it has the state of the last step, whatever the model
+        holds meanwhile. Inside a step they belong to the end of this step: measure after the training in it. After a
+        block of :meth:`step` the model must be that of the training again.
+
+        Raises:
+            TypeError: a value is no number, and no tensor of one element; the message names it.
+        """
+        self._check_open()
+        numbers = as_numbers(values, "metrics")
+        if self._watch is not None:
+            self._watch.look(numbers, self.global_step)
+        self._keep(lambda keeper, step: keeper.metrics(numbers, step))
+
+    def save(self, name: str | None = None) -> None:
+        """Save the state of the last step now; with a ``name``, it is kept until ``stepguard unkeep`` takes that away.
+
+        Inside a step it is taken at the end of the step. The files are written in the background. A name that another
+        checkpoint has moves to this one, and the other one is kept by its number only.
+
+        Raises:
+            TypeError, ValueError: ``name`` is no word.
+        """
+        self._check_open()
+        if name is not None:
+            check_name(name)
+        if self._keeper is None and self._gate is None and not self._has_warned_of_no_keeper:
+            self._has_warned_of_no_keeper = True
+            _log.warning("save: this run saves nothing, because it has no logdir or its saving is off")
+        self._keep(lambda keeper, step: keeper.save(name, step))
+
     @property
     def epoch(self) -> int:
         """The number of complete epochs over the loader used last; before its first use, that of the restored run."""
@@ -158,6 +203,10 @@ class StepSession:
         self._interrupts.finish()
 
     # --- for the engine ---
+
+    def keep_with(self, keeper: Keeper) -> None:
+        """Hand ``keeper`` the metrics and saves of the program."""
+        self._keeper = keeper
 
     def watch(self, before_close: Callable[[], None]) -> None:
         """Call ``before_close()`` if the program itself closes the session."""
@@ -250,6 +299,22 @@ class StepSession:
             self._interrupts.raise_if_held()
 
     # --- inside ---
+
+    def _keep(self, act: Callable[[Keeper, int], None]) -> None:
+        keeper = self._keeper
+        if keeper is None:
+            return
+        if self.boundary.is_mine:
+            step = self.global_step + 1
+            self.boundary.call_soon(lambda: act(keeper, step))
+            return
+        is_away = self.boundary.is_away
+        self.boundary.come_back()
+        try:
+            act(keeper, self.global_step)
+        finally:
+            if is_away:
+                self.boundary.go_away()
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""

@@ -66,12 +66,14 @@ class PassedOver:
 class Recovery:
     """The result of a search for the newest good checkpoint. ``checkpoint`` is None if there are no checkpoints.
 
-    For a checkpoint without a manifest, ``step`` is the step that it contains, if that could be read.
+    For a checkpoint without a manifest, ``step`` is the step that it contains, if that could be read. ``rolled_back``
+    says that the run was put back to the checkpoint on purpose, and begins there for the first time.
     """
 
     checkpoint: Checkpoint | None
     damaged: tuple[Damage, ...] = ()
     passed_over: tuple[PassedOver, ...] = ()
+    rolled_back: bool = False
 
     @property
     def steps_lost(self) -> int | None:

@@ -22,12 +22,15 @@ from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.options import check_local
 from stepguard.store import layout as layouts
-from stepguard.store import leftovers, lock, recovery, statefile, verification
+from stepguard.store import leftovers, lock, recovery, rollback, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
+from stepguard.store.marks import BEST, BestRule, Marks
+from stepguard.store.pins import Pins
 from stepguard.store.retention import Retention
-from stepguard.words import logger
+from stepguard.store.rollback import Rollback
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -48,7 +51,8 @@ class CheckpointStore:
 
     ``saver_files`` are the names of checkpoints without a manifest, which the framework's own tools wrote, such as
     `stepguard.store.tensorflow_files`. None means that only committed checkpoints count. ``max_to_keep`` and
-    ``keep_every_n_hours`` are for `prune`. ``clock`` returns Unix time.
+    ``keep_every_n_hours`` are for `prune`, and so is ``keep_best``: the best checkpoints by one metric, which are kept
+    beside them. ``clock`` returns Unix time.
 
     Any thread and process may read (`candidates`, `read_manifest`, `verify`, and `newest_good` with
     ``quarantine=False``). Everything else is for one thread at a time, in the process that holds the chief's lock.
@@ -64,6 +68,7 @@ class CheckpointStore:
         relative_paths: bool = False,
         max_to_keep: int | None = None,
         keep_every_n_hours: float | None = None,
+        keep_best: tuple[str, str, int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         check_local("the directory of a store", root)
@@ -72,6 +77,7 @@ class CheckpointStore:
         self.relative_paths = relative_paths
         self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
+        self.pins = Pins(self._layout, BestRule.of(keep_best))
         # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
         self._clock = clock
@@ -150,13 +156,14 @@ class CheckpointStore:
         extra: Mapping[str, Any] | None = None,
         digests: Mapping[str, tuple[int, str]] | None = None,
         taken_at: float | None = None,
+        marks: Marks | None = None,
     ) -> Checkpoint:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
         ``digests`` has the sizes and digests of files that were digested during their write
         (`stepguard.disk.files.NewFile`), by their names in the staging directory; other files are read for that.
         ``taken_at`` is the Unix time of the snapshot, which counts as the age of the checkpoint: a slow write does not
-        make its step newer.
+        make its step newer. ``marks`` are noted of it; a checkpoint that it replaces hands its names on.
 
         Raises LogdirInUseError if the logdir was cleared, and has another chief since. Raises OSError as it came if the
         disk fails: then every other checkpoint is as it was, and one of the same
@@ -169,6 +176,7 @@ class CheckpointStore:
         for entry in staged:
             files.fsync_tree(entry)
         manifest = self._manifest(name, step, stage, [entry.name for entry in staged], extra, digests or {})
+        manifest = replace(manifest, marks=self.pins.handed_on(name, marks))
         if taken_at is not None:
             manifest = replace(manifest, time=taken_at)
         # Written here, where it cannot be taken for a commit record, and moved into place as the last file.
@@ -188,7 +196,9 @@ class CheckpointStore:
             raise
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
 
-    def commit_in_place(self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None) -> Checkpoint:
+    def commit_in_place(
+        self, name: str, step: int | None, *, extra: Mapping[str, Any] | None = None, marks: Marks | None = None
+    ) -> Checkpoint:
         """Commit files that a program's own saver wrote under their final names: fsync, manifest, state file.
 
         The store promises less for these: before this returns, a crash may leave only some of them. Call `uncommit`
@@ -203,6 +213,7 @@ class CheckpointStore:
             files.fsync_tree(self.root / one)
         files.fsync_dir(self.root)
         manifest = self._manifest(name, step, self.root, present, extra, {})
+        manifest = replace(manifest, marks=self.pins.handed_on(name, marks))
         files.write_atomic(self._layout.manifest(name), manifest.to_json())
         return self._committed(Checkpoint(self.root, name, step, manifest.time, True, manifest))
 
@@ -243,7 +254,8 @@ class CheckpointStore:
             if size != files.size_of(path):
                 raise OSError(errno.EIO, f"expected the {size} bytes that were written, found another size", str(path))
             records.append(FileRecord(inside, size, digest))
-        owned = tuple(one.name for one in (*self._retention.doomed, *self._retention.owned) if one.name != name)
+        counted = (*self._retention.aside, *self._retention.doomed, *self._retention.owned)
+        owned = tuple(one.name for one in counted if one.name != name)
         return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}), owned=owned)
 
     def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
@@ -273,9 +285,11 @@ class CheckpointStore:
     def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
         """Do the work after the manifest. The checkpoint is durable, so a failure here only gives a warning."""
         self._newest_good = checkpoint.name
-        self._retention.add(checkpoint)
+        if checkpoint.manifest is not None:
+            self.pins.note(checkpoint.manifest)
+        self._retention.add(checkpoint, self.pins.pinned)
         self._set_anchor()
-        kept = [one.name for one in self._retention.owned] or [checkpoint.name]
+        kept = [one.name for one in self._retention.owned if one.name != checkpoint.name] + [checkpoint.name]
         try:
             self._write_state(checkpoint.name, kept, self._retention.anchor)
         except OSError as error:
@@ -293,6 +307,46 @@ class CheckpointStore:
         files.remove_quietly(self._stages.pop(checkpoint.name, self._layout.stage(checkpoint.name)))
         files.remove_quietly(self._layout.replaced(checkpoint.name))
         return checkpoint
+
+    def mark(self, name: str, marks: Marks) -> bool:
+        """Replace the marks of the committed checkpoint ``name``, durably; return whether that changed any.
+
+        The manifest is replaced in one rename: a kill leaves the old marks or the new ones. Raises FileNotFoundError
+        if there is no such checkpoint, CheckpointError if its manifest cannot be read, OSError if the disk fails.
+        """
+        path = self._layout.manifest(name)
+        manifest = verification.read_manifest(self._layout, name)
+        if manifest is None:
+            raise FileNotFoundError(errno.ENOENT, "expected the manifest of a checkpoint, found none", str(path))
+        if manifest.marks == marks:
+            return False
+        self._keep_hold()
+        changed = replace(manifest, marks=marks)
+        files.write_atomic(path, changed.to_json())
+        self.pins.note(changed)
+        self._retention.pin(self.pins.pinned)
+        return True
+
+    def count_again(self, name: str) -> None:
+        """Have the next start count ``name``, which is no longer pinned, among those that retention may remove.
+
+        For a process that is the chief for a moment, and trains nothing.
+        """
+        state = statefile.read(self.root)
+        if state is None or name in state.names or name in self.pins.pinned:
+            return
+        step = self._layout.step_of(name)
+        steps = [self._layout.step_of(one) if self._layout.is_name(one) else None for one in state.names]
+        place = next((n for n, one in enumerate(steps) if (one or 0) > (step or 0)), len(steps))
+        names = [*state.names[:place], name, *state.names[place:]]
+        stated, *listed = self._layout.stated([state.newest, *names])
+        statefile.write(
+            self.root.absolute(),
+            stated,
+            listed,
+            last_preserved=state.last_preserved,
+            relative_paths=not state.path.is_absolute(),
+        )
 
     def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
         stated, *names = self._layout.stated([newest, *kept])
@@ -341,6 +395,29 @@ class CheckpointStore:
         Raises CheckpointCorruptError if the manifest is damaged, CheckpointError if a newer Stepguard wrote it.
         """
         return verification.read_manifest(self._layout.within(checkpoint.root), checkpoint.name)
+
+    def find(self, asked: int | str) -> Checkpoint:
+        """Return the checkpoint of a step, the ``"best"`` one, or the one that has this name.
+
+        Raises CheckpointError, which names what there is, if there is none.
+        """
+        found = self.candidates()
+        self.pins.load(found)
+        known = self.pins.standing
+        if isinstance(asked, str):
+            name = next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
+            meant = [one for one in found if one.name == name]
+        else:
+            meant = [one for one in found if one.step == asked]
+        if meant:
+            return meant[0]
+        steps = listed(str(one.step) for one in found if one.step is not None)
+        names = listed(known.holders)
+        raise CheckpointError(
+            f"{self.root}: expected a checkpoint {asked!r}, found the steps {steps or 'none'}"
+            f"{f' and the names {names}' if names else ''}",
+            path=self.root,
+        )
 
     def verify(self, checkpoint: Checkpoint) -> Checkpoint:
         """Verify a checkpoint by its manifest, first all sizes, then the digests; return it with the manifest.
@@ -397,6 +474,20 @@ class CheckpointStore:
         """
         return recovery.quarantine(self._layout, checkpoint, reason)
 
+    def roll_back(self, to: Checkpoint, asked: int | str, *, by_program: bool) -> Rollback:
+        """Put the checkpoints of later steps than ``to`` aside; return what was done. See `stepguard.store.rollback`.
+
+        Only for the chief. Raises OSError if the disk fails; the next start then does the rest.
+        """
+        done = rollback.roll_back(self._layout, to, str(asked), by_program=by_program)
+        self._newest_good = self._stated = to.name
+        return done
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this store holds the chief's lock, because its run saves here."""
+        return self._hold() is not None
+
     # --- retention ---
 
     def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
@@ -404,7 +495,8 @@ class CheckpointStore:
 
         This is for an earlier run's checkpoints, as the Saver's ``recover_last_checkpoints``: see `adopt_earlier`.
         """
-        self._retention.adopt([self._with_commit_time(one) for one in checkpoints if one.root == self.root])
+        found = [self._with_commit_time(one) for one in checkpoints if one.root == self.root]
+        self._retention.adopt(found, self.pins.pinned)
 
     def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
         # If the logdir was copied, its files have the time of the copy, so the manifest's time is used.
@@ -438,11 +530,15 @@ class CheckpointStore:
         """
         state = statefile.read(self.root)
         found = self.candidates()
+        self.pins.load(found)
         if state is None or not (owned := _listed(state, found)):
-            owned = [one for one in found if one.is_committed][: self._retention.max_to_keep or None][::-1]
+            counted = [one for one in found if one.is_committed and one.name not in self.pins.pinned]
+            owned = counted[: self._retention.max_to_keep or None][::-1]
         else:
             owned = self._with_what_a_kill_left(owned, found)
-        self.adopt(owned)
+        names = {one.name for one in owned}
+        pinned = [one for one in reversed(found) if one.name in self.pins.pinned and one.name not in names]
+        self.adopt([*pinned, *owned])
         if self._hold() is None:
             return owned
         self._set_anchor()
@@ -450,7 +546,8 @@ class CheckpointStore:
         kept = list(self._retention.owned)
         try:
             is_stale = state is not None and self._layout.is_name(state.newest)
-            if state is not None and is_stale and kept and state.newest not in [one.name for one in kept]:
+            is_there = state is not None and state.newest in {*(one.name for one in kept), *self.pins.pinned}
+            if state is not None and is_stale and kept and not is_there:
                 # Before it is removed.
                 self._write_state(kept[-1].name, [one.name for one in kept], state.last_preserved)
             self.prune()
@@ -479,8 +576,11 @@ class CheckpointStore:
 
         The rules are the Saver's: the last ``max_to_keep`` committed or adopted checkpoints are kept (0 or None keeps
         all), and of the others one for each ``keep_every_n_hours`` stays for ever. The newest good one is never
-        removed. Those whose names are in ``protect`` wait for a later call.
+        removed, nor one that is pinned: a best one, a named one, one that is to be kept. Those whose
+        names are in ``protect`` wait for a later call.
         """
+        if self.pins.forget_missing():
+            self._retention.pin(self.pins.pinned)
         # If the state file could not be rewritten, keep what it names; else TensorFlow's own tools would find nothing.
         doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated})
         files_of = self._layout.grouped() if doomed else {}
@@ -602,6 +702,9 @@ class CheckpointStore:
         try:
             self.forget_removed()
             swept += recovery.finish_quarantine(self._layout)
+            unfinished = rollback.read(self.root)
+            if unfinished is not None and unfinished.is_pending:
+                rollback.finish(self._layout, unfinished)
         except OSError as error:
             _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept

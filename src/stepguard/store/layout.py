@@ -35,7 +35,7 @@ PRUNED = ".pruned-"
 """The prefix of the manifest of the checkpoint NAME while its files are being removed."""
 
 # The store's own temporary files, each of which is then renamed over the previous version.
-_ASIDE = re.compile(r"\.(?:checkpoint|.+\.manifest\.json)(?:\.\d+)?\.tmp")
+_ASIDE = re.compile(r"\.(?:checkpoint|rollback\.json|.+\.manifest\.json)(?:\.\d+)?\.tmp")
 
 # A suffix without a further dot: "model.ckpt-12" must not take the files of a "model.ckpt-12.best".
 _PLAIN_SUFFIX = re.compile(r"\.[^./]+")

@@ -17,6 +17,7 @@ from typing import Any
 from stepguard.disk import files, schema
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store import tensorflow_files
+from stepguard.store.marks import Marks
 
 FORMAT_VERSION = 1
 
@@ -58,7 +59,8 @@ class Manifest:
     """The facts of a commit: the engine, the step (None: no steps are counted), the Unix time, and the files.
 
     ``extra`` has the engine's own JSON values. ``owned`` are the names that the retention rules counted at the commit,
-    oldest first, including those that were to be removed next; after a kill the next run removes them.
+    oldest first, including those that were to be removed next; after a kill the next run removes them. ``marks`` are
+    what the program and the user have noted of the checkpoint.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     owned: tuple[str, ...] = ()
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def size(self) -> int:
@@ -86,6 +89,7 @@ class Manifest:
             "files": [{"name": one.name, "size": one.size, "digest": one.digest} for one in self.files],
             "extra": dict(self.extra),
             "owned": list(self.owned),
+            **self.marks.to_json(),
         }
         body["digest"] = files.digest_bytes(_canonical(body))
         return (json.dumps(body, indent=1, allow_nan=False) + "\n").encode("ascii")
@@ -128,6 +132,7 @@ class Manifest:
                 path=path,
             )
         kinds = {**schema.kinds_of(cls), "files": (list,), "extra": (dict,), "owned": (list,)}
+        del kinds["marks"]
         # Manifests of earlier versions have no `owned`.
         known = schema.checked({"owned": [], **body}, kinds, required=tuple(kinds))
         if known["step"] is not None and known["step"] < 0:
@@ -140,7 +145,7 @@ class Manifest:
         if not records:
             raise schema.SchemaError("files: expected at least one, found none")
         owned = tuple(one for one in known["owned"] if isinstance(one, str))
-        return cls(**{**known, "files": records, "owned": owned})
+        return cls(**{**known, "files": records, "owned": owned, "marks": Marks.from_json(body)})
 
 
 def named_files(checkpoint: Path) -> list[Path] | None:

@@ -13,6 +13,9 @@ class Retention:
 
     0 or None keeps all. Of the older ones, one for each ``keep_every_n_hours`` stays for ever. The hours are counted
     from ``anchor`` (Unix time), which the store sets when it first needs it.
+
+    Pinned checkpoints are set aside: they neither count nor are removed. One that is no longer pinned counts again, in
+    its place by time.
     """
 
     def __init__(self, max_to_keep: int | None, keep_every_n_hours: float | None) -> None:
@@ -25,24 +28,46 @@ class Retention:
         self.anchor: float | None = None
         self._owned: list[Checkpoint] = []
         self._fallen_out: list[Checkpoint] = []
+        self._aside: list[Checkpoint] = []
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that are kept, oldest first."""
+        """The checkpoints that are kept by their number, oldest first."""
         return tuple(self._owned)
 
-    def adopt(self, checkpoints: Iterable[Checkpoint]) -> None:
+    @property
+    def aside(self) -> tuple[Checkpoint, ...]:
+        """The pinned ones."""
+        return tuple(self._aside)
+
+    def adopt(self, checkpoints: Iterable[Checkpoint], pinned: Collection[str] = ()) -> None:
         """Own these checkpoints, oldest first, in place of those owned so far."""
-        self._owned = list(checkpoints)
+        found = list(checkpoints)
+        self._owned = [one for one in found if one.name not in pinned]
+        adopted = {one.name for one in found}
+        # A list of the framework's own may not have those that were pinned before.
+        self._aside = [one for one in self._aside if one.name not in adopted]
+        self._aside += [one for one in found if one.name in pinned]
         self._fallen_out = []
 
-    def add(self, checkpoint: Checkpoint) -> None:
+    def add(self, checkpoint: Checkpoint, pinned: Collection[str] = ()) -> None:
         """Own one more, the newest."""
         if not self.max_to_keep:
             return
-        self._owned = [one for one in self._owned if one.name != checkpoint.name]
-        self._fallen_out = [one for one in self._fallen_out if one.name != checkpoint.name]
+        for owned in (self._owned, self._fallen_out, self._aside):
+            owned[:] = [one for one in owned if one.name != checkpoint.name]
         self._owned.append(checkpoint)
+        self.pin(pinned)
+
+    def pin(self, pinned: Collection[str]) -> None:
+        """Set aside the checkpoints of these names and no others, and make the surplus of the rest doomed."""
+        released = [one for one in self._aside if one.name not in pinned]
+        self._aside = [one for one in [*self._aside, *self._fallen_out, *self._owned] if one.name in pinned]
+        self._fallen_out = [one for one in self._fallen_out if one.name not in pinned]
+        self._owned = [one for one in self._owned if one.name not in pinned]
+        for one in released:
+            place = next((n for n, other in enumerate(self._owned) if other.time > one.time), len(self._owned))
+            self._owned.insert(place, one)
         self.trim()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -169,7 +169,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         if session_manager is not None:
             because = "the session manager that was given waits and restores by its own rules"
             refuse(watching, "peer_timeout_secs", because=because)
-            refuse(restoring, "start_over_when_all_damaged", because=because)
+            refuse(restoring, "start_over_when_all_damaged", "step", because=because)
         graph = _v1.get_default_graph() if graph is None else graph
         given = arguments.checked(
             options,
@@ -253,7 +253,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         """Find out where and how the saver saves. Errors in that are raised before anything is written."""
         saver, path, options = self._part("saver"), self._part("save_path"), self._given_options
         saves_model = bool(saver) and path is not None
-        self._saved_store = _open_store(path, saver) if saves_model else None
+        self._saved_store = _open_store(path, saver, options.saving.keep_best) if saves_model else None
         self._saved_plan = plan(saver, self._graph) if self._saved_store is not None else None
         options.check_return(commits=self._saved_store is not None)
         if options.guarding.nan_guard is not None and saves_model and options.saving.is_on and self._saved_plan is None:
@@ -526,6 +526,30 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         self._tensorflow.write_summary(summary, None if global_step is None else as_step(global_step))
         self._tensorflow.trace_summary(sess, summary)
 
+    # --- beside the contract ---
+
+    def metrics(self, sess: Any, values: Mapping[str, Any]) -> None:
+        """Note numbers that were measured of the state of the last step, such as a loss on held-out data.
+
+        They are in the manifest of that step's checkpoint. With ``Saving(keep_best=...)`` the step is saved now if
+        it is one of the best. It is a method of the Supervisor, as `summary_computed` is, because a session may be one
+        of the program's own. Call it from the thread that trains, before its next step.
+
+        Raises:
+            TypeError: a value is no number; the message names it.
+        """
+        self.keep_metrics(sess, values)
+
+    def save(self, sess: Any, name: str | None = None) -> None:
+        """Save the state of the last step now; with a ``name``, it is kept until ``stepguard unkeep`` takes that away.
+
+        The files are written in the background. A name that another checkpoint has moves to this one.
+
+        Raises:
+            TypeError, ValueError: ``name`` is no word.
+        """
+        self.keep_checkpoint(sess, name)
+
     # --- the aliases of the contract ---
 
     PrepareSession = prepare_or_wait_for_session
@@ -540,7 +564,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
     SummaryComputed = summary_computed
 
 
-def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
+def _open_store(save_path: str | None, saver: Any, keep_best: tuple[str, str, int] | None) -> CheckpointStore | None:
     """The store for ``save_path``; ``None`` if only TensorFlow can reach its file system."""
     if save_path is None or "://" in save_path:
         return None
@@ -556,4 +580,5 @@ def _open_store(save_path: str | None, saver: Any) -> CheckpointStore | None:
         max_to_keep=getattr(definition, "max_to_keep", None),
         # The Saver's own default of 10,000 hours means never.
         keep_every_n_hours=hours if 0 < hours < 10_000 else None,
+        keep_best=keep_best,
     )

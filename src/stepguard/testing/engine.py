@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,6 +300,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
                 engine=ENGINE,
                 max_to_keep=options.saving.max_to_keep,
                 keep_every_n_hours=options.saving.keep_checkpoint_every_n_hours,
+                keep_best=options.saving.keep_best,
             )
         options.check_return(commits=store is not None and is_chief)
         self.engine = FakeEngine(size=size) if engine is None else engine
@@ -329,3 +330,11 @@ class FakeSupervisor(Supervisor[FakeSession]):
             lambda: self.prepare_or_wait_for_session(start_standard_services),
             close_summary_writer=close_summary_writer,
         )
+
+    def metrics(self, sess: FakeSession, values: Mapping[str, float]) -> None:
+        """Note numbers that were measured of the last step."""
+        self.keep_metrics(sess, values)
+
+    def save(self, sess: FakeSession, name: str | None = None) -> None:
+        """Save now, and keep that under ``name``."""
+        self.keep_checkpoint(sess, name)

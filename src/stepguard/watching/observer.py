@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from stepguard.watching.metrics import MetricsServer
 from stepguard.watching.part import Part
 from stepguard.watching.progress_line import ProgressLine
 from stepguard.watching.pulse import Pulse
+from stepguard.watching.requests import Answer, Reception, Request
 from stepguard.watching.run_record import Ending, Room, RunRecord, describe
 from stepguard.watching.step_meter import StepMeter
 from stepguard.watching.step_recorder import StepRecorder
@@ -132,9 +133,16 @@ class Observer:
         _log.info("metrics are served at %s", metrics.url)
         return [metrics]
 
-    def session_ready(self, session: Any, step: int | None, recovery: Recovery | None) -> None:
+    def session_ready(
+        self,
+        session: Any,
+        step: int | None,
+        recovery: Recovery | None,
+        answer: Callable[[Request], Answer] | None = None,
+    ) -> None:
         """Note that the session can run, from ``step`` on if known. ``recovery`` is the result of the search for
         a checkpoint; ``None`` in a process that did not search. This must be fast, because the program waits for it.
+        ``answer`` does what is asked from outside; only the chief is given it.
         """
         watch = self._watch
         if watch is None:
@@ -143,6 +151,7 @@ class Observer:
         self._record.trains(recovery)
         if self.now.phase == "preparing":
             added = [*self._watch_for_hangs(watch.meter), *self._show_progress(), *self._trace(session, recovery)]
+            added += self._receive(answer)
             watch.parts = [*added, *watch.parts]
         self.now.phase = "training"
         # Last, because from now on the observer's thread uses all of the above.
@@ -165,6 +174,13 @@ class Observer:
     def _show_progress(self) -> list[Part]:
         return [ProgressLine(self.now)] if self._options.progress else []
 
+    def _receive(self, answer: Callable[[Request], Answer] | None) -> list[Part]:
+        """Take requests from outside. A visitor of a chief's logdir leaves them to that chief."""
+        logdir = self._record.logdir
+        if answer is None or logdir is None or self._is_passing or not self._is_chief:
+            return []
+        return [Reception(logdir, self.now, answer)]
+
     def _trace(self, session: Any, recovery: Recovery | None) -> list[Part]:
         """Record what the steps of ``session`` are. A visitor of a chief's logdir records nothing there."""
         engine: object = self._engine
@@ -180,6 +196,9 @@ class Observer:
         # A worker takes the state that its chief has restored, and does not search itself.
         is_resumed = recovery.checkpoint is not None if recovery is not None else beginning.step > 0
         recorder.begin(beginning, is_resumed=is_resumed)
+        if recovery is not None and recovery.rolled_back:
+            # On purpose, and perhaps with other settings: not the steps of the run before, done again.
+            recorder.went_back(beginning.step)
         self._recorder = recorder
         return [recorder]
 

@@ -148,6 +148,8 @@ class RunRecord:
             so_far = self._so_far("fresh", step=now.step, **before)
             self.append("fresh", durable=False, step=now.step, **before, so_far=so_far)
             return
+        if recovery.rolled_back:
+            self.append("rollback", checkpoint=checkpoint.name, step=now.step, previous_step=before["previous_step"])
         lost = None
         if previous is not None and previous.step is not None and now.step is not None:
             lost = max(0, previous.step - now.step)
@@ -177,7 +179,7 @@ class RunRecord:
             ],
         )
         # If checkpoints were damaged, a warning has already said what was lost.
-        if lost and not recovery.damaged:
+        if lost and not recovery.damaged and not recovery.rolled_back:
             _log.warning("the run before had come to step %d: %d steps are done again", (now.step or 0) + lost, lost)
         if message := recovery.message():
             self.note_warning(message)

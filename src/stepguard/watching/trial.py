@@ -132,8 +132,15 @@ def applied(logdir: Any, options: Options) -> tuple[Any, Options]:
     saving = options.saving
     if saving.is_on:
         steps = [one for one in (saving.save_model_steps, trial.save_every) if one is not None]
-        saving = replace(saving, save_model_steps=min(steps, default=None), save_at_end=True)
-    return os.fspath(logdir_of(Path(trial.place), number)), replace(options, saving=saving, watching=_traced(options))
+        # What the program does with its checkpoints elsewhere, it is to do with real ones only.
+        saving = replace(saving, save_model_steps=min(steps, default=None), save_at_end=True, on_commit=None)
+    return os.fspath(logdir_of(Path(trial.place), number)), replace(
+        options,
+        saving=saving,
+        watching=_traced(options),
+        # The scratch logdir is empty at first.
+        restoring=replace(options.restoring, step=None),
+    )
 
 
 def _traced(options: Options) -> Any:

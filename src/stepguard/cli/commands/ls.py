@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import click
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
+from stepguard.cli.logdir.standings import marks_of, standings, why_kept
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.store.marks import Standing
 from stepguard.words import duration, printable
 
 _COLUMNS = (
@@ -24,6 +27,8 @@ _COLUMNS = (
     STATE,
     Column("NAME", shrink=True),
 )
+# Only where a checkpoint has any.
+_KEPT, _METRICS = Column("KEPT", shrink=True), Column("METRICS", shrink=True)
 
 
 @click.command(
@@ -46,6 +51,9 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     damaged     a file is missing or of a wrong size, or the manifest is damaged
     incomplete  being written or removed, or cut short by a kill (marked with > if a restart would finish its commit)
 
+    Of those that the retention rules leave alone, KEPT says why: one of the best by the metric of the program, its
+    names, or `stepguard keep`. METRICS are what the program has measured at that step.
+
     The data are not read for this: a bit that has flipped is found by `stepguard verify`.
 
     Exit code 1: the system could not read something, which is named and passed over.
@@ -61,17 +69,19 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
 
 def _document(found: LogdirContents) -> dict[str, Any]:
     now = time.time()
+    known = standings(found.found)
     return {
         "logdir": str(found.root),
-        "checkpoints": [_json(one, now) for one in found.found],
+        "checkpoints": [_json(one, now, known[one.basename]) for one in found.found],
         "missing": list(found.missing),
         "quarantined": found.quarantined,
         "unreadable": list(found.unreadable),
     }
 
 
-def _json(one: ListedCheckpoint, now: float) -> dict[str, Any]:
-    checkpoint = one.checkpoint
+def _json(one: ListedCheckpoint, now: float, known: Standing) -> dict[str, Any]:
+    checkpoint, marks = one.checkpoint, marks_of(one)
+    is_best = checkpoint.name in known.best
     return {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
@@ -84,13 +94,16 @@ def _json(one: ListedCheckpoint, now: float) -> dict[str, Any]:
         "state": one.state,
         "reasons": list(one.reasons),
         "next": one.is_next,
+        "metrics": dict(marks.metrics),
+        "best": known.best.index(checkpoint.name) + 1 if is_best else None,
+        "names": known.names_of(checkpoint.name),
+        "kept": marks.is_kept,
     }
 
 
 def _print(found: LogdirContents) -> None:
-    now = time.time()
     if found.found:
-        print_table(_COLUMNS, [_row(one, now) for one in found.found])
+        _print_table(found.found)
     else:
         click.echo(f"{printable(str(found.root))}: no checkpoints")
     for name in found.missing:
@@ -103,6 +116,23 @@ def _print(found: LogdirContents) -> None:
         click.echo(printable(reason))
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
+
+
+def _print_table(found: Sequence[ListedCheckpoint]) -> None:
+    now, known = time.time(), standings(found)
+    columns, rows = list(_COLUMNS), [list(_row(one, now)) for one in found]
+    kept = [why_kept(one, known[one.basename]) for one in found]
+    metrics = [_metrics(one) for one in found]
+    for column, cells in ((_KEPT, kept), (_METRICS, metrics)):
+        if any(cells):
+            columns.insert(-1, column)
+            for row, cell in zip(rows, cells, strict=True):
+                row.insert(-1, cell or "-")
+    print_table(columns, rows)
+
+
+def _metrics(one: ListedCheckpoint) -> str:
+    return ", ".join(f"{printable(name)} {value:.4g}" for name, value in sorted(marks_of(one).metrics.items()))
 
 
 def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.logdir.full_read import read_fully
+from stepguard.cli.logdir.standings import standings
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.store import CheckpointStore, tensorflow_files
@@ -55,9 +56,10 @@ def command(
 ) -> None:
     """Remove the checkpoints of LOGDIR that neither --keep-last nor --keep-every keeps; one of them must be given.
 
-    The newest good checkpoint always stays (it is read to its end to make sure), and so does every newer one. Damaged
-    checkpoints do not count, and stay: `stepguard verify` names them, and the next start of the program moves them to
-    quarantine/. Checkpoints with different basenames are counted separately.
+    The newest good checkpoint always stays (it is read to its end to make sure), and so does every newer one, and those
+    that are the best, named or kept (`stepguard ls` says why). Damaged checkpoints do not count, and stay: `stepguard
+    verify` names them, and the next start of the program moves them to quarantine/. Checkpoints with different
+    basenames are counted separately.
 
     Exit code 1: another process trains or prunes in LOGDIR, or no checkpoint is good, and nothing was removed; or the
     system could not read something, which is named and left as it is.
@@ -120,10 +122,12 @@ def _plan(
             FINDING,
         )
     sound = [one for one in found if one.state != DAMAGED]
+    pinned = standings([*found]).pop(basename).pinned
     kept: list[ListedCheckpoint] = []
     removed: list[ListedCheckpoint] = []
     for number, one in enumerate(sound):
         is_kept = number <= sound.index(newest_good) or (keep_last is not None and number < keep_last)
+        is_kept = is_kept or one.checkpoint.name in pinned
         step = one.checkpoint.step
         is_kept = is_kept or (keep_every is not None and step is not None and step % keep_every == 0)
         (kept if is_kept else removed).append(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def read_run_state(logdir: Path) -> RunState:
         processes=tuple(_process(one, chief, now, is_from_ledger=one.role not in roles) for one in beats),
         newest=last,
         newest_good=good,
-        steps_at_risk=_at_risk(chief, good),
+        steps_at_risk=0 if _is_rolled_back(events, chief) else _at_risk(chief, good),
         history=history.from_events(events, chief),
         last_error=history.last_error(events),
         launcher=launcher_of(events),
@@ -164,6 +165,12 @@ def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | No
         # The checkpoints may lie where only the framework can read them.
         saved.append(chief.last_checkpoint["step"])
     return max(0, chief.step - max(saved))
+
+
+def _is_rolled_back(events: Sequence[Mapping[str, Any]], chief: Heartbeat | None) -> bool:
+    """Whether the run was rolled back after its last sign of life: its later steps are given up, not at risk."""
+    times = [one["time"] for one in events if one["event"] == "rollback"]
+    return chief is not None and bool(times) and times[-1] > chief.time
 
 
 def _process_document(one: Process) -> dict[str, Any]:

@@ -24,6 +24,7 @@ _STOPS = {
     "interrupt": "stopped by Ctrl-C",
     "request_stop": "stopped: the program has asked for it",
     "time_limit": "stopped: the time that it was given is over",
+    "command": "stopped by `stepguard stop`",
     "exit": "the program left without stopping the run",
     "error": "failed",
 }
@@ -155,6 +156,11 @@ def _return(event: _Event) -> _Told:
     return f"the NaN guard went back {steps}: {event.get('reason')}", BAD
 
 
+def _rollback(event: _Event) -> _Told:
+    was = f" from step {_number(event['previous_step'])}" if event.get("previous_step") is not None else ""
+    return f"rolled back{was} to {event.get('checkpoint')}, step {_number(event.get('step'))}", _TROUBLE
+
+
 def _replay(event: _Event) -> _Told:
     return str(event.get("message")), {"same": GOOD, "differs": BAD}.get(str(event.get("outcome")), PLAIN)
 
@@ -214,6 +220,7 @@ _TELLERS: Mapping[str, Callable[[_Event], _Told]] = {
     "checkpoint": _checkpoint,
     "warning": _warning,
     "return": _return,
+    "rollback": _rollback,
     "replay": _replay,
     "hang": _hang,
     "stop": _stop,

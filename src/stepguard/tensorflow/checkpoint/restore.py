@@ -51,7 +51,8 @@ class Restorer:
             CheckpointMismatchError: a good checkpoint does not fit the graph. Nothing was overwritten or moved.
         """
         start = _Start(session, saver, directory, self._store, self._options)
-        for search in SEARCHES:
+        # What was asked for by its step or name is one of the run's own.
+        for search in SEARCHES if self._options.step is None else (_own,):
             recovered = search(start)
             if recovered is not None:
                 return recovered
