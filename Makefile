@@ -28,12 +28,12 @@ demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, resume
 demo-jax: $(VENV)/.ready-to-develop  ## The same with JAX
 	@$(BIN)/python examples/demo.py --engine=jax
 
-demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill two of them, see them come back
+demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill three of them, see them come back
 	@$(BIN)/python examples/demo_replicas.py
 
-# Many tests wait for processes: three of them fill two processors.
+# Many tests wait for processes: three of them fill two processors. The order is that of tests/conftest.py.
 test: lint  ## The whole gate: format, lint, types, imports, tests
-	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile
+	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.ready-to-develop  ## Kill, stop, fill and damage runs at random, for SOAK_SECONDS (an hour)
 	@$(BIN)/python tests/soak/soak.py --seconds $(SOAK_SECONDS)
@@ -58,7 +58,7 @@ docs: $(VENV)/.ready-to-develop  ## Build the documentation into site/
 docs-serve: $(VENV)/.ready-to-develop  ## Show the documentation while you write it
 	@$(BIN)/mkdocs serve
 
-clean:  ## Remove what the other targets made
+clean:  ## Remove what the other targets made, and all of runs/
 	rm -rf $(VENV) runs site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

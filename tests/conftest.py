@@ -2,6 +2,9 @@
 
 import os
 import signal
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else sums differ in their last bits from run to run
@@ -10,3 +13,35 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the tests need no accelerator, and 
 # A script that starts the gate in its background has it ignore Ctrl-C, and so would all that the tests send one to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The files that take longest, because their programs run in processes of their own. They come first, so that the others
+# run beside them and not before them.
+_LONGEST = [
+    "torch/test_torchrun.py",
+    "torch/test_examples_torch.py",
+    "test_examples.py",
+    "replicas/test_saving.py",
+    "test_benchmarks.py",
+    "torch/test_fsdp.py",
+    "replicas/test_example.py",
+    "docs/test_pages.py",
+    "process/test_states_at_end.py",
+    "process/test_uses.py",
+    "torch/test_examples_proven.py",
+    "replicas/test_masters.py",
+    "replicas/test_waiting.py",
+    "torch/test_kills.py",
+    "process/test_endings.py",
+    "jax/test_examples_jax.py",
+    "jax/test_distributed.py",
+    "store/test_store_save_errors.py",
+    "tensorflow/test_install.py",
+    "process/test_evaluations.py",
+    "process/test_kills.py",
+    "proving/test_prove.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+import signal
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -96,7 +97,19 @@ def test_what_is_no_whole_number_is_named(value, options, error, message):
         (Saving, {"max_unprotected_secs": None}, TypeError),
         (Stopping, {"stop_grace_secs": None}, TypeError),
         (Stopping, {"stop_on_sigterm": None}, TypeError),
-        (Stopping, {"stop_after_secs": 0}, ValueError),
+        (Stopping, {"after_secs": 0}, ValueError),
+        (Stopping, {"signals": "SIGTERM"}, TypeError),
+        (Stopping, {"signals": ["SIGTERM"]}, TypeError),
+        (Stopping, {"signals": [signal.SIGHUP]}, ValueError),
+        (Stopping, {"stop_on_sigterm": False, "signals": [signal.SIGUSR2]}, ValueError),
+        (Stopping, {"at": "noon"}, ValueError),
+        (Stopping, {"at": [1]}, TypeError),
+        (Stopping, {"at": math.nan}, ValueError),
+        (Stopping, {"exit_codes": 75}, TypeError),
+        (Stopping, {"exit_codes": {"bored": 1}}, ValueError),
+        (Stopping, {"exit_codes": {"stopped": 256}}, ValueError),
+        (Stopping, {"exit_codes": {"stopped": "75"}}, TypeError),
+        (Stopping, {"exit_codes": {"error": 0}}, ValueError),
         (Watching, {"save_summaries_secs": -1}, ValueError),
         (Watching, {"peer_timeout_secs": -1}, ValueError),
         (Watching, {"progress": 3}, TypeError),
@@ -109,6 +122,20 @@ def test_what_is_no_whole_number_is_named(value, options, error, message):
 def test_a_group_checks_itself_and_names_what_is_wrong(group, options, error):
     with pytest.raises(error, match=next(iter(options))):
         group(**options)
+
+
+def test_the_signals_of_a_run_are_those_given_once_each():
+    assert Stopping().stop_signals == (signal.SIGTERM, signal.SIGUSR1)
+    assert Stopping(signals=iter([signal.SIGUSR2, signal.SIGINT, 12])).stop_signals == (signal.SIGUSR2, signal.SIGINT)
+    assert Stopping(signals=()).stop_signals == Stopping(stop_on_sigterm=False).stop_signals == ()
+    assert replace(Stopping(stop_on_sigterm=False), stop_grace_secs=1).stop_signals == ()
+
+
+def test_an_exit_code_is_that_of_the_reason_or_of_any_request():
+    stopping = Stopping(exit_codes={"stopped": 75, "time_limit": 76, "finished": 10, "error": 11})
+    reasons = ("sigterm", "interrupt", "request_stop", "time_limit", "finished", "error", "exit")
+    assert [stopping.exit_code(one) for one in reasons] == [75, 75, 75, 76, 10, 11, None]
+    assert Stopping().exit_code("sigterm") is None
 
 
 @pytest.mark.parametrize("group", GROUPS)

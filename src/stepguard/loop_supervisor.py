@@ -130,22 +130,28 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
 _with_session: weakref.WeakSet[LoopSupervisor[Any]] = weakref.WeakSet()
 
 
-def check_arguments(**given: Any) -> None:
+def check_arguments(
+    *,
+    logdir: Any,
+    is_chief: Any,
+    init_fn: Any,
+    summaries: Any,
+    summary_writer: Any,
+    takes: str,
+) -> None:
     """Check the types of a Supervisor's arguments that are no options, before anything is built or written.
 
-    ``init_fn`` and ``summaries`` are functions, of ``given["takes"]``.
+    ``init_fn`` and ``summaries`` are functions; ``takes`` says of what, for the message.
 
     Raises:
         TypeError, ValueError: the message names the argument, the expected and the found value.
     """
-    check_switch("is_chief", given["is_chief"], or_none=True)
-    for name in ("summaries", "init_fn"):
-        if given[name] is not None and not callable(given[name]):
-            raise wrong_type(name, f"a function {given['takes']}", given[name])
-    writer = given["summary_writer"]
-    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
-        raise wrong_type("summary_writer", "an object with add_scalar and close", writer)
-    logdir = given["logdir"]
+    check_switch("is_chief", is_chief, or_none=True)
+    for name, function in (("summaries", summaries), ("init_fn", init_fn)):
+        if function is not None and not callable(function):
+            raise wrong_type(name, f"a function {takes}", function)
+    if summary_writer is not None and not callable(getattr(summary_writer, "add_scalar", None)):
+        raise wrong_type("summary_writer", "an object with add_scalar and close", summary_writer)
     if logdir is not None and not isinstance(logdir, (str, os.PathLike)):
         raise wrong_type("logdir", "a path", logdir)
     if logdir:

@@ -1,29 +1,32 @@
 """The context that a training loop lives in: it opens the session, and ends the run however the block is left.
 
-Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, the watch of
-``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience thread waits until the
-main thread leaves the block, or until the grace period is over; then it saves the last step and closes the session
-itself, so that a loop blocked in native code returns. If the main thread still does not leave, because it sleeps or
-waits for a queue of the program's own, the patience thread stops the run and ends the process. A session that drives
-its own loops is not closed, because its loop ends at the next boundary; between two loops the patience thread saves the
-last step at once. A main thread that leaves the block wakes the patience thread and then joins it, so only one of them
-saves and closes at a time. The join ends: the patience thread waits for nothing but its save, whose limit is the grace
-period, or it ends the process. A kill at any point costs only the steps since the last committed checkpoint.
+Three threads may meet here. The main thread opens the session and runs the loop. On SIGTERM, or another signal that
+stops the run, the watch of ``coordination/signals.py`` sets the stop flag and starts the patience thread. The patience
+thread waits until the main thread leaves the block, or until the grace period is over; then it saves the last step and
+closes the session itself, so that a loop blocked in native code returns. If the main thread still does not leave,
+because it sleeps or waits for a queue of the program's own, the patience thread stops the run and ends the process. A
+session that drives its own loops is not closed, because its loop ends at the next boundary; between two loops the
+patience thread saves the last step at once. A main thread that leaves the block wakes the patience thread and then
+joins it, so only one of them saves and closes at a time. The join ends: the patience thread waits for nothing but its
+save, whose limit is the grace period, or it ends the process. A kill at any point costs only the steps since the last
+committed checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
-from stepguard.coordination.signals import SigtermWatch, show_as_line
+from stepguard.coordination.signals import SignalWatch, end_by_error, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
+from stepguard.stops import ERROR, FINISHED
 from stepguard.watching import launcher_link
 from stepguard.words import logger
 
@@ -41,19 +44,18 @@ class Supervision(Protocol[SessionT]):
 
     @property
     def grace_secs(self) -> float:
-        """How long a loop may go on after SIGTERM, in seconds."""
+        """How long a loop may go on after a signal, in seconds."""
 
-    @property
-    def exit_code(self) -> int | None:
-        """The exit code of a process that was asked to stop; ``None`` unless the program has chosen one."""
+    def exit_code(self, reason: str) -> int | None:
+        """The exit code of a process whose run has ended by ``reason``; ``None`` unless the program has chosen one."""
 
     @property
     def stop_reason(self) -> str | None:
         """Who asked for the stop before the run was over; ``None`` if nobody did."""
 
     @property
-    def stops_on_sigterm(self) -> bool:
-        """Whether SIGTERM ends the run at the next step boundary."""
+    def stop_signals(self) -> Sequence[signal.Signals]:
+        """The signals that end the run at the next step boundary."""
 
     def open(self) -> SessionT:
         """Open a prepared session."""
@@ -95,7 +97,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def __init__(self, run: Supervision[SessionT]) -> None:
         self._run = run
         self._session: SessionT | None = None
-        self._sigterm = SigtermWatch(self._on_sigterm, is_echoed=launcher_link.attempt() is not None)
+        self._signals = SignalWatch(run.stop_signals, self._on_signal, is_echoed=launcher_link.attempt() is not None)
         self._left = threading.Event()
         self._pid = os.getpid()
         self._patience: threading.Thread | None = None
@@ -113,18 +115,18 @@ class ManagedSession(AbstractContextManager[SessionT]):
 
     def __enter__(self) -> SessionT:
         self._pid = os.getpid()
-        if self._run.stops_on_sigterm:
-            self._sigterm.start()
+        self._signals.start()
+        launcher_link.answers(self._signals.watched)
         try:
             self._session = self._run.open()
-            if self._sigterm.received:
+            if self._signals.received:
                 # The signal may have set the stop flag before the preparation cleared it: set the flag again.
                 self._stop_at_boundary()
         except BaseException as error:
             # Raise an error of the preparation unchanged, even if its type means "end of input" during a run.
             self._end_quietly(error)
-            if self._sigterm.received and isinstance(error, Exception):
-                self._sigterm.end_process()
+            if isinstance(error, Exception):
+                self._end_by_error(error)
             raise
         return self._session
 
@@ -134,8 +136,8 @@ class ManagedSession(AbstractContextManager[SessionT]):
         if os.getpid() != self._pid:
             # A child that was forked inside the block leaves the run, and the threads that end it, to its parent.
             return False
-        if self._sigterm.received:
-            self._run.note_end(self._sigterm.reason)
+        if self._signals.received:
+            self._run.note_end(self._signals.reason)
         if error is not None and not isinstance(error, (Exception, StopRequested)):
             # Ctrl-C or sys.exit: this error itself tells the program that the run is over, so it passes on.
             is_interrupt = isinstance(error, KeyboardInterrupt)
@@ -152,51 +154,61 @@ class ManagedSession(AbstractContextManager[SessionT]):
                 # request_stop raises `error` at once if the program has already stopped the run.
                 self._end()
         except BaseException as raised:
-            if self._sigterm.received and isinstance(raised, Exception):
-                # The program must not catch this and go on: the process was told to end.
-                by = self._sigterm.reason.upper()
-                _log.error("ended by %s, and by an error, %s", by, described(raised), exc_info=raised)
-                self._sigterm.end_process()
+            if isinstance(raised, Exception):
+                self._end_by_error(raised)
             if raised is error:
                 return False
             raise
-        if self._sigterm.received:
-            self._sigterm.end_process(self._run.exit_code)
-        if self._run.exit_code is not None and self._run.stop_reason is not None:
-            raise SystemExit(self._run.exit_code)
+        if self._signals.received:
+            self._signals.end_process(self._run.exit_code(self._signals.reason))
+        exit_code = self._run.exit_code(self._run.stop_reason or FINISHED)
+        if exit_code is not None:
+            raise SystemExit(exit_code)
         # Swallow the error: the coordinator took it for the end of the input, and no other error followed.
         return True
 
     def _end_by_interrupt(self, error: BaseException, *, has_stopped_well: bool) -> None:
-        if has_stopped_well and self._run.exit_code is not None:
-            raise SystemExit(self._run.exit_code) from error
+        exit_code = self._run.exit_code("interrupt")
+        if has_stopped_well and exit_code is not None:
+            raise SystemExit(exit_code) from error
         show_as_line(error, self._run.ending())
 
-    def _on_sigterm(self) -> None:
+    def _end_by_error(self, error: Exception) -> None:
+        """End the process after ``error`` if a signal told it to end, or the program has chosen an exit code for it."""
+        exit_code = self._run.exit_code(ERROR)
+        if self._signals.received:
+            # The program must not catch this and go on: the process was told to end.
+            by = self._signals.name
+            _log.error("ended by %s, and by an error, %s", by, described(error), exc_info=error)
+            self._signals.end_process(exit_code)
+        if exit_code is not None:
+            end_by_error(error, exit_code)
+
+    def _on_signal(self) -> None:
         self._stop_at_boundary()
-        patience = threading.Thread(target=self._lose_patience, name="stepguard-sigterm-grace", daemon=True)
+        patience = threading.Thread(target=self._lose_patience, name="stepguard-signal-grace", daemon=True)
         patience.start()
         # Assign after the start: the main thread may leave the block now, and joins whatever it finds here.
         self._patience = patience
 
     def _lose_patience(self) -> None:
         """After the grace period, save and close the session of a loop that reaches no boundary by itself."""
-        grace_secs = self._run.grace_secs
+        grace_secs, by = self._run.grace_secs, self._signals.name
         session = self._session
         is_loop = session is not None and self._run.ends_by_itself(session)
         if self._left.wait(min(grace_secs, threading.TIMEOUT_MAX)):
             return
         session = self._session
         if session is None:
-            _log.error("the preparation goes on %g s after SIGTERM: the process ends", grace_secs)
-            self._sigterm.end_process()
+            _log.error("the preparation goes on %g s after %s: the process ends", grace_secs, by)
+            self._signals.end_process()
             return
         if is_loop:
             # Closing the session would end no wait, and would lose the step that is being done.
-            _log.warning("the program goes on %g s after SIGTERM: its last step is saved when it is done", grace_secs)
+            _log.warning("the program goes on %g s after %s: its last step is saved when it is done", grace_secs, by)
             return
-        _log.warning("the training loop goes on %g s after SIGTERM: its session is closed now", grace_secs)
-        self._run.note_end("sigterm")
+        _log.warning("the training loop goes on %g s after %s: its session is closed now", grace_secs, by)
+        self._run.note_end(self._signals.reason)
         self._run.save()
         self._run.close(session)
         if not self._left.wait(_LEAVING_SECS):
@@ -209,10 +221,10 @@ class ManagedSession(AbstractContextManager[SessionT]):
             self._run.stop()
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             _log.error("while stopping: %s", described(error))
-        self._sigterm.end_process()
+        self._signals.end_process()
 
     def _stop_at_boundary(self) -> None:
-        self._run.ask_stop(self._sigterm.reason)
+        self._run.ask_stop(self._signals.reason)
         session = self._session
         if session is not None:
             self._run.stop_at_boundary(session)
@@ -231,7 +243,8 @@ class ManagedSession(AbstractContextManager[SessionT]):
                     self._run.close(self._session)
                     self._session = None
             finally:
-                self._sigterm.finish()
+                self._signals.finish()
+                launcher_link.answers(())
 
     def _end_quietly(self, error: BaseException) -> bool:
         """End the run, and return whether that succeeded."""

@@ -13,9 +13,13 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
+
+from stepguard import stops
 
 STOP = "stop"
 RETURN = "return"
@@ -112,13 +116,19 @@ class Stopping(_Group):
 
     Args:
         stop_grace_secs: how many seconds the threads have to stop, and the last checkpoint to be written.
-        stop_on_sigterm: whether ``managed_session`` answers SIGTERM by stopping at the next step, saving that step, and
-            ending the process by the signal. A SIGTERM handler of the program itself is never replaced.
-        stop_after_secs: after this many seconds in one session the run is asked to stop, as by ``request_stop``, and
-            the reason is ``time_limit``: for a job whose time ends before the training does. ``None`` sets no limit.
-        exit_code: the exit code, 0 to 255, of a program that was asked to stop (by SIGTERM, Ctrl-C, ``request_stop``
-            or ``stop_after_secs``) and stopped without an error, for a scheduler that restarts the program on this
-            code. By default a signal ends the program as signals do, and otherwise the program continues below the
+        signals: the signals at which ``managed_session`` stops at the next step, saves that step, and ends the process
+            by the signal: of ``signal.SIGTERM``, ``SIGUSR1``, ``SIGUSR2`` and ``SIGINT``. By default SIGTERM and
+            SIGUSR1, the warning of some schedulers. A handler of the program itself is never replaced.
+        stop_on_sigterm: ``False`` is short for ``signals=()``.
+        after_secs: the run ends within this many seconds of a session: it is asked to stop, as by ``request_stop``, as
+            long before as a step and the last save take, measured while it trains. The reason is ``time_limit``.
+            ``None`` sets no limit.
+        at: the same by the wall clock: Unix seconds, a ``datetime`` (one without a zone is local), or ``"slurm"`` for
+            the end of the job in ``SLURM_JOB_END_TIME``, and no limit outside a job.
+        exit_codes: the exit codes, 0 to 255, of a program whose run has ended, by words of the ledger: ``"finished"``,
+            ``"stopped"`` for any request, or one of ``"sigterm"``, ``"sigusr1"``, ``"sigusr2"``, ``"interrupt"``,
+            ``"request_stop"`` and ``"time_limit"``, and ``"error"``, which shows the traceback first. Without one, a
+            signal ends the program as signals do, an error is raised, and otherwise the program continues below the
             block.
 
     Raises:
@@ -126,15 +136,31 @@ class Stopping(_Group):
     """
 
     stop_grace_secs: float = 120
+    signals: Iterable[signal.Signals] = stops.DEFAULT_SIGNALS
     stop_on_sigterm: bool = True
-    stop_after_secs: float | None = None
-    exit_code: int | None = None
+    after_secs: float | None = None
+    at: float | datetime | str | None = None
+    exit_codes: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_seconds("stop_grace_secs", self.stop_grace_secs)
-        check_seconds("stop_after_secs", self.stop_after_secs, is_positive=True, or_none=True)
-        check_count("exit_code", self.exit_code, most=255, or_none=True)
+        object.__setattr__(self, "signals", stops.as_signals("signals", self.signals))
         check_switch("stop_on_sigterm", self.stop_on_sigterm)
+        if not self.stop_on_sigterm and self.signals != stops.DEFAULT_SIGNALS:
+            raise ValueError("stop_on_sigterm=False means signals=(): leave one of them out")
+        check_seconds("after_secs", self.after_secs, is_positive=True, or_none=True)
+        stops.check_end("at", self.at)
+        if self.exit_codes is not None:
+            stops.check_exit_codes("exit_codes", self.exit_codes)
+
+    @property
+    def stop_signals(self) -> tuple[signal.Signals, ...]:
+        """The signals at which the run stops."""
+        return tuple(self.signals) if self.stop_on_sigterm else ()
+
+    def exit_code(self, reason: str) -> int | None:
+        """The exit code of a run that has ended by ``reason``; ``None`` if none was chosen."""
+        return stops.exit_code_of(self.exit_codes or {}, reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,15 +18,16 @@ from typing import Any, Generic
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
+from stepguard.coordination.time_limit import TimeLimit
 from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
+from stepguard.stops import ERROR, FINISHED, end_time
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.watching import trial
-from stepguard.watching.history import REQUESTS
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
 
@@ -336,17 +338,10 @@ class Supervisor(Generic[SessionT]):
         return sys.maxsize
 
     def _limit_time(self) -> None:
-        """Ask for a stop after ``stop_after_secs``, from a thread that ends with the run."""
-        secs = self._options.stopping.stop_after_secs
-        if secs is None:
-            return
-
-        def limit() -> None:
-            if not self._coord.wait_for_stop(secs):
-                _log.warning("the time limit of %g s is over: stopping at the next step boundary", secs)
-                self._coord.ask_stop("time_limit")
-
-        threading.Thread(target=limit, name="stepguard-time-limit", daemon=True).start()
+        """Have the run stop before its time is over."""
+        stopping = self._options.stopping
+        ends_at = end_time(stopping.at)
+        TimeLimit(stopping.after_secs, ends_at, self._observer.stop_secs, self._stop_grace_secs).start(self._coord)
 
     def _end_trial_in_time(self, session: SessionT) -> None:
         """Have a trial of `stepguard prove` end exactly at its last step."""
@@ -408,12 +403,12 @@ class Supervisor(Generic[SessionT]):
             # A failed last checkpoint is an error of the run like any other.
             self._coord.raise_requested_exception()
         except BaseException as error:
-            self._observer.end("error", error, request=self._life.stop_reason)
+            exit_code = self._options.stopping.exit_code(ERROR)
+            self._observer.end("error", error, request=self._life.stop_reason, exit_code=exit_code)
             raise
         else:
-            reason = self._life.stop_reason or self._coord.stop_reason or "finished"
-            exit_code = self._options.stopping.exit_code if reason in REQUESTS else None
-            self._observer.end(reason, exit_code=exit_code)
+            reason = self._life.stop_reason or self._coord.stop_reason or FINISHED
+            self._observer.end(reason, exit_code=self._options.stopping.exit_code(reason))
         finally:
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
@@ -519,12 +514,11 @@ class _Block(Generic[SessionT]):
         return self.supervisor._stop_grace_secs
 
     @property
-    def stops_on_sigterm(self) -> bool:
-        return self.supervisor._options.stopping.stop_on_sigterm
+    def stop_signals(self) -> Sequence[signal.Signals]:
+        return self.supervisor._options.stopping.stop_signals
 
-    @property
-    def exit_code(self) -> int | None:
-        return self.supervisor._options.stopping.exit_code
+    def exit_code(self, reason: str) -> int | None:
+        return self.supervisor._options.stopping.exit_code(reason)
 
     @property
     def stop_reason(self) -> str | None:

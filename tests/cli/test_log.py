@@ -29,6 +29,11 @@ def lines(shown):
     return [one.split(None, 1)[1] for one in shown.stdout.splitlines() if one[2:3] == ":"]
 
 
+def without_warnings(shown):
+    """The same without those that a slow disk causes."""
+    return [one for one in lines(shown) if "warning: " not in one]
+
+
 def test_starts_restores_saves_and_stops_are_told_in_order(tmp_path, stepguard):
     train(tmp_path, 3)
     with pytest.raises(ValueError, match="bad batch"):
@@ -49,13 +54,35 @@ def test_a_killed_process_is_told_by_the_next_start_and_what_it_lost(tmp_path, s
     program += "  if s.step == 8: os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", program, tmp_path], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    dead = lines(stepguard("log", tmp_path, "--trouble"))
+    dead = without_warnings(stepguard("log", tmp_path, "--trouble"))
     assert len(dead) == 1
     assert "ended without a word" in dead[0]
     train(tmp_path, 1)
-    told = lines(stepguard("log", tmp_path, "--trouble"))
+    told = without_warnings(stepguard("log", tmp_path, "--trouble"))
     assert "ended without a word: it was killed, or crashed, or its machine went down" in told[0]
     assert sum("ended without a word" in one for one in told) == 1
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_an_end_without_a_word_comes_after_the_last_checkpoint(folds):
+    events = [
+        {"event": "start", "time": 10.0, "pid": 1, "role": "chief"},
+        {"event": "fresh", "time": 11.0, "pid": 1, "role": "chief", "step": 0},
+        *({"event": "checkpoint", "time": 10.0 + one, "pid": 1, "role": "chief", "step": one} for one in (5, 6, 7)),
+        {"event": "start", "time": 30.0, "pid": 2, "role": "chief"},
+    ]
+    times = [one.time for one in story.told(events, folds=folds)]
+    assert times == sorted(times)
+    (end,) = [one for one in story.told(events, folds=folds) if "without a word" in one.text]
+    assert end.time == 17
+
+
+@pytest.mark.parametrize(("before", "is_trouble"), [(None, False), (0, False), (7, True)])
+def test_a_fresh_start_is_trouble_where_steps_are_lost(before, is_trouble):
+    event = {"event": "fresh", "time": 1.0, "role": "chief", "step": 0, "previous_step": before}
+    (entry,) = story.told([event])
+    assert entry.is_trouble == is_trouble
+    assert ("although" in entry.text) == is_trouble
 
 
 def test_checkpoints_in_a_row_are_one_line_unless_each_is_wanted(tmp_path, stepguard):

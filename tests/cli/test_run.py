@@ -138,6 +138,58 @@ def test_a_request_is_passed_on_and_the_last_step_is_saved(tmp_path, children, n
     assert len(events(logdir, "launch")) == 1
 
 
+@pytest.mark.parametrize(
+    ("what", "number", "ends_by"),
+    [
+        # The program stops at SIGUSR2 and SIGINT only: it gets the first of them for SIGTERM, which would kill it.
+        ("usr2", signal.SIGTERM, signal.SIGUSR2),
+        # And SIGTERM for SIGUSR2, which it does not handle.
+        ("train", signal.SIGUSR2, signal.SIGTERM),
+    ],
+)
+def test_a_signal_that_would_kill_the_program_becomes_one_that_stops_it(tmp_path, children, what, number, ends_by):
+    logdir = tmp_path / "run"
+    launcher = run(*TRAINING, logdir, what)
+    children.append(launcher)
+    wait_until(lambda: is_training(logdir), "training")
+    launcher.send_signal(number)
+    if number == signal.SIGUSR2:
+        # The scheduler's warning, and its request: no second request of anybody who is impatient.
+        launcher.send_signal(signal.SIGTERM)
+    code, _, errors = ended(launcher)
+    assert code == 128 + ends_by, errors
+    assert f"{number.name} would kill the program, which gets {ends_by.name} instead" in errors
+    (stop,) = events(logdir, "stop")
+    assert stop["reason"] == ends_by.name.lower()
+    assert newest(logdir).step == stop["step"]
+    assert len(events(logdir, "launch")) == 1
+
+
+def test_a_second_ctrl_c_ends_a_program_that_stops_at_the_first(tmp_path, children):
+    logdir = tmp_path / "run"
+    training = subprocess.Popen([*TRAINING, logdir, "usr2 and sleep"], stderr=subprocess.PIPE, text=True)
+    children.append(training)
+    wait_until(lambda: is_training(logdir), "training")
+    training.send_signal(signal.SIGINT)
+    line = training.stderr.readline()
+    assert "SIGINT: stopping at the next step boundary; a second one ends the process at once" in line
+    training.send_signal(signal.SIGINT)
+    assert training.wait(SOON_SECS) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("what", "steps", "code", "reason"), [("choose", 3, 10, "finished"), ("choose to fail", 9, 11, "error")]
+)
+def test_an_end_and_a_failure_end_with_the_exit_codes_that_the_program_has_chosen(tmp_path, what, steps, code, reason):
+    logdir = tmp_path / "run"
+    found, _, errors = ended(run(*TRAINING, logdir, what, steps, options=["--max-restarts=1"]))
+    assert found == code, errors
+    stops = events(logdir, "stop")
+    # A failure is started again, whatever its code; an end is not.
+    assert [(one["reason"], one["exit_code"]) for one in stops] == [(reason, code)] * (2 if reason == "error" else 1)
+    assert ("ValueError: bad batch" in errors) == (reason == "error")
+
+
 def test_sigterm_to_all_processes_of_a_job_is_one_request(tmp_path, children):
     logdir = tmp_path / "run"
     launcher = run(*TRAINING, logdir, "train")

@@ -10,6 +10,9 @@ from stepguard.cli.launcher.restarts import CRASH_LOOP, NO_RESTARTS_LEFT, Crash,
 from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger
+from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.trace import NUMBERS, Start
+from stepguard.watching.trace_writer import TraceWriter
 
 # --- the decision ---
 
@@ -147,6 +150,23 @@ def test_checkpoints_that_were_there_before_are_no_progress(tmp_path):
     book.append("checkpoint", step=2)
     assert found.has_progressed(began)
     assert not found.has_progressed(time.time() + 1)
+
+
+def test_steps_that_only_the_trace_knows_are_progress(tmp_path):
+    """A start that was killed came 10 steps further than the one before; its last heartbeat does not tell."""
+    logdir = tmp_path / "run"
+    heartbeat.prepare(logdir)
+    began = time.time() - 1
+    ledger.Ledger(logdir, role="chief").append("restore", step=100, previous_step=200)
+    beat = Heartbeat("chief", pid=7, started=began, phase="training", step=150)
+    heartbeat.write(logdir, beat)
+    found = runs(tmp_path, logdir)
+    assert not found.has_progressed(began)
+    writer = TraceWriter(logdir, "chief")
+    writer.open(Start(100, is_resumed=True, pid=7, time=began + 0.1))
+    writer.add(NUMBERS, 210, 0, {"loss": 0.5})
+    writer.close()
+    assert found.has_progressed(began)
 
 
 def test_a_checkpoint_whose_line_in_the_ledger_is_missing_is_progress(tmp_path):

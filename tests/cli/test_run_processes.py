@@ -66,10 +66,10 @@ def test_a_launcher_that_was_stopped_still_gives_the_grace_that_it_promised(tmp_
     pid, ready, end = tmp_path / "pid", tmp_path / "ready", tmp_path / "end"
     waits = f"touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 0"
     script = f"(trap 'echo term' TERM; {waits}) & echo $! > {pid}; while ! test -e {ready}; do sleep 0.02; done; exit 3"
-    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=2"])
+    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=4"])
     children.append(launcher)
     assert launcher.stdout.readline() == "term\n"
-    stop_and_continue(launcher, 2.5)
+    stop_and_continue(launcher, 4.5)
     end.touch()
     code, _, errors = ended(launcher)
     assert code == 3

@@ -15,6 +15,12 @@ from stepguard.options import Stopping, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import ledger
 
+STOPPINGS = {
+    "choose": Stopping(exit_codes={"stopped": 75, "finished": 10, "error": 11}),
+    "usr2": Stopping(signals=[signal.SIGUSR2, signal.SIGINT]),
+    "limit": Stopping(after_secs=0.3),
+}
+
 
 def train(logdir: str, what: str, steps: int) -> None:
     """Train on from where the run was, a step in 5 ms, and end as ``what`` says."""
@@ -27,7 +33,7 @@ def train(logdir: str, what: str, steps: int) -> None:
         save_model_steps=5,
         save_summaries_secs=None,
         watching=Watching(total_steps=10**9),
-        stopping=Stopping(exit_code=75 if what.startswith("choose") else None),
+        stopping=STOPPINGS.get(what.split(maxsplit=1)[0], Stopping()),
     )
     with sv.managed_session() as session:
         first = session.step
@@ -41,6 +47,10 @@ def train(logdir: str, what: str, steps: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "choose to stop" and session.step == first + 8:
                 sv.request_stop()
+            if what == "usr2 and sleep":
+                time.sleep(30)
+            if what == "choose to fail":
+                raise ValueError("bad batch")
             if what == "fail as worker":
                 raise ValueError("bad batch")
             if what == "lose the worker" and _has_lost_its_worker(logdir):

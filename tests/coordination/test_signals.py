@@ -9,14 +9,14 @@ import threading
 
 import pytest
 
-from stepguard.coordination.signals import SigtermWatch
+from stepguard.coordination.signals import SignalWatch
 
 
 @pytest.fixture
 def watch():
     """A watch that sets an event, not started yet."""
     asked = threading.Event()
-    watch = SigtermWatch(asked.set)
+    watch = SignalWatch([signal.SIGTERM, signal.SIGUSR1], asked.set)
     watch.asked = asked
     yield watch
     watch.finish()
@@ -33,6 +33,37 @@ def test_a_schedulers_warning_is_a_request_to_stop(watch):
     assert watch.reason == "sigusr1"
     watch.finish()
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == [signal.SIG_DFL] * 2
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGUSR2, "sigusr2"), (signal.SIGINT, "interrupt")])
+def test_each_signal_that_was_given_is_a_request_with_a_word_of_its_own(number, reason):
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, number)]
+    asked = threading.Event()
+    watch = SignalWatch([number], asked.set)
+    watch.start()
+    try:
+        assert signal.getsignal(signal.SIGTERM) is before[0]
+        os.kill(os.getpid(), number)
+        assert asked.wait(10)
+        assert (watch.reason, watch.name) == (reason, number.name)
+    finally:
+        watch.finish()
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, number)] == before
+
+
+def test_a_signal_is_watched_although_the_program_handles_another(watch):
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        watch.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert not watch.received
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert watch.asked.wait(10)
+        watch.finish()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_warning_that_the_program_handles_is_left_to_it(watch):

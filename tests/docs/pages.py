@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 _BEFORE = re.compile(r"<!-- before it:\n(.*)-->", re.DOTALL)
+# What the site puts a file of the repository in place of.
+_SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]*)"')
 
 
@@ -46,7 +48,7 @@ def blocks(page: Path) -> list[Block]:
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.strip().partition(" ")
             title = _TITLE.search(rest)
-            code = token.content
+            code = _SNIPPET.sub(lambda found: (ROOT / found[1]).read_text().rstrip("\n"), token.content)
             block = Block(
                 page=name,
                 line=token.map[0] + 1,

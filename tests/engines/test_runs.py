@@ -123,7 +123,7 @@ def test_request_stop_reaches_the_training_loop(engine, tmp_path):
 
 
 def test_a_time_limit_asks_for_a_stop_and_is_its_reason(engine, tmp_path):
-    program = engine.program(tmp_path, stopping=Stopping(stop_after_secs=0.1, exit_code=75))
+    program = engine.program(tmp_path, stopping=Stopping(after_secs=0.1, exit_codes={"time_limit": 75}))
 
     with pytest.raises(SystemExit) as ended, program.sv.managed_session() as session:
         while not program.sv.should_stop():

@@ -1,6 +1,8 @@
 """A small run of several processes, with weights that are sharded over the devices of all.
 
-Each process has two devices and notes the batches that it has seen. Their collectives are gloo's.
+There are four devices in all, however many processes. Collectives are gloo's. `stepguard prove` proves it, too::
+
+    stepguard prove -- python tests/jax/jax_launch.py tests/jax/jax_distributed.py --logdir=/tmp/run --steps=60
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -19,13 +20,15 @@ parser.add_argument("--rank", type=int, default=0)
 parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--port", type=int)
 parser.add_argument("--save-steps", type=int)
+parser.add_argument("--save-secs", type=float, default=0)
+parser.add_argument("--notes", action="store_true", help="note the batches")
 parser.add_argument("--step-secs", type=float, default=0.005)
-parser.add_argument("--kill", help="RANK:STEP, SIGKILL of itself")
 args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# As many devices in all, however many processes there are.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // args.processes}"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={4 // args.processes} --xla_backend_optimization_level=0"
+)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -82,20 +85,23 @@ loader = batches(data, 8, seed=1, sharding=split)
 sv = Supervisor(
     args.logdir,
     save_summaries_secs=0,
-    save_model_secs=0 if args.save_steps else 0.05,
+    save_model_secs=args.save_secs,
     save_model_steps=args.save_steps,
 )
 seen = args.logdir.with_suffix(f".seen-{args.rank}")
 with sv.managed_session(initial()) as sess:
     print("began at", sess.global_step, flush=True)
+    trains = False
     for batch in sess.steps(loader, max_steps=args.steps):
         sess.state = {**step(sess.state, batch), "steps": sess.state["steps"] + 1}
         jax.block_until_ready(sess.state)
-        with seen.open("a") as lines:
-            mine = [int(one) for shard in batch["index"].addressable_shards for one in shard.data]
-            lines.write(f"{sess.global_step} {mine}\n")
+        if args.notes:
+            with seen.open("a") as lines:
+                mine = [one for shard in batch["index"].addressable_shards for one in np.asarray(shard.data).tolist()]
+                lines.write(f"{sess.global_step} {mine}\n")
+        if not trains:
+            print("trains", flush=True)
+        trains = True
         time.sleep(args.step_secs)
-        if args.kill == f"{args.rank}:{sess.global_step}":
-            os.kill(os.getpid(), signal.SIGKILL)
 if sess.global_step == args.steps:
     print("outcome", sess.global_step, digest(sess.state), sess.state["steps"], flush=True)

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import multiprocessing
 import os
+import runpy
+import sys
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 _processes = multiprocessing.get_context("forkserver")
+_PRELOADED = [
+    *("jax", "jax.experimental.multihost_utils", "optax", "grain.python", "stepguard.jax.supervisor"),
+    *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
+]
 
 
-def start(output: str, command: list[str]) -> BaseProcess:
-    """Start a process that trains, and prints into the file ``output``."""
+def start(program: str, output: str, arguments: Sequence[str]) -> BaseProcess:
+    """Start a process that runs ``program`` of this folder, and prints into the file ``output``."""
     _start_server()
-    process = _processes.Process(target=_train, args=(output, command))
+    process = _processes.Process(target=_run, args=(program, output, arguments))
     process.start()
     return process
 
 
 @functools.cache
 def _start_server() -> None:
-    _processes.set_forkserver_preload(["jax", "optax", "grain.python", "stepguard.jax", "stepguard.jax.supervisor"])
+    _processes.set_forkserver_preload(_PRELOADED)
     forkserver.ensure_running()
 
 
-def _train(output: str, command: list[str]) -> None:
+def _run(program: str, output: str, arguments: Sequence[str]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    import jax_training
-
-    jax_training.main(command)
+    sys.argv = [program, *arguments]
+    runpy.run_path(str(Path(__file__).with_name(program)), run_name="__main__")
+    # A forked process ends without them, and the processes of JAX wait for each other there.
+    atexit._run_exitfuncs()

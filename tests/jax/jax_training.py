@@ -176,3 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         time.sleep(args.step_secs)
 
     print("outcome", training.train(args.steps, on_step).outcome, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from stepguard.jax.checkpoint.files import write_part, write_process, write_tree
 from stepguard.jax.checkpoint.restore import read_state
 from stepguard.jax.checkpoint.snapshot import Donations, HostMemory, JaxSnapshot, take
 from stepguard.jax.checkpoint.tree import flatten
 from stepguard.options import Restoring
+from stepguard.orbax_files.taken import write_part, write_process, write_tree
 
 
 def snapshot(state: Any, process: Any = None) -> JaxSnapshot:

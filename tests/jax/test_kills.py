@@ -21,7 +21,7 @@ class Run:
     def __init__(self, logdir: Path, *arguments: str) -> None:
         self.output = Path(f"{logdir}.output")
         self._begins_at = self.output.stat().st_size if self.output.exists() else 0
-        self.process = jax_forked.start(str(self.output), [f"--logdir={logdir}", *arguments])
+        self.process = jax_forked.start("jax_training.py", str(self.output), [f"--logdir={logdir}", *arguments])
         deadline = time.monotonic() + 100
         while "in the first step" not in self.printed():
             assert self.process.is_alive(), self.printed()

@@ -160,7 +160,7 @@ def test_shards_of_eight_devices_keep_their_values_where_they_are_donated():
         state = donating(state)
 
     assert values(snapshot) == {1.0}
-    assert [(part.leaf_index, part.index) for part in snapshot.parts] == [
+    assert [(part.leaf_index, part.bounds) for part in snapshot.parts] == [
         *((0, ((row, row + 1), (0, 4))) for row in range(8)),
         (1, ((0, 3),)),  # written once, and not by each device
     ]

@@ -31,6 +31,12 @@ def test_a_run_comes_to_its_end_through_random_faults_in_its_own_logdir(tmp_path
     assert sum(one["event"] == "restart" for one in ledger.read(tmp_path / "run")) >= 1
 
 
+def test_the_faults_of_many_hours_leave_the_program_its_own_restarts(tmp_path):
+    chaos = Chaos(["x"], kinds=KINDS, lasts_secs=8 * 3600, every_secs=30, seed=0, announcements=tmp_path, say=print)
+    (most,) = [one.partition("=")[2] for one in chaos.command() if one.startswith("--max-restarts=")]
+    assert int(most) >= 8 * 3600 / 30 * 2 + 100
+
+
 def test_a_fault_that_would_end_the_run_for_good_is_refused(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "stepguard", "chaos", "--faults=sigterm", "--", "true"],

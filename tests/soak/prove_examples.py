@@ -28,6 +28,11 @@ PROGRAMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("jax/digits.py", (), ()),
     ("jax/digits_equinox.py", (), ()),
     ("jax/characters.py", (), ()),
+    (
+        "../tests/jax/jax_distributed.py",
+        (str(ROOT / "tests" / "jax" / "jax_launch.py"),),
+        ("--logdir=runs/jax_distributed", "--steps=60", "--save-secs=0.5", "--step-secs=0.05"),
+    ),
     ("torch/digits.py", (), ()),
     ("torch/digits_ddp.py", TORCHRUN, ()),
     ("torch/digits_accelerate.py", (), ()),
@@ -65,7 +70,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = prove(program, passed, Path(folder))
         failed += found["verdict"] != "proven"
-        print(f"{program[0]:<28}{found['verdict']:<18}{time.monotonic() - began:6.0f} s", flush=True)
+        print(
+            f"{program[0].removeprefix('../'):<32}{found['verdict']:<18}{time.monotonic() - began:6.0f} s", flush=True
+        )
         if found["verdict"] != "proven":
             print(json.dumps(found, indent=2)[:4000], flush=True)
     print(f"{len(chosen)} programs, {failed} not proven")

@@ -486,6 +486,9 @@ def main() -> None:
         help="a start or an end that takes longer is a loss; give more beside other work",
     )
     given = options.parse_args()
+    # A script that starts this in its background has it ignore Ctrl-C, and so would the programs to which one is sent.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # What this process finds when it looks is in the table.
     logging.getLogger("stepguard").setLevel(logging.ERROR)
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed

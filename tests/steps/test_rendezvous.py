@@ -91,6 +91,23 @@ def test_a_step_that_waits_for_a_chief_that_is_gone_goes_on():
     assert may_begin == [True]
 
 
+def test_a_step_that_waits_for_the_settling_of_the_last_one_ends_its_loop_when_the_chief_is_gone():
+    fleet = Fleet(2)
+    gate = fleet.gates[1]
+    gate.end_at(2)
+    fleet.step(1)
+    fleet.step(1)
+    may_begin: list[bool] = []
+    step = threading.Thread(target=lambda: may_begin.append(gate.begin(2)), daemon=True)
+    step.start()
+    fleet.peers[1].start()
+    fleet.store.end()
+    step.join(60)
+
+    assert may_begin == [False]
+    assert gate.loop is Loop.ENDED
+
+
 def test_a_worker_that_a_second_interrupt_has_ended_is_not_waited_for(caplog):
     fleet = Fleet(2)
     fleet.ends()
@@ -300,7 +317,42 @@ def test_a_chief_whose_data_is_over_is_not_waited_for_at_a_known_step():
     fleet.close()
 
 
+def test_a_chief_whose_program_is_over_lets_the_others_find_the_end_of_their_data():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.run_steps(3)
+    fleet.members[0].end_loop()
+    fleet.members[0].complete_epoch()
+    fleet.request_stop()
+    until(lambda: fleet.chief._settling is not None)
+
+    # Which it does in the next step; then comes the end of its epoch.
+    assert fleet.gates[1].begin(3)
+    fleet.members[1].end_loop()
+    fleet.members[1].complete_epoch()
+    assert not fleet.gates[1].begin(3)
+    assert fleet.members[1].moment() == fleet.members[0].moment() == (1, 0, 0)
+    fleet.close()
+
+
 class TestUnevenInputs:
+    def test_one_that_a_stop_has_cut_short_hands_in_its_last_state(self, caplog):
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        fleet.step(1)
+        fleet.members[0].end_loop()
+        fleet.step(1)
+        fleet.members[1].request_stop(None, "sigterm")
+        until(lambda: all(gate.is_last for gate in fleet.gates))
+        assert not fleet.gates[1].begin(5)
+
+        assert fleet.save() == 1
+        closing = fleet.close_in_background(1)
+        assert fleet.write() == [5]
+        assert "this process has done 5 steps of this session and rank 0 3" in caplog.text
+        fleet.joined(fleet.close_in_background(0), closing)
+
     def test_one_with_fewer_batches_hands_in_the_state_of_its_own_last_step(self, caplog):
         fleet = Fleet(2)
         fleet.start()
@@ -424,6 +476,37 @@ class TestOneThatLeaves:
         fleet.joined(leaving)
         for other in others:
             until(lambda other=other: isinstance(fleet.members[other].error(), PeerLeftError))
+
+    @pytest.mark.parametrize("is_working", [True, False])
+    def test_at_the_beginning_of_a_step_ends_the_chief_in_it_unless_that_works(self, is_working, monkeypatch):
+        monkeypatch.setattr(rendezvous, "_STUCK_ELSEWHERE_SECS", 0.5)
+        fleet = Fleet(2)
+        fleet.start()
+        fleet.run_steps(3)
+        is_over = threading.Event()
+
+        def train() -> None:
+            fleet.gates[0].begin(3)
+            deadline = time.process_time() + 1.5
+            while is_working and time.process_time() < deadline:
+                sum(range(10_000))
+            is_over.wait(0 if is_working else 60)
+            fleet.members[0].finish_step()
+            fleet.gates[0].end(4, how=Loop.LEFT)
+
+        training = threading.Thread(target=train, daemon=True)
+        training.start()
+        until(lambda: fleet.gates[0].begun == Moment(0, 0, 4))
+        fleet.step(1)  # It leaves at the beginning of this step, which counts.
+        fleet.gates[1].end(4, how=Loop.LEFT)
+        leaving = fleet.close_in_background(1)
+        if not is_working:
+            assert fleet.members[0].wait_for_stop(60)
+            is_over.set()
+        fleet.joined(training)
+        fleet.joined(leaving, fleet.close_in_background(0))
+
+        assert isinstance(fleet.members[0].error(), PeerLeftError) != is_working
 
     def test_all_by_break_after_the_same_step_is_no_error(self):
         fleet = Fleet(3)

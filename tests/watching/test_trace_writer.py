@@ -273,6 +273,45 @@ def test_a_number_that_is_none_raises_where_it_is_given(tmp_path: Path) -> None:
     assert items == [Start(0)]
 
 
+MINE = Start(0, pid=7, time=100.0)
+
+
+@pytest.mark.parametrize(
+    ("items", "newest"),
+    [
+        ([MINE, loss(3), loss(4)], 4),
+        ([MINE, loss(4), Start(2, is_resumed=True, pid=8, time=200.0)], None),  # another process
+        ([Start(0, pid=7, time=99.0), loss(4)], None),  # an earlier process with its pid
+        ([MINE], None),
+        ([MINE, loss(8), Fork(5, 0)], 5),  # put back, and no step since
+        ([MINE, loss(8), Mark(9, 4), loss(9)], None),  # two runs of the graph for each step
+        ([MINE, loss(8), Mark(9, 9), loss(9)], 9),
+        ([Start(0, pid=1), Mark(9, 4), MINE, loss(2)], 2),  # another run was here
+    ],
+)
+def test_how_far_a_process_came_is_its_newest_step(tmp_path: Path, items: list[Item], newest: int | None) -> None:
+    first, *others = items
+    assert isinstance(first, Start)
+    writer = opened(tmp_path, first)
+    for item in others:
+        if isinstance(item, Start):
+            writer.close()
+            writer = opened(tmp_path, item)
+        elif isinstance(item, Record):
+            writer.add(NUMBERS, item.step, item.epochs, item.values)
+        else:
+            writer.note(item)
+    assert trace.came_to(tmp_path, "chief", pid=7, started=100.0) == newest
+    writer.close()
+
+
+def test_a_trace_that_cannot_be_read_tells_of_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert trace.came_to(tmp_path, "chief", pid=7, started=100.0) is None
+    trace.path_of(tmp_path, "chief").mkdir(parents=True)
+    assert trace.came_to(tmp_path, "chief", pid=7, started=100.0) is None
+    assert not caplog.records
+
+
 def test_a_step_does_not_wait_while_a_disk_is_tried_again(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

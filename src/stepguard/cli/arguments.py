@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepguard.cli.logdir.contents import JAX_FILES, ListedCheckpoint, list_contents, list_one
 from stepguard.options import check_local
-from stepguard.store import tensorflow_files
-from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.words import printable
+
+if TYPE_CHECKING:
+    from stepguard.cli.logdir.contents import ListedCheckpoint
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -92,6 +92,8 @@ class Target:
 
         Raises click.UsageError if there is none.
         """
+        from stepguard.cli.logdir.contents import list_contents, list_one
+
         if self.file is not None:
             return list_one(self.file.parent, self.file.name)
         if self.name is not None:
@@ -113,6 +115,8 @@ def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]
 
 
 def _target(value: str) -> Target:
+    from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
     _check_local(value)
     # Resolve ".", which has no name and may be a checkpoint. "/" has no name at all, and is no checkpoint.
     path = Path(value) if Path(value).name else Path(value).absolute()
@@ -131,12 +135,19 @@ def _target(value: str) -> Target:
 
 def _owner(file_name: str) -> str | None:
     """The checkpoint whose manifest, entry file or data file has this name."""
+    from stepguard.store import tensorflow_files
+    from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
     if file_name.endswith(MANIFEST_SUFFIX):
         return file_name[: -len(MANIFEST_SUFFIX)]
     return tensorflow_files.checkpoint_of_entry(file_name) or tensorflow_files.checkpoint_of_data(file_name)
 
 
 def _is_checkpoint(path: Path) -> bool:
+    from stepguard.cli.logdir.contents import JAX_FILES
+    from stepguard.store import tensorflow_files
+    from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
+
     if not path.name:
         return False
     records = (path.name + MANIFEST_SUFFIX, tensorflow_files.entry_file(path.name))

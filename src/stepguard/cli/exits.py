@@ -12,6 +12,8 @@ FINDING = 1
 """The command has found damage or a difference, or refuses."""
 NOT_DONE = 3
 """The command could not do its work: no permission, an unknown format, a missing package."""
+NOTHING_YET = 4
+"""`status --probe` has found no heartbeat: nothing has run there, or the program is not as far yet."""
 INTERRUPTED = 130
 """Ctrl-C ended the command. A shell reports the same code for a program that SIGINT ended."""
 READER_GONE = 141

@@ -137,7 +137,8 @@ Exit codes, of every command but `run`, `prove` and `chaos`, which have their ow
   130  ended by Ctrl-C
   141  the reader of a pipe has gone away (as `head` does)
 
-With --json a command prints one JSON document on stdout, and nothing else.
+With --json a command prints one JSON document on stdout, and nothing else; `log` and `status --follow`
+print one on each line.
 """,
 )
 @click.version_option(__version__, package_name="stepguard", message="stepguard %(version)s")

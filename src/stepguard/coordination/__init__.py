@@ -1,1 +1,1 @@
-"""The coordinator and the threads that it stops together: loopers on timers, services, and the SIGTERM watch."""
+"""The coordinator and the threads that it stops together: loopers on timers, services, signals, and the time limit."""

@@ -44,6 +44,17 @@ def process_start(pid: int) -> int | None:
     return int(stat[19]) if len(stat) > 19 else None
 
 
+def handled_signals(pid: int) -> frozenset[int] | None:
+    """The signals that a process of this host catches, ignores or blocks; ``None`` where the system does not say."""
+    masks = (b"SigCgt:", b"SigIgn:", b"SigBlk:")
+    try:
+        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
+        bits = [int(line.split()[1], 16) for line in lines if line.startswith(masks)]
+    except (OSError, ValueError, IndexError):
+        return None
+    return frozenset(number for number in range(1, 65) for one in bits if one >> (number - 1) & 1)
+
+
 def with_open(status: os.stat_result) -> list[str]:
     """The processes of this host that have the file of ``status`` open, as far as this user may see: pid and name."""
     found = []

@@ -9,14 +9,12 @@ if TYPE_CHECKING:
     from stepguard.jax.data.arrays import batches
     from stepguard.jax.session import Session
     from stepguard.jax.supervisor import Supervisor
-    from stepguard.steps.values import Values
 
-__all__ = ["Session", "Supervisor", "Values", "batches"]
+__all__ = ["Session", "Supervisor", "batches"]
 
 _HOMES = {
     "Session": "stepguard.jax.session",
     "Supervisor": "stepguard.jax.supervisor",
-    "Values": "stepguard.steps.values",
     "batches": "stepguard.jax.data.arrays",
 }
 

@@ -10,7 +10,6 @@ from typing import Any
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.errors import CheckpointCorruptError
-from stepguard.jax.checkpoint.files import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.jax.checkpoint.restore import first_values, read_state
 from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.digests import bytes_of, parts_of
@@ -19,6 +18,7 @@ from stepguard.jax.distributed.world import shared_store, world
 from stepguard.jax.session import STREAMS, Session
 from stepguard.options import Restoring
 from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
+from stepguard.orbax_files.taken import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
 from stepguard.steps.part_messages import PartMessages
@@ -106,9 +106,8 @@ class JaxEngine(PeersEngine[Session]):
     def _load(self, session: Session, path: Path, rank: int) -> None:
         chief, own = _process(path, 0), read_process(path, rank)
         state = read_state(path, session.state, self._restoring)
-        # The count of epochs is the chief's, which may have been a moment ahead. A process that the earlier run did not
-        # have begins with the random streams that the program has seeded.
-        process = {**chief, "random": STREAMS.capture()} if own is None else {**own, "epochs": chief["epochs"]}
+        # A process that the earlier run did not have begins with the random streams that the program has seeded.
+        process = {**chief, "random": STREAMS.capture()} if own is None else own
         session.state = state
         session.restore_process_state(process, chief["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))

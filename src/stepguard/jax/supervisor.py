@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.jax.checkpoint.files import ENGINE
 from stepguard.jax.distributed.world import world
 from stepguard.jax.engine import JaxEngine
 from stepguard.jax.session import STREAMS, Session
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
 from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.orbax_files.taken import ENGINE
 from stepguard.steps.event_file import EventFile, WriterEvents, event_file
 from stepguard.watching import trial
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.errors import CheckpointCorruptError
+from stepguard.orbax_files.index import STATE_FILE
 from stepguard.orbax_files.reading import is_checkpoint
 from stepguard.store import Checkpoint, CheckpointStore
+from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -62,13 +64,19 @@ def newest_at(place: Path, engine: str) -> Path:
     """The checkpoint at ``place``, or the newest good one of the run there: of ``engine``, or of Orbax.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or only some of another basename.
         NoGoodCheckpointError: there are some, and all are damaged.
     """
-    if is_checkpoint(place):
+    if (place / STATE_FILE).is_file():
         return place
     good = CheckpointStore(place, engine=engine).newest_good(quarantine=False).checkpoint
     found = [] if good is None else [good.path]
     for path in [*found, *(path for _, path in steps_of_orbax(place))]:
         return path
+    # The checkpoints in a logdir look like the items of one that Orbax has written.
+    if any(place.glob("*" + MANIFEST_SUFFIX)):
+        wanted = "checkpoints that are called model.ckpt-STEP; for others give the path of one"
+        raise FileNotFoundError(errno.ENOENT, f"expected {wanted}", str(place))
+    if is_checkpoint(place):
+        return place
     raise FileNotFoundError(errno.ENOENT, "expected a checkpoint of Stepguard or Orbax, or a run's logdir", str(place))

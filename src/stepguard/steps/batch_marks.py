@@ -33,7 +33,8 @@ def mark(peeked: Any) -> str:
 def _peek_array(array: Any) -> Any:
     shape = tuple(array.shape)
     try:
-        row = array
+        # TensorFlow's tensors never change, and are NumPy arrays without a copy.
+        row = array if hasattr(array, "copy") or hasattr(array, "clone") else array.__array__()
         while len(row.shape) > 1:
             row = row[-1]
         if row.shape:

@@ -159,19 +159,24 @@ class Chief(Rendezvous):
             check()
 
     def _ask(self, what: str, ahead: int) -> tuple[Moment, bool]:
-        """Ask every process for its limit; return the first step that all can reach, and whether all loops are over."""
+        """Ask every process for its limit; return the first moment that all can reach, and whether all loops are over.
+
+        With uneven inputs, a process whose data has ended comes to no further step of this loop. If all have begun as
+        many steps, the others will find at the next one that theirs has ended too.
+        """
         began = time.monotonic()
-        promises = [(*self._gate.pause(ahead), self._member.steps_done())]
+        promises = [(*self._gate.pause(ahead), self._gate.steps_begun, self._member.steps_done())]
         number = self._words.say("round", ahead)
         answers = self._gather([f"round/{number}/{rank}" for rank in self._others()], what)
-        promises += [(Moment(*limit), has_ended, steps) for limit, has_ended, steps in map(json.loads, answers)]
+        promises += [(Moment(*limit), *rest) for limit, *rest in map(json.loads, answers)]
         self._round_secs = 2 * (time.monotonic() - began)
-        # With uneven inputs, a process whose data has ended comes to no further step of this loop.
-        running = [limit for limit, has_ended, _ in promises if not has_ended]
-        mine, has_ended, _ = promises[0]
+        limits = [limit for limit, *_ in promises]
+        running = [limit for limit, has_ended, *_ in promises if not has_ended]
+        is_even = len({begun for _, _, begun, _ in promises}) == 1
+        mine, has_ended, *_ = promises[0]
         if has_ended:
-            self._warn_if_shorter([steps if limit <= mine else 0 for limit, _, steps in promises])
-        return max(running or [limit for limit, _, _ in promises]), not running
+            self._warn_if_shorter([steps if limit <= mine else 0 for limit, _, _, steps in promises])
+        return max(running if running and not is_even else limits), not running
 
     def _warn_if_shorter(self, steps: Sequence[int]) -> None:
         """Warn if another process has trained steps that this process, whose model is saved, had no batches for."""

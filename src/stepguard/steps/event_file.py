@@ -1,7 +1,7 @@
 """TensorBoard's event files, written without TensorFlow and without a thread.
 
 Records and messages are TensorBoard's own. A record is one append to the file, which the system keeps in one piece, so
-threads need no lock and a kill loses nothing.
+threads need a lock only to open a file, and a kill loses nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import itertools
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from stepguard.disk.files import AppendedFile
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.words import logger
 
@@ -45,7 +48,8 @@ class EventFile:
 
     def __init__(self, logdir: str) -> None:
         self._logdir = logdir
-        self._descriptor: int | None = None
+        self._file: AppendedFile | None = None
+        self._opening = threading.Lock()
         self._is_open = True
         # The time of the next try to open a file, on the clock of time.monotonic; None while the disk works.
         self._retry_at: float | None = None
@@ -89,7 +93,7 @@ class EventFile:
     def close(self) -> None:
         """Close the file. Later records, from a write that was given up, are dropped."""
         self._is_open = False
-        self._drop_file()
+        self._file = None
 
     def reopen(self) -> None:
         """Allow writing again, to a new file."""
@@ -99,41 +103,37 @@ class EventFile:
 
     def _write(self, **event: Any) -> None:
         """Append a message Event with these fields, after what is due before it."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-
         if not self._is_open or (self._retry_at is not None and time.monotonic() < self._retry_at):
             return
         try:
-            if self._descriptor is None:
-                self._open_file()
-            step, self._start_due = self._start_due, None
-            if step is not None:
-                # For this version of the format TensorBoard heeds the record START.
-                self._append(step=step, file_version=_VERSION)
-                self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+            with self._opening:
+                file = self._file = self._file or self._opened()
+                self._write_start(file)
             if event:
-                self._append(**event)
+                _append(file, **event)
         except OSError as error:
             self._lose_file(error)
 
-    def _open_file(self) -> None:
+    def _opened(self) -> AppendedFile:
         # The time is in whole seconds, so two files of one second differ in the last number.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(_opened)}"
-        path = os.path.join(self._logdir, name)
         os.makedirs(self._logdir, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._append(file_version=_VERSION)
+        file = AppendedFile(Path(self._logdir, name), keep=0)
+        _append(file, file_version=_VERSION)
         if self._retry_at is not None:
             self._retry_at = None
             _log.info("the event log is written again, to a new file in %s", self._logdir)
+        return file
 
-    def _append(self, **event: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def _write_start(self, file: AppendedFile) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        if self._descriptor is not None:
-            message = Event(wall_time=time.time(), **event)
-            RecordWriter(_Appending(self._descriptor)).write(message.SerializeToString())
+        step = self._start_due
+        if step is not None:
+            # For this version of the format TensorBoard heeds the record START.
+            _append(file, step=step, file_version=_VERSION)
+            _append(file, step=step, session_log=SessionLog(status=SessionLog.START))
+            self._start_due = None
 
     def _lose_file(self, error: OSError) -> None:
         was_known, self._retry_at = self._retry_at is not None, time.monotonic() + _RETRY_SECS
@@ -146,12 +146,7 @@ class EventFile:
                 error,
                 _RETRY_SECS,
             )
-        self._drop_file()
-
-    def _drop_file(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._file = None
 
 
 class WriterEvents:
@@ -229,16 +224,18 @@ def _as_number(tag: str, value: Any, where: str) -> float:
         ) from error
 
 
-# --- the format ---
+def _append(file: AppendedFile, **event: Any) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    RecordWriter(_Appending(file)).write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 class _Appending:
     """The file of a TensorBoard record writer, in which each record is one write."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: AppendedFile) -> None:
+        self._file = file
 
     def write(self, record: bytes) -> None:
-        if os.write(self._descriptor, record) < len(record):
-            # A reader stops at a part of a record.
-            raise OSError(f"a record of {len(record)} bytes was written in part: the disk is full")
+        self._file.append(record)

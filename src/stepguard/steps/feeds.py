@@ -203,7 +203,8 @@ class Feed(ABC):
             self._object(
                 f"the checkpoint is of {before} processes in the middle of an epoch (batch {batches}), there are "
                 f"{processes} now, and which of them is to read what is left cannot be known. Go on with {before}; "
-                f"use a loader whose sampler is a DistributedSampler, which is divided anew; {_ANYWAY}"
+                f"use a loader that is divided anew, which is one with a DistributedSampler for PyTorch, and "
+                f"stepguard.jax.batches or Grain's ElasticIterator for JAX; {_ANYWAY}"
             )
         # Rounded down, so that a batch is seen twice, not never.
         return batches * before // processes
@@ -352,8 +353,10 @@ class FunctionFeed(IterableFeed):
     """A function that makes an iterable, called anew for each epoch."""
 
     def is_for(self, loader: Any) -> bool:
-        """Whether ``loader`` is this function, or the same one defined again, as a lambda in a loop is."""
+        """Whether ``loader`` is this function, or the same one made again, as a lambda or method in a loop is."""
         mine = self.loader
+        if isinstance(mine, types.MethodType) and isinstance(loader, types.MethodType):
+            return mine.__self__ is loader.__self__ and mine.__func__ is loader.__func__
         if mine is loader or not (isinstance(mine, types.FunctionType) and isinstance(loader, types.FunctionType)):
             return mine is loader
         return mine.__code__ is loader.__code__ and _held(mine) == _held(loader)

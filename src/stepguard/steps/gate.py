@@ -101,6 +101,8 @@ class Gate:
         self._meetings = _Meetings()
         # No step begins after so many, but for the rendezvous to settle that they are the last.
         self._ends_at = math.inf
+        # Whether nobody will settle that any more.
+        self._is_abandoned = False
         self._steps_begun = 0
         # The training thread; if there are several, the one that began the last step.
         self.trainer: int | None = None
@@ -155,7 +157,8 @@ class Gate:
                     return False
                 if moment >= self._limit and self._refusal is not None:
                     raise self._refusal
-                if (is_at_end or moment >= self._limit) and self._is_last:
+                is_settled = self._is_last or (is_at_end and self._is_abandoned)
+                if is_settled and (is_at_end or moment >= self._limit):
                     self._loop = Loop.ENDED
                     return None
                 self._changed.wait()
@@ -238,6 +241,11 @@ class Gate:
         return self._begun
 
     @property
+    def steps_begun(self) -> int:
+        """The number of steps of this session that have begun."""
+        return self._steps_begun
+
+    @property
     def is_last(self) -> bool:
         """Whether the last step of the run is settled."""
         return self._is_last
@@ -295,10 +303,11 @@ class Gate:
             return self._begun > moment
 
     def abandon(self) -> None:
-        """Open the gate, because nobody will move it any more; it stays closed if the run is to end."""
+        """Open the gate, because nobody will move it any more; it stays closed where the run is to end."""
         with self._changed:
             self._meetings = _Meetings()
             self._captures_at = NEVER
+            self._is_abandoned = True
             if not self._is_last and self._refusal is None:
                 self._limit = NEVER
             self._changed.notify_all()

@@ -38,6 +38,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError, described
@@ -60,6 +61,8 @@ _CLOSED_LOOK_SECS = 0.5
 _STUCK_SECS = 5.0
 _STUCK_ELSEWHERE_SECS = 60.0
 _STUCK_LOOK_SECS = 0.1
+# A process that uses more than this part of one processor is at work, also on a busy machine; one that waits uses less.
+_WORKING_SHARE = 0.05
 
 
 class Part(Protocol):
@@ -212,23 +215,25 @@ class Rendezvous(ABC):
         """Stop for ``error`` if the step under way waits for the process that has left. Runs on a thread of its own.
 
         The step may also come to its end, and leave its loop as the other process did. So a wait is told from work: the
-        thread of the step stays in one call.
+        thread of the step stays in one call, and the process uses no processor.
         """
-        step, place, since = self._gate.begun, None, time.monotonic()
-        while not (self._closing.is_set() or self._is_over.is_set() or self._member.moment() >= step):
+        step, place = self._gate.begun, None
+        since, used_secs = time.monotonic(), time.process_time()
+        while not (self._closing.wait(_STUCK_LOOK_SECS) or self._is_over.is_set() or self._member.moment() >= step):
             frame = sys._current_frames().get(self._gate.trainer or 0)
-            here = None if frame is None else (id(frame), frame.f_lasti)
-            if here != place:
-                place, since = here, time.monotonic()
+            here = _calls(frame)
+            now, used_until_now = time.monotonic(), time.process_time()
+            # A call that returns and is made again looks like one call.
+            if here != place or used_until_now - used_secs > _WORKING_SHARE * (now - since):
+                place, since, used_secs = here, now, used_until_now
             is_collective = frame is not None and self._member.is_collective(frame.f_code.co_filename)
             del frame
-            if time.monotonic() - since > (_STUCK_SECS if is_collective else _STUCK_ELSEWHERE_SECS):
+            if now - since > (_STUCK_SECS if is_collective else _STUCK_ELSEWHERE_SECS):
                 # A collective operation fails when the process that it waits for ends: it has this one's word for that.
                 self._member.request_stop(error)
                 with contextlib.suppress(StoreLostError):
                     self._words.say("gone", f"in the middle of a step, as rank {error.rank} was", unless_said=True)
                 return
-            self._closing.wait(_STUCK_LOOK_SECS)
 
     def _hear_gone(self, rank: int, why: str) -> None:
         self._gone = f"rank {rank} was left {why}"
@@ -351,6 +356,15 @@ class Rendezvous(ABC):
         gate, member = self._gate, self._member
         while not gate.await_change(0.05, lambda: member.moment() >= moment or gate.loop is Loop.ENDED):
             check()
+
+
+def _calls(frame: FrameType | None) -> list[tuple[int, int]]:
+    """The calls in which a thread is, from the innermost: what identifies their frames, and how far these are."""
+    calls = []
+    while frame is not None:
+        calls.append((id(frame), frame.f_lasti))
+        frame = frame.f_back
+    return calls
 
 
 def as_error(sight: Sequence[object] | None) -> NonFiniteError | None:

@@ -53,6 +53,10 @@ class StateFeed(Feed):
             return iterator
 
 
+# In the state of Grain's ElasticIterator, which is the same in all processes, and fits any number of them.
+_ELASTIC_KEY = "global_next_index"
+
+
 class GrainFeed(StateFeed):
     """A ``DataLoader`` or data set of Grain, or an iterator of one: their iterators know their state."""
 
@@ -64,6 +68,12 @@ class GrainFeed(StateFeed):
     def _state(self) -> Any:
         iterator: Any = self._iterator
         return iterator.get_state()
+
+    def _moved(self, position: Mapping[str, Any], before: int, processes: int) -> int:
+        state = position.get("state")
+        if isinstance(state, dict) and _ELASTIC_KEY in state:
+            return int(position["batches"])
+        return super()._moved(position, before, processes)
 
     def _restore(self, iterator: Any, state: Any) -> Iterator[Any]:
         iterator.set_state(state)

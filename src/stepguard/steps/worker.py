@@ -94,7 +94,7 @@ class Worker(Rendezvous):
         actions: dict[str, Callable[..., object]] = {
             "restored": self._hear_restored,
             "round": lambda ahead: self._answer(
-                "round", word.number, [*self._gate.pause(ahead), self._member.steps_done()]
+                "round", word.number, [*self._gate.pause(ahead), self._gate.steps_begun, self._member.steps_done()]
             ),
             "resume": lambda: self._gate.open_until(NEVER),
             "save": self._hear_save,
@@ -230,7 +230,10 @@ class Worker(Rendezvous):
             if rested is not None and self._is_end_of_the_loop_of(moment, rested.moment):
                 return rested
             raise NoBoundaryError(f"rank {self._rank} was past {_shown(moment)} of this session when it was told of it")
-        if now == moment and has_left:
+        if has_left and now < moment and rested is not None and rested.moment == now:
+            # The run was stopped before this process had done all the steps of a loop that has ended in the chief.
+            return rested
+        if has_left and now <= moment:
             if self._has_rested and self._member.should_stop():
                 raise NoBoundaryError(_no_copy(self._rank, moment))
             # The program is over, and the state is as it leaves it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from stepguard.torch.checkpoint.first_weights import take_first_weights
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
-from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, TorchSnapshot, nbytes, non_finite
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.data.outliving import let_workers_outlive_signals
 from stepguard.torch.data.persistent import keep_from_persistent_loaders
 from stepguard.torch.digests import hyperparameters, tensor_bytes
@@ -73,8 +72,7 @@ class TorchEngine(PeersEngine[Session]):
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
-        # The memories, each with a weak reference to the snapshot in it.
-        self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
+        self._memories = HostMemories()
 
     # --- the session ---
 
@@ -171,7 +169,8 @@ class TorchEngine(PeersEngine[Session]):
 
     def make_room(self, session: Session) -> None:
         """Copy the state once, and make room for what the optimizers will add to it in their first step."""
-        memory = HostMemory()
+        self._memories = HostMemories()
+        memory = self._memories.free()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             for one in self._program.components:
@@ -179,25 +178,19 @@ class TorchEngine(PeersEngine[Session]):
             copies.close()
         copies.finish()
         memory.make_room(coming_bytes(one for _, one in self._program.optimizers()))
-        self._memories = [(memory, lambda: None)]
+        self._memories.keep(memory)
 
     def snapshot(self, session: Session) -> TorchSnapshot:
         """Copy the state into host memory, which is reused when its snapshot is no longer referenced."""
-        memory = self._free_memory()
+        memory = self._memories.free()
         copies = CopyStreams(session.training_streams)
         with torch.no_grad():
             states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
             own = memory.copy("process", session.process_state.capture(), copies)
             process = {**own, "program": self._program.notes()}
             copies.close()
-        self._memories.append((memory, weakref.ref(copies)))
+        self._memories.keep(memory, copies)
         return TorchSnapshot(session.global_step, states, process, nbytes(states), copies, session.moment)
-
-    def _free_memory(self) -> HostMemory:
-        """Memory without a snapshot in it. A second one is made only if a loop ends while a snapshot is written."""
-        free = [memory for memory, copies in self._memories if copies() is None]
-        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
-        return free[0] if free else HostMemory()
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""

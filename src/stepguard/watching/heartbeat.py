@@ -42,8 +42,8 @@ class Heartbeat:
     """The state that a process of a run reports. Times are Unix seconds; ``None`` means unknown.
 
     ``phase`` is "preparing", "training", "stopping" or "stopped". The ``reason`` of a stopped process is "finished",
-    "sigterm", "interrupt", "request_stop", "exit" or "error". ``boundary_time`` is when the end of a step was last
-    seen. ``stacks`` is the file with the stacks of a hang that still lasts.
+    "exit", "error" or one of `stops.REQUESTS`; ``exit_code`` is what the program has chosen for it. ``boundary_time``
+    is when the end of a step was last seen. ``stacks`` is the file with the stacks of a hang that still lasts.
     """
 
     role: str
@@ -55,6 +55,7 @@ class Heartbeat:
     time: float = 0.0
     phase: str = "preparing"
     reason: str | None = None
+    exit_code: int | None = None
     first_step: int | None = None
     step: int | None = None
     total_steps: int | None = None

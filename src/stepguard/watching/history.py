@@ -21,15 +21,15 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from stepguard.disk import schema
+from stepguard.watching import trace
 from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
 LAUNCHER = "launcher"
-REQUESTS = frozenset({"sigterm", "sigusr1", "interrupt", "request_stop", "time_limit", "trial"})
-"""The reasons of a requested stop, after which a run has neither finished nor failed."""
 
 _OF_A_CHECKPOINT = ("name", "step", "time", "bytes", "secs", "stall_secs")
 
@@ -116,11 +116,17 @@ def last_seen(events: Iterable[Mapping[str, Any]], role: str = CHIEF) -> Heartbe
     )
 
 
-def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]]) -> Heartbeat:
-    """Update a heartbeat from the lines that its process and its hang watch added to the ledger afterwards."""
+def completed(last: Heartbeat, events: Iterable[Mapping[str, Any]], logdir: Path | None = None) -> Heartbeat:
+    """Update a heartbeat from the lines that its process and its hang watch added to the ledger afterwards.
+
+    Of a process that was killed, the trace in ``logdir`` may know newer steps. A trace that cannot be read is passed
+    over.
+    """
     own = [one for one in events if (one.get("pid"), one.get("role")) == (last.pid, last.role)]
     own = [one for one in own if one["time"] >= last.started]
     steps = [last.step, *(one.get("step") for one in own if one["event"] in ("checkpoint", "stop"))]
+    if logdir is not None and last.phase != "stopped":
+        steps.append(trace.came_to(logdir, last.role, pid=last.pid, started=last.started, since=last.step or 0))
     found = replace(
         last,
         step=max((one for one in steps if isinstance(one, int)), default=None),

@@ -80,6 +80,17 @@ class Observer:
         """The current state of the run."""
         return self._record.now
 
+    def stop_secs(self) -> float | None:
+        """How many seconds a stop takes, as measured: the step at hand, a save at hand, and the last one.
+
+        ``None`` before any save was measured, of this run or, in its ledger, of the runs before. Any thread.
+        """
+        save_secs = self._record.longest_save_secs
+        if save_secs is None:
+            return None
+        rate = self.now.steps_per_sec
+        return 2 * save_secs + (1 / rate if rate else 0.0) + _FAREWELL_SECS
+
     def _heartbeat(self, role: str) -> Heartbeat:
         total = self._options.total_steps
         # A plain int, because JSON cannot encode NumPy's numbers.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from stepguard.words import logger
 _log = logger(__name__)
 
 _WARNINGS_KEPT = 5
+_SAVES_KEPT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,11 @@ class Ending:
     """How a run has ended.
 
     Args:
-        reason: ``finished``, one of `history.REQUESTS`, ``exit`` or ``error``.
+        reason: ``finished``, one of `stops.REQUESTS`, ``exit`` or ``error``.
         error: the error that ended the run.
         request: the stop request before ``error``, if there was one. The request may be the cause: SIGTERM to all
             processes of a job also ends the workers of a data loader.
-        exit_code: the exit code that the program has chosen for a requested stop.
+        exit_code: the exit code that the program has chosen for this ending.
     """
 
     reason: str
@@ -80,6 +83,13 @@ class RunRecord:
         self._previous: Heartbeat | None = None
         # The events of the ledger up to the start of this process.
         self._before: list[dict[str, Any]] = []
+        # How long the last saves have taken, with the time that training waited.
+        self._save_secs: deque[float] = deque(maxlen=_SAVES_KEPT)
+
+    @property
+    def longest_save_secs(self) -> float | None:
+        """The longest of the last saves of this run and those before it, in seconds; ``None`` if there is none."""
+        return max(list(self._save_secs), default=None)
 
     @property
     def logdir(self) -> Path | None:
@@ -118,10 +128,11 @@ class RunRecord:
         except OSError as error:
             _log.warning("%s: what the run before says of itself cannot be read: %s", logdir, error)
             return
-        self._previous = None if last is None else history.completed(last, events)
+        self._previous = None if last is None else history.completed(last, events, logdir)
         mine = {"event": "start", "time": now.started, "pid": now.pid, "host": now.host}
         self._before = [*events, {**mine, "role": now.role}]
         now.restarts = history.from_events(self._before, role=now.role).restarts
+        self._save_secs.extend(_save_secs(one) for one in events if one["event"] == "checkpoint")
 
     def trains(self, recovery: Recovery | None) -> None:
         """Note that the session can run. ``recovery`` is ``None`` in a process that did not search for a checkpoint."""
@@ -185,6 +196,7 @@ class RunRecord:
         self.totals.write_secs += secs
         self.totals.written_bytes += nbytes
         self.totals.stall_secs += stall_secs
+        self._save_secs.append(secs + stall_secs)
         fields = {
             "name": name,
             "step": step,
@@ -226,7 +238,7 @@ class RunRecord:
     def stop(self, ending: Ending) -> None:
         """Note that the run has stopped, and add the `stop` line."""
         now = self.now
-        now.phase, now.reason = "stopped", ending.reason
+        now.phase, now.reason, now.exit_code = "stopped", ending.reason, ending.exit_code
         if ending.error is not None:
             now.error = describe(ending.error)
         self.append(
@@ -237,6 +249,12 @@ class RunRecord:
             request=ending.request,
             exit_code=ending.exit_code,
         )
+
+
+def _save_secs(checkpoint: dict[str, Any]) -> float:
+    """The seconds that a save has taken, by its line in the ledger, which may lack or garble them."""
+    secs = [checkpoint.get(name) for name in ("secs", "stall_secs")]
+    return sum(one for one in secs if isinstance(one, (int, float)) and math.isfinite(one) and one > 0)
 
 
 def describe(error: BaseException) -> str:

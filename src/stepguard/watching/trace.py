@@ -251,6 +251,28 @@ def contents(
     return [_content(path, on_unreadable) for path in (place.with_name(role + BEFORE), place)]
 
 
+def came_to(logdir: str | os.PathLike[str], role: str, *, pid: int, started: float, since: int = 0) -> int | None:
+    """The newest step that the process ``pid``, whose run began at ``started`` (Unix seconds), has recorded.
+
+    Steps before ``since`` are left out. ``None`` if there is none, if another process was the last to record, or if the
+    steps of the trace are not those of the checkpoints (see :class:`Mark`). What cannot be read is passed over.
+    """
+    newest: int | None = None
+    is_own, is_counted_alike = False, True
+    read_contents = contents(logdir, role, lambda _path, _error: None)
+    for item in (item for content in read_contents for item in parse(content, since).items):
+        if isinstance(item, Start):
+            newest, is_own = None, item.pid == pid and item.time >= started
+            is_counted_alike = is_counted_alike or not item.is_resumed
+        elif isinstance(item, Mark):
+            is_counted_alike = is_counted_alike and item.step == item.checkpoint_step
+        elif isinstance(item, Fork):
+            newest = None if newest is None else min(newest, item.step)
+        elif item.step >= since:
+            newest = item.step if newest is None else max(newest, item.step)
+    return newest if is_own and is_counted_alike else None
+
+
 def _content(path: Path, on_unreadable: Callable[[Path, OSError], None]) -> bytes:
     try:
         return files.read_own(path, most=MOST_READ)

@@ -16,7 +16,7 @@ from saved_states import snapshot
 
 from stepguard import Saving
 from stepguard.jax import Supervisor
-from stepguard.jax.checkpoint.files import read_process, write_part
+from stepguard.orbax_files.taken import read_process, write_part
 from stepguard.saving.commit import Committer
 from stepguard.saving.retry import Backoff
 from stepguard.store import CheckpointStore

@@ -14,8 +14,8 @@ import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 from saved_states import assert_same, save, snapshot
 
-from stepguard.jax.checkpoint.files import write_part, write_tree
 from stepguard.orbax_files import ocdbt
+from stepguard.orbax_files.taken import write_part, write_tree
 
 BIG = np.arange(16 * 8, dtype=np.float32).reshape(16, 8)
 

@@ -136,6 +136,32 @@ class TestItems:
         )
 
 
+class TestARunOfStepguards:
+    def trained(self, root, steps, **saving):
+        saving = Saving(save_at_end=True, **saving)
+        sv = Supervisor(root, save_model_secs=0, save_model_steps=1, saving=saving, save_summaries_secs=0)
+        with sv.managed_session({"params": {"w": jnp.zeros(3)}, "opt": jnp.zeros(2)}) as session:
+            for _ in session.steps(max_steps=steps):
+                session.state = {**session.state, "params": {"w": session.state["params"]["w"] + 1}}
+
+    def test_gives_the_weights_of_its_newest_checkpoint(self, tmp_path):
+        self.trained(tmp_path, 2)
+        own = {"params": {"w": jnp.zeros(3)}, "new": jnp.zeros(1)}
+
+        for place in (tmp_path, {"params": tmp_path}, tmp_path / "model.ckpt-2"):
+            found = first_values(own, Restoring(init_from=place))
+            assert_same(found, {"params": {"w": jnp.ones(3) * 2}, "new": jnp.zeros(1)})
+
+    def test_of_another_basename_is_not_taken_for_one_checkpoint(self, tmp_path):
+        self.trained(tmp_path, 2, checkpoint_basename="other")
+        own = {"params": {"w": jnp.zeros(3)}}
+
+        with pytest.raises(FileNotFoundError, match=r"called model\.ckpt-STEP; for others give the path of one"):
+            first_values(own, Restoring(init_from=tmp_path))
+        found = first_values(own, Restoring(init_from=tmp_path / "other-2"))
+        assert_same(found, {"params": {"w": jnp.ones(3) * 2}})
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"tree_metadata": {"__import__(\'os\')": {}}}', b"[" * 100_000])
 def test_metadata_of_another_form_is_damage(content, tmp_path):
     (tmp_path / "_METADATA").write_bytes(content)

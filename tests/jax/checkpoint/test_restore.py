@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from saved_states import assert_same, restore, save
 
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError
-from stepguard.jax.checkpoint.files import read_process
 from stepguard.jax.checkpoint.restore import first_values
 from stepguard.jax.checkpoint.tree import flatten
 from stepguard.options import Restoring
+from stepguard.orbax_files.taken import read_process
 
 
 class Pair(NamedTuple):

@@ -57,7 +57,7 @@ Faults:
 Exit codes:
   0    proven: every run is the same, bit for bit
   1    not the same, or not deterministic
-  {_NOT_TRIED_EXIT}    it could not be tried
+  {_NOT_TRIED_EXIT}    it, or one of the faults, could not be tried
 """,
 )
 @click.option(

@@ -45,11 +45,11 @@ Examples:
 @click.option("--all", "with_values", is_flag=True, help="Also numbers and strings that are saved beside the tensors.")
 @output.json_option
 def command(target: Target, with_values: bool, as_json: bool) -> None:
-    """Show the tensors of a TensorFlow or PyTorch checkpoint, with statistics of their values.
+    """Show the tensors of a checkpoint of TensorFlow, PyTorch or JAX, with statistics of their values.
 
-    CHECKPOINT is a TensorFlow prefix or a PyTorch directory, such as runs/digits/model.ckpt-1200, or a logdir. MIN,
-    MAX and MEAN leave NaN out; for complex numbers they are those of the magnitudes. Digests are not compared: use
-    `stepguard verify` for that.
+    CHECKPOINT is a TensorFlow prefix, or a directory of PyTorch or JAX, such as runs/digits/model.ckpt-1200, or a
+    logdir. MIN, MAX and MEAN leave NaN out; for complex numbers they are those of the magnitudes. Digests are not
+    compared: use `stepguard verify` for that.
     """
     one = target.checkpoint()
     # A single file is not a checkpoint and has no state.

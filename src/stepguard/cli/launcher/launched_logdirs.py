@@ -81,7 +81,9 @@ class LaunchedLogdirs:
             *(one.get("step") for one in events if one["time"] < since),
             *(one.get(name) for one in starts for name in ("step", "previous_step")),
         )
-        beats = [one.step for one in _beats(logdir) if one.time >= since]
+        # As the next start will see it: `previous_step` is what the trace knows too.
+        ended = [history.completed(one, events, logdir) for one in _beats(logdir)]
+        beats = [one.step for one in ended if one.time >= since]
         newest_step, newest_time = _checkpoint(logdir)
         after = _highest(*(one.get("step") for one in began), *beats, newest_step)
         self._best[logdir] = _highest(before, after)

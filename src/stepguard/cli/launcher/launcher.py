@@ -15,14 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from stepguard.cli.launcher.launched_logdirs import LaunchedLogdirs
+from stepguard.cli.launcher.passing import WARNINGS, is_request, passed_on
 from stepguard.cli.launcher.processes import Processes, send
 from stepguard.cli.launcher.relay import Relay
 from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Crash, GiveUp, Restart, Restarts
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
 from stepguard.disk.processes import process_start
+from stepguard.stops import FINISHED, PREEMPTIONS, REASON_OF, REQUESTS
 from stepguard.watching import launcher_link
-from stepguard.watching.history import REQUESTS, History
+from stepguard.watching.history import History
 from stepguard.words import duration, printable
 
 CRASH_LOOP_EXIT = 70
@@ -87,9 +89,14 @@ class Launcher:
         self._processes = Processes()
         self._signals = SignalQueue()
         self._logdirs: LaunchedLogdirs
+        # When the launcher was asked to stop, and the signal by which it was, or by which a scheduler gave a warning.
         self._stop_asked: float | None = None
+        self._asked_by: int | None = None
+        self._sent: set[int] = set()
+        self._announced_in = Path()
         # The `stop` line of the chief of the last start.
         self._stop: Mapping[str, Any] = {}
+        self._last_code: int | None = None
         self._attempt = 0
         # A millisecond earlier, because the ledger rounds its times.
         self._began = time.time() - 0.001
@@ -97,7 +104,8 @@ class Launcher:
     def run(self) -> int:
         """The exit code: the program's own last one, 128 + n for signal n, or `CRASH_LOOP_EXIT`."""
         with self._signals, self._place_of_announcements() as announcements:
-            self._logdirs = LaunchedLogdirs(self._logdir, Path(announcements))
+            self._announced_in = Path(announcements)
+            self._logdirs = LaunchedLogdirs(self._logdir, self._announced_in)
             environment = {**os.environ, launcher_link.LAUNCHER_DIR: announcements}
             while True:
                 self._attempt += 1
@@ -117,6 +125,17 @@ class Launcher:
         """The reason of the stop request to the last start, as in the ledger; None if its chief recorded none."""
         reason = self._stop.get("reason")
         return reason if reason in REQUESTS else None
+
+    @property
+    def preemption(self) -> str | None:
+        """Why the last start, or the launcher, was stopped for another job or at the end of its time, in a word of the
+        ledger; None if the run has finished, failed, or was stopped by its user or by itself.
+        """
+        if self.request is not None:
+            return self.request if self.request in PREEMPTIONS else None
+        is_over = self._stop.get("reason") == FINISHED or (self._last_code == 0 and not self._stop)
+        reason = REASON_OF.get(signal.Signals(self._asked_by)) if self._asked_by is not None else None
+        return reason if reason in PREEMPTIONS and not is_over else None
 
     def histories(self) -> list[tuple[Path, History]]:
         """The history since `run` began, for every logdir that became known."""
@@ -165,23 +184,38 @@ class Launcher:
                 continue
             if received.number == signal.SIGWINCH:
                 relay.resized()
-            elif received.number in STOPS and not self._is_first_request():
+            elif received.number in STOPS and not self._is_first_request(received.number):
                 if self._is_second_request():
                     self._say(f"a second {_name(received.number)}: the program and all that it has started are killed")
                     self._processes.kill_all(relay.pid, pid)
             elif received.number != signal.SIGCHLD and not (shares_terminal and received.is_from_kernel):
                 # The terminal has already sent the signal to the program.
-                send(pid, received.number)
-                if received.number in STOPS:
-                    # A program that is suspended could not obey.
-                    send(pid, signal.SIGCONT)
+                self._pass_on(received.number, pid)
         return code
 
-    def _is_first_request(self) -> bool:
+    def _pass_on(self, number: int, pid: int) -> None:
+        """Send the program ``number``, or the request to stop that stands for it."""
+        answered = launcher_link.answered(self._announced_in, pid)
+        sent = passed_on(number, pid, answered)
+        if is_request(number, sent, answered):
+            self._asked_by = self._asked_by or number
+        if sent in STOPS and sent in self._sent:
+            # A program ends at once by a second one, and this is the scheduler's request after its warning.
+            return
+        self._sent.add(sent)
+        if sent != number:
+            self._say(f"{_name(number)} would kill the program, which gets {_name(sent)} instead")
+        send(pid, sent)
+        if sent in STOPS:
+            # A program that is suspended could not obey.
+            send(pid, signal.SIGCONT)
+
+    def _is_first_request(self, number: int) -> bool:
         """Note a request to stop; whether it is the first."""
         if self._stop_asked is not None:
             return False
         self._stop_asked = self._signals.awake()
+        self._asked_by = self._asked_by or number
         return True
 
     def _is_second_request(self) -> bool:
@@ -197,8 +231,8 @@ class Launcher:
                 send(pid, signal.SIGTERM)
             asked.update(orphans)
             received = self._signals.take(min(_LOOK_SECS, max(0.0, deadline - self._signals.awake())))
-            is_request = received is not None and received.number in STOPS and not self._is_first_request()
-            if (is_request and self._is_second_request()) or self._signals.awake() >= deadline:
+            is_later = received is not None and received.number in STOPS and not self._is_first_request(received.number)
+            if (is_later and self._is_second_request()) or self._signals.awake() >= deadline:
                 self._say("processes that the program has left behind are killed")
                 self._processes.kill_all(relay.pid)
                 return
@@ -209,7 +243,7 @@ class Launcher:
         while self._processes.ending(relay.pid) is None and (left := deadline - self._signals.awake()) > 0:
             received = self._signals.take(min(left, 0.1))
             if received is not None and received.number in STOPS:
-                self._is_first_request()
+                self._is_first_request(received.number)
         relay.close()
 
     def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> AttemptEnd:
@@ -230,16 +264,17 @@ class Launcher:
             progressed=ended.has_progressed,
             failure=str(failure) if code != 0 else None,
         )
-        self._stop = stop or {}
+        self._stop, self._last_code = stop or {}, code
         return ended
 
     # --- what follows ---
 
     def _exit_code(self, ended: AttemptEnd) -> int | None:
         """The exit code if the program is not started again; None, after the delay, if it is."""
-        if ended.code == 0 or self._stop_asked is not None:
+        if ended.code == 0 or self._asked_by is not None or self._has_finished(ended):
             return ended.exit_code
-        if ended.code in (USAGE, CANNOT_EXECUTE, NOT_FOUND):
+        is_chosen = ended.code == self._stop.get("exit_code")
+        if not is_chosen and ended.code in (USAGE, CANNOT_EXECUTE, NOT_FOUND):
             self._say(f"not started again: {ended.failure.ending} means that it was called wrongly")
             return ended.exit_code
         if self._was_asked_to_stop(ended):
@@ -250,12 +285,16 @@ class Launcher:
             return self._give_up(next_, ended)
         return None if self._is_back(next_, ended) else ended.exit_code
 
+    def _has_finished(self, ended: AttemptEnd) -> bool:
+        """Whether the run came to its end, and the program ended with the exit code that it has chosen for that."""
+        return self._stop.get("reason") == FINISHED and ended.code == self._stop.get("exit_code")
+
     def _was_asked_to_stop(self, ended: AttemptEnd) -> bool:
         if ended.exit_code == 128 + signal.SIGINT or self.request == "interrupt":
             return True
         if self.request is not None and ended.exit_code == self._stop.get("exit_code"):
             return True
-        asked_by = {128 + signal.SIGTERM: "sigterm", 128 + signal.SIGUSR1: "sigusr1"}
+        asked_by = {128 + number: reason for number, reason in REASON_OF.items()}
         return self.request is not None and asked_by.get(ended.exit_code) == self.request
 
     def _give_up(self, why: GiveUp, ended: AttemptEnd) -> int:
@@ -284,11 +323,11 @@ class Launcher:
         deadline = time.monotonic() + restart.delay_secs
         while (left := deadline - time.monotonic()) > 0:
             received = self._signals.take(left)
-            if received is not None and received.number in STOPS:
-                self._stop_asked = self._signals.awake()
+            if received is not None and received.number in (*STOPS, *WARNINGS):
+                self._is_first_request(received.number)
                 self._say(f"{_name(received.number)}: not started again")
                 return False
-        return self._stop_asked is None
+        return self._asked_by is None
 
 
 def _is_in_foreground() -> bool:

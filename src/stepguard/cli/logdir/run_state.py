@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
-from stepguard.disk import processes
+from stepguard.cli.logdir.launcher_state import Launcher, launcher_of
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -45,18 +43,6 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class Launcher:
-    """The newest `stepguard run` of the logdir: "running", "waiting" (until ``next_start``), "gave up" or "ended"."""
-
-    pid: int | None
-    host: str | None
-    state: str
-    next_start: float | None
-    reason: str | None
-    failure: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class RunState:
     """The state of a run. A crash now would lose ``steps_at_risk``; None if the step is unknown.
 
@@ -83,13 +69,15 @@ class RunState:
 
     @property
     def is_well(self) -> bool:
-        """Whether all processes of the present start run, or stopped without an error. Nothing at all is not well."""
+        """Whether all processes of the present start run, or stopped without an error, and no launcher has given up.
+
+        Nothing at all is not well.
+        """
         if self.is_empty or self.unreadable:
             return False
-        present = [one for one in self.processes if not one.is_left_behind]
-        if not present:
-            return self.launcher is None or self.launcher.state != "gave up"
-        return all(one.is_well for one in present)
+        if self.launcher is not None and self.launcher.state == "gave up":
+            return False
+        return all(one.is_well for one in self.processes if not one.is_left_behind)
 
 
 def read_run_state(logdir: Path) -> RunState:
@@ -109,7 +97,10 @@ def read_run_state(logdir: Path) -> RunState:
     events_of: dict[object, list[dict[str, Any]]] = {}
     for event in events:
         events_of.setdefault(event.get("role"), []).append(event)
-    beats = [history.completed(one, events_of.get(one.role, ())) for one in beats]
+    beats = [
+        history.completed(one, events_of.get(one.role, ()), None if heartbeat.state(one, now) == "alive" else logdir)
+        for one in beats
+    ]
     chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
     return RunState(
@@ -121,7 +112,7 @@ def read_run_state(logdir: Path) -> RunState:
         steps_at_risk=_at_risk(chief, good),
         history=history.from_events(events, chief),
         last_error=history.last_error(events),
-        launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
+        launcher=launcher_of(events),
         has_ledger=bool(events),
         unreadable=tuple(unreadable),
     )
@@ -173,23 +164,6 @@ def _at_risk(chief: Heartbeat | None, good: ListedCheckpoint | None) -> int | No
         # The checkpoints may lie where only the framework can read them.
         saved.append(chief.last_checkpoint["step"])
     return max(0, chief.step - max(saved))
-
-
-def _launcher(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
-    launches = [one for one in events if one["event"] == "launch"]
-    if not launches:
-        return None
-    launch, last = launches[-1], events[-1]
-    pid, host = launch.get("pid"), launch.get("host")
-    found = Launcher(pid, host, "ended", None, last.get("reason"), last.get("failure"))
-    if last["event"] == "gave_up":
-        return replace(found, state="gave up")
-    is_here = host == socket.gethostname() and isinstance(pid, int)
-    if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
-        return found
-    if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
-        return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])
-    return replace(found, state="running") if last["event"] == "launch" else found
 
 
 def _process_document(one: Process) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _STOPS = {
     "finished": "finished",
     "sigterm": "stopped by SIGTERM",
     "sigusr1": "stopped by SIGUSR1",
+    "sigusr2": "stopped by SIGUSR2",
     "interrupt": "stopped by Ctrl-C",
     "request_stop": "stopped: the program has asked for it",
     "time_limit": "stopped: the time that it was given is over",
@@ -55,6 +56,8 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
     running: dict[str, _Event] = {}
     for event in events:
         role = str(event.get("role"))
+        if role in running and event["event"] not in ("start", "stop"):
+            running[role] = {**running[role], "last": event["time"]}
         if folds and event["event"] == "checkpoint" and (not row or row[-1].get("role") == role):
             row.append(event)
             continue
@@ -69,8 +72,6 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
             running[role] = event
         elif event["event"] == "stop":
             running.pop(role, None)
-        elif role in running:
-            running[role] = {**running[role], "last": event["time"]}
         yield _entry(event)
     if row:
         yield _checkpoints(row)
@@ -119,9 +120,10 @@ def _start(event: _Event) -> _Told:
 
 
 def _fresh(event: _Event) -> _Told:
-    if event.get("previous_step") is not None:
+    before = event.get("previous_step")
+    if before is not None and before != event.get("step"):
         text = f"nothing to restore: begins at step {_number(event.get('step'))}"
-        return f"{text}, although the run was at step {_number(event['previous_step'])}", _TROUBLE
+        return f"{text}, although the run was at step {_number(before)}", _TROUBLE
     return f"begins at step {_number(event.get('step'))}: there was nothing to restore", PLAIN
 
 

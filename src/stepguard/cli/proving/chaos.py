@@ -25,6 +25,10 @@ KINDS = ("kill", "save", "damage", "disk", "process")
 _LOOK_SECS = 0.1
 _SAVE_SECS = 30.0
 _FULL_SECS = 3.0
+# Restarts that are no fault of the program's do not use up those that the launcher allows. Faults come at random: many
+# more than the mean are as good as impossible.
+_RESTARTS = 100
+_MOST_OF_MEAN = 4
 
 
 @dataclass(slots=True)
@@ -67,11 +71,15 @@ class Chaos:
         self._began = time.time()
         self._outcome = Outcome()
 
+    def command(self) -> list[str]:
+        """The command that starts the program under the launcher."""
+        restarts = _RESTARTS + round(_MOST_OF_MEAN * self._lasts_secs / self._every_secs)
+        command = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.1", f"--max-restarts={restarts}"]
+        return [*command, f"--announcements={self._announcements}", "--", *self._argv]
+
     def run(self) -> Outcome:
         """Run the program to its end. The main thread, once: requests to stop are passed on to the launcher."""
-        command = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.1"]
-        command += [f"--announcements={self._announcements}", "--", *self._argv]
-        launcher = subprocess.Popen(command)
+        launcher = subprocess.Popen(self.command())
         # A terminal sends Ctrl-C to the launcher as well.
         before = (
             signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.jax.checkpoint.files import ENGINE
 from stepguard.jax.checkpoint.tree import flatten, rebuild
 from stepguard.options import Restoring
 from stepguard.orbax_files.fitting import Fitting, fit
@@ -18,6 +17,7 @@ from stepguard.orbax_files.index import StoredLeaf
 from stepguard.orbax_files.leaves import Flat, Leaf
 from stepguard.orbax_files.reading import Stored, open_part, open_stored, whole
 from stepguard.orbax_files.runs import newest_at
+from stepguard.orbax_files.taken import ENGINE
 from stepguard.words import listed
 
 # The parts that hold weights, by the names that programs give them.

@@ -13,7 +13,7 @@ The host waits for neither; the way from the device to the host ends on the writ
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,52 +23,17 @@ import numpy as np
 
 from stepguard.errors import CheckpointError
 from stepguard.jax.checkpoint.tree import flatten
+from stepguard.orbax_files.index import Bounds, StoredLeaf
 from stepguard.orbax_files.leaves import Leaf
+from stepguard.orbax_files.taken import Part, Taken
 from stepguard.steps.gate import Moment
 
-Index = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedLeaf:
-    """A leaf of the state, the same in every process: its names, and what it is.
-
-    ``kind`` is "array", "numpy", or the type of a plain Python value, which ``plain`` holds. ``chunk`` is the shape of
-    the shards, which are an even grid. ``weak`` says whether the array has a weak type, as Python numbers have in JAX.
-    """
-
-    keys: tuple[str | int, ...]
-    name: str
-    kind: str
-    shape: tuple[int, ...] = ()
-    dtype: Any = None
-    chunk: tuple[int, ...] = ()
-    key_impl: str | None = None
-    weak: bool = False
-    plain: Any = None
-
 
 @dataclass(slots=True)
-class Part:
-    """A shard that this process writes: ``index`` has start and stop in each dimension of the whole leaf.
-
-    ``data`` is an array of the device until the snapshot is finished, and then one in host memory.
-    """
-
-    leaf_index: int
-    index: Index
-    data: Any
-
-
-@dataclass(slots=True)
-class JaxSnapshot:
-    """The state of one step: all leaves by name, and the parts of them that this process writes."""
+class JaxSnapshot(Taken):
+    """The state of one step."""
 
     step: int
-    leaves: Sequence[SavedLeaf]
-    static: Mapping[str, str]
-    empty: Mapping[tuple[str | int, ...], str]
-    parts: Sequence[Part]
     process: Mapping[str, Any]
     nbytes: int
     # How far the processes were; None without others.
@@ -90,11 +55,7 @@ class JaxSnapshot:
     def non_finite(self) -> list[str]:
         """The names of the leaves with NaN or infinity, and of plain numbers that are NaN."""
         self.finish()
-        bad = {part.leaf_index for part in self.parts if not _is_finite(part.data)}
-        bad |= {
-            n for n, leaf in enumerate(self.leaves) if leaf.kind in ("float", "complex") and leaf.plain != leaf.plain
-        }
-        return [self.leaves[n].name for n in sorted(bad)]
+        return self.not_finite()
 
 
 class Donations:
@@ -132,7 +93,7 @@ class HostMemory:
     """Memory for copies of donated arrays. It is used again when the snapshot that lies in it is gone."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, Index], np.ndarray[Any, Any]] = {}
+        self._buffers: dict[tuple[str, Bounds], np.ndarray[Any, Any]] = {}
         self._in_use: weakref.ref[_Lease] | None = None
 
     def lease(self) -> _Lease:
@@ -145,15 +106,15 @@ class HostMemory:
 
 
 class _Lease:
-    def __init__(self, buffers: dict[tuple[str, Index], np.ndarray[Any, Any]]) -> None:
+    def __init__(self, buffers: dict[tuple[str, Bounds], np.ndarray[Any, Any]]) -> None:
         self._buffers = buffers
 
-    def copy(self, name: str, index: Index, array: Any) -> np.ndarray[Any, Any]:
+    def copy(self, name: str, bounds: Bounds, array: Any) -> np.ndarray[Any, Any]:
         """A copy of ``array`` in host memory."""
         source = np.asarray(array)
-        buffer = self._buffers.get((name, index))
+        buffer = self._buffers.get((name, bounds))
         if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-            buffer = self._buffers[name, index] = np.empty(source.shape, source.dtype)
+            buffer = self._buffers[name, bounds] = np.empty(source.shape, source.dtype)
         np.copyto(buffer, source)
         return buffer
 
@@ -173,54 +134,57 @@ def take(
         TypeError: a leaf cannot be saved.
     """
     flat, lease = flatten(state), memory.lease()
-    leaves: list[SavedLeaf] = []
+    leaves: list[StoredLeaf] = []
+    chunks: list[tuple[int, ...]] = []
     parts: list[Part] = []
     for leaf in flat.leaves:
-        saved, shards = _described(leaf, rank)
+        saved, chunk, shards = _described(leaf, rank)
         is_donated = leaf.name in donations.names
-        for index, data in shards:
+        for bounds, data in shards:
             if isinstance(data, jax.Array):
-                data = _held(leaf.name, index, data, is_donated, donations.is_known, lease)
-            parts.append(Part(len(leaves), index, data))
+                data = _held(leaf.name, bounds, data, is_donated, donations.is_known, lease)
+            parts.append(Part(len(leaves), bounds, data))
         leaves.append(saved)
+        chunks.append(chunk)
     nbytes = sum(part.data.nbytes for part in parts)
-    return JaxSnapshot(step, leaves, flat.static, flat.empty, parts, process, nbytes, moment, lease)
+    return JaxSnapshot(leaves, chunks, flat.static, flat.empty, parts, step, process, nbytes, moment, lease)
 
 
-def _described(leaf: Leaf, rank: int) -> tuple[SavedLeaf, list[tuple[Index, Any]]]:
-    """The leaf, and the shards of it that this process writes."""
+def _described(leaf: Leaf, rank: int) -> tuple[StoredLeaf, tuple[int, ...], list[tuple[Bounds, Any]]]:
+    """The leaf, the shape of its shards, and the shards of it that this process writes."""
     value = leaf.value
     if isinstance(value, jax.Array):
         shape, sharding = value.shape, value.sharding
-        chunk, dtype = sharding.shard_shape(shape), np.dtype(value.dtype)
-        saved = SavedLeaf(
-            leaf.keys, leaf.name, "array", shape, dtype, chunk, key_impl=leaf.key_impl, weak=value.weak_type
-        )
-        whole = tuple((0, size) for size in shape)
-        if len(sharding.device_set) == 1:
-            # In a run of several processes each has one of these, and the chief's is saved.
-            return saved, [(whole, value)] if rank == 0 else []
-        if value.is_fully_addressable and rank:
-            return saved, []
-        own = [shard for shard in value.addressable_shards if shard.replica_id == 0]
-        return saved, [(_bounds(shard.index, shape), shard.data) for shard in own]
+        saved = StoredLeaf(leaf.keys, "array", shape, np.dtype(value.dtype), leaf.key_impl, value.weak_type)
+        return saved, sharding.shard_shape(shape), _own_shards(value, rank)
     if isinstance(value, (np.ndarray, np.generic)):
         copy = np.array(value, order="C")
-        saved = SavedLeaf(leaf.keys, leaf.name, "numpy", copy.shape, copy.dtype, copy.shape)
-        return saved, [(tuple((0, size) for size in copy.shape), copy)] if rank == 0 else []
-    return SavedLeaf(leaf.keys, leaf.name, type(value).__name__, plain=value), []
+        own = [(_bounds((slice(None),) * copy.ndim, copy.shape), copy)] if rank == 0 else []
+        return StoredLeaf(leaf.keys, "numpy", copy.shape, copy.dtype), copy.shape, own
+    return StoredLeaf(leaf.keys, type(value).__name__, plain=value), (), []
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+def _own_shards(value: jax.Array, rank: int) -> list[tuple[Bounds, Any]]:
+    is_on_one = len(value.sharding.device_set) == 1
+    if rank and (is_on_one or value.is_fully_addressable):
+        # In a run of several processes each has one of these, and the chief's is saved.
+        return []
+    if is_on_one:
+        return [(_bounds((slice(None),) * value.ndim, value.shape), value)]
+    own = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    return [(_bounds(shard.index, value.shape), shard.data) for shard in own]
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple(
         (one.start or 0, size if one.stop is None else one.stop) for one, size in zip(index, shape, strict=True)
     )
 
 
-def _held(name: str, index: Index, array: Any, is_donated: bool, is_known: bool, lease: _Lease) -> Any:
+def _held(name: str, bounds: Bounds, array: Any, is_donated: bool, is_known: bool, lease: _Lease) -> Any:
     """What keeps the values of ``array``: a view of it, or a copy."""
     if _is_on_cpu(array):
-        return lease.copy(name, index, array) if is_donated else np.asarray(array)
+        return lease.copy(name, bounds, array) if is_donated else np.asarray(array)
     if is_donated or not is_known:
         array = jnp.copy(array)
     array.copy_to_host_async()
@@ -229,13 +193,3 @@ def _held(name: str, index: Index, array: Any, is_donated: bool, is_known: bool,
 
 def _is_on_cpu(array: Any) -> bool:
     return bool(next(iter(array.devices())).platform == "cpu")
-
-
-def _is_finite(data: np.ndarray[Any, Any]) -> bool:
-    if not jnp.issubdtype(data.dtype, jnp.inexact) or not data.size:
-        return True
-    if data.dtype.itemsize > 2 and data.dtype.kind == "f":
-        # One pass and no copy. If any number is NaN, then minimum and maximum are NaN.
-        with np.errstate(invalid="ignore"):
-            return bool(np.isfinite(data.min()) and np.isfinite(data.max()))
-    return bool(np.isfinite(data).all())

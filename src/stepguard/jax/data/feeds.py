@@ -10,6 +10,7 @@ from stepguard.steps.feeds import Feed, FunctionFeed, IterableFeed, is_function
 from stepguard.steps.group_feed import GroupFeed
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.stateful_feeds import GrainFeed, StatefulFeed, is_grain, is_stateful
+from stepguard.steps.tf_data import TfDataFeed, is_tf_data
 
 
 def feed_of(loader: Any, streams: RandomStreams) -> Feed:
@@ -22,6 +23,8 @@ def feed_of(loader: Any, streams: RandomStreams) -> Feed:
         return GroupFeed(loader, lambda one: feed_of(one, streams))
     if isinstance(loader, Batches):
         return ArraysFeed(loader)
+    if is_tf_data(loader):
+        return TfDataFeed(loader, streams)
     if is_function(loader):
         return FunctionFeed(loader, streams)
     if is_grain(loader):

@@ -20,9 +20,9 @@ import jax
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.errors import NonFiniteError, described
-from stepguard.jax.checkpoint.files import write_part, write_process
 from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.session import Session
+from stepguard.orbax_files.taken import write_part, write_process
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember

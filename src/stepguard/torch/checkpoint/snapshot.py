@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,27 @@ class HostMemory:
             buffer.copy_(tensor)
         seen[identity] = buffer
         return buffer
+
+
+class HostMemories:
+    """The host memories of one process. A memory is reused when nobody holds the snapshot in it any more."""
+
+    def __init__(self) -> None:
+        # Each with a reference to what its snapshot holds.
+        self._used: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def free(self) -> HostMemory:
+        """A memory without a snapshot. A second one is made only if a loop ends while a snapshot is written."""
+        free = [memory for memory, copies in self._used if copies() is None]
+        self._used = [(memory, copies) for memory, copies in self._used if copies() is not None]
+        return free[0] if free else HostMemory()
+
+    def keep(self, memory: HostMemory, copies: CopyStreams | None = None) -> None:
+        """Keep ``memory``, which is free when ``copies``, those of its snapshot, are gone."""
+        self._used.append((memory, (lambda: None) if copies is None else weakref.ref(copies)))
 
 
 class CopyStreams:

@@ -5,33 +5,87 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stepguard.words import listed, logger
+
+_log = logger(__name__)
+
 _PLAIN = (bool, int, float, str, type(None))
+# The key in the state for what was not saved, which no attribute is called.
+_NOT_SAVED = "not saved"
 
 
 class Counts:
-    """The plain attributes of ``objects``. Only those that have changed since the start are saved."""
+    """The plain attributes of ``objects``. Only those that have changed since the start are saved.
 
-    def __init__(self, objects: Iterable[Any]) -> None:
+    With ``may_keep_more``, the objects may keep other things too, such as the items that they have read or an open
+    file, which a number among their attributes may describe. If these have changed, no number is saved, and a restart
+    that would have needed it warns.
+    """
+
+    def __init__(self, objects: Iterable[Any], *, may_keep_more: bool) -> None:
         # By their identity, because some compare as equal that are not the same.
         self._objects = list({id(one): one for one in objects if hasattr(one, "__dict__")}.values())
         self._at_start = [_plain(one) for one in self._objects]
+        self._kept_at_start = [_kept(one) for one in self._objects] if may_keep_more else []
 
     def state(self) -> dict[str, Any]:
         """The values that have changed, by the number of their object and their name."""
-        return {
+        changed = {
             f"{number}.{name}": value
             for number, (one, before) in enumerate(zip(self._objects, self._at_start, strict=True))
             for name, value in _plain(one).items()
             if name not in before or before[name] != value
         }
+        more = self._more()
+        return {_NOT_SAVED: [sorted(changed), more]} if changed and more else changed
+
+    def _more(self) -> list[str]:
+        """The attributes that are no numbers, and have another size or type than at the start."""
+        return [
+            f"{type(one).__name__}.{name}"
+            for one, before in zip(self._objects, self._kept_at_start, strict=False)
+            for name, kept in _kept(one).items()
+            if before.get(name) != kept
+        ]
 
     def put(self, state: Mapping[str, Any]) -> None:
         """Set the attributes in ``state``, which :meth:`state` has returned."""
         for key, value in state.items():
+            if key == _NOT_SAVED:
+                self._warn(*value)
+                continue
             number, _, name = key.partition(".")
             if int(number) < len(self._objects):
                 vars(self._objects[int(number)])[name] = value
 
+    def _warn(self, keys: list[str], more: list[str]) -> None:
+        numbers = [self._shown(*key.split(".", 1)) for key in keys]
+        _log.warning(
+            "the data set had changed %s when the checkpoint was made, and also %s, which no checkpoint has; it begins "
+            "anew. If its items depend on these numbers, they are not those of the interrupted run: let them depend on "
+            "their index, and on the epoch that the data set is told by set_epoch()",
+            listed(numbers),
+            listed(more),
+        )
+
+    def _shown(self, number: str, name: str) -> str:
+        one = self._objects[int(number)] if int(number) < len(self._objects) else None
+        return name if one is None else f"{type(one).__name__}.{name}"
+
 
 def _plain(one: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(one).items() if type(value) in _PLAIN}
+
+
+def _kept(one: Any) -> dict[str, tuple[str, Any]]:
+    """The types and sizes of the attributes that are no plain values."""
+    return {
+        name: (type(value).__name__, _size(value)) for name, value in vars(one).items() if type(value) not in _PLAIN
+    }
+
+
+def _size(value: Any) -> Any:
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return tuple(shape)
+    return len(value) if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)) else None

@@ -49,12 +49,12 @@ class MapFeed(Feed):
         # The generators from which the order is drawn, and those from which items are made in this process. A sampler
         # may refer to the data set, so that a generator may be both.
         found_in_items = {id(one) for one in Inside(loader.dataset).objects}
-        found += [Counts(one for one in samplers.objects if id(one) not in found_in_items)]
+        found += [Counts((one for one in samplers.objects if id(one) not in found_in_items), may_keep_more=False)]
         self._generators: list[Any] = found
         self._item_generators: list[Any] = []
         if loader.num_workers == 0:
             items = Inside(loader.dataset, loader.collate_fn).objects
-            self._item_generators = [*self._inside.generators, Counts(items)]
+            self._item_generators = [*self._inside.generators, Counts(items, may_keep_more=True)]
         self._items_before: Sequence[Any] = ()
         self._worker_seed = torch.initial_seed()
         self._ordered = self._ordered_copy()

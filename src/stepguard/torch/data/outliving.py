@@ -1,15 +1,16 @@
 """Workers of DataLoaders that outlive a signal to the whole job, until their parent is done with them.
 
-A scheduler, a launcher or a terminal sends SIGTERM, SIGUSR1 or SIGINT to every process of a job. The training process
-stops at the next step boundary, and may need more batches to get there. A worker that ends at once takes the running
-step with it, because PyTorch raises an error in the training process, between any two lines, when a worker has died.
+A scheduler, a launcher or a terminal sends SIGTERM, SIGUSR1, SIGUSR2 or SIGINT to every process of a job. The training
+process stops at the next step boundary, and may need more batches to get there. A worker that ends at once takes the
+running step with it, because PyTorch raises an error in the training process, between any two lines, when a worker has
+died.
 
-The protocol: the main thread of a worker blocks these signals (SIGUSR1 only if nothing handles it), and the thread
-``stepguard-outliving`` waits for them. A SIGTERM from the parent ends the worker at once, as PyTorch's own handler
-does. Any other signal is dropped. The thread looks for the parent once a second and ends the worker when the parent is
-gone; otherwise nothing would end a worker that waits for the disk. SIGKILL and crashes end a worker as before, so
-PyTorch still detects dead workers. A worker that starts a program of its own accepts the signals again from then on:
-the program would inherit the block, and could not be ended by its worker.
+The protocol: the main thread of a worker blocks these signals (SIGUSR1 and SIGUSR2 only if nothing handles them), and
+the thread ``stepguard-outliving`` waits for them. A SIGTERM from the parent ends the worker at once, as PyTorch's own
+handler does. Any other signal is dropped. The thread looks for the parent once a second and ends the worker when the
+parent is gone; otherwise nothing would end a worker that waits for the disk. SIGKILL and crashes end a worker as
+before, so PyTorch still detects dead workers. A worker that starts a program of its own accepts the signals again from
+then on: the program would inherit the block, and could not be ended by its worker.
 
 PyTorch has no hook that runs in every worker, and ``worker_init_fn`` belongs to the program. So the function that
 workers run is replaced by one that prepares the worker first. Where the system does not tell who has sent a signal (it
@@ -41,7 +42,7 @@ _CAN_OUTLIVE = hasattr(signal, "sigwaitinfo") and hasattr(signal, "sigtimedwait"
 
 
 def let_workers_outlive_signals() -> None:
-    """Make the workers that this process starts from now on outlive SIGTERM, SIGUSR1 and SIGINT.
+    """Make the workers that this process starts from now on outlive SIGTERM, SIGUSR1, SIGUSR2 and SIGINT.
 
     Main thread or any other. A second call adds what was imported since the first.
     """
@@ -100,16 +101,17 @@ class _OutlivingLoop:
         self._loop(*args, **kwargs)
 
 
-_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+_OF_PROGRAMS = (signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, *_OF_PROGRAMS})
 
 
 def _outlive() -> None:
     """Prepare this worker. Called in its main thread, before PyTorch sets its own handlers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     signals = set(_SIGNALS)
-    if not has_default_action(signal.SIGUSR1):
-        signals.discard(signal.SIGUSR1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    handled = {one for one in _OF_PROGRAMS if not has_default_action(one)}
+    signals -= handled
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
     sys.addaudithook(_accept_signals_again)
     threading.Thread(target=_wait_for_the_end, args=(signals,), name="stepguard-outliving", daemon=True).start()
 

@@ -3,7 +3,8 @@
 A loader draws the seed of its workers from the random stream of the process when it starts them. Workers that persist
 are started once in a process, so a restarted run draws that seed at another place than the run before, and all later
 random numbers of the training would be others. Therefore nothing that such a loader draws when it is iterated over
-counts, while a session is open: the streams go on as they were.
+counts, while a session is open: the streams go on as they were. A thread beside the training is let alone: what both
+draw meanwhile cannot be told apart, with and without a session.
 
 PyTorch has no hook for this, so ``DataLoader.__iter__`` is replaced by a method that looks at the loader first.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +28,15 @@ from stepguard.torch.random_states import STREAMS
 
 _TORCHDATA = "torchdata.stateful_dataloader"
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-# How many epochs of loaders of the training are just being begun.
-_beginning = 0
+
+
+class _Beginning(threading.local):
+    """How many epochs of loaders of the training this thread is just beginning."""
+
+    count = 0
+
+
+_beginning = _Beginning()
 
 
 def keep_from_persistent_loaders(session: Session) -> None:
@@ -41,18 +50,22 @@ def keep_from_persistent_loaders(session: Session) -> None:
 @contextmanager
 def beginning() -> Iterator[None]:
     """A block that begins an epoch of a loader of the training."""
-    global _beginning  # noqa: PLW0603 - one for the process, as the replaced method is
-    _beginning += 1
+    _beginning.count += 1
     try:
         yield
     finally:
-        _beginning -= 1
+        _beginning.count -= 1
 
 
 def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(iterate)
     def begin(loader: Any) -> Any:
-        if _beginning or not loader.num_workers or not loader.persistent_workers or not _is_of_the_program(loader):
+        if (
+            _beginning.count
+            or not loader.num_workers
+            or not loader.persistent_workers
+            or not _is_of_the_program(loader)
+        ):
             return iterate(loader)
         with STREAMS.preserved():
             return iterate(loader)
@@ -62,8 +75,9 @@ def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _is_of_the_program(loader: Any) -> bool:
-    """Whether a session is open, and ``loader`` is not inside of a loader that its ``steps`` was given."""
-    sessions = [session for session in list(_sessions) if session.is_open]
+    """Whether a session is open on this thread, and ``loader`` is not inside of a loader that ``steps`` was given."""
+    here = (None, threading.get_ident())
+    sessions = [session for session in list(_sessions) if session.is_open and session.boundary.thread in here]
     trained_with = [one for session in sessions for one in session.process_state.loaders]
     # A function may have any loader inside.
     return bool(sessions) and not any(is_function(one) or loader in Inside(one).loaders for one in trained_with)

@@ -33,7 +33,7 @@ class StreamFeed(IterableFeed):
         self._inside = Inside(*(roots or (loader,)))
         # Those of wrappers around them, such as the progress of a bar, are no part of the data.
         data = [one for one in self._inside.objects if isinstance(one, (Dataset, Sampler))]
-        self._held = [*self._inside.generators, *([Counts(data)] if data else [])]
+        self._held = [*self._inside.generators, *([Counts(data, may_keep_more=True)] if data else [])]
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
         self._has_warned = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from stepguard.steps.member import SessionMember
 from stepguard.steps.part_messages import PartMessages
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
-from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemory, non_finite
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, non_finite
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import answer_error, write_mine, write_process
 from stepguard.torch.session import Session
@@ -57,7 +56,7 @@ class TorchMember(SessionMember):
         self._components = components
         self._root = root
         # The memories, each with a weak reference to what belongs to the part in it.
-        self._memories: list[tuple[HostMemory, Callable[[], CopyStreams | None]]] = []
+        self._memories = HostMemories()
         self._is_sharded = any(is_sharded(one.state()) for one in components)
         self._is_watched = is_watched
 
@@ -69,7 +68,7 @@ class TorchMember(SessionMember):
         """Copy the random states, the positions in the data and this process's parts of sharded objects."""
         session = self._torch_session
         copies = CopyStreams(session.training_streams)
-        memory = self._free_memory()
+        memory = self._memories.free()
         with session.boundary.hold("a checkpoint"), torch.no_grad():
             moment, steps = self.moment(), self.steps_done()
             state = {"global_step": session.global_step, **session.process_state.capture()}
@@ -77,13 +76,8 @@ class TorchMember(SessionMember):
             live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
             sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
             copies.close()
-        self._memories.append((memory, weakref.ref(copies)))
+        self._memories.keep(memory, copies)
         return TorchPart(moment, steps, process, sharded, copies)
-
-    def _free_memory(self) -> HostMemory:
-        free = [memory for memory, copies in self._memories if copies() is None]
-        self._memories = [(memory, copies) for memory, copies in self._memories if copies() is not None]
-        return free[0] if free else HostMemory()
 
     def write_part(self, messages: PartMessages, place: str, part: Callable[[], TorchPart]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
