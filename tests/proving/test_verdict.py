@@ -10,7 +10,7 @@ import pytest
 from stepguard.cli.logdir.checkpoint_changes import Change
 from stepguard.cli.logdir.tensor_statistics import Difference
 from stepguard.cli.proving import causes, faults, report
-from stepguard.cli.proving.comparing import Comparison, first_difference
+from stepguard.cli.proving.comparing import Comparison, compare_traces, first_difference
 from stepguard.cli.proving.faults import Pace, damage_newest, plan
 from stepguard.cli.proving.proof import (
     AGAIN,
@@ -27,7 +27,10 @@ from stepguard.cli.proving.scratch import Scratch
 from stepguard.options import Saving
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
-from stepguard.watching.trace import Record, steps
+from stepguard.watching import trace
+from stepguard.watching.replay import Replay, first_cause
+from stepguard.watching.trace import Record, Start, steps
+from stepguard.watching.trace_writer import TraceWriter
 
 OPTIONS = Options(200, faults.KINDS, 0)
 PACE = Pace(20, 200, 0.01, 0.05, processes=2)
@@ -68,8 +71,98 @@ def test_the_first_difference_says_what_differs_first(other, what):
     assert (found.step, found.what, found.restarted_at) == (6, what, 5)
 
 
-def test_times_that_were_measured_make_no_difference():
+def test_what_a_run_has_not_traced_is_counted_and_not_passed_over(tmp_path):
+    def written(name, steps, *, of_all=range(20)):
+        writer = TraceWriter(tmp_path / name, "chief")
+        (tmp_path / name).mkdir()
+        writer.open(Start(0))
+        for step in of_all:
+            writer.add(trace.DIGESTS, step, 0, {"batch[0]": step})
+            if step in steps:
+                writer.add(trace.NUMBERS, step, 0, {"loss": 1.0}, 1)
+        return tmp_path / name
+
+    whole = written("whole", range(20))
+    cut = written("cut", range(12), of_all=range(12))
+    # The first 10 steps were copied, the others compared.
+    found = compare_traces(whole, written("again", range(20)), (10,), 10)
+    assert (found.steps, found.batches, found.untraced, found.first) == (20, 10, 0, None)
+    found = compare_traces(whole, cut, (10,), 10)
+    assert (found.steps, found.batches, found.untraced) == (4, 2, 16)
+    # A process whose trace is not there at all.
+    assert compare_traces(whole, tmp_path / "none", (10,), 10).untraced == 19
+    # What is recorded between two steps, where a run goes on, belongs to the time before, or after.
+    assert compare_traces(whole, written("skips", set(range(20)) - {15}), (10, 15), 10).untraced == 0
+    assert compare_traces(whole, written("lacks", set(range(20)) - {15}), (10,), 10).untraced == 1
+    # A program that reports by the clock.
+    by_clock = written("clock", {3, 12, 17})
+    assert compare_traces(by_clock, written("other clock", {4, 13, 18}), (10,), 10).untraced == 0
+
+
+def test_the_beginning_is_where_the_trace_says_that_its_checkpoint_was_taken(tmp_path):
+    for name, runs in (("whole", 10), ("cut", 5)):
+        writer = TraceWriter(tmp_path / name, "chief")
+        (tmp_path / name).mkdir()
+        writer.open(Start(0))
+        for run in range(runs):
+            # Each run of the graph does eight steps.
+            writer.note(trace.Mark(run, 8 * run))
+            writer.add(trace.NUMBERS, run, 0, {"loss": 1.0})
+    found = compare_traces(tmp_path / "whole", tmp_path / "cut", (16,), 16)
+    assert (found.steps, found.untraced) == (3, 5)
+
+
+def test_a_trace_that_has_lost_its_oldest_part_is_compared_from_there_on(tmp_path):
+    for name, most in (("whole", 1 << 20), ("bounded", 2000)):
+        writer = TraceWriter(tmp_path / name, "chief", most_bytes=most)
+        (tmp_path / name).mkdir()
+        writer.open(Start(0))
+        for step in range(1000):
+            writer.add(trace.NUMBERS, step, 0, {"loss": 1.0})
+    for one, other in (("whole", "bounded"), ("bounded", "whole")):
+        found = compare_traces(tmp_path / one, tmp_path / other)
+        assert 70 < found.steps < 150
+        assert found.untraced == 0
+
+
+def test_state_and_random_state_that_differ_are_told_alike_by_the_run_and_by_the_proof():
+    def other(step):
+        digests = {"random": 7, "state model": 8, "batch[0]": 200 + step}
+        return usual(step, digests=digests)
+
+    def first(step):
+        return usual(step, digests={"random": 1, "state model": 2, "batch[0]": 200 + step})
+
+    found = first_difference("chief", trace_of(first), trace_of(other))
+    assert found.what == first_cause(found.differences) == "random state"
+    records = [Record("digests", 3, 0, first(3)["digests"])]
+    replay = Replay([Start(0), *records], Start(3, is_resumed=True))
+    replay.see(Record("digests", 3, 0, other(3)["digests"]))
+    replay.end()
+    assert replay.found.cause == found.what
+
+
+def test_times_that_were_measured_make_no_difference_and_are_named(tmp_path):
     assert first_difference("chief", trace_of(usual), trace_of(usual)) is None
+    for name, secs in (("one", 1.0), ("other", 2.0)):
+        writer = TraceWriter(tmp_path / name, "chief")
+        (tmp_path / name).mkdir()
+        writer.open(Start(0))
+        writer.add(trace.NUMBERS, 0, 0, {"loss": 0.5, "secs": secs, "images/sec": 5.0})
+    found = compare_traces(tmp_path / "one", tmp_path / "other")
+    assert (found.first, found.measured) == (None, ("secs",))
+    rows = [result(UNDISTURBED, tmp_path), result(AGAIN, tmp_path, comparison=found)]
+    assert next(report.conclusion(Verdict(PROVEN, rows), ["train.py"], OPTIONS)) == (
+        "note: not compared, because the names say that they are measured: secs"
+    )
+    assert report.document(Verdict(PROVEN, rows), ["train.py"], OPTIONS)["measured"] == ["secs"]
+
+
+@pytest.mark.parametrize("name", ["memory/loss", "speed_error", "time_loss", "train/time_mse", "gpu/grad_norm_2"])
+def test_what_a_model_computes_is_compared_whatever_else_is_in_its_name(name):
+    now = trace_of(lambda step: usual(step, numbers={name: float(step)}))
+    then = trace_of(lambda step: usual(step, numbers={name: 0.0}))
+    assert first_difference("chief", then, now).differences[0].name == name
 
 
 def test_random_states_that_nobody_draws_from_make_no_difference():
@@ -171,6 +264,12 @@ def test_a_run_that_is_not_the_same_says_where_why_and_what_to_do(tmp_path):
 
 
 def test_a_fault_that_could_not_be_done_is_named(tmp_path):
+    late = result("sigterm", tmp_path, missed=["sigterm: the program had ended before"])
+    assert " the program had ended before ." in report.line(late, 0)
+    assert report.line(late, 0).endswith(" not tried")
+    lost = result("disk", tmp_path, comparison=Comparison((200, 200), equal=92, steps=112, untraced=88))
+    assert report.line(lost, 0).startswith("full disk              88 steps left no trace ....")
+    assert report.line(lost, 0).endswith(" not tried")
     untried = result("disk", tmp_path, missed=["disk: only Linux limits the files of another process"])
     assert report.line(untried, 0).endswith(" not tried")
     verdict = Verdict(NOT_TRIED, [result(UNDISTURBED, tmp_path), untried])

@@ -161,6 +161,20 @@ def test_of_an_array_on_a_device_evenly_spaced_values_are_read() -> None:
     assert of(OnDevice(array)) != of(OnDevice(array + 1))
 
 
+def test_texts_in_an_array_of_a_framework_count() -> None:
+    class Texts:
+        dtype, shape = "string", (2,)
+
+        def __init__(self, *texts: str) -> None:
+            self.texts = texts
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return np.array(self.texts, object)
+
+    assert of(Texts("a", "b")) == of(Texts("a", "b"))
+    assert of(Texts("a", "b")) != of(Texts("a", "c"))
+
+
 def test_numbers_on_a_device_are_not_waited_for() -> None:
     values = {"a": 1, "b": np.float32(0.5), "c": OnDevice(np.zeros(1)), "d": "no number", "e": np.zeros(3)}
     assert numbers_at_hand(values) == {"a": 1.0, "b": 0.5}

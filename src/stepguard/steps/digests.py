@@ -193,7 +193,10 @@ def array_bytes(leaf: Any) -> Any:
     try:
         found = numpy.ascontiguousarray(leaf)
         if found.dtype.hasobject:
-            return None  # Its bytes are addresses.
+            # Texts of a framework's own array; the bytes of the array are addresses.
+            values = found.reshape(-1).tolist()
+            is_plain = all(isinstance(one, _PLAIN) for one in values)
+            return repr(values).encode("utf-8", "surrogatepass") if is_plain else None
         return found.reshape(-1).view(numpy.uint8).data
     except (TypeError, ValueError):
         return None

@@ -24,6 +24,12 @@ _MEASURED = re.compile(
     r"throughput|fps|ips|mfu|gpu|cpu|mem|memory|rss|\w+_per_\w+|\w+/s(?:ec)?)(?:$|[^a-z])",
     re.IGNORECASE,
 )
+# The last word of names that a model computes, whatever is before it: "memory/loss" and "speed_error" are compared.
+_COMPUTED = re.compile(
+    r"(?:^|[^a-z])(?:loss|losses|err|errors?|mse|rmse|mae|acc|accuracy|precision|recall|f1|auc|score|reward|return|"
+    r"norm|grads?|gradient|logits?|prob\w*|entropy|kl|perplexity|ppl|bleu|lr|weights?|bias)[^a-z]*$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,8 @@ class Finding:
 class Replay:
     """Compares the records of a resumed session with those of the sessions before. One thread at a time.
 
-    Only what is inside a step or between two later ones is compared: what was recorded between two steps where the
-    session continues may belong to the time before its checkpoint.
+    The comparison begins with the first step that is done again. What was recorded before that step, and after the one
+    before it, is left out: the checkpoint may be younger than it, so that it is not done again.
 
     Args:
         before: the trace up to the start of this session.
@@ -155,19 +161,26 @@ class Replay:
         return [Difference("settings", name, then[name], now[name]) for name in names]
 
 
-def _cause(found: Sequence[Difference], same: Sequence[str]) -> str | None:
-    """What the differences of the first moment that differs tell of their cause."""
+def first_cause(found: Sequence[Difference]) -> str:
+    """The cause that the differences of one moment point to: "computation" if only numbers differ.
+
+    The order is that in which one thing decides the next. The random states and the hyperparameters of a step are no
+    result of its model's state, and what is drawn decides the batch; but all of them decide what the model becomes.
+    """
     digests = [one.name for one in found if one.kind == "digests"]
-    # In the order in which a step uses them: what was drawn before decides what is drawn.
     if RANDOM_DIGEST in digests:
         return RANDOM
     if any(one.startswith(BATCH_DIGEST) for one in digests):
         return DATA
     if any(one.kind == "settings" for one in found):
         return SETTINGS
-    if digests:
-        return STATE
-    return COMPUTATION if RANDOM_DIGEST in same else None
+    return STATE if digests else COMPUTATION
+
+
+def _cause(found: Sequence[Difference], same: Sequence[str]) -> str | None:
+    """What the differences of the first moment that differs tell of their cause; ``None`` if they tell nothing."""
+    cause = first_cause(found)
+    return cause if cause != COMPUTATION or RANDOM_DIGEST in same else None
 
 
 def _newest(step: Step) -> dict[str, float]:
@@ -181,4 +194,4 @@ def _processes(before: Sequence[Item], otherwise: int) -> int:
 
 def is_measured(one: Difference) -> bool:
     """Whether this number is measured, such as a time, so that it differs between two runs that are the same."""
-    return one.kind == "numbers" and _MEASURED.search(one.name) is not None
+    return one.kind == "numbers" and bool(_MEASURED.search(one.name)) and not _COMPUTED.search(one.name)

@@ -17,6 +17,7 @@ from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.ledger import Ledger
 from stepguard.watching.metrics import Totals
+from stepguard.watching.replay import Outcome
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -217,29 +218,10 @@ class RunRecord:
         """Add a warning to the heartbeat only: the ledger has another kind of line for it."""
         self.now.warnings = [*self.now.warnings, message][-_WARNINGS_KEPT:]
 
-    def replayed(
-        self,
-        *,
-        step: int,
-        to_step: int,
-        outcome: str,
-        compared: int,
-        differs_at: int | None,
-        cause: str | None,
-        message: str,
-    ) -> None:
-        """Note what the comparison of steps that were done again has found; see :mod:`stepguard.watching.replay`."""
-        fields = {
-            "step": step,
-            "to_step": to_step,
-            "outcome": outcome,
-            "compared": compared,
-            "differs_at": differs_at,
-            "cause": cause,
-            "message": message,
-        }
-        self.now.replay = fields
-        self.append("replay", **fields)
+    def replayed(self, outcome: Outcome) -> None:
+        """Note what the comparison of steps that were done again has found."""
+        self.now.replay = outcome.document()
+        self.append("replay", **outcome.document())
 
     def append(self, event: str, **fields: Any) -> None:
         """Add a line to the ledger, if there is one. A `start` line that had to wait is added first."""

@@ -141,7 +141,7 @@ class StepRecorder(Part):
         if outcome is None:
             return
         (_log.warning if outcome.outcome == DIFFERS else _log.info)("%s", outcome.message)
-        self._record.replayed(**outcome.document())
+        self._record.replayed(outcome)
 
     def leave(self) -> None:
         """Publish the outcome of a session that ends before it is known."""

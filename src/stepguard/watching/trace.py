@@ -66,8 +66,8 @@ _CRC = struct.Struct("<I")
 _INT = struct.Struct("<q")
 _MOST_PAYLOAD = 1 << 16
 _END = 1 << 63
-# A file may be larger than MOST_BYTES by its last record.
-_MOST_READ = MOST_BYTES + 2 * _MOST_PAYLOAD
+MOST_READ = MOST_BYTES + 2 * _MOST_PAYLOAD
+"""The most that is read of a file, which may be larger than MOST_BYTES by its last record."""
 _ROLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 Moment = tuple[int, int, bool]
@@ -275,7 +275,7 @@ def came_to(logdir: str | os.PathLike[str], role: str, *, pid: int, started: flo
 
 def _content(path: Path, on_unreadable: Callable[[Path, OSError], None]) -> bytes:
     try:
-        return files.read_own(path, most=_MOST_READ)
+        return files.read_own(path, most=MOST_READ)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -292,16 +292,25 @@ class Parsed:
     earlier: int
 
 
-def parse(content: bytes, since: int = 0, until: int = _END) -> Parsed:
+def parse(
+    content: bytes,
+    since: int = 0,
+    until: int = _END,
+    *,
+    shapes: dict[int, tuple[str, ...]] | None = None,
+    is_begun: bool = False,
+) -> Parsed:
     """Read the content of one file, up to the first record that is damaged.
 
     Numbers and digests of other steps than ``since`` to ``until`` are left out: a trace may have hundreds of thousands.
+    ``is_begun`` says that ``content`` goes on where another call has ended, which was given the same ``shapes``.
     """
     items: list[Item] = []
-    if not content.startswith(MAGIC):
+    if not is_begun and not content.startswith(MAGIC):
         return Parsed(items, 0, 0)
-    shapes: dict[int, tuple[str, ...]] = {}
-    view, earlier, end, last = memoryview(content), 0, len(MAGIC), len(content) - _HEAD.size - _CRC.size
+    shapes = {} if shapes is None else shapes
+    view, earlier, end = memoryview(content), 0, 0 if is_begun else len(MAGIC)
+    last = len(content) - _HEAD.size - _CRC.size
     unpack, crc_at, crc32, head = _HEAD.unpack_from, _CRC.unpack_from, zlib.crc32, _HEAD.size
     while end <= last:
         kind, between, shape, extent, step = unpack(content, end)

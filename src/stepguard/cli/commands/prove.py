@@ -131,19 +131,18 @@ def command(
         f"{printable(report.name_of(program))}, up to step {steps}, in at most {duration(time_limit_secs)}, with a "
         f"checkpoint each {options.spacing} steps, in scratch logdirs and not in its own"
     )
-    is_kept = False
+    proof = Proof(runner, place, options, show=lines.show, tell=lines.tell, say=lines.say)
     # A job whose time is over is told so by SIGTERM: nothing is left behind then either.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        proof = Proof(runner, place, options, show=lines.show, tell=lines.tell, say=lines.say)
         verdict = proof.prove()
-        is_kept = any(not one.is_same for one in verdict.results)
     except (NotTriedError, OSError) as error:
         _not_tried(context, error, program, options, lines, as_json=as_json)
     finally:
         lines.clear()
         runner.kill()
-        if not is_kept:
+        # A logdir that was said to be kept is kept, also if the proof does not come to its end.
+        if all(one.is_same for one in proof.verdict.results):
             place.remove()
         signal.signal(signal.SIGTERM, before)
     if as_json:

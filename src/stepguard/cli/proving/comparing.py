@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stepguard.cli.logdir import tensor_readers
@@ -12,8 +12,8 @@ from stepguard.cli.logdir.checkpoint_changes import Change, compared
 from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.proving.runs import Run
 from stepguard.watching import trace
-from stepguard.watching.replay import COMPUTATION, DATA, RANDOM, RANDOM_DIGEST, SETTINGS, STATE, is_measured
-from stepguard.watching.trace import Difference, Moment, Step
+from stepguard.watching.replay import RANDOM_DIGEST, first_cause, is_measured
+from stepguard.watching.trace import Difference, Item, Mark, Moment, Start, Step
 
 _BATCH = re.compile(r"batch\b")
 
@@ -40,7 +40,9 @@ class Comparison:
     """The result for two runs: ``one`` is the reference.
 
     ``equal`` counts the tensors and values of the last state that are equal, ``steps`` the moments that were compared,
-    ``batches`` those of them whose batches were; ``steps_reached`` are the last steps of both.
+    ``batches`` those of them whose batches were; ``steps_reached`` are the last steps of both. ``untraced`` counts the
+    moments of the reference that the other run has not traced, so that nothing is known of them. ``measured`` are the
+    names of numbers that differ and are no fault, because they say that they are measured.
     """
 
     steps_reached: tuple[int | None, int | None]
@@ -49,6 +51,8 @@ class Comparison:
     equal: int = 0
     steps: int = 0
     batches: int = 0
+    untraced: int = 0
+    measured: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -66,9 +70,11 @@ def compare_runs(one: Run, other: Run, begins_at: int = 0) -> Comparison:
     if other.problem is not None:
         return Comparison((one.step, other.step), problems=(other.problem,))
     restarts = [begins_at, *(restart.step or begins_at for restart in other.restarts)]
-    first, steps, batches = compare_traces(one.place.logdir, other.place.logdir, restarts)
+    traces = compare_traces(one.place.logdir, other.place.logdir, restarts, begins_at)
     changes, equal, problems = _compare_states(one, other)
-    return Comparison((one.step, other.step), first, tuple(changes), equal, steps, batches, tuple(problems))
+    return replace(
+        traces, steps_reached=(one.step, other.step), changes=tuple(changes), equal=equal, problems=tuple(problems)
+    )
 
 
 def _compare_states(one: Run, other: Run) -> tuple[list[Change], int, list[str]]:
@@ -101,19 +107,58 @@ def last_state(run: Run) -> ListedCheckpoint | None:
     return next((one for one in found if one.checkpoint.step == run.step), None)
 
 
-def compare_traces(one: Path, other: Path, restarts: Sequence[int] = ()) -> tuple[FirstDifference | None, int, int]:
-    """The first difference between the traces in two logdirs, and how many moments, and batches, were compared."""
+def compare_traces(one: Path, other: Path, restarts: Sequence[int] = (), begins_at: int = 0) -> Comparison:
+    """Compare the traces in two logdirs, from the step ``begins_at`` on: what the other run has before was copied."""
     firsts: list[FirstDifference] = []
-    steps = batches = 0
+    measured: set[str] = set()
+    steps = batches = untraced = 0
     for role in trace.roles(one):
-        then, now = (trace.steps(trace.read(logdir, role)) for logdir in (one, other))
-        both = [moment for moment in then if moment in now]
+        before, after = (trace.read(logdir, role) for logdir in (one, other))
+        # A framework that counts something else than the steps of its checkpoints marks where they were taken.
+        marks = {item.checkpoint_step: item.step for item in before if isinstance(item, Mark)}
+        began = marks.get(begins_at, begins_at)
+        then, now = _traced(before, began), _traced(after, began)
+        both = [moment for moment in then.steps if moment in now.steps]
         steps = max(steps, len(both))
-        batches = max(batches, sum(any(map(_BATCH.match, then[moment].digests)) for moment in both))
-        first = first_difference(role, then, now, restarts)
+        batches = max(batches, sum(any(map(_BATCH.match, then.steps[moment].digests)) for moment in both))
+        untraced += _untraced(then, now, {marks.get(step, step) for step in (begins_at, *restarts)})
+        found = list(_all_differences(then.steps, now.steps))
+        measured |= {one.name for _, differences in found for one in differences if is_measured(one)}
+        first = _first(role, then.steps, now.steps, found, restarts)
         if first is not None:
             firsts.append(first)
-    return min(firsts, key=lambda one: one.step, default=None), steps, batches
+    earliest = min(firsts, key=lambda one: one.step, default=None)
+    return Comparison(
+        (None, None), earliest, steps=steps, batches=batches, untraced=untraced, measured=tuple(sorted(measured))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """What one process has traced, and the first moment that a trace, which has bounds, still has."""
+
+    steps: dict[Moment, Step]
+    since: Moment
+
+
+def _traced(items: Sequence[Item], begins_at: int) -> _Trace:
+    found = {moment: one for moment, one in trace.steps(items).items() if moment >= (begins_at, 0, False)}
+    is_whole = not items or isinstance(items[0], Start)
+    return _Trace(found, (0, 0, False) if is_whole else min(found, default=(0, 0, False)))
+
+
+def _untraced(then: _Trace, now: _Trace, restarts: Container[int]) -> int:
+    """How many moments of ``then`` are not in ``now``, because something has kept that trace from being written.
+
+    What is recorded between two steps where a start goes on may belong to the time before. A program that reports by
+    the clock does so at other moments in each run, of which ``now`` then has some of its own.
+    """
+
+    def missing(one: _Trace, other: _Trace) -> list[Moment]:
+        known = [moment for moment in one.steps if moment[2] or moment[0] not in restarts]
+        return [moment for moment in known if moment not in other.steps and moment >= other.since]
+
+    return 0 if missing(now, then) else len(missing(then, now))
 
 
 def first_difference(
@@ -124,7 +169,18 @@ def first_difference(
     Random states that nobody draws from make no difference: those that only a later draw would show, and those that
     the engine does not restore, so that they differ, and nothing else does, in the first step after a restart.
     """
-    found = list(_all_differences(then, now))
+    return _first(role, then, now, list(_all_differences(then, now)), restarts)
+
+
+def _first(
+    role: str,
+    then: dict[Moment, Step],
+    now: dict[Moment, Step],
+    every: Sequence[tuple[Moment, list[Difference]]],
+    restarts: Sequence[int],
+) -> FirstDifference | None:
+    # Numbers that are measured differ in every run.
+    found = [(moment, kept) for moment, one in every if (kept := [d for d in one if not is_measured(d)])]
     restarted = [moment for moment, differences in found if moment[0] in restarts and _is_random(differences)]
     if restarted and restarted[0] == found[0][0]:
         found = [(moment, kept) for moment, one in found if (kept := [d for d in one if d.name != RANDOM_DIGEST])]
@@ -137,7 +193,7 @@ def first_difference(
     return FirstDifference(
         role,
         step,
-        what_differs(differences),
+        first_cause(differences),
         tuple(differences),
         tuple(name for name in names if name not in unlike),
         max((one for one in restarts if one <= step), default=None),
@@ -148,27 +204,13 @@ def first_difference(
 def _all_differences(then: dict[Moment, Step], now: dict[Moment, Step]) -> Iterator[tuple[Moment, list[Difference]]]:
     for moment, before in then.items():
         if moment in now:
-            found = [one for one in trace.differences(before, now[moment]) if not is_measured(one)]
+            found = trace.differences(before, now[moment])
             if found:
                 yield moment, found
 
 
 def _is_random(found: Sequence[Difference]) -> bool:
     return all(one.name == RANDOM_DIGEST for one in found)
-
-
-def what_differs(found: Sequence[Difference]) -> str:
-    """What differs first, in the order in which things happen in a step: the state before it, then its batch, then
-    what it computes.
-    """
-    digests = [one.name for one in found if one.kind == "digests"]
-    if any(name.startswith("state ") for name in digests):
-        return STATE
-    if any(one.kind == "settings" for one in found):
-        return SETTINGS
-    if RANDOM_DIGEST in digests:
-        return RANDOM
-    return DATA if any(map(_BATCH.match, digests)) else COMPUTATION
 
 
 def _step_of_batch(step: Step, then: dict[Moment, Step]) -> int | None:

@@ -31,6 +31,8 @@ _LONGEST_FULL_SECS = 3.0
 _SHORTEST_FULL_SECS = 0.5
 # The first steps may come before the first checkpoint: a part of the run is left to them.
 _FIRST_SHARE = 0.15
+# The last steps may be over before a fault is felt.
+_LAST_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ def plan(kinds: Sequence[str], pace: Pace, seed: int) -> list[Rung]:
 
 def _drawn(kinds: Sequence[str], pace: Pace, chance: random.Random) -> tuple[Fault, ...]:
     first = pace.first_step + max(1, int(_FIRST_SHARE * pace.steps))
-    steps = sorted(chance.randrange(first, max(first + 1, pace.last_step - 1)) for _ in kinds)
+    last = pace.first_step + int(_LAST_SHARE * pace.steps)
+    steps = sorted(chance.randrange(first, max(first + 1, last)) for _ in kinds)
     # Which of the kills come during a save is drawn as well.
     shuffled = chance.sample(kinds, len(kinds))
     return tuple(_fault(kind, step, pace, chance) for kind, step in zip(shuffled, steps, strict=True))
@@ -165,7 +168,9 @@ def _damage(fault: Fault, running: Running, live: Live) -> Done:
     if not running.wait_for(has_two):
         return Done(False, "there were no two checkpoints")
     running.kill()
-    running.wait(lambda: None)
+    if running.wait(lambda: None) != -signal.SIGKILL:
+        # What it has saved last is the end of a run that is over: nothing would be restored from what is before it.
+        return Done(False, "the program had ended before")
     file = damage_newest(live.logdir, fault.choice)
     return Done(file is not None, "" if file is None else f"one bit of {file} flipped")
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from stepguard.cli.launcher.processes import Processes, send
 from stepguard.cli.launcher.relay import without_noise
-from stepguard.watching import heartbeat, history, ledger, trace
+from stepguard.cli.proving.trace_tail import TraceTail
+from stepguard.watching import heartbeat, history, ledger
 
 _LOOK_SECS = 0.001
 # The share of the time that may go into reading the trace, while a step is waited for.
@@ -194,10 +195,11 @@ class Live:
     def __init__(self, logdir: Path) -> None:
         self.logdir = logdir
         self._before = _sessions(logdir)
+        self._tail = TraceTail(logdir, history.CHIEF)
 
     def step(self) -> int | None:
         """The number of steps done; ``None`` until its session is open."""
-        return reached(self.logdir) if _sessions(self.logdir) > self._before else None
+        return reached(self.logdir, self._tail) if _sessions(self.logdir) > self._before else None
 
 
 def _sessions(logdir: Path) -> int:
@@ -206,7 +208,7 @@ def _sessions(logdir: Path) -> int:
     return sum(one["event"] in ("fresh", "restore") and one.get("role") == history.CHIEF for one in events)
 
 
-def reached(logdir: Path) -> int:
+def reached(logdir: Path, tail: TraceTail | None = None) -> int:
     """The last step of the chief's newest session that left a sign: in its trace, its ledger, or its heartbeat.
 
     A program whose steps report nothing leaves no sign of each; the result may then be too small.
@@ -219,9 +221,10 @@ def reached(logdir: Path) -> int:
             begun, steps = one["time"], [0]
         if isinstance(one.get("step"), int):
             steps.append(one["step"])
-    items = trace.read(logdir, history.CHIEF)
-    if items and any(isinstance(one, trace.Start) and one.time >= begun - 1 for one in items):
-        steps.append(items[-1].step)
+    tail = TraceTail(logdir, history.CHIEF) if tail is None else tail
+    tail.look()
+    if tail.started is not None and tail.step is not None and tail.started >= begun - 1:
+        steps.append(tail.step)
     beat = heartbeat.read_one(logdir, history.CHIEF)
     if beat is not None and beat.time >= begun and isinstance(beat.step, int):
         steps.append(beat.step)

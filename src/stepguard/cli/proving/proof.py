@@ -76,13 +76,17 @@ class Result:
 
     @property
     def is_tried(self) -> bool:
-        """Whether at least one of its faults was done."""
-        return self.kind in (UNDISTURBED, AGAIN) or len(self.run.missed) == 0 or bool(self.run.restarts)
+        """Whether at least one of its faults was done, and the other run has traced what it did."""
+        if self.comparison is not None and self.comparison.untraced:
+            return False
+        if self.kind == "disk":
+            return not self.run.missed
+        return self.kind in (UNDISTURBED, AGAIN) or bool(self.run.restarts)
 
 
 @dataclass(slots=True)
 class Verdict:
-    """The outcome: what each run was, and what else is worth knowing."""
+    """The outcome so far: what each run was, and what else is worth knowing."""
 
     verdict: str
     results: list[Result] = field(default_factory=list)
@@ -95,7 +99,7 @@ class Verdict:
 
 class Proof:
     """Proves one program. ``show(result, begins_at)`` gets each result, ``tell(what, start, step)`` the progress, and
-    ``say(line)`` what is known beforehand.
+    ``say(line)`` what is known beforehand. ``verdict`` has what was found, also if :meth:`prove` raises.
     """
 
     def __init__(
@@ -124,11 +128,17 @@ class Proof:
         """Run the ladder.
 
         Raises:
-            NotTriedError: the program cannot be proven as it is; the message says why.
+            NotTriedError: the program cannot be proven as it is; the message says why. If a difference was found
+                before, a remark of the verdict says so instead.
             OSError: the program cannot be started.
         """
         try:
             self._climb_all()
+        except (NotTriedError, OSError) as error:
+            if self.verdict.verdict not in (DIFFERENT, NOT_DETERMINISTIC):
+                raise
+            # What was found stays found.
+            self.verdict.remarks.append(f"the rest could not be tried: {error}")
         finally:
             self._remark_on_own_files()
         return self.verdict
@@ -212,7 +222,6 @@ class Proof:
                 self.verdict.verdict = NOT_DETERMINISTIC
                 self._add(Result(AGAIN, once_more, between, causes.of_two_undisturbed(between)))
                 return False
-        self.verdict.verdict = DIFFERENT
         self._add(Result(AGAIN, again, found, causes.of_a_disturbed_run(found)))
         return False
 
@@ -260,14 +269,9 @@ class Proof:
     def _climb(self, rung: Rung, first: Run, done: Run) -> None:
         found = self._compare(first, done)
         cause = None if found.is_same else causes.of_a_disturbed_run(found)
-        result = Result(rung.kind, done, found, cause)
-        self._add(result)
-        if not found.is_same:
-            self.verdict.verdict = DIFFERENT
-            return
-        if not result.is_tried and self.verdict.verdict == PROVEN:
-            self.verdict.verdict = NOT_TRIED
-        done.place.remove()
+        self._add(Result(rung.kind, done, found, cause))
+        if found.is_same:
+            done.place.remove()
 
     # --- one run ---
 
@@ -351,6 +355,10 @@ class Proof:
 
     def _add(self, result: Result) -> None:
         self.verdict.results.append(result)
+        if not result.is_same and self.verdict.verdict != NOT_DETERMINISTIC:
+            self.verdict.verdict = DIFFERENT
+        elif not result.is_tried and self.verdict.verdict == PROVEN:
+            self.verdict.verdict = NOT_TRIED
         self._show(result, self.verdict.begins_at)
 
 

@@ -20,7 +20,7 @@ from stepguard.cli.proving.proof import (
     Verdict,
 )
 from stepguard.cli.text import output
-from stepguard.words import printable
+from stepguard.words import listed, printable
 
 WIDTH = 80
 _TITLE = 23
@@ -60,7 +60,7 @@ def line(result: Result, begins_at: int) -> str:
     if done.problem is not None:
         text = "did not come to its end"
     elif not result.is_tried:
-        text = "; ".join(one.partition(": ")[2] for one in done.missed)
+        text = _why_untried(result)
     elif result.kind == "disk":
         text = f"{steps}, training went on"
     elif result.kind == AGAIN:
@@ -70,6 +70,12 @@ def line(result: Result, begins_at: int) -> str:
     outcome = (_SAME if result.is_tried else _UNTRIED) if result.is_same else _OTHER
     left = f"{title(result):<{_TITLE}}{text} "
     return f"{left}{'.' * (WIDTH - len(left) - len(_SAME) - 1)} {outcome}"
+
+
+def _why_untried(result: Result) -> str:
+    if result.comparison is not None and result.comparison.untraced:
+        return f"{result.comparison.untraced} steps left no trace"
+    return "; ".join(dict.fromkeys(one.partition(": ")[2] for one in result.run.missed))
 
 
 def details(result: Result) -> Iterator[str]:
@@ -97,6 +103,14 @@ def conclusion(verdict: Verdict, argv: Sequence[str], options: Options) -> Itera
     """The last lines."""
     for remark in verdict.remarks:
         yield from _wrapped(f"note: {remark}", "", "  ")
+    measured = _measured(verdict)
+    if measured:
+        yield from _wrapped(
+            f"note: not compared, because the names say that they are measured: "
+            f"{listed([printable(one) for one in measured], most=3)}",
+            "",
+            "  ",
+        )
     name = printable(name_of(argv))
     if verdict.verdict == NOT_DETERMINISTIC:
         found = verdict.results[-1].comparison
@@ -134,6 +148,11 @@ def _costs(verdict: Verdict, options: Options) -> str:
     )
 
 
+def _measured(verdict: Verdict) -> list[str]:
+    found = [one.comparison.measured for one in verdict.results if one.comparison is not None]
+    return sorted({name for names in found for name in names})
+
+
 def document(verdict: Verdict, argv: Sequence[str], options: Options) -> dict[str, Any]:
     """The verdict as one JSON document."""
     return {
@@ -145,6 +164,7 @@ def document(verdict: Verdict, argv: Sequence[str], options: Options) -> dict[st
         "longest_stall_secs": round(verdict.longest_stall_secs, 4),
         "stall_share": round(verdict.stall_share, 4),
         "remarks": verdict.remarks,
+        "measured": _measured(verdict),
         "runs": [_run(one) for one in verdict.results],
     }
 
@@ -162,6 +182,7 @@ def _run(result: Result) -> dict[str, Any]:
         "missed": done.missed,
         "steps_compared": None if found is None else found.steps,
         "batches_compared": None if found is None else found.batches,
+        "steps_untraced": None if found is None else found.untraced,
         "equal": None if found is None else found.equal,
         "changes": [] if found is None else [asdict(one) for one in found.changes],
         "first_difference": None if first is None else asdict(first),

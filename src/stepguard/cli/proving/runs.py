@@ -79,9 +79,13 @@ def run(
         outcome, code = _ended(running, fault, Live(place.logdir), functools.partial(tell, number))
         _note_restored(done, place, running)
         stop = last_stop(place, running.began)
+        has_ended = is_at_end(stop, code)
+        if fault is not None and outcome.is_done and has_ended and not outcome.goes_on:
+            # It has come to its end by itself before it felt the fault.
+            outcome = Done(False, "the program had ended before")
         if fault is not None and not outcome.is_done:
             done.missed.append(f"{fault.kind}: {outcome.text}")
-        if is_at_end(stop, code):
+        if has_ended:
             done.missed += [f"{one.kind}: the program had ended before" for one in pending]
             break
         if fault is None or not outcome.is_done or outcome.goes_on:
