@@ -42,13 +42,17 @@ class BreakingOs:
 
     Calls are counted from :meth:`arm` on. ``action(name, arguments)`` is done before the call itself; what it raises
     is what the call raises. It is done at the call number ``at``, with ``onwards`` also at all that follow, and with
-    ``every`` at each.
+    ``every`` at each. With ``of_services`` the calls of the main thread do not count: it records each step of a loop,
+    hundreds of which pass beside one save.
     """
 
-    def __init__(self, action: Action, *, at: int | None, onwards: bool = False, every: bool = False) -> None:
+    def __init__(
+        self, action: Action, *, at: int | None, onwards: bool = False, every: bool = False, of_services: bool = False
+    ) -> None:
         self._action = action
         self._first = 1 if every else at
         self._last = math.inf if every or onwards else at
+        self._of_services = of_services
         self._armed = False
         self._counting = threading.Lock()
         self.calls: list[str] = []
@@ -76,7 +80,7 @@ class BreakingOs:
         return os.open(path, flags, *arguments, **named)
 
     def _count(self, name: str, arguments: tuple[Any, ...]) -> None:
-        if not self._armed:
+        if not self._armed or (self._of_services and threading.current_thread() is threading.main_thread()):
             return
         with self._counting:
             self.calls.append(name)

@@ -38,7 +38,7 @@ def report_log(saved: Callable[[int | None, str], None] | None = None) -> None:
 
 
 class Break:
-    """Breaks the process at call number ``at`` of the first save after ``after_saves`` were acknowledged."""
+    """Breaks the process at call number ``at`` of the services' threads in the first save after ``after_saves``."""
 
     def __init__(self, how: str | None, at: int | None, after_saves: int) -> None:
         self.left = after_saves
@@ -46,7 +46,7 @@ class Break:
         if how is None:
             return
         actions = {"die": breaks.die, "stop": _stop}
-        self.os = breaks.BreakingOs(actions[how], at=at)
+        self.os = breaks.BreakingOs(actions[how], at=at, of_services=True)
         files.os = self.os  # type: ignore[assignment]
 
     def saved(self, step: int | None, path: str) -> None:

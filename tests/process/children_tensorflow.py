@@ -456,16 +456,23 @@ def _until(reached: threading.Event, session: Any, model: Model) -> None:
 # ------------------------------------------------------------------------------------------------ summaries
 
 
-def summarises(logdir: str) -> None:
-    """Write summaries in a session that nobody manages or stops, and then wait for a signal."""
+def summarises(logdir: str, *, is_managed: bool) -> None:
+    """Write summaries in a session that a block manages, or that nobody stops, and then train until a signal."""
     with tf.Graph().as_default():
         model, sv = build(logdir, save_model_secs=0)
-        session = sv.prepare_or_wait_for_session()
-        for step in range(1, 51):
-            session.run(model.train_op)
-            summary = v1.Summary(value=[v1.Summary.Value(tag="computed", simple_value=step)])
-            sv.summary_computed(session, summary, step)
-            sv.summary_writer.add_summary(v1.Summary(value=[v1.Summary.Value(tag="own", simple_value=step)]), step)
-        report("wrote")
-        while True:
-            session.run(model.train_op)
+        if is_managed:
+            with sv.managed_session() as session:
+                _summarise(sv, session, model)
+        else:
+            _summarise(sv, sv.prepare_or_wait_for_session(), model)
+
+
+def _summarise(sv: Any, session: Any, model: Model) -> None:
+    for step in range(1, 51):
+        session.run(model.train_op)
+        summary = v1.Summary(value=[v1.Summary.Value(tag="computed", simple_value=step)])
+        sv.summary_computed(session, summary, step)
+        sv.summary_writer.add_summary(v1.Summary(value=[v1.Summary.Value(tag="own", simple_value=step)]), step)
+    report("wrote")
+    while True:
+        session.run(model.train_op)

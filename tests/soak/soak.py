@@ -9,7 +9,8 @@ starts a real process, does one thing to it or to its logdir, and then looks at 
 values. It is a loss if
 
 - a start fails, or does not end in time, although a good checkpoint exists;
-- a start begins at another step than the newest good checkpoint, or with a value that does not equal the step;
+- a start begins at another step than the newest good checkpoint, or with a value that does not equal the step; a save
+  whose data were complete when a kill came may be finished by the next start, which then begins there;
 - a checkpoint that was committed before the process ended is not there, or not good, after it;
 - a run that was asked to stop has not saved its last step.
 
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ from soak_child import PROGRAMS, SIZE, engine_under_test  # noqa: E402
 from zygote import Child, Zygote  # noqa: E402
 
 from stepguard.errors import CheckpointError, LogdirInUseError  # noqa: E402
-from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files  # noqa: E402
+from stepguard.store import Checkpoint, CheckpointStore, leftovers, tensorflow_files  # noqa: E402
+from stepguard.store.layout import Layout  # noqa: E402
 
 PAUSE_SECS = 0.002
 # Of the steps of a run that nobody interrupts.
@@ -100,13 +102,17 @@ class Attacked:
         self._chance = chance
         self._only = only
         self._patience_secs = patience_secs
+        self._saver_files = tensorflow_files if name == "tensorflow" else None
         self._reader = engine_under_test(name)
+        self._children: list[Child] = []
+        # The step of the save that the newest start may finish, if a kill has left one.
+        self._unfinished: int | None = None
 
     # --- what is there ---
 
     def store(self) -> CheckpointStore:
         """As the engine opens it."""
-        return CheckpointStore(self.logdir, saver_files=tensorflow_files if self.name == "tensorflow" else None)
+        return CheckpointStore(self.logdir, saver_files=self._saver_files)
 
     def good(self) -> list[int]:
         """The steps of the committed checkpoints that are good. Raises LossError if one holds a wrong value."""
@@ -133,12 +139,23 @@ class Attacked:
         names = os.listdir(self.logdir) if self.logdir.is_dir() else []
         return max((int(match.group(1)) for one in names if (match := _MANIFEST.fullmatch(one))), default=-1)
 
+    def unfinished(self) -> int | None:
+        """The step of a save that lacks only renames, if a kill has left one: the next start may finish it."""
+        name = None
+        # Where there is no logdir yet, or a process that is being killed still renames.
+        with suppress(OSError):
+            name = leftovers.will_be_finished(Layout(self.logdir, "model.ckpt", self._saver_files))
+        return None if name is None else int(name.rpartition("-")[2])
+
     # --- processes ---
 
     def start(self, steps: int = FOR_EVER, function: str = "train") -> Child:
         """Start the program."""
         self.tally.starts += 1
-        return self._zygote.start(function, logdir=str(self.logdir), steps=steps, pause_secs=PAUSE_SECS)
+        self._unfinished = self.unfinished()
+        child = self._zygote.start(function, logdir=str(self.logdir), steps=steps, pause_secs=PAUSE_SECS)
+        self._children.append(child)
+        return child
 
     def await_begin(self, child: Child, expected: int) -> None:
         """Wait until it trains. Raises LossError if it does not, or from another step, or with wrong values."""
@@ -152,11 +169,12 @@ class Attacked:
             time.sleep(0.005)
         self.check_begin(child, expected)
 
-    @staticmethod
-    def check_begin(child: Child, expected: int) -> None:
-        """Raise LossError if it began elsewhere than at ``expected``. It may have been killed before."""
+    def check_begin(self, child: Child, expected: int) -> None:
+        """Raise LossError if the newest start began elsewhere than at ``expected``, or than at a save that it has
+        finished. It may have been killed before.
+        """
         for began in child.reports("began"):
-            if began["step"] != expected or not began["is_whole"]:
+            if began["step"] not in (expected, self._unfinished) or not began["is_whole"]:
                 raise LossError(f"expected a start at step {expected} with its values, found {began}")
 
     def end(self, child: Child) -> int:
@@ -299,7 +317,19 @@ class Attacked:
         except LossError as error:
             self.tally.lost[do.__name__] += 1
             return f"{self.name}: {do.__name__}: {error}"
+        finally:
+            self._end_all()
         return None
+
+    def _end_all(self) -> None:
+        """Kill what a round that was given up has left, with its group: it would go on in the next round's logdir."""
+        children, self._children = self._children, []
+        for child in children:
+            if child.poll() is None:
+                with suppress(ProcessLookupError):
+                    is_group = os.getpgid(child.pid) == child.pid
+                    (os.killpg if is_group else os.kill)(child.pid, signal.SIGKILL)
+                child.wait(self._patience_secs)
 
 
 KINDS = ("killed", "killed_in_a_group", "asked_to_stop", "suspended", "damaged", "full_disk")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(SOAK))
 
 import fuzzed  # noqa: E402
 import inodes  # noqa: E402
+import soak  # noqa: E402
 import unreadable  # noqa: E402
 
 from stepguard.store import verification  # noqa: E402
@@ -59,6 +61,20 @@ def test_flipped_metadata_of_a_file_system_costs_a_step_back_or_nothing(name: st
         pytest.skip(f"no ext4 image can be mounted here: {reason if os.geteuid() == 0 else 'not root'}")
     assert name in unreadable.FILES
     assert inodes.attack(tmp_path, name, random.Random(1)) is None
+
+
+def test_the_soak_knows_of_a_save_that_the_next_start_finishes(original: Path, tmp_path: Path) -> None:
+    logdir = tmp_path / "run"
+    shutil.copytree(original, logdir)
+    attacked = soak.Attacked("numpy", None, logdir, None, random.Random(0), [], 1.0)
+    assert attacked.unfinished() is None
+    # What a kill right before the last rename of a save leaves.
+    stage = logdir / ".stage-model.ckpt-6"
+    stage.mkdir()
+    (logdir / "model.ckpt-6.manifest.json").rename(stage / "model.ckpt-6.manifest.json")
+
+    assert attacked.unfinished() == 6
+    assert fuzzed.train(logdir, 2) == 6
 
 
 def test_the_soak_kills_and_damages_runs_and_nothing_is_lost() -> None:

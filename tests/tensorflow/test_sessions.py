@@ -379,3 +379,28 @@ def test_no_wait_between_two_checks_is_longer_than_it_may_be(graph, longest_secs
         manager.wait_for_session("", max_wait_secs=None)
 
     assert waited == pytest.approx(waits)
+
+
+def test_a_wait_that_ends_in_the_middle_of_a_check_says_what_the_check_before_has_found(graph):
+    checks, is_over = [], threading.Event()
+
+    def look():
+        checks.append(len(checks))
+        if len(checks) > 1:
+            is_over.wait(30)
+        return np.array([b"w"], dtype=object)
+
+    server = v1.train.Server.create_local_server()
+    manager = SessionManager(ready_op=v1.py_func(look, [], tf.string), recovery_wait_secs=0.02)
+    try:
+        with pytest.raises(tf.errors.DeadlineExceededError) as told:
+            # The first check is let answer, however busy the machine is.
+            manager.wait_for_session(server.target, max_wait_secs=5)
+    finally:
+        is_over.set()
+
+    assert len(checks) == 2
+    assert "variables not initialised: w" in str(told.value)
+    assert "max_wait_secs=5" in str(told.value)
+    assert "is the chief running" in str(told.value)
+    assert any("the last check had no answer from" in note for note in told.value.__notes__)

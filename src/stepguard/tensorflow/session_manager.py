@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.errors import ModelNotReadyError
+from stepguard.errors import ModelNotReadyError, add_note
 from stepguard.store import Recovery
 from stepguard.tensorflow.checkpoint.restore import Restorer, restore_file
 from stepguard.tensorflow.cluster import tasks
@@ -167,8 +167,9 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             tf.errors.DeadlineExceededError: the model was not ready in time; the message says what was missing.
         """
         waits = _Waits(self._recovery_wait_secs, max_wait_secs)
+        problem: str | None = None
         while True:
-            session = self._open(master, config, waits)
+            session = self._open(master, config, waits, problem)
             try:
                 problem = self._is_ready_problem(session)
             except BaseException:
@@ -180,25 +181,29 @@ class SessionManager(tf.compat.v1.train.SessionManager):
             _close(session)
             wait_secs = waits.next()
             if wait_secs is None:
-                raise waits.timeout(
-                    f"the model on {_shown(master)}",
-                    f"{problem}. It waits for the chief to initialise or restore it: is the chief running, with the "
-                    "same graph?",
-                )
+                raise waits.without_chief(master, problem)
             _log.info("waiting for the chief to make the model ready: %s", problem)
             if self._wait_for_stop(wait_secs):
                 raise tasks.StoppedWhileWaitingError(f"a stop was requested while waiting: {problem}")
 
-    def _open(self, master: str, config: Any, waits: _Waits) -> Session:
-        """Open a session whose runs are given up when a stop is requested or the time is over."""
+    def _open(self, master: str, config: Any, waits: _Waits, problem: str | None = None) -> Session:
+        """Open a session whose runs are given up when a stop is requested or the time is over.
+
+        ``problem`` is what the check before has found, for the error.
+        """
         session = open_session(master, graph=self._graph, config=config)
 
         def give_up() -> BaseException | None:
             if self._wait_for_stop(0):
                 return tasks.StoppedWhileWaitingError(f"a stop was requested while waiting for {_shown(master)}")
             if waits.are_over:
-                needed = ", ".join(tasks.tasks_of(self._graph))
-                return waits.timeout(_shown(master), f"no answer from {needed or 'its servers'}: are they all running?")
+                needed = ", ".join(tasks.tasks_of(self._graph)) or "its servers"
+                if problem is None:
+                    return waits.timeout(_shown(master), f"no answer from {needed}: are they all running?")
+                # The last check begins when the time is over, and has only a moment for its answer.
+                error = waits.without_chief(master, problem)
+                add_note(error, f"the last check had no answer from {needed}")
+                return error
             return None
 
         if isinstance(session, RemoteSession):
@@ -362,6 +367,14 @@ class _Waits:
         return tasks.ModelWaitTimeoutError(
             f"{what} was not ready after {time.monotonic() - self._began:.1f} s (max_wait_secs="
             f"{self._max_wait_secs:g}): {problem}"
+        )
+
+    def without_chief(self, master: str, problem: str) -> BaseException:
+        """The error of a wait for a chief, which has not made the model ready."""
+        return self.timeout(
+            f"the model on {_shown(master)}",
+            f"{problem}. It waits for the chief to initialise or restore it: is the chief running, with the same "
+            "graph?",
         )
 
     def next(self) -> float | None:
