@@ -410,7 +410,7 @@ def shown(default: object) -> str:
 
 
 def test_the_page_of_options_lists_each_with_its_group_its_default_and_who_has_it_as_a_keyword():
-    doors = {"TensorFlow": "stepguard.tensorflow", "PyTorch": "stepguard.torch"}
+    doors = {"TensorFlow": "stepguard.tensorflow", "PyTorch": "stepguard.torch", "JAX": "stepguard.jax"}
     flat = {
         name: inspect.signature(importlib.import_module(door).Supervisor).parameters for name, door in doors.items()
     }
@@ -418,14 +418,30 @@ def test_the_page_of_options_lists_each_with_its_group_its_default_and_who_has_i
     for group in (Saving, Stopping, Watching, Guarding, Restoring):
         for one in dataclasses.fields(group):
             having = [name for name in doors if one.name in flat[name]]
-            column = "both" if len(having) == 2 else "".join(having)
+            column = "all" if len(having) == len(doors) else ", ".join(having)
             expected.append((group.__name__, one.name, shown(one.default), column))
     found, group = [], ""
     for row in re.findall(r"^\|(.*)\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE)[2:]:
-        named, option, default, _, column = (cell.strip() for cell in row.split("|"))
+        named, option, default, _, column, _ = (cell.strip() for cell in row.split("|"))
         group = re.sub(r".*=(\w+)\(.*", r"\1", named) or group
         found.append((group, option.strip("`"), default.strip("`"), column))
     assert found == expected
+
+
+def test_the_page_of_options_says_which_of_them_a_jax_program_is_refused(tmp_path):
+    from stepguard.jax import Supervisor
+
+    rows = re.findall(r"^\|(.*)\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE)[2:]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    refused = []
+    for group in (Saving, Stopping, Watching, Guarding, Restoring):
+        for one in dataclasses.fields(group):
+            try:
+                Supervisor(tmp_path / one.name, **{group.__name__.lower(): group(**{one.name: one.default})}).stop()
+            except ValueError:
+                refused.append(one.name)
+    assert refused == [one[1].strip("`") for one in cells if "JAX" in one[5]]
+    assert refused == ["peer_timeout_secs", "hyperparameters"]
 
 
 # --- the site ---

@@ -8,6 +8,7 @@ import pytest
 from jax_training import BATCH, ITEMS, Training, data
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.steps.batch_marks import mark, peek
 
 tf = pytest.importorskip("tensorflow")
 
@@ -47,6 +48,14 @@ def test_an_order_without_a_seed_is_refused(tmp_path):
 
     with pytest.raises(CheckpointMismatchError, match="read again, batch 4 of epoch 0 is not what it was"):
         parts(tmp_path, [STEPS])
+
+
+def test_tensors_are_told_apart_by_their_values():
+    def mark_of(numbers):
+        return mark(peek([{"index": tf.constant(numbers)}]))
+
+    assert mark_of([[1, 2], [3, 4]]) == mark_of([[1, 2], [3, 4]]) != mark_of([[1, 2], [3, 5]])
+    assert mark_of(["a"]) != mark_of(["b"])
 
 
 @pytest.mark.parametrize("as_method", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def _zarr(leaf: StoredLeaf, chunk: tuple[int, ...]) -> Iterator[tuple[str, bytes
             yield f"{name}/{'.'.join(map(str, numbers)) or '0'}", place
 
 
+# A model has many arrays of one form.
+@functools.lru_cache(maxsize=1024)
 def _zarray(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """Zarr's description (version 2) of an array in chunks of one shape, without compression."""
     described = {
