@@ -154,6 +154,9 @@ class ManagedSession(AbstractContextManager[SessionT]):
                 # request_stop raises `error` at once if the program has already stopped the run.
                 self._end()
         except BaseException as raised:
+            if raised is error:
+                # Raising it again has put our frames between those of the program.
+                error.__traceback__ = traceback
             if isinstance(raised, Exception):
                 self._end_by_error(raised)
             if raised is error:

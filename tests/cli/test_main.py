@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from logdirs import commit
 
@@ -133,3 +134,12 @@ def test_verify_that_ctrl_c_ends_in_the_middle_of_a_file_exits_with_130_and_one_
 def test_the_module_is_the_command():
     ended = subprocess.run([sys.executable, "-m", "stepguard", "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout.startswith("stepguard 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("ver", "verify"), ("run --req", "--requeue"), ("status --pr", "--probe")]
+)
+def test_a_shell_completes_commands_and_options(words, found):
+    completion = ShellComplete(cli, {}, "stepguard", "_STEPGUARD_COMPLETE")
+    *before, incomplete = words.split()
+    assert [one.value for one in completion.get_completions(before, incomplete)] == [found]

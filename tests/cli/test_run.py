@@ -52,6 +52,11 @@ def test_a_crash_at_once_is_a_crash_loop_after_three_starts(tmp_path):
     assert starts(tmp_path / "starts") == 3
     told = errors[errors.index("crash loop") :]
     assert "3 starts in a row made no progress" in told
+    # Once where it came first, once where it is given up; in between it is counted.
+    assert re.findall(r"progress: (?:exit code 5: Error|the same failure, \d times in a row)", errors) == [
+        "progress: exit code 5: Error",
+        "progress: the same failure, 2 times in a row",
+    ]
     assert "  why\n  Error: no disk" in told
     assert "\\x1b]0;title\\x07" in told
     assert "\x1b" not in told

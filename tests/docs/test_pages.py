@@ -40,11 +40,13 @@ pytestmark = pytest.mark.timeout(500)
 # What no test runs, by page and a piece of its text. Python of it is compiled all the same.
 NOT_RUN = {
     ("docs/from-lightning.md", "trainer.fit("): "the gate installs no Lightning: it is what the reader comes from",
+    ("docs/recipes/wandb.md", "import wandb"): "the gate has no W&B: test_recipes.py runs it with a fake one",
+    ("docs/recipes/mlflow.md", "import mlflow"): "the gate has no MLflow: test_recipes.py runs it with a fake one",
     ("docs/from-supervisor.md", "-m package.train"): "a package of the reader's; -m is in tests/tensorflow",
 }
 
 # Programs of blocks in a shell that are not ours to check.
-THEIRS = {"pkill"}
+THEIRS = {"pkill", "docker"}
 
 
 def not_run(block: Block) -> bool:

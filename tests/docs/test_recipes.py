@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import runpy
 import signal
 import stat
 import subprocess
 import sys
+import types
+import urllib.request
 from pathlib import Path
 
 import click
@@ -17,6 +22,8 @@ from stepguard import Stopping
 from stepguard.cli.launcher.launcher import CANNOT_EXECUTE, CRASH_LOOP_EXIT, NOT_FOUND, USAGE
 from stepguard.cli.main import cli
 from stepguard.stops import STOPPED_EXIT
+from stepguard.watching.heartbeat import Heartbeat
+from stepguard.watching.metrics import MetricsServer, Totals
 
 RECIPES = ROOT / "examples" / "recipes"
 SCRIPTS = sorted(RECIPES.glob("*.sh"))
@@ -30,7 +37,9 @@ def names(paths):
 
 def test_every_recipe_is_on_a_page():
     shown = {block.code.strip() for block in ALL}
-    assert [path.name for path in RECIPES.iterdir() if path.is_file() and path.read_text().strip() not in shown] == []
+    # A dashboard is imported, not read.
+    files = [path for path in RECIPES.iterdir() if path.is_file() and path.suffix != ".json"]
+    assert [path.name for path in files if path.read_text().strip() not in shown] == []
 
 
 # --- scripts ---
@@ -176,3 +185,85 @@ def test_the_nodes_of_a_jobset_meet_at_its_first_pod():
     assert spec["parallelism"] == spec["completions"]
     host = f"{manifest['metadata']['name']}-{job['name']}-0-0.{manifest['spec']['network']['subdomain']}"
     assert f"--rdzv-endpoint={host}:29500" in command
+
+
+# --- containers, dashboards, other trackers ---
+
+
+def test_the_containers_run_what_is_there():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line and line[0] not in "# "] == [
+        *("FROM", "WORKDIR", "COPY", "COPY", "RUN", "COPY", "RUN", "USER", "WORKDIR", "VOLUME", "CMD")
+    ]
+    copied = [words for line in lines if line.startswith("COPY ") for words in line.split()[1:-1]]
+    assert [one for one in copied if not (ROOT / one).exists()] == []
+    command = json.loads(next(line for line in lines if line.startswith("CMD "))[4:])
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    train = services["train"]
+    check_options(train["command"][: train["command"].index("--")])
+    check_options(train["healthcheck"]["test"][1:])
+    assert int(train["stop_grace_period"].removesuffix("s")) > Stopping().stop_grace_secs
+    for words in (command, train["command"]):
+        program = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / program.removeprefix("/stepguard/")).exists()
+        given = [word.split("=")[0] for word in words[words.index(program) :] if word.startswith("--")]
+        known = (ROOT / program.removeprefix("/stepguard/")).read_text()
+        assert [one for one in given if f'"{one}"' not in known] == []
+
+
+def test_the_dashboard_shows_the_metrics_of_a_run_by_run_and_host():
+    now = Heartbeat("chief", step=7, steps_per_sec=2.0, total_steps=9, replay={"outcome": "same"})
+    now.last_checkpoint = {"name": "model.ckpt-5", "step": 5, "time": 0.0, "bytes": 10, "secs": 1.0, "stall_secs": 0.1}
+    server = MetricsServer(now, Totals(), host="127.0.0.1", port=0, run="/runs/digits")
+    try:
+        with urllib.request.urlopen(server.url) as answer:
+            served = answer.read().decode()
+    finally:
+        server.close()
+    assert f'stepguard_step{{host="{now.host}",role="chief",run="/runs/digits"}} 7.0' in served
+    dashboard = json.loads((RECIPES / "grafana_dashboard.json").read_text())
+    assert [one["name"] for one in dashboard["templating"]["list"]] == ["datasource", "run", "host"]
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for expression in shown:
+        assert '{run=~"$run", host=~"$host"}' in expression
+        for name in re.findall(r"stepguard_\w+", expression):
+            assert re.search(rf"^{name}{{", served, re.MULTILINE), name
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(shown)
+
+
+class _Tracker:
+    """What the writers of recipes use of `wandb` and of `mlflow`, which are not installed here."""
+
+    def __init__(self):
+        self.calls = []
+        self.info = types.SimpleNamespace(run_id="id of mlflow", experiment_id="1")
+
+    def __getattr__(self, name):
+        def call(*arguments, **named):
+            self.calls.append((name, arguments, named))
+            return None if name == "get_experiment_by_name" else self
+
+        return call
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbWriter"), ("mlflow", "MLflowWriter")])
+def test_all_starts_of_a_run_are_one_run_of_the_tracker(tmp_path, monkeypatch, name, kind):
+    tracker = _Tracker()
+    fake = types.ModuleType(name)
+    fake.init = tracker.init
+    fake.MlflowClient = lambda: tracker
+    monkeypatch.setitem(sys.modules, name, fake)
+    writer = runpy.run_path(str(RECIPES / f"{name}_writer.py"))[kind]
+    for _ in range(2):
+        one = writer(tmp_path / "run")
+        one.add_scalar("loss", 0.5, 7)
+        one.flush()
+        one.close()
+    said = [(called, named.get("id") or arguments) for called, arguments, named in tracker.calls]
+    if name == "wandb":
+        first, second = (given for called, given in said if called == "init")
+        assert first == second == (tmp_path / "run" / "wandb_id.txt").read_text()
+        assert [given for called, given in said if called == "log"] == [({"loss": 0.5, "step": 7},)] * 2
+    else:
+        assert [called for called, _ in said].count("create_run") == 1
+        assert [given for called, given in said if called == "log_metric"] == [("id of mlflow", "loss", 0.5)] * 2

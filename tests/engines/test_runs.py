@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from typing import Any
 
 import pytest
@@ -108,6 +109,15 @@ def test_an_error_after_a_stop_inside_the_block_still_closes_the_session(engine,
         raise ZeroDivisionError
 
     assert not program.is_open(session)
+
+
+def test_the_traceback_of_an_error_in_the_block_has_the_frames_of_the_program_only(engine, tmp_path):
+    program = engine.program(tmp_path)
+
+    with pytest.raises(ZeroDivisionError) as raised, program.sv.managed_session():
+        raise ZeroDivisionError
+
+    assert {frame.filename for frame in traceback.extract_tb(raised.value.__traceback__)} == {__file__}
 
 
 def test_request_stop_reaches_the_training_loop(engine, tmp_path):

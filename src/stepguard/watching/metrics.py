@@ -33,7 +33,7 @@ class MetricsServer(Part):
         OSError: the port is not available; the message names it.
     """
 
-    def __init__(self, now: Heartbeat, totals: Totals, *, host: str, port: int) -> None:
+    def __init__(self, now: Heartbeat, totals: Totals, *, host: str, port: int, run: str = "") -> None:
         try:
             from prometheus_client import CollectorRegistry, start_http_server
         except ModuleNotFoundError as error:
@@ -42,7 +42,7 @@ class MetricsServer(Part):
             ) from error
 
         registry = CollectorRegistry()
-        registry.register(_Collector(now, totals))
+        registry.register(_Collector(now, totals, run))
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
@@ -82,9 +82,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Collector:
-    def __init__(self, now: Heartbeat, totals: Totals) -> None:
+    def __init__(self, now: Heartbeat, totals: Totals, run: str) -> None:
         self._now = now
         self._totals = totals
+        self._labels = {"run": run, "host": now.host, "role": now.role}
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
@@ -103,12 +104,12 @@ class _Collector:
         }
         for name, (value, text) in gauges.items():
             if value is not None:
-                yield self._with_role(GaugeMetricFamily(f"stepguard_{name}", text, labels=["role"]), value)
+                yield self._with_role(GaugeMetricFamily(f"stepguard_{name}", text, labels=list(self._labels)), value)
         replay = now.replay
         if replay is not None:
             yield self._with_role(
                 GaugeMetricFamily(
-                    "stepguard_replay_differs", "Whether steps that were done again differ", labels=["role"]
+                    "stepguard_replay_differs", "Whether steps that were done again differ", labels=list(self._labels)
                 ),
                 int(replay["outcome"] == "differs"),
             )
@@ -118,16 +119,16 @@ class _Collector:
             "checkpoint_written_bytes": (totals.written_bytes, "Bytes written in checkpoints by this process"),
         }
         for name, (count, text) in counters.items():
-            yield self._with_role(CounterMetricFamily(f"stepguard_{name}", text, labels=["role"]), count)
+            yield self._with_role(CounterMetricFamily(f"stepguard_{name}", text, labels=list(self._labels)), count)
         summaries = {
             "checkpoint_seconds": (totals.write_secs, "Seconds to write and commit a checkpoint"),
             "snapshot_stall_seconds": (totals.stall_secs, "Seconds that training waited for a snapshot"),
         }
         for name, (secs, text) in summaries.items():
-            summary = SummaryMetricFamily(f"stepguard_{name}", text, labels=["role"])
-            summary.add_metric([now.role], count_value=totals.checkpoints, sum_value=secs)
+            summary = SummaryMetricFamily(f"stepguard_{name}", text, labels=list(self._labels))
+            summary.add_metric(list(self._labels.values()), count_value=totals.checkpoints, sum_value=secs)
             yield summary
 
     def _with_role(self, family: Any, value: float) -> Any:
-        family.add_metric([self._now.role], value)
+        family.add_metric(list(self._labels.values()), value)
         return family

@@ -129,7 +129,13 @@ class Observer:
         # Only one process of a host can have a fixed port: a worker serves metrics only on a free port.
         if port is None or (port and not self._is_chief):
             return []
-        metrics = MetricsServer(record.now, record.totals, host=self._options.metrics_host, port=port)
+        metrics = MetricsServer(
+            record.now,
+            record.totals,
+            host=self._options.metrics_host,
+            port=port,
+            run="" if record.logdir is None else str(record.logdir),
+        )
         _log.info("metrics are served at %s", metrics.url)
         return [metrics]
 

@@ -316,8 +316,10 @@ class Launcher:
         """Wait for the next start; False if a request to stop comes first."""
         self._logdirs.record("restart", time.time(), attempt=self._attempt + 1, delay_secs=round(restart.delay_secs, 3))
         progress = "with" if ended.has_progressed else "without"
+        same = self._restarts.same_failures
+        failure = str(ended.failure) if same < 2 else f"the same failure, {same} times in a row"
         self._say(
-            f"ended after {duration(ended.secs)}, {progress} progress: {ended.failure}; "
+            f"ended after {duration(ended.secs)}, {progress} progress: {failure}; "
             f"restart {restart.number} in {restart.delay_secs:.1f} s"
         )
         deadline = time.monotonic() + restart.delay_secs

@@ -72,6 +72,11 @@ class Restarts:
         self._same = 0
         self._last: Crash | None = None
 
+    @property
+    def same_failures(self) -> int:
+        """How many starts in a row have ended in the same way, without progress; 0 if the last one made progress."""
+        return self._same
+
     def after(self, failure: Crash, *, has_progressed: bool) -> Restart | GiveUp:
         """What to do after a crash."""
         if has_progressed:

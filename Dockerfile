@@ -1,0 +1,18 @@
+# The demo in a container: docker build -t stepguard-demo . && docker run --rm stepguard-demo
+FROM python:3.12-slim
+
+WORKDIR /stepguard
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+# The build of PyTorch for the CPU alone is a tenth of the other.
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu ".[torch,metrics]"
+COPY examples examples
+
+# A user without rights; what it trains lies in a volume.
+RUN useradd --create-home train && mkdir -p /work/runs && chown -R train /work
+USER train
+WORKDIR /work
+VOLUME /work/runs
+
+# A list, not a line for a shell: SIGTERM comes to the program.
+CMD ["python", "/stepguard/examples/demo.py", "--engine=torch"]
