@@ -5,9 +5,10 @@ other thread. For each checkpoint a thread waits until the training thread has t
 thread waits for the last step and reports it to the chief. Each of these waits has a patience.
 
 Only the training thread takes parts: between two steps of a loop, at the end of a loop before the program goes on, and
-when the program has left its block. A part never changes, so no lock protects it. Two are kept: the one that was asked
-for, until its checkpoint is settled, and the one of the last loop's end. A program of many short loops with a sharded
-state may take none at the end of a loop; a checkpoint of that moment is then refused.
+when the program has left its block. A part never changes, so no lock protects it. Kept are the one that was asked for,
+until its checkpoint is settled, and the one of the last loop's end; also that of the end of the epoch around it,
+because the chief may still evaluate, and then save, what its loop has left. A program of many short loops with a
+sharded state may take none at the end of a loop; a checkpoint of that moment is then refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Worker(Rendezvous):
         # inside of that loop.
         self._captured: Part | None = None
         self._rested: Part | None = None
+        self._rested_before: Part | None = None
         self._ran_to: Moment | None = None
         # Whether a loop has ended, the moment that the chief has asked for, and why the part of a moment was not taken.
         self._has_rested = False
@@ -79,7 +81,10 @@ class Worker(Rendezvous):
             return
         self._has_rested = True
         # First, so that its memory is reused.
-        self._rested = None
+        before, self._rested, self._rested_before = self._rested, None, None
+        if before is not None and before.steps == self._member.steps_done():
+            self._rested_before = before
+        del before
         self._ran_to = self._gate.last_done
         if is_due or self._gate.is_last or self._budget.costs_nothing or self._budget.allows_one():
             began = time.monotonic()
@@ -165,7 +170,12 @@ class Worker(Rendezvous):
 
     def _part_of(self, moment: Moment) -> Part | None:
         return next(
-            (part for part in (self._captured, self._rested) if part is not None and part.moment == moment), None
+            (
+                part
+                for part in (self._captured, self._rested, self._rested_before)
+                if part is not None and part.moment == moment
+            ),
+            None,
         )
 
     def _start_writing(self, messages: PartMessages, moment: Moment, steps: int, place: str) -> None:
