@@ -25,7 +25,7 @@ from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
-from stepguard.steps.event_file import as_numbers
+from stepguard.steps.numbers import as_numbers
 from stepguard.stops import ERROR, FINISHED, end_time
 from stepguard.store import CheckpointStore, Recovery
 from stepguard.store.marks import check_name

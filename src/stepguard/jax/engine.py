@@ -20,7 +20,8 @@ from stepguard.options import Restoring
 from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
 from stepguard.orbax_files.taken import ENGINE, process_file, read_process, write_part, write_process, write_tree
 from stepguard.saving.restoring import restore_newest
-from stepguard.steps.event_file import EventFile, WriterEvents, as_numbers
+from stepguard.steps.event_file import EventFile, WriterEvents
+from stepguard.steps.numbers import as_numbers
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.process_state import describe_positions

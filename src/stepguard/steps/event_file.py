@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import os
 import socket
 import threading
@@ -194,34 +193,6 @@ class WriterEvents:
     def reopen(self) -> None:
         """Allow writing again; the writer then opens a new file."""
         self._is_open = True
-
-
-def as_numbers(values: Any, where: str) -> dict[str, float]:
-    """Convert numbers, and tensors of one element, to floats. This waits for those that are still computed.
-
-    Raises:
-        TypeError: ``values``, given to ``where``, is no mapping, or a value is no number; the message names its curve.
-    """
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"{where}: expected numbers by the names of their curves, found {type(values).__name__}: {values!r:.80}"
-        )
-    return {tag: _as_number(tag, value, where) for tag, value in values.items()}
-
-
-def _as_number(tag: str, value: Any, where: str) -> float:
-    shape = getattr(value, "shape", ())
-    if math.prod(shape) != 1:
-        raise TypeError(
-            f"{where}: expected a number for the curve {tag!r}, found a tensor of shape {list(shape)}; take its "
-            f"mean, say"
-        )
-    try:
-        return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
-        ) from error
 
 
 def _append(file: AppendedFile, **event: Any) -> None:

@@ -14,8 +14,8 @@ from stepguard.disk import files
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.steps.common_store import CommonStore
 from stepguard.steps.engine import LoopEngine
-from stepguard.steps.event_file import as_numbers
 from stepguard.steps.gate import Gate, Moment
+from stepguard.steps.numbers import as_numbers
 from stepguard.steps.part_messages import PartMessages
 from stepguard.steps.peers import Peers
 from stepguard.steps.rendezvous import Member
@@ -172,8 +172,7 @@ class PeersEngine(LoopEngine[SessionT], ABC):
         """
         if self.value_watch is None and self._events is None and isinstance(values, Mapping):
             return None  # No one uses the values, so do not wait for those that are still computed.
-        # A curve has a text for its name, also in the trace and in messages.
-        numbers = {str(name): value for name, value in as_numbers(values, where).items()}
+        numbers = as_numbers(values, where)
         if self._events is not None:
             self._events.summary(numbers, step)
         if self.value_watch is not None:

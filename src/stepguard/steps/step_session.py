@@ -12,11 +12,11 @@ from stepguard.engine import Beginning, Keeper, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.digests import numbers_at_hand
-from stepguard.steps.event_file import as_numbers
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate, Loop, Moment
 from stepguard.steps.interrupts import InterruptHold
 from stepguard.steps.loop_advice import LoopAdvice
+from stepguard.steps.numbers import as_numbers
 from stepguard.steps.process_state import ProcessState
 from stepguard.steps.step_digests import StepDigests
 from stepguard.store.marks import check_name
