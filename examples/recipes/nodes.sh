@@ -4,7 +4,7 @@ set -euo pipefail
 first_node=$1
 nodes=$2
 
-exec stepguard run -- torchrun \
+exec stepguard run --first-delay-secs 30 -- torchrun \
   --nnodes "$nodes" --nproc-per-node 2 \
   --rdzv-backend c10d --rdzv-id digits --rdzv-endpoint "$first_node:29500" \
   examples/torch/digits_ddp.py --logdir runs/digits_ddp

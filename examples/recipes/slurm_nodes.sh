@@ -13,7 +13,7 @@ set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # --kill-on-bad-exit=0: the launchers restart their programs themselves. The logdir is on a disk that all nodes share.
-srun --kill-on-bad-exit=0 stepguard run --requeue slurm -- torchrun \
+srun --kill-on-bad-exit=0 stepguard run --requeue slurm --first-delay-secs 30 -- torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node 2 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:29500" \
   examples/torch/digits_ddp.py --logdir runs/digits_ddp --steps 200000
