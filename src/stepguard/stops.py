@@ -116,8 +116,8 @@ def check_end(name: str, at: Any) -> None:
 def end_time(at: float | datetime | str | None, environment: Mapping[str, str] = os.environ) -> float | None:
     """The end that ``at`` means, in Unix seconds; ``None`` if there is none.
 
-    ``"slurm"`` is the end of the Slurm job that this process is in, from ``SLURM_JOB_END_TIME``, which Slurm sets since
-    version 23.02. Outside a job there is no end. Inside, a missing or unreadable variable causes a warning.
+    ``"slurm"`` is the end of the Slurm job that this process is in, from ``SLURM_JOB_END_TIME``, which newer
+    versions of Slurm set. Outside a job there is no end. Inside, a missing or unreadable variable causes a warning.
     """
     if not isinstance(at, str):
         return at.timestamp() if isinstance(at, datetime) else None if at is None else float(at)
