@@ -37,7 +37,7 @@ _BLOCK_BYTES = 1 << 20
 # The number of bytes after which the disk is asked to start writing.
 _WRITEBACK_BYTES = 16 << 20
 
-_DIGEST_KIND = "xxh3_128"
+DIGEST_KIND = "xxh3_128"
 
 # The errors of file systems that cannot fsync a directory (some FUSE and network ones). Nothing better can be done
 # there, and the files were fsynced. EIO and ENOSPC are real errors and are raised.
@@ -328,7 +328,7 @@ class NewFile:
     @property
     def digest(self) -> str:
         """The digest of the bytes written so far, in the form that `digest` returns."""
-        return f"{_DIGEST_KIND}:{self._hasher.hexdigest()}"
+        return f"{DIGEST_KIND}:{self._hasher.hexdigest()}"
 
     def write(self, block: Any) -> None:
         """Append bytes, or a contiguous array of bytes. A block of about a megabyte is best: it stays in the cache."""
@@ -497,14 +497,14 @@ def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tupl
                 on_block(count)
     finally:
         os.close(descriptor)
-    return size, f"{_DIGEST_KIND}:{hasher.hexdigest()}"
+    return size, f"{DIGEST_KIND}:{hasher.hexdigest()}"
 
 
 def digest_bytes(content: bytes) -> str:
     """Return the digest of bytes, in the form that `digest` returns."""
     import xxhash
 
-    return f"{_DIGEST_KIND}:{xxhash.xxh3_128_hexdigest(content)}"
+    return f"{DIGEST_KIND}:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def _write(path: Path, content: bytes, *, durable: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
+from stepguard.saving.mirroring import RunMirror
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
@@ -22,7 +23,7 @@ _SPARE_BYTES = 1 << 20
 
 
 class Committer:
-    """Commits snapshots to a store, and tells the event log and the observer of them. Writer thread.
+    """Commits snapshots to a store, and tells the event log, the observer and the mirror of them. Writer thread.
 
     ``store`` is ``None`` if checkpoints are on a file system that only the framework can reach. The framework has then
     written the snapshot itself, and nothing is left to commit.
@@ -34,11 +35,13 @@ class Committer:
         store: CheckpointStore | None,
         events: EventLog | None = None,
         observer: Observer | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
         self._events = events
         self._observer = observer
+        self._mirror = mirror
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
         self._has_warned_of_name = False
@@ -72,6 +75,9 @@ class Committer:
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
             self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._mirror is not None:
+            # Before the pruning, which must not be faster than the uploader.
+            self._mirror.committed(os.path.basename(path))
         if self._store is not None and snapshot.written is None:
             self._prune(self._store)
 

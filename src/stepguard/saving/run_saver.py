@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, MakesRoom, SessionT
-from stepguard.options import Saving
+from stepguard.options import Mirror, Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
+from stepguard.saving.mirroring import RunMirror
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
@@ -32,7 +33,12 @@ class RunSaver(Generic[SessionT]):
         events: is told of every checkpoint.
         observer: is told of every checkpoint.
         options: when to save; ``None`` when there is nothing to save or no place to save it.
-        on_error: called, in the thread that saves, with the error of a save that was given up.
+        mirror: where a second copy goes; ``None`` when there is none.
+        on_error: called, in the thread that saves, with the error of a save that was given up; and in a thread of the
+            mirror's, when another machine has taken that over.
+
+    Raises:
+        ValueError, ModuleNotFoundError: the mirror cannot be opened.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class RunSaver(Generic[SessionT]):
         events: EventLog | None,
         observer: Observer,
         options: Saving | None,
+        mirror: Mirror | None = None,
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._engine = engine
@@ -52,6 +59,9 @@ class RunSaver(Generic[SessionT]):
         self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
+        self._mirror: RunMirror | None = None
+        if mirror is not None and store is not None and self._options is not None:
+            self._mirror = RunMirror(mirror, store, observer=observer, on_error=on_error)
         # Held while a checkpoint is written: see the store.
         self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
@@ -73,8 +83,11 @@ class RunSaver(Generic[SessionT]):
     def claim_logdir(self) -> None:
         """Become the chief of the logdir, if this run saves there, and remove the leftovers of a killed chief.
 
+        With a mirror, what only the mirror has is in the logdir afterwards.
+
         Raises:
-            LogdirInUseError: another process is the chief.
+            LogdirInUseError: another process is the chief, or another machine trains into the mirror.
+            RemoteError: the mirror cannot be reached, and the logdir has no checkpoint.
         """
         if self._store is None or not self.is_on or self._hold is not None:
             return
@@ -82,12 +95,23 @@ class RunSaver(Generic[SessionT]):
         # Sweep only at the first hold: another supervisor of this process may be saving now.
         for leftover in self._store.sweep() if self._hold.is_first else ():
             _log.info("removed %s, left behind by a run that was killed", leftover)
+        if self._mirror is not None:
+            try:
+                self._mirror.begin()
+            except BaseException:
+                self.leave_logdir()
+                raise
 
     def leave_logdir(self) -> None:
         """Give up being the chief, so that another process may be."""
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
+
+    def leave_mirror(self, within_secs: float) -> None:
+        """Send the end of the history to the mirror, in about ``within_secs``, and let another machine use it."""
+        if self._mirror is not None:
+            self._mirror.leave(within_secs)
 
     # --- a session ---
 
@@ -100,12 +124,14 @@ class RunSaver(Generic[SessionT]):
         # If an earlier session was not stopped, share its writer: nobody would end that writer otherwise.
         if self.writer is None:
             self.writer = CheckpointWriter(
-                Committer(self._engine, self._store, self._events, self._observer),
+                Committer(self._engine, self._store, self._events, self._observer, self._mirror),
                 self._on_error,
                 retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
                 guard=guard,
             )
+        if self._mirror is not None:
+            self._mirror.trains()
         if isinstance(self._engine, MakesRoom):
             self._engine.make_room(session)
         checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=self._is_newest_saved(step))
@@ -160,7 +186,9 @@ class RunSaver(Generic[SessionT]):
             )
 
     def stop(self, deadline: float) -> bool:
-        """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""
+        """Take no more snapshots, end the writer, and wait for the mirror; ``False`` if the writer is still writing at
+        ``deadline`` (monotonic clock).
+        """
         self._step_trigger = None
         checkpointer, self.checkpointer = self.checkpointer, None
         if checkpointer is not None:
@@ -170,6 +198,8 @@ class RunSaver(Generic[SessionT]):
         is_idle = writer is None or writer.close(max(0.0, deadline - time.monotonic()))
         if is_idle:
             self._forget_removed()
+        if self._mirror is not None:
+            self._mirror.finish(deadline)
         return is_idle
 
     def _forget_removed(self) -> None:

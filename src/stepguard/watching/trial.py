@@ -134,7 +134,9 @@ def applied(logdir: Any, options: Options) -> tuple[Any, Options]:
     if saving.is_on:
         steps = [one for one in (saving.save_model_steps, trial.save_every) if one is not None]
         saving = replace(saving, save_model_steps=min(steps, default=None), save_at_end=True)
-    return os.fspath(logdir_of(Path(trial.place), number)), replace(options, saving=saving, watching=_traced(options))
+    # What a trial saves is no part of the run, and must not reach its mirror.
+    options = replace(options, saving=saving, watching=_traced(options), mirror=None)
+    return os.fspath(logdir_of(Path(trial.place), number)), options
 
 
 def _traced(options: Options) -> Any:
