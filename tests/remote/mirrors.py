@@ -13,7 +13,7 @@ from stepguard.options import Mirror, Saving, Stopping
 from stepguard.remote.copies import Copies
 from stepguard.remote.opening import open_remote
 from stepguard.store import CheckpointStore
-from stepguard.testing import FakeSupervisor
+from stepguard.testing import FakeEngine, FakeSupervisor
 
 SOON_SECS = 20.0
 
@@ -33,9 +33,18 @@ def names(url: str) -> list[str]:
     return [one.name for one in copies(url).listed()]
 
 
-def supervisor(logdir: Path, url: str, *, every: int | None = None, grace: float = 20, **mirror: Any) -> FakeSupervisor:
+def supervisor(
+    logdir: Path,
+    url: str,
+    *,
+    every: int | None = None,
+    grace: float = 20,
+    engine: FakeEngine | None = None,
+    **mirror: Any,
+) -> FakeSupervisor:
     return FakeSupervisor(
         str(logdir),
+        engine=engine,
         save_model_secs=0,
         save_summaries_secs=0,
         save_model_steps=every,

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import click
 
+from stepguard.cli.logdir import remote_image
 from stepguard.cli.logdir.contents import JAX_FILES, ListedCheckpoint, list_contents, list_one
-from stepguard.options import check_local
+from stepguard.options import check_local, check_mirror
+from stepguard.remote.opening import open_remote
 from stepguard.store import tensorflow_files
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.words import printable
@@ -31,6 +33,31 @@ class _Logdir(click.Path):
 
 LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
 """A directory that exists, on a file system of this machine."""
+
+
+class _LogdirOrUrl(_Logdir):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(remote_image.opened(os.fspath(value), ctx), param, ctx)
+
+
+LOGDIR_OR_URL = _LogdirOrUrl(exists=True, file_okay=False, path_type=Path)
+"""A directory that exists, or a mirror at an address, of which the command gets an image."""
+
+
+class _Mirror(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "url"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_mirror(value)
+            open_remote(str(value))
+        except (ValueError, TypeError, ModuleNotFoundError) as error:
+            self.fail(printable(str(error)), param, ctx)
+        return str(value)
+
+
+MIRROR = _Mirror()
+"""The address of a mirror, or a directory."""
 
 
 NEW_LOGDIR = _Logdir(file_okay=False, path_type=Path)
@@ -116,9 +143,11 @@ class Target:
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
     """An argument that names a logdir, or a checkpoint by its directory, its TensorFlow prefix or one of its files.
 
-    A path that is neither is a mistake in the arguments.
+    It may be in a mirror, of which the command gets an image. A path that is neither is a mistake in the arguments.
     """
-    return click.argument(name, metavar=metavar, callback=lambda _context, _argument, value: _target(value))
+    return click.argument(
+        name, metavar=metavar, callback=lambda context, _argument, value: _target(remote_image.opened(value, context))
+    )
 
 
 def _target(value: str) -> Target:

@@ -13,10 +13,25 @@ import click
 
 from stepguard import __version__
 from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
+from stepguard.cli.logdir import remote_image
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 from stepguard.words import printable
 
-_COMMANDS = ("ls", "verify", "prune", "show", "diff", "events", "status", "log", "run", "prove", "chaos")
+_COMMANDS = (
+    "ls",
+    "verify",
+    "prune",
+    "show",
+    "diff",
+    "events",
+    "status",
+    "log",
+    "pull",
+    "push",
+    "run",
+    "prove",
+    "chaos",
+)
 """Their names, in the order in which --help has them."""
 
 # Findings and refusals. Every other error means that the command could not do its work.
@@ -48,13 +63,16 @@ class Commands(click.Group):
         """Run the command. An error becomes one line on stderr and an exit code; no traceback is shown."""
         try:
             return super().invoke(ctx)
+        except CommandError as error:
+            raise CommandError(remote_image.shown(error.message), error.exit_code) from error
         except StepguardError as error:
-            raise CommandError(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
+            code = FINDING if isinstance(error, _FINDINGS) else NOT_DONE
+            raise CommandError(remote_image.shown(str(error)), code) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
-            raise CommandError(_described(error), NOT_DONE) from error
+            raise CommandError(remote_image.shown(_described(error)), NOT_DONE) from error
         except KeyboardInterrupt as error:
             raise CommandError("interrupted", INTERRUPTED) from error
 
@@ -94,6 +112,14 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import log
 
             return log.command
+        case "pull":
+            from stepguard.cli.commands import pull
+
+            return pull.command
+        case "push":
+            from stepguard.cli.commands import push
+
+            return push.command
         case "run":
             from stepguard.cli.commands import run
 

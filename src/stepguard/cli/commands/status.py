@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
-from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.arguments import LOGDIR_OR_URL
 from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir import runs
 from stepguard.cli.logdir.contents import GOOD, ListedCheckpoint
+from stepguard.cli.logdir.remote_image import image_of
 from stepguard.cli.logdir.run_state import Launcher, Process, RunState, document, read_run_state
 from stepguard.cli.text import output
 from stepguard.cli.text.table import Column, table_lines
@@ -41,6 +42,7 @@ Examples:
   stepguard status runs/digits
   stepguard status runs/digits --follow
   stepguard status runs/
+  stepguard status s3://bucket/runs/digits
   stepguard status runs/a runs/b --json | jq '.runs[] | select(.well | not) | .logdir'
   stepguard status runs/digits --json | jq '.processes[] | {role, state, step}'
 
@@ -50,7 +52,7 @@ Exit codes, besides those of every command:
   1    one is dead, silent, hangs, or stopped with an error, or nothing has run there; with --follow always 0, at Ctrl-C
 """,
 )
-@click.argument("logdirs", type=LOGDIR, nargs=-1, required=True, metavar="LOGDIR...")
+@click.argument("logdirs", type=LOGDIR_OR_URL, nargs=-1, required=True, metavar="LOGDIR...")
 @click.option(
     "--follow",
     "-f",
@@ -70,8 +72,11 @@ def command(context: click.Context, logdirs: tuple[Path, ...], follow: bool, as_
     stopped  the process has reported a stop and its reason
 
     "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost and done
-    again) or down (between a crash and the next start that trained).
+    again) or down (between a crash and the next start that trained). A mirror tells what was so when the last
+    checkpoint was copied.
     """
+    if follow and any(map(image_of, logdirs)):
+        raise click.UsageError("--follow: expected logdirs of this machine, found an address; ask again for its state")
     view = _One(logdirs[0]) if _is_one(logdirs) else _Many(logdirs)
     if follow:
         try:
@@ -313,6 +318,9 @@ def _run_lines(found: RunState) -> list[_Line]:
     lines.append(("checkpoint", _checkpoint(newest, found.now), None if newest is None or newest is good else "yellow"))
     if newest is not None and (good is None or good.checkpoint.name != newest.checkpoint.name):
         lines.append(("  last good", _checkpoint(good, found.now), None))
+    if found.mirror is not None:
+        is_behind = found.mirror.waiting is not None or found.mirror.error is not None
+        lines.append(("mirror", output.mirror(found.mirror), "yellow" if is_behind else None))
     if found.history.attempts:
         lost = found.history.lost_steps
         again = f"; {output.counted(lost, 'step')} done again" if lost else ""

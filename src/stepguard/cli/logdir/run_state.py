@@ -11,6 +11,8 @@ from typing import Any
 
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
 from stepguard.disk import processes
+from stepguard.remote import record
+from stepguard.remote.record import MirrorRecord
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -75,6 +77,7 @@ class RunState:
     launcher: Launcher | None
     has_ledger: bool
     unreadable: tuple[str, ...] = ()
+    mirror: MirrorRecord | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -124,6 +127,7 @@ def read_run_state(logdir: Path) -> RunState:
         launcher=_launcher([one for one in events if one.get("role") == history.LAUNCHER]),
         has_ledger=bool(events),
         unreadable=tuple(unreadable),
+        mirror=record.read(logdir),
     )
 
 
@@ -145,6 +149,7 @@ def document(found: RunState) -> dict[str, Any]:
         "last_error": found.last_error,
         "attempts": [asdict(one) for one in found.history.attempts],
         "unreadable": list(found.unreadable),
+        "mirror": None if found.mirror is None else found.mirror.document(),
         "launcher": None if found.launcher is None else asdict(found.launcher),
     }
 
