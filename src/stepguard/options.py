@@ -447,11 +447,14 @@ def check_local(name: str, place: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: it is.
     """
-    if _SCHEME.match(os.fspath(place)):
+    text = os.fspath(place)
+    if _SCHEME.match(text):
+        todo = f"`stepguard pull {text} DIR` fetches what a mirror has"
+        if name == "logdir":
+            todo = f"give a directory here, and the address as the mirror of it: mirror={text!r}"
         raise ValueError(
-            f"{name} must be a directory that this machine can reach by a path, got {os.fspath(place)!r}, which is in "
-            f"another store; give a directory here and the address as the mirror of it "
-            f"(mirror={os.fspath(place)!r}), or mount the store and give its path"
+            f"{name} must be a directory that this machine can reach by a path, got {text!r}, which is in another "
+            f"store; {todo}; or mount the store and give its path"
         )
 
 

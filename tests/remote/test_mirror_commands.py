@@ -170,7 +170,7 @@ class TestPush:
 def test_a_mirror_that_does_not_answer_is_one_line(address, network):
     network.fails(faults.expired)
 
-    assert stepguard("ls", address, code=3).startswith("stepguard: s3://bucket/runs/x: could not list it")
+    assert stepguard("ls", address, code=3).startswith("stepguard: s3://bucket/runs/x")
 
 
 def test_an_address_where_nothing_is_is_one_line(network):

@@ -44,6 +44,7 @@ class Committer:
         self._mirror = mirror
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
+        self._has_failed = False
         self._has_warned_of_name = False
         self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
 
@@ -103,13 +104,17 @@ class Committer:
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
-            digests = self._engine.write(snapshot, stage, name)
+            # After a failed try, nothing is taken from files of earlier ones: the disk may have lost those.
+            with contextlib.nullcontext() if self._has_failed else store.repeating(name):
+                digests = self._engine.write(snapshot, stage, name)
             checkpoint = store.commit(name, step, digests=digests, taken_at=taken_at)
         except BaseException:
+            self._has_failed = True
             # A full disk would stay full if every failed save left its files behind.
             with contextlib.suppress(OSError):  # The original error says more.
                 store.discard(stage)
             raise
+        self._has_failed = False
         if checkpoint.manifest is not None:
             self._last_bytes = checkpoint.manifest.size
         adoption.tell()

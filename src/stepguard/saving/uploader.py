@@ -79,7 +79,6 @@ class Uploader:
         self._waiting: str | None = None
         self._sending: str | None = None
         self._is_looking = True
-        self._is_ending = False
         self._is_closing = False
         self._is_done = False
         self._is_over = False
@@ -101,8 +100,6 @@ class Uploader:
     def finish(self, deadline: float) -> bool:
         """Wait until nothing waits to be sent, at most until ``deadline`` (monotonic); return whether that is so."""
         with self._wake:
-            self._is_ending = True
-            self._wake.notify_all()
             return self._wake.wait_for(self._is_idle, max(0.0, deadline - time.monotonic()))
 
     def _is_idle(self) -> bool:

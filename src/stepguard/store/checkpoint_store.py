@@ -138,6 +138,22 @@ class CheckpointStore:
                 break
         return stage
 
+    def repeating(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A block in which the files of the staged checkpoint ``name`` share their bytes with the newest good one.
+
+        Only those do that are equal, byte for byte: see `stepguard.disk.files.repeating`.
+        """
+        stage, before = self._stages.get(name, self._layout.stage(name)), self._newest_good
+
+        def earlier(path: Path) -> Path | None:
+            if before is None or before == name or stage not in path.parents:
+                return None
+            # What comes after the checkpoint's name: a suffix, or a file in its directory.
+            inside = path.relative_to(stage).as_posix()
+            return self.root / (before + inside[len(name) :]) if inside.startswith(name) else None
+
+        return files.repeating(earlier)
+
     def discard(self, stage: Path) -> None:
         """Remove a staging directory and its contents. It is no error if it is already gone."""
         if stage.parent != self.root or not stage.name.startswith(layouts.STAGE):

@@ -58,6 +58,8 @@ def command(ctx: click.Context, mirror: str, logdir: Path, wants_all: bool, as_j
             else:
                 if not wants_all:
                     break
+        if taken:
+            _name_newest(logdir, split_name(taken[-1])[0])
         history = History(logdir, copies.remote, copies.pace).fetch()
     if as_json:
         output.print_json({"pulled": taken, "damaged": damaged, "history": history})
@@ -84,6 +86,13 @@ def _pull(copies: Copies, one: Copied, logdir: Path) -> bool:
     finally:
         store.discard(stage)
     return True
+
+
+def _name_newest(logdir: Path, basename: str) -> None:
+    """Have the state file name the newest checkpoint, whatever was fetched last."""
+    store = CheckpointStore(logdir, basename=basename)
+    for one in store.candidates()[:1]:
+        store.point_to(one)
 
 
 def _print(taken: list[str], damaged: dict[str, Any], history: list[str]) -> None:

@@ -65,8 +65,9 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
             if not wants_all:
                 break
         if sent:
-            newest = max(sent, key=lambda name: next(m.time for m in _good(logdir) if m.name == name))
-            copies.state(newest, [one.name for one in reversed(copies.listed())])
+            there = [one.name for one in copies.listed()]
+            newest = next(one.name for one in _good(logdir) if one.name in there)
+            copies.state(newest, reversed(there))
         history = History(logdir, copies.remote, copies.pace).send(is_last=True)
     finally:
         lease.release()

@@ -115,8 +115,8 @@ def opened(value: str, context: click.Context | None) -> str:
     """
     if context is None or context.resilient_parsing or not is_url(value):
         return value
-    address, name = _split(value)
     try:
+        address, name = _split(value)
         image = Image(address)
     except (ValueError, ModuleNotFoundError) as error:
         raise click.BadParameter(str(error)) from error
