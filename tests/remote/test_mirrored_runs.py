@@ -325,6 +325,15 @@ class TestOneChief:
 
         assert sorted(ended) == ["refused", "trains"]
 
+    def test_a_network_that_hangs_does_not_hold_the_end(self, network, tmp_path):
+        sv = supervisor(tmp_path / "run", "s3://bucket/runs/x", grace=1)
+        with sv.managed_session() as session:
+            session.run_step()
+            wait_until(lambda: record.read(tmp_path / "run"))
+            network.fails(faults.slow(30))
+            began = time.monotonic()
+        assert time.monotonic() - began < 15
+
     def test_a_place_that_ignores_conditions_is_named(self, network, tmp_path, caplog):
         def unconditional(handler, body):
             for name in ("If-None-Match", "If-Match"):

@@ -47,6 +47,7 @@ _MOST_BYTES = 4096
 # An older lease than so many times its duration is not waited for. Clocks do not differ by that much.
 _LONG_GONE = 10
 _LOOK_SECS = 1.0
+_GIVING_SECS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,24 +226,24 @@ class Lease:
             self._renew()
 
     def release(self) -> None:
-        """Give the lease back, if the place can be asked. Repeated calls do nothing."""
+        """Give the lease back, if the place answers within a moment. Repeated calls do nothing."""
         self._end.set()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            # It may wait for an answer of the place: the object says whose it is either way.
-            thread.join(_LOOK_SECS)
-        if not self._writing.acquire(timeout=_LOOK_SECS):
-            return
-        try:
+        self._thread = None
+        # A network that hangs would hold the end of the run. Whoever comes next then waits for the lease to run out.
+        giving = threading.Thread(target=self._give_back, name="stepguard-mirror-lease-end", daemon=True)
+        giving.start()
+        giving.join(_GIVING_SECS)
+
+    def _give_back(self) -> None:
+        with self._writing:
             holder, self._holder = self._holder, None
             if holder is None or self._lost is not None:
                 return
             given = _Holder(**{**asdict(holder), "renewed": holder.renewed + 1, "is_given_back": True})
-            self._remote.replace(KEY, given.encoded(), self._tag)
-        except (RemoteError, FileNotFoundError) as error:
-            _log.info("mirror %s: the lease could not be given back: %s", self._remote.url, error)
-        finally:
-            self._writing.release()
+            try:
+                self._remote.replace(KEY, given.encoded(), self._tag)
+            except (RemoteError, FileNotFoundError) as error:
+                _log.info("mirror %s: the lease could not be given back: %s", self._remote.url, error)
 
 
 def _told(holder: _Holder | None) -> str:

@@ -142,13 +142,13 @@ class ObjectStoreRemote:
         """Write a small object that must still have this tag. Raises ConditionError if it has another."""
         if tag is None:
             raise NoConditionsError(f"{self._url}: objects have no e-tags here", url=self._url)
-        return self._put(key, content, {"e_tag": tag})
+        return self._put(key, content, _condition(tag))
 
     def _put(self, key: str, content: bytes, mode: Any) -> str | None:
         import obstore
 
         with self._asked("write", key):
-            return obstore.put(self._store, key, content, mode=mode, use_multipart=False)["e_tag"]
+            return _tag(obstore.put(self._store, key, content, mode=mode, use_multipart=False))
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object on the store's side."""
@@ -221,7 +221,18 @@ class _Tags:
 
 
 def _described(found: Any) -> RemoteObject:
-    return RemoteObject(found["path"], found["size"], found["last_modified"].timestamp(), found["e_tag"])
+    return RemoteObject(found["path"], found["size"], found["last_modified"].timestamp(), _tag(found))
+
+
+def _tag(found: Any) -> str | None:
+    """The version of an object: S3 and Azure compare the e-tag, Google the number of the generation."""
+    e_tag, version = found["e_tag"], found["version"]
+    return e_tag if e_tag is None or version is None else f"{e_tag} {version}"
+
+
+def _condition(tag: str) -> dict[str, str]:
+    e_tag, _, version = tag.partition(" ")
+    return {"e_tag": e_tag, "version": version} if version else {"e_tag": e_tag}
 
 
 def _bare(tag: str | None) -> str:
