@@ -88,7 +88,8 @@ def test_every_command_that_ctrl_c_ends_exits_with_130_and_one_line(name, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.get_command(click.Context(cli), name), "invoke", interrupted)
-    ending = run(name, *{"diff": [".", "."], "run": ["true"]}.get(name, ["."]))
+    given = {"diff": [".", "."], "pull": [".", "."], "push": [".", "."], "run": ["true"]}
+    ending = run(name, *given.get(name, ["."]))
     assert (ending.exit_code, ending.stderr) == (130, "stepguard: interrupted\n")
 
 
