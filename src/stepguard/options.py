@@ -491,7 +491,7 @@ def check_local(name: str, place: str | os.PathLike[str]) -> None:
     text = os.fspath(place)
     if _SCHEME.match(text):
         todo = f"`stepguard pull {text} DIR` fetches what a mirror has"
-        if name == "logdir":
+        if name in ("logdir", "the directory of a store"):
             todo = f"give a directory here, and the address as the mirror of it: mirror={text!r}"
         raise ValueError(
             f"{name} must be a directory that this machine can reach by a path, got {text!r}, which is in another "

@@ -37,6 +37,7 @@ from stepguard.words import logger
 _log = logger(__name__)
 
 _LAST_SECS = 5.0
+_GIVING_UP_SECS = 1.0
 # Of checkpoints in the mirror that the record in the logdir and the state file there name, the newest: both are written
 # anew for each.
 _MOST_TOLD = 200
@@ -124,6 +125,8 @@ class Uploader:
             self._wake.notify_all()
             if not is_idle:
                 self._places.copies.pace.stop()
+                # It may wait for a network that hangs.
+                within_secs = min(within_secs, _GIVING_UP_SECS)
             self._wake.wait_for(lambda: self._is_done, within_secs)
         self._places.copies.pace.stop()
 
