@@ -12,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google"}
+FRAMEWORKS = {"tensorflow", "keras", "torch", "jax", "flax", "numpy", "google", "obstore"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -51,6 +51,12 @@ CORE = [
     "options",
     "watching.progress_line",
     "saving.retry",
+    "saving.mirroring",
+    "saving.uploader",
+    "remote.copies",
+    "remote.history",
+    "remote.lease",
+    "remote.opening",
     "saving.run_saver",
     "coordination.services",
     "coordination.signals",

@@ -15,6 +15,7 @@ import pytest
 import stepguard
 from stepguard.options import (
     Guarding,
+    Mirror,
     Options,
     Restoring,
     Saving,
@@ -27,6 +28,7 @@ from stepguard.options import (
     refuse,
 )
 from stepguard.testing import FakeSupervisor
+from stepguard.watching import trial
 
 GROUPS = [Saving, Stopping, Watching, Guarding, Restoring]
 
@@ -231,8 +233,28 @@ def test_a_flat_keyword_has_the_default_of_its_group():
 def test_a_front_door_takes_what_is_set_every_day_and_the_groups():
     fake, tensorflow, torch = (len(inspect.signature(door).parameters) for door in front_doors())
     assert fake < 20
-    assert tensorflow == 20 + len(GROUPS)
-    assert torch < 20
+    # The groups, and the mirror.
+    assert tensorflow == 20 + len(GROUPS) + 1
+    assert torch <= 20
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/run", Mirror("s3://bucket/run")])
+def test_a_mirror_is_given_by_its_address_or_with_its_options(given):
+    assert Options.of(mirror=given).mirror == Mirror("s3://bucket/run")
+    assert Options.of().mirror is None
+
+
+def test_a_mirror_that_is_no_address_is_named():
+    with pytest.raises(TypeError, match="mirror must be an address such as 's3://bucket/run', a directory or"):
+        Options.of(mirror=7)
+
+
+def test_a_trial_has_no_mirror(tmp_path, monkeypatch):
+    trial.write(tmp_path / "trial.json", trial.Trial(str(tmp_path / "place")))
+    monkeypatch.setenv(trial.VARIABLE, str(tmp_path / "trial.json"))
+
+    _, options = trial.applied(str(tmp_path / "run"), Options.of(mirror="s3://bucket/run"))
+    assert options.mirror is None
 
 
 def test_the_time_for_a_silent_server_is_that_of_the_session_manager():

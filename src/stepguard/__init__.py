@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         StepguardError,
         StopRequested,
     )
-    from stepguard.options import Guarding, Restoring, Saving, Stopping, Watching
+    from stepguard.options import Guarding, Mirror, Restoring, Saving, Stopping, Watching
     from stepguard.store import CheckpointStore
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "Guarding",
     "LogdirInUseError",
     "LooperThread",
+    "Mirror",
     "ModelNotReadyError",
     "NoBoundaryError",
     "NoGoodCheckpointError",
@@ -57,7 +58,7 @@ _MODULES = {
     "Coordinator": "coordination.coordinator",
     "LooperThread": "coordination.looper",
     "CheckpointStore": "store",
-    **dict.fromkeys(("Guarding", "Restoring", "Saving", "Stopping", "Watching"), "options"),
+    **dict.fromkeys(("Guarding", "Mirror", "Restoring", "Saving", "Stopping", "Watching"), "options"),
 }
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +29,11 @@ TRACES = (NUMBERS, BATCHES)
 
 # Of one letter it is a drive of Windows. `pathlib` makes one slash of two.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+MIRROR_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "file")
+"""The kinds of addresses that a mirror may have."""
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 P = ParamSpec("P")
 _GroupT = TypeVar("_GroupT", bound="_Group")
@@ -297,6 +302,78 @@ class Restoring(_Group):
         _check_choice("init_fit", self.init_fit, "whole", "part")
 
 
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A second copy of a run, in an object store or in another directory.
+
+    Each committed checkpoint is copied there by a thread of its own, for which training never waits; ledger, event
+    files and heartbeats go along. A start takes the newest good checkpoint of logdir and mirror.
+
+    Args:
+        url: an address such as ``s3://bucket/runs/x``, ``gs://bucket/runs/x`` or ``az://container/runs/x``, or a
+            directory. Each run needs one of its own.
+        keep: how many checkpoints are kept there, the newest; 0 or ``None`` keeps all. The last good one always stays.
+        max_bytes_per_sec: how many bytes are sent in a second at most; ``None`` sets no bound.
+        check: which checkpoints in the mirror a start reads to their ends, while the program trains: ``"newest"``,
+            ``"all"``, or ``None``; of the others the sizes are compared. What differs is sent again.
+        lease_secs: after so many seconds without a sign of life from the machine that trains into this mirror, another
+            machine may go on with the run.
+        store_options: options of the store, by obstore's names, such as ``{"endpoint": ..., "region": ...}``. What they
+            do not say comes from the environment. Credentials belong there, and not here.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or value; the message names it.
+    """
+
+    url: str | os.PathLike[str]
+    _: KW_ONLY
+    keep: int | None = 5
+    max_bytes_per_sec: float | None = None
+    check: str | None = "newest"
+    lease_secs: float = 60
+    store_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_mirror(self.url)
+        check_count("keep", self.keep, what="checkpoints", or_none=True)
+        most = self.max_bytes_per_sec
+        check_seconds("max_bytes_per_sec", most, unit="bytes a second", is_positive=True, or_none=True)
+        _check_choice("check", self.check, "newest", "all", None)
+        check_seconds("lease_secs", self.lease_secs, is_positive=True, is_finite=True)
+        if not isinstance(self.store_options, (Mapping, type(None))):
+            raise wrong_type("store_options", "a mapping of obstore's options or None", self.store_options)
+
+
+def check_mirror(place: object) -> None:
+    """Raise unless ``place`` is a path, or an address of a known kind that names more than a scheme.
+
+    Raises:
+        TypeError: it is neither a text nor a path.
+        ValueError: it is empty, of an unknown kind, or has credentials in it.
+    """
+    if not isinstance(place, (str, os.PathLike)):
+        raise wrong_type("mirror", "an address such as 's3://bucket/run', a directory or a stepguard.Mirror", place)
+    text = os.fspath(place)
+    found = _URL.match(text)
+    rest = text if found is None else text[found.end() :]
+    is_known = found.group(1).lower() in MIRROR_SCHEMES if found is not None else not _SCHEME.match(text)
+    if not is_known or not rest.strip("/"):
+        raise ValueError(
+            f"mirror must be an address such as 's3://bucket/run', 'gs://bucket/run' or 'az://container/run', or a "
+            f"directory, got {text!r}"
+        )
+    if found is not None and "@" in rest.partition("/")[0]:
+        raise ValueError(
+            "mirror must not have credentials in its address, which everyone who reads the logdir would see; give them "
+            "in the environment"
+        )
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether ``place`` is an address such as ``s3://bucket/run``, and no path."""
+    return _URL.match(os.fspath(place)) is not None
+
+
 _GROUPS: dict[str, type[_Group]] = {
     "saving": Saving,
     "stopping": Stopping,
@@ -315,10 +392,11 @@ class Options:
     watching: Watching
     guarding: Guarding
     restoring: Restoring
+    mirror: Mirror | None = None
 
     @classmethod
     def of(cls, **given: Any) -> Options:
-        """Merge what a front door was given: its flat keywords, and each group or ``None``.
+        """Merge what a front door was given: its flat keywords, each group or ``None``, and the mirror or its address.
 
         An option that was given in its group is taken from the group; see :func:`each_option_once`.
 
@@ -326,7 +404,29 @@ class Options:
             TypeError, ValueError: an option, or a group, is of the wrong type or value; the message names it.
         """
         groups: dict[str, Any] = {keyword: _merged(keyword, kind, given) for keyword, kind in _GROUPS.items()}
-        return cls(**groups)
+        mirror = given.get("mirror")
+        if mirror is not None and not isinstance(mirror, Mirror):
+            mirror = Mirror(mirror)
+        return cls(**groups, mirror=mirror)
+
+    def check_mirror(self, *, commits: bool, logdir: str | os.PathLike[str] | None) -> None:
+        """Raise unless there is something to mirror; ``commits`` says whether the run commits checkpoints to a logdir.
+
+        Raises:
+            ValueError: nothing is saved, or the mirror is the logdir itself, or inside it.
+        """
+        mirror = self.mirror
+        if mirror is None:
+            return
+        if not (commits and self.saving.is_on):
+            raise ValueError(
+                f"mirror={os.fspath(mirror.url)!r} is a second copy of what is saved, and nothing is: it needs a "
+                f"logdir on this machine's file systems, and save_model_secs, save_model_steps or save_at_end"
+            )
+        if logdir is not None and not is_url(mirror.url):
+            place, root = os.path.realpath(mirror.url), os.path.realpath(logdir)
+            if os.path.commonpath([place, root]) == root:
+                raise ValueError(f"mirror={os.fspath(mirror.url)!r} is in the logdir {root}: give another directory")
 
     def check_return(self, *, commits: bool) -> None:
         """Raise unless the NaN guard has checkpoints to return to; ``commits`` says whether the run commits any.
@@ -388,10 +488,14 @@ def check_local(name: str, place: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: it is.
     """
-    if _SCHEME.match(os.fspath(place)):
+    text = os.fspath(place)
+    if _SCHEME.match(text):
+        todo = f"`stepguard pull {text} DIR` fetches what a mirror has"
+        if name in ("logdir", "the directory of a store"):
+            todo = f"give a directory here, and the address as the mirror of it: mirror={text!r}"
         raise ValueError(
-            f"{name} must be a directory that this machine can reach by a path, got {os.fspath(place)!r}, which is in "
-            f"another store; mount it and give its path, or keep the checkpoints here and copy them"
+            f"{name} must be a directory that this machine can reach by a path, got {text!r}, which is in another "
+            f"store; {todo}; or mount the store and give its path"
         )
 
 

@@ -42,6 +42,8 @@ _LAST_SAVE_SECS = 5.0
 # and the ledger get at least _LAST_LINES_SECS of their own, in case a disk has hung until then.
 _EXIT_SECS = 2.0
 _LAST_LINES_SECS = 0.5
+# How long the last lines may take to reach the mirror.
+_LAST_LINES_MIRRORED_SECS = 5.0
 
 
 @dataclass(slots=True)
@@ -75,7 +77,9 @@ class Supervisor(Generic[SessionT]):
         role: the name of a worker in the ledger and in its heartbeat.
 
     Raises:
-        ValueError: ``hang_secs`` is set, and there is no logdir for the stacks.
+        ValueError: ``hang_secs`` is set, and there is no logdir for the stacks; or there is a mirror, and nothing to
+            put into it.
+        ModuleNotFoundError: the mirror needs obstore, which is not installed.
     """
 
     _step_counter: StepCounter | None = None
@@ -103,6 +107,8 @@ class Supervisor(Generic[SessionT]):
         self._has_summaries = has_summaries
         self._options = options
         self._stop_grace_secs = options.stopping.stop_grace_secs
+        if is_chief:
+            options.check_mirror(commits=saves_model and store is not None, logdir=logdir)
         self._observer = Observer(engine, logdir=logdir, is_chief=is_chief, options=options.watching)
         self._saving = RunSaver(
             engine,
@@ -110,6 +116,7 @@ class Supervisor(Generic[SessionT]):
             events=events,
             observer=self._observer,
             options=options.saving if saves_model and is_chief else None,
+            mirror=options.mirror,
             on_error=coord.report,
         )
         self._worker_role = role
@@ -290,6 +297,7 @@ class Supervisor(Generic[SessionT]):
         except BaseException as error:
             self._saving.leave_logdir()
             self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
+            self._saving.leave_mirror(_LAST_LINES_MIRRORED_SECS)
             raise
         session, self._life.recovered = prepared.session, prepared.recovered
         self._is_running()
@@ -419,6 +427,7 @@ class Supervisor(Generic[SessionT]):
             self._guard.end(was_asked=True)
         self._engine.close(session)
         self._observer.end("error" if isinstance(error, Exception) else "interrupt", error)
+        self._saving.leave_mirror(_LAST_LINES_MIRRORED_SECS)
 
     def stop(
         self,
@@ -465,6 +474,8 @@ class Supervisor(Generic[SessionT]):
             if close_summary_writer and self._events is not None:
                 self._events.stopped()
                 self._events.close()
+            # The last, so that the mirror has the whole story.
+            self._saving.leave_mirror(_LAST_LINES_MIRRORED_SECS)
 
     def _finish_saving(self, *, is_finished: bool) -> None:
         """Save the last step, even when some threads did not stop; but not after a failed run, since its state may be
@@ -533,6 +544,7 @@ class Supervisor(Generic[SessionT]):
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
+        self._saving.leave_mirror(max(_LAST_LINES_SECS, deadline - time.monotonic()))
 
 
 def _call_within(secs: float, function: Callable[[], object]) -> None:

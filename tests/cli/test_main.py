@@ -89,16 +89,9 @@ def test_every_command_that_ctrl_c_ends_exits_with_130_and_one_line(name, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.get_command(click.Context(cli), name), "invoke", interrupted)
-    ending = run(
-        name,
-        *{
-            "diff": [".", "."],
-            "run": ["true"],
-            "keep": [".", "best"],
-            "rollback": [".", "--to", "1"],
-            "unkeep": [".", "best"],
-        }.get(name, ["."]),
-    )
+    two = {name: [".", "."] for name in ("diff", "pull", "push")}
+    marks = {"keep": [".", "best"], "unkeep": [".", "best"], "rollback": [".", "--to", "1"]}
+    ending = run(name, *{**two, **marks, "run": ["true"]}.get(name, ["."]))
     assert (ending.exit_code, ending.stderr) == (130, "stepguard: interrupted\n")
 
 

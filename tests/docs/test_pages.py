@@ -23,7 +23,7 @@ import yaml
 from click.testing import CliRunner
 from pages import ALL, ROOT, Block, blocks, is_like, is_printed
 
-from stepguard import Guarding, Restoring, Saving, Stopping, Watching
+from stepguard import Guarding, Mirror, Restoring, Saving, Stopping, Watching
 from stepguard.cli.main import cli
 from stepguard.store import CheckpointStore
 from stepguard.watching import heartbeat, ledger
@@ -417,11 +417,12 @@ def test_the_page_of_options_lists_each_with_its_group_its_default_and_who_has_i
         name: inspect.signature(importlib.import_module(door).Supervisor).parameters for name, door in doors.items()
     }
     expected = []
-    for group in (Saving, Stopping, Watching, Guarding, Restoring):
+    for group in (Saving, Stopping, Watching, Guarding, Restoring, Mirror):
         for one in dataclasses.fields(group):
             having = [name for name in doors if one.name in flat[name]]
             column = "all" if len(having) == len(doors) else ", ".join(having)
-            expected.append((group.__name__, one.name, shown(one.default), column))
+            default = "" if one.default is dataclasses.MISSING else shown(one.default)
+            expected.append((group.__name__, one.name, default, column))
     found, group = [], ""
     for row in re.findall(r"^\|(.*)\|$", (ROOT / "docs/options.md").read_text(), re.MULTILINE)[2:]:
         named, option, default, _, column, _ = (cell.strip() for cell in row.split("|"))

@@ -69,7 +69,8 @@ def nothing_left_behind(engine: EngineUnderTest, tmp_path: Path) -> Iterator[Non
         os.path.join(directory, name)
         for directory, folders, files in os.walk(tmp_path)
         for name in [*folders, *files]
-        if (name.startswith(".") and name != ".stepguard.lock") or name.endswith(".tmp")
+        if (name.startswith(".") and name not in (".stepguard.lock", ".stepguard.lease", ".stepguard.conditions"))
+        or name.endswith(".tmp")
     ]
     assert hidden == []
 

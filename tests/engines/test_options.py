@@ -53,7 +53,17 @@ def test_a_place_in_another_store_is_refused_by_name_and_no_folder_is_made(engin
     if engine.name == "tensorflow" and "://" in place:
         pytest.skip("TensorFlow itself writes to such places")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"got '{place}', which is in another store"):
+    with pytest.raises(ValueError, match=f"got '{place}', which is in another store; .* mirror='{place}'"):
         engine.program(place)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_start_on_an_empty_disk_restores_is_what_the_mirror_has(engine, tmp_path):
+    mirror = str(tmp_path / "mirror")
+    engine.program(tmp_path / "run", save_model_secs=0, saving=Saving(save_model_steps=2), mirror=mirror).train(3)
+    again = engine.program(tmp_path / "elsewhere", save_model_secs=0, saving=Saving(save_model_steps=2), mirror=mirror)
+    again.train(2)
+
+    assert engine.committed(tmp_path / "mirror")[-1] == 5
+    assert engine.read(tmp_path / "elsewhere" / "model.ckpt-5") == [5] * 6

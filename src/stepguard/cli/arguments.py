@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepguard.options import check_local
+from stepguard.options import check_local, is_url
 from stepguard.words import printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,42 @@ class _Logdir(click.Path):
 
 LOGDIR = _Logdir(exists=True, file_okay=False, path_type=Path)
 """A directory that exists, on a file system of this machine."""
+
+
+class _LogdirOrUrl(_Logdir):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_opened(os.fspath(value), ctx), param, ctx)
+
+
+def _opened(value: str, context: click.Context | None) -> str:
+    if not is_url(value):
+        return value
+    from stepguard.cli.logdir import remote_image
+
+    return remote_image.opened(value, context)
+
+
+LOGDIR_OR_URL = _LogdirOrUrl(exists=True, file_okay=False, path_type=Path)
+"""A directory that exists, or a mirror at an address, of which the command gets an image."""
+
+
+class _Mirror(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "url"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from stepguard.options import check_mirror
+        from stepguard.remote.opening import open_remote
+
+        try:
+            check_mirror(value)
+            open_remote(str(value))
+        except (ValueError, TypeError, ModuleNotFoundError) as error:
+            self.fail(printable(str(error)), param, ctx)
+        return str(value)
+
+
+MIRROR = _Mirror()
+"""The address of a mirror, or a directory."""
 
 
 NEW_LOGDIR = _Logdir(file_okay=False, path_type=Path)
@@ -109,9 +145,11 @@ class Target:
 def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
     """An argument that names a logdir, or a checkpoint by its directory, its TensorFlow prefix or one of its files.
 
-    A path that is neither is a mistake in the arguments.
+    It may be in a mirror, of which the command gets an image. A path that is neither is a mistake in the arguments.
     """
-    return click.argument(name, metavar=metavar, callback=lambda _context, _argument, value: _target(value))
+    return click.argument(
+        name, metavar=metavar, callback=lambda context, _argument, value: _target(_opened(value, context))
+    )
 
 
 def _target(value: str) -> Target:

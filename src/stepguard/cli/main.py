@@ -13,12 +13,13 @@ import click
 
 from stepguard import __version__
 from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
+from stepguard.cli.logdir import addresses
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
 from stepguard.words import printable
 
 _COMMANDS = (
     *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff"),
-    *("events", "status", "log", "save", "stop", "run", "prove", "chaos"),
+    *("events", "status", "log", "save", "stop", "pull", "push", "run", "prove", "chaos"),
 )
 """Their names, in the order in which --help has them."""
 
@@ -51,13 +52,16 @@ class Commands(click.Group):
         """Run the command. An error becomes one line on stderr and an exit code; no traceback is shown."""
         try:
             return super().invoke(ctx)
+        except CommandError as error:
+            raise CommandError(addresses.shown(error.message), error.exit_code) from error
         except StepguardError as error:
-            raise CommandError(str(error), FINDING if isinstance(error, _FINDINGS) else NOT_DONE) from error
+            code = FINDING if isinstance(error, _FINDINGS) else NOT_DONE
+            raise CommandError(addresses.shown(str(error)), code) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _leave_the_pipe()
                 ctx.exit(READER_GONE)
-            raise CommandError(_described(error), NOT_DONE) from error
+            raise CommandError(addresses.shown(_described(error)), NOT_DONE) from error
         except KeyboardInterrupt as error:
             raise CommandError("interrupted", INTERRUPTED) from error
 
@@ -121,6 +125,14 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import stop
 
             return stop.command
+        case "pull":
+            from stepguard.cli.commands import pull
+
+            return pull.command
+        case "push":
+            from stepguard.cli.commands import push
+
+            return push.command
         case "run":
             from stepguard.cli.commands import run
 

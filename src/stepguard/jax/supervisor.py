@@ -13,7 +13,7 @@ from stepguard.jax.distributed.world import world
 from stepguard.jax.engine import JaxEngine
 from stepguard.jax.session import STREAMS, Session
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
-from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.orbax_files.taken import ENGINE
 from stepguard.steps.event_file import EventFile, WriterEvents, event_file
 from stepguard.watching import trial
@@ -56,6 +56,8 @@ class Supervisor(LoopSupervisor[Session]):
         watching: how the run is watched.
         guarding: what happens if a number is not finite.
         restoring: how the run is restored.
+        mirror: where a second copy of the run goes: an address such as ``s3://bucket/runs/x``, a directory, or a
+            :class:`stepguard.Mirror`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
@@ -83,6 +85,7 @@ class Supervisor(LoopSupervisor[Session]):
         watching: Watching | None = None,
         guarding: Guarding | None = None,
         restoring: Restoring | None = None,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
     ) -> None:
         options = Options.of(
             save_summaries_secs=save_summaries_secs,
@@ -98,6 +101,7 @@ class Supervisor(LoopSupervisor[Session]):
             watching=watching,
             guarding=guarding,
             restoring=restoring,
+            mirror=mirror,
         )
         logdir, options = trial.applied(logdir, options)
         check_arguments(

@@ -13,6 +13,7 @@ from typing import Any
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
 from stepguard.saving.commit_hook import CommitHook, Committed
+from stepguard.saving.mirroring import RunMirror
 from stepguard.saving.noted import Noted
 from stepguard.store import CheckpointStore
 from stepguard.watching.observer import Observer
@@ -25,7 +26,7 @@ _SPARE_BYTES = 1 << 20
 
 
 class Committer:
-    """Commits snapshots to a store, and tells the event log and the observer of them. Writer thread.
+    """Commits snapshots to a store, and tells the event log, the observer and the mirror of them. Writer thread.
 
     ``store`` is ``None`` if checkpoints are on a file system that only the framework can reach. The framework has then
     written the snapshot itself, and nothing is left to commit.
@@ -39,6 +40,7 @@ class Committer:
         observer: Observer | None = None,
         noted: Noted | None = None,
         on_commit: Callable[[Committed], object] | None = None,
+        mirror: RunMirror | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -46,10 +48,12 @@ class Committer:
         self._observer = observer
         self._noted = Noted() if noted is None else noted
         self._hook = None if on_commit is None else CommitHook(on_commit, self.warn)
+        self._mirror = mirror
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
         # Then the framework prunes by itself.
         self._is_written_by_framework = False
+        self._has_failed = False
         self._has_warned_of_name = False
         self.storage_errors: tuple[type[BaseException], ...] = (OSError, *engine.storage_error_types)
 
@@ -95,6 +99,9 @@ class Committer:
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
             self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._mirror is not None:
+            # Before the pruning, which must not be faster than the uploader.
+            self._mirror.committed(os.path.basename(path))
         if self._hook is not None:
             marks = self._noted.of(snapshot.step)
             self._hook.tell(Committed(Path(path), snapshot.step, marks.metrics, marks.names))
@@ -129,15 +136,19 @@ class Committer:
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
-            digests = self._engine.write(snapshot, stage, name)
+            # After a failed try, nothing is taken from files of earlier ones: the disk may have lost those.
+            with contextlib.nullcontext() if self._has_failed else store.repeating(name):
+                digests = self._engine.write(snapshot, stage, name)
             checkpoint = store.commit(
                 name, step, digests=digests, taken_at=taken_at, marks=self._noted.of(snapshot.step)
             )
         except BaseException:
+            self._has_failed = True
             # A full disk would stay full if every failed save left its files behind.
             with contextlib.suppress(OSError):  # The original error says more.
                 store.discard(stage)
             raise
+        self._has_failed = False
         if checkpoint.manifest is not None:
             self._last_bytes = checkpoint.manifest.size
         adoption.tell()

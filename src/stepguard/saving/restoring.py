@@ -3,7 +3,8 @@
 Checkpoints are tried newest first. Each is verified (sizes and digests), refused if another engine wrote it, and then
 restored by the engine. A damaged checkpoint costs a step back: once an older one is found good, the damaged ones move
 to quarantine, and the state file names the good one. If none is good, the start is refused, or starts over if the user
-asked for that. The checkpoints that the previous run kept are adopted, so that retention continues.
+asked for that. The checkpoints that the previous run kept are adopted, so that retention continues. With a mirror, a
+damaged one is repaired from it, and what only the mirror has counts too.
 
 Nothing is moved while another process is the chief of the logdir: a reader never touches files that a chief may be
 writing.
@@ -132,7 +133,10 @@ def find_newest(
     Raises the same errors as `restore_newest`.
     """
     found = store.newest_good(
-        attempt=lambda checkpoint: _attempt(store, restore, checkpoint), quarantine=False, step_held=step_held
+        attempt=lambda checkpoint: _attempt(store, restore, checkpoint),
+        quarantine=False,
+        step_held=step_held,
+        spare=store.spare,
     )
     if found.checkpoint is None and found.damaged and refuses_missing:
         reasons = "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Generic
 
 from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, SessionT
-from stepguard.options import Saving
+from stepguard.options import Mirror, Saving
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
 from stepguard.saving.keeper import Keeper
+from stepguard.saving.mirroring import RunMirror
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.noted import Noted
 from stepguard.saving.retry import Backoff
@@ -36,7 +37,12 @@ class RunSaver(Generic[SessionT]):
         events: is told of every checkpoint.
         observer: is told of every checkpoint.
         options: when to save; ``None`` when there is nothing to save or no place to save it.
-        on_error: called, in the thread that saves, with the error of a save that was given up.
+        mirror: where a second copy goes; ``None`` when there is none.
+        on_error: called, in the thread that saves, with the error of a save that was given up; and in a thread of the
+            mirror's, when another machine has taken that over.
+
+    Raises:
+        ValueError, ModuleNotFoundError: the mirror cannot be opened.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class RunSaver(Generic[SessionT]):
         events: EventLog | None,
         observer: Observer,
         options: Saving | None,
+        mirror: Mirror | None = None,
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._engine = engine
@@ -56,6 +63,9 @@ class RunSaver(Generic[SessionT]):
         self._options = options if options is not None and options.is_on else None
         self._on_error = on_error
         self._hold: LogdirHold | None = None
+        self._mirror: RunMirror | None = None
+        if mirror is not None and store is not None and self._options is not None:
+            self._mirror = RunMirror(mirror, store, observer=observer, on_error=on_error)
         # Held while a checkpoint is written: see the store.
         self.one_save = threading.Lock() if store is None else store.one_save
         self.writer: CheckpointWriter | None = None
@@ -81,8 +91,11 @@ class RunSaver(Generic[SessionT]):
     def claim_logdir(self) -> None:
         """Become the chief of the logdir, if this run saves there, and remove the leftovers of a killed chief.
 
+        With a mirror, what only the mirror has is in the logdir afterwards.
+
         Raises:
-            LogdirInUseError: another process is the chief.
+            LogdirInUseError: another process is the chief, or another machine trains into the mirror.
+            RemoteError: the mirror cannot be reached, and the logdir has no checkpoint.
         """
         if self._store is None or not self.is_on or self._hold is not None:
             return
@@ -90,12 +103,23 @@ class RunSaver(Generic[SessionT]):
         # Sweep only at the first hold: another supervisor of this process may be saving now.
         for leftover in self._store.sweep() if self._hold.is_first else ():
             _log.info("removed %s, left behind by a run that was killed", leftover)
+        if self._mirror is not None:
+            try:
+                self._mirror.begin()
+            except BaseException:
+                self.leave_logdir()
+                raise
 
     def leave_logdir(self) -> None:
         """Give up being the chief, so that another process may be."""
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
+
+    def leave_mirror(self, within_secs: float) -> None:
+        """Send the end of the history to the mirror, in about ``within_secs``, and let another machine use it."""
+        if self._mirror is not None:
+            self._mirror.leave(within_secs)
 
     # --- a session ---
 
@@ -109,13 +133,21 @@ class RunSaver(Generic[SessionT]):
         if self.writer is None:
             self.writer = CheckpointWriter(
                 Committer(
-                    self._engine, self._store, self._events, self._observer, self._noted, self._options.on_commit
+                    self._engine,
+                    self._store,
+                    self._events,
+                    self._observer,
+                    noted=self._noted,
+                    on_commit=self._options.on_commit,
+                    mirror=self._mirror,
                 ),
                 self._on_error,
                 retry=Backoff(self._options.max_unprotected_secs),
                 one_save=self.one_save,
                 guard=guard,
             )
+        if self._mirror is not None:
+            self._mirror.trains()
         if isinstance(self._engine, MakesRoom):
             self._engine.make_room(session)
         is_saved, copies_all = self._is_newest_saved(step), self._noted.rule is not None
@@ -213,7 +245,9 @@ class RunSaver(Generic[SessionT]):
             )
 
     def stop(self, deadline: float) -> bool:
-        """Take no more snapshots, and end the writer; ``False`` if the writer is still writing at ``deadline``."""
+        """Take no more snapshots, end the writer, and wait for the mirror; ``False`` if the writer is still writing at
+        ``deadline`` (monotonic clock).
+        """
         self._step_trigger = self.keeper = self._session = None
         checkpointer, self.checkpointer = self.checkpointer, None
         if checkpointer is not None:
@@ -223,6 +257,8 @@ class RunSaver(Generic[SessionT]):
         is_idle = writer is None or writer.close(max(0.0, deadline - time.monotonic()))
         if is_idle:
             self._forget_removed()
+        if self._mirror is not None:
+            self._mirror.finish(deadline)
         return is_idle
 
     def _forget_removed(self) -> None:

@@ -22,7 +22,7 @@ from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.options import check_local
 from stepguard.store import layout as layouts
-from stepguard.store import leftovers, lock, recovery, rollback, statefile, verification
+from stepguard.store import leftovers, lock, mending, recovery, rollback, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
@@ -78,6 +78,8 @@ class CheckpointStore:
         self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
         self.pins = Pins(self._layout, BestRule.of(keep_best))
+        # Repairs a search of the chief's: see `restore_newest`.
+        self.spare: recovery.Spare | None = None
         # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
         self._clock = clock
@@ -141,6 +143,22 @@ class CheckpointStore:
             else:
                 break
         return stage
+
+    def repeating(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A block in which the files of the staged checkpoint ``name`` share their bytes with the newest good one.
+
+        Only those do that are equal, byte for byte: see `stepguard.disk.files.repeating`.
+        """
+        stage, before = self._stages.get(name, self._layout.stage(name)), self._newest_good
+
+        def earlier(path: Path) -> Path | None:
+            if before is None or before == name or stage not in path.parents:
+                return None
+            # What comes after the checkpoint's name: a suffix, or a file in its directory.
+            inside = path.relative_to(stage).as_posix()
+            return self.root / (before + inside[len(name) :]) if inside.startswith(name) else None
+
+        return files.repeating(earlier)
 
     def discard(self, stage: Path) -> None:
         """Remove a staging directory and its contents. It is no error if it is already gone."""
@@ -434,6 +452,7 @@ class CheckpointStore:
         attempt: Callable[[Checkpoint], None] | None = None,
         quarantine: bool = True,
         step_held: recovery.StepHeld | None = None,
+        spare: recovery.Spare | None = None,
     ) -> Recovery:
         """Search from newest to oldest for the newest good checkpoint, and move the damaged newer ones to quarantine.
 
@@ -449,7 +468,7 @@ class CheckpointStore:
         checkpoint, but only if another one could be read. Otherwise it is raised, because the disk may recover. An
         error that is not about a file, such as too many open files, is raised too.
         """
-        found = recovery.search(self._layout, attempt, step_held)
+        found = recovery.search(self._layout, attempt, step_held, spare)
         missing = recovery.missing_by_state(self._layout, found)
         lost = [] if missing is None else [missing]
         if found.good is None:
@@ -466,6 +485,14 @@ class CheckpointStore:
                 replace(self.quarantine(one.checkpoint, one.reason), is_gone=one.is_gone) for one in damaged
             )
         return Recovery(found.good, (*lost, *damaged), found.passed_over)
+
+    def mend(self, checkpoint: Checkpoint, fetch: Callable[[FileRecord, Path], None]) -> list[str]:
+        """Replace the files of a checkpoint that differ from its manifest, and return their names.
+
+        ``fetch`` writes a file as the record says to a path, or raises; then that file and those after it stay. Raises
+        as `read_manifest` does, and whatever ``fetch`` raises.
+        """
+        return mending.mend(self._layout, checkpoint.name, fetch)
 
     def quarantine(self, checkpoint: Checkpoint, reason: str) -> Damage:
         """Move all files of a checkpoint to ``quarantine/NAME/``, with ``reason.txt``; return where they are now.

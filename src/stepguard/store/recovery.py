@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
@@ -21,6 +22,16 @@ REASON_FILE = "reason.txt"
 
 StepHeld = Callable[[Path], int | None]
 """A function that reads the step in the checkpoint at a path; None if it cannot be read."""
+
+
+class Spare(Protocol):
+    """A second copy of the checkpoints, from which a search repairs what is damaged here. Only for the chief."""
+
+    def mend(self, damaged: Checkpoint) -> bool:
+        """Replace the damaged files of a checkpoint by good ones; return whether it is worth another look."""
+
+    def bring(self, than: Checkpoint | None) -> bool:
+        """Commit the newest checkpoint of the second copy that is newer than this one; return whether one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +89,26 @@ def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
     return checkpoint.time if manifest is None else manifest.time
 
 
-def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_held: StepHeld | None = None) -> Search:
-    """Try the candidates from newest to oldest, and move nothing. Raises as `CheckpointStore.newest_good` does."""
+def search(
+    layout: Layout,
+    attempt: Callable[[Checkpoint], None] | None,
+    step_held: StepHeld | None = None,
+    spare: Spare | None = None,
+) -> Search:
+    """Try the candidates from newest to oldest, and move nothing. Raises as `CheckpointStore.newest_good` does.
+
+    A damaged one is mended from ``spare`` and tried again; before an older one is tried, ``spare`` brings what it has
+    in between.
+    """
     damaged: list[Damage] = []
     unreadable: OSError | None = None
     tried: set[tuple[Path, str]] = set()
     # Listed again after a round without success, because a damaged checkpoint may hide the previous one of its name.
     while left := [one for one in _candidates(layout, step_held) if (one.root, one.name) not in tried]:
-        for candidate in left:
+        for number, candidate in enumerate(left):
             tried.add((candidate.root, candidate.name))
             try:
-                good = _prove(layout.within(candidate.root), candidate)
-                _attempt(attempt, good)
+                good = _proven(layout, candidate, attempt, spare)
             except CheckpointCorruptError as error:
                 if isinstance(error, verification.CheckpointUnreadableError):
                     unreadable = unreadable or error.error
@@ -98,9 +117,26 @@ def search(layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_he
                 present = place.present(candidate.name)
                 if place.is_candidate(candidate.name, present):
                     damaged.append(_damage(candidate, error, present))
+                if spare is not None and spare.bring(left[number + 1] if number + 1 < len(left) else None):
+                    break
             else:
                 return Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
     return Search(None, tuple(damaged), unreadable)
+
+
+def _proven(
+    layout: Layout, candidate: Checkpoint, attempt: Callable[[Checkpoint], None] | None, spare: Spare | None
+) -> Checkpoint:
+    """Verify and restore a candidate, once more after ``spare`` has mended it."""
+    try:
+        good = _prove(layout.within(candidate.root), candidate)
+        _attempt(attempt, good)
+    except CheckpointCorruptError:
+        if spare is None or candidate.root != layout.root or not spare.mend(candidate):
+            raise
+        good = _prove(layout, candidate)
+        _attempt(attempt, good)
+    return good
 
 
 def _damage(candidate: Checkpoint, error: CheckpointCorruptError, present: Sequence[str]) -> Damage:

@@ -47,9 +47,15 @@ def write(
 
     Paths are absolute if ``root`` is absolute and ``relative_paths`` is false, else relative to it, as in the Saver.
     """
+    place = root if root.is_absolute() and not relative_paths else Path()
+    files.write_atomic(root / FILE_NAME, content(newest, names, place, last_preserved=last_preserved))
+
+
+def content(newest: str, names: Sequence[str], place: Path, *, last_preserved: float | None = None) -> bytes:
+    """Return the bytes of a state file. Its paths are in the directory ``place``; ``Path()`` makes them relative."""
 
     def quoted(name: str) -> str:
-        path = str(root / name) if root.is_absolute() and not relative_paths else name
+        path = str(place / name)
         try:
             path.encode("utf-8")
         except UnicodeEncodeError:
@@ -61,14 +67,22 @@ def write(
     lines += [f"all_model_checkpoint_paths: {quoted(name)}\n" for name in names]
     if last_preserved is not None:
         lines.append(f"last_preserved_timestamp: {float(last_preserved)!r}\n")
-    files.write_atomic(root / FILE_NAME, "".join(lines).encode("utf-8"))
+    return "".join(lines).encode("utf-8")
 
 
 def read(root: Path) -> CheckpointState | None:
     """Read the state file of ``root``, which is only a hint; None if it is missing, empty, garbage or unreadable."""
     try:
-        text = files.read_bytes(root / FILE_NAME).decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return parse(files.read_bytes(root / FILE_NAME))
+    except OSError:
+        return None
+
+
+def parse(written: bytes) -> CheckpointState | None:
+    """Read the bytes of a state file; None if they are none."""
+    try:
+        text = written.decode("utf-8")
+    except UnicodeDecodeError:
         return None
     newest = None
     names: list[str] = []

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.engine import Prepared
-from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.supervisor import Supervisor as CoreSupervisor
 from stepguard.tensorflow import arguments, defaults
@@ -92,6 +92,8 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         watching: how the run is watched.
         guarding: what happens if a number is not finite.
         restoring: how the run is restored.
+        mirror: where a second copy of the run goes: an address such as ``s3://bucket/runs/x``, a directory, or a
+            :class:`stepguard.Mirror`.
 
     Raises:
         RuntimeError: eager execution is enabled.
@@ -129,6 +131,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         watching: Watching | None = None,
         guarding: Guarding | None = None,
         restoring: Restoring | None = None,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
     ) -> None:
         if tf.executing_eagerly():
             raise RuntimeError(
@@ -150,6 +153,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             watching=watching,
             guarding=guarding,
             restoring=restoring,
+            mirror=mirror,
         )
         logdir, options = trial.applied(logdir, options)
         if trial.is_deterministic():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.options import (
     Guarding,
+    Mirror,
     Options,
     Restoring,
     Saving,
@@ -276,6 +278,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
         watching: Watching | None = None,
         guarding: Guarding | None = None,
         restoring: Restoring | None = None,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
     ) -> None:
         options = Options.of(
             save_summaries_secs=save_summaries_secs,
@@ -286,6 +289,7 @@ class FakeSupervisor(Supervisor[FakeSession]):
             watching=watching,
             guarding=guarding,
             restoring=restoring,
+            mirror=mirror,
         )
         logdir, options = trial.applied(logdir, options)
         refuse(watching, "peer_timeout_secs", because="the fake engine has no servers")

@@ -12,7 +12,7 @@ import torch
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
-from stepguard.options import Guarding, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.torch.checkpoint.files import ENGINE
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.reading import newest
@@ -60,6 +60,8 @@ class Supervisor(LoopSupervisor[Session]):
         watching: how the run is watched.
         guarding: what happens if a number is not finite.
         restoring: how the run is restored.
+        mirror: where a second copy of the run goes: an address such as ``s3://bucket/runs/x``, a directory, or a
+            :class:`stepguard.Mirror`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value, or a part of the state cannot be saved; the
@@ -89,6 +91,7 @@ class Supervisor(LoopSupervisor[Session]):
         watching: Watching | None = None,
         guarding: Guarding | None = None,
         restoring: Restoring | None = None,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
     ) -> None:
         options = Options.of(
             save_summaries_secs=save_summaries_secs,
@@ -104,6 +107,7 @@ class Supervisor(LoopSupervisor[Session]):
             watching=watching,
             guarding=guarding,
             restoring=restoring,
+            mirror=mirror,
         )
         logdir, options = trial.applied(logdir, options)
         if trial.is_deterministic():

@@ -49,7 +49,8 @@ class Observer:
     """Watches one process of a run, from a thread of its own that looks at the step counter once a second.
 
     Threads: :meth:`begin`, :meth:`session_ready` and :meth:`end` are called by the thread that opens and stops the
-    session; :meth:`checkpointed`, :meth:`save_failed`, :meth:`warn` and :meth:`returned` by any thread.
+    session; :meth:`checkpointed`, :meth:`mirrored`, :meth:`save_failed`, :meth:`warn` and :meth:`returned` by any
+    thread.
 
     Args:
         engine: reports the number of steps done.
@@ -252,6 +253,10 @@ class Observer:
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
         """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
         self._record.checkpointed(name, step, nbytes, secs, stall_secs)
+
+    def mirrored(self, *, name: str, step: int | None, nbytes: int, secs: float) -> None:
+        """Note that a checkpoint is in the mirror: the bytes that were sent for it, and the seconds that it took."""
+        self._record.append("mirrored", name=name, step=step, bytes=nbytes, secs=secs)
 
     def save_failed(self, message: str) -> None:
         """Note a failed try to save, which will be repeated."""

@@ -140,6 +140,8 @@ def applied(logdir: Any, options: Options) -> tuple[Any, Options]:
         watching=_traced(options),
         # The scratch logdir is empty at first.
         restoring=replace(options.restoring, step=None),
+        # What a trial saves is no part of the run, and must not reach its mirror.
+        mirror=None,
     )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.arguments import LOGDIR_OR_URL
 from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.logdir.standings import marks_of, standings, why_kept
 from stepguard.cli.text import output
 from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.remote import record
+from stepguard.remote.record import MirroredCheckpoint, MirrorRecord
 from stepguard.store.marks import Standing
 from stepguard.words import duration, printable
 
@@ -36,10 +38,11 @@ _KEPT, _METRICS = Column("KEPT", shrink=True), Column("METRICS", shrink=True)
     epilog="""\b
 Examples:
   stepguard ls runs/digits
+  stepguard ls s3://bucket/runs/digits
   stepguard ls runs/digits --json | jq '.checkpoints[] | select(.state != "good")'
 """,
 )
-@click.argument("logdir", type=LOGDIR)
+@click.argument("logdir", type=LOGDIR_OR_URL)
 @output.json_option
 @click.pass_context
 def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
@@ -50,6 +53,7 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     unverified  complete, but without a manifest: TensorFlow's own tools wrote it
     damaged     a file is missing or of a wrong size, or the manifest is damaged
     incomplete  being written or removed, or cut short by a kill (marked with > if a restart would finish its commit)
+    mirrored    only in the mirror of the run, as far as LOGDIR knows
 
     Of those that the retention rules leave alone, KEPT says why: one of the best by the metric of the program, its
     names, or `stepguard keep`. METRICS are what the program has measured at that step.
@@ -59,15 +63,22 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
     Exit code 1: the system could not read something, which is named and passed over.
     """
     found = list_contents(logdir)
+    mirror = record.read(logdir)
     if as_json:
-        output.print_json(_document(found))
+        output.print_json(_document(found, mirror))
     else:
-        _print(found)
+        _print(found, mirror)
     if found.is_unreadable:
         ctx.exit(FINDING)
 
 
-def _document(found: LogdirContents) -> dict[str, Any]:
+def _only_there(found: LogdirContents, mirror: MirrorRecord | None) -> list[MirroredCheckpoint]:
+    """The checkpoints that only the mirror has, newest first, as far as the logdir knows."""
+    here = {one.checkpoint.name for one in found.found}
+    return [] if mirror is None else [one for one in mirror.checkpoints if one.name not in here]
+
+
+def _document(found: LogdirContents, mirror: MirrorRecord | None) -> dict[str, Any]:
     now = time.time()
     known = standings(found.found)
     return {
@@ -76,6 +87,9 @@ def _document(found: LogdirContents) -> dict[str, Any]:
         "missing": list(found.missing),
         "quarantined": found.quarantined,
         "unreadable": list(found.unreadable),
+        "mirror": None
+        if mirror is None
+        else {**mirror.document(), "only_there": [one.name for one in _only_there(found, mirror)]},
     }
 
 
@@ -101,9 +115,10 @@ def _json(one: ListedCheckpoint, now: float, known: Standing) -> dict[str, Any]:
     }
 
 
-def _print(found: LogdirContents) -> None:
-    if found.found:
-        _print_table(found.found)
+def _print(found: LogdirContents, mirror: MirrorRecord | None) -> None:
+    only_there = _only_there(found, mirror)
+    if found.found or only_there:
+        _print_table(found.found, only_there)
     else:
         click.echo(f"{printable(str(found.root))}: no checkpoints")
     for name in found.missing:
@@ -116,9 +131,11 @@ def _print(found: LogdirContents) -> None:
         click.echo(printable(reason))
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
+    if mirror is not None:
+        click.echo(output.mirror(mirror))
 
 
-def _print_table(found: Sequence[ListedCheckpoint]) -> None:
+def _print_table(found: Sequence[ListedCheckpoint], only_there: Sequence[MirroredCheckpoint]) -> None:
     now, known = time.time(), standings(found)
     columns, rows = list(_COLUMNS), [list(_row(one, now)) for one in found]
     kept = [why_kept(one, known[one.basename]) for one in found]
@@ -128,6 +145,11 @@ def _print_table(found: Sequence[ListedCheckpoint]) -> None:
             columns.insert(-1, column)
             for row, cell in zip(rows, cells, strict=True):
                 row.insert(-1, cell or "-")
+    # What only the mirror has is known by name here, not by its marks.
+    unknown = ("-",) * (len(columns) - len(_COLUMNS))
+    for one in only_there:
+        *cells, name = _mirrored_row(one, now)
+        rows.append([*cells, *unknown, name])
     print_table(columns, rows)
 
 
@@ -145,4 +167,16 @@ def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
         printable(one.engine),
         one.state,
         printable(checkpoint.name),
+    )
+
+
+def _mirrored_row(one: MirroredCheckpoint, now: float) -> tuple[str, ...]:
+    return (
+        " ",
+        "-" if one.step is None else str(one.step),
+        duration(now - one.time),
+        output.size(one.bytes),
+        printable(one.engine),
+        "mirrored",
+        printable(one.name),
     )

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.arguments import LOGDIR_OR_URL
 from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.logdir.full_read import read_fully
+from stepguard.cli.logdir.remote_image import Image, filled, image_of
 from stepguard.cli.logdir.standings import standings
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
+from stepguard.remote.copies import Copies
+from stepguard.remote.lease import Lease
 from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.words import printable
 
 _LOOKS = 10
+_LEASE_SECS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,10 @@ class Plan:
 Examples:
   stepguard prune runs/digits --keep-last 5 --dry-run
   stepguard prune runs/digits --keep-last 5 --keep-every 10000
+  stepguard prune s3://bucket/runs/digits --keep-last 5
 """,
 )
-@click.argument("logdir", type=LOGDIR)
+@click.argument("logdir", type=LOGDIR_OR_URL)
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep each multiple of STEPS.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
@@ -70,8 +75,7 @@ def command(
         plans = _plans(logdir, keep_last, keep_every)
         if not dry_run:
             for plan in plans:
-                store = CheckpointStore(logdir, basename=plan.basename, saver_files=tensorflow_files)
-                store.remove([one.checkpoint for one in plan.removed], newest_good=plan.newest_good.checkpoint)
+                _remove(logdir, plan)
     if as_json:
         output.print_json(_document(logdir, plans, dry_run=dry_run))
     else:
@@ -83,9 +87,32 @@ def command(
         ctx.exit(FINDING)
 
 
+def _remove(logdir: Path, plan: Plan) -> None:
+    image = image_of(logdir)
+    if image is not None:
+        names = {one.checkpoint.name for one in plan.removed}
+        copies = Copies(image.remote)
+        copies.remove([one for one in copies.listed() if one.name in names])
+    store = CheckpointStore(logdir, basename=plan.basename, saver_files=tensorflow_files)
+    store.remove([one.checkpoint for one in plan.removed], newest_good=plan.newest_good.checkpoint)
+
+
 def _hold(logdir: Path, *, dry_run: bool) -> AbstractContextManager[object]:
     """The chief's lock, which a training or another `prune` may hold. A dry run removes nothing and needs no lock."""
+    image = image_of(logdir)
+    if image is not None and not dry_run:
+        return _leased(image)
     return nullcontext() if dry_run else CheckpointStore(logdir).acquire()
+
+
+@contextmanager
+def _leased(image: Image) -> Iterator[None]:
+    lease = Lease(image.remote, image.path, lease_secs=_LEASE_SECS, on_lost=lambda _: None)
+    lease.acquire()
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def _plans(logdir: Path, keep_last: int | None, keep_every: int | None) -> list[Plan]:
@@ -148,7 +175,8 @@ def _proven(found: Sequence[ListedCheckpoint]) -> tuple[list[ListedCheckpoint], 
             if one.state == DAMAGED:
                 known.append(one)
                 continue
-            read = read_fully(one, on_block=on_block)
+            with filled(one.checkpoint.root, one.checkpoint.name):
+                read = read_fully(one, on_block=on_block)
             if read is None:
                 continue
             known.append(read.listed)

@@ -9,6 +9,7 @@ import click
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.logdir import tensor_readers
 from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint
+from stepguard.cli.logdir.remote_image import filled
 from stepguard.cli.logdir.tensor_statistics import Statistics, describe
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
@@ -55,7 +56,7 @@ def command(target: Target, with_values: bool, as_json: bool) -> None:
     # A single file is not a checkpoint and has no state.
     state = one.state if target.file is None else None
     rows = []
-    with reading("reading", one.size) as on_block:
+    with filled(one.checkpoint.root, one.checkpoint.name), reading("reading", one.size) as on_block:
         for tensor in tensor_readers.read_tensors(one):
             if with_values or not tensor.is_plain:
                 rows.append(_read(tensor))

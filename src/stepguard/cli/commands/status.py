@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.arguments import LOGDIR_OR_URL
 from stepguard.cli.exits import FINDING, NOTHING_YET
+from stepguard.cli.logdir.addresses import is_image
 from stepguard.cli.text import output
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Examples:
   stepguard status runs/digits
   stepguard status runs/digits --follow
   stepguard status runs/
+  stepguard status s3://bucket/runs/digits
   stepguard status runs/a runs/b --json | jq '.runs[] | select(.well | not) | .logdir'
   stepguard status runs/digits --json | jq '.processes[] | {role, state, step}'
 
@@ -42,7 +44,7 @@ Exit codes, besides those of every command:
   4    with --probe: there is no heartbeat yet
 """,
 )
-@click.argument("logdirs", type=LOGDIR, nargs=-1, required=True, metavar="LOGDIR...")
+@click.argument("logdirs", type=LOGDIR_OR_URL, nargs=-1, required=True, metavar="LOGDIR...")
 @click.option(
     "--follow",
     "-f",
@@ -67,8 +69,12 @@ def command(context: click.Context, logdirs: tuple[Path, ...], follow: bool, pro
     stopped  the process has reported a stop and its reason
 
     "at risk" are the steps that a crash now would lose. Time is productive, replayed (its steps were lost and done
-    again) or down (between a crash and the next start that trained).
+    again) or down (between a crash and the next start that trained). A mirror tells what was so when the last
+    checkpoint was copied.
     """
+    if (follow or probe) and any(map(is_image, logdirs)):
+        option = "--follow" if follow else "--probe"
+        raise click.UsageError(f"{option}: expected logdirs of this machine, found an address; ask again for its state")
     if probe:
         _probe(context, logdirs, is_shown_otherwise=follow or as_json)
     # A probe is called every few seconds, and does without what reads checkpoints and ledgers.

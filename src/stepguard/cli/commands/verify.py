@@ -12,6 +12,7 @@ from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
 from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint, list_contents, list_one
 from stepguard.cli.logdir.full_read import FullRead, read_fully
+from stepguard.cli.logdir.remote_image import filled
 from stepguard.cli.text import output
 from stepguard.cli.text.progress_bar import reading
 from stepguard.cli.text.table import STATE, Column, print_table
@@ -35,6 +36,7 @@ _COLUMNS = (
 Examples:
   stepguard verify runs/digits
   stepguard verify runs/digits/model.ckpt-1200
+  stepguard verify s3://bucket/runs/digits
   stepguard verify runs/digits --json | jq -r '.checkpoints[].damage[].file'
 """,
 )
@@ -82,7 +84,8 @@ def _read_all(found: list[ListedCheckpoint]) -> list[FullRead]:
     reads = []
     with reading("verifying", sum(one.size for one in found)) as on_block:
         for one in found:
-            read = read_fully(one, on_block=on_block) if one.is_candidate else FullRead(one)
+            with filled(one.checkpoint.root, one.checkpoint.name):
+                read = read_fully(one, on_block=on_block) if one.is_candidate else FullRead(one)
             if read is not None:
                 reads.append(read)
     return reads

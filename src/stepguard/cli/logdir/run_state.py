@@ -10,6 +10,8 @@ from typing import Any
 
 from stepguard.cli.logdir.contents import ListedCheckpoint, newest
 from stepguard.cli.logdir.launcher_state import Launcher, launcher_of
+from stepguard.remote import record
+from stepguard.remote.record import MirrorRecord
 from stepguard.watching import heartbeat, history, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.history import History
@@ -62,6 +64,7 @@ class RunState:
     launcher: Launcher | None
     has_ledger: bool
     unreadable: tuple[str, ...] = ()
+    mirror: MirrorRecord | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -116,6 +119,7 @@ def read_run_state(logdir: Path) -> RunState:
         launcher=launcher_of(events),
         has_ledger=bool(events),
         unreadable=tuple(unreadable),
+        mirror=record.read(logdir),
     )
 
 
@@ -137,6 +141,7 @@ def document(found: RunState) -> dict[str, Any]:
         "last_error": found.last_error,
         "attempts": [asdict(one) for one in found.history.attempts],
         "unreadable": list(found.unreadable),
+        "mirror": None if found.mirror is None else found.mirror.document(),
         "launcher": None if found.launcher is None else asdict(found.launcher),
     }
 

@@ -216,6 +216,9 @@ def _run_lines(found: RunState) -> list[_Line]:
     lines.append(("checkpoint", _checkpoint(newest, found.now), None if newest is None or newest is good else "yellow"))
     if newest is not None and (good is None or good.checkpoint.name != newest.checkpoint.name):
         lines.append(("  last good", _checkpoint(good, found.now), None))
+    if found.mirror is not None:
+        is_behind = found.mirror.waiting is not None or found.mirror.error is not None
+        lines.append(("mirror", output.mirror(found.mirror), "yellow" if is_behind else None))
     if found.history.attempts:
         lost = found.history.lost_steps
         again = f"; {output.counted(lost, 'step')} done again" if lost else ""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from stepguard.watching.history import History
 from stepguard.words import duration, printable
+
+if TYPE_CHECKING:
+    from stepguard.remote.record import MirrorRecord
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -77,3 +80,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def mirror(found: MirrorRecord) -> str:
+    """One line on the mirror of a run, as the logdir knows it."""
+    newest = f"has {found.checkpoints[0].name}" if found.checkpoints else "has no checkpoint yet"
+    waiting = "" if found.waiting is None else f"; {found.waiting} is not there yet"
+    error = "" if found.error is None else f" ({found.error})"
+    return printable(f"mirror {found.url}: {newest}{waiting}{error}")

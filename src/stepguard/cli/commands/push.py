@@ -1,0 +1,112 @@
+"""``stepguard push``: send checkpoints and history of a logdir to a mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from stepguard.cli.arguments import LOGDIR, MIRROR
+from stepguard.cli.exits import FINDING, CommandError
+from stepguard.cli.logdir.contents import GOOD, list_contents
+from stepguard.cli.text import output
+from stepguard.errors import CheckpointCorruptError
+from stepguard.remote.copies import Copies
+from stepguard.remote.history import History
+from stepguard.remote.lease import Lease
+from stepguard.remote.opening import open_remote
+from stepguard.store import Manifest
+from stepguard.words import printable
+
+_LEASE_SECS = 60.0
+
+
+@click.command(
+    short_help="Send a run from a logdir to a mirror.",
+    epilog="""\b
+Examples:
+  stepguard push runs/digits s3://bucket/runs/digits
+  stepguard push runs/digits /mnt/backup/digits --all
+""",
+)
+@click.argument("logdir", type=LOGDIR)
+@click.argument("mirror", type=MIRROR, metavar="URL")
+@click.option("--all", "wants_all", is_flag=True, help="Every good checkpoint, and not only the newest.")
+@output.json_option
+@click.pass_context
+def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_json: bool) -> None:
+    """Send the newest good checkpoint of LOGDIR to the mirror at URL, and the ledger and event files with it.
+
+    What the mirror has already is read to its end, and what differs is sent again. The manifest goes last. A run with
+    that mirror does the same by itself.
+
+    Exit code 1: a checkpoint is damaged in LOGDIR, or there is none, or a run trains into the mirror.
+    """
+    copies = Copies(open_remote(mirror))
+    sent: list[str] = []
+    repaired: list[str] = []
+    damaged: dict[str, str] = {}
+    lease = Lease(copies.remote, logdir.absolute(), lease_secs=_LEASE_SECS, on_lost=lambda _: None)
+    lease.acquire()
+    try:
+        before: Manifest | None = None
+        for manifest in _good(logdir):
+            try:
+                if (fixed := _repaired(copies, logdir, manifest)) is not None:
+                    repaired += fixed
+                else:
+                    copies.send(logdir, manifest, before, check=lease.check)
+                    sent.append(manifest.name)
+            except CheckpointCorruptError as error:
+                damaged[manifest.name] = str(error)
+                continue
+            before = manifest
+            if not wants_all:
+                break
+        if sent:
+            there = [one.name for one in copies.listed()]
+            newest = next(one.name for one in _good(logdir) if one.name in there)
+            copies.state(newest, reversed(there))
+        history = History(logdir, copies.remote, copies.pace).send(is_last=True)
+    finally:
+        lease.release()
+    if as_json:
+        output.print_json({"pushed": sent, "repaired": repaired, "damaged": damaged, "history": history})
+    else:
+        _print(sent, repaired, damaged, history)
+    if damaged:
+        ctx.exit(FINDING)
+
+
+def _good(logdir: Path) -> Iterator[Manifest]:
+    """The manifests of the good checkpoints, the newest first."""
+    found = [one.checkpoint for one in list_contents(logdir).found if one.state == GOOD]
+    manifests = [one.manifest for one in found if one.manifest is not None and one.root == logdir]
+    if not manifests:
+        raise CommandError(f"{logdir}: expected a committed checkpoint, found none", FINDING)
+    yield from manifests
+
+
+def _repaired(copies: Copies, logdir: Path, manifest: Manifest) -> list[str] | None:
+    """Send again what differs in the mirror; ``None`` if the checkpoint is not there as it is here."""
+    found = next((one for one in copies.listed() if one.name == manifest.name), None)
+    try:
+        if found is None or copies.manifest(manifest.name).files != manifest.files:
+            return None
+    except (CheckpointCorruptError, FileNotFoundError):
+        return None
+    damages = copies.damages(found, manifest, reads=True)
+    for record, _ in damages:
+        copies.send_file(logdir / record.name, record)
+    return [record.name for record, _ in damages]
+
+
+def _print(sent: list[str], repaired: list[str], damaged: dict[str, str], history: list[str]) -> None:
+    for name in sent:
+        click.echo(f"pushed  {printable(name)}")
+    for name in repaired:
+        click.echo(f"repaired in the mirror: {printable(name)}")
+    for name, reason in damaged.items():
+        click.echo(f"damaged here: {printable(name)}: {printable(reason)}")
+    click.echo(f"{output.counted(len(sent), 'checkpoint')} pushed, and {output.counted(len(history), 'file')} beside")
