@@ -115,7 +115,10 @@ class Attacked:
         return CheckpointStore(self.logdir, saver_files=self._saver_files)
 
     def good(self) -> list[int]:
-        """The steps of the committed checkpoints that are good. Raises LossError if one holds a wrong value."""
+        """The steps of the checkpoints that are good. Raises LossError if one holds a wrong value.
+
+        TensorFlow's files without a manifest count as a checkpoint that its own tools have written.
+        """
         found = []
         store = self.store()
         for one in store.candidates():
@@ -123,7 +126,7 @@ class Attacked:
                 proven = store.verify(one)
             except (CheckpointError, OSError):
                 continue
-            if proven.is_committed and proven.step is not None:
+            if proven.step is not None and (proven.is_committed or self._saver_files is not None):
                 self._check_values(proven)
                 found.append(proven.step)
         return sorted(found)
