@@ -215,15 +215,22 @@ class Copies:
             if self.remote.head(key) is not None:
                 self.remote.delete([key])
             sent = sum(self._send_file(root, record, opened.get(record.name), known) for record in manifest.files)
+        self.send_manifest(manifest, check=check)
+        self._proven = {}
+        return sent
+
+    def send_manifest(self, manifest: Manifest, *, check: Callable[[], object] = lambda: None) -> None:
+        """Write the manifest of a checkpoint whose files are all in the place, and read it back.
+
+        It replaces the one there at once: a kill leaves one of the two. ``check`` is as of :meth:`send`.
+        """
         check()
-        content = manifest.to_json()
+        key, content = manifest.name + MANIFEST_SUFFIX, manifest.to_json()
         self.pace.take(len(content), url=self.remote.url)
         self.remote.put(key, content)
         if read_whole(self.remote, key, most=len(content)) != content:
             self.remote.delete([key])
             raise RemoteError(f"{self.remote.url}/{key}: expected what was written, read something else", url=self.url)
-        self._proven = {}
-        return sent
 
     @property
     def url(self) -> str:

@@ -1,11 +1,12 @@
-"""What goes along with the checkpoints: ledger, event files, heartbeats and traces, so that a run has one history.
+"""What goes along with the checkpoints: ledger, event files, heartbeats, traces and the last rollback: one history.
 
 They are sent whole, because object stores cannot append. A small file is sent whenever it has changed. A large one is
 sent once it has grown by an eighth, and at the end of the run: a file that is appended to for a month is then sent a
 few dozen times, and not at each checkpoint.
 
 A start fetches those that are not here, and the ledger also if the one here is the beginning of the one there: this
-machine was the run's before, and another one has gone on. A ledger here that says something else is kept.
+machine was the run's before, and another one has gone on. A ledger here that says something else is kept. Of the notes
+of a rollback, the later one counts; one that was forgotten here is removed there.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from pathlib import Path
 from stepguard.disk import files, schema
 from stepguard.remote.objects import BLOCK_BYTES, Remote, RemoteObject, read_whole
 from stepguard.remote.pace import Pace
+from stepguard.store import rollback
 from stepguard.words import logger
 
 _log = logger(__name__)
 
 LEDGER = "run.jsonl"
 _OURS = re.compile(
-    r"run(?:\.[0-9]{1,9})?\.jsonl|events\.out\.tfevents\.[^/]*|graph\.pbtxt|heartbeats/[^/]+\.json|traces/[^/]+\.trace"
+    r"rollback\.json|run(?:\.[0-9]{1,9})?\.jsonl|"
+    r"events\.out\.tfevents\.[^/]*|graph\.pbtxt|heartbeats/[^/]+\.json|traces/[^/]+\.trace"
 )
 _PLACES = ("", "heartbeats/", "traces/")
 _SMALL_BYTES = 4 << 20
@@ -51,6 +54,9 @@ class History:
     def send(self, *, is_last: bool) -> list[str]:
         """Send what has changed, and return the keys. ``is_last`` sends large files that have grown by little too."""
         sent = []
+        if rollback.FILE_NAME in self._sent and not os.path.lexists(self._logdir / rollback.FILE_NAME):
+            self._remote.delete([rollback.FILE_NAME])
+            del self._sent[rollback.FILE_NAME]
         for key, path in self._found():
             try:
                 status = os.lstat(path)
@@ -104,7 +110,13 @@ class History:
             path = self._logdir / found.key
             if not is_history(found.key):
                 continue
-            if not os.path.lexists(path):
+            if found.key == rollback.FILE_NAME:
+                # It is there, whoever wrote it: once it is forgotten here, it goes.
+                self._sent.setdefault(found.key, (0, 0))
+                if not self._is_put_back(found):
+                    continue
+                fetched.append(found.key)
+            elif not os.path.lexists(path):
                 self._fetch_one(found, path)
                 fetched.append(found.key)
             elif found.key == LEDGER and self._goes_on(found, path):
@@ -129,6 +141,19 @@ class History:
         except BaseException:
             files.remove_quietly(aside)
             raise
+
+    def _is_put_back(self, found: RemoteObject) -> bool:
+        """Take over the rollback that is noted there, if it is later than the one here."""
+        here = rollback.read(self._logdir)
+        try:
+            there = rollback.parse(read_whole(self._remote, found.key, most=rollback.MOST_BYTES))
+        except (ValueError, TypeError) as error:
+            _log.warning("%s/%s: cannot be read, and is passed over: %s", self._remote.url, found.key, error)
+            return False
+        if here is not None and here.time >= there.time:
+            return False
+        rollback.take_over(self._logdir, there)
+        return True
 
     def _goes_on(self, found: RemoteObject, path: Path) -> bool:
         """Replace the ledger here by the one there, if that begins with it."""

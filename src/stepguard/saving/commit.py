@@ -83,6 +83,8 @@ class Committer:
             return  # It was not committed: the NaN guard did not admit it, or a save was given up.
         if changed:
             self._adoption.tell()
+            if self._mirror is not None:
+                self._mirror.marked(name)
             if not self._is_written_by_framework:
                 self._prune(self._store)
 

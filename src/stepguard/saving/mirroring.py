@@ -26,7 +26,7 @@ from stepguard.remote.opening import open_remote
 from stepguard.remote.pace import Pace
 from stepguard.saving.retry import Backoff
 from stepguard.saving.uploader import Places, Uploader
-from stepguard.store import Checkpoint, CheckpointStore, FileRecord, Manifest
+from stepguard.store import Checkpoint, CheckpointStore, FileRecord, Manifest, rollback
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
 
@@ -136,6 +136,11 @@ class RunMirror:
         if self._uploader is not None:
             self._uploader.committed(name)
 
+    def marked(self, name: str) -> None:
+        """Have the new marks of the checkpoint ``name`` copied. Writer thread; returns at once."""
+        if self._uploader is not None:
+            self._uploader.marked(name)
+
     def finish(self, deadline: float) -> None:
         """Wait until the last checkpoint is in the mirror, at most until ``deadline`` (monotonic); say if it is not."""
         uploader = self._uploader
@@ -209,13 +214,18 @@ class _Spare:
             if copied.name in self._tried or (copied.name in here and than is not None):
                 continue
             manifest = self._manifest(copied)
-            if manifest is None or not _is_newer(manifest, than):
+            if manifest is None or not _is_newer(manifest, than) or self._is_given_up(manifest):
                 continue
             self._tried.add(copied.name)
             if self._taken(copied, "", manifest):
                 _log.info("took step %s from the mirror %s", copied.step, self._copies.url)
                 return True
         return False
+
+    def _is_given_up(self, manifest: Manifest) -> bool:
+        """Whether a rollback has put the run back to before this checkpoint: one of that name here is put aside."""
+        last = rollback.read(self._store.root)
+        return last is not None and last.gives_up(manifest.step, manifest.time)
 
     def _manifest(self, copied: Copied) -> Manifest | None:
         try:
@@ -241,7 +251,12 @@ class _Spare:
         try:
             digests = self._copies.fetch(manifest, stage)
             self._store.commit(
-                copied.name, manifest.step, extra=manifest.extra, digests=digests, taken_at=manifest.time
+                copied.name,
+                manifest.step,
+                extra=manifest.extra,
+                digests=digests,
+                taken_at=manifest.time,
+                marks=manifest.marks,
             )
         except CheckpointCorruptError as error:
             self._say(f"mirror {self._copies.url}: {copied.name} is damaged there: {error}")

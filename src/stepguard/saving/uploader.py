@@ -13,6 +13,7 @@ sweeps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -30,7 +31,8 @@ from stepguard.remote.lease import Lease
 from stepguard.remote.pace import StoppedError
 from stepguard.remote.record import MirroredCheckpoint
 from stepguard.saving.retry import Backoff, Retry
-from stepguard.store import Checkpoint, CheckpointStore, Manifest
+from stepguard.store import Checkpoint, CheckpointStore, Manifest, rollback
+from stepguard.store.marks import Marked, standing
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
 
@@ -56,8 +58,9 @@ class Places:
 class Uploader:
     """Sends the newest committed checkpoint of a run, from a thread of its own, which the constructor starts.
 
-    Threads: :meth:`committed` from the writer's thread; :meth:`finish` and :meth:`close` from the thread that ends the
-    run; ``on_lost`` is called from the uploader's, with the LogdirInUseError, when another machine has the lease.
+    Threads: :meth:`committed` and :meth:`marked` from the writer's thread; :meth:`finish` and :meth:`close` from the
+    thread that ends the run; ``on_lost`` is called from the uploader's, with the LogdirInUseError, when another machine
+    has the lease.
     """
 
     def __init__(
@@ -79,6 +82,9 @@ class Uploader:
         # `_waiting` is taken by the thread; `_sending` is set until it is done or given up.
         self._waiting: str | None = None
         self._sending: str | None = None
+        # The last that was committed, and those whose marks have changed since they were sent.
+        self._newest: str | None = None
+        self._marked: set[str] = set()
         self._is_looking = True
         self._is_closing = False
         self._is_done = False
@@ -95,7 +101,15 @@ class Uploader:
         with self._wake:
             if self._waiting is not None:
                 self.skipped += 1
-            self._waiting = name
+            self._waiting = self._newest = name
+            self._wake.notify_all()
+
+    def marked(self, name: str) -> None:
+        """Have the manifest of the checkpoint ``name`` copied again, whose marks have changed. Writer thread."""
+        with self._wake:
+            self._marked.add(name)
+            # With the newest, which is tried until it is done, and is not sent again if it is there.
+            self._waiting = self._waiting or self._newest
             self._wake.notify_all()
 
     def finish(self, deadline: float) -> bool:
@@ -224,16 +238,45 @@ class Uploader:
             raise FileNotFoundError(f"{name} has no manifest any more")
         places.lease.check()
         began = time.monotonic()
-        before = next(reversed(self._mirrored.values()), None)
-        if before is None or before.name != name or before.files != manifest.files:
+        before, there = next(reversed(self._mirrored.values()), None), self._mirrored.get(name)
+        if there is not None and there.files == manifest.files:
+            if before is not there:  # The run went back to it, which its time says there.
+                places.copies.send_manifest(manifest, check=places.lease.check)
+                self._noted(manifest)
+        else:
             sent = places.copies.send(checkpoint.root, manifest, before, check=places.lease.check)
             self._noted(manifest)
             secs = round(time.monotonic() - began, 3)
             _log.info("mirror %s: copied step %s, %d bytes sent, in %.2f s", self._url, manifest.step, sent, secs)
             self._observer.mirrored(name=name, step=manifest.step, nbytes=sent, secs=secs)
+        self._send_marks(name)
         self._prune(name)
         places.copies.state(name, [one.name for one in reversed(self._known[:_MOST_TOLD])])
         self._send_history(is_last=False)
+
+    def _send_marks(self, newest: str) -> None:
+        """Send the manifests whose marks have changed; that of the newest last, so that it stays the newest there."""
+        with self._wake:
+            names, self._marked = self._marked, set()
+        try:
+            was_any = [self._send_mark(name) for name in sorted(names - {newest})]
+            self._send_mark(newest, anew=any(was_any))
+        except OSError:
+            with self._wake:
+                self._marked |= names
+            raise
+
+    def _send_mark(self, name: str, *, anew: bool = False) -> bool:
+        """Send the manifest of ``name`` if it differs from the one there in its marks alone; ``anew``, in any case."""
+        there, mine = self._mirrored.get(name), None
+        with contextlib.suppress(CheckpointError):
+            found = [one for one in self._places.store.candidates() if one.name == name]
+            mine = self._places.store.read_manifest(found[0]) if found else None
+        if there is None or mine is None or mine.files != there.files or (mine == there and not anew):
+            return False
+        self._places.copies.send_manifest(mine, check=self._places.lease.check)
+        self._mirrored[name] = mine
+        return True
 
     def _noted(self, manifest: Manifest) -> None:
         self._mirrored.pop(manifest.name, None)
@@ -244,14 +287,20 @@ class Uploader:
 
     def _prune(self, name: str) -> None:
         """Remove what is too many in the mirror; the one that was just proven there always stays."""
-        keep = self._options.keep or len(self._known)
-        kept, doomed = self._known[:keep], self._known[keep:]
-        doomed = [one for one in doomed if one.name != name]
+        pinned = self._pinned()
+        counted = [one for one in self._known if one.name not in pinned]
+        doomed = [one for one in counted[self._options.keep or len(counted) :] if one.name != name]
         if doomed:
             self._places.copies.remove(doomed)
-        self._known = kept
+        self._known = [one for one in self._known if one not in doomed]
         for one in doomed:
             self._mirrored.pop(one.name, None)
+
+    def _pinned(self) -> frozenset[str]:
+        """What is pinned in the logdir, and in the mirror: a new machine has not fetched all that are there."""
+        pins = self._places.store.pins
+        there = [Marked(one.name, one.step, one.time, one.marks) for one in self._mirrored.values() if one.marks]
+        return pins.pinned | standing(sorted(there, key=lambda one: one.time), pins.rule).pinned
 
     def _send_history(self, *, is_last: bool) -> None:
         self._places.lease.check()
@@ -305,7 +354,8 @@ class Uploader:
         places.lease.check()
         places.copies.sweep()
         # By the time of their upload, as the retention counts.
-        found = sorted(places.copies.listed(basename=places.store.basename), key=lambda one: -one.modified)
+        listed = places.copies.listed(basename=places.store.basename)
+        found = sorted(listed, key=lambda one: -one.modified)
         here = {one.name: one for one in places.store.candidates() if one.is_committed}
         sound = []
         for number, copied in enumerate(found):
@@ -315,10 +365,18 @@ class Uploader:
         self._known = found
         self._mirrored = {one.name: one for one in reversed(sound) if one is not None}
         newest = next(iter(here), None)
+        # Otherwise another machine would go on where this run was before it was put back.
+        is_put_back = bool(listed) and listed[0].name != newest and self._is_given_up(listed[0].name)
         with self._wake:
-            if newest is not None and newest not in self._mirrored and self._waiting is None:
+            self._newest = self._newest or newest
+            is_done = newest in self._mirrored and not self._marked and not is_put_back
+            if newest is not None and self._waiting is None and not is_done:
                 self._waiting = newest
         self._note()
+
+    def _is_given_up(self, name: str) -> bool:
+        last, manifest = rollback.read(self._places.store.root), self._mirrored.get(name)
+        return last is not None and manifest is not None and last.gives_up(manifest.step, manifest.time)
 
     def _sound(self, copied: Copied, here: Checkpoint | None, *, reads: bool) -> Manifest | None:
         """The manifest of a copy that is good, perhaps after a repair; ``None`` if it is not."""
@@ -333,6 +391,8 @@ class Uploader:
             return None
         if mine is not None and mine.files != manifest.files:
             return None  # Another save of the same step: the one here is sent when it is the newest.
+        if mine is not None and mine.marks != manifest.marks:
+            self._marked.add(copied.name)
         damages = copies.damages(copied, manifest, reads=reads)
         for record, reason in damages:
             told = f"mirror {self._url}: {record.name} is damaged there ({reason})"

@@ -27,7 +27,7 @@ FILE_NAME = "rollback.json"
 ASIDE = "aside"
 
 _PENDING, _DONE, _TAKEN = "pending", "done", "taken"
-_MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +57,31 @@ class Rollback:
         """Whether no run has begun there yet."""
         return self.state == _DONE
 
+    def gives_up(self, step: int | None, time: float) -> bool:
+        """Whether it gives up the checkpoint of a step that was committed at ``time`` (Unix), wherever that is."""
+        return time < self.time and (-1 if step is None else step) > (-1 if self.step is None else self.step)
+
 
 def read(root: Path) -> Rollback | None:
     """The last rollback of a logdir; None if there was none, or if its record is damaged."""
     try:
-        found = schema.parse(files.read_own(root / FILE_NAME, most=_MOST_BYTES))
-        kinds = schema.kinds_of(Rollback)
-        return Rollback(**schema.checked(found, kinds, required=tuple(kinds)))
+        return parse(files.read_own(root / FILE_NAME, most=MOST_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         _log.warning("%s: cannot be read, and is passed over: %s", root / FILE_NAME, error)
         return None
+
+
+def parse(content: bytes) -> Rollback:
+    """The rollback that a record tells of. Raises ValueError or TypeError if the record is damaged."""
+    kinds = schema.kinds_of(Rollback)
+    return Rollback(**schema.checked(schema.parse(content), kinds, required=tuple(kinds)))
+
+
+def take_over(root: Path, record: Rollback) -> None:
+    """Note a rollback that another machine has done. What it has put aside there is not here."""
+    _write(root, replace(record, state=_DONE) if record.is_pending else record)
 
 
 def roll_back(layout: Layout, to: Checkpoint, asked: str, *, by_program: bool) -> Rollback:

@@ -82,7 +82,14 @@ def _pull(copies: Copies, one: Copied, logdir: Path) -> bool:
     stage = store.stage(one.name)
     try:
         digests = copies.fetch(manifest, stage)
-        store.commit(one.name, manifest.step, extra=manifest.extra, digests=digests, taken_at=manifest.time)
+        store.commit(
+            one.name,
+            manifest.step,
+            extra=manifest.extra,
+            digests=digests,
+            taken_at=manifest.time,
+            marks=manifest.marks,
+        )
     finally:
         store.discard(stage)
     return True

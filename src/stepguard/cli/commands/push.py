@@ -11,12 +11,12 @@ from stepguard.cli.arguments import LOGDIR, MIRROR
 from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir.contents import GOOD, list_contents
 from stepguard.cli.text import output
-from stepguard.errors import CheckpointCorruptError
+from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.remote.copies import Copies
 from stepguard.remote.history import History
 from stepguard.remote.lease import Lease
 from stepguard.remote.opening import open_remote
-from stepguard.store import Manifest
+from stepguard.store import Manifest, rollback
 from stepguard.words import printable
 
 _LEASE_SECS = 60.0
@@ -51,9 +51,10 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
     lease.acquire()
     try:
         before: Manifest | None = None
+        is_put_back = _is_put_back(copies, logdir)
         for manifest in _good(logdir):
             try:
-                if (fixed := _repaired(copies, logdir, manifest)) is not None:
+                if (fixed := _repaired(copies, logdir, manifest, anew=is_put_back and before is None)) is not None:
                     repaired += fixed
                 else:
                     copies.send(logdir, manifest, before, check=lease.check)
@@ -64,7 +65,7 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
             before = manifest
             if not wants_all:
                 break
-        if sent:
+        if sent or is_put_back:
             there = [one.name for one in copies.listed()]
             newest = next(one.name for one in _good(logdir) if one.name in there)
             copies.state(newest, reversed(there))
@@ -88,17 +89,33 @@ def _good(logdir: Path) -> Iterator[Manifest]:
     yield from manifests
 
 
-def _repaired(copies: Copies, logdir: Path, manifest: Manifest) -> list[str] | None:
-    """Send again what differs in the mirror; ``None`` if the checkpoint is not there as it is here."""
+def _is_put_back(copies: Copies, logdir: Path) -> bool:
+    """Whether a rollback here has given up the checkpoint from which another machine would go on."""
+    last = rollback.read(logdir)
+    try:
+        newest = [copies.manifest(one.name) for one in copies.listed()[:1]] if last is not None else []
+    except (CheckpointError, FileNotFoundError):
+        return False
+    return any(last is not None and last.gives_up(one.step, one.time) for one in newest)
+
+
+def _repaired(copies: Copies, logdir: Path, manifest: Manifest, *, anew: bool) -> list[str] | None:
+    """Send again what differs in the mirror, and the manifest if its marks do, or ``anew``.
+
+    Returns the names of the files; ``None`` if the checkpoint is not there as it is here.
+    """
     found = next((one for one in copies.listed() if one.name == manifest.name), None)
     try:
-        if found is None or copies.manifest(manifest.name).files != manifest.files:
-            return None
+        there = None if found is None else copies.manifest(manifest.name)
     except (CheckpointCorruptError, FileNotFoundError):
+        return None
+    if found is None or there is None or there.files != manifest.files:
         return None
     damages = copies.damages(found, manifest, reads=True)
     for record, _ in damages:
         copies.send_file(logdir / record.name, record)
+    if anew or there.marks != manifest.marks:
+        copies.send_manifest(manifest)
     return [record.name for record, _ in damages]
 
 
