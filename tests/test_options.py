@@ -13,20 +13,8 @@ import numpy as np
 import pytest
 
 import stepguard
-from stepguard.options import (
-    Guarding,
-    Mirror,
-    Options,
-    Restoring,
-    Saving,
-    Stopping,
-    Watching,
-    check_count,
-    check_seconds,
-    check_switch,
-    each_option_once,
-    refuse,
-)
+from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options.checks import check_count, check_seconds, check_switch
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import trial
 

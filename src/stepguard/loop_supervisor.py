@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from stepguard.engine import Prepared
 from stepguard.errors import LogdirInUseError, described
-from stepguard.options import Options, Saving, check_local, check_switch, wrong_type
+from stepguard.options import Options, Saving
+from stepguard.options.checks import check_local, check_switch, wrong_type
 from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.session import Session
 from stepguard.store import CheckpointStore

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepguard.options import check_local, is_url
+from stepguard.options.checks import check_local, is_url
 from stepguard.words import printable
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _Mirror(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "url"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from stepguard.options import check_mirror
+        from stepguard.options.checks import check_mirror
         from stepguard.remote.opening import open_remote
 
         try:

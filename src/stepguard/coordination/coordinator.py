@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from stepguard.errors import StopRequested, add_note
-from stepguard.options import check_seconds
+from stepguard.options.checks import check_seconds
 from stepguard.words import logger
 
 __all__ = ["Coordinator"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.options import check_seconds
+from stepguard.options.checks import check_seconds
 
 __all__ = ["LooperThread"]
 

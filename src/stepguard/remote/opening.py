@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepguard.options import check_mirror, is_url
+from stepguard.options.checks import check_mirror, is_url
 from stepguard.remote.directory import DirectoryRemote
 from stepguard.remote.object_store import ObjectStoreRemote
 from stepguard.remote.objects import Remote

@@ -20,7 +20,7 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
-from stepguard.options import check_local
+from stepguard.options.checks import check_local
 from stepguard.store import layout as layouts
 from stepguard.store import leftovers, lock, mending, recovery, rollback, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery

@@ -19,18 +19,8 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk.files import NewFile
 from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
-from stepguard.options import (
-    Guarding,
-    Mirror,
-    Options,
-    Restoring,
-    Saving,
-    Stopping,
-    Watching,
-    check_local,
-    each_option_once,
-    refuse,
-)
+from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
+from stepguard.options.checks import check_local
 from stepguard.saving.restoring import restore_newest
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.interrupts import InterruptHold

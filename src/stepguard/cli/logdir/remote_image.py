@@ -19,7 +19,7 @@ import click
 
 from stepguard.cli.logdir import addresses
 from stepguard.disk import files, schema
-from stepguard.options import is_url
+from stepguard.options.checks import is_url
 from stepguard.remote.history import is_history
 from stepguard.remote.objects import Remote, RemoteError
 from stepguard.remote.opening import open_remote

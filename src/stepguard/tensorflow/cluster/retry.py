@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stepguard.errors import add_note
-from stepguard.options import check_count, check_seconds
+from stepguard.options.checks import check_count, check_seconds
 from stepguard.tensorflow.cluster.tasks import LOST_PEER_TYPES, ModelWaitTimeoutError, StoppedWhileWaitingError
 from stepguard.words import logger
 

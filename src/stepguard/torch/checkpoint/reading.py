@@ -17,7 +17,7 @@ from typing import Any
 
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
-from stepguard.options import check_local
+from stepguard.options.checks import check_local
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file
 from stepguard.torch.checkpoint.redistribution import read_sharded

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-import numbers
 import os
-import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
@@ -20,6 +17,20 @@ from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
 
 from stepguard import stops
+from stepguard.options.checks import (
+    check_asked,
+    check_best,
+    check_choice,
+    check_count,
+    check_local,
+    check_mirror,
+    check_patterns,
+    check_seconds,
+    check_switch,
+    check_text,
+    is_url,
+    wrong_type,
+)
 
 STOP = "stop"
 RETURN = "return"
@@ -27,13 +38,6 @@ NUMBERS = "numbers"
 BATCHES = "batches"
 TRACES = (NUMBERS, BATCHES)
 
-# Of one letter it is a drive of Windows. `pathlib` makes one slash of two.
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-MIRROR_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "file")
-"""The kinds of addresses that a mirror may have."""
-
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 P = ParamSpec("P")
 _GroupT = TypeVar("_GroupT", bound="_Group")
@@ -106,10 +110,10 @@ class Saving(_Group):
         check_count("max_to_keep", self.max_to_keep, or_none=True)
         hours = self.keep_checkpoint_every_n_hours
         check_seconds("keep_checkpoint_every_n_hours", hours, unit="hours", is_positive=True, or_none=True)
-        _check_best(self.keep_best)
+        check_best(self.keep_best)
         if self.on_commit is not None and not callable(self.on_commit):
             raise wrong_type("on_commit", "a function of one argument, or None", self.on_commit)
-        _check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
+        check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
     @property
@@ -220,9 +224,9 @@ class Watching(_Group):
         check_switch("end_on_hang", self.end_on_hang)
         if self.end_on_hang and self.hang_secs is None:
             raise ValueError("end_on_hang needs hang_secs: the seconds without a step that count as a hang")
-        _check_choice("trace", self.trace, *TRACES, None)
+        check_choice("trace", self.trace, *TRACES, None)
         check_count("metrics_port", self.metrics_port, most=65535, or_none=True)
-        _check_text("metrics_host", self.metrics_host, "an address such as '127.0.0.1'")
+        check_text("metrics_host", self.metrics_host, "an address such as '127.0.0.1'")
         check_seconds("peer_timeout_secs", self.peer_timeout_secs, or_none=True)
 
 
@@ -243,7 +247,7 @@ class Guarding(_Group):
     nan_returns: int = 3
 
     def __post_init__(self) -> None:
-        _check_choice("nan_guard", self.nan_guard, STOP, RETURN, None)
+        check_choice("nan_guard", self.nan_guard, STOP, RETURN, None)
         check_count("nan_returns", self.nan_returns, least=1, what="returns")
 
     @property
@@ -289,17 +293,17 @@ class Restoring(_Group):
 
     def __post_init__(self) -> None:
         check_switch("start_over_when_all_damaged", self.start_over_when_all_damaged)
-        _check_asked(self.step)
-        _check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
-        _check_patterns("only", self.only, or_none=True)
-        _check_patterns("leave_out", self.leave_out)
+        check_asked(self.step)
+        check_choice("hyperparameters", self.hyperparameters, "checkpoint", "program")
+        check_patterns("only", self.only, or_none=True)
+        check_patterns("leave_out", self.leave_out)
         if not isinstance(self.init_from, (str, os.PathLike, Mapping, type(None))):
             raise wrong_type("init_from", "a path, a mapping of paths, or None", self.init_from)
         places = self.init_from.values() if isinstance(self.init_from, Mapping) else [self.init_from]
         for place in places:
             if isinstance(place, (str, os.PathLike)):
                 check_local("init_from", place)
-        _check_choice("init_fit", self.init_fit, "whole", "part")
+        check_choice("init_fit", self.init_fit, "whole", "part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,40 +342,10 @@ class Mirror:
         check_count("keep", self.keep, what="checkpoints", or_none=True)
         most = self.max_bytes_per_sec
         check_seconds("max_bytes_per_sec", most, unit="bytes a second", is_positive=True, or_none=True)
-        _check_choice("check", self.check, "newest", "all", None)
+        check_choice("check", self.check, "newest", "all", None)
         check_seconds("lease_secs", self.lease_secs, is_positive=True, is_finite=True)
         if not isinstance(self.store_options, (Mapping, type(None))):
             raise wrong_type("store_options", "a mapping of obstore's options or None", self.store_options)
-
-
-def check_mirror(place: object) -> None:
-    """Raise unless ``place`` is a path, or an address of a known kind that names more than a scheme.
-
-    Raises:
-        TypeError: it is neither a text nor a path.
-        ValueError: it is empty, of an unknown kind, or has credentials in it.
-    """
-    if not isinstance(place, (str, os.PathLike)):
-        raise wrong_type("mirror", "an address such as 's3://bucket/run', a directory or a stepguard.Mirror", place)
-    text = os.fspath(place)
-    found = _URL.match(text)
-    rest = text if found is None else text[found.end() :]
-    is_known = found.group(1).lower() in MIRROR_SCHEMES if found is not None else not _SCHEME.match(text)
-    if not is_known or not rest.strip("/"):
-        raise ValueError(
-            f"mirror must be an address such as 's3://bucket/run', 'gs://bucket/run' or 'az://container/run', or a "
-            f"directory, got {text!r}"
-        )
-    if found is not None and "@" in rest.partition("/")[0]:
-        raise ValueError(
-            "mirror must not have credentials in its address, which everyone who reads the logdir would see; give them "
-            "in the environment"
-        )
-
-
-def is_url(place: str | os.PathLike[str]) -> bool:
-    """Whether ``place`` is an address such as ``s3://bucket/run``, and no path."""
-    return _URL.match(os.fspath(place)) is not None
 
 
 _GROUPS: dict[str, type[_Group]] = {
@@ -480,124 +454,3 @@ def refuse(group: _Group | None, *names: str, because: str) -> None:
     for name in names:
         if group is not None and name in group.given:
             raise ValueError(f"{type(group).__name__}({name}={getattr(group, name)!r}): {because}")
-
-
-def check_local(name: str, place: str | os.PathLike[str]) -> None:
-    """Check that ``place`` is no address in a store, such as ``s3://bucket/run``: it would be a folder called ``s3:``.
-
-    Raises:
-        ValueError: it is.
-    """
-    text = os.fspath(place)
-    if _SCHEME.match(text):
-        todo = f"`stepguard pull {text} DIR` fetches what a mirror has"
-        if name in ("logdir", "the directory of a store"):
-            todo = f"give a directory here, and the address as the mirror of it: mirror={text!r}"
-        raise ValueError(
-            f"{name} must be a directory that this machine can reach by a path, got {text!r}, which is in another "
-            f"store; {todo}; or mount the store and give its path"
-        )
-
-
-def check_switch(name: str, value: object, *, or_none: bool = False) -> None:
-    """Raise unless ``value`` is a bool, 0 or 1. A merely true value, such as the text ``"no"``, is a mistake.
-
-    Raises:
-        TypeError: ``value`` is anything else; the message names the option, what was expected and what was found.
-    """
-    # Matched by name, so that NumPy's bool, which `ranks == 0` returns, counts without importing NumPy.
-    is_switch = type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1))
-    if is_switch or (or_none and value is None):
-        return
-    raise wrong_type(name, "True, False or None" if or_none else "True or False", value)
-
-
-def check_seconds(
-    name: str,
-    value: Any,
-    *,
-    unit: str = "seconds",
-    least: float = 0,
-    is_positive: bool = False,
-    is_finite: bool = False,
-    or_none: bool = False,
-) -> None:
-    """Raise unless ``value`` is a number of seconds, or of another ``unit``, that is at least ``least`` and not NaN.
-
-    Raises:
-        TypeError: ``value`` is not a number.
-        ValueError: ``value`` is out of range.
-    """
-    if value is None and or_none:
-        return
-    bound = "" if least == -math.inf else " > 0" if is_positive else f" >= {least:g}"
-    expected = f"a {'finite ' if is_finite else ''}number of {unit}{bound}{' or None' if or_none else ''}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong_type(name, expected, value)
-    number = float(value)
-    in_range = number > 0 if is_positive else number >= least
-    if not in_range or (is_finite and math.isinf(number)):
-        raise ValueError(f"{name} must be {expected}, got {value}")
-
-
-def check_count(
-    name: str, value: Any, *, what: str = "", least: int = 0, most: int | None = None, or_none: bool = False
-) -> None:
-    """Raise unless ``value`` is a whole number from ``least`` to ``most``; ``what`` is counted.
-
-    Raises:
-        TypeError: ``value`` is not a whole number.
-        ValueError: ``value`` is out of range.
-    """
-    if value is None and or_none:
-        return
-    bound = f" >= {least}" if most is None else f" from {least} to {most}"
-    expected = f"{f'a number of {what}' if what else 'a whole number'}{bound}{' or None' if or_none else ''}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise wrong_type(name, expected, value)
-    if int(value) < least or (most is not None and int(value) > most):
-        raise ValueError(f"{name} must be {expected}, got {value}")
-
-
-def wrong_type(name: str, expected: str, found: object) -> TypeError:
-    """The TypeError for an argument: its name, what was expected and what was found."""
-    return TypeError(f"{name} must be {expected}, got {type(found).__name__}: {found!r:.80}")
-
-
-def _check_text(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, str):
-        raise wrong_type(name, expected, value)
-    if not value:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _check_asked(value: Any) -> None:
-    if isinstance(value, str):
-        _check_text("step", value, "a step, 'best', the name of a checkpoint, or None")
-    elif value is not None:
-        check_count("step", value)
-
-
-def _check_best(value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, tuple) or len(value) != 3:
-        raise wrong_type("keep_best", "a tuple such as ('val_loss', 'min', 3), or None", value)
-    _check_text("keep_best[0]", value[0], "the name of a metric such as 'val_loss'")
-    _check_choice("keep_best[1]", value[1], "min", "max")
-    check_count("keep_best[2]", value[2], what="checkpoints", least=1)
-
-
-def _check_choice(name: str, value: object, *choices: object) -> None:
-    if not any(value is one or (isinstance(value, str) and value == one) for one in choices):
-        *first, last = map(repr, choices)
-        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r:.80}")
-
-
-def _check_patterns(name: str, value: Any, *, or_none: bool = False) -> None:
-    if value is None and or_none:
-        return
-    # A str is a sequence too, of characters: refuse it.
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    if not is_sequence or not all(isinstance(one, str) and one for one in value):
-        raise wrong_type(name, f"a sequence of names such as ('model',){' or None' if or_none else ''}", value)
