@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 from fleet import Fleet, MemoryStore, until
 
-from stepguard.errors import CheckpointError, NoBoundaryError, PeerLeftError
+from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError
 from stepguard.steps import rendezvous
 from stepguard.steps.gate import Loop, Moment
 
@@ -217,7 +217,7 @@ def test_parts_are_of_one_side_of_an_epochs_end_though_no_step_lies_between():
     fleet.close()
 
 
-@pytest.mark.parametrize("more_epochs", [1, 2])
+@pytest.mark.parametrize("more_epochs", [1, 2, 3])
 def test_a_part_of_the_other_side_of_an_epochs_end_is_taken_again_or_refused(more_epochs):
     fleet = Fleet(2)
     worker = fleet.members[1]
@@ -231,9 +231,10 @@ def test_a_part_of_the_other_side_of_an_epochs_end_is_taken_again_or_refused(mor
     for _ in range(more_epochs):
         worker.complete_epoch()
 
-    if more_epochs == 1:
+    # The part of the end before the last one is kept too, while no step lies between.
+    if more_epochs <= 2:
         assert fleet.write(Moment(1, 0, 0)) == [3]
-        assert worker.taken_at == [(0, 1, 0), (1, 0, 0)]
+        assert worker.taken_at[:2] == [(0, 1, 0), (1, 0, 0)]
     else:
         with pytest.raises(NoBoundaryError, match="was past the beginning of epoch 1, loop 0 of this session"):
             fleet.write(Moment(1, 0, 0))
@@ -324,7 +325,7 @@ def test_a_chief_whose_program_is_over_lets_the_others_find_the_end_of_their_dat
     fleet.members[0].end_loop()
     fleet.members[0].complete_epoch()
     fleet.request_stop()
-    until(lambda: fleet.chief._settling is not None)
+    until(lambda: fleet.gates[1]._limit == (1, 0, 0))
 
     # Which it does in the next step; then comes the end of its epoch.
     assert fleet.gates[1].begin(3)
@@ -442,6 +443,20 @@ class TestUnevenInputs:
         assert not any(gate.begin(member.steps_done()) for gate, member in zip(fleet.gates, fleet.members, strict=True))
         assert [member.moment() for member in fleet.members] == [(0, 1, 2), (0, 1, 2)]
         fleet.close()
+
+
+def test_a_number_that_is_not_finite_says_nothing_against_an_earlier_part():
+    fleet = Fleet(2)
+    fleet.start()
+    fleet.run_steps(3)
+    assert fleet.save() == 1
+    fleet.step(1)  # Takes its part, and has the next step behind it.
+    fleet.members[1].request_stop(NonFiniteError("loss is nan", step=3, names=["loss"]))
+
+    assert fleet.write(Moment(0, 0, 3)) == [3]
+    fleet.request_stop()
+    fleet.ends()
+    fleet.joined(fleet.close_in_background(1), fleet.close_in_background(0))
 
 
 class TestOneThatLeaves:

@@ -163,10 +163,16 @@ class Worker(Rendezvous):
 
     def _take(self) -> Part | None:
         try:
-            return self._member.take_part()
+            return self._take_finite()
         except Exception as error:  # noqa: BLE001 - the chief raises it, and the training goes on
             self._not_taken = self._member.moment(), error
             return None
+
+    def _take_finite(self) -> Part:
+        # What was seen later says nothing against the part.
+        if isinstance(error := self._member.error(), NonFiniteError):
+            raise error
+        return self._member.take_part()
 
     def _part_of(self, moment: Moment) -> Part | None:
         return next(
@@ -210,8 +216,6 @@ class Worker(Rendezvous):
             # No step has to wait for this part any longer.
             self._gate.free()
             raise
-        if isinstance(error := self._member.error(), NonFiniteError):
-            raise error
         if part.steps != steps and not self._is_uneven:
             self._is_uneven = True
             _log.warning(
@@ -247,7 +251,7 @@ class Worker(Rendezvous):
             if self._has_rested and self._member.should_stop():
                 raise NoBoundaryError(_no_copy(self._rank, moment))
             # The program is over, and the state is as it leaves it.
-            return self._member.take_part()
+            return self._take_finite()
         return None
 
     def _is_end_of_the_loop_of(self, moment: Moment, ended_at: Moment) -> bool:
