@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +27,9 @@ from training import Augmented
 
 from stepguard.options import Guarding, Saving, Watching
 from stepguard.torch import Session, Supervisor, Values
+
+# Else tensorboard imports TensorFlow where it is installed, which takes longer than all steps.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
 
 def main() -> None:
