@@ -148,16 +148,19 @@ def test_an_event_file_that_is_none_is_named_and_the_others_are_read(kind, tmp_p
     assert len(found["unreadable"]) == 1
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "hdfs://node/run", "s3:/b"])
+LOCAL = [["events"], ["log"], ["diff", "."], ["rollback", "--to", "1"], ["run", "--logdir"]]
+OF_MIRRORS = [["ls"], ["verify"], ["status"], ["show"], ["prune", "--keep-last", "1"]]
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "place"),
     [
-        *(["ls"], ["verify"], ["status"], ["show"], ["events"], ["prune", "--keep-last", "1"], ["diff", "."]),
-        ["run", "--logdir"],
+        *((one, place) for one in LOCAL for place in ("s3://bucket/run", "gs://bucket/run", "file:///tmp/run")),
+        *((one, place) for one in (*LOCAL, *OF_MIRRORS) for place in ("hdfs://node/run", "s3:/b")),
     ],
-    ids=lambda command: command[0],
+    ids=lambda one: one[0] if isinstance(one, list) else one,
 )
-def test_a_place_in_another_store_is_refused_by_name(place, command, tmp_path, stepguard, monkeypatch):
+def test_a_place_in_another_store_is_refused_by_name(command, place, tmp_path, stepguard, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = stepguard(*command, place, *(["--", "true"] if command[0] == "run" else []))
     assert result.exit_code == 2

@@ -142,13 +142,15 @@ class Target:
         )
 
 
-def target_argument(name: str, metavar: str) -> Callable[[_Function], _Function]:
+def target_argument(name: str, metavar: str, *, takes_urls: bool = True) -> Callable[[_Function], _Function]:
     """An argument that names a logdir, or a checkpoint by its directory, its TensorFlow prefix or one of its files.
 
     It may be in a mirror, of which the command gets an image. A path that is neither is a mistake in the arguments.
     """
     return click.argument(
-        name, metavar=metavar, callback=lambda context, _argument, value: _target(_opened(value, context))
+        name,
+        metavar=metavar,
+        callback=lambda context, _argument, value: _target(_opened(value, context) if takes_urls else value),
     )
 
 

@@ -35,8 +35,8 @@ Examples:
   stepguard diff runs/a runs/b --json | jq '.changes[] | select(.kind == "shape")'
 """,
 )
-@target_argument("a", "A")
-@target_argument("b", "B")
+@target_argument("a", "A", takes_urls=False)
+@target_argument("b", "B", takes_urls=False)
 @output.json_option
 @click.pass_context
 def command(ctx: click.Context, a: Target, b: Target, as_json: bool) -> None:

@@ -19,7 +19,7 @@ import click
 
 from stepguard.cli.logdir import addresses
 from stepguard.disk import files, schema
-from stepguard.options.checks import is_url
+from stepguard.options.checks import check_mirror, is_url
 from stepguard.remote.history import is_history
 from stepguard.remote.objects import Remote, RemoteError
 from stepguard.remote.opening import open_remote
@@ -119,6 +119,7 @@ def opened(value: str, context: click.Context | None) -> str:
 
 def _split(value: str) -> tuple[str, str]:
     """The address of the mirror, and the name of the checkpoint that is meant, if one is."""
+    check_mirror(value)
     parent, _, last = value.rstrip("/").rpartition("/")
     name = last.removesuffix(MANIFEST_SUFFIX)
     if "://" in parent and not parent.endswith(":/") and open_remote(parent).head(name + MANIFEST_SUFFIX) is not None:
