@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -114,8 +115,8 @@ def test_the_metrics_have_the_outcome_once_it_is_known(tmp_path: Path) -> None:
     train(tmp_path, 37, crashes=True, looking=look, watching=watching)
     train(tmp_path, 45, loss=lambda step: -step, looking=look, watching=watching)
     assert "stepguard_replay_differs" not in told[0]
-    assert 'stepguard_replay_differs{role="chief"} 0.0' in told[1]
-    assert 'stepguard_replay_differs{role="chief"} 1.0' in told[2]
+    assert re.search(r'^stepguard_replay_differs\{.*role="chief".*\} 0\.0$', told[1], re.MULTILINE)
+    assert re.search(r'^stepguard_replay_differs\{.*role="chief".*\} 1\.0$', told[2], re.MULTILINE)
 
 
 def test_nothing_is_said_where_nothing_was_lost(tmp_path: Path) -> None:
