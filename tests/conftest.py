@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # run beside them and not before them.
 _LONGEST = [
     "torch/test_torchrun.py",
+    "store/test_store_powerloss.py",
     "torch/test_examples_torch.py",
     "test_examples.py",
     "replicas/test_saving.py",
@@ -27,6 +28,9 @@ _LONGEST = [
     "docs/test_pages.py",
     "process/test_states_at_end.py",
     "process/test_uses.py",
+    "replicas/test_start.py",
+    "torch/test_resume.py",
+    "torch/test_causes.py",
     "torch/test_examples_proven.py",
     "replicas/test_masters.py",
     "replicas/test_waiting.py",
