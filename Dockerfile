@@ -5,14 +5,14 @@ WORKDIR /stepguard
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 # The build of PyTorch for the CPU alone is a tenth of the other.
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu ".[torch,metrics]"
+RUN pip install --no-cache-dir ".[torch,metrics]"
 COPY examples examples
 
 # A user without rights; what it trains lies in a volume.
-RUN useradd --create-home train && mkdir -p /work/runs && chown -R train /work
+RUN useradd --create-home train && mkdir -p /app/runs && chown -R train /app
 USER train
-WORKDIR /work
-VOLUME /work/runs
+WORKDIR /app
+VOLUME /app/runs
 
 # A list, not a line for a shell: SIGTERM comes to the program.
 CMD ["python", "/stepguard/examples/demo.py", "--engine=torch"]

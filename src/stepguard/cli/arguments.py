@@ -50,23 +50,17 @@ LOGDIR_OR_URL = _LogdirOrUrl(exists=True, file_okay=False, path_type=Path)
 """A directory that exists, or a mirror at an address, of which the command gets an image."""
 
 
-class _Mirror(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "url"
+def mirror_at(_context: click.Context, _argument: click.Parameter, value: str) -> str:
+    """A callback for the address of a mirror, or a directory."""
+    from stepguard.options.checks import check_mirror
+    from stepguard.remote.opening import open_remote
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from stepguard.options.checks import check_mirror
-        from stepguard.remote.opening import open_remote
-
-        try:
-            check_mirror(value)
-            open_remote(str(value))
-        except (ValueError, TypeError, ModuleNotFoundError) as error:
-            self.fail(printable(str(error)), param, ctx)
-        return str(value)
-
-
-MIRROR = _Mirror()
-"""The address of a mirror, or a directory."""
+    try:
+        check_mirror(value)
+        open_remote(value)
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        raise click.BadParameter(printable(str(error))) from error
+    return value
 
 
 NEW_LOGDIR = _Logdir(file_okay=False, path_type=Path)

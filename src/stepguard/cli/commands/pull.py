@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stepguard.cli.arguments import MIRROR, NEW_LOGDIR
+from stepguard.cli.arguments import NEW_LOGDIR, mirror_at
 from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.text import output
 from stepguard.errors import CheckpointCorruptError
@@ -28,7 +28,7 @@ Examples:
   stepguard pull s3://bucket/runs/digits runs/digits --all
 """,
 )
-@click.argument("mirror", type=MIRROR, metavar="URL")
+@click.argument("mirror", callback=mirror_at, metavar="URL")
 @click.argument("logdir", type=NEW_LOGDIR)
 @click.option("--all", "wants_all", is_flag=True, help="Every checkpoint, and not only the newest good one.")
 @output.json_option

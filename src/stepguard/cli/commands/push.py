@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import LOGDIR, MIRROR
+from stepguard.cli.arguments import LOGDIR, mirror_at
 from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir.contents import GOOD, list_contents
 from stepguard.cli.text import output
@@ -31,7 +31,7 @@ Examples:
 """,
 )
 @click.argument("logdir", type=LOGDIR)
-@click.argument("mirror", type=MIRROR, metavar="URL")
+@click.argument("mirror", callback=mirror_at, metavar="URL")
 @click.option("--all", "wants_all", is_flag=True, help="Every good checkpoint, and not only the newest.")
 @output.json_option
 @click.pass_context
