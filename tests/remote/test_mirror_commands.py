@@ -16,6 +16,12 @@ from stepguard.cli.main import cli
 from stepguard.remote.lease import Lease
 
 
+@pytest.fixture(autouse=True)
+def _own_temporary_files(tmp_path_factory, monkeypatch):
+    """Apart from those of other tests, which run at the same time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
 def stepguard(*arguments, code=0):
     result = CliRunner().invoke(cli, [str(one) for one in arguments])
     assert result.exit_code == code, (result.output, result.exception)
