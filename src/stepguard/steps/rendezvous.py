@@ -314,9 +314,15 @@ class Rendezvous(ABC):
         return PartMessages(self._store.below(f"write/{number}"), self._rank, self._size, self._check_alive)
 
     def _check_alive(self, what: str) -> None:
-        """Raise CheckpointError if the parts cannot be completed. A write has no time limit while all are alive."""
+        """Raise CheckpointError or NoBoundaryError if the parts cannot be completed.
+
+        A write has no time limit while all are alive.
+        """
         if self._closing.is_set():
             raise CheckpointError(f"{what}: the session was closed while the others were writing their parts")
+        if self._gone is not None and self._gate.loop is Loop.LEFT:
+            # The last checkpoint of a program that has left the training is skipped, whenever the others have gone.
+            raise NoBoundaryError(f"no step boundary for {what}: {self._gone}")
         if self._gone is not None:
             raise CheckpointError(f"{what}: {self._gone}")
         # Who says that the run is over listens to no request any more, and answers only those that came before.
