@@ -38,6 +38,7 @@ class _Call:
         self._undecided = threading.Lock()
         self._ended = threading.Lock()
         self._ended.acquire()
+        self._has_ended = False
         self._value: Any = None
         self._error: BaseException | None = None
         self.is_left_behind = False
@@ -65,7 +66,9 @@ class _Call:
                 self.give_up(error)
 
     def wait_at_most(self, secs: float) -> None:
-        self._ended.acquire(timeout=secs)
+        # The signal may have come after the end: the interrupted wait has then taken the lock, which nobody releases.
+        if not self._has_ended:
+            self._ended.acquire(timeout=secs)
 
     def result(self) -> Any:
         error, self._error = self._error, None
@@ -80,6 +83,7 @@ class _Call:
     def _end(self, value: Any, error: BaseException | None) -> None:
         if self._undecided.acquire(blocking=False):
             self._value, self._error = value, error
+            self._has_ended = True
             self._ended.release()
 
 
