@@ -18,7 +18,8 @@ from typing import Any, final
 from stepguard.watching import ledger
 
 HERE = Path(__file__).resolve().parent
-SOON_SECS = 60.0
+# More than anything here takes on a busy machine.
+SOON_SECS = 120.0
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_secs: float = SOON_SECS) -> Any:
@@ -239,6 +240,17 @@ class Cluster:
         if index == 0:
             supervisor = {"logdir": str(self.logdir), "save_model_secs": 1, **supervisor}
         return self.workers[index].start(function, cluster=self.spec, index=index, supervisor=supervisor, **options)
+
+    def wait_for_saved(self, count: int = 1, *, after: int = -1) -> list[int]:
+        """Wait until ``count`` checkpoints of steps after ``after`` are committed; the steps of all."""
+
+        def look() -> list[int]:
+            steps = self.saved_steps()
+            assert self.chief.is_alive(), f"it has ended\n{self.chief.story()}"
+            return steps if len([one for one in steps if one > after]) >= count else []
+
+        found: list[int] = wait_until(look, f"{count} checkpoints after step {after}")
+        return found
 
     def saved_steps(self) -> list[int]:
         """The steps of the committed checkpoints, in order."""

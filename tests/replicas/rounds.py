@@ -89,24 +89,24 @@ class Misfortune:
             for task in tasks:
                 task.freeze()
             time.sleep(FREEZE_SECS)
+            began = time.time()
             for task in tasks:
                 task.thaw()
         else:
             for task in tasks:
                 task.kill()
             time.sleep(self._random.uniform(0.0, 1.0))
+            began = time.time()
             for task in tasks:
                 task.restart()
-        began = time.time()
         back = self._all_train(began, self._back_within_secs)
         if back is None:
             self._start_over()
             return Round(name, None)
-        lowest = min(step for _, step in self._steps_since(began))
         if model_dies:
+            lowest = min(step for task in self._cluster.workers for step in self._steps_of_new_session(task, began))
             return Round(name, back - began, behind_commit=max(0, committed - lowest), lost_dead=max(0, live - lowest))
-        # Workers report a little out of order: of three that step at once, each may be two behind.
-        return Round(name, back - began, lost_live=max(0, live - lowest - 3))
+        return Round(name, back - began, lost_live=max(self._went_back(task, began) for task in self._cluster.workers))
 
     def _committed(self) -> list[int]:
         if self._kind == "stepguard":
@@ -117,13 +117,23 @@ class Misfortune:
         # The last of each, not the highest of all: steps that died in an earlier round are no part of the model.
         return max(task.reports("step", since_start=False)[-1]["step"] for task in self._cluster.workers)
 
-    def _steps_since(self, moment: float) -> list[tuple[float, int]]:
-        return [
-            (line["time"], line["step"])
-            for task in self._cluster.workers
-            for line in task.reports("step", since_start=False)
-            if line["time"] > moment
-        ]
+    @staticmethod
+    def _steps_of_new_session(task: Task, moment: float) -> list[int]:
+        """The steps since the first session after ``moment``; before it, one of the old model may be told of late."""
+        lines = [line for line in task.reports(since_start=False) if line["time"] > moment]
+        sessions = [place for place, line in enumerate(lines) if line["kind"] == "session"]
+        return [line["step"] for line in lines[sessions[0] :] if line["kind"] == "step"] if sessions else []
+
+    @staticmethod
+    def _went_back(task: Task, moment: float) -> int:
+        """By how much the steps that this one task has seen went back at ``moment``.
+
+        Not compared with those of the others: a worker may be held up between a step and its report.
+        """
+        steps = [(line["time"] > moment, line["step"]) for line in task.reports("step", since_start=False)]
+        before = [step for is_after, step in steps if not is_after]
+        after = [step for is_after, step in steps if is_after]
+        return max(0, before[-1] - min(after)) if before else 0
 
     def _all_train(self, since: float, within_secs: float) -> float | None:
         """When the last of the workers began to train, after ``since``; ``None`` if one did not in time."""

@@ -116,9 +116,18 @@ def train(
     session: dict[str, Any] | None = None,
     narrow: bool = False,
     stop_after_secs: float | None = None,
+    still_secs: float | None = None,
 ) -> None:
-    """Train until the global step is ``steps``; a retry has a graph, a supervisor and a session of its own."""
+    """Train until the global step is ``steps``; a retry has a graph, a supervisor and a session of its own.
+
+    At its end a chief waits until the step has not changed for ``still_secs``, and not for as short as usual.
+    """
     server = server_for(cluster, "worker", index)
+    if still_secs is not None:
+        from stepguard.tensorflow.cluster import sync_replicas
+
+        sync_replicas._SHORTEST_STILL_SECS = still_secs
+        sync_replicas._SHORTEST_SETTLE_SECS = 10 * still_secs
 
     def once() -> None:
         with tf.Graph().as_default():
@@ -127,9 +136,9 @@ def train(
             if sharded:
                 given["saver"] = v1.train.Saver(sharded=True)
             sv = supervisor_class(kind)(is_chief=index == 0, **given)
+            report("asked")
             if stop_after_secs is not None:
                 threading.Timer(stop_after_secs, sv.request_stop).start()
-            report("asked")
             options = dict(session or {})
             if narrow:
                 options["config"] = v1.ConfigProto(device_filters=["/job:ps", f"/job:worker/task:{index}"])
@@ -286,8 +295,8 @@ def slow_step(cluster: dict[str, list[str]], index: int, *, secs: float, supervi
                 slow = v1.assign_add(model.global_step, 1)
         sv = Supervisor(is_chief=True, **supervisor)
         with sv.managed_session(server.target) as sess:
-            threading.Timer(secs, lambda: sess.run(put)).start()
             began = time.monotonic()
+            threading.Timer(secs, lambda: sess.run(put)).start()
             sess.run(slow)
             report("step", step=1, took_secs=time.monotonic() - began)
 

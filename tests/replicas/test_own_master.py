@@ -11,7 +11,7 @@ import tensorflow as tf
 from stepguard.tensorflow.cluster import remote_session, tasks
 
 v1 = tf.compat.v1
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 class SilentPing:

@@ -22,6 +22,7 @@ def test_a_model_over_two_servers_is_committed_and_restored(make_cluster, sharde
     chief = cluster.train(0, parts=4, sharded=sharded, supervisor={"save_model_secs": 0.5})
     worker = cluster.train(1, parts=4)
     worker.wait_for_step(150)
+    cluster.wait_for_saved()
     for server in cluster.ps:
         server.kill()
     killed = time.time()
@@ -46,6 +47,7 @@ def test_one_of_two_servers_dies_and_both_go_back_to_the_same_step(make_cluster)
         cluster.serve(index)
     chief = cluster.train(0, parts=4, supervisor={"save_model_secs": 0.5})
     cluster.train(1, parts=4).wait_for_step(100)
+    cluster.wait_for_saved()
     cluster.ps[1].kill()
     killed = time.time()
     chief.wait_for("lost")
@@ -66,6 +68,8 @@ def test_retention_removes_files_and_manifests_alike(make_cluster, sharded):
         return sorted(int(path.name.split("-")[1].split(".")[0]) for path in cluster.logdir.glob(pattern))
 
     chief.wait_for_step(400)
+    # More than are kept, so that some were removed.
+    cluster.wait_for_saved(5, after=cluster.wait_for_saved()[-1])
     chief.kill()
     newest = steps("model.ckpt-*.manifest.json")[-1]
     assert 1 <= len(steps("model.ckpt-*.manifest.json")) <= 6
@@ -83,6 +87,7 @@ def test_a_damaged_newest_checkpoint_costs_one_step_back(make_cluster, sharded):
         cluster.serve(index)
     chief = cluster.train(0, parts=2, sharded=sharded, supervisor={"save_model_secs": 0.3})
     chief.wait_for_step(300)
+    cluster.wait_for_saved(2)
     for task in (*cluster.ps, chief):
         task.kill()
     *_, older, newest = cluster.saved_steps()

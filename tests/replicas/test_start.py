@@ -21,11 +21,12 @@ def test_tasks_start_in_every_order(cluster, order):
 
 def test_a_worker_trains_soon_after_its_chief(cluster):
     cluster.serve()
-    worker = cluster.train(1)
+    worker = cluster.train(1, supervisor={"recovery_wait_secs": 600})
     worker.wait_for("asked")
     # Long enough for the worker's checks to have become as rare as they ever do.
     worker.process.join(4)
     chief = cluster.train(0)
     ready = chief.wait_for("session")["time"]
-    # Within a second, as the benchmark measures, where the machine is not busy; TensorFlow's needs up to 30.
-    assert worker.wait_for("step")["time"] - ready < 10
+    # Within a second, as the benchmark measures, where the machine is not busy; TensorFlow's may need all of the ten
+    # minutes that it is told to wait between two checks.
+    assert worker.wait_for("step")["time"] - ready < 60

@@ -29,9 +29,9 @@ def test_checkpoints_are_taken_while_the_queue_runner_waits_for_gradients(cluste
     chief = cluster.train(0, "train_sync", steps=10**9, supervisor={"save_model_secs": 0.3})
     cluster.train(1, "train_sync", steps=10**9)
     chief.wait_for_step(20)
-    first = cluster.saved_steps()[-1]
+    first = cluster.wait_for_saved()[-1]
     chief.wait_for_step(chief.step + 300)
-    assert cluster.saved_steps()[-1] > first
+    cluster.wait_for_saved(after=first)
     assert "checkpoint skipped" not in chief.output
 
 
@@ -63,6 +63,7 @@ def test_a_killed_parameter_server_costs_the_steps_since_the_last_commit(cluster
     chief = cluster.train(0, "train_sync", steps=10**9, supervisor={"save_model_secs": 0.3})
     worker = cluster.train(1, "train_sync", steps=10**9)
     worker.wait_for_step(100)
+    cluster.wait_for_saved()
     cluster.ps[0].kill()
     killed = time.time()
     chief.wait_for("lost")

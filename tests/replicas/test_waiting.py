@@ -33,17 +33,17 @@ def test_a_chief_without_its_server_gives_up_after_max_wait_secs(cluster):
 
 def test_waiting_for_a_chief_ends_at_once_when_a_stop_is_requested(cluster):
     cluster.serve()
-    worker = cluster.train(1, retry=False, stop_after_secs=3)
+    worker = cluster.train(1, retry=False, stop_after_secs=3, supervisor={"recovery_wait_secs": 600})
     lost = worker.wait_for("lost")
     assert lost["type"] == "StoppedWhileWaitingError"
-    assert 2.5 < lost["time"] - worker.wait_for("asked")["time"] < 3 + 15
+    assert 2.5 < lost["time"] - worker.wait_for("asked")["time"] < 60
 
 
 def test_waiting_for_a_server_ends_at_once_when_a_stop_is_requested(cluster):
-    worker = cluster.train(1, retry=False, stop_after_secs=1.5)
+    worker = cluster.train(1, retry=False, stop_after_secs=1.5, supervisor={"recovery_wait_secs": 600})
     lost = worker.wait_for("lost")
     assert lost["type"] == "StoppedWhileWaitingError"
-    assert lost["time"] - worker.wait_for("asked")["time"] < 1.5 + 15
+    assert lost["time"] - worker.wait_for("asked")["time"] < 60
     assert worker.join() == 1
 
 
@@ -62,9 +62,9 @@ def test_prepare_or_wait_for_session_serves_both_roles(cluster):
 def test_a_chief_waits_for_a_checkpoint_if_it_is_told_to(cluster):
     # The first second of a server is its own: the wait is for the server first, and then for a checkpoint.
     cluster.serve().wait_for("serving")
-    chief = cluster.train(0, "wait_for_checkpoint", max_wait_secs=3)
+    chief = cluster.train(0, "wait_for_checkpoint", max_wait_secs=10)
     ready = chief.wait_for("session")
-    assert ready["waited_secs"] >= 3
+    assert ready["waited_secs"] >= 10
     assert ready["step"] == 0
     assert chief.join() == 0, chief.story()
 
