@@ -178,26 +178,25 @@ def test_departure_an_exception_in_stop_loop_is_raised() -> None:
 
 
 def test_departure_missed_ticks_are_skipped() -> None:
-    bursts = []
-    for looper_kind, coord in (
-        (TheirLooper, TheirCoordinator()),
-        (stepguard.coordination.looper.LooperThread, OurCoordinator()),
-    ):
+    def burst(looper_kind: Any, coord: Any) -> tuple[float, Any]:
+        """How long calls two, three and four take after a first one that was too long, and the looper."""
         calls: list[float] = []
 
-        def work(coord: Any = coord, calls: list[float] = calls) -> None:
+        def work() -> None:
             calls.append(time.monotonic())
             if len(calls) == 1:
                 time.sleep(1.8)
             if len(calls) == 4:
                 coord.request_stop()
 
-        looper_kind.loop(coord, 0.4, work)
+        looper = looper_kind.loop(coord, 0.4, work)
         coord.join()
-        bursts.append(calls[3] - calls[1])
-    # Calls two, three and four: at once, or on three ticks.
-    assert bursts[0] < 0.4
-    assert bursts[1] > 0.6
+        return calls[3] - calls[1], looper
+
+    # At once. One of three is enough: a machine has pauses of its own.
+    assert any(burst(TheirLooper, TheirCoordinator())[0] < 0.4 for _ in range(3))
+    _, looper = burst(stepguard.coordination.looper.LooperThread, OurCoordinator())
+    assert looper.skipped_ticks >= 4
 
 
 @pytest.mark.parametrize("kind", [TheirCoordinator, stepguard.tensorflow.Coordinator], ids=["tensorflow", "stepguard"])

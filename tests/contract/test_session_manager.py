@@ -226,7 +226,7 @@ def test_wait_for_session_waits_until_another_session_has_initialised(tmp_path):
 
         chief = threading.Timer(0.1, initialise)
         chief.start()
-        with manager.wait_for_session(server.target, max_wait_secs=10) as sess:
+        with manager.wait_for_session(server.target, max_wait_secs=60) as sess:
             weights = sess.run(model.weights).tolist()
         chief.join()
         return weights
@@ -265,7 +265,7 @@ def test_prepare_session_waits_for_a_checkpoint(tmp_path):
         other = threading.Timer(0.1, saved_model, [logdir])
         other.start()
         with manager.prepare_session(
-            "", init_op=init, saver=saver, checkpoint_dir=logdir, wait_for_checkpoint=True, max_wait_secs=20
+            "", init_op=init, saver=saver, checkpoint_dir=logdir, wait_for_checkpoint=True, max_wait_secs=60
         ) as sess:
             step = int(sess.run(model.global_step))
         other.join()
