@@ -18,7 +18,7 @@ from stepguard.options import Saving, Stopping
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def wait_until(condition: Callable[[], object]) -> None:

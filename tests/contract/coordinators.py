@@ -12,7 +12,7 @@ import stepguard.coordination.coordinator
 import stepguard.coordination.looper
 import stepguard.tensorflow
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 TheirCoordinator = tf.train.Coordinator
 

@@ -25,7 +25,7 @@ from tensorflow.python.eager import context as eager_context
 
 v1 = tf.compat.v1
 
-DEADLINE_SECS = 20.0
+DEADLINE_SECS = 60.0
 
 # What stands in a logdir of ours and not in one of TensorFlow's: departure "our-files".
 _OUR_FILES = (".manifest.json", ".stepguard.lock", "run.jsonl")

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 # More than anything here takes, and less than anyone would wait.
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 class BoomError(Exception):

@@ -11,7 +11,7 @@ import pytest
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

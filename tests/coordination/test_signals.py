@@ -26,7 +26,7 @@ def test_a_schedulers_warning_is_a_request_to_stop(watch):
     watch.start()
     os.kill(os.getpid(), signal.SIGUSR1)
 
-    assert watch.asked.wait(10)
+    assert watch.asked.wait(60)
     assert watch.reason == "sigusr1"
     # The scheduler's SIGTERM after its warning is the first one, and ends nothing at once.
     os.kill(os.getpid(), signal.SIGTERM)
@@ -44,7 +44,7 @@ def test_each_signal_that_was_given_is_a_request_with_a_word_of_its_own(number, 
     try:
         assert signal.getsignal(signal.SIGTERM) is before[0]
         os.kill(os.getpid(), number)
-        assert asked.wait(10)
+        assert asked.wait(60)
         assert (watch.reason, watch.name) == (reason, number.name)
     finally:
         watch.finish()
@@ -60,7 +60,7 @@ def test_a_signal_is_watched_although_the_program_handles_another(watch):
         assert received == [signal.SIGTERM]
         assert not watch.received
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert watch.asked.wait(10)
+        assert watch.asked.wait(60)
         watch.finish()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -153,7 +153,7 @@ def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monke
         for begin in range(0, 1000, 50):
             file.write(content[begin : begin + 50])
             if file.size >= 100:
-                assert began.wait(30)
+                assert began.wait(60)
     assert synced[0] < 1000
     assert (tmp_path / "file").read_bytes() == content
     assert (file.size, file.digest) == files.digest(tmp_path / "file")

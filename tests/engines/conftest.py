@@ -60,11 +60,8 @@ def nothing_left_behind(engine: EngineUnderTest, tmp_path: Path) -> Iterator[Non
     wait_until(
         lambda: not set(threading.enumerate()) - threads_before,
         f"the end of {[thread.name for thread in set(threading.enumerate()) - threads_before]}",
-        within_secs=5.0,
     )
-    wait_until(
-        lambda: not _open_files() - files_before, f"the closing of {_open_files() - files_before}", within_secs=5.0
-    )
+    wait_until(lambda: not _open_files() - files_before, f"the closing of {_open_files() - files_before}")
     hidden = [
         os.path.join(directory, name)
         for directory, folders, files in os.walk(tmp_path)

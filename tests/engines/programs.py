@@ -17,7 +17,7 @@ from typing import Any
 from stepguard.store import CheckpointStore
 
 # More than anything here takes on a busy machine, and less than anyone would wait.
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 Values = list[int]
 

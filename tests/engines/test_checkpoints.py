@@ -185,7 +185,7 @@ class TestWhenTheyAreTaken:
         with program.sv.managed_session():
             looked = threading.Event()
             program.sv.loop(0.2, lambda: program.sv._saving.checkpointer() or looked.set())
-            assert looked.wait(20)
+            assert looked.wait(60)
 
         assert _manifest_times(tmp_path) == before
 

@@ -55,7 +55,7 @@ class TestOfServices:
         with pytest.raises(BoomError) as caught, program.sv.managed_session():
             program.sv.loop(None, fail_later)
             program.sv.loop(None, _raising(first))
-            assert done.wait(20)
+            assert done.wait(60)
 
         assert caught.value is first
         assert [note for note in _notes(first) if "the second" in note]
@@ -261,7 +261,7 @@ class TestAWriteThatDoesNotEnd:
 
         gate.open()
         for thread in writing:
-            thread.join(20)
+            thread.join(60)
 
         state = statefile.read(tmp_path)
         assert state is not None

@@ -14,7 +14,7 @@ from stepguard.store import CheckpointStore, tensorflow_files
 from stepguard.watching import ledger
 
 # A stop, a save of a few kilobytes and the end of the interpreter, on a busy machine.
-QUICKLY_SECS = 40.0
+QUICKLY_SECS = 60.0
 
 
 def newest_saved(logdir: Path) -> int:

@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.fault
         if fault is not None and (body := fault(self, body)) is None:
             return
-        up = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
+        up = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=120)
         headers = {key: value for key, value in self.headers.items() if key.lower() != "content-length"}
         up.request(
             self.command, self.path, body, headers | ({"Content-Length": str(len(body))} if body or length else {})

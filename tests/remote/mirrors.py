@@ -15,7 +15,7 @@ from stepguard.remote.opening import open_remote
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, FakeSupervisor
 
-SOON_SECS = 20.0
+SOON_SECS = 60.0
 
 
 def wait_until(condition: Callable[[], object], secs: float = SOON_SECS) -> None:

@@ -127,6 +127,6 @@ def test_a_process_that_ends_in_the_middle_of_a_copy_ends_in_time(network, start
     wait_until(lambda: any(verb == "PUT" and "state.json" in path for verb, path, _ in list(network.requests)))
     child.send_signal(signal.SIGTERM)
 
-    assert child.wait(40) == -signal.SIGTERM
+    assert child.wait(60) == -signal.SIGTERM
     assert "is not there yet" in child.stderr.read()
     assert names(URL)

@@ -321,7 +321,7 @@ class TestOneChief:
         for one in threads:
             one.start()
         for one in threads:
-            one.join(30)
+            one.join(60)
 
         assert sorted(ended) == ["refused", "trains"]
 

@@ -14,7 +14,7 @@ from stepguard.store import CheckpointStore
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import ledger
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def supervisor(logdir: Path, on_commit, **saving):

@@ -19,7 +19,7 @@ from stepguard.testing import FakeEngine, FakeSession, FakeSupervisor
 from stepguard.testing.engine import FakeSnapshot
 from stepguard.watching import ledger
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 NAN = math.nan
 
 

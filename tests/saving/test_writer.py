@@ -24,7 +24,7 @@ from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine, RecordedEvents
 from stepguard.testing.engine import FakeSnapshot
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def disk_error() -> OSError:

@@ -253,7 +253,7 @@ class Fleet:
 
     def joined(self, *threads: threading.Thread) -> None:
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
 
     def close(self) -> None:
@@ -288,7 +288,7 @@ class Training:
     def stop(self) -> None:
         self._is_over.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -6,7 +6,7 @@ import threading
 
 from stepguard.steps.boundary import Boundary
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 class Overtaken(Boundary):

@@ -15,7 +15,7 @@ from stepguard.steps import boundary as boundary_module
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.copying_budget import CopyingBudget
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def test_copies_take_a_twentieth_of_the_time_after_the_first_ones(monkeypatch):

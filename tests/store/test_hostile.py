@@ -26,7 +26,7 @@ from stepguard.store.layout import SaverFiles
 from stepguard.store.manifest import SUFFIX
 
 # Whatever blocks, blocks for ever.
-SOON_SECS = 20
+SOON_SECS = 60
 
 
 @contextmanager

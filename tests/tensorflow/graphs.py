@@ -14,7 +14,7 @@ from stepguard.store import CheckpointStore
 v1 = tf.compat.v1
 
 # More than anything here takes on a busy machine, and less than anyone would wait.
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 
 def wait_until(condition: Callable[[], object], what: str, *, within_secs: float = SOON_SECS) -> None:

@@ -55,19 +55,19 @@ class Step:
         self._boundary.enter(self._name)
         try:
             self.began.set()
-            assert self._may_end.wait(20)
+            assert self._may_end.wait(60)
         finally:
             self._boundary.leave()
 
     def end(self) -> None:
         self._may_end.set()
-        self._future.result(20)
+        self._future.result(60)
 
 
 def hold_until(boundary: Boundary, held: threading.Event, may_end: threading.Event, **options: Any) -> None:
     with boundary.hold("a test", **options):
         held.set()
-        assert may_end.wait(20)
+        assert may_end.wait(60)
 
 
 def is_waiting(boundary: Boundary) -> Callable[[], bool]:
@@ -78,7 +78,7 @@ def is_waiting(boundary: Boundary) -> Callable[[], bool]:
 class TestHold:
     def test_waits_for_the_steps_that_run(self, boundary, threads):
         steps = [Step(boundary, threads) for _ in range(3)]
-        assert all(step.began.wait(20) for step in steps)
+        assert all(step.began.wait(60) for step in steps)
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
         wait_until(is_waiting(boundary), "the holder")
@@ -87,28 +87,28 @@ class TestHold:
             assert not held.is_set()
             step.end()
 
-        assert held.wait(20)
+        assert held.wait(60)
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
     def test_keeps_new_steps_waiting_until_its_end(self, boundary, threads):
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
-        assert held.wait(20)
+        assert held.wait(60)
 
         steps = [Step(boundary, threads) for _ in range(3)]
         assert not any(step.began.wait(0.05) for step in steps)
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
-        assert all(step.began.wait(20) for step in steps)
+        assert all(step.began.wait(60) for step in steps)
         for step in steps:
             step.end()
 
     def test_keeps_new_steps_waiting_while_it_waits_itself(self, boundary, threads):
         """Else steps of several threads that overlap for ever would never let it have its turn."""
         running = Step(boundary, threads)
-        assert running.began.wait(20)
+        assert running.began.wait(60)
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
         wait_until(is_waiting(boundary), "the holder")
@@ -116,11 +116,11 @@ class TestHold:
         assert not newcomer.began.wait(0.05)
 
         running.end()
-        assert held.wait(20)
+        assert held.wait(60)
         assert not newcomer.began.is_set()
         may_end.set()
-        holding.result(20)
-        assert newcomer.began.wait(20)
+        holding.result(60)
+        assert newcomer.began.wait(60)
         newcomer.end()
 
     def test_lets_its_own_thread_run_steps(self, boundary):
@@ -134,22 +134,22 @@ class TestHold:
         first_held, first_may_end = threading.Event(), threading.Event()
         second_held, second_may_end = threading.Event(), threading.Event()
         first = threads.submit(hold_until, boundary, first_held, first_may_end)
-        assert first_held.wait(20)
+        assert first_held.wait(60)
         second = threads.submit(hold_until, boundary, second_held, second_may_end)
 
         assert not second_held.wait(0.05)
         first_may_end.set()
-        assert second_held.wait(20)
+        assert second_held.wait(60)
         second_may_end.set()
-        first.result(20)
-        second.result(20)
+        first.result(60)
+        second.result(60)
 
     def test_ends_when_its_block_fails(self, boundary, threads):
         with pytest.raises(ZeroDivisionError), boundary.hold("a test"):
             raise ZeroDivisionError
 
         step = Step(boundary, threads)
-        assert step.began.wait(20)
+        assert step.began.wait(60)
         step.end()
 
     def test_has_no_step_inside_it_under_load(self, boundary, threads):
@@ -182,7 +182,7 @@ class TestHold:
             wait_until(lambda last=before[0]: counters[0] > last, "the next step")
         stop.set()
         for thread in training:
-            thread.result(20)
+            thread.result(60)
 
         assert len(seen) == 100
         assert boundary.steps == counters[0]
@@ -192,18 +192,18 @@ class TestAHoldThatMayNotLast:
     def test_lets_steps_go_on_after_its_time(self, boundary, threads):
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end, at_most_secs=0.1)
-        assert held.wait(20)
+        assert held.wait(60)
         step = Step(boundary, threads)
 
-        assert step.began.wait(20)
+        assert step.began.wait(60)
         assert not holding.done()
         step.end()
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
     def test_lets_those_go_on_that_came_before_it_had_begun(self, boundary, threads):
         running = Step(boundary, threads)
-        assert running.began.wait(20)
+        assert running.began.wait(60)
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end, at_most_secs=0.1)
         wait_until(is_waiting(boundary), "the holder")
@@ -212,27 +212,27 @@ class TestAHoldThatMayNotLast:
 
         running.end()
 
-        assert early.began.wait(20)
+        assert early.began.wait(60)
         assert not holding.done()
         early.end()
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
     def test_does_not_hold_up_a_checkpoint_after_its_time(self, boundary, threads):
         """A summary that waits for input for ever must not keep checkpoints from being taken."""
         held, may_end = threading.Event(), threading.Event()
         summary = threads.submit(hold_until, boundary, held, may_end, at_most_secs=0.1)
-        assert held.wait(20)
+        assert held.wait(60)
 
         with boundary.hold("a checkpoint"):
             step = Step(boundary, threads)
             assert not step.began.wait(0.05)
             may_end.set()
-            summary.result(20)
+            summary.result(60)
             # The end of the one that has lapsed is not the end of this one.
             assert not step.began.wait(0.05)
 
-        assert step.began.wait(20)
+        assert step.began.wait(60)
         step.end()
 
 
@@ -240,7 +240,7 @@ class TestAHoldThatMayNotLast:
 class TestAStepThatDoesNotEnd:
     def test_makes_the_hold_give_up_and_is_named(self, boundary, threads):
         stuck = Step(boundary, threads, "the_stuck_run")
-        assert stuck.began.wait(20)
+        assert stuck.began.wait(60)
         began = time.monotonic()
 
         with pytest.raises(NoBoundaryError, match=r"a checkpoint.*the_stuck_run"), boundary.hold("a checkpoint"):
@@ -251,12 +251,12 @@ class TestAStepThatDoesNotEnd:
 
     def test_is_not_in_the_way_of_other_steps_any_more(self, boundary, threads):
         stuck = Step(boundary, threads)
-        assert stuck.began.wait(20)
+        assert stuck.began.wait(60)
         with pytest.raises(NoBoundaryError), boundary.hold("a checkpoint"):
             raise AssertionError("there is no boundary")
 
         other = Step(boundary, threads)
-        assert other.began.wait(20)
+        assert other.began.wait(60)
         other.end()
         stuck.end()
         with boundary.hold("a checkpoint"):
@@ -265,7 +265,7 @@ class TestAStepThatDoesNotEnd:
     def test_may_last_as_long_as_others_have_before_it(self, boundary, threads):
         boundary._longest_secs = 0.5
         slow = Step(boundary, threads)
-        assert slow.began.wait(20)
+        assert slow.began.wait(60)
         ending = threading.Timer(0.6, slow.end)
         ending.start()
 
@@ -290,12 +290,12 @@ class TestAStepThatDoesNotEnd:
             with boundary.hold("a checkpoint"):
                 pass
 
-        threads.submit(save).result(20)
+        threads.submit(save).result(60)
 
     def test_an_interrupted_wait_leaves_nothing_behind(self, boundary, threads, monkeypatch):
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
-        assert held.wait(20)
+        assert held.wait(60)
         with monkeypatch.context() as patched:
 
             def interrupted(timeout: float | None = None) -> bool:
@@ -305,9 +305,9 @@ class TestAStepThatDoesNotEnd:
             with pytest.raises(KeyboardInterrupt):
                 boundary.enter("train")
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
-        threads.submit(lambda: boundary.hold("a checkpoint").__enter__()).result(20)
+        threads.submit(lambda: boundary.hold("a checkpoint").__enter__()).result(60)
 
 
 class TestStopping:
@@ -352,7 +352,7 @@ class TestCallAfterSteps:
                 boundary.leave()
 
         for thread in [threads.submit(train) for _ in range(4)]:
-            thread.result(20)
+            thread.result(60)
 
         assert boundary.steps == 1000
         assert called_at[0] >= 10
@@ -406,9 +406,9 @@ class TestInASession:
         providing = threads.submit(session.run, provides)
 
         with pytest.raises(NoBoundaryError, match="waits"):
-            saving.result(20)
-        providing.result(20)
-        assert waiting.result(20) == 11
+            saving.result(60)
+        providing.result(60)
+        assert waiting.result(60) == 11
         session.unwatch()
         session.close()
 
@@ -418,7 +418,7 @@ class TestAStepForOthers:
 
     def test_passes_a_holder_that_waits_for_the_other(self, boundary, threads):
         waiting = Step(boundary, threads)
-        assert waiting.began.wait(20)
+        assert waiting.began.wait(60)
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
         wait_until(is_waiting(boundary), "somebody waits for the boundary")
@@ -427,20 +427,20 @@ class TestAStepForOthers:
         waiting.end()
         assert not held.wait(0.1)
         boundary.leave()
-        assert held.wait(20)
+        assert held.wait(60)
         may_end.set()
-        holding.result(20)
+        holding.result(60)
 
     def test_waits_for_a_holder_that_has_its_boundary(self, boundary, threads):
         held, may_end = threading.Event(), threading.Event()
         holding = threads.submit(hold_until, boundary, held, may_end)
-        assert held.wait(20)
+        assert held.wait(60)
         entering = threads.submit(boundary.enter_for_others, "apply")
         with pytest.raises(TimeoutError):
             entering.result(0.1)
         may_end.set()
-        holding.result(20)
-        entering.result(20)
+        holding.result(60)
+        entering.result(60)
 
     def test_is_not_stopped(self, boundary):
         boundary.stop(lambda: False)

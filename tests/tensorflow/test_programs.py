@@ -59,7 +59,7 @@ class TestLongSteps:
             wait_until(written.is_set, "a summary while the step goes on")
             assert not supervisor.should_stop()
             session.run(put)
-            training.result(20)
+            training.result(60)
 
 
 class TestStepsOfOthers:
@@ -308,18 +308,18 @@ class TestEvaluators:
         def chief(held: Any, done: Any) -> None:
             with CheckpointStore(tmp_path).acquire():
                 held.set()
-                done.wait(20)
+                done.wait(60)
 
         context = multiprocessing.get_context("fork")
         hold = context.Event(), context.Event()
         process = context.Process(target=chief, args=hold)
         process.start()
         try:
-            assert hold[0].wait(20)
+            assert hold[0].wait(60)
             assert train(tmp_path, 0, save_model_secs=0) == 1
         finally:
             hold[1].set()
-            process.join(20)
+            process.join(60)
 
         assert damaged.exists()
         assert train(tmp_path, 0, save_model_secs=0) == 1
@@ -401,7 +401,7 @@ class TestStopping:
             thread.start()
             wait_until(lambda: session.boundary.steps > 3, "some steps")
             supervisor._engine.stop_at_boundary(session, supervisor.coord.main_thread_was_told)
-            thread.join(20)
+            thread.join(60)
 
         assert committed(tmp_path)[-1] > 3
 

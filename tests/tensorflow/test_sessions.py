@@ -62,12 +62,12 @@ class TestBlockedThreads:
 
         with ThreadPoolExecutor(1) as pool, supervisor.managed_session() as session:
             with session.boundary.hold("a checkpoint that takes long"):
-                pool.submit(session.run, put).result(20)
+                pool.submit(session.run, put).result(60)
                 assert session.run(size) == 1
                 training = pool.submit(session.run, step)
                 wait_until(training.running, "the training step")
                 assert not training.done()
-            training.result(20)
+            training.result(60)
 
     def test_an_input_pipeline_of_queue_runners_trains_to_its_end_while_checkpoints_are_taken(self, graph, tmp_path):
         numbers = v1.train.limit_epochs(tf.constant([1.0]), 300)
@@ -101,7 +101,7 @@ class TestBlockedThreads:
             session.run(raised)
             wait_until(lambda: "train_on_input" in caplog.text, "the warning")
             session.run(put)
-            assert training.result(20) == 2
+            assert training.result(60) == 2
 
         assert "checkpoint skipped" in caplog.text
 
@@ -204,8 +204,8 @@ class TestWaysToRun:
         with ThreadPoolExecutor(1) as pool:
             with supervisor.managed_session() as session:
                 graph._group_lock._ready.acquire()
-                pool.submit(session.run, step).result(20)
-                pool.submit(session.make_callable(step)).result(20)
+                pool.submit(session.run, step).result(60)
+                pool.submit(session.make_callable(step)).result(60)
             graph._group_lock._ready.release()
 
         assert newest_values(tmp_path)[0] == 2
@@ -357,7 +357,7 @@ class TestManyThreads:
             wait_until(lambda: len(committed(tmp_path)) >= 12, "twelve checkpoints")
             stop.set()
             for thread in training:
-                thread.result(20)
+                thread.result(60)
 
         for number in committed(tmp_path):
             reader = tf.train.load_checkpoint(str(tmp_path / f"model.ckpt-{number}"))
@@ -390,7 +390,7 @@ def test_a_wait_that_ends_in_the_middle_of_a_check_says_what_the_check_before_ha
     def look():
         checks.append(len(checks))
         if len(checks) > 1:
-            is_over.wait(30)
+            is_over.wait(60)
         return np.array([b"w"], dtype=object)
 
     # An hour passes as the second check begins.

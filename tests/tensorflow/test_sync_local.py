@@ -94,7 +94,7 @@ def test_the_run_ends_at_once_with_its_last_steps_saved(graph, tmp_path):
     assert last >= 1
     assert max(saved(tmp_path)) >= last
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     model.sv.coord.raise_requested_exception()
 
@@ -126,5 +126,5 @@ def test_a_second_session_of_the_same_supervisor_starts_clean(graph, tmp_path):
 
 
 def alive(thread):
-    thread.join(20)
+    thread.join(60)
     return thread.is_alive()

@@ -301,7 +301,7 @@ class TestExchange:
             return write_all(chief, directory, states)
         finally:
             if not has_ended:
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive()
 
     def test_both_write(self, tmp_path):

@@ -42,7 +42,7 @@ class Run:
         assert self.process.is_alive(), self.output.read_text()
         process = psutil.Process(self.process.pid)
         process.kill()
-        process.wait(20)
+        process.wait(60)
 
     def end(self) -> int:
         self.process.join(60)
@@ -157,14 +157,14 @@ def test_a_worker_process_that_is_killed_does_not_look_like_a_stop_of_the_run(tm
 
 
 def wait_for(text: str, run: Run) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while text not in run.output.read_text():
         assert time.monotonic() < deadline, run.output.read_text()
         time.sleep(0.01)
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -77,7 +77,7 @@ def test_the_parents_own_terminate_ends_a_worker_at_once(workers):
     worker = batches._workers[0]
     began = time.monotonic()
     worker.terminate()
-    worker.join(10)
+    worker.join(60)
 
     assert worker.exitcode == 0
     assert time.monotonic() - began < 3

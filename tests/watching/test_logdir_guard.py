@@ -61,11 +61,11 @@ PROGRAM = """
 
     # One thread tells, which opens files: another that writes meanwhile is heard.
     begun, goes_on, found = threading.Event(), threading.Event(), []
-    guard._tell = lambda kind, path: (begun.set(), goes_on.wait(10))
+    guard._tell = lambda kind, path: (begun.set(), goes_on.wait(60))
     telling = threading.Thread(target=lambda: open(f"{own}/best", "rb").close())
     guard._told.clear()
     telling.start()
-    begun.wait(10)
+    begun.wait(60)
     guard._tell = lambda kind, path: None
     found.append(refused(open, f"{own}/best", "w"))
     goes_on.set()

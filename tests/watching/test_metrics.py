@@ -18,7 +18,7 @@ from stepguard.watching import heartbeat
 
 
 def read(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         assert answer.status == 200
         text = answer.read().decode()
     samples = [one for family in text_string_to_metric_families(text) for one in family.samples]

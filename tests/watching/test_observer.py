@@ -21,7 +21,7 @@ from stepguard.options import Saving, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import heartbeat, ledger, trace
 
-SOON_SECS = 30.0
+SOON_SECS = 60.0
 
 CHILD = """
     import json, logging, os, sys, time

@@ -108,7 +108,7 @@ def test_the_metrics_have_the_outcome_once_it_is_known(tmp_path: Path) -> None:
         for part in sv._observer._watch.parts:
             part.look()
         assert beat.metrics_url is not None
-        told.append(urllib.request.urlopen(beat.metrics_url, timeout=10).read().decode())
+        told.append(urllib.request.urlopen(beat.metrics_url, timeout=60).read().decode())
 
     watching = Watching(metrics_port=0)
     train(tmp_path, 27, crashes=True, looking=look, watching=watching)

@@ -325,13 +325,13 @@ def test_a_step_does_not_wait_while_a_disk_is_tried_again(
 
     def slow(*arguments: Any) -> int:
         tries.set()
-        assert goes_on.wait(30)
+        assert goes_on.wait(60)
         return open_own(*arguments)
 
     monkeypatch.setattr(files, "open_own", slow)
     retrying = threading.Thread(target=writer.retry)
     retrying.start()
-    assert tries.wait(30)
+    assert tries.wait(60)
     steps = threading.Thread(target=lambda: [writer.add(NUMBERS, 2, 0, {"new": 0.5}), writer.note(Mark(3, 6))])
     steps.start()
     steps.join(5)
