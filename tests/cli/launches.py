@@ -13,9 +13,15 @@ SOON_SECS = 60.0
 TRAINING = [sys.executable, str(Path(__file__).with_name("training_program.py"))]
 
 
-def run(*arguments, options=(), **how):
-    """Start the launcher; delays are short unless the options say otherwise."""
-    command = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", *options, "--", *arguments]
+def run(*arguments, options=(), before=None, **how):
+    """Start the launcher; delays are short unless the options say otherwise.
+
+    ``before`` is Python that its process runs first, for a clock or a constant with which no busy machine interferes.
+    """
+    program = (
+        ["-m", "stepguard"] if before is None else ["-c", f"{before}\nfrom stepguard.cli.main import main\nmain()"]
+    )
+    command = [sys.executable, *program, "run", "--first-delay-secs=0.01", *options, "--", *arguments]
     piped = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(one) for one in command], **{**piped, **how})
 

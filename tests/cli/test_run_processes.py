@@ -66,10 +66,18 @@ def test_a_launcher_that_was_stopped_still_gives_the_grace_that_it_promised(tmp_
     pid, ready, end = tmp_path / "pid", tmp_path / "ready", tmp_path / "end"
     waits = f"touch {ready}; while ! test -e {end}; do sleep 0.02; done; exit 0"
     script = f"(trap 'echo term' TERM; {waits}) & echo $! > {pid}; while ! test -e {ready}; do sleep 0.02; done; exit 3"
-    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=4"])
+    # Its clock goes on by an hour while it is stopped.
+    hour = tmp_path / "hour"
+    clock = "import os, time; real = time.monotonic; "
+    clock += f"time.monotonic = lambda: real() + 3600 * os.path.exists({str(hour)!r})"
+    launcher = run("sh", "-c", script, options=["--max-restarts=0", "--grace-secs=600"], before=clock)
     children.append(launcher)
     assert launcher.stdout.readline() == "term\n"
-    stop_and_continue(launcher, 4.5)
+    launcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: _state(launcher.pid) == "T", "the stop")
+    hour.touch()
+    launcher.send_signal(signal.SIGCONT)
+    time.sleep(1.0)  # a look later, nothing was to happen
     end.touch()
     code, _, errors = ended(launcher)
     assert code == 3

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 
+from stepguard.coordination import signals
 from stepguard.options import Stopping, Watching
 from stepguard.testing import FakeSupervisor
 from stepguard.watching import ledger
@@ -24,6 +25,8 @@ STOPPINGS = {
 
 def train(logdir: str, what: str, steps: int) -> None:
     """Train on from where the run was, a step in 5 ms, and end as ``what`` says."""
+    if "ECHO_SECS" in os.environ:
+        signals._ECHO_SECS = float(os.environ["ECHO_SECS"])
     if what == "ignore":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sv = FakeSupervisor(
