@@ -23,6 +23,7 @@ parser.add_argument("--save-steps", type=int)
 parser.add_argument("--save-secs", type=float, default=0)
 parser.add_argument("--notes", action="store_true", help="note the batches")
 parser.add_argument("--step-secs", type=float, default=0.005)
+parser.add_argument("--hold-at", type=int, help="come no further than to this step, and wait for a kill")
 args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -103,5 +104,7 @@ with sv.managed_session(initial()) as sess:
             print("trains", flush=True)
         trains = True
         time.sleep(args.step_secs)
+        while sess.global_step == args.hold_at:
+            time.sleep(0.01)
 if sess.global_step == args.steps:
     print("outcome", sess.global_step, digest(sess.state), sess.state["steps"], flush=True)

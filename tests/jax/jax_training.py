@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-secs", type=float, default=0.05)
     parser.add_argument("--step-secs", type=float, default=0.004)
     parser.add_argument("--loader", default="Grain's DataLoader")
+    parser.add_argument("--hold-at", type=int, help="come no further than to this step, and wait for a kill")
     args = parser.parse_args(arguments)
     training = Training(args.logdir, LOADERS[args.loader](), donates=True, save_model_secs=args.save_secs)
 
@@ -174,6 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
             print("in the first step", flush=True)
         print(f"step {session.global_step} {training.batches[-1]}", flush=True)
         time.sleep(args.step_secs)
+        while session.global_step == args.hold_at:
+            time.sleep(0.01)
 
     print("outcome", training.train(args.steps, on_step).outcome, flush=True)
 

@@ -42,9 +42,11 @@ def main() -> None:
     parser.add_argument("--kill-in-end", help="RANK:EPOCH, SIGKILL of itself, once, when the end was begun")
     parser.add_argument("--measures", action="store_true", help="hands over a metric at the end of each epoch")
     parser.add_argument("--save-steps", type=int)
+    parser.add_argument("--awaits-saves", action="store_true", help="goes on once each checkpoint is committed")
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself, once")
+    parser.add_argument("--kill-once-saved", type=int, help="not before a checkpoint after this step is committed")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
     parser.add_argument("--nan", help="RANK:STEP, a loss that is not finite; its guard ends the run")
     parser.add_argument("--leave", help="RANK:STEP:break, exit or break-first, in the middle of a loop that goes on")
@@ -93,9 +95,15 @@ def main() -> None:
             if args.nan:
                 session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
+            if args.awaits_saves and session.global_step and session.global_step % args.save_steps == 0:
+                # A checkpoint that falls due while the one before it is written would be skipped.
+                while not (args.logdir / f"model.ckpt-{session.global_step}.manifest.json").exists():
+                    time.sleep(0.01)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
             if f"{rank}:{session.global_step}" in args.kill and is_new(session.global_step, seen):
+                while args.kill_once_saved is not None and newest_step(args.logdir) <= args.kill_once_saved:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             if args.leave == f"{rank}:{session.global_step}:exit":
                 sys.exit(7)
@@ -160,6 +168,10 @@ def end_epoch(epoch: int, args: argparse.Namespace) -> None:
     if args.kill_in_end == f"{rank}:{epoch}" and ends.read_text().split().count(str(epoch)) == 1:
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def newest_step(logdir: Path) -> int:
+    return max([int(one.name.split("-")[1].split(".")[0]) for one in logdir.glob("model.ckpt-*.manifest.json")] or [-1])
 
 
 def is_new(step: int, seen: Path) -> bool:

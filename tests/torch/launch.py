@@ -71,7 +71,7 @@ def run_two(logdir: Path, *arguments: str) -> list[str]:
 def terminate_one(logdir: Path, rank: int, *arguments: str, by: signal.Signals = signal.SIGTERM) -> list[str]:
     """Send a signal to one of two processes, in the middle of the training; what each wrote to its stderr."""
     processes = start_two(logdir, "--steps=100000", *arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     awaited = [".seen-0", ".seen-1", *([".evaluating"] if "--loop-steps=5" in arguments else [])]
     while not all(logdir.with_suffix(one).exists() for one in awaited) or not steps_saved(logdir):
         assert time.monotonic() < deadline

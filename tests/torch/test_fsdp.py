@@ -38,7 +38,7 @@ pytestmark = [
 def whole_run(tmp_path_factory):
     """A run of two processes that nobody disturbs."""
     logdir = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(logdir, 2, "--steps=24", "--wrap=fsdp", "--save-steps=4", "--step-secs=0.05")
+    torchrun(logdir, 2, "--steps=24", "--wrap=fsdp", "--save-steps=4", "--awaits-saves")
     return logdir
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import psutil
 import pytest
@@ -75,12 +74,11 @@ def test_the_parents_own_terminate_ends_a_worker_at_once(workers):
     batches = workers()
     next(batches)
     worker = batches._workers[0]
-    began = time.monotonic()
     worker.terminate()
+    # A worker that drops this signal too goes on for as long as its parent.
     worker.join(60)
 
     assert worker.exitcode == 0
-    assert time.monotonic() - began < 3
 
 
 class Held(Dataset):
@@ -126,7 +124,11 @@ import sys, time
 sys.modules["tensorflow"] = None
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import worker
 from stepguard.torch import Supervisor, Values
+
+# Else a worker ends by itself some seconds after its parent.
+worker.MP_STATUS_CHECK_INTERVAL = 3600.0
 
 class Slow(Dataset):
     def __len__(self):
@@ -176,7 +178,7 @@ def test_workers_end_with_their_parent(tmp_path):
         run.kill()
 
     assert len(workers) == 2
-    assert psutil.wait_procs(workers, timeout=4)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 class Broken(Numbers):

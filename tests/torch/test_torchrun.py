@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
 def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
     logdir = tmp_path / "run"
     # The step after which the chief would save.
-    said = torchrun(logdir, 2, "--steps=100000", "--save-steps=5", "--nan=1:14", fails=True)
+    said = torchrun(logdir, 2, "--steps=100000", "--save-steps=5", "--awaits-saves", "--nan=1:14", fails=True)
 
     assert "NonFiniteError: loss is nan at step 14" in said
     assert steps_saved(logdir) == [10, 5]
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
 
 
 def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
-    torchrun(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--step-secs=0.3")
+    torchrun(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--awaits-saves")
 
     assert steps_saved(tmp_path / "run") == [12, 10, 5]
 
@@ -149,11 +149,12 @@ def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
     leaver, step, _ = leave.split(":")
     processes = start_two(logdir, "--steps=100000", "--save-steps=5", f"--leave={leave}")
     left, stays = processes if leaver == "0" else reversed(processes)
-    left.communicate(timeout=90)
+    left.communicate(timeout=150)
     began = time.monotonic()
     said = stays.communicate(timeout=200)[1]
 
-    assert time.monotonic() - began < 20  # For the end of the interpreter, on a busy machine.
+    # The grace period, in which it would wait for the other, is two minutes.
+    assert time.monotonic() - began < 60
     # The last step of a chief that has left in it cannot be saved, because the other has not done it: a warning.
     assert left.returncode == {"0:14:exit": 7}.get(leave, 0)
     assert stays.returncode == 1
@@ -175,7 +176,8 @@ def test_uneven_inputs_in_each_epoch_are_gone_on_with_where_each_process_was(tmp
     options = ["--steps=100000", "--epochs=3", "--join=7,4"]
     run_two(even, *options)
     # In the second epoch, when the data of the other has ended.
-    for process in start_two(killed, *options, "--step-secs=0.1", "--kill=0:13", "--kill=1:8"):
+    kills = ["--kill=0:13", "--kill=1:8", "--kill-once-saved=7"]
+    for process in start_two(killed, *options, "--step-secs=0.1", *kills):
         process.communicate(timeout=200)
     assert 7 < steps_saved(killed)[0] <= 13
     errors = run_two(killed, *options)

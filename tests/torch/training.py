@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import time
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-secs", type=float, default=0.05)
     parser.add_argument("--step-secs", type=float, default=0.01)
     parser.add_argument("--seen", help="append a line for each step: its number and its batch")
+    parser.add_argument("--hold-at", type=int, help="come no further than to this step before LOGDIR.go-on is there")
     args = parser.parse_args(arguments)
 
     def loader() -> DataLoader:
@@ -144,4 +146,6 @@ def main(arguments: list[str] | None = None) -> None:
             if args.seen:
                 with open(args.seen, "a") as seen:
                     seen.write(f"{session.global_step} {training.batches[-1]}\n")
+            while session.global_step == args.hold_at and not os.path.exists(f"{args.logdir}.go-on"):
+                time.sleep(0.01)
     print("outcome", training.outcome(), flush=True)
