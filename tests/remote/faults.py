@@ -122,6 +122,14 @@ def slow(secs: float) -> Fault:
     return fault
 
 
+def held(goes_on: threading.Event) -> Fault:
+    def fault(handler, body):
+        goes_on.wait(300)
+        return body
+
+    return fault
+
+
 def only(method: str, part: str, fault: Fault, *, times: int | None = None) -> Fault:
     """The fault for the requests of this method whose path has ``part``; ``times`` bounds it."""
     left = [times]

@@ -218,7 +218,7 @@ class TestTheBoundOnBandwidth:
         for _ in range(4):
             pace.take(1 << 18)
 
-        assert 0.7 < mirrors.time.monotonic() - began < 5
+        assert 0.7 < mirrors.time.monotonic() - began < 60
 
     def test_ends_at_once_when_the_run_does(self):
         pace = Pace(1.0)

@@ -74,7 +74,7 @@ def test_killed_at_a_request_the_mirror_has_only_whole_checkpoints(network, star
 
     network.fails(faults.only(method, part, kill))
     child = start(tmp_path / "run", PADDING=str(padding))
-    child.wait(60)
+    child.wait(150)
     network.fails(None)
 
     assert child.returncode == -signal.SIGKILL
@@ -109,7 +109,7 @@ def test_a_logdir_that_is_removed_while_it_trains_and_then_its_machine_cost_noth
 
 def test_two_machines_that_fight_for_one_mirror_leave_one_run(network, start, tmp_path):
     first, second = (start(tmp_path / name, 25, LEASE="0.6") for name in ("one", "two"))
-    ends = {one.wait(60): one for one in (first, second)}
+    ends = {one.wait(150): one for one in (first, second)}
 
     assert sorted(ends)[0] == 0
     assert len(ends) == 2
@@ -122,7 +122,7 @@ def test_two_machines_that_fight_for_one_mirror_leave_one_run(network, start, tm
 def test_a_process_that_ends_in_the_middle_of_a_copy_ends_in_time(network, start, tmp_path):
     child = start(tmp_path / "run", 100_000, GRACE="1", WAITS_NOT="1")
     wait_until(lambda: names(URL))
-    network.fails(faults.only("PUT", "state.json", faults.slow(60)))
+    network.fails(faults.only("PUT", "state.json", faults.slow(600)))
     network.requests.clear()
     wait_until(lambda: any(verb == "PUT" and "state.json" in path for verb, path, _ in list(network.requests)))
     child.send_signal(signal.SIGTERM)

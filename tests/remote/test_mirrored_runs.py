@@ -208,11 +208,13 @@ class TestInABadNetwork:
         sv = supervisor(tmp_path / "run", url, every=1)
         with sv.managed_session() as session:
             wait_until(lambda: record.read(tmp_path / "run"))
-            network.fails(faults.only("PUT", "state.json", faults.slow(0.3)))
-            began = time.monotonic()
+            goes_on = threading.Event()
+            network.fails(faults.only("PUT", "state.json", faults.held(goes_on)))
+            # All of them are committed here before one of them is there.
             for _ in range(10):
                 save_step(sv, session)
-            assert time.monotonic() - began < 2.5
+            assert names(url) == []
+            goes_on.set()
         assert names(url)[0] == "model.ckpt-10"
         assert len(names(url)) < 5
 
@@ -223,7 +225,8 @@ class TestInABadNetwork:
             session.run_step()
             network.fails(faults.only("PUT", "model", faults.broken))
             began = time.monotonic()
-        assert time.monotonic() - began < 15
+        # A network that is broken for good: without the grace period the end would wait for ever.
+        assert time.monotonic() - began < 60
         assert "model.ckpt-1 is not there yet" in caplog.text
         assert "stepguard push" in caplog.text
         network.fails(None)
@@ -270,10 +273,10 @@ class TestInABadNetwork:
 
 class TestOneChief:
     def test_a_second_machine_is_refused_while_the_first_trains(self, url, tmp_path):
-        sv = supervisor(tmp_path / "run", url, lease_secs=0.6)
+        sv = supervisor(tmp_path / "run", url, lease_secs=6)
         with sv.managed_session() as session:
             session.run_step()
-            other = supervisor(tmp_path / "elsewhere", url, lease_secs=0.6)
+            other = supervisor(tmp_path / "elsewhere", url, lease_secs=6)
             with (
                 pytest.raises(LogdirInUseError, match="no other chief of this mirror") as raised,
                 other.managed_session(),
@@ -282,7 +285,7 @@ class TestOneChief:
             assert raised.value.pid
             # The refused one holds nothing: its logdir is free.
             CheckpointStore(tmp_path / "elsewhere").acquire().release()
-        assert train(tmp_path / "elsewhere", url, 0, lease_secs=0.6) == 1
+        assert train(tmp_path / "elsewhere", url, 0, lease_secs=6) == 1
 
     def test_a_machine_that_was_taken_over_ends_and_sends_nothing_more(self, url, tmp_path):
         sv = supervisor(tmp_path / "run", url, lease_secs=0.6, every=1)
@@ -296,7 +299,7 @@ class TestOneChief:
                 assert there.step == 1
                 for _ in range(5):
                     there.run_step()
-                time.sleep(0.6)
+                time.sleep(0.6)  # the first has no lease any more, and its last renewal is too old for a copy
                 session.run_step()
                 wait_until(sv.should_stop)
         assert names(url)[0] == "model.ckpt-6"
@@ -306,7 +309,7 @@ class TestOneChief:
         ended, both = [], threading.Barrier(2)
 
         def start(name):
-            sv = supervisor(tmp_path / name, url, lease_secs=1)
+            sv = supervisor(tmp_path / name, url, lease_secs=6)
             both.wait()
             try:
                 sv._saving.claim_logdir()
@@ -330,9 +333,11 @@ class TestOneChief:
         with sv.managed_session() as session:
             session.run_step()
             wait_until(lambda: record.read(tmp_path / "run"))
-            network.fails(faults.slow(30))
+            goes_on = threading.Event()
+            network.fails(faults.held(goes_on))
             began = time.monotonic()
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
+        goes_on.set()
 
     def test_a_place_that_ignores_conditions_is_named(self, network, tmp_path, caplog):
         def unconditional(handler, body):
