@@ -65,19 +65,19 @@ def saved(logdir):
 def test_checkpoints_are_taken_as_ever_and_hold_one_step_each(graph, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     model = Synchronous(tmp_path, save_model_secs=0.05)
-    longest_secs = 0.0
+    step_secs = []
     with model.sv.managed_session() as session:
         model.start(session)
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("*.manifest.json"))) < 12 and time.monotonic() < deadline:
             began = time.monotonic()
             session.run(model.train_op)
-            longest_secs = max(longest_secs, time.monotonic() - began)
+            step_secs.append(time.monotonic() - began)
     found = saved(tmp_path)
     assert len(found) >= 12
     assert found == {step: (step, {float(step)}) for step in found}
-    # What a boundary would have waited for the queue runner is 5 s.
-    assert longest_secs < 4
+    # What a boundary would have waited for the queue runner is 5 s, at each of them. A busy machine may take one step.
+    assert sorted(step_secs)[-3] < 4
     assert "checkpoint skipped" not in caplog.text
 
 
@@ -90,7 +90,7 @@ def test_the_run_ends_at_once_with_its_last_steps_saved(graph, tmp_path):
         last = int(session.run(model.step))
         left = time.monotonic()
     # The grace period is two minutes.
-    assert time.monotonic() - left < 20
+    assert time.monotonic() - left < 60
     assert last >= 1
     assert max(saved(tmp_path)) >= last
     for thread in threads:
@@ -109,7 +109,7 @@ def test_threads_that_the_program_has_started_itself_are_no_obstacle_either(grap
         while len(list(tmp_path.glob("*.manifest.json"))) < 4 and time.monotonic() < deadline:
             session.run(model.train_op)
         left = time.monotonic()
-    assert time.monotonic() - left < 20
+    assert time.monotonic() - left < 60
     assert len(saved(tmp_path)) >= 4
     assert "checkpoint skipped" not in caplog.text
 
