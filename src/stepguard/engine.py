@@ -46,8 +46,8 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
   ``Saving`` that say which are kept: ``max_to_keep``, ``keep_every_n_hours``, ``keep_best``;
 - ``stepguard.saving.restoring``: ``restore_newest(store, restore, options.restoring)`` searches for the checkpoint to
   continue from. It quarantines damaged checkpoints, refuses those of another engine, and warns once of what was lost;
-- ``stepguard.disk.files``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends; ``size``
-  and ``digest`` follow. It has no ``read`` and no ``seek``. The store syncs every file, whoever wrote it;
+- ``stepguard.disk.new_file``: ``NewFile(path)`` is a context manager that digests what ``write(bytes)`` appends;
+  ``size`` and ``digest`` follow. It has no ``read`` and no ``seek``. The store syncs every file, whoever wrote it;
 - ``stepguard.options``: ``Options.of`` merges the options of a Supervisor, ``each_option_once`` decorates its
   constructor;
 - ``stepguard.errors``: the errors to raise.
@@ -343,7 +343,7 @@ class Engine(Protocol[SessionT]):
         """Write the files of ``snapshot``, named ``name`` or ``name.*``, into the directory ``stage``. Writer thread.
 
         Returns a mapping from file name to size in bytes and digest for the files that were digested while they were
-        written (see ``stepguard.disk.files.NewFile``); the store reads and digests the others.
+        written (see ``stepguard.disk.new_file.NewFile``); the store reads and digests the others.
         """
 
     # --- summaries ---

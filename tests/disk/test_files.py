@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import xxhash
 
-from stepguard.disk import files
+from stepguard.disk import files, new_file
+from stepguard.disk.new_file import NewFile
 
 
 class OsWith:
@@ -146,10 +147,10 @@ def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monke
         synced.append(os.fstat(descriptor).st_size)
         began.set()
 
-    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 100)
-    monkeypatch.setattr(files, "os", OsWith(fdatasync=fdatasync))
+    monkeypatch.setattr(new_file, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(new_file, "os", OsWith(fdatasync=fdatasync))
     content = os.urandom(1000)
-    with files.NewFile(tmp_path / "file") as file:
+    with NewFile(tmp_path / "file") as file:
         for begin in range(0, 1000, 50):
             file.write(content[begin : begin + 50])
             if file.size >= 100:
@@ -161,10 +162,10 @@ def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monke
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_what_the_disk_answers_to_that_is_raised(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WRITEBACK_BYTES", 100)
-    monkeypatch.setattr(files, "os", OsWith(fdatasync=failing(errno.EIO)))
+    monkeypatch.setattr(new_file, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(new_file, "os", OsWith(fdatasync=failing(errno.EIO)))
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError, match="Input/output"), files.NewFile(tmp_path / "file") as file:
+    with pytest.raises(OSError, match="Input/output"), NewFile(tmp_path / "file") as file:
         for _ in range(blocks):
             file.write(b"x" * 200)
     assert len(os.listdir("/proc/self/fd")) == before

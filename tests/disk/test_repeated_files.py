@@ -7,6 +7,7 @@ import os
 import pytest
 
 from stepguard.disk import files
+from stepguard.disk.new_file import NewFile, repeating
 from stepguard.saving.commit import Committer
 from stepguard.store import CheckpointStore
 from stepguard.testing import FakeEngine
@@ -21,7 +22,7 @@ def earlier(tmp_path):
 
 
 def write(path, content, earlier, block=700_000):
-    with files.repeating(lambda _: earlier), files.NewFile(path) as file:
+    with repeating(lambda _: earlier), NewFile(path) as file:
         for at in range(0, len(content), block):
             file.write(content[at : at + block])
     assert (file.size, file.digest) == files.digest(path)
@@ -59,14 +60,14 @@ def test_a_missing_one_or_a_link_is_no_earlier_one(earlier, tmp_path):
     assert not write(tmp_path / "new", earlier.read_bytes(), tmp_path / "missing")
     (tmp_path / "link").symlink_to(earlier)
     content = earlier.read_bytes()
-    with files.repeating(lambda _: tmp_path / "link"), files.NewFile(tmp_path / "other") as file:
+    with repeating(lambda _: tmp_path / "link"), NewFile(tmp_path / "other") as file:
         file.write(content)
     assert not (tmp_path / "other").samefile(earlier)
 
 
 def test_one_that_is_replaced_meanwhile_is_not_shared(earlier, tmp_path):
     content = earlier.read_bytes()
-    with files.repeating(lambda _: earlier), files.NewFile(tmp_path / "new") as file:
+    with repeating(lambda _: earlier), NewFile(tmp_path / "new") as file:
         file.write(content[:1000])
         earlier.unlink()
         earlier.write_bytes(b"y" * SIZE)
@@ -77,7 +78,7 @@ def test_one_that_is_replaced_meanwhile_is_not_shared(earlier, tmp_path):
 
 def test_one_that_is_pruned_meanwhile_is_copied(earlier, tmp_path):
     content = earlier.read_bytes()
-    with files.repeating(lambda _: earlier), files.NewFile(tmp_path / "new") as file:
+    with repeating(lambda _: earlier), NewFile(tmp_path / "new") as file:
         file.write(content[:1000])
         earlier.unlink()
         file.write(content[1000:])
@@ -87,7 +88,7 @@ def test_one_that_is_pruned_meanwhile_is_copied(earlier, tmp_path):
 
 def test_an_error_leaves_nothing_open(earlier, tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ZeroDivisionError), files.repeating(lambda _: earlier), files.NewFile(tmp_path / "new") as file:
+    with pytest.raises(ZeroDivisionError), repeating(lambda _: earlier), NewFile(tmp_path / "new") as file:
         file.write(earlier.read_bytes()[:1000])
         raise ZeroDivisionError
     assert len(os.listdir("/proc/self/fd")) == before
@@ -101,7 +102,7 @@ class FrozenEngine(FakeEngine):
     def write(self, snapshot, stage, name):
         digests = super().write(snapshot, stage, name)
         for key, content in (("frozen", self.FROZEN), ("moving", b"%d" % snapshot.step * (2 << 20))):
-            with files.NewFile(stage / name / f"{key}.bin") as file:
+            with NewFile(stage / name / f"{key}.bin") as file:
                 file.write(content)
             digests[f"{name}/{key}.bin"] = (file.size, file.digest)
         return digests

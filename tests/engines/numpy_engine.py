@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.disk.files import NewFile
+from stepguard.disk.new_file import NewFile
 from stepguard.engine import Prepared, ValueWatch
 from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError
 from stepguard.options import Options, Restoring, each_option_once, refuse

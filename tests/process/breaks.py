@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from stepguard.disk import appended_file, files, new_file
+
 # Every function of ``os`` that changes what the disk holds, or that promises it.
 CHANGES = frozenset(
     {
@@ -38,7 +40,7 @@ Action = Callable[[str, tuple[Any, ...]], None]
 
 
 class BreakingOs:
-    """Stands where ``stepguard.disk.files`` finds ``os``, and does ``action`` in place of going on at one call.
+    """Stands where ``stepguard.disk`` finds ``os``, and does ``action`` in place of going on at one call.
 
     Calls are counted from :meth:`arm` on. ``action(name, arguments)`` is done before the call itself; what it raises
     is what the call raises. It is done at the call number ``at``, with ``onwards`` also at all that follow, and with
@@ -88,6 +90,12 @@ class BreakingOs:
             is_due = is_due and self._first <= len(self.calls) <= self._last  # type: ignore[operator]
         if is_due:
             self._action(name, arguments)
+
+
+def put_under_files(stand_in: Any, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Have ``stand_in`` stand where ``stepguard.disk`` finds ``os``; ``put`` may be a monkeypatch's ``setattr``."""
+    for module in (files, new_file, appended_file):
+        put(module, "os", stand_in)
 
 
 def die(name: str, arguments: tuple[Any, ...]) -> None:

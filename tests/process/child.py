@@ -11,8 +11,6 @@ from typing import Any
 import breaks
 from zygote import report
 
-from stepguard.disk import files
-
 
 class ReportingHandler(logging.Handler):
     """Reports the warnings of the library, and each checkpoint that it says to have saved."""
@@ -47,7 +45,7 @@ class Break:
             return
         actions = {"die": breaks.die, "stop": _stop}
         self.os = breaks.BreakingOs(actions[how], at=at, of_services=True)
-        files.os = self.os  # type: ignore[assignment]
+        breaks.put_under_files(self.os)
 
     def saved(self, step: int | None, path: str) -> None:
         """A checkpoint is acknowledged."""

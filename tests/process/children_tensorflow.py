@@ -20,7 +20,6 @@ from model import Model, read, wrong
 from zygote import report
 
 from stepguard import Watching
-from stepguard.disk import files
 from stepguard.errors import LogdirInUseError
 from stepguard.options import Stopping
 from stepguard.store import CheckpointStore, tensorflow_files
@@ -314,7 +313,7 @@ def slow_disk(secs: float) -> None:
     """Have every call by which a save changes the disk take this long."""
     slow = breaks.BreakingOs(breaks.wait(secs), at=None, every=True)
     slow.arm()
-    files.os = slow  # type: ignore[assignment]
+    breaks.put_under_files(slow)
 
 
 def ends(logdir: str, *, way: str, managed: bool, call_secs: float, megabytes: float = 0.01, **options: Any) -> None:
@@ -434,7 +433,7 @@ def hangs(logdir: str, *, managed: bool, **options: Any) -> None:
         time.sleep(3600)
 
     hanging = breaks.BreakingOs(hang, at=4)
-    files.os = hanging  # type: ignore[assignment]
+    breaks.put_under_files(hanging)
     with tf.Graph().as_default():
         model, sv = build(logdir, **options)
         if not managed:

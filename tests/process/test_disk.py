@@ -22,7 +22,6 @@ from model import Model, read, wrong
 from mounts import MEGABYTE, Mount, mounted
 from zygote import Zygote, wait_until
 
-from stepguard.disk import files
 from stepguard.errors import LogdirInUseError, SaveFailedError
 from stepguard.options import Saving
 from stepguard.saving.commit import Committer
@@ -361,7 +360,7 @@ class Save:
 def calls_of_a_save(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls of the third of three saves, with its pruning."""
     counting = breaks.BreakingOs(breaks.wait(0), at=None)
-    monkeypatch.setattr(files, "os", counting)
+    breaks.put_under_files(counting, monkeypatch.setattr)
     one = Save(logdir)
     one.save()
     one.save()
@@ -379,7 +378,7 @@ def test_an_error_at_any_call_of_a_save_is_survived_by_trying_again(
     assert len(calls) >= 20
     for at in range(1, len(calls) + 1):
         failing = breaks.BreakingOs(breaks.fail(number), at=at)
-        monkeypatch.setattr(files, "os", failing)
+        breaks.put_under_files(failing, monkeypatch.setattr)
         logdir = memory_path / f"{number}-{at}"
         one = Save(logdir)
         threads, open_files = threading.active_count(), psutil.Process().num_fds()
@@ -423,7 +422,7 @@ def test_errors_at_all_calls_from_any_one_on_leave_the_checkpoints_before_as_the
     calls = calls_of_a_save(memory_path / f"counted-for-good-{number}", monkeypatch)
     for at in range(1, len(calls) + 1):
         failing = breaks.BreakingOs(breaks.fail(number), at=at, onwards=True)
-        monkeypatch.setattr(files, "os", failing)
+        breaks.put_under_files(failing, monkeypatch.setattr)
         logdir = memory_path / f"for-good-{number}-{at}"
         one = Save(logdir)
         one.writer._retry = Backoff(0.005, first_secs=0.002)
@@ -434,7 +433,7 @@ def test_errors_at_all_calls_from_any_one_on_leave_the_checkpoints_before_as_the
         one.writer.close(10)
 
         where = f"call {at}: {calls[at - 1]}"
-        monkeypatch.setattr(files, "os", os)
+        breaks.put_under_files(os, monkeypatch.setattr)
         again = CheckpointStore(logdir)
         before = again.newest_good(quarantine=False)
         assert before.damaged == (), where
@@ -458,7 +457,7 @@ def test_a_disk_that_is_slow_at_every_call_delays_a_save_and_not_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = breaks.BreakingOs(breaks.wait(0.06), at=None, every=True)
-    monkeypatch.setattr(files, "os", slow)
+    breaks.put_under_files(slow, monkeypatch.setattr)
     run = Run(tmp_path / "run", save_model_secs=0.01)
     longest_secs = []
     with run.sv.managed_session() as run.session:

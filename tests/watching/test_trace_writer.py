@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from stepguard.disk import files
+from stepguard.disk import appended_file, files
 from stepguard.watching import trace
 from stepguard.watching.trace import NUMBERS, Fork, Item, Mark, Record, Start
 from stepguard.watching.trace_writer import TraceWriter
 
 
 class Disk:
-    """Stands in for ``os`` in ``files``: writes fail with ``error``, or take only a part of what is written."""
+    """Stands in for ``os`` in ``appended_file``: writes fail with ``error``, or take only a part of what is written."""
 
     def __init__(self) -> None:
         self.error: int | None = None
@@ -38,7 +38,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    monkeypatch.setattr(files, "os", disk)
+    monkeypatch.setattr(appended_file, "os", disk)
     return disk
 
 
@@ -387,7 +387,7 @@ def test_names_that_are_no_texts_are_written_as_texts(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_taken_in_part_does_not_cut_off_another_threads(tmp_path: Path, disk: Disk) -> None:
-    file = files.AppendedFile(tmp_path / "file", keep=0)
+    file = appended_file.AppendedFile(tmp_path / "file", keep=0)
     file.append(b"first;")
     disk.takes = 3
     with pytest.raises(OSError, match="No space"):

@@ -1,8 +1,8 @@
-"""Durable files: the only user of ``os.replace`` and ``os.fsync`` in the package.
+"""Durable files: this module, `new_file` and `appended_file` are the only users of ``os.replace`` and ``os.fsync``.
 
-Every function reaches the disk through this module's ``os`` name and nothing else, so that a test can put a
-recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This is
-why it uses no pathlib methods.
+Every function of the three reaches the disk through the ``os`` name of its module and nothing else, so that a test can
+put a recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This
+is why they use no pathlib methods.
 
 Nothing in a logdir is trusted. Every file is opened here, without blocking, and only if it is a regular one: a FIFO
 would hold a start for ever, and a link to ``/dev/zero`` would fill the memory. Files of our own (what is not part of a
@@ -17,15 +17,12 @@ directory; nothing else is, in whatever order it was done.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from stepguard.words import logger
 
@@ -33,10 +30,7 @@ _log = logger(__name__)
 
 # Reads of this size keep the disk busy and the GIL free (both os.readinto and xxhash release it), and two of them
 # fit into the cache of a core.
-_BLOCK_BYTES = 1 << 20
-
-# The number of bytes after which the disk is asked to start writing.
-_WRITEBACK_BYTES = 16 << 20
+BLOCK_BYTES = 1 << 20
 
 DIGEST_KIND = "xxh3_128"
 
@@ -207,7 +201,7 @@ def write_named(path: Path, content: bytes) -> None:
     """Write to a file, a link, a FIFO or a device that the user has named."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        _write_all(descriptor, content)
+        write_all(descriptor, content)
     finally:
         os.close(descriptor)
 
@@ -263,268 +257,6 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
         return size + len(lines)
     finally:
         os.close(descriptor)
-
-
-class AppendedFile:
-    """A file of our own that one process appends to, each record by one ``write``. Any thread.
-
-    A SIGKILL loses no record, and at most cuts the last one short; nothing is fsynced. ``keep`` is how many bytes of an
-    existing file are kept. There is no ``close``: the file is closed when nobody holds it any more, so that a thread
-    that still appends cannot meet another file under the same descriptor.
-
-    A lock lasts for one write, because a write that was taken in part is cut off again, and another thread's record
-    must not be behind it then. The system writes what several threads append one after the other in any case.
-    """
-
-    __slots__ = ("_descriptor", "_is_sealed", "_lock", "path", "size")
-
-    def __init__(self, path: Path, *, keep: int) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._is_sealed = False
-        self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        size = os.fstat(self._descriptor).st_size
-        self.size = min(keep, size)
-        """How many bytes of whole records there are."""
-        if size > keep:
-            os.ftruncate(self._descriptor, keep)
-
-    def append(self, record: bytes) -> None:
-        """Append one record, whole or not at all. Raises OSError; after that, nothing more can be appended."""
-        with self._lock:
-            if self._is_sealed:
-                raise self._full()
-            try:
-                count = os.write(self._descriptor, record)
-            except OSError:
-                self._is_sealed = True
-                raise
-            if count < len(record):
-                self._is_sealed = True
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, self.size)
-                raise self._full()
-            self.size += count
-
-    def seal(self) -> int:
-        """Let nothing more be appended. Returns how many bytes of whole records there are."""
-        with self._lock:
-            self._is_sealed = True
-            return self.size
-
-    def _full(self) -> OSError:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path))
-
-    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        # The constructor may have failed before there was one.
-        descriptor = getattr(self, "_descriptor", None)
-        if descriptor is not None:
-            _close(descriptor)
-
-
-class NewFile:
-    """A file of any size that is digested while it is written, so that nobody has to read the file for its digest.
-
-    Use it as a context manager. The file is not durable until `fsync_file` or `fsync_tree` is called for it. A
-    background thread flushes the file while it is written, so that the later fsync is short. An error of that flush is
-    raised by a later `write`, or at the end of the block.
-
-    Inside `repeating`, a file that repeats an earlier one byte for byte is not written, but becomes another name of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import xxhash
-
-        self.path = path
-        self.size = 0
-        self._hasher = xxhash.xxh3_128()
-        self._descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        # The earlier file, as long as all that was written is equal to its beginning; then none of it is in this one.
-        self._earlier = _Earlier.of(path)
-        self._writeback: _Writeback | None = None
-        self._writeback_began_at = 0
-
-    def __enter__(self) -> NewFile:  # noqa: PYI034 - typing.Self came with Python 3.11
-        return self
-
-    def __exit__(self, error_type: object, *_: object) -> None:
-        writeback, self._writeback = self._writeback, None
-        try:
-            if error_type is None:
-                self._end_repeating()
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        finally:
-            if self._earlier is not None:
-                self._earlier.close()
-        if writeback is not None:
-            # Wait before the close: a closed descriptor number may be reused by another file.
-            writeback.wait()
-        os.close(self._descriptor)
-        if writeback is not None and error_type is None:
-            writeback.raise_error()
-
-    @property
-    def digest(self) -> str:
-        """The digest of the bytes written so far, in the form that `digest` returns."""
-        return f"{DIGEST_KIND}:{self._hasher.hexdigest()}"
-
-    def write(self, block: Any) -> None:
-        """Append bytes, or a contiguous array of bytes. A block of about a megabyte is best: it stays in the cache."""
-        self._hasher.update(block)
-        view = memoryview(block)
-        if self._earlier is not None:
-            if self._earlier.has(view, self.size):
-                self.size += view.nbytes
-                return
-            self._copy_repeated()
-        while view:
-            count = os.write(self._descriptor, view)
-            view = view[count:]
-            self.size += count
-        if self.size - self._writeback_began_at >= _WRITEBACK_BYTES:
-            self._begin_writeback()
-
-    def _end_repeating(self) -> None:
-        """Make this file another name of the earlier one, if it has repeated all of it."""
-        earlier = self._earlier
-        if earlier is not None and not (earlier.size == self.size and earlier.link(self.path)):
-            self._copy_repeated()
-
-    def _copy_repeated(self) -> None:
-        """Write what was not written, because the earlier file had it."""
-        earlier, self._earlier = self._earlier, None
-        assert earlier is not None
-        try:
-            for block in earlier.blocks(self.size):
-                _write_all(self._descriptor, block)
-        finally:
-            earlier.close()
-
-    def _begin_writeback(self) -> None:
-        if self._writeback is not None:
-            if self._writeback.is_running:
-                return
-            # The kernel reports a failed page only once, here, so the fsync of the commit would succeed.
-            self._writeback.raise_error()
-        self._writeback = _Writeback(self._descriptor)
-        self._writeback_began_at = self.size
-
-
-_earlier_of: ContextVar[Callable[[Path], Path | None]] = ContextVar("earlier_of", default=lambda _: None)
-
-# A smaller file gains nothing, and damage to it would be that of all checkpoints that share it.
-_LEAST_REPEATED_BYTES = 1 << 20
-
-
-@contextlib.contextmanager
-def repeating(earlier_of: Callable[[Path], Path | None]) -> Iterator[None]:
-    """A block in which a new file of this thread that equals the one that ``earlier_of`` names shares its bytes.
-
-    Each block is compared with the earlier file, and written only from the first difference on: what is shared was read
-    and found right at that moment.
-    """
-    token = _earlier_of.set(earlier_of)
-    try:
-        yield
-    finally:
-        _earlier_of.reset(token)
-
-
-class _Earlier:
-    """An earlier file, which a new one may repeat."""
-
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
-        self._path = path
-        self._descriptor: int | None = descriptor
-        self.size = size
-
-    @classmethod
-    def of(cls, path: Path) -> _Earlier | None:
-        """The earlier file of the new one at ``path``; None if there is none, or if it is too small."""
-        earlier = _earlier_of.get()(path)
-        try:
-            if earlier is None or (size_of(earlier) or 0) < _LEAST_REPEATED_BYTES:
-                return None
-            descriptor = open_own(earlier, os.O_RDONLY)
-        except OSError:
-            return None
-        return cls(earlier, descriptor, os.fstat(descriptor).st_size)
-
-    def has(self, view: memoryview, place: int) -> bool:
-        """Whether these bytes are in the file at that place. What cannot be read is not there."""
-        assert self._descriptor is not None
-        try:
-            # Two of bytes are compared at once, a view and bytes one by one.
-            return os.pread(self._descriptor, view.nbytes, place) == view.tobytes()
-        except OSError:
-            return False
-
-    def link(self, path: Path) -> bool:
-        """Replace the file at ``path`` by another name of this one; whether that was possible."""
-        assert self._descriptor is not None
-        aside = path.with_name(f".{path.name[:200]}.same.tmp")
-        try:
-            os.link(self._path, aside)
-        except OSError:
-            return False
-        # It may have been replaced or mended since it was opened.
-        if not os.path.samestat(os.fstat(self._descriptor), os.stat(aside)):
-            remove_quietly(aside)
-            return False
-        os.replace(aside, path)
-        return True
-
-    def blocks(self, size: int) -> Iterator[bytes]:
-        """The first ``size`` bytes. Raises OSError if they cannot be read again."""
-        assert self._descriptor is not None
-        place = 0
-        while place < size:
-            block = os.pread(self._descriptor, min(size - place, _BLOCK_BYTES), place)
-            if not block:
-                raise OSError(errno.EIO, "the file became shorter while it was read", os.fspath(self._path))
-            place += len(block)
-            yield block
-
-    def close(self) -> None:
-        """Close the file. Repeated calls do nothing."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-class _Writeback:
-    """One ``fdatasync`` in a thread of its own, which the constructor starts."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="stepguard-writeback", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            # macOS and Windows have no fdatasync: there the fsync of the commit does all the work.
-            getattr(os, "fdatasync", _nothing)(self._descriptor)
-        except OSError as error:
-            self._error = error
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self) -> None:
-        self._thread.join()
-
-    def raise_error(self) -> None:
-        """Raise the error of the fdatasync, if any. Call this only after the thread has ended."""
-        if self._error is not None:
-            raise self._error
-
-
-def _nothing(descriptor: int) -> None:
-    """Stand in for a system call that this system lacks."""
 
 
 def move(source: Path, target: Path) -> None:
@@ -596,7 +328,7 @@ def read_end(path: Path, most: int) -> tuple[bytes, bool]:
         end = os.fstat(descriptor).st_size
         place = begin = max(0, end - most)
         blocks = []
-        while block := os.pread(descriptor, min(end - place, _BLOCK_BYTES), place):
+        while block := os.pread(descriptor, min(end - place, BLOCK_BYTES), place):
             blocks.append(block)
             place += len(block)
         return b"".join(blocks), begin == 0
@@ -607,7 +339,7 @@ def read_end(path: Path, most: int) -> tuple[bytes, bool]:
 def _read(descriptor: int, path: Path, most: int) -> bytes:
     try:
         blocks, size = [], 0
-        while block := os.read(descriptor, _BLOCK_BYTES):
+        while block := os.read(descriptor, BLOCK_BYTES):
             blocks.append(block)
             size += len(block)
             if size > most:
@@ -631,7 +363,7 @@ def digest(path: Path, *, on_block: Callable[[int], None] | None = None) -> tupl
     size = 0
     descriptor = open_regular(path)
     try:
-        buffer = bytearray(_BLOCK_BYTES)
+        buffer = bytearray(BLOCK_BYTES)
         view = memoryview(buffer)
         while count := os.readv(descriptor, [view]):
             hasher.update(view[:count])
@@ -653,14 +385,15 @@ def digest_bytes(content: bytes) -> str:
 def _write(path: Path, content: bytes, *, durable: bool) -> None:
     descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        _write_all(descriptor, content)
+        write_all(descriptor, content)
         if durable:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of ``content`` to an open file: the system may take only a part of it at a time."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -671,8 +404,8 @@ def _copy_durable(source: Path, target: Path) -> None:
     try:
         writing = open_own(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            while block := os.read(reading, _BLOCK_BYTES):
-                _write_all(writing, block)
+            while block := os.read(reading, BLOCK_BYTES):
+                write_all(writing, block)
             os.fsync(writing)
         finally:
             os.close(writing)

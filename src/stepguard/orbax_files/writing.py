@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stepguard.disk import files
+from stepguard.disk.new_file import NewFile
 from stepguard.orbax_files import ocdbt
 from stepguard.orbax_files.index import (
     STATE_FILE,
@@ -42,7 +43,7 @@ def write_data(directory: Path, rank: int, arrays: Iterable[np.ndarray[Any, Any]
     """
     name = data_file(rank)
     files.make_own_dir(directory / "d")
-    with files.NewFile(directory / name) as file:
+    with NewFile(directory / name) as file:
         blocks = _Blocks(file)
         for array in arrays:
             blocks.write(bytes(-blocks.size % _ALIGNMENT))
@@ -55,7 +56,7 @@ def write_data(directory: Path, rank: int, arrays: Iterable[np.ndarray[Any, Any]
 class _Blocks:
     """Writes large arrays block by block, and puts small ones together into blocks: each write has a price."""
 
-    def __init__(self, file: files.NewFile) -> None:
+    def __init__(self, file: NewFile) -> None:
         self._file = file
         self._held = bytearray()
         self.size = 0
@@ -115,7 +116,7 @@ def write_index(directory: Path, index: Index, chunks: Sequence[tuple[int, ...]]
 
 def write_small(path: Path, content: bytes) -> tuple[int, str]:
     """Write a file; return its size and digest. Raises OSError: the disk is full, or fails."""
-    with files.NewFile(path) as file:
+    with NewFile(path) as file:
         file.write(content)
     return file.size, file.digest
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepguard.disk import files
+from stepguard.disk.new_file import NewFile
 from stepguard.errors import CheckpointCorruptError
 from stepguard.remote.objects import BLOCK_BYTES, Remote, RemoteError, RemoteObject, read_whole
 from stepguard.remote.pace import Pace
@@ -170,7 +171,7 @@ class Copies:
         found = ""
         for _ in range(_READ_TRIES):
             try:
-                with files.NewFile(path) as file:
+                with NewFile(path) as file:
                     for block in self.remote.read(record.name):
                         file.write(block)
             except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stepguard.disk import files
+from stepguard.disk.new_file import NewFile
 from stepguard.remote.objects import BLOCK_BYTES, ConditionError, NoConditionsError, RemoteError, RemoteObject
 
 try:
@@ -86,7 +87,7 @@ class DirectoryRemote:
         target = self._made(key)
         aside = target.with_name(f"{_ASIDE}{os.getpid()}-{target.name}"[:250])
         try:
-            with files.NewFile(aside) as file:
+            with NewFile(aside) as file:
                 for block in blocks:
                     with self._asked():
                         file.write(block)

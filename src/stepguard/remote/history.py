@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepguard.disk import files, schema
+from stepguard.disk.new_file import NewFile
 from stepguard.remote.objects import BLOCK_BYTES, Remote, RemoteObject, read_whole
 from stepguard.remote.pace import Pace
 from stepguard.store import rollback
@@ -132,7 +133,7 @@ class History:
         files.make_dirs(path.parent)
         aside = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
         try:
-            with files.NewFile(aside) as file:
+            with NewFile(aside) as file:
                 for block in self._remote.read(found.key):
                     file.write(block)
             files.fsync_file(aside)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepguard.disk.files import AppendedFile
+from stepguard.disk.appended_file import AppendedFile
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.words import logger
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepguard.disk import files
+from stepguard.disk import files, new_file
 from stepguard.errors import CheckpointError, LogdirInUseError, add_note
 from stepguard.options.checks import check_local
 from stepguard.store import layout as layouts
@@ -147,7 +147,7 @@ class CheckpointStore:
     def repeating(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A block in which the files of the staged checkpoint ``name`` share their bytes with the newest good one.
 
-        Only those do that are equal, byte for byte: see `stepguard.disk.files.repeating`.
+        Only those do that are equal, byte for byte: see `stepguard.disk.new_file.repeating`.
         """
         stage, before = self._stages.get(name, self._layout.stage(name)), self._newest_good
 
@@ -158,7 +158,7 @@ class CheckpointStore:
             inside = path.relative_to(stage).as_posix()
             return self.root / (before + inside[len(name) :]) if inside.startswith(name) else None
 
-        return files.repeating(earlier)
+        return new_file.repeating(earlier)
 
     def discard(self, stage: Path) -> None:
         """Remove a staging directory and its contents. It is no error if it is already gone."""
@@ -179,7 +179,7 @@ class CheckpointStore:
         """Make the staged checkpoint ``name`` durable, and the newest. When it returns, no crash can lose it.
 
         ``digests`` has the sizes and digests of files that were digested during their write
-        (`stepguard.disk.files.NewFile`), by their names in the staging directory; other files are read for that.
+        (`stepguard.disk.new_file.NewFile`), by their names in the staging directory; other files are read for that.
         ``taken_at`` is the Unix time of the snapshot, which counts as the age of the checkpoint: a slow write does not
         make its step newer. ``marks`` are noted of it; a checkpoint that it replaces hands its names on.
 

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from stepguard.coordination.looper import LooperThread
-from stepguard.disk.files import NewFile
+from stepguard.disk.new_file import NewFile
 from stepguard.disk.schema import MOST_DIGITS
 from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import NoBoundaryError

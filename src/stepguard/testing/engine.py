@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.disk.files import NewFile
+from stepguard.disk.new_file import NewFile
 from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse

@@ -24,7 +24,7 @@ from pathlib import Path
 from zlib import crc32
 
 from stepguard.disk import files
-from stepguard.disk.files import AppendedFile
+from stepguard.disk.appended_file import AppendedFile
 from stepguard.watching import trace
 from stepguard.watching.trace import Fork, Item, Mark, Start
 from stepguard.words import logger

@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from stepguard.cli.logdir import addresses
-from stepguard.disk import files, schema
+from stepguard.disk import schema
+from stepguard.disk.new_file import NewFile
 from stepguard.options.checks import check_mirror, is_url
 from stepguard.remote.history import is_history
 from stepguard.remote.objects import Remote, RemoteError
@@ -60,7 +61,7 @@ class Image:
                 file.truncate(self._sizes[key])
 
     def _fetch(self, key: str) -> None:
-        with files.NewFile(self.path / key) as file:
+        with NewFile(self.path / key) as file:
             for block in self.remote.read(key):
                 file.write(block)
 

@@ -26,7 +26,7 @@ import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2, tensor_shape_pb2, tensor_slice_pb2
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
-from stepguard.disk.files import NewFile
+from stepguard.disk.new_file import NewFile
 from stepguard.store import tensorflow_files
 from stepguard.tensorflow.checkpoint.leveldb import masked, table_pieces, varint
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepguard.disk import files
+from stepguard.disk.new_file import NewFile
 from stepguard.store import manifest
 from stepguard.torch.checkpoint import unpickling
 
@@ -53,12 +53,12 @@ def write_file(path: Path, state: Any) -> tuple[int, str]:
     Raises:
         OSError: the disk is full, or fails.
     """
-    with files.NewFile(path) as file:
+    with NewFile(path) as file:
         append(file, state)
     return file.size, file.digest
 
 
-def append(file: files.NewFile, state: Any) -> None:
+def append(file: NewFile, state: Any) -> None:
     """Append one archive of ``torch.save``. Raises OSError: the disk is full, or fails."""
     blocks = _Blocks(file)
     try:
@@ -88,7 +88,7 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
 class _Blocks:
     """The part of a file that ``torch.save`` needs; it splits each write, because a whole tensor comes at once."""
 
-    def __init__(self, file: files.NewFile) -> None:
+    def __init__(self, file: NewFile) -> None:
         self._file = file
         self.error: OSError | None = None
 

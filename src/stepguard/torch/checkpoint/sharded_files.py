@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from stepguard.disk import files
+from stepguard.disk.new_file import NewFile
 from stepguard.errors import CheckpointCorruptError
 from stepguard.torch.checkpoint import unpickling
 from stepguard.torch.checkpoint.files import append
@@ -80,7 +81,7 @@ def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> P
     """Write the parts that ``plan`` assigns to this process. The file is not durable yet."""
     name = f"__{rank}_0.distcp"
     results = []
-    with files.NewFile(directory / name) as file:
+    with NewFile(directory / name) as file:
         for item in plan.items:
             begin = file.size
             data = planner.resolve_data(item)
