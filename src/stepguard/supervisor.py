@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+from stepguard.coordination import process_exit
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.looper import LooperThread
+from stepguard.coordination.outside_stop import OutsideStop
 from stepguard.coordination.services import StepCounter, StepCounterThread, WhileOpen
 from stepguard.coordination.time_limit import TimeLimit
 from stepguard.engine import Engine, EventLog, Prepared, RestsBetweenLoops, SessionT
 from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
+from stepguard.saving.answers import Answers
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
 from stepguard.steps.numbers import as_numbers
@@ -31,16 +32,14 @@ from stepguard.store import CheckpointStore, Recovery
 from stepguard.store.marks import check_name
 from stepguard.watching import trial
 from stepguard.watching.observer import Observer
-from stepguard.watching.requests import SAVE, STOP, Answer, Request
 from stepguard.words import logger
 
 _log = logger(__name__)
 
 # How long the last save may take when the grace period is 0: the last step of a good run is worth a moment.
 _LAST_SAVE_SECS = 5.0
-# How long a process that exits without calling stop() waits for the threads of its run. The last lines of the event log
-# and the ledger get at least _LAST_LINES_SECS of their own, in case a disk has hung until then.
-_EXIT_SECS = 2.0
+# At the exit of a process that has not called stop(), the last lines of the event log and the ledger get at least so
+# long, in case a disk has hung until then.
 _LAST_LINES_SECS = 0.5
 # How long the last lines may take to reach the mirror.
 _LAST_LINES_MIRRORED_SECS = 5.0
@@ -245,7 +244,7 @@ class Supervisor(Generic[SessionT]):
             if self.save_model_secs:
                 threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
         self._is_running()
-        answer = functools.partial(self._answer, sess)
+        answer = Answers(self._engine, sess, coord=self._coord, saver=self._saving)
         self._observer.session_ready(sess, step, self._life.recovered, answer)
         for thread in threads:
             thread.start()
@@ -383,37 +382,8 @@ class Supervisor(Generic[SessionT]):
     def _end_trial_in_time(self, session: SessionT) -> None:
         """Have a trial of `stepguard prove` end exactly at its last step."""
         known = trial.current()
-        if known is None or known.stop_at is None:
-            return
-
-        def ask_stop() -> None:
-            self._coord.ask_stop(trial.REASON)
-            self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
-
-        self._engine.end_at(session, known.stop_at, ask_stop)
-
-    def _answer(self, session: SessionT, request: Request) -> Answer:
-        """Do what was asked from outside. Runs on a thread of its own."""
-        if request.verb == SAVE:
-            return self._saving.save_for(request.name)
-        if request.verb != STOP:
-            return Answer(False, f"expected {SAVE} or {STOP}, found {request.verb!r:.80}")
-
-        def ask_stop() -> None:
-            self._coord.ask_stop("command")
-            self._engine.stop_at_boundary(session, self._coord.main_thread_was_told)
-
-        now = self._engine.step(session)
-        if request.step is None:
-            ask_stop()
-            return Answer(True, f"stops at the next step boundary, after step {now}")
-        engine: object = self._engine
-        if isinstance(engine, RestsBetweenLoops) and not engine.is_alone(session):
-            return Answer(False, "a stop at a given step is for a run of one process; leave --at out")
-        if now is None or request.step <= now:
-            return Answer(False, f"expected a step after the present one, found {request.step}: it is at step {now}")
-        self._engine.end_at(session, request.step, ask_stop)
-        return Answer(True, f"stops after step {request.step}; it is at step {now}")
+        if known is not None and known.stop_at is not None:
+            OutsideStop(self._engine, self._coord, session, trial.REASON).after(known.stop_at)
 
     def _begin_observation(self) -> None:
         if self._is_chief:
@@ -448,7 +418,7 @@ class Supervisor(Generic[SessionT]):
         """
         if self._is_of_parent():
             return
-        _unstopped.discard(self)
+        process_exit.forget(self)
         was_asked = self._coord.should_stop()
         self._coord.end()
         self._observer.stopping()
@@ -521,8 +491,7 @@ class Supervisor(Generic[SessionT]):
         return os.getpid() != self._life.pid
 
     def _is_running(self) -> None:
-        _watch_exit(os.getpid())
-        _unstopped.add(self)
+        process_exit.end_with_process(self, Supervisor._end_with_process)
 
     def _end_with_process(self, deadline: float) -> None:
         """Bring the threads of a run that the program never stopped to rest before the interpreter exits."""
@@ -538,31 +507,13 @@ class Supervisor(Generic[SessionT]):
             failure = error
             _log.error("the program ended without stop(), which would have raised: %s", described(error))
         if self._events is not None:
-            _call_within(max(_LAST_LINES_SECS, deadline - time.monotonic()), self._events.flush)
+            process_exit.call_within(max(_LAST_LINES_SECS, deadline - time.monotonic()), self._events.flush)
         self._observer.end(
             "exit" if failure is None else "error",
             failure,
             within_secs=max(_LAST_LINES_SECS, deadline - time.monotonic()),
         )
         self._saving.leave_mirror(max(_LAST_LINES_SECS, deadline - time.monotonic()))
-
-
-def _call_within(secs: float, function: Callable[[], object]) -> None:
-    """Call ``function`` in a thread and wait ``secs`` for it at most: it may be blocked by a disk that hangs."""
-
-    def call() -> None:
-        try:
-            function()
-        except Exception as error:  # noqa: BLE001 - a thread's edge, and nobody is left to raise it to
-            _log.warning("%s", described(error))
-
-    thread = threading.Thread(target=call, name="stepguard-last-lines", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        call()  # Some versions of Python start no threads while the process exits.
-    else:
-        thread.join(secs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,25 +571,3 @@ class _Block(Generic[SessionT]):
 
     def close(self, session: SessionT) -> None:
         self.supervisor._engine.close(session)
-
-
-_unstopped: weakref.WeakSet[Supervisor[Any]] = weakref.WeakSet()
-
-
-@functools.cache
-def _watch_exit(pid: int) -> None:
-    """Stop the runs that are still open when the process exits, once per process.
-
-    The interpreter ends a daemon thread by force when the thread returns from native code during the exit. C++ takes
-    that for an unhandled exception, and aborts the process.
-    """
-    atexit.register(_end_unstopped, pid)
-
-
-def _end_unstopped(pid: int) -> None:
-    # A forked child inherits this handler, but not the threads of its parent.
-    if os.getpid() != pid:
-        return
-    deadline = time.monotonic() + _EXIT_SECS
-    for supervisor in list(_unstopped):
-        supervisor._end_with_process(deadline)
