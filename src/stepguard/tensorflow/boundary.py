@@ -98,11 +98,6 @@ class Boundary:
         if self._hold is not None:
             self._wait_for_holder(thread, fetches, is_needed=True)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether another thread is in a step."""
-        return bool(self._running_elsewhere(get_ident()))
-
     def pass_by(self, fetches: Any) -> None:
         """Begin a run that is no step. It waits for no holder, but in the main thread it obeys a requested stop.
 
