@@ -229,7 +229,7 @@ def test_a_logdir_that_has_vanished_with_its_filesystem_is_not_made_on_the_one_b
     root = tmp_path / "logdir"
     store = open_store(root)
     hold = store.acquire()
-    monkeypatch.setattr(store, "_device", -1)
+    monkeypatch.setattr(store._logdir, "_device", -1)
     shutil.rmtree(root)
     with pytest.raises(FileNotFoundError):
         save(store, 1)

@@ -12,36 +12,40 @@ import errno
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepguard.disk import files, new_file
-from stepguard.errors import CheckpointError, LogdirInUseError, add_note
+from stepguard.disk import files
+from stepguard.errors import CheckpointError
 from stepguard.options.checks import check_local
+from stepguard.store import (
+    earlier,
+    leftovers,
+    lock,
+    mending,
+    recovery,
+    rollback,
+    staging,
+    stated,
+    statefile,
+    verification,
+)
 from stepguard.store import layout as layouts
-from stepguard.store import leftovers, lock, mending, recovery, rollback, statefile, verification
 from stepguard.store.checkpoint import Checkpoint, Damage, Recovery
+from stepguard.store.held_logdir import HeldLogdir
 from stepguard.store.layout import Layout, SaverFiles
 from stepguard.store.manifest import FileRecord, Manifest
-from stepguard.store.marks import BEST, BestRule, Marks
+from stepguard.store.marks import BestRule, Marks
 from stepguard.store.pins import Pins
 from stepguard.store.retention import Retention
 from stepguard.store.rollback import Rollback
+from stepguard.store.staging import Staging
+from stepguard.store.stated import Stated
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
-
-_MOST_STAGES = 10
-
-
-class NameTakenError(OSError):
-    """A checkpoint cannot get its name, because existing files of that name cannot be removed.
-
-    A checkpoint of another step can still be saved.
-    """
 
 
 class CheckpointStore:
@@ -74,7 +78,6 @@ class CheckpointStore:
         check_local("the directory of a store", root)
         self.root = Path(root)
         self.engine = engine
-        self.relative_paths = relative_paths
         self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
         self.pins = Pins(self._layout, BestRule.of(keep_best))
@@ -83,16 +86,10 @@ class CheckpointStore:
         # Held during each write of a checkpoint here, by the writer or by the program's own saver.
         self.one_save = threading.Lock()
         self._clock = clock
-        self._opened_at = clock()
         self._newest_good: str | None = None
-        self._was_acquired = False
-        self._stages: dict[str, Path] = {}
-        self._has_warned_of_state = False
-        # The newest checkpoint that this run has written into the state file.
-        self._stated: str | None = None
-        self._device: int | None = None
-        # A weak reference, so that a hold that nothing else refers to is given back.
-        self._hold: Callable[[], lock.LogdirHold | None] = lambda: None
+        self._staging = Staging(self._layout)
+        self._stated = Stated(self._layout, relative_paths=relative_paths, opened_at=clock())
+        self._logdir = HeldLogdir(self.root)
 
     @property
     def basename(self) -> str:
@@ -117,54 +114,20 @@ class CheckpointStore:
         same file system.
         """
         self._layout.step_of(name)
-        if not self._was_acquired:
-            files.make_dirs(self.root)
-        elif not self.root.is_dir():
-            self._make_again()
+        self._logdir.make()
         self._keep_hold()
-        stage = self._stages[name] = self._vacant_stage(name)
-        files.make_dir(stage)
-        return stage
-
-    def _vacant_stage(self, name: str) -> Path:
-        """The path of a staging directory that does not exist. An old one is removed first.
-
-        If it cannot be removed (it belongs to another user, or an NFS client has a file in it open), another path is
-        returned.
-        """
-        for number in range(_MOST_STAGES):
-            stage = self._layout.stage(name, number)
-            try:
-                files.remove(stage)
-            except OSError as error:
-                if number == _MOST_STAGES - 1:
-                    raise
-                _log.debug("%s: could not be removed: %s", stage, error)
-            else:
-                break
-        return stage
+        return self._staging.begin(name)
 
     def repeating(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A block in which the files of the staged checkpoint ``name`` share their bytes with the newest good one.
 
         Only those do that are equal, byte for byte: see `stepguard.disk.new_file.repeating`.
         """
-        stage, before = self._stages.get(name, self._layout.stage(name)), self._newest_good
-
-        def earlier(path: Path) -> Path | None:
-            if before is None or before == name or stage not in path.parents:
-                return None
-            # What comes after the checkpoint's name: a suffix, or a file in its directory.
-            inside = path.relative_to(stage).as_posix()
-            return self.root / (before + inside[len(name) :]) if inside.startswith(name) else None
-
-        return new_file.repeating(earlier)
+        return self._staging.repeating(name, self._newest_good)
 
     def discard(self, stage: Path) -> None:
         """Remove a staging directory and its contents. It is no error if it is already gone."""
-        if stage.parent != self.root or not stage.name.startswith(layouts.STAGE):
-            raise ValueError(f"expected a staging directory of {self.root}, got {stage}")
-        files.remove(stage)
+        self._staging.discard(stage)
 
     def commit(
         self,
@@ -187,7 +150,7 @@ class CheckpointStore:
         disk fails: then every other checkpoint is as it was, and one of the same
         name can still be restored. A retry begins with `stage`: what was fsynced in vain must be written again.
         """
-        stage = self._stages.get(name, self._layout.stage(name))
+        stage = self._staging.of(name)
         staged = self._layout.staged(name, list(stage.iterdir()))
         if not staged:
             raise ValueError(f"{stage}: expected the files of {name}, found none; write them before commit")
@@ -202,7 +165,7 @@ class CheckpointStore:
         files.write_durable(aside, manifest.to_json())
         self._keep_hold()
         try:
-            self._set_aside(name, [entry.name for entry in staged])
+            staging.set_aside(self._layout, name, [entry.name for entry in staged])
             self._layout.move_in(staged)
             files.move(aside, self._layout.manifest(name))
             files.fsync_dir(self.root)
@@ -265,40 +228,10 @@ class CheckpointStore:
         step_in_name = self._layout.step_of(name)
         if step_in_name is not None and step_in_name != step:
             raise ValueError(f"{name}: expected step {step_in_name}, got {step}")
-        records = []
-        for path in sorted(path for entry in entries for path in _files_below(place / entry)):
-            inside = path.relative_to(place).as_posix()
-            size, digest = digests.get(inside) or files.digest(path)
-            if size != files.size_of(path):
-                raise OSError(errno.EIO, f"expected the {size} bytes that were written, found another size", str(path))
-            records.append(FileRecord(inside, size, digest))
+        records = staging.records(place, entries, digests)
         counted = (*self._retention.aside, *self._retention.doomed, *self._retention.owned)
         owned = tuple(one.name for one in counted if one.name != name)
-        return Manifest(name, self.engine, step, self._clock(), tuple(records), dict(extra or {}), owned=owned)
-
-    def _set_aside(self, name: str, incoming: Sequence[str]) -> None:
-        """Clear the way for a checkpoint whose name is taken, so that the previous one can still be restored.
-
-        Raises NameTakenError, with nothing removed that could be restored, if something in the way cannot be read or
-        removed.
-        """
-        present = self._layout.present(name)
-        if self._layout.is_candidate(name, present):
-            replaced = self._layout.replaced(name)
-            files.remove(replaced)
-            files.make_dir(replaced)
-            for one in present:
-                files.link_tree(self.root / one, replaced / one)
-            files.fsync_dir(replaced)
-            files.fsync_dir(self.root)
-        # Leftovers of a failed save, onto which no directory could be renamed, or files of another engine.
-        present += [one for one in incoming if one not in present and os.path.lexists(self.root / one)]
-        try:
-            self._layout.remove(name, present)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise NameTakenError(error.errno, f"{name} is in the way: {error.strerror}", error.filename) from error
+        return Manifest(name, self.engine, step, self._clock(), records, dict(extra or {}), owned=owned)
 
     def _committed(self, checkpoint: Checkpoint) -> Checkpoint:
         """Do the work after the manifest. The checkpoint is durable, so a failure here only gives a warning."""
@@ -308,22 +241,8 @@ class CheckpointStore:
         self._retention.add(checkpoint, self.pins.pinned)
         self._set_anchor()
         kept = [one.name for one in self._retention.owned if one.name != checkpoint.name] + [checkpoint.name]
-        try:
-            self._write_state(checkpoint.name, kept, self._retention.anchor)
-        except OSError as error:
-            if not self._has_warned_of_state:
-                _log.warning(
-                    "%s: could not be written (%s): TensorFlow's own tools find %s only once it can be; "
-                    "a restart finds it without",
-                    self.root / statefile.FILE_NAME,
-                    error,
-                    checkpoint.name,
-                )
-            self._has_warned_of_state = True
-        else:
-            self._has_warned_of_state = False
-        files.remove_quietly(self._stages.pop(checkpoint.name, self._layout.stage(checkpoint.name)))
-        files.remove_quietly(self._layout.replaced(checkpoint.name))
+        self._stated.write_after_commit(checkpoint.name, kept, self._retention.anchor)
+        self._staging.end(checkpoint.name)
         return checkpoint
 
     def mark(self, name: str, marks: Marks) -> bool:
@@ -350,49 +269,18 @@ class CheckpointStore:
 
         For a process that is the chief for a moment, and trains nothing.
         """
-        state = statefile.read(self.root)
-        if state is None or name in state.names or name in self.pins.pinned:
-            return
-        step = self._layout.step_of(name)
-        steps = [self._layout.step_of(one) if self._layout.is_name(one) else None for one in state.names]
-        place = next((n for n, one in enumerate(steps) if (one or 0) > (step or 0)), len(steps))
-        names = [*state.names[:place], name, *state.names[place:]]
-        stated, *listed = self._layout.stated([state.newest, *names])
-        statefile.write(
-            self.root.absolute(),
-            stated,
-            listed,
-            last_preserved=state.last_preserved,
-            relative_paths=not state.path.is_absolute(),
-        )
-
-    def _write_state(self, newest: str, kept: Sequence[str], last_preserved: float | None) -> None:
-        stated, *names = self._layout.stated([newest, *kept])
-        statefile.write(self.root, stated, names, last_preserved=last_preserved, relative_paths=self.relative_paths)
-        self._stated = newest
+        stated.insert(self._layout, name, self.pins.pinned)
 
     def _set_anchor(self) -> None:
         if self._retention.keep_every_n_hours is not None and self._retention.anchor is None:
-            self._retention.anchor = self._stored_anchor()
-
-    def _stored_anchor(self) -> float:
-        state = statefile.read(self.root)
-        stored = state.last_preserved if state is not None else None
-        # A time in the future means that the clock was set back. Waiting for it could keep no checkpoint for years.
-        return stored if stored is not None and stored <= self._opened_at else self._opened_at
+            self._retention.anchor = self._stated.anchor()
 
     def point_to(self, checkpoint: Checkpoint) -> None:
         """Have the state file name ``checkpoint`` as the newest, after the ones that it names were moved away."""
         if checkpoint.root != self.root:
             return
         kept = [one.name for one in self.listed_by_state() if one.name != checkpoint.name]
-        state = statefile.read(self.root)
-        try:
-            self._write_state(
-                checkpoint.name, [*kept, checkpoint.name], None if state is None else state.last_preserved
-            )
-        except OSError as error:
-            _log.warning("%s: could not be written: %s", self.root / statefile.FILE_NAME, error)
+        self._stated.point_to(checkpoint.name, kept)
 
     # --- reading ---
 
@@ -421,16 +309,11 @@ class CheckpointStore:
         """
         found = self.candidates()
         self.pins.load(found)
-        known = self.pins.standing
-        if isinstance(asked, str):
-            name = next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
-            meant = [one for one in found if one.name == name]
-        else:
-            meant = [one for one in found if one.step == asked]
-        if meant:
-            return meant[0]
+        meant = self.pins.meant(asked, found)
+        if meant is not None:
+            return meant
         steps = listed(str(one.step) for one in found if one.step is not None)
-        names = listed(known.holders)
+        names = listed(self.pins.standing.holders)
         raise CheckpointError(
             f"{self.root}: expected a checkpoint {asked!r}, found the steps {steps or 'none'}"
             f"{f' and the names {names}' if names else ''}",
@@ -468,23 +351,10 @@ class CheckpointStore:
         checkpoint, but only if another one could be read. Otherwise it is raised, because the disk may recover. An
         error that is not about a file, such as too many open files, is raised too.
         """
-        found = recovery.search(self._layout, attempt, step_held, spare)
-        missing = recovery.missing_by_state(self._layout, found)
-        lost = [] if missing is None else [missing]
-        if found.good is None:
-            if found.unreadable is not None:
-                add_note(found.unreadable, "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged))
-                raise found.unreadable
-            if found.damaged or (missing is not None and self._layout.present(missing.checkpoint.name)):
-                raise recovery.no_good_error(self._layout, [*lost, *found.damaged])
-            return Recovery(None, tuple(lost))
-        self._newest_good = found.good.name
-        damaged = found.damaged
-        if quarantine:
-            damaged = tuple(
-                replace(self.quarantine(one.checkpoint, one.reason), is_gone=one.is_gone) for one in damaged
-            )
-        return Recovery(found.good, (*lost, *damaged), found.passed_over)
+        found = recovery.newest_good(self._layout, attempt, step_held, spare, moves_damaged=quarantine)
+        if found.checkpoint is not None:
+            self._newest_good = found.checkpoint.name
+        return found
 
     def mend(self, checkpoint: Checkpoint, fetch: Callable[[FileRecord, Path], None]) -> list[str]:
         """Replace the files of a checkpoint that differ from its manifest, and return their names.
@@ -507,13 +377,13 @@ class CheckpointStore:
         Only for the chief. Raises OSError if the disk fails; the next start then does the rest.
         """
         done = rollback.roll_back(self._layout, to, str(asked), by_program=by_program)
-        self._newest_good = self._stated = to.name
+        self._newest_good = self._stated.newest = to.name
         return done
 
     @property
     def is_chief(self) -> bool:
         """Whether this store holds the chief's lock, because its run saves here."""
-        return self._hold() is not None
+        return self._logdir.is_held
 
     # --- retention ---
 
@@ -522,19 +392,8 @@ class CheckpointStore:
 
         This is for an earlier run's checkpoints, as the Saver's ``recover_last_checkpoints``: see `adopt_earlier`.
         """
-        found = [self._with_commit_time(one) for one in checkpoints if one.root == self.root]
+        found = [earlier.with_commit_time(self._layout, one) for one in checkpoints if one.root == self.root]
         self._retention.adopt(found, self.pins.pinned)
-
-    def _with_commit_time(self, checkpoint: Checkpoint) -> Checkpoint:
-        # If the logdir was copied, its files have the time of the copy, so the manifest's time is used.
-        manifest = self._manifest_of(checkpoint)
-        return checkpoint if manifest is None else replace(checkpoint, time=manifest.time)
-
-    def _manifest_of(self, checkpoint: Checkpoint) -> Manifest | None:
-        try:
-            return self.read_manifest(checkpoint)
-        except (CheckpointError, OSError):
-            return None  # Damage does not matter here.
 
     @property
     def owned(self) -> tuple[Checkpoint, ...]:
@@ -546,7 +405,7 @@ class CheckpointStore:
         state = statefile.read(self.root)
         if state is None:
             return []
-        return _listed(state, self.candidates())
+        return earlier.listed(state, self.candidates())
 
     def adopt_earlier(self) -> list[Checkpoint]:
         """Own the checkpoints that an earlier run owned, and return them, oldest first.
@@ -558,15 +417,12 @@ class CheckpointStore:
         state = statefile.read(self.root)
         found = self.candidates()
         self.pins.load(found)
-        if state is None or not (owned := _listed(state, found)):
-            counted = [one for one in found if one.is_committed and one.name not in self.pins.pinned]
-            owned = counted[: self._retention.max_to_keep or None][::-1]
-        else:
-            owned = self._with_what_a_kill_left(owned, found)
+        most = self._retention.max_to_keep
+        owned = earlier.owned(self._layout, state, found, pinned=self.pins.pinned, most=most)
         names = {one.name for one in owned}
         pinned = [one for one in reversed(found) if one.name in self.pins.pinned and one.name not in names]
         self.adopt([*pinned, *owned])
-        if self._hold() is None:
+        if not self._logdir.is_held:
             return owned
         self._set_anchor()
         self._retention.trim()
@@ -576,27 +432,11 @@ class CheckpointStore:
             is_there = state is not None and state.newest in {*(one.name for one in kept), *self.pins.pinned}
             if state is not None and is_stale and kept and not is_there:
                 # Before it is removed.
-                self._write_state(kept[-1].name, [one.name for one in kept], state.last_preserved)
+                self._stated.write(kept[-1].name, [one.name for one in kept], state.last_preserved)
             self.prune()
         except OSError as error:
             _log.warning("what the run before has kept too many could not be removed: %s", error)
         return kept
-
-    def _with_what_a_kill_left(self, listed: Sequence[Checkpoint], found: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """The listed checkpoints, with those that a kill kept out of the state file.
-
-        Before them come those that were no longer listed but not yet removed; after them those that were committed but
-        not yet listed.
-        """
-        # By their names: thousands of checkpoints are compared with thousands.
-        names = {one.name for one in listed}
-        others = [self._with_commit_time(one) for one in found if one.is_committed and one.name not in names]
-        newest = max(self._with_commit_time(one).time for one in listed)
-        late = sorted((one for one in others if one.time > newest), key=lambda one: one.time)
-        manifest = self._manifest_of((late or listed)[-1])
-        owned = set() if manifest is None else {*manifest.owned} - {one.name for one in late}
-        doomed = sorted((one for one in others if one.name in owned), key=lambda one: one.time)
-        return [*doomed, *listed, *late]
 
     def prune(self, *, protect: Iterable[str] = ()) -> list[Checkpoint]:
         """Remove the checkpoints that the retention rules drop, and return them. Call this after a commit.
@@ -609,7 +449,7 @@ class CheckpointStore:
         if self.pins.forget_missing():
             self._retention.pin(self.pins.pinned)
         # If the state file could not be rewritten, keep what it names; else TensorFlow's own tools would find nothing.
-        doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated})
+        doomed = self._retention.take_doomed({*protect, self._newest_good, self._stated.newest})
         files_of = self._layout.grouped() if doomed else {}
         for number, one in enumerate(doomed):
             try:
@@ -627,25 +467,10 @@ class CheckpointStore:
         names = [one.name for one in doomed]
         if newest_good.name in names:
             raise ValueError(f"{newest_good.path}: the newest good checkpoint is never removed")
-        self._drop_from_state(set(names), newest_good.name)
+        stated.drop(self._layout, set(names), newest_good.name)
         files_of = self._layout.grouped()
         for name in names:
             self._take_away(name, self._layout.present(name, files_of.get(name, ())))
-
-    def _drop_from_state(self, names: set[str], newest_good: str) -> None:
-        state = statefile.read(self.root)
-        if state is None or not names & {state.newest, *state.names}:
-            return
-        newest = newest_good if state.newest in names else state.newest
-        kept = [one for one in state.names if one not in names]
-        stated, *listed = self._layout.stated([newest, *(kept if newest in kept else [*kept, newest])])
-        statefile.write(
-            self.root.absolute(),
-            stated,
-            listed,
-            last_preserved=state.last_preserved,
-            relative_paths=not state.path.is_absolute(),
-        )
 
     def _take_away(self, name: str, present: Sequence[str]) -> None:
         self._layout.remove(name, present, manifest_to=self.root / (layouts.PRUNED + name))
@@ -659,34 +484,12 @@ class CheckpointStore:
 
         Raises LogdirInUseError if another process is the chief.
         """
-        files.make_dirs(self.root)
-        hold = lock.acquire(self.root)
-        self._was_acquired = True
-        self._device = self.root.stat().st_dev
-        self._hold = weakref.ref(hold)
-        return hold
-
-    def _make_again(self) -> None:
-        """Make a vanished logdir again, unless its file system has vanished too.
-
-        In that case a new directory would fill the disk below the mount point, unseen.
-        """
-        try:
-            is_filesystem_there = self.root.parent.stat().st_dev == self._device
-        except FileNotFoundError:
-            return
-        if is_filesystem_there:
-            files.make_dirs(self.root)
-            _log.warning("%s: the logdir was removed while a run trains here; it is made again, empty", self.root)
+        return self._logdir.acquire()
 
     def _keep_hold(self) -> None:
         """Renew the lock: the logdir may have been cleared or made again, and another process may be its chief now."""
-        hold = self._hold()
-        if hold is None or not hold.renew():
+        if not self._logdir.renew():
             return
-        _log.warning(
-            "%s: the lock of this run was removed, as when it is cleared; it is locked again, and saved to", self.root
-        )
         left = {one.name for one in self.candidates()}
         self._retention.adopt([one for one in self._retention.owned if one.name in left])
 
@@ -702,20 +505,9 @@ class CheckpointStore:
             # The saver prunes by its own count, and leaves the manifests of what it has removed.
             self.forget_removed()
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[bool]:
+    def holding(self) -> contextlib.AbstractContextManager[bool]:
         """A block that gets whether this process is the only possible chief of the logdir while the block lasts."""
-        if self._hold() is not None:
-            yield True
-            return
-        try:
-            hold = lock.acquire(self.root)
-        except (LogdirInUseError, OSError) as error:
-            _log.debug("not the chief of this logdir: %s", error)
-            yield False
-            return
-        with hold:
-            yield True
+        return self._logdir.holding()
 
     def sweep(self) -> list[Path]:
         """Finish or remove the unfinished saves and removals of a killed chief, and return the paths that are gone.
@@ -735,14 +527,3 @@ class CheckpointStore:
         except OSError as error:
             _log.warning("%s: what a run that was killed has left could not be put in order: %s", self.root, error)
         return swept
-
-
-def _listed(state: statefile.CheckpointState, found: Sequence[Checkpoint]) -> list[Checkpoint]:
-    by_name = {one.name: one for one in found}
-    return [by_name[name] for name in state.names if name in by_name]
-
-
-def _files_below(path: Path) -> Iterable[Path]:
-    if not path.is_dir():
-        return [path]
-    return [Path(directory, name) for directory, _, names in os.walk(path) for name in names]

@@ -12,7 +12,7 @@ from stepguard.store import verification
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.layout import Layout
 from stepguard.store.manifest import Manifest
-from stepguard.store.marks import BestRule, Marked, Marks, Standing, standing
+from stepguard.store.marks import BEST, BestRule, Marked, Marks, Standing, standing
 
 
 class Pins:
@@ -82,6 +82,14 @@ class Pins:
     def pinned(self) -> frozenset[str]:
         """The names of the pinned checkpoints."""
         return self.standing.pinned
+
+    def meant(self, asked: int | str, found: Iterable[Checkpoint]) -> Checkpoint | None:
+        """Return the one of ``found`` that is of this step, is the ``"best"``, or has this name; None if none is."""
+        if not isinstance(asked, str):
+            return next((one for one in found if one.step == asked), None)
+        known = self.standing
+        name = next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
+        return next((one for one in found if one.name == name), None)
 
     def would_be_best(self, name: str, value: float) -> bool:
         """Whether the checkpoint ``name``, with this value of the metric, is or would be one of the best."""

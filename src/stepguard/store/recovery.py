@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from stepguard.disk import files
-from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError, NoGoodCheckpointError, add_note
 from stepguard.store import manifest, statefile, verification
-from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, split_name
+from stepguard.store.checkpoint import Checkpoint, Damage, PassedOver, Recovery, split_name
 from stepguard.store.layout import Layout
 from stepguard.words import listed, logger
 
@@ -35,7 +35,7 @@ class Spare(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class _Search:
     """The result of a search: the good checkpoint, the damaged ones, and the first error of an unreadable disk."""
 
     good: Checkpoint | None
@@ -89,13 +89,35 @@ def _committed_at(layout: Layout, checkpoint: Checkpoint) -> float:
     return checkpoint.time if manifest is None else manifest.time
 
 
-def search(
+def newest_good(
     layout: Layout,
     attempt: Callable[[Checkpoint], None] | None,
-    step_held: StepHeld | None = None,
-    spare: Spare | None = None,
-) -> Search:
-    """Try the candidates from newest to oldest, and move nothing. Raises as `CheckpointStore.newest_good` does.
+    step_held: StepHeld | None,
+    spare: Spare | None,
+    *,
+    moves_damaged: bool,
+) -> Recovery:
+    """Find the newest good checkpoint, and move the damaged newer ones away. See `CheckpointStore.newest_good`."""
+    found = _search(layout, attempt, step_held, spare)
+    missing = _missing_by_state(layout, found)
+    lost = [] if missing is None else [missing]
+    if found.good is None:
+        if found.unreadable is not None:
+            add_note(found.unreadable, "; ".join(f"{one.checkpoint.path}: {one.reason}" for one in found.damaged))
+            raise found.unreadable
+        if found.damaged or (missing is not None and layout.present(missing.checkpoint.name)):
+            raise _no_good_error(layout, [*lost, *found.damaged])
+        return Recovery(None, tuple(lost))
+    damaged = found.damaged
+    if moves_damaged:
+        damaged = tuple(replace(quarantine(layout, one.checkpoint, one.reason), is_gone=one.is_gone) for one in damaged)
+    return Recovery(found.good, (*lost, *damaged), found.passed_over)
+
+
+def _search(
+    layout: Layout, attempt: Callable[[Checkpoint], None] | None, step_held: StepHeld | None, spare: Spare | None
+) -> _Search:
+    """Try the candidates from newest to oldest, and move nothing.
 
     A damaged one is mended from ``spare`` and tried again; before an older one is tried, ``spare`` brings what it has
     in between.
@@ -120,8 +142,8 @@ def search(
                 if spare is not None and spare.bring(left[number + 1] if number + 1 < len(left) else None):
                     break
             else:
-                return Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
-    return Search(None, tuple(damaged), unreadable)
+                return _Search(good, tuple(damaged), unreadable, _passed_over(good, left, tried))
+    return _Search(None, tuple(damaged), unreadable)
 
 
 def _proven(
@@ -170,7 +192,7 @@ def _passed_over(
     return tuple(found)
 
 
-def missing_by_state(layout: Layout, found: Search) -> Damage | None:
+def _missing_by_state(layout: Layout, found: _Search) -> Damage | None:
     """Return the checkpoint that the state file names as the newest, if it is missing and newer than the one found."""
     state = statefile.read(layout.root)
     if state is None or not layout.is_name(state.newest):
@@ -188,7 +210,7 @@ def missing_by_state(layout: Layout, found: Search) -> Damage | None:
     return Damage(Checkpoint(layout.root, name, step, 0.0, False), reason, is_gone=not present)
 
 
-def no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
+def _no_good_error(layout: Layout, damaged: Sequence[Damage]) -> NoGoodCheckpointError:
     """Return the error for a logdir in which every checkpoint is damaged."""
     reasons = listed((f"{one.checkpoint.path}: {one.reason}" for one in damaged), separator="; ")
     return NoGoodCheckpointError(
