@@ -387,7 +387,7 @@ def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0
             train_op = gradients.apply_grad(1.0, local_step=10**6)
         v1.train.add_queue_runner(v1.train.QueueRunner(queue, [filling]))
         options = {"watching": Watching(peer_timeout_secs=2)} if kind == "silent" else {}
-        sv = Supervisor(logdir=logdir, save_summaries_secs=0, summary_op=None, stop_grace_secs=2, **options)
+        sv = Supervisor(logdir=logdir, save_summaries_secs=0, summary_op=None, stop_grace_secs=5, **options)
         states_at_end.end(
             state,
             sv,

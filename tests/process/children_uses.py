@@ -21,6 +21,8 @@ from stepguard.tensorflow import SessionManager, Supervisor
 v1 = tf.compat.v1
 
 STEPS = 60
+# Where a program that is to get a signal waits until that was sent.
+_HOLD_AT = 50
 _STEP_SECS = 0.01
 _TIMES = {"save_model_secs": 0.15, "save_summaries_secs": 0.15, "stop_grace_secs": 20}
 
@@ -59,6 +61,8 @@ class Model:
         done = int(session.run(self.train_op))
         report("step", done=done)
         time.sleep(_STEP_SECS)
+        while done >= _HOLD_AT and not _may_go_on():
+            time.sleep(_STEP_SECS)
         return done
 
     def loop(self, sv: Any, session: Any) -> None:
@@ -351,8 +355,17 @@ USES: dict[str, Callable[[Side, str], None]] = {
 }
 
 
-def use(name: str, side: str, logdir: str) -> None:
-    """Run one of the programs."""
+_hold_until: str | None = None
+
+
+def _may_go_on() -> bool:
+    return _hold_until is None or os.path.exists(_hold_until)
+
+
+def use(name: str, side: str, logdir: str, hold_until: str | None) -> None:
+    """Run one of the programs; it does its last steps when the file ``hold_until`` is there."""
+    global _hold_until
+    _hold_until = hold_until
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     v1.disable_eager_execution()
     with tf.Graph().as_default():

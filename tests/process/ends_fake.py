@@ -21,6 +21,6 @@ if importlib.util.find_spec("xxhash") is None:
 
 if __name__ == "__main__":
     sv = FakeSupervisor(
-        sys.argv[2], save_model_secs=0.01, save_summaries_secs=0.01, stopping=Stopping(stop_grace_secs=2)
+        sys.argv[2], save_model_secs=0.01, save_summaries_secs=0.01, stopping=Stopping(stop_grace_secs=6)
     )
     states_at_end.end(sys.argv[1], sv, sv.prepare_or_wait_for_session, sv.managed_session, FakeSession.run_step)

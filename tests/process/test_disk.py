@@ -366,7 +366,7 @@ def calls_of_a_save(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     one.save()
     counting.arm()
     one.save()
-    one.writer.close(10)
+    one.writer.close(60)
     return counting.calls
 
 
@@ -392,7 +392,7 @@ def test_an_error_at_any_call_of_a_save_is_survived_by_trying_again(
         saved = [each.step for each in one.store.candidates()]
         assert saved[:2] == [3, 2], where
         one.save()
-        one.writer.close(10)
+        one.writer.close(60)
 
         assert one.errors == [], where
         # A step that is saved is not called unsaved because the state file, the last that is opened, could not be
@@ -430,7 +430,7 @@ def test_errors_at_all_calls_from_any_one_on_leave_the_checkpoints_before_as_the
         one.save()
         failing.arm()
         one.save()
-        one.writer.close(10)
+        one.writer.close(60)
 
         where = f"call {at}: {calls[at - 1]}"
         breaks.put_under_files(os, monkeypatch.setattr)
@@ -450,7 +450,7 @@ def test_errors_at_all_calls_from_any_one_on_leave_the_checkpoints_before_as_the
         next_run = Save(logdir)
         assert next_run.session.step == recovery.checkpoint.step
         assert next_run.save() == recovery.checkpoint.step + 1
-        next_run.writer.close(10)
+        next_run.writer.close(60)
 
 
 def test_a_disk_that_is_slow_at_every_call_delays_a_save_and_not_the_steps(

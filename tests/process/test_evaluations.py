@@ -10,7 +10,7 @@ from zygote import Zygote, wait_until
 
 from stepguard.store import CheckpointStore
 
-GRACE_SECS = 1.0
+GRACE_SECS = 2.0
 
 
 def committed(logdir: Path) -> list[int | None]:
@@ -24,6 +24,7 @@ def test_a_boundary_that_is_reached_after_the_grace_period_is_saved(
     child = torch_children.start("evaluates", logdir=str(tmp_path), place="step", secs=3 * GRACE_SECS, is_told=is_told)
     child.wait_for("evaluating")
     child.send(signal.SIGTERM)
+    (tmp_path / "told").touch()
 
     assert child.wait() == -signal.SIGTERM, child.output
     assert max(committed(tmp_path)) == 10
@@ -39,6 +40,7 @@ def test_between_two_loops_the_last_step_is_saved_as_soon_as_sigterm_comes(
     child = torch_children.start("evaluates", logdir=str(tmp_path), place="between", secs=3600, is_told=True)
     child.wait_for("evaluating")
     child.send(signal.SIGTERM)
+    (tmp_path / "told").touch()
     wait_until(lambda: 10 in committed(tmp_path), "the checkpoint of the last step")
     child.kill()
 
@@ -52,6 +54,7 @@ def test_an_epoch_whose_end_outlives_the_grace_period_is_not_done_again(torch_ch
     child = torch_children.start("evaluates", logdir=str(tmp_path), place="between", secs=3 * GRACE_SECS, is_told=False)
     child.wait_for("evaluating")
     child.send(signal.SIGTERM)
+    (tmp_path / "told").touch()
 
     assert child.wait() == -signal.SIGTERM, child.output
     again = torch_children.start("evaluates", logdir=str(tmp_path), place="between", secs=0, is_told=False)

@@ -93,7 +93,7 @@ class TestSigterm:
     def test_ends_a_run_whose_main_thread_waits_for_input_that_nobody_ends(
         self, tensorflow_children: Zygote, tmp_path: Path
     ) -> None:
-        child = start(tensorflow_children, tmp_path, "blocked", stop_grace_secs=1)
+        child = start(tensorflow_children, tmp_path, "blocked", stop_grace_secs=4)
 
         child.send(signal.SIGTERM)
 
@@ -103,7 +103,7 @@ class TestSigterm:
     def test_ends_a_run_whose_main_thread_waits_for_something_else(
         self, tensorflow_children: Zygote, tmp_path: Path
     ) -> None:
-        child = start(tensorflow_children, tmp_path, "sleeps", stop_grace_secs=0.5)
+        child = start(tensorflow_children, tmp_path, "sleeps", stop_grace_secs=4)
 
         child.send(signal.SIGTERM)
 

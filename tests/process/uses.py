@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import tensorflow as tf
 from children_uses import STEPS, USES
-from zygote import SOON_SECS, Zygote
+from zygote import SOON_SECS, Zygote, wait_until
 
 SIDES = ("tensorflow", "stepguard")
 # A signal comes when so many steps were done: the first checkpoint is there, and the last steps are not in it.
@@ -55,14 +55,26 @@ def on_disk(logdir: Path) -> int:
     return int(tf.train.load_checkpoint(newest).get_tensor("done")) if newest else 0
 
 
+def has_saved(logdir: Path) -> bool:
+    try:
+        return on_disk(logdir) > 0
+    except tf.errors.OpError:
+        return False  # One takes the place of another just now.
+
+
 def run(zygote: Zygote, use: str, side: str, logdir: Path, signal: int | None = None) -> Run:
     """One process, with a signal at step ``SIGNAL_AT`` if there is one."""
     since = time.monotonic()
-    child = zygote.start("use", name=use, side=side, logdir=str(logdir))
+    go_on = logdir.with_suffix(".go-on")
+    hold_until = None if signal is None else str(go_on)
+    child = zygote.start("use", name=use, side=side, logdir=str(logdir), hold_until=hold_until)
     if signal is not None:
         child.wait_for("step", count=SIGNAL_AT)
+        # Its timer has saved before, unless the disk is slow; it does so while it waits, too.
+        wait_until(lambda: has_saved(logdir), "a checkpoint")
         since = time.monotonic()
         child.send(signal)
+        go_on.touch()
     status = child.wait(2 * SOON_SECS)
     secs = time.monotonic() - since
     seen = [one["done"] for one in child.reports() if one["kind"] in ("began", "step")]

@@ -35,7 +35,8 @@ def train(logdir: str | None, **options: object) -> None:
                 raise ValueError("no such digit: 10")
             if sess.step == LAST.get(WAY):
                 break
-            time.sleep(STEP_SECS)
+            # The kills of one that is proven are to come before its end on a busy machine, too.
+            time.sleep(0.01 if WAY == "right" else STEP_SECS)
             since_start += 1
             sess.loss = float(sess.step + (since_start if WAY == "forgets" else 0))
             if WAY == "random":

@@ -246,7 +246,7 @@ class TestAStepThatDoesNotEnd:
         with pytest.raises(NoBoundaryError, match=r"a checkpoint.*the_stuck_run"), boundary.hold("a checkpoint"):
             raise AssertionError("there is no boundary")
 
-        assert 0.2 <= time.monotonic() - began < 20
+        assert 0.2 <= time.monotonic() - began < 45
         stuck.end()
 
     def test_is_not_in_the_way_of_other_steps_any_more(self, boundary, threads):
@@ -263,7 +263,7 @@ class TestAStepThatDoesNotEnd:
             pass
 
     def test_may_last_as_long_as_others_have_before_it(self, boundary, threads):
-        boundary._longest_secs = 0.5
+        boundary._longest_secs = 20.0
         slow = Step(boundary, threads)
         assert slow.began.wait(60)
         ending = threading.Timer(0.6, slow.end)

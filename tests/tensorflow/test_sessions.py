@@ -120,7 +120,7 @@ class TestBlockedThreads:
             assert "the last steps are not saved" in caplog.text
             assert "train_on_input" in caplog.text
             # The end of the session is the end of what it blocks.
-            assert isinstance(training.exception(20), (tf.errors.CancelledError, RuntimeError))
+            assert isinstance(training.exception(60), (tf.errors.CancelledError, RuntimeError))
 
     def test_a_summary_that_waits_for_input_holds_up_no_checkpoint(self, graph, tmp_path):
         step = counting_step()
