@@ -76,12 +76,13 @@ def test_a_stop_long_ago_leaves_the_whole_grace_period_to_join(coord: Coordinato
 
 
 def test_all_threads_share_one_deadline(coord: Coordinator, threads: Threads) -> None:
-    working = [threads.stubborn(f"stubborn-{number}") for number in range(5)]
+    # With a deadline each they would be waited for for a minute.
+    working = [threads.stubborn(f"stubborn-{number}") for number in range(120)]
     coord.request_stop()
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="stubborn-0, stubborn-1, stubborn-2, stubborn-3, stubborn-4"):
+    with pytest.raises(RuntimeError, match="stubborn-0, stubborn-1, stubborn-2, "):
         coord.join(working, stop_grace_period_secs=0.5)
-    assert 0.45 < time.monotonic() - began < 5 * 0.45
+    assert 0.45 < time.monotonic() - began < 30
     assert coord.joined
 
 

@@ -17,7 +17,7 @@ def run_program(program: str, *, env: dict[str, str] | None = None) -> str:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -25,14 +25,14 @@ def run_program(program: str, *, env: dict[str, str] | None = None) -> str:
 
 
 HAMMER = """
-    import itertools, signal, threading, time
+    import signal, threading, time
     from stepguard.coordination.coordinator import Coordinator
 
     coord = Coordinator()
-    signals = itertools.count()
+    signals = []
 
     def strike(*_):
-        next(signals)
+        signals.append(None)
         coord.should_stop()
         coord.request_stop()
         coord.wait_for_stop(0.01)
@@ -42,11 +42,10 @@ HAMMER = """
     signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
     deadline = time.monotonic() + 3
     rounds = 0
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or len(signals) <= 300:
         rounds += 1
         {work}
     signal.setitimer(signal.ITIMER_REAL, 0, 0)
-    assert next(signals) > 300, signals
     print("survived", rounds)
 """
 

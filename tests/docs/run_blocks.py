@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-_LONGEST_SECS = 60
+_LONGEST_SECS = 150
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         processes.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
     found = {"world": {"folder": root / "world"}}
     for process in processes:
-        found.update({one["name"]: one for one in json.loads(process.communicate(timeout=250)[0])})
+        found.update({one["name"]: one for one in json.loads(process.communicate(timeout=350)[0])})
     return found
 
 

@@ -166,6 +166,11 @@ def end_epoch(epoch: int, args: argparse.Namespace) -> None:
     with ends.open("a") as lines:
         lines.write(f"{epoch}\n")
     if args.kill_in_end == f"{rank}:{epoch}" and ends.read_text().split().count(str(epoch)) == 1:
+        # The end of the others has begun as well: what ends this process ends them soon after.
+        for one in range(dist.get_world_size()):
+            others = args.logdir.with_suffix(f".ends-{one}")
+            while not others.exists() or str(epoch) not in others.read_text().split():
+                time.sleep(0.01)
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
 

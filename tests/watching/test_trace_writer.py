@@ -334,7 +334,7 @@ def test_a_step_does_not_wait_while_a_disk_is_tried_again(
     assert tries.wait(60)
     steps = threading.Thread(target=lambda: [writer.add(NUMBERS, 2, 0, {"new": 0.5}), writer.note(Mark(3, 6))])
     steps.start()
-    steps.join(5)
+    steps.join(30)
     has_waited = steps.is_alive()
     goes_on.set()
     steps.join()
