@@ -494,9 +494,11 @@ class TestOneThatLeaves:
 
     @pytest.mark.parametrize("is_working", [True, False])
     def test_at_the_beginning_of_a_step_ends_the_chief_in_it_unless_that_works(self, is_working, monkeypatch):
-        # Long enough that a busy machine gives a thread that works a twentieth of a processor.
         stuck_secs = 2.0 if is_working else 0.5
         monkeypatch.setattr(rendezvous, "_STUCK_ELSEWHERE_SECS", stuck_secs)
+        if is_working:
+            # A very busy machine gives a thread that works less than a twentieth of a processor.
+            monkeypatch.setattr(rendezvous, "_WORKING_SHARE", 0.005)
         fleet = Fleet(2)
         fleet.start()
         fleet.run_steps(3)
