@@ -19,7 +19,7 @@ from stepguard.watching import ledger
 STOPPINGS = {
     "choose": Stopping(exit_codes={"stopped": 75, "finished": 10, "error": 11}),
     "usr2": Stopping(signals=[signal.SIGUSR2, signal.SIGINT]),
-    "limit": Stopping(after_secs=0.3),
+    "limit": Stopping(after_secs=2.0),
 }
 
 
