@@ -444,7 +444,7 @@ def test_the_page_of_options_says_which_of_them_a_jax_program_is_refused(tmp_pat
             except ValueError:
                 refused.append(one.name)
     assert refused == [one[1].strip("`") for one in cells if "JAX" in one[5]]
-    assert refused == ["peer_timeout_secs", "hyperparameters"]
+    assert refused == ["frozen_apart", "peer_timeout_secs", "hyperparameters"]
 
 
 # --- the site ---
