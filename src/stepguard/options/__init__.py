@@ -269,8 +269,9 @@ class Restoring(_Group):
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, because starting over throws the run away.
         step: which checkpoint a start goes on from, instead of the newest: its step, ``"best"`` (see
-            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it. A run that saves puts the
-            newer ones into ``aside/`` in its logdir, once: its later starts with the same value go on with the newest.
+            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it, here or in the mirror. A
+            run that saves puts the newer ones into ``aside/`` in its logdir, once: its later starts with the same value
+            go on with the newest.
         hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
             the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
             the difference in either case. For PyTorch.
