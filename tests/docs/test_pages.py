@@ -42,6 +42,7 @@ NOT_RUN = {
     ("docs/from-lightning.md", "trainer.fit("): "the gate installs no Lightning: it is what the reader comes from",
     ("docs/recipes/wandb.md", "import wandb"): "the gate has no W&B: test_recipes.py runs it with a fake one",
     ("docs/recipes/mlflow.md", "import mlflow"): "the gate has no MLflow: test_recipes.py runs it with a fake one",
+    ("docs/recipes/after-commit.md", "import subprocess"): "they need a repository: test_recipes.py runs them",
     ("docs/from-supervisor.md", "-m package.train"): "a package of the reader's; -m is in tests/tensorflow",
 }
 
