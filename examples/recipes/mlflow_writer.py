@@ -20,6 +20,10 @@ class MLflowWriter:
         """Called by the Supervisor for each number. MLflow keeps both values of a step that is done again."""
         self._client.log_metric(self._run_id, tag, float(value), step=global_step or 0)
 
+    def keep(self, committed):
+        """A checkpoint as artifacts of the run: ``Saving(on_commit=writer.keep)``. For PyTorch and JAX."""
+        self._client.log_artifacts(self._run_id, str(committed.path), f"checkpoints/{committed.path.name}")
+
     def flush(self):
         """Nothing is kept back."""
 

@@ -23,6 +23,14 @@ class WandbWriter:
         """Called by the Supervisor for each number of ``sess.summary`` and ``summaries=``."""
         self._run.log({tag: float(value), "step": global_step})
 
+    def keep(self, committed):
+        """A checkpoint as an artifact of the run: ``Saving(on_commit=writer.keep)``. For PyTorch and JAX."""
+        known = {"step": committed.step, **committed.metrics}
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata=known)
+        artifact.add_dir(str(committed.path))
+        # The call lasts until all is sent: so long, the checkpoint is not pruned.
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{committed.step}", *committed.names]).wait()
+
     def flush(self):
         """W&B sends in the background."""
 

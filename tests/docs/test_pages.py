@@ -42,6 +42,7 @@ NOT_RUN = {
     ("docs/from-lightning.md", "trainer.fit("): "the gate installs no Lightning: it is what the reader comes from",
     ("docs/recipes/wandb.md", "import wandb"): "the gate has no W&B: test_recipes.py runs it with a fake one",
     ("docs/recipes/mlflow.md", "import mlflow"): "the gate has no MLflow: test_recipes.py runs it with a fake one",
+    ("docs/recipes/after-commit.md", "import subprocess"): "they need a repository: test_recipes.py runs them",
     ("docs/from-supervisor.md", "-m package.train"): "a package of the reader's; -m is in tests/tensorflow",
 }
 
@@ -444,7 +445,7 @@ def test_the_page_of_options_says_which_of_them_a_jax_program_is_refused(tmp_pat
             except ValueError:
                 refused.append(one.name)
     assert refused == [one[1].strip("`") for one in cells if "JAX" in one[5]]
-    assert refused == ["peer_timeout_secs", "hyperparameters"]
+    assert refused == ["frozen_apart", "peer_timeout_secs", "hyperparameters"]
 
 
 # --- the site ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import runpy
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from pages import ALL, ROOT
 
-from stepguard import Stopping
+from stepguard import Saving, Stopping
 from stepguard.cli.launcher.launcher import CANNOT_EXECUTE, CRASH_LOOP_EXIT, NOT_FOUND, USAGE
 from stepguard.cli.main import cli
 from stepguard.stops import STOPPED_EXIT
@@ -267,3 +268,105 @@ def test_all_starts_of_a_run_are_one_run_of_the_tracker(tmp_path, monkeypatch, n
     else:
         assert [called for called, _ in said].count("create_run") == 1
         assert [given for called, given in said if called == "log_metric"] == [("id of mlflow", "loss", 0.5)] * 2
+
+
+# --- after a commit ---
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """What `on_commit` is given: a checkpoint of a small model."""
+    torch = pytest.importorskip("torch")
+    from stepguard.torch import Supervisor
+
+    seen = []
+    saving = Saving(save_model_secs=0, save_at_end=True, on_commit=seen.append)
+    with Supervisor({"model": torch.nn.Linear(2, 1)}, tmp_path / "run", saving=saving).managed_session() as sess:
+        for _ in sess.steps(max_steps=3):
+            sess.metrics({"val_loss": 0.5})
+    return seen[-1]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The file in which a fake `dvc` notes its calls; `stepguard` is the one under test."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    stub(place, "stepguard", f'exec "{sys.executable}" -c "from stepguard.cli.main import main; main()" "$@"')
+    stub(place, "dvc", f'echo "$*" >> "{tmp_path / "calls"}"')
+    monkeypatch.setenv("PATH", f"{place}:/usr/bin:/bin")
+    return tmp_path / "calls"
+
+
+def run_recipe(name):
+    return runpy.run_path(str(RECIPES / f"{name}.py"))
+
+
+def weights_in(path):
+    from safetensors.torch import load_file
+
+    return {name: tuple(one.shape) for name, one in load_file(path).items()}
+
+
+def test_each_commit_is_one_of_the_hub(committed, commands, monkeypatch):
+    pushed = []
+
+    class Api:
+        def create_repo(self, repository, *, exist_ok, private):
+            pushed.append((repository, exist_ok, private))
+
+        def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo, commit_message):
+            pushed.append((repo_id, weights_in(path_or_fileobj), path_in_repo, commit_message))
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.HfApi = Api
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    run_recipe("push_to_hub")["PushToHub"]("someone/digits", private=True)(committed)
+    shapes = {"weight": (1, 2), "bias": (1,)}
+    assert pushed == [("someone/digits", True, True), ("someone/digits", shapes, "model.safetensors", "step 3")]
+
+
+def test_the_hub_has_what_the_recipe_calls():
+    hub = pytest.importorskip("huggingface_hub")
+    inspect.signature(hub.HfApi.create_repo).bind(None, "someone/digits", exist_ok=True, private=True)
+    inspect.signature(hub.HfApi.upload_file).bind(
+        None, repo_id="someone/digits", path_or_fileobj="x", path_in_repo="x", commit_message="step 3"
+    )
+
+
+def test_an_evaluation_gets_the_checkpoint_and_its_failure_is_an_error(committed, tmp_path):
+    program = tmp_path / "evaluate.py"
+    program.write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).write_text(repr(sys.argv[2:]))")
+    evaluation = run_recipe("evaluate_on_commit")["evaluation"]
+    evaluation(sys.executable, str(program), str(tmp_path / "seen"))(committed)
+    assert (tmp_path / "seen").read_text() == repr(["--checkpoint", str(committed.path), "--step", "3"])
+    with pytest.raises(subprocess.CalledProcessError):
+        evaluation(sys.executable, "-c", "raise SystemExit(1)")(committed)
+
+
+def test_dvc_has_the_newest_weights(committed, commands, tmp_path):
+    out = tmp_path / "models" / "digits.safetensors"
+    add = run_recipe("dvc_on_commit")["dvc_add"](str(out))
+    add(committed)
+    add(committed)
+    assert weights_in(out) == {"weight": (1, 2), "bias": (1,)}
+    assert commands.read_text() == f"add {out}\npush {out}\n" * 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbWriter"), ("mlflow", "MLflowWriter")])
+def test_a_checkpoint_is_an_artifact_of_the_tracker(committed, tmp_path, monkeypatch, name, kind):
+    tracker = _Tracker()
+    tracker.id = "id of wandb"
+    fake = types.ModuleType(name)
+    fake.init, fake.Artifact, fake.MlflowClient = tracker.init, tracker.Artifact, lambda: tracker
+    monkeypatch.setitem(sys.modules, name, fake)
+    run_recipe(f"{name}_writer")[kind](tmp_path / "tracked").keep(committed)
+    said = {called: (arguments, named) for called, arguments, named in tracker.calls}
+    if name == "wandb":
+        metadata = {"step": 3, "val_loss": 0.5}
+        assert said["Artifact"] == (("checkpoint-id of wandb",), {"type": "model", "metadata": metadata})
+        assert said["add_dir"] == ((str(committed.path),), {})
+        assert said["log_artifact"] == ((tracker,), {"aliases": ["latest", "step-3"]})
+        assert "wait" in said
+    else:
+        assert said["log_artifacts"][0] == ("id of mlflow", str(committed.path), "checkpoints/model.ckpt-3")

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from mirrors import names, save_step, train
 
 from stepguard.cli.main import cli
+from stepguard.errors import CheckpointError
 from stepguard.options import Mirror, Restoring, Saving
 from stepguard.store import rollback
 from stepguard.testing import FakeSupervisor
@@ -24,6 +25,14 @@ def command(*args):
 
 def marks_in(url, name):
     return mirrors.copies(url).manifest(name).marks
+
+
+def with_best(logdir, url, **options):
+    """A Supervisor that saves each step, and keeps the one with the smallest loss."""
+    saving = Saving(save_model_steps=1, save_at_end=True, max_to_keep=3, keep_best=("loss", "min", 1))
+    return FakeSupervisor(
+        str(logdir), save_model_secs=0, save_summaries_secs=0, saving=saving, mirror=Mirror(url), **options
+    )
 
 
 def saved(logdir, url, steps, **saving):
@@ -151,6 +160,43 @@ class TestRollback:
         assert begun(tmp_path / "elsewhere", Restoring()) == 3
         assert rollback.read(tmp_path / "elsewhere") is None
         assert mirrors.copies(url).remote.head(rollback.FILE_NAME) is None
+
+    @pytest.mark.parametrize("asked", [1, "best", "paper"])
+    @pytest.mark.parametrize("has_newest", [False, True])
+    def test_that_the_program_asks_for_goes_to_a_checkpoint_that_only_the_mirror_has(
+        self, url, tmp_path, asked, has_newest
+    ):
+        logdir = tmp_path / "run"
+        sv = with_best(logdir, url)
+        with sv.managed_session() as session:
+            for loss in (0.25, 0.5, 0.75):
+                save_step(sv, session)
+                sv.metrics(session, {"loss": loss})
+        command("keep", logdir, "1", "--name", "paper")
+        command("push", logdir, url, "--all")
+        if has_newest:
+            command("pull", url, tmp_path / "elsewhere")
+
+        sv = with_best(tmp_path / "elsewhere", url, restoring=Restoring(step=asked))
+        with sv.managed_session() as session:
+            assert session.step == 1
+        assert rollback.read(tmp_path / "elsewhere").to == "model.ckpt-1"
+        assert train(tmp_path / "elsewhere", url, 0) == 1
+
+    def test_that_the_program_asks_for_goes_to_a_damaged_checkpoint_that_the_mirror_repairs(self, url, tmp_path):
+        logdir = tmp_path / "run"
+        saved(logdir, url, 3)
+        (weights, *_) = [one for one in (logdir / "model.ckpt-1").iterdir() if one.stat().st_size]
+        weights.write_bytes(b"damaged")
+        with with_best(logdir, url, restoring=Restoring(step=1)).managed_session() as session:
+            assert session.step == 1
+        assert "repaired from" in mirrors.warnings(logdir)
+
+    def test_that_the_program_asks_for_is_refused_if_neither_has_the_step(self, url, tmp_path):
+        train(tmp_path / "run", url, 3)
+        sv = with_best(tmp_path / "elsewhere", url, restoring=Restoring(step=2))
+        with pytest.raises(CheckpointError, match="expected a checkpoint 2, found the steps 3"), sv.managed_session():
+            pass
 
     def test_that_cannot_be_read_there_is_passed_over(self, url, tmp_path):
         train(tmp_path / "run", url, 2)

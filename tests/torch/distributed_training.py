@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--awaits-saves", action="store_true", help="goes on once each checkpoint is committed")
     parser.add_argument("--step-secs", type=float, default=0.005)
     parser.add_argument("--wrap", choices=["ddp", "fsdp", "none"], default="ddp")
+    parser.add_argument("--frozen", action="store_true", help="a large frozen parameter, which gets a file of its own")
     parser.add_argument("--kill", action="append", default=[], help="RANK:STEP, SIGKILL of itself, once")
     parser.add_argument("--kill-once-saved", type=int, help="not before a checkpoint after this step is committed")
     parser.add_argument("--full-disk", type=int, help="the rank of which the first write finds no room")
@@ -62,6 +63,8 @@ def main() -> None:
     if args.full_disk == rank:
         fill_disk_once()
     net = network()
+    if args.frozen:
+        add_frozen(net)
     model = wrapped(net, args.wrap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if args.join:  # Whose updates do not depend on how many there were.
@@ -75,7 +78,7 @@ def main() -> None:
         args.logdir,
         save_model_secs=0 if args.save_steps else 0.05,
         save_model_steps=args.save_steps,
-        saving=Saving(keep_best=("val_loss", "min", 2) if args.measures else None),
+        saving=Saving(keep_best=("val_loss", "min", 2) if args.measures else None, frozen_apart=args.frozen),
         guarding=Guarding(nan_guard="stop" if args.nan else None),
         watching=Watching(trace="batches", save_summaries_secs=0),
     )
@@ -188,16 +191,21 @@ def network() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
 
 
+def add_frozen(net: torch.nn.Sequential) -> None:
+    """A part of it for each of two processes is large enough to be shared by checkpoints."""
+    net[0].register_parameter("table", torch.nn.Parameter(torch.ones(1024, 640), requires_grad=False))
+
+
 def fill_disk_once() -> None:
     from stepguard.torch.checkpoint import sharded_files
 
-    write_part = sharded_files.write_part
+    write_parts = sharded_files.write_parts
 
     def fail(*_: object) -> None:
-        sharded_files.write_part = write_part
+        sharded_files.write_parts = write_parts
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    sharded_files.write_part = fail
+    sharded_files.write_parts = fail
 
 
 def wrapped(net: torch.nn.Module, how: str) -> torch.nn.Module:

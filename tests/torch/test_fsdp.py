@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
-from distributed_training import digest, network, wrapped
+from distributed_training import add_frozen, digest, network, wrapped
 from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, torchrun
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -21,7 +21,7 @@ from stepguard.cli.main import cli
 from stepguard.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
 from stepguard.steps.part_messages import PartMessages
 from stepguard.store import CheckpointStore
-from stepguard.torch import Supervisor
+from stepguard.torch import Supervisor, load
 from stepguard.torch.checkpoint.sharded_files import METADATA
 from stepguard.torch.checkpoint.tensors import read_tensors
 from stepguard.torch.distributed.joint_write import write_all, write_mine
@@ -107,6 +107,20 @@ def test_one_whose_disk_is_full_and_then_sigterm(tmp_path):
     assert steps_saved(logdir)[0] == last[0] + 1
     store = CheckpointStore(logdir)
     assert all(store.verify(one).is_committed for one in store.candidates())
+
+
+def test_each_process_writes_its_frozen_parameters_once(tmp_path):
+    logdir = tmp_path / "run"
+    run_two(logdir, "--steps=12", "--wrap=fsdp", "--save-steps=4", "--step-secs=0.1", "--frozen")
+    last, before = (logdir / f"model.ckpt-{step}" for step in steps_saved(logdir)[:2])
+    for rank in range(2):
+        assert (last / f"__{rank}_1.distcp").samefile(before / f"__{rank}_1.distcp")
+        assert not (last / f"__{rank}_0.distcp").samefile(before / f"__{rank}_0.distcp")
+    assert torch.equal(load(logdir)["model"]["0.table"], torch.ones(1024, 640))
+
+    net = network()
+    add_frozen(net)
+    assert train(logdir, 12, net)[0] == outcomes(logdir, 1)[0].split()[1]
 
 
 class TestAnotherNumberOfProcesses:
@@ -294,11 +308,11 @@ class TestExchange:
         states = {"model": {"weight": torch.ones(2)}}
         chief = PartMessages(store, 0, 2, check_alive)
         other = PartMessages(store, 1, 2, lambda _: None)
-        thread = threading.Thread(target=write_mine, args=(other, 1, theirs, take or (lambda: states)))
+        thread = threading.Thread(target=write_mine, args=(other, 1, theirs, take or (lambda: states), {}))
         if not has_ended:
             thread.start()
         try:
-            return write_all(chief, directory, states)
+            return write_all(chief, directory, states, {})
         finally:
             if not has_ended:
                 thread.join(60)

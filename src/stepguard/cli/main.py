@@ -18,7 +18,7 @@ from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodChe
 from stepguard.words import printable
 
 _COMMANDS = (
-    *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff"),
+    *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff", "export"),
     *("events", "status", "log", "save", "stop", "pull", "push", "run", "prove", "chaos"),
 )
 """Their names, in the order in which --help has them."""
@@ -105,6 +105,10 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import diff
 
             return diff.command
+        case "export":
+            from stepguard.cli.commands import export
+
+            return export.command
         case "events":
             from stepguard.cli.commands import events
 

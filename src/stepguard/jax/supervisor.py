@@ -118,6 +118,7 @@ class Supervisor(LoopSupervisor[Session]):
             "peer_timeout_secs",
             because="it is for TensorFlow's servers; with JAX it is the timeout of jax.distributed.initialize",
         )
+        refuse(saving, "frozen_apart", because="an array of JAX does not say whether it trains")
         refuse(restoring, "hyperparameters", because="in JAX the optimizer's settings are code, or leaves of the state")
         check_world(options, "jax.distributed", processes)
         is_chief = rank == 0 if is_chief is None else is_chief

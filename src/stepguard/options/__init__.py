@@ -86,6 +86,9 @@ class Saving(_Group):
             TensorFlow ``sv.metrics(sess, {...})``; a step that is one of the best is saved then.
         on_commit: a function that is called after each commit, on a thread of its own, with what was committed: an
             object with ``path``, ``step``, ``metrics`` and ``names``. Its errors are warnings.
+        frozen_apart: whether parameters that do not train get a file of their own in each checkpoint. A fine-tuning
+            then writes only what it trains: the file of the frozen ones equals the one of the checkpoint before, and is
+            not written again. For PyTorch.
         checkpoint_basename: the beginning of the names of the checkpoints.
         max_unprotected_secs: for how many seconds saves may fail, retries included, before the run stops.
 
@@ -100,6 +103,7 @@ class Saving(_Group):
     keep_checkpoint_every_n_hours: float | None = None
     keep_best: tuple[str, str, int] | None = None
     on_commit: Callable[[Any], object] | None = None
+    frozen_apart: bool = False
     checkpoint_basename: str = "model.ckpt"
     max_unprotected_secs: float = 1800
 
@@ -113,6 +117,7 @@ class Saving(_Group):
         check_best(self.keep_best)
         if self.on_commit is not None and not callable(self.on_commit):
             raise wrong_type("on_commit", "a function of one argument, or None", self.on_commit)
+        check_switch("frozen_apart", self.frozen_apart)
         check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
@@ -264,8 +269,9 @@ class Restoring(_Group):
         start_over_when_all_damaged: whether to begin at step 0 when checkpoints exist and none is good. By default
             that is an error, because starting over throws the run away.
         step: which checkpoint a start goes on from, instead of the newest: its step, ``"best"`` (see
-            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it. A run that saves puts the
-            newer ones into ``aside/`` in its logdir, once: its later starts with the same value go on with the newest.
+            ``Saving(keep_best=...)``), or the name that ``sess.save(name=...)`` has given it, here or in the mirror. A
+            run that saves puts the newer ones into ``aside/`` in its logdir, once: its later starts with the same value
+            go on with the newest.
         hyperparameters: which side wins when the learning rate, weight decay or schedule of the program differs from
             the checkpoint's: ``"checkpoint"``, so that the run continues unchanged, or ``"program"``. A warning names
             the difference in either case. For PyTorch.

@@ -12,10 +12,10 @@ import numpy as np
 from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError
 from stepguard.orbax_files import plain_values
-from stepguard.orbax_files.index import StoredLeaf, is_numpys
+from stepguard.orbax_files.index import StoredLeaf, is_numpys, orbax_name
 from stepguard.orbax_files.reading import Stored, open_stored, whole
 from stepguard.store import manifest
-from stepguard.store.saved_tensor import SavedTensor
+from stepguard.store.saved_tensor import SavedTensor, SavedWeight
 
 _NUMBERS = (bool, int, float, complex)
 
@@ -42,6 +42,32 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
         except ValueError as error:
             raise CheckpointCorruptError(f"{file}: expected the state of a process: {error}", path=file) from error
         yield from _values(file.stem, values)
+
+
+def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
+    """The arrays of each part of the state, by the name of the part, such as ``params``; each is read on demand.
+
+    Their names are those that Orbax has, such as ``dense.kernel``. Raises as :func:`read_tensors`.
+    """
+    stored = open_stored(path)
+    found: dict[str, list[SavedWeight]] = {}
+    for leaf in stored.leaves:
+        if leaf.dtype is None:
+            continue
+        part = str(leaf.keys[0]) if leaf.keys else "state"
+        name = orbax_name(leaf.keys[1:]) or part
+        nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+        read = functools.partial(_bytes, stored, leaf)
+        found.setdefault(part, []).append(SavedWeight(name, leaf.dtype.name, leaf.shape, nbytes, read, leaf.name))
+    return found
+
+
+def _bytes(stored: Stored, leaf: StoredLeaf) -> np.ndarray[Any, Any]:
+    found = stored.read(leaf, whole(leaf))
+    if found.dtype.byteorder == ">":
+        found = found.astype(found.dtype.newbyteorder("<"))
+    flat: np.ndarray[Any, Any] = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+    return flat
 
 
 def _array(stored: Stored, leaf: StoredLeaf) -> np.ndarray[Any, Any]:

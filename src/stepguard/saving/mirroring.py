@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from stepguard.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
@@ -27,6 +27,7 @@ from stepguard.remote.pace import Pace
 from stepguard.saving.retry import Backoff
 from stepguard.saving.uploader import Places, Uploader
 from stepguard.store import Checkpoint, CheckpointStore, FileRecord, Manifest, rollback
+from stepguard.store.marks import BEST, Marked, standing
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
 
@@ -221,6 +222,40 @@ class _Spare:
                 _log.info("took step %s from the mirror %s", copied.step, self._copies.url)
                 return True
         return False
+
+    def bring_asked(self, asked: int | str) -> None:
+        """Fetch and commit the checkpoint of a step, the best, or one by its name, if the mirror alone has it.
+
+        Raises RemoteError if it could not be fetched: going on from another would be another run.
+        """
+        here = self._store.candidates()
+        names = {one.name for one in here}
+        if isinstance(asked, int) and any(one.step == asked for one in here):
+            return
+        there = {one.name: one for one in self._found if one.name not in names}
+        if isinstance(asked, int):
+            there = {name: one for name, one in there.items() if one.step == asked}
+        manifests = {name: self._manifest(one) for name, one in there.items()}
+        known = {name: one for name, one in manifests.items() if one is not None and not self._is_given_up(one)}
+        meant = next(iter(known), None) if isinstance(asked, int) else self._meant(asked, here, known.values())
+        if meant is None or meant not in known:
+            return
+        self._tried.add(meant)
+        if self._taken(there[meant], "", known[meant]):
+            _log.info("took step %s from the mirror %s", there[meant].step, self._copies.url)
+            # A kill before the rollback must not leave the run at this step.
+            for newest in here[:1]:
+                self._store.point_to(newest)
+
+    def _meant(self, asked: str, here: Iterable[Checkpoint], there: Iterable[Manifest]) -> str | None:
+        """The name of the checkpoint that ``asked`` means among those in both places."""
+        found = list(there)
+        for one in here:
+            with contextlib.suppress(CheckpointError, OSError):
+                if (manifest := self._store.read_manifest(one)) is not None:
+                    found.append(manifest)
+        known = standing([Marked(one.name, one.step, one.time, one.marks) for one in found], self._store.pins.rule)
+        return next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
 
     def _is_given_up(self, manifest: Manifest) -> bool:
         """Whether a rollback has put the run back to before this checkpoint: one of that name here is put aside."""

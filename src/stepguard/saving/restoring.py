@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepguard.disk import files
-from stepguard.errors import CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, rollback, statefile
 from stepguard.store.recovery import QUARANTINE
@@ -83,12 +83,23 @@ def _is_due(store: CheckpointStore, asked: int | str) -> bool:
 def restore_asked(store: CheckpointStore, restore: Restore, asked: int | str) -> Recovery:
     """Restore the checkpoint of a step, the best, or one by its name; a run that saves puts the newer ones aside.
 
+    With a mirror, the one that is meant may be only there.
+
     Raises:
         CheckpointError: there is none.
+        RemoteError: the mirror has it, and it could not be fetched.
         CheckpointCorruptError: it is damaged. Nothing was moved, and no other is tried in its place.
         CheckpointMismatchError: it does not fit the program, or another engine wrote it.
     """
-    good = restore_one(store, restore, store.find(asked))
+    if store.spare is not None:
+        store.spare.bring_asked(asked)
+    meant = store.find(asked)
+    try:
+        good = restore_one(store, restore, meant)
+    except CheckpointCorruptError:
+        if store.spare is None or not store.spare.mend(meant):
+            raise
+        good = restore_one(store, restore, meant)
     found = Recovery(good)
     if store.is_chief:
         record = store.roll_back(good, asked, by_program=True)

@@ -33,6 +33,9 @@ class Spare(Protocol):
     def bring(self, than: Checkpoint | None) -> bool:
         """Commit the newest checkpoint of the second copy that is newer than this one; return whether one was."""
 
+    def bring_asked(self, asked: int | str) -> None:
+        """Commit the checkpoint of a step, the best, or one by its name, if that is only in the second copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Search:

@@ -164,6 +164,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             "keep_checkpoint_every_n_hours",
             because="TensorFlow's Saver has this option: pass saver=tf.compat.v1.train.Saver(...) with it",
         )
+        refuse(saving, "frozen_apart", because="it is for PyTorch; TensorFlow's Saver writes all variables to one file")
         refuse(
             restoring,
             *("hyperparameters", "only", "leave_out", "init_from", "init_fit"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk import files
 from stepguard.engine import Beginning, Prepared, StepTrace
 from stepguard.options import Restoring
 from stepguard.steps.gate import Gate
@@ -18,8 +19,9 @@ from stepguard.steps.peers_engine import PeersEngine
 from stepguard.steps.step_digests import StepDigests
 from stepguard.store import Checkpoint, Recovery
 from stepguard.torch.checkpoint.arena import coming_bytes
-from stepguard.torch.checkpoint.files import ENGINE, SUFFIX, process_file, write_file
+from stepguard.torch.checkpoint.files import APART, ENGINE, SUFFIX, frozen_file, process_file, write_file
 from stepguard.torch.checkpoint.first_weights import take_first_weights
+from stepguard.torch.checkpoint.frozen import DIRECTORY, split
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
@@ -54,6 +56,7 @@ class TorchEngine(PeersEngine[Session]):
         init_fn: Callable[[], object] | None,
         coord: Coordinator,
         stop_grace_secs: float,
+        frozen_apart: bool,
     ) -> None:
         rank, processes = world()
         super().__init__(
@@ -72,6 +75,7 @@ class TorchEngine(PeersEngine[Session]):
         self._summaries = summaries
         self._init_fn = init_fn
         self._coord = coord
+        self._frozen_apart = frozen_apart
         self._memories = HostMemories()
 
     # --- the session ---
@@ -102,7 +106,9 @@ class TorchEngine(PeersEngine[Session]):
     def new_member(self, session: Session) -> TorchMember:
         """This process's part of checkpoints."""
         components = self._program.components
-        return TorchMember(self._coord, session, components, self._root, lambda: self.value_watch is not None)
+        return TorchMember(
+            self._coord, session, components, self._root, lambda: self.value_watch is not None, self._frozen_apart
+        )
 
     def initialise(self, session: Session) -> None:  # noqa: ARG002 - the program holds its own state
         """Begin with the model as the program has built it, or with the weights of another run."""
@@ -188,9 +194,12 @@ class TorchEngine(PeersEngine[Session]):
             states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
             own = memory.copy("process", session.process_state.capture(), copies)
             process = {**own, "program": self._program.notes()}
+            frozen = {one.name: one.frozen() for one in self._program.components} if self._frozen_apart else {}
             copies.close()
         self._memories.keep(memory, copies)
-        return TorchSnapshot(session.global_step, states, process, nbytes(states), copies, session.moment)
+        return TorchSnapshot(
+            session.global_step, states, process, nbytes(states), copies, session.moment, frozen=frozen
+        )
 
     def non_finite(self, snapshot: Any) -> Sequence[str]:
         """The places of tensors with NaN or infinity, and of plain numbers that are NaN."""
@@ -215,13 +224,21 @@ class TorchEngine(PeersEngine[Session]):
 
     def _write_own(self, snapshot: Any, directory: Path, messages: PartMessages | None) -> dict[str, tuple[int, str]]:
         sharded = {part: state for part, state in snapshot.states.items() if is_sharded(state)}
-        written = {f"{part}{SUFFIX}": state for part, state in snapshot.states.items() if part not in sharded}
-        process = written[process_file(0)] = {"global_step": snapshot.step, **snapshot.process}
-        digests = {}
+        process = {"global_step": snapshot.step, **snapshot.process}
+        written, digests = {}, {}
+        for part in [one for one in snapshot.states if one not in sharded]:
+            state, frozen, places = split(snapshot.states[part], snapshot.frozen.get(part, ()))
+            written[f"{part}{SUFFIX}"] = state
+            if frozen:
+                written[frozen_file(part)] = frozen
+                process.setdefault(APART, {})[part] = places
+        written[process_file(0)] = process
+        if APART in process:
+            files.make_own_dir(directory / DIRECTORY)
         if sharded:
             # The sharded format loses integer keys and empty containers; the skeleton keeps the structure.
             process["sharded"] = {part: skeleton(part, state) for part, state in sharded.items()}
-            digests = write_all(messages, directory, sharded)
+            digests = write_all(messages, directory, sharded, snapshot.frozen)
         return digests | {file: write_file(directory / file, state) for file, state in written.items()}
 
     # --- summaries ---

@@ -155,6 +155,7 @@ class Supervisor(LoopSupervisor[Session]):
             init_fn=init_fn,
             coord=coord,
             stop_grace_secs=options.stopping.stop_grace_secs,
+            frozen_apart=options.saving.frozen_apart,
         )
         # All processes need this value, not only the chief.
         self._saves_every = options.saving.save_model_steps if root is not None else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, ListedCheckpoint
-from stepguard.store.saved_tensor import SavedTensor
+from stepguard.store.saved_tensor import SavedTensor, SavedWeight
 
 # The module of each engine that reads its checkpoints. Those of JAX are read without JAX.
 _MODULES = {
@@ -17,6 +17,8 @@ _MODULES = {
     "torch": "stepguard.torch.checkpoint.tensors",
     "jax": "stepguard.orbax_files.tensors",
 }
+# The module of each engine that reads what an export wants of them.
+_WEIGHTS = {**_MODULES, "torch": "stepguard.torch.checkpoint.weights"}
 ENGINES = tuple(_MODULES)
 """The engines whose tensors can be read."""
 
@@ -37,6 +39,16 @@ def read_tensors(one: ListedCheckpoint) -> Iterator[SavedTensor]:
         raise _damaged(one) from error
 
 
+def read_weights(one: ListedCheckpoint) -> dict[str, list[SavedWeight]]:
+    """The weights of each part of a checkpoint that was verified; see the module of its engine.
+
+    Raises:
+        CommandError: its framework is unknown or missing.
+    """
+    found: dict[str, list[SavedWeight]] = _module(one, _WEIGHTS).read_weights(one.checkpoint.path)
+    return found
+
+
 def tensorflow_damage(one: ListedCheckpoint) -> str | None:
     """What is wrong with a TensorFlow checkpoint without a manifest by its own checksums; None if all can be read.
 
@@ -52,7 +64,7 @@ def _damaged(one: ListedCheckpoint) -> CommandError:
     return CommandError(f"{path}: damaged: {'; '.join(one.reasons)}; `stepguard verify {path}` says more", FINDING)
 
 
-def _module(one: ListedCheckpoint) -> Any:
+def _module(one: ListedCheckpoint, modules: Mapping[str, str] = _MODULES) -> Any:
     path = one.checkpoint.path
     if one.engine not in _MODULES:
         raise CommandError(
@@ -61,7 +73,7 @@ def _module(one: ListedCheckpoint) -> Any:
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:
-        return importlib.import_module(_MODULES[one.engine])
+        return importlib.import_module(modules[one.engine])
     except ModuleNotFoundError as error:
         raise CommandError(
             f"{path}: its tensors cannot be read without its framework ({error}): "

@@ -19,13 +19,16 @@ import tensorflow as tf
 
 from stepguard.errors import CheckpointCorruptError
 from stepguard.store import tensorflow_files
-from stepguard.store.saved_tensor import SavedTensor
+from stepguard.store.saved_tensor import SavedTensor, SavedWeight
 from stepguard.words import logger
 
 _log = logger(__name__)
 
 PATTERN = frozenset("*?[\\")
 """TensorFlow takes a path that has one of these characters for a pattern."""
+
+# What the optimizers of TensorFlow and a Supervisor's program keep beside the variables of the model.
+_NO_WEIGHTS = ("global_step", "beta1_power", "beta2_power")
 
 # Longer than the tick of any file system's clock but FAT's, whose times have whole seconds.
 _SETTLED_NSECS = 2_100_000_000
@@ -137,6 +140,28 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
         yield SavedTensor(name, dtype.name, shape, nbytes, read)
 
 
+def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
+    """The variables by their scopes; those of the whole model, without what belongs to optimizers, are ``model``.
+
+    A variable of an optimizer is below another one (``dense/kernel/Adam``) or has a name that TensorFlow gives it.
+    Raises as :func:`read_tensors`.
+    """
+    variables = {one.name: one for one in read_tensors(path) if one.nbytes is not None and one.read is not None}
+    found: dict[str, list[SavedWeight]] = {}
+    source = _Source(restorable(str(path)))
+    for name, one in variables.items():
+        above = name.split("/")[:-1]
+        is_slot = any("/".join(above[:end]) in variables for end in range(1, len(above) + 1))
+        weight = SavedWeight(
+            name, one.dtype, one.shape, one.nbytes or 0, functools.partial(_bytes, path, source, name), name
+        )
+        if not (is_slot or name in _NO_WEIGHTS):
+            found.setdefault("model", []).append(weight)
+        if above:
+            found.setdefault(above[0], []).append(weight)
+    return found
+
+
 class _Source:
     """A reader of a checkpoint, with the symbolic link through which it may open the data at each read."""
 
@@ -184,6 +209,14 @@ def cause(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     behind_node = [after for before, after in itertools.pairwise(lines) if before.startswith("Node: ")]
     return f"{type(error).__name__}: {(behind_node or lines)[0]}"
+
+
+def _bytes(path: Path, source: _Source, name: str) -> Any:
+    try:
+        array = np.ascontiguousarray(source.reader.get_tensor(name))
+    except Exception as error:  # as below
+        raise CheckpointCorruptError(f"{path}: tensor {name}: {cause(error)}", path=path) from error
+    return array.reshape(-1).view(np.uint8)
 
 
 def _read(path: Path, source: _Source, name: str) -> Any:

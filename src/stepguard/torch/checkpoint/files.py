@@ -9,7 +9,7 @@ import torch
 
 from stepguard.disk.new_file import NewFile
 from stepguard.store import manifest
-from stepguard.torch.checkpoint import unpickling
+from stepguard.torch.checkpoint import frozen, unpickling
 
 ENGINE = "torch"
 """The name of this engine in the manifests of its checkpoints."""
@@ -17,6 +17,9 @@ ENGINE = "torch"
 SUFFIX = ".pt"
 PROCESS = "process-"
 """The prefix, before the rank, of the file with the step, the random states and the data positions of one process."""
+
+APART = "apart"
+"""The key, in the file of process 0, of the places that the frozen parameters of each part have among its names."""
 
 # A block of this size stays in the cache of a core from its digest to its write.
 _BLOCK_BYTES = 1 << 20
@@ -45,6 +48,20 @@ def named_files(path: Path) -> list[Path]:
     if named is None:
         return sorted(one for one in path.glob(f"*{SUFFIX}") if one.is_file())
     return sorted(one for one in named if one.parent == path and one.suffix == SUFFIX)
+
+
+def frozen_file(part: str) -> str:
+    """The name of the file of the frozen parameters of a part; see :mod:`stepguard.torch.checkpoint.frozen`."""
+    return f"{frozen.DIRECTORY}/{part}{SUFFIX}"
+
+
+def frozen_files(path: Path) -> dict[str, Path]:
+    """The files of frozen parameters of the checkpoint at ``path``, by the names of the parts. Raises as above."""
+    named = manifest.named_files(path)
+    directory = path / frozen.DIRECTORY
+    if named is None:
+        named = [one for one in directory.glob(f"*{SUFFIX}") if one.is_file()]
+    return {one.stem: one for one in sorted(named) if one.parent == directory and one.suffix == SUFFIX}
 
 
 def write_file(path: Path, state: Any) -> tuple[int, str]:

@@ -19,7 +19,8 @@ from stepguard.disk import files
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.options.checks import check_local
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.torch.checkpoint.files import ENGINE, PROCESS, SUFFIX, is_process, read_file
+from stepguard.torch.checkpoint.files import APART, ENGINE, PROCESS, SUFFIX, frozen_file, is_process, read_file
+from stepguard.torch.checkpoint.frozen import joined
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
 from stepguard.words import listed, logger
@@ -77,7 +78,7 @@ def load(path: str | os.PathLike[str], which: int | str = NEWEST) -> States:
     check_local("path", path)
     with _held(Path(path), which) as held:
         process = held.read(f"{PROCESS}0")
-        states = {name: held.read(name) for name in held.parts}
+        states = {name: held.whole(name, process) for name in held.parts}
         sharded = process.get("sharded", {})
         if sharded:
             with held.as_directory() as directory:
@@ -118,8 +119,8 @@ class _Held:
         self.path = checkpoint.path
         # These paths lead to the open files even after their names are gone.
         self._places = {name: Path(f"/dev/fd/{descriptor}") for name, descriptor in descriptors.items()}
-        names = [Path(name).stem for name in descriptors if name.endswith(SUFFIX)]
-        self.parts = [name for name in names if not is_process(name)]
+        names = [name.removesuffix(SUFFIX) for name in descriptors if name.endswith(SUFFIX)]
+        self.parts = [name for name in names if not is_process(name) and "/" not in name]
 
     def digest(self, name: str) -> tuple[int, str]:
         """Size in bytes and digest of a file."""
@@ -129,11 +130,21 @@ class _Held:
         """The content of the file of a part or of a process."""
         return read_file(self._places[f"{name}{SUFFIX}"])
 
+    def whole(self, part: str, process: Mapping[str, Any]) -> Any:
+        """The state of a part, with its frozen parameters; ``process`` is the content of the file of process 0."""
+        state = self.read(part)
+        if frozen_file(part) not in self._places:
+            return state
+        frozen = read_file(self._places[frozen_file(part)])
+        return joined(part, state, frozen, process.get(APART, {}).get(part, ()))
+
     @contextmanager
     def as_directory(self) -> Iterator[Path]:
         """A temporary directory in which the open files have their names."""
         with tempfile.TemporaryDirectory(prefix="stepguard-") as directory:
             for name, place in self._places.items():
+                if "/" in name:
+                    continue  # Sharded state, which is read in this way, has no directories.
                 (Path(directory) / name).symlink_to(place)
             yield Path(directory)
 
@@ -202,11 +213,11 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
     for record in manifest.files:
         descriptor = files.open_regular(store.root / record.name)
         stack.callback(os.close, descriptor)
-        descriptors[Path(record.name).name] = descriptor
+        descriptors[_inside(checkpoint, record.name)] = descriptor
     held = _Held(checkpoint, descriptors)
     for record in manifest.files:
         path = store.root / record.name
-        size, digest = held.digest(path.name)
+        size, digest = held.digest(_inside(checkpoint, record.name))
         if (size, digest) != (record.size, record.digest):
             raise CheckpointCorruptError(
                 f"{path}: expected {record.size} bytes of the digest {record.digest}, found {size} of {digest}; run "
@@ -214,3 +225,8 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
                 path=path,
             )
     return held
+
+
+def _inside(checkpoint: Checkpoint, file: str) -> str:
+    """The name of a file in the directory of its checkpoint; those of a foreign checkpoint beside it stay apart."""
+    return file.removeprefix(f"{checkpoint.name}/")

@@ -11,8 +11,17 @@ from stepguard.options import Restoring
 from stepguard.saving import restoring
 from stepguard.steps.process_state import describe_positions
 from stepguard.store import CheckpointStore, Recovery
-from stepguard.torch.checkpoint.files import PROCESS, is_process, named_files, process_file, read_file
+from stepguard.torch.checkpoint.files import (
+    APART,
+    PROCESS,
+    frozen_files,
+    is_process,
+    named_files,
+    process_file,
+    read_file,
+)
 from stepguard.torch.checkpoint.fitting import Fitting, fit
+from stepguard.torch.checkpoint.frozen import joined
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
@@ -98,6 +107,11 @@ class Restorer:
             **process.pop("sharded", {}),
             **{name: read_file(file, mapped=mapped) for name, file in files.items()},
         }
+        places = process.pop(APART, {})
+        for name, file in frozen_files(path).items():
+            if name in files:
+                frozen = read_file(file, mapped=mapped)
+                states[name] = joined(name, states[name], frozen, places.get(name, ()))
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)
         shardings = {part.name: part.shardings() for part in fitting.parts}
@@ -124,6 +138,6 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
         # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
-        of_chief = {key: process[key] for key in ("sharded", "program") if key in process}
+        of_chief = {key: process[key] for key in ("sharded", "program", APART) if key in process}
         process = {**read_file(own), **of_chief}
     return process, found, own is not None

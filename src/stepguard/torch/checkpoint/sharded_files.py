@@ -1,7 +1,8 @@
 """The files of sharded state, in the format of ``torch.distributed.checkpoint``.
 
 Besides its other files, a checkpoint has the files ``__RANK_0.distcp``, one with the part of each process, and
-``.metadata``, which says where in them each tensor is. ``torch.distributed.checkpoint`` reads them without Stepguard.
+``.metadata``, which says where in them each tensor is. Frozen parameters may be in a second file of each process,
+``__RANK_1.distcp``. ``torch.distributed.checkpoint`` reads all of them without Stepguard.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ from stepguard.torch.checkpoint.sharded_tensors import Shard, name_of, parts, wh
 
 METADATA = ".metadata"
 
-_PART = re.compile(r"__\d+_0\.distcp")
+_PART = re.compile(r"__\d+_[01]\.distcp")
 _FORMAT_VERSION = "1.0.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The file that one process has written: the place of each item, and the size and digest of the file."""
+    """A file that one process has written: the place of each item, and the size and digest of the file."""
 
     results: Sequence[Any]
     name: str
@@ -52,12 +53,14 @@ class SavePlanner(DefaultSavePlanner):
     """Plans which parts of the states of sharded objects each process writes; ``states`` has them by name.
 
     If several processes have the same value, such as a buffer that is not sharded, the lowest rank writes it.
+    ``frozen`` has the names, in the states, of what gets a file of its own.
     """
 
-    def __init__(self, states: Mapping[str, Any]) -> None:
+    def __init__(self, states: Mapping[str, Any], frozen: Mapping[str, Collection[str]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
         found = {path: part for name, state in states.items() for path, part in parts(name, state).items()}
         self._paths = {name_of(path): path for path in found}
+        self._frozen = {name_of((part, name)) for part, names in frozen.items() for name in names}
         self.set_up_planner({name_of(path): part for path, part in found.items()})
 
     def create_local_plan(self) -> Any:
@@ -76,13 +79,23 @@ class SavePlanner(DefaultSavePlanner):
         found = self.state_dict[index.fqn]
         return found.local if isinstance(found, Shard) else found
 
+    def is_frozen(self, item: Any) -> bool:
+        """Whether an item of a plan goes to the file of the frozen parameters."""
+        return item.index.fqn in self._frozen
 
-def write_part(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> Part:
-    """Write the parts that ``plan`` assigns to this process. The file is not durable yet."""
-    name = f"__{rank}_0.distcp"
+
+def write_parts(directory: Path, rank: int, planner: SavePlanner, plan: Any) -> list[Part]:
+    """Write the parts that ``plan`` assigns to this process. The files are not durable yet."""
+    frozen = [item for item in plan.items if planner.is_frozen(item)]
+    rest = [item for item in plan.items if not planner.is_frozen(item)]
+    parts = [_write_part(directory, f"__{rank}_0.distcp", planner, rest)]
+    return [*parts, _write_part(directory, f"__{rank}_1.distcp", planner, frozen)] if frozen else parts
+
+
+def _write_part(directory: Path, name: str, planner: SavePlanner, items: Sequence[Any]) -> Part:
     results = []
     with NewFile(directory / name) as file:
-        for item in plan.items:
+        for item in items:
             begin = file.size
             data = planner.resolve_data(item)
             if item.type == WriteItemType.BYTE_IO:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class TorchSnapshot:
     # For the parts of the other processes; `None` without others.
     moment: Moment | None = None
     written: str | None = None
+    # The parameters that get a file of their own, by the names of the objects and in these.
+    frozen: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     def finish(self) -> None:
         """Wait until the copies are complete, and make lists again that were copied in one piece. Off the training."""

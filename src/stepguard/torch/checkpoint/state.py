@@ -77,6 +77,14 @@ class Component:
         groups = self.holder.param_groups if isinstance(self.holder, torch.optim.Optimizer) else ()
         return Shardings(self.name, self.state(), [parameter for group in groups for parameter in group["params"]])
 
+    def frozen(self) -> frozenset[str]:
+        """The names, in the state of a module, of its parameters that do not train."""
+        if not isinstance(self.holder, nn.Module):
+            return frozenset()
+        names = Names(self.holder)
+        live = self.holder.named_parameters(remove_duplicate=False)
+        return frozenset(names.saved(name) for name, parameter in live if not parameter.requires_grad)
+
     @property
     def is_per_process(self) -> bool:
         """Whether each process has a state of its own here."""

@@ -14,8 +14,8 @@ import torch
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.saved_tensor import SavedTensor
-from stepguard.torch.checkpoint import unpickling
-from stepguard.torch.checkpoint.files import SUFFIX, is_process, named_files
+from stepguard.torch.checkpoint import frozen, unpickling
+from stepguard.torch.checkpoint.files import SUFFIX, frozen_files, is_process, named_files
 
 METADATA = ".metadata"
 
@@ -36,14 +36,17 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     elif (path / METADATA).is_file():
         yield from _sharded(path)
     else:
+        apart = frozen_files(path)
         for part in _parts(path):
             yield from _part(part)
+            if part.stem in apart:
+                yield from _part(apart[part.stem])
 
 
 def _parts(path: Path) -> list[Path]:
     if path.with_name(path.name + MANIFEST_SUFFIX).exists():
         return named_files(path)
-    return sorted(path.iterdir())
+    return sorted(one for one in path.iterdir() if one.name != frozen.DIRECTORY)
 
 
 def _sharded(path: Path) -> Iterator[SavedTensor]:
@@ -52,11 +55,14 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
 
     sharded = ShardedFiles(path)
     stored = sharded.tensors()
+    apart = frozen_files(path)
     for part in named_files(path):
         state = _load(part)
         # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
         yield from _leaves(part.stem, state)
+        if part.stem in apart:
+            yield from _part(apart[part.stem])
         for name, skeleton in skeletons.items():
             yield from (one for one in _leaves(name, skeleton) if one.read is not None)
     for name, (size, dtype) in sorted(stored.items()):

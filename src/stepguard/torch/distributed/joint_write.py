@@ -17,7 +17,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,12 @@ def collect_processes(messages: PartMessages | None) -> dict[str, tuple[int, str
     return {process_file(rank): (size, digest) for rank, (size, digest) in enumerate(answers, start=1)}
 
 
-def write_all(messages: PartMessages | None, directory: Path, states: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+def write_all(
+    messages: PartMessages | None, directory: Path, states: Mapping[str, Any], frozen: Mapping[str, Collection[str]]
+) -> dict[str, tuple[int, str]]:
     """Have every process write its part into ``directory``; return sizes and digests by file name. Chief only.
+
+    ``frozen`` has the names, in the states, of what gets a file of its own.
 
     Raises:
         NonFiniteError: the state of another process is not finite.
@@ -69,18 +73,18 @@ def write_all(messages: PartMessages | None, directory: Path, states: Mapping[st
     """
     from stepguard.torch.checkpoint import sharded_files
 
-    planner = sharded_files.SavePlanner(states)
+    planner = sharded_files.SavePlanner(states, frozen)
     mine = planner.create_local_plan()
     if messages is None:
         (plan,), metadata = planner.create_global_plan([mine])
-        written = [sharded_files.write_part(directory, 0, planner, plan)]
+        written = sharded_files.write_parts(directory, 0, planner, plan)
     else:
         plan, metadata = _agreed_plan(messages, planner, mine)
         try:
-            own = sharded_files.write_part(directory, 0, planner, plan)
+            own = sharded_files.write_parts(directory, 0, planner, plan)
         finally:
             others = messages.collect("part")
-        written = [own, *(sharded_files.Part(*unpickling.loads(one)) for one in others)]
+        written = [*own, *(sharded_files.Part(*part) for one in others for part in unpickling.loads(one))]
     sharded_files.write_metadata(directory, metadata, written)
     return {part.name: (part.size, part.digest) for part in written}
 
@@ -96,8 +100,14 @@ def _agreed_plan(messages: PartMessages, planner: Any, mine: Any) -> tuple[Any, 
     return plans[0], metadata
 
 
-def write_mine(messages: PartMessages, rank: int, directory: Path, states: Callable[[], Mapping[str, Any]]) -> None:
-    """Write the part of this process into the chief's ``directory``. Not for the chief.
+def write_mine(
+    messages: PartMessages,
+    rank: int,
+    directory: Path,
+    states: Callable[[], Mapping[str, Any]],
+    frozen: Mapping[str, Collection[str]],
+) -> None:
+    """Write the part of this process into the chief's ``directory``. Not for the chief. ``frozen`` as above.
 
     Runs at a thread's edge: an error is sent to the chief, not raised.
     """
@@ -105,16 +115,17 @@ def write_mine(messages: PartMessages, rank: int, directory: Path, states: Calla
 
     asked = "has"
     try:
-        planner = sharded_files.SavePlanner(states())
+        planner = sharded_files.SavePlanner(states(), frozen)
         messages.answer("has", pickle.dumps(planner.create_local_plan()))
         asked = "part"
         plan = unpickling.loads(messages.receive("writes"))
         if plan is None:
             return
         _check_is_here(directory)
-        part = sharded_files.write_part(directory, rank, planner, plan)
-        _sync(directory / part.name)
-        messages.answer("part", pickle.dumps((part.results, part.name, part.size, part.digest)))
+        written = sharded_files.write_parts(directory, rank, planner, plan)
+        for part in written:
+            _sync(directory / part.name)
+        messages.answer("part", pickle.dumps([(one.results, one.name, one.size, one.digest) for one in written]))
     except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
         answer_error(messages, asked, error)
 

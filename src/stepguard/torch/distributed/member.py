@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.disk.new_file import repeating
 from stepguard.errors import NonFiniteError
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
@@ -34,13 +35,15 @@ class TorchPart:
     steps: int
     process: Mapping[str, Any]
     sharded: Mapping[str, Any]
+    frozen: Mapping[str, Collection[str]]
     copies: CopyStreams
 
 
 class TorchMember(SessionMember):
     """Takes and writes the part of a checkpoint that belongs to this process.
 
-    Without ``root`` the process has no logdir. ``is_watched`` says whether the values that are saved must be finite.
+    Without ``root`` the process has no logdir. ``is_watched`` says whether the values that are saved must be finite,
+    ``frozen_apart`` whether frozen parameters get a file of their own.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class TorchMember(SessionMember):
         components: Sequence[Component],
         root: Path | None,
         is_watched: Callable[[], bool],
+        frozen_apart: bool,
     ) -> None:
         super().__init__(coord, session)
         self._torch_session = session
@@ -59,6 +63,9 @@ class TorchMember(SessionMember):
         self._memories = HostMemories()
         self._is_sharded = any(is_sharded(one.state()) for one in components)
         self._is_watched = is_watched
+        self._frozen_apart = frozen_apart
+        # The directory that this process has written into last; it is a checkpoint if the chief has committed it.
+        self._before: str | None = None
 
     def is_collective(self, file: str) -> bool:
         """Collective operations wait in PyTorch's own modules: those of DDP in the backward pass."""
@@ -75,9 +82,11 @@ class TorchMember(SessionMember):
             process = memory.copy("process", state, copies)
             live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
             sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
+            apart = [one for one in self._components if one.name in sharded] if self._frozen_apart else []
+            frozen = {one.name: one.frozen() for one in apart}
             copies.close()
         self._memories.keep(memory, copies)
-        return TorchPart(moment, steps, process, sharded, copies)
+        return TorchPart(moment, steps, process, sharded, frozen, copies)
 
     def write_part(self, messages: PartMessages, place: str, part: Callable[[], TorchPart]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
@@ -89,11 +98,19 @@ class TorchMember(SessionMember):
             unpacked(mine.process)
             write_process(messages, directory, mine.process)
             if self._is_sharded:
-                write_mine(messages, messages.rank, directory, lambda: self._finite(mine.sharded))
+                before, self._before = self._before, directory.name
+                with repeating(lambda path: self._earlier(path, before)):
+                    write_mine(messages, messages.rank, directory, lambda: self._finite(mine.sharded), mine.frozen)
         except Exception as error:  # noqa: BLE001 - a thread's edge: the chief raises it
             answer_error(messages, "process", error)
             if self._is_sharded:
                 answer_error(messages, "has", error)
+
+    def _earlier(self, path: Path, before: str | None) -> Path | None:
+        """The file that equals the one at ``path`` if that is of frozen parameters; see `repeating`."""
+        if self._root is None or before is None or before == path.parent.name:
+            return None
+        return self._root / before / path.name
 
     def _finite(self, sharded: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._is_watched():
