@@ -35,7 +35,8 @@ demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill three of 
 test: lint  ## The whole gate: format, lint, types, imports, tests
 	@$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-soak: $(VENV)/.ready-to-develop  ## Kill, stop, fill and damage runs at random, for SOAK_SECONDS (an hour)
+soak: $(VENV)/.ready-to-develop  ## The tests that take long; then runs killed, filled and damaged at random for SOAK_SECONDS
+	@$(BIN)/python -m pytest -m soak --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 	@$(BIN)/python tests/soak/soak.py --seconds $(SOAK_SECONDS)
 
 lint: $(VENV)/.ready-to-develop

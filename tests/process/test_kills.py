@@ -83,12 +83,13 @@ class TestTheFakeEngine:
         assert chain.kills >= 20
 
     @pytest.mark.parametrize("threads", [1, 3])
-    def test_killed_fifty_times_at_random_it_resumes(self, fake_children: Zygote, tmp_path: Path, threads: int) -> None:
+    @pytest.mark.parametrize("times", [10, pytest.param(50, marks=pytest.mark.soak)])
+    def test_killed_at_random_it_resumes(self, fake_children: Zygote, tmp_path: Path, times: int, threads: int) -> None:
         chain = Chain(fake_children, tmp_path / "run")
 
-        chain.kill_at_random(50, random.Random(threads), 0.03, threads=threads)
+        chain.kill_at_random(times, random.Random(threads), 0.03, threads=threads)
 
-        assert chain.kills == 50
+        assert chain.kills == times
         assert chain.acknowledged > 0
 
 
@@ -100,6 +101,7 @@ class TestTensorFlow:
 
         assert chain.kills >= 40
 
+    @pytest.mark.soak
     def test_without_a_step_killed_at_every_call_of_a_replacement_it_resumes(
         self, tensorflow_children: Zygote, tmp_path: Path
     ) -> None:
@@ -110,10 +112,13 @@ class TestTensorFlow:
         assert chain.kills >= 40
 
     @pytest.mark.parametrize("threads", [1, 3])
-    def test_killed_at_random_it_resumes(self, tensorflow_children: Zygote, tmp_path: Path, threads: int) -> None:
+    @pytest.mark.parametrize("times", [4, pytest.param(12, marks=pytest.mark.soak)])
+    def test_killed_at_random_it_resumes(
+        self, tensorflow_children: Zygote, tmp_path: Path, times: int, threads: int
+    ) -> None:
         chain = Chain(tensorflow_children, tmp_path / "run")
 
-        chain.kill_at_random(12, random.Random(threads), 0.1, threads=threads, options={"megabytes": 4})
+        chain.kill_at_random(times, random.Random(threads), 0.1, threads=threads, options={"megabytes": 4})
 
-        assert chain.kills == 12
+        assert chain.kills == times
         assert chain.acknowledged > 0

@@ -30,7 +30,7 @@ def assert_ends(child: Child, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATUS)
-@pytest.mark.parametrize("kind", ["local", "server", "sync"])
+@pytest.mark.parametrize("kind", ["local", "server", pytest.param("sync", marks=pytest.mark.soak)])
 def test_a_tensorflow_program_ends(tensorflow_children: Zygote, tmp_path: Path, kind: str, state: str) -> None:
     assert_ends(tensorflow_children.start("ends_in", state=state, logdir=str(tmp_path), kind=kind), state)
 

@@ -20,15 +20,17 @@ WITHIN_SECS = 60.0
 HERE = (
     "managed_session and a loop",
     "prepare_or_wait_for_session, a loop, stop()",
-    "no services, saves by hand",
     "a queue until OutOfRange",
-    "a retry on AbortedError",
     "SessionManager alone",
     "a subclass",
+    "a worker on a server",
+)
+IN_THE_SOAK = (
+    "no services, saves by hand",
+    "a retry on AbortedError",
     "no global step",
     "a float global step",
     "two training threads",
-    "a worker on a server",
     "ended by an error",
 )
 # Without managed_session, or without the services that save, SIGTERM ends a process as it does on TensorFlow's class.
@@ -48,7 +50,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote.close()
 
 
-@pytest.mark.parametrize("use", HERE)
+@pytest.mark.parametrize("use", [*HERE, *(pytest.param(use, marks=pytest.mark.soak) for use in IN_THE_SOAK)])
 def test_a_program_comes_at_least_as_far_as_on_tensorflows_class(use: str, children: Zygote, memory_path: Path) -> None:
     place = memory_path / f"use{list(USES).index(use)}"
     records = compare(children, use, place, with_end=False)

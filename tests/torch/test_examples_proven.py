@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from forked import fork
 from proving import main
 
@@ -32,6 +33,7 @@ def test_an_example_is_proven(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.soak
 def test_the_program_of_the_readme_is_proven_although_it_seeds_nothing(tmp_path):
     program = README.read_text().split("```python\n")[2].split("```")[0]
     assert "from stepguard.torch import Supervisor" in program

@@ -17,8 +17,6 @@ from forked import begin, fork
 from stepguard.store import CheckpointStore
 from stepguard.watching import ledger
 
-STEPS = 1000
-
 
 class Run:
     """One process that trains, in its first step or later."""
@@ -70,12 +68,13 @@ def history(logdir: Path) -> dict[int, list[int]]:
 
 
 @pytest.mark.timeout(500)
-def test_twenty_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
+def test_kills_at_random_change_nothing(kills, tmp_path):
     chance = random.Random(20)
-    fast = ("--step-secs=0.004", f"--steps={STEPS}", "--workers=2")
+    fast = ("--step-secs=0.004", f"--steps={50 * kills}", "--workers=2")
     expected = Run(tmp_path / "whole", *fast, "--save-secs=0").outcome()
     killed = tmp_path / "killed"
-    for number in range(20):
+    for number in range(kills):
         # On a busy machine the kill may come late, and is to find a run that has not ended.
         run = Run(killed, *fast, "--save-secs=0.02", f"--hold-at={45 * (number + 1)}")
         time.sleep(chance.uniform(0.05, 0.35))

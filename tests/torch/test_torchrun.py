@@ -65,7 +65,7 @@ def test_the_best_epochs_are_saved_with_the_parts_of_all(tmp_path):
         assert {"process-0.pt", "process-1.pt"} <= {path.name for path in one.path.iterdir()}
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.soak)])
 def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path):
     logdir = tmp_path / "run"
     # 50 items in batches of 4: an epoch is 13 steps of one process, and 7 of two.
@@ -105,8 +105,15 @@ def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
     assert steps_saved(tmp_path / "run") == [12, 10, 5]
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "by"),
+    [
+        (0, signal.SIGTERM),
+        (1, signal.SIGINT),
+        pytest.param(0, signal.SIGINT, marks=pytest.mark.soak),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.soak),
+    ],
+)
 def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     logdir = tmp_path / "run"
     errors = terminate_one(logdir, rank, by=by)
@@ -122,7 +129,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(rank, by, tmp_path):
     assert {event["role"]: event["reason"] for event in stops} == {"chief": reason, "worker-1": reason}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_ctrl_c_while_the_chief_evaluates_and_the_other_waits_in_the_next_step(rank, tmp_path):
     logdir = tmp_path / "run"
     errors = terminate_one(logdir, rank, "--loop-steps=5", by=signal.SIGINT)
@@ -143,7 +150,15 @@ def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
     assert len({len(seen(tmp_path / "run", rank)) for rank in range(2)}) == 1
 
 
-@pytest.mark.parametrize("leave", ["0:14:exit", "1:14:break", "0:14:break-first", "1:14:break-first"])
+@pytest.mark.parametrize(
+    "leave",
+    [
+        "0:14:exit",
+        "1:14:break",
+        pytest.param("0:14:break-first", marks=pytest.mark.soak),
+        pytest.param("1:14:break-first", marks=pytest.mark.soak),
+    ],
+)
 def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
     logdir = tmp_path / "run"
     leaver, step, _ = leave.split(":")
@@ -161,7 +176,7 @@ def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
     assert f"PeerLeftError: rank {leaver} has left the training after {int(step) + 1} steps of this session" in said
 
 
-@pytest.mark.parametrize("batches", ["12,20", "20,12"])
+@pytest.mark.parametrize("batches", ["12,20", pytest.param("20,12", marks=pytest.mark.soak)])
 def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
     logdir = tmp_path / "run"
     run_two(logdir, "--steps=100000", "--save-steps=5", f"--join={batches}")
