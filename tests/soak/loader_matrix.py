@@ -11,6 +11,7 @@ final weights with those of a run that nobody stopped. It prints what each cell 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -18,14 +19,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "torch"))
+
+from forked import begin, fork  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 PLACES = ("step", "last batch", "evaluation", "between")
@@ -35,8 +38,7 @@ EPOCHS = 3
 
 def train(kind: str, workers: str, logdir: str, stop: str, place: str, epoch: int) -> None:
     """One process: it stops itself by a signal at the place, if ``stop`` names one."""
-    # TensorBoard's package would load it, which takes seconds.
-    sys.modules["tensorflow"] = None  # type: ignore[assignment]
+    begin(f"{logdir}.output")
     import numpy as np
     import torch
     from loader_kinds import BATCHES, KINDS, ONE_TIME
@@ -94,9 +96,13 @@ def plain(batch: object) -> object:
     return batch.tolist() if hasattr(batch, "tolist") else batch
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, __file__, "--train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+def run(kind: str, workers: str, logdir: Path, stop: str, place: str, epoch: int) -> tuple[int | None, str]:
+    """The exit code of a process, None if it has not ended in five minutes, and what it has printed."""
+    Path(f"{logdir}.output").unlink(missing_ok=True)
+    process = fork(train, kind, workers, str(logdir), stop, place, epoch)
+    process.join(300)
+    process.kill()
+    return process.exitcode, Path(f"{logdir}.output").read_text()
 
 
 def batches(logdir: Path) -> dict[str, str]:
@@ -106,43 +112,47 @@ def batches(logdir: Path) -> dict[str, str]:
 
 def cell(folder: Path, whole: tuple[str, dict[str, str]], *, kind: str, workers: str, stop: str, place: str) -> str:
     """What became of a run that was stopped once: "same", "refused" or what else."""
-    logdir = folder / "stopped"
-    epoch = "0" if kind in ("zip", "enumerate") else "1"
-    first = run(kind, workers, str(logdir), stop, place, epoch)
-    second = run(kind, workers, str(logdir), "no", place, epoch)
-    if second.returncode and "CheckpointMismatchError" in second.stderr:
+    logdir = folder / f"{stop}-{place.replace(' ', '-')}"
+    epoch = 0 if kind in ("zip", "enumerate") else 1
+    _, said = run(kind, workers, logdir, stop, place, epoch)
+    code, output = run(kind, workers, logdir, "no", place, epoch)
+    if code and "CheckpointMismatchError" in output:
         return "refused"
-    if second.returncode:
-        return f"failed: {first.stderr[-500:]} {second.stderr[-1500:]}"
-    return "same" if (second.stdout.splitlines()[-1], batches(logdir)) == whole else "OTHER"
+    if code != 0:
+        return f"failed: {said[-500:]} {output[-1500:]}"
+    return "same" if (output.splitlines()[-1], batches(logdir)) == whole else "OTHER"
+
+
+def cells(options: argparse.Namespace, kind_and_workers: tuple[str, str]) -> list[str]:
+    """What became of all the runs with one kind of loader."""
+    kind, workers = kind_and_workers
+    folder = Path(tempfile.mkdtemp())
+    code, output = run(kind, workers, folder / "whole", "no", "step", 0)
+    assert code == 0, output
+    whole = output.splitlines()[-1], batches(folder / "whole")
+    found = []
+    for stop, place in itertools.product(options.stops, options.places):
+        found.append(cell(folder, whole, kind=kind, workers=workers, stop=stop, place=place))
+        print(f"{kind}, workers {workers}, {stop} in {place}: {found[-1]}", flush=True)
+    shutil.rmtree(folder)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--kinds", nargs="*")
     parser.add_argument("--workers", nargs="*", default=list(WORKERS), choices=WORKERS)
     parser.add_argument("--stops", nargs="*", default=list(SIGNALS), choices=SIGNALS)
     parser.add_argument("--places", nargs="*", default=list(PLACES), choices=PLACES)
+    parser.add_argument("--jobs", type=int, default=2, help="kinds of loaders that are tried at the same time")
     options = parser.parse_args()
-    if options.train:
-        train(*options.train[:5], int(options.train[5]))
-        return
     from loader_kinds import KINDS
 
     found: dict[str, int] = {}
-    for kind, workers in itertools.product(options.kinds or KINDS, options.workers):
-        folder = Path(tempfile.mkdtemp())
-        uninterrupted = run(kind, workers, str(folder / "whole"), "no", "step", "0")
-        assert uninterrupted.returncode == 0, uninterrupted.stderr
-        whole = uninterrupted.stdout.splitlines()[-1], batches(folder / "whole")
-        for stop, place in itertools.product(options.stops, options.places):
-            shutil.rmtree(folder / "stopped", ignore_errors=True)
-            (folder / "stopped.batches").unlink(missing_ok=True)
-            became = cell(folder, whole, kind=kind, workers=workers, stop=stop, place=place)
-            print(f"{kind}, workers {workers}, {stop} in {place}: {became}", flush=True)
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        tried = jobs.map(functools.partial(cells, options), itertools.product(options.kinds or KINDS, options.workers))
+        for became in itertools.chain.from_iterable(tried):
             found[became.split(":")[0]] = found.get(became.split(":")[0], 0) + 1
-        shutil.rmtree(folder)
     print(json.dumps(found))
     sys.exit(1 if set(found) - {"same", "refused"} else 0)
 
