@@ -157,6 +157,31 @@ def test_a_loop_for_each_epoch_is_gone_on_with(tmp_path):
     assert parts[-1].outcome() == whole.outcome()
 
 
+def test_what_is_drawn_before_the_first_loop_is_drawn_again_by_who_was_killed_there(tmp_path):
+    def run(logdir, *, is_killed=False, max_steps=STEPS):
+        training = Training(logdir)
+        with training.sv.managed_session() as session:
+            torch.rand(7)
+            session.save(name="prepared")
+            if is_killed:
+                return None
+            torch.rand(7)
+            for _ in session.epochs(3):
+                torch.rand(7)
+                for batch in session.steps(training.loader, max_steps=max_steps):
+                    training.step(batch)
+        training.outcome()
+        return training
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", is_killed=True)
+    first = run(tmp_path / "parts", max_steps=BATCHES + 3)
+    last = run(tmp_path / "parts")
+
+    assert [*first.batches, *last.batches] == whole.batches
+    assert last.outcome() == whole.outcome()
+
+
 def test_what_is_drawn_before_the_first_step_does_not_change_the_run(tmp_path):
     whole = Training(tmp_path / "whole").train(STEPS)
     Training(tmp_path / "parts").train(10)

@@ -208,8 +208,9 @@ class Boundary:
         self._due_at = self.steps + max(1, steps)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, at the end of the running step, on its thread."""
-        self._soon.append(callback)
+        """Call ``callback`` once, at the end of the running step or before the next one, on the thread of the loop."""
+        if callback not in self._soon:
+            self._soon.append(callback)
 
     def call_put_off(self) -> None:
         """Call the callbacks of :meth:`call_soon` that have not been called yet."""

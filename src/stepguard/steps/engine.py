@@ -93,7 +93,7 @@ class LoopEngine(Generic[SessionT]):
         return session.failed_fetch is error
 
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
-        """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
+        """Put ``callback`` off while an evaluation runs inside a step, or before the first loop."""
         return session.defer(callback)
 
     def keep_with(self, session: SessionT, keeper: Keeper) -> None:

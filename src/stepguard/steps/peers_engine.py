@@ -69,6 +69,7 @@ class PeersEngine(LoopEngine[SessionT], ABC):
             recovered, is_restored = self.go_on(session)
             if not is_restored:
                 self.initialise(session)
+            session.process_state.note_beginning()
         except BaseException:
             self.close(session)
             raise

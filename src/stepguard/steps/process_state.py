@@ -27,6 +27,9 @@ class ProcessState(ABC):
         self._places = Places(processes)
         # The earlier run's random states, until the first step.
         self._random: dict[str, Any] | None = None
+        # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
+        # a start that goes on from there makes them again.
+        self._first: dict[str, Any] | None = None
         # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
         self.epochs_done = 0
         self.loops_done = 0
@@ -66,8 +69,10 @@ class ProcessState(ABC):
 
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
+        kept = self._random or self._first
         return {
-            "random": self.streams.capture() if self._random is None else self._random,
+            "random": self.streams.capture() if kept is None else kept,
+            "is_first": self._first is not None,
             "loaders": self._places.saved(),
             "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
         }
@@ -80,9 +85,21 @@ class ProcessState(ABC):
         self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
         self._is_epoch_begun = epochs["begun"]
         # The streams are restored now, for draws before the first step, and again just before that step: draws in
-        # between, for example to build objects that are then restored, must not move the streams.
-        self._random = state["random"]
+        # between, for example to build objects that are then restored, must not move the streams. Exception: if the run
+        # had not come to its first loop, these draws belong to it.
+        is_first = state.get("is_first")
+        self._first, self._random = (state["random"], None) if is_first else (None, state["random"])
         self.streams.restore(state["random"])
+
+    def note_beginning(self) -> None:
+        """Note that the run begins here, if it was not restored."""
+        if self._random is None and self._first is None:
+            self._first = self.streams.capture()
+
+    def begin_loop(self) -> None:
+        """Begin a loop, before its first step: what was drawn until now is not drawn again after a restart."""
+        self._first = None
+        self._is_epoch_begun = True
 
     def streams_preserved(self) -> AbstractContextManager[None]:
         """A block after which the random streams are as they were before, whatever it draws."""

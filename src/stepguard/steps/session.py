@@ -229,6 +229,7 @@ class Session(StepSession):
                 self.boundary.rest(self._turn_loop)
                 self._gate.end(boundary.steps)
             return
+        self._begin_loop()
         self._advice.on_first_step(plan)
         if self._put_back is not None:
             self._undo_what_was_done_again(plan)
