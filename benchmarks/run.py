@@ -24,6 +24,7 @@ SMALLEST = {
     "rendezvous": "--processes 2 --saves 2 --idle-secs 0.5 --step-secs 0.02 --hosts 1",
     "large_logdirs": "--checkpoints 3 --processes 1 2 --repeats 1",
     "torch_stalls": "--megabytes 4 --seconds 1",
+    "overhead": "--megabytes 4 --secs 2 --settle-secs 1 --rounds 1 --step-secs 0.005 --min-secs 0.2",
     "torch_checkpoints": "--megabytes 4 --seconds 0.5 --rounds 1 --repeats 1 --steps 200 --step-secs 0.005",
     "jax_checkpoints": "--megabytes 2 --arrays 3 --rounds 1",
     "jax_stalls": "--megabytes 2 --seconds 0.3 --overhead-steps 200",

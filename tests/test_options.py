@@ -79,6 +79,14 @@ def test_what_is_no_whole_number_is_named(value, options, error, message):
         (Saving, {"save_model_secs": math.inf}, ValueError),
         (Saving, {"save_model_steps": 0}, ValueError),
         (Saving, {"save_model_steps": 1.5}, TypeError),
+        (Saving, {"overhead": "1 %"}, TypeError),
+        (Saving, {"overhead": 0}, ValueError),
+        (Saving, {"overhead": 1}, ValueError),
+        (Saving, {"min_interval_secs": None, "overhead": 0.01}, TypeError),
+        (Saving, {"max_interval_secs": 1, "overhead": 0.01}, ValueError),
+        (Saving, {"max_bytes_per_day": 0, "overhead": 0.01}, ValueError),
+        (Saving, {"max_bytes_per_day": 10**9}, ValueError),
+        (Saving, {"max_interval_secs": None}, ValueError),
         (Saving, {"save_at_end": "no"}, TypeError),
         (Saving, {"max_to_keep": -1}, ValueError),
         (Saving, {"keep_checkpoint_every_n_hours": 0}, ValueError),
@@ -144,10 +152,12 @@ def test_a_group_is_public_keyword_only_and_never_changes(group):
         ({"save_model_secs": 0}, False, False),
         ({"save_model_secs": None, "save_model_steps": 5}, True, True),
         ({"save_model_secs": 0, "save_at_end": True}, True, True),
+        ({"save_model_secs": 0, "overhead": 0.01}, True, True),
+        ({"save_model_secs": 0, "overhead": 0.01, "save_at_end": False}, True, False),
         ({"save_at_end": False}, True, False),
     ],
 )
-def test_a_run_saves_when_any_of_three_options_asks_for_it(options, is_on, saves_last_step):
+def test_a_run_saves_when_any_of_its_options_asks_for_it(options, is_on, saves_last_step):
     saving = Saving(**options)
     assert (saving.is_on, saving.saves_last_step) == (is_on, saves_last_step)
 

@@ -33,7 +33,7 @@ thread; T: a thread that runs a step; S: a service; W: the writer; any: also tha
     P    watch, watch_values          the session marks its steps, and shows its numbers
     P    call_after_steps             where checkpoints are taken by steps
     T    ... steps ...                each between two boundaries; callbacks of call_after_steps
-    S    step, progress, summarise    on timers
+    S    step, progress, steps_done, summarise    on timers
     S    at_boundary: snapshot        also T, from a callback of call_after_steps, and P at the end
     W    non_finite, write            the checkpoint is committed by the store
     any  stop_at_boundary             after SIGTERM, or when a number was not finite
@@ -219,6 +219,22 @@ class Beginning:
     processes: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class StepsDone:
+    """How far a session has come, so that the time of its steps can be measured.
+
+    Args:
+        number: the steps done in this session, in all of its threads. It never falls.
+        ended_at: when the last of them ended, in seconds of the monotonic clock; 0 before the first.
+        pauses: a number that rises when the program begins or ends something between its steps that is no training: the
+            time between two loops, an evaluation that it has announced.
+    """
+
+    number: int
+    ended_at: float
+    pauses: int = 0
+
+
 class Engine(Protocol[SessionT]):
     """One framework, as the core sees it: the attributes and methods that every engine has.
 
@@ -314,6 +330,12 @@ class Engine(Protocol[SessionT]):
 
     def progress(self, session: SessionT) -> object:
         """A value that changes with every step that may have changed the state to save."""
+
+    def steps_done(self, session: SessionT) -> StepsDone | None:
+        """The steps that this process has done, and when the last of them ended; ``None`` if the session cannot tell.
+
+        Any thread, several times a second, so it must be fast. Number and time belong together.
+        """
 
     def at_boundary(
         self, session: SessionT, what: str, patience_secs: float | None = None

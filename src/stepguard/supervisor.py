@@ -24,6 +24,7 @@ from stepguard.errors import described
 from stepguard.managed_session import ManagedSession
 from stepguard.options import Options
 from stepguard.saving.answers import Answers
+from stepguard.saving.cadence import LOOK_SECS
 from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.run_saver import RunSaver
 from stepguard.steps.numbers import as_numbers
@@ -240,9 +241,12 @@ class Supervisor(Generic[SessionT]):
                 )
         if self._saving.is_on:
             self._engine.watch(sess, self._save_before_close)
-            checkpointer = self._saving.start(sess, step, self._guard)
+            save = self._saving.start(sess, step, self._guard)
             if self.save_model_secs:
-                threads.append(self._service("checkpoint", self.save_model_secs, sess, checkpointer))
+                threads.append(self._service("checkpoint", self.save_model_secs, sess, save))
+            look = self._saving.cadence_service(sess)
+            if look is not None:
+                threads.append(self._service("cadence", LOOK_SECS, sess, look))
         self._is_running()
         answer = Answers(self._engine, sess, coord=self._coord, saver=self._saving)
         self._observer.session_ready(sess, step, self._life.recovered, answer)

@@ -205,6 +205,15 @@ def test_the_metrics_and_failed_saves(tmp_path):
     assert "40 of 100 (40 %), 2 steps/s, 30 s left" in text
 
 
+def test_what_the_cadence_has_come_to(tmp_path):
+    cadence = {"overhead": 0.01, "interval_secs": 4.21, "cost": 0.0094, "bytes_per_day": 5 << 40}
+    tell(tmp_path, cadence=cadence)
+    _, text = status(tmp_path)
+    assert "a checkpoint every 4.2 s, which costs 0.94 % of the time (1 % allowed)" in text
+    assert "writes 5.00 TiB a day" in text
+    assert known(tmp_path)[1]["processes"][0]["cadence"] == cadence
+
+
 def test_a_logdir_without_a_run_is_not_well(tmp_path):
     code, text = status(tmp_path)
     assert code == 1

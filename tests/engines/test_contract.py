@@ -271,3 +271,33 @@ def test_without_the_protocols_a_run_that_did_nothing_since_saves_nothing_more(t
 
 def _interrupted() -> None:
     raise KeyboardInterrupt
+
+
+def test_an_engine_tells_how_many_steps_were_done_and_when_the_last_has_ended(engine, tmp_path):
+    program = engine.program(tmp_path)
+    told = []
+    with program.sv.managed_session() as session:
+        for _ in range(3):
+            told.append(program.sv._engine.steps_done(session))
+            program.run_step(session)
+        told.append(program.sv._engine.steps_done(session))
+
+    assert [one.number for one in told] == [0, 1, 2, 3]
+    times = [one.ended_at for one in told]
+    assert times[0] == 0 < times[1]
+    assert times == sorted(times)
+
+
+def test_an_evaluation_that_is_announced_is_a_pause(engine, tmp_path):
+    program = engine.program(tmp_path)
+    with program.sv.managed_session() as session:
+        if not hasattr(session, "evaluating"):
+            pytest.skip("its sessions announce no evaluations")
+        program.run_step(session)
+        before = program.sv._engine.steps_done(session)
+        with session.evaluating():
+            inside = program.sv._engine.steps_done(session)
+        after = program.sv._engine.steps_done(session)
+
+    assert before.pauses < inside.pauses < after.pauses
+    assert before.number == after.number == 1

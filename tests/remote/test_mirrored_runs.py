@@ -32,6 +32,18 @@ def test_what_is_committed_is_in_the_mirror_at_the_end(url, tmp_path):
     assert names(url) == ["model.ckpt-3"]
 
 
+def test_a_mirror_says_whether_something_is_on_its_way(url, tmp_path):
+    sv = supervisor(tmp_path / "run", url, every=1, max_bytes_per_sec=400)
+    with sv.managed_session() as session:
+        mirror = sv._saving._mirror
+        wait_until(lambda: not mirror.is_uploading)
+        save_step(sv, session)
+        wait_until(lambda: mirror.is_uploading)
+        wait_until(lambda: not mirror.is_uploading)
+
+        assert names(url) == ["model.ckpt-1"]
+
+
 def test_a_new_machine_goes_on_where_the_lost_one_was(url, tmp_path):
     train(tmp_path / "run", url, 3)
     shutil.rmtree(tmp_path / "run")

@@ -32,6 +32,34 @@ def test_copies_take_a_twentieth_of_the_time_after_the_first_ones(monkeypatch):
     assert 20 <= copies <= 20 + 2 + now[0] / 20 / 0.01
 
 
+def test_copies_take_a_smaller_part_of_the_time_where_that_is_asked(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("stepguard.steps.copying_budget.time.monotonic", lambda: now[0])
+    budget, copies = CopyingBudget(0.005), 0
+    for _ in range(100_000):
+        now[0] += 0.001
+        if budget.allows_one():
+            budget.spend(0.01)
+            now[0] += 0.01
+            copies += 1
+
+    assert 20 <= copies <= 20 + 2 + now[0] * 0.005 / 0.01
+
+
+def test_rests_are_pauses_that_begin_and_end():
+    boundary = Boundary()
+    boundary.enter()
+    boundary.leave()
+    assert boundary.pauses == 0
+    boundary.rest()
+    assert boundary.pauses == 1
+    boundary.enter()
+    boundary.leave()
+    boundary.enter()
+    boundary.leave()
+    assert boundary.pauses == 2
+
+
 def test_a_copy_that_waited_for_the_processor_costs_what_the_others_do(monkeypatch):
     monkeypatch.setattr("stepguard.steps.copying_budget.time.monotonic", lambda: 0.0)
     budget = CopyingBudget()

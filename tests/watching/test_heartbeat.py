@@ -86,6 +86,8 @@ def test_a_damaged_heartbeat_is_passed_over(logdir, content):
         {"pid": None},
         {"pid": True},
         {"last_checkpoint": "model.ckpt-4"},
+        {"cadence": {"overhead": 0.01}},
+        {"cadence": {"overhead": 0.01, "interval_secs": 4.0, "cost": None, "bytes_per_day": 5}},
         {"replay": "same"},
         {"replay": {"outcome": "same"}},
         {"replay": {"outcome": "same", "message": 5}},

@@ -62,6 +62,21 @@ def test_tell_of_steps_and_checkpoints(tmp_path: Path) -> None:
     assert 0 <= after["stepguard_seconds_since_checkpoint"] < 60
 
 
+def test_tell_what_a_cadence_has_come_to(tmp_path: Path) -> None:
+    sv = supervisor(tmp_path)
+    with sv.managed_session():
+        before = read(url_of(tmp_path))
+        sv._observer.paced(overhead=0.01, interval_secs=4.2, cost=0.0089, bytes_per_day=4.1e12)
+        after = read(url_of(tmp_path))
+
+    names = {"stepguard_checkpoint_interval_seconds", "stepguard_checkpoint_cost_ratio"}
+    names.add("stepguard_checkpoint_bytes_per_day")
+    assert after.keys() - before.keys() == names
+    assert after["stepguard_checkpoint_interval_seconds"] == 4.2
+    assert after["stepguard_checkpoint_cost_ratio"] == 0.0089
+    assert after["stepguard_checkpoint_bytes_per_day"] == 4.1e12
+
+
 def test_tell_of_restarts_and_of_the_checkpoint_restored(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), supervisor(tmp_path).managed_session() as session:
         for _ in range(5):

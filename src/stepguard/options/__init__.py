@@ -76,8 +76,15 @@ class Saving(_Group):
         save_model_secs: seconds between checkpoints; 0 or ``None`` turns the timer off.
         save_model_steps: steps between checkpoints, in addition to those on the timer; ``None`` saves by time only. A
             checkpoint that falls due while the last one is still being written is skipped.
+        overhead: the part of the time that checkpoints may cost, such as 0.01, in addition to those by time and by
+            steps: the next one is due when the measured cost of the last one is this part of the time since. The cost
+            is the time by which training came less far: the stall, and how much slower steps are while it is written
+            and uploaded. ``None`` saves by time and by steps only. The next three options are its bounds.
+        min_interval_secs: at least so many seconds between two of these checkpoints.
+        max_interval_secs: after so many seconds one is due whatever it costs and writes; ``None`` sets no such bound.
+        max_bytes_per_day: at least so far apart that they write no more than this in a day; ``None`` sets no bound.
         save_at_end: whether the last step is saved when the run ends without an error. By default it is saved if
-            ``save_model_secs`` or ``save_model_steps`` is set.
+            ``save_model_secs``, ``save_model_steps`` or ``overhead`` is set.
         max_to_keep: how many checkpoints are kept; 0 or ``None`` keeps all. With TensorFlow, the Saver's own setting.
         keep_checkpoint_every_n_hours: one checkpoint of every N hours is kept in addition to ``max_to_keep``. With
             TensorFlow, the Saver's own setting.
@@ -98,6 +105,10 @@ class Saving(_Group):
 
     save_model_secs: float | None = 600
     save_model_steps: int | None = None
+    overhead: float | None = None
+    min_interval_secs: float = 2
+    max_interval_secs: float | None = 600
+    max_bytes_per_day: float | None = 10**12
     save_at_end: bool | None = None
     max_to_keep: int | None = 5
     keep_checkpoint_every_n_hours: float | None = None
@@ -110,6 +121,7 @@ class Saving(_Group):
     def __post_init__(self) -> None:
         check_seconds("save_model_secs", self.save_model_secs, is_finite=True, or_none=True)
         check_count("save_model_steps", self.save_model_steps, least=1, or_none=True)
+        self._check_overhead()
         check_switch("save_at_end", self.save_at_end, or_none=True)
         check_count("max_to_keep", self.max_to_keep, or_none=True)
         hours = self.keep_checkpoint_every_n_hours
@@ -121,17 +133,36 @@ class Saving(_Group):
         check_text("checkpoint_basename", self.checkpoint_basename, "the name of a file such as 'model.ckpt'")
         check_seconds("max_unprotected_secs", self.max_unprotected_secs)
 
+    def _check_overhead(self) -> None:
+        check_seconds("overhead", self.overhead, unit="parts of the time", is_positive=True, or_none=True)
+        if self.overhead is not None and self.overhead >= 1:
+            raise ValueError(f"overhead must be a part of the time below 1, such as 0.01 for 1 %, got {self.overhead}")
+        check_seconds("min_interval_secs", self.min_interval_secs, is_finite=True)
+        check_seconds("max_interval_secs", self.max_interval_secs, is_positive=True, is_finite=True, or_none=True)
+        most = self.max_bytes_per_day
+        check_seconds("max_bytes_per_day", most, unit="bytes a day", is_positive=True, or_none=True)
+        if self.max_interval_secs is not None and self.max_interval_secs < self.min_interval_secs:
+            raise ValueError(
+                f"max_interval_secs must be at least min_interval_secs={self.min_interval_secs:g}, got "
+                f"{self.max_interval_secs:g}"
+            )
+        defaults = _defaults(type(self))
+        for name in ("min_interval_secs", "max_interval_secs", "max_bytes_per_day"):
+            if self.overhead is None and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} is a bound of overhead, which is not set: set both")
+
     @property
     def saves_last_step(self) -> bool:
         """Whether the last step is saved when the run ends without an error."""
         if self.save_at_end is None:
-            return bool(self.save_model_secs or self.save_model_steps)
+            return bool(self.save_model_secs or self.save_model_steps or self.overhead)
         return bool(self.save_at_end)
 
     @property
     def is_on(self) -> bool:
         """Whether anything is ever saved."""
-        return bool(self.save_model_secs or self.save_model_steps or self.saves_last_step or self.keep_best)
+        timed = self.save_model_secs or self.save_model_steps or self.overhead
+        return bool(timed or self.saves_last_step or self.keep_best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,7 +432,7 @@ class Options:
         if not (commits and self.saving.is_on):
             raise ValueError(
                 f"mirror={os.fspath(mirror.url)!r} is a second copy of what is saved, and nothing is: it needs a "
-                f"logdir on this machine's file systems, and save_model_secs, save_model_steps or save_at_end"
+                f"logdir on this machine's file systems, and save_model_secs, save_model_steps, overhead or save_at_end"
             )
         if logdir is not None and not is_url(mirror.url):
             place, root = os.path.realpath(mirror.url), os.path.realpath(logdir)
@@ -417,7 +448,8 @@ class Options:
         if self.guarding.returns and not (commits and self.saving.is_on):
             raise ValueError(
                 "nan_guard='return' needs checkpoints to return to: a chief with a logdir on this machine's file "
-                "systems, and save_model_secs, save_model_steps or save_at_end; use nan_guard='stop' without them"
+                "systems, and save_model_secs, save_model_steps, overhead or save_at_end; use nan_guard='stop' without "
+                "them"
             )
 
 

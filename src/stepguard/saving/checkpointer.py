@@ -17,8 +17,9 @@ from typing import Any
 
 from stepguard.engine import Engine, RestsBetweenLoops, SharedModel, Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError
+from stepguard.saving.cadence import Cadence
 from stepguard.saving.writer import CheckpointWriter
-from stepguard.steps.copying_budget import CopyingBudget
+from stepguard.steps.copying_budget import COPYING_SHARE, CopyingBudget
 
 # How long a save that the program asks for waits for a trigger that waits for a boundary.
 _PATIENCE_SECS = 10.0
@@ -37,7 +38,15 @@ class Checkpointer:
     """Takes snapshots of one session at step boundaries and hands them to the writer. Any thread."""
 
     def __init__(
-        self, engine: Engine[Any], session: Any, writer: CheckpointWriter, *, is_saved: bool, copies_all: bool = False
+        self,
+        engine: Engine[Any],
+        session: Any,
+        writer: CheckpointWriter,
+        *,
+        is_saved: bool,
+        copies_all: bool = False,
+        cadence: Cadence | None = None,
+        copying_share: float = COPYING_SHARE,
     ) -> None:
         self._engine = engine
         self._shared = engine if isinstance(engine, SharedModel) else None
@@ -51,7 +60,8 @@ class Checkpointer:
         self._saved_progress = engine.progress(session)
         # The newest copy. It is read only while no loop runs.
         self._copy: _Copy | None = None
-        self._budget = CopyingBudget()
+        self._budget = CopyingBudget(copying_share)
+        self._cadence = cadence
         self._copies_all = copies_all
         # The step of the last snapshot that was handed to the writer; of a restored checkpoint at the beginning.
         self._handed_over = 0
@@ -71,6 +81,11 @@ class Checkpointer:
             self._save_if_due()
         finally:
             self._saving.release()
+
+    def save_unless_writing(self) -> None:
+        """Save now, as on a timer, unless a checkpoint is being written: with a cadence this is usual."""
+        if not self._writer.busy:
+            self()
 
     def _save_if_due(self) -> None:
         if self._is_closed or not self._has_changed():
@@ -106,6 +121,11 @@ class Checkpointer:
     def has_saved(self, step: int | None) -> bool:
         """Whether a checkpoint of ``step`` was committed, or is being written."""
         return self._is_saved and self.saved_step == step
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether there is a copy that a save between two loops can use."""
+        return self._copy_at_rest() is not None
 
     def save_on_request(self) -> bool:
         """Save now, as on a timer; return whether the present state is saved or being written.
@@ -156,6 +176,8 @@ class Checkpointer:
         if not self._writer.submit(copy.snapshot, copy.stall_secs, lambda: self._take(what, None)):
             return False
         self._saved_progress, self._is_saved, self.saved_step = copy.progress, True, copy.snapshot.step
+        if self._cadence is not None:
+            self._cadence.took(self._engine.steps_done(self._session), copy.stall_secs)
         self._handed_over += 1
         return True
 
@@ -207,6 +229,8 @@ class Checkpointer:
         self._copy = None
         self._saved_progress, self._is_saved = self._engine.progress(self._session), True
         self.saved_step = self._engine.step(self._session)
+        if self._cadence is not None:
+            self._cadence.went_back()
 
     def _keep(self, is_last: bool) -> None:
         """Keep a copy of the last step of a loop that has ended, unless there is one already."""
@@ -216,7 +240,10 @@ class Checkpointer:
         if self._copy is not None and self._copy.progress == progress:
             return
         if is_last or self._copies_all or self._budget.allows_one():
-            self._budget.spend(self._take_copy().stall_secs)
+            stall_secs = self._take_copy().stall_secs
+            self._budget.spend(stall_secs)
+            if self._cadence is not None and not self._copies_all:
+                self._cadence.copied(stall_secs)
 
     def _copy_at_rest(self) -> _Copy | None:
         """The copy to save instead of the live state while that belongs to the program; ``None`` if there is none."""
@@ -250,6 +277,8 @@ class Checkpointer:
                 self._check_is_not_lent(what)
                 copy = self._take_copy()
             self._saved_progress, self._is_saved, self.saved_step = copy.progress, True, copy.snapshot.step
+            if self._cadence is not None:
+                self._cadence.took(self._engine.steps_done(self._session), copy.stall_secs)
         return copy.snapshot, copy.stall_secs
 
     def _check_is_not_lent(self, what: str) -> None:

@@ -6,16 +6,17 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine, EventLog, Snapshot
 from stepguard.saving.adoption import Adoption
+from stepguard.saving.cadence import Cadence
 from stepguard.saving.commit_hook import CommitHook, Committed
 from stepguard.saving.mirroring import RunMirror
 from stepguard.saving.noted import Noted
-from stepguard.store import CheckpointStore
+from stepguard.store import CheckpointStore, FileRecord
 from stepguard.watching.observer import Observer
 from stepguard.words import logger
 
@@ -41,6 +42,7 @@ class Committer:
         noted: Noted | None = None,
         on_commit: Callable[[Committed], object] | None = None,
         mirror: RunMirror | None = None,
+        cadence: Cadence | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -49,8 +51,11 @@ class Committer:
         self._noted = Noted() if noted is None else noted
         self._hook = None if on_commit is None else CommitHook(on_commit, self.warn)
         self._mirror = mirror
+        self._cadence = cadence
         self._adoption = None if store is None else Adoption(engine, store)
         self._last_bytes = 0
+        # Of the last checkpoint, without files that it shares with an earlier one.
+        self._written_bytes = 0
         # Then the framework prunes by itself.
         self._is_written_by_framework = False
         self._has_failed = False
@@ -101,6 +106,8 @@ class Committer:
         if self._observer is not None:
             nbytes = self._last_bytes or snapshot.nbytes
             self._observer.checkpointed(os.path.basename(path), snapshot.step, nbytes, secs, stall_secs)
+        if self._cadence is not None:
+            self._cadence.wrote(snapshot.nbytes if snapshot.written is not None else self._written_bytes)
         if self._mirror is not None:
             # Before the pruning, which must not be faster than the uploader.
             self._mirror.committed(os.path.basename(path))
@@ -153,6 +160,8 @@ class Committer:
         self._has_failed = False
         if checkpoint.manifest is not None:
             self._last_bytes = checkpoint.manifest.size
+            if self._cadence is not None:
+                self._written_bytes = _written_bytes(store.root, checkpoint.manifest.files)
         adoption.tell()
         return checkpoint.path
 
@@ -175,3 +184,12 @@ class Committer:
         except OSError as error:
             # The step is saved anyway; the next save prunes again.
             self.warn(f"an old checkpoint could not be removed: {error}")
+
+
+def _written_bytes(root: Path, records: Iterable[FileRecord]) -> int:
+    """The bytes of these files, without those that are also files of an earlier checkpoint: those were not written."""
+    nbytes = 0
+    for record in records:
+        with contextlib.suppress(OSError):  # The program may remove what was committed.
+            nbytes += record.size if os.stat(root / record.name).st_nlink == 1 else 0
+    return nbytes

@@ -132,6 +132,12 @@ class RunMirror:
         for message in said:
             self._observer.warn(message)
 
+    @property
+    def is_uploading(self) -> bool:
+        """Whether something is being sent, and not only tried again. Any thread."""
+        uploader = self._uploader
+        return uploader is not None and uploader.is_sending
+
     def committed(self, name: str) -> None:
         """Have the checkpoint ``name`` copied. Writer thread; returns at once."""
         if self._uploader is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Generic
 
-from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, SessionT
+from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, SessionT, SharedModel
 from stepguard.options import Mirror, Saving
+from stepguard.saving.cadence import Cadence
+from stepguard.saving.cadence_service import CadenceService
 from stepguard.saving.checkpointer import Checkpointer, StepTrigger
 from stepguard.saving.commit import Committer
 from stepguard.saving.keeper import Keeper
@@ -17,6 +20,7 @@ from stepguard.saving.nan_guard import NanGuard
 from stepguard.saving.noted import Noted
 from stepguard.saving.retry import Backoff
 from stepguard.saving.writer import CheckpointWriter
+from stepguard.steps.copying_budget import COPYING_SHARE
 from stepguard.store import CheckpointStore, LogdirHold
 from stepguard.store.marks import check_name
 from stepguard.watching.observer import Observer
@@ -75,6 +79,9 @@ class RunSaver(Generic[SessionT]):
         self.keeper: Keeper | None = None
         self._session: SessionT | None = None
         self._step_trigger: StepTrigger | None = None
+        self._cadence: Cadence | None = None
+        if self._options is not None and self._options.overhead is not None:
+            self._cadence = Cadence(self._options)
 
     @property
     def is_on(self) -> bool:
@@ -123,8 +130,8 @@ class RunSaver(Generic[SessionT]):
 
     # --- a session ---
 
-    def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Checkpointer:
-        """Save ``session``, which starts at ``step``, from now on. Call the returned checkpointer on a timer, say.
+    def start(self, session: SessionT, step: int | None, guard: NanGuard | None) -> Callable[[], None]:
+        """Save ``session``, which starts at ``step``, from now on. Returns the function to call on a timer.
 
         Call this only if :attr:`is_on`.
         """
@@ -140,6 +147,7 @@ class RunSaver(Generic[SessionT]):
                     noted=self._noted,
                     on_commit=self._options.on_commit,
                     mirror=self._mirror,
+                    cadence=self._cadence,
                 ),
                 self._on_error,
                 retry=Backoff(self._options.max_unprotected_secs),
@@ -151,7 +159,15 @@ class RunSaver(Generic[SessionT]):
         if isinstance(self._engine, MakesRoom):
             self._engine.make_room(session)
         is_saved, copies_all = self._is_newest_saved(step), self._noted.rule is not None
-        checkpointer = Checkpointer(self._engine, session, self.writer, is_saved=is_saved, copies_all=copies_all)
+        checkpointer = Checkpointer(
+            self._engine,
+            session,
+            self.writer,
+            is_saved=is_saved,
+            copies_all=copies_all,
+            cadence=self._cadence,
+            copying_share=self._copying_share,
+        )
         self.checkpointer = checkpointer
         self._keep(session, checkpointer, self.writer)
         every_steps = self._options.save_model_steps
@@ -159,7 +175,31 @@ class RunSaver(Generic[SessionT]):
             trigger = StepTrigger(self._engine, session, checkpointer, every_steps, self._on_error)
             self._engine.call_after_steps(session, 1, trigger)
             self._step_trigger = trigger
-        return checkpointer
+        return checkpointer if self._cadence is None else checkpointer.save_unless_writing
+
+    @property
+    def _copying_share(self) -> float:
+        overhead = None if self._options is None else self._options.overhead
+        # Half of what is allowed: the other half is left for the checkpoints themselves.
+        return COPYING_SHARE if overhead is None else min(COPYING_SHARE, overhead / 2)
+
+    def cadence_service(self, session: SessionT) -> CadenceService | None:
+        """What is to be called every few moments while ``session`` trains, after :meth:`start`; ``None`` if nothing."""
+        cadence, checkpointer, writer = self._cadence, self.checkpointer, self.writer
+        if cadence is None or self._options is None or checkpointer is None or writer is None:
+            return None
+        shared = self._engine if isinstance(self._engine, SharedModel) else None
+        cadence.begin(self._engine.steps_done(session), is_shared=shared is not None and shared.is_shared(session))
+        return CadenceService(
+            self._engine,
+            session,
+            cadence,
+            self._options,
+            checkpointer=checkpointer,
+            writer=writer,
+            is_uploading=lambda: self._mirror is not None and self._mirror.is_uploading,
+            tell=lambda report: self._observer.paced(**asdict(report)),
+        )
 
     def _keep(self, session: SessionT, checkpointer: Checkpointer, writer: CheckpointWriter) -> None:
         if self._store is not None:

@@ -121,6 +121,12 @@ class Uploader:
         return self._is_over or (not self._is_looking and self._waiting is None and self._sending is None)
 
     @property
+    def is_sending(self) -> bool:
+        """Whether the mirror is at work: not if nothing waits, and not between two tries. Any thread."""
+        with self._wake:
+            return not self._is_idle() and self._error is None
+
+    @property
     def left(self) -> str | None:
         """The checkpoint that is not in the mirror yet."""
         with self._wake:

@@ -57,7 +57,10 @@ class Boundary:
         self._is_back = threading.Event()
         self._on_rest: Callable[[bool], None] | None = None
         self._soon: list[Callable[[], None]] = []
-        self.steps = 0
+        # The number of steps, and when the last of them ended (monotonic clock); replaced together.
+        self.last_step: tuple[int, float] = (0, 0.0)
+        # Rises at the beginning and at the end of each rest.
+        self.pauses = 0
         # The thread that began the last step.
         self.thread: int | None = None
         # Whether the program's loop over steps has ended, so that it may use the model for something else.
@@ -82,7 +85,9 @@ class Boundary:
         finally:
             self._changing.discard(me)
         self._began = time.monotonic()
-        self.is_resting = False
+        if self.is_resting:
+            self.is_resting = False
+            self.pauses += 1
 
     def rest(self, change: Callable[[], None] | None = None, *, is_last: bool = False) -> None:
         """Note that no step follows for now; wait while a service holds the boundary.
@@ -96,6 +101,7 @@ class Boundary:
             if self._on_rest is not None and not self._is_torn:
                 self._on_rest(is_last)
             self.is_resting = True
+            self.pauses += 1
         finally:
             self.leave(is_done=False)
 
@@ -139,9 +145,10 @@ class Boundary:
         me = threading.get_ident()
         if self.stepping != me:
             return
+        now = time.monotonic()
         if is_done:
-            self.steps += 1
-        lasted = time.monotonic() - self._began
+            self.last_step = self.last_step[0] + 1, now
+        lasted = now - self._began
         if lasted > self._longest_secs:
             self._longest_secs = lasted
         self._changing.add(me)
@@ -170,6 +177,11 @@ class Boundary:
     def mark_torn(self) -> None:
         """Mark that this thread leaves its step half-way."""
         self._is_torn = True
+
+    @property
+    def steps(self) -> int:
+        """The number of steps done."""
+        return self.last_step[0]
 
     @property
     def is_away(self) -> bool:

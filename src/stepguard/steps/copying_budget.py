@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 
-# At most one part in this many of the time is spent on such copies ...
-_SHARE = 20
-# ... except for the first copies, so that a program of a few short loops has a copy of each.
+COPYING_SHARE = 1 / 20
+"""At most this part of the time is spent on such copies, except for the first ones."""
+
+# The first copies are free, so that a program of a few short loops has a copy of each.
 _FREE_SECS = 0.2
 # The cost of a copy is the least of this many, because on a busy machine any copy may have waited for the processor.
 _REMEMBERED = 8
@@ -17,7 +18,8 @@ _UNFELT_SECS = 0.002
 class CopyingBudget:
     """A budget of time for the copies at the ends of loops, so that many short loops stay fast. One thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = COPYING_SHARE) -> None:
+        self._share = share
         self._left_secs = _FREE_SECS
         self._looked_at = time.monotonic()
         self._lasted: deque[float] = deque(maxlen=_REMEMBERED)
@@ -25,7 +27,7 @@ class CopyingBudget:
     def allows_one(self) -> bool:
         """Whether a copy may be taken now."""
         now = time.monotonic()
-        self._left_secs = min(_FREE_SECS, self._left_secs + (now - self._looked_at) / _SHARE)
+        self._left_secs = min(_FREE_SECS, self._left_secs + (now - self._looked_at) * self._share)
         self._looked_at = now
         return self._left_secs > 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from stepguard.engine import Beginning, Keeper, StepTrace
+from stepguard.engine import Beginning, Keeper, StepsDone, StepTrace
 from stepguard.steps.session import Session
 from stepguard.steps.step_digests import StepDigests
 
@@ -68,6 +68,10 @@ class LoopEngine(Generic[SessionT]):
         """
         state = session.process_state
         return session.boundary.steps - session.is_cut_short, state.epochs_done, state.batches_read_again
+
+    def steps_done(self, session: SessionT) -> StepsDone:
+        """The steps of the session; loops and evaluations that begin and end are pauses."""
+        return session.steps_done
 
     def is_resting(self, session: SessionT) -> bool:
         """Whether no loop over ``steps`` runs."""

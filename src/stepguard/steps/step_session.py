@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
-from stepguard.engine import Beginning, Keeper, StepTrace, ValueWatch
+from stepguard.engine import Beginning, Keeper, StepsDone, StepTrace, ValueWatch
 from stepguard.errors import StopRequested
 from stepguard.steps.boundary import Boundary
 from stepguard.steps.digests import numbers_at_hand
@@ -59,6 +59,8 @@ class StepSession:
         self._has_warned_of_no_keeper = False
         self.is_update = True
         self._evaluations = 0
+        # Rises at the beginning and at the end of each evaluation.
+        self._evaluation_turns = 0
         self._advice = LoopAdvice()
         self.is_open = True
         # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
@@ -83,11 +85,13 @@ class StepSession:
         """
         self._check_open()
         self._evaluations += 1
+        self._evaluation_turns += 1
         try:
             with self.process_state.streams_preserved():
                 yield
         finally:
             self._evaluations -= 1
+            self._evaluation_turns += 1
 
     @contextmanager
     def step(self) -> Iterator[int]:
@@ -229,6 +233,12 @@ class StepSession:
     def is_evaluating(self) -> bool:
         """Whether the program is inside :meth:`evaluating`. Any thread."""
         return self._evaluations > 0
+
+    @property
+    def steps_done(self) -> StepsDone:
+        """How far this session has come. Any thread."""
+        number, ended_at = self.boundary.last_step
+        return StepsDone(number, ended_at, self.boundary.pauses + self._evaluation_turns)
 
     @property
     def moment(self) -> Moment | None:

@@ -34,6 +34,7 @@ _PATIENCE_SECS = 5.0
 _LONGEST_PATIENCE_SECS = 60.0
 # The factor by which each later step shrinks the recorded length of a long step: after 25 steps a tenth is left.
 _FADING = 0.91
+_NONE_DONE = (0, 0.0)
 
 
 class Boundary:
@@ -55,8 +56,9 @@ class Boundary:
         self._main_thread_was_told: Callable[[], bool] = lambda: False
         # The steps under way: thread -> (what the step fetches, when it began).
         self._running: dict[int, tuple[Any, float]] = {}
-        # Steps done: thread -> number. Each thread counts in its own entry, so that no count is lost.
-        self._done: dict[int, int] = {}
+        # Steps done: thread -> number, and when the last ended. Each thread counts in its own entry, so that no count
+        # is lost.
+        self._done: dict[int, tuple[int, float]] = {}
         self._longest_secs = 0.0
         self._usual_secs = 0.0
         self._condition = threading.Condition(threading.Lock())
@@ -68,7 +70,13 @@ class Boundary:
     @property
     def steps(self) -> int:
         """The number of runs that may have changed the saved state, so far."""
-        return sum(list(self._done.values()))
+        return sum(number for number, _ in list(self._done.values()))
+
+    @property
+    def last_step(self) -> tuple[int, float]:
+        """The number of these runs, and when the last of them ended, in seconds of the monotonic clock."""
+        done = list(self._done.values())
+        return sum(number for number, _ in done), max((ended_at for _, ended_at in done), default=0.0)
 
     @property
     def usual_secs(self) -> float:
@@ -126,11 +134,12 @@ class Boundary:
         """End the step of this thread."""
         thread = get_ident()
         # Counted before the announcement is removed: a thread that finds no step under way must find this one counted.
-        self._done[thread] = self._done.get(thread, 0) + 1
+        now = monotonic()
+        self._done[thread] = self._done.get(thread, _NONE_DONE)[0] + 1, now
         announced = self._running.pop(thread, None)
         # There is no announcement if a nested run of the same thread has already removed it.
         if announced is not None:
-            secs = monotonic() - announced[1]
+            secs = now - announced[1]
             self._longest_secs = max(self._longest_secs, secs)
             self._usual_secs = max(_FADING * self._usual_secs, secs)
         if self._hold is not None:

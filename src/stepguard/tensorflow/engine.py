@@ -16,7 +16,7 @@ import tensorflow as tf
 from stepguard.coordination.looper import LooperThread
 from stepguard.disk.new_file import NewFile
 from stepguard.disk.schema import MOST_DIGITS
-from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepsDone, StepTrace, ValueWatch
 from stepguard.errors import NoBoundaryError
 from stepguard.store import Checkpoint, CheckpointStore, tensorflow_files
 from stepguard.tensorflow.boundary import Boundary
@@ -233,6 +233,11 @@ class TensorFlowEngine:
         """The number of runs that may have changed the state, and the global step, which other processes may raise."""
         boundary = _boundary(session)
         return (None if boundary is None else boundary.steps, self.step(session))
+
+    def steps_done(self, session: Any) -> StepsDone | None:
+        """The runs of this process that may have changed the state. A session that is not ours does not tell."""
+        boundary = _boundary(session)
+        return None if boundary is None else StepsDone(*boundary.last_step)
 
     def is_shared(self, session: Any) -> bool:
         """True for a model on a server, and for a session whose steps are not marked: others may change the model."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk.new_file import NewFile
-from stepguard.engine import Beginning, Prepared, StepTrace, ValueWatch
+from stepguard.engine import Beginning, Prepared, StepsDone, StepTrace, ValueWatch
 from stepguard.errors import CheckpointMismatchError, StopRequested
 from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.options.checks import check_local
@@ -204,6 +204,10 @@ class FakeEngine:
     def progress(self, session: FakeSession) -> object:
         """The numbers of steps and returns: both change the state."""
         return session.step, session.returns
+
+    def steps_done(self, session: FakeSession) -> StepsDone:
+        """The steps that the boundary has counted."""
+        return StepsDone(*session.boundary.last_step)
 
     def at_boundary(
         self, session: FakeSession, what: str, patience_secs: float | None = None

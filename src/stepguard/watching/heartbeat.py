@@ -27,6 +27,12 @@ LATE_SECS = 10.0
 
 _MOST_BYTES = 1 << 20
 _PHASES = ("preparing", "training", "stopping", "stopped")
+_CADENCE: schema.Kinds = {
+    "overhead": (float,),
+    "interval_secs": (float,),
+    "cost": (float,),
+    "bytes_per_day": (float,),
+}
 _CHECKPOINT: schema.Kinds = {
     "name": (str, NoneType),
     "step": (int, NoneType),
@@ -63,6 +69,9 @@ class Heartbeat:
     boundary_time: float | None = None
     # name, step, time, bytes, secs (of the write), stall_secs (for which training waited)
     last_checkpoint: dict[str, Any] | None = None
+    # overhead (the part of the time that is allowed), interval_secs, cost (the part of it that was measured),
+    # bytes_per_day: see stepguard.saving.cadence.CadenceReport
+    cadence: dict[str, Any] | None = None
     # step, to_step, outcome, compared, differs_at, cause, message: see stepguard.watching.replay.Outcome
     replay: dict[str, Any] | None = None
     restarts: int = 0
@@ -181,6 +190,8 @@ def _heartbeat(content: bytes, role: str) -> Heartbeat:
         raise schema.SchemaError("warnings: expected texts")
     if found.replay is not None:
         found.replay = schema.checked(found.replay, schema.kinds_of(Outcome), required=("outcome", "message"))
+    if found.cadence is not None:
+        found.cadence = schema.checked(found.cadence, _CADENCE, required=tuple(_CADENCE))
     if found.last_checkpoint is not None:
         found.last_checkpoint = schema.checked(found.last_checkpoint, _CHECKPOINT)
     return found

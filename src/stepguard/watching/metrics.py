@@ -105,6 +105,8 @@ class _Collector:
         for name, (value, text) in gauges.items():
             if value is not None:
                 yield self._with_role(GaugeMetricFamily(f"stepguard_{name}", text, labels=list(self._labels)), value)
+        if now.cadence is not None:
+            yield from self._paced(now.cadence)
         replay = now.replay
         if replay is not None:
             yield self._with_role(
@@ -128,6 +130,18 @@ class _Collector:
             summary = SummaryMetricFamily(f"stepguard_{name}", text, labels=list(self._labels))
             summary.add_metric(list(self._labels.values()), count_value=totals.checkpoints, sum_value=secs)
             yield summary
+
+    def _paced(self, cadence: dict[str, Any]) -> Iterator[Any]:
+        """What ``Saving(overhead=...)`` has come to."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        gauges = {
+            "checkpoint_interval_seconds": (cadence["interval_secs"], "Seconds from one checkpoint to the next"),
+            "checkpoint_cost_ratio": (cadence["cost"], "The part of the time that checkpoints have cost"),
+            "checkpoint_bytes_per_day": (cadence["bytes_per_day"], "Bytes that checkpoints write in a day"),
+        }
+        for name, (value, text) in gauges.items():
+            yield self._with_role(GaugeMetricFamily(f"stepguard_{name}", text, labels=list(self._labels)), value)
 
     def _with_role(self, family: Any, value: float) -> Any:
         family.add_metric(list(self._labels.values()), value)

@@ -49,8 +49,8 @@ class Observer:
     """Watches one process of a run, from a thread of its own that looks at the step counter once a second.
 
     Threads: :meth:`begin`, :meth:`session_ready` and :meth:`end` are called by the thread that opens and stops the
-    session; :meth:`checkpointed`, :meth:`mirrored`, :meth:`save_failed`, :meth:`warn` and :meth:`returned` by any
-    thread.
+    session; :meth:`checkpointed`, :meth:`paced`, :meth:`mirrored`, :meth:`save_failed`, :meth:`warn` and
+    :meth:`returned` by any thread.
 
     Args:
         engine: reports the number of steps done.
@@ -253,6 +253,15 @@ class Observer:
     def checkpointed(self, name: str, step: int | None, nbytes: int, secs: float, stall_secs: float) -> None:
         """Note a commit: the checkpoint's size, the seconds to write it, and those that training waited."""
         self._record.checkpointed(name, step, nbytes, secs, stall_secs)
+
+    def paced(self, *, overhead: float, interval_secs: float, cost: float, bytes_per_day: float) -> None:
+        """Note what ``Saving(overhead=...)`` has come to; see :class:`stepguard.saving.cadence.CadenceReport`."""
+        self.now.cadence = {
+            "overhead": overhead,
+            "interval_secs": round(interval_secs, 3),
+            "cost": round(cost, 6),
+            "bytes_per_day": round(bytes_per_day),
+        }
 
     def mirrored(self, *, name: str, step: int | None, nbytes: int, secs: float) -> None:
         """Note that a checkpoint is in the mirror: the bytes that were sent for it, and the seconds that it took."""

@@ -185,6 +185,8 @@ def _process_lines(one: Process, found: RunState) -> list[_Line]:
     is_told = beat.phase != "stopped" or bool(found.steps_at_risk)
     if beat.role == CHIEF and found.steps_at_risk is not None and is_told:
         lines.append(("  at risk", output.counted(found.steps_at_risk, "step"), None))
+    if beat.cadence is not None:
+        lines.append(("  cadence", _cadence(beat.cadence), None))
     if beat.replay is not None:
         is_fault = beat.replay["outcome"] == "differs"
         lines.append(("  replay", printable(beat.replay["message"]), "yellow" if is_fault else None))
@@ -244,6 +246,15 @@ def _headline(one: Process) -> str:
     if one.state == "silent":
         return f"silent for {duration(one.age_secs)}, {printable(beat.phase)}"
     return f"{one.state}, {printable(beat.phase)}"
+
+
+def _cadence(found: dict[str, Any]) -> str:
+    secs = found["interval_secs"]
+    every = f"{secs:.2g} s" if secs < 10 else duration(secs)
+    return (
+        f"a checkpoint every {every}, which costs {100 * found['cost']:.2g} % of the time "
+        f"({100 * found['overhead']:.2g} % allowed) and writes {output.size(round(found['bytes_per_day']))} a day"
+    )
 
 
 def _progress(one: Process) -> str:
