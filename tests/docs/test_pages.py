@@ -448,28 +448,6 @@ def test_the_page_of_options_says_which_of_them_a_jax_program_is_refused(tmp_pat
     assert refused == ["frozen_apart", "peer_timeout_secs", "hyperparameters"]
 
 
-# --- the site ---
-
-
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
-    built = subprocess.run(
-        # Without --quiet, which hides the warnings from --strict as well.
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    for page in tmp_path.rglob("*.html"):
-        text = page.read_text()
-        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//[^\"]*", text)
-        loaded += re.findall(r"<link[^>]* href=\"(?:https?:)?//[^\"]*", text)
-        assert not loaded, f"{page}: {loaded}"
-    assert "save_model_steps" in (tmp_path / "reference" / "torch.html").read_text()
-
-
 def two_processes_under_a_launcher() -> None:
     """A run that lives, was killed once and failed once, and is behind what it had saved last."""
     logdir = Path("runs/digits").absolute()
