@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import griffe
 import pytest
-from pages import ROOT
+from pages import ROOT, blocks, is_like
 
 PUBLISHED = ("stepguard", "stepguard.torch", "stepguard.jax", "stepguard.tensorflow", "stepguard.testing")
 
@@ -86,3 +89,60 @@ def test_each_public_attribute_of_a_published_class_is_in_the_reference(describe
                 if not name.startswith("_") and not paths & described:
                     missing.append(f"{path}.{name}")
     assert not missing, "\n".join(missing)
+
+
+# --- what newcomers look for, and see ---
+
+
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [
+        ("slurm", "recipes/slurm.html"),
+        ("kubernetes", "recipes/kubernetes.html"),
+        ("wandb", "recipes/wandb.html"),
+        ("docker", "recipes/docker.html"),
+        ("s3", "mirror.html"),
+        ("resume", "promises.html"),
+        ("reproducible", "prove.html"),
+    ],
+)
+def test_a_page_is_found_by_its_word(site, word, page):
+    documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    found = {
+        one["location"].partition("#")[0]
+        for one in documents
+        if word in one["title"].lower() or word in one.get("tags", [])
+    }
+    assert page in found
+
+
+def test_the_landing_page_shows_picture_install_line_and_code_first():
+    page = ROOT / "docs" / "index.md"
+    above = page.read_text().split("\n## ")[0]
+    assert "](images/recording.svg)" in above
+    assert "pip install 'stepguard[torch]'" in above
+    (program,) = (block.code for block in blocks(page) if block.language == "python")
+    assert program == next(one.code for one in blocks(ROOT / "docs" / "start-pytorch.md") if one.title == "first.py")
+
+
+def test_the_figures_are_what_their_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "figures.py"))["figures"]()
+    for name, drawing in drawn.items():
+        assert (ROOT / "docs" / "images" / name).read_text() == drawing, f"run docs/figures.py: {name}"
+
+
+def terminal(drawing: Path) -> str:
+    """The text of a recording, without what depends on the moment and on how busy the machine and its disk are."""
+    text = html.unescape(re.search(r"<desc>\n(.*?)</desc>", drawing.read_text(), re.DOTALL)[1])
+    busy = r"^(the run before had come|a checkpoint was due while|note: |  \S).*\n"
+    return re.sub(busy, "", re.sub(r"stepguard-prove-\w+", "", text), flags=re.MULTILINE)
+
+
+def test_the_recording_shows_what_a_terminal_shows_today(tmp_path):
+    again = tmp_path / "recording.svg"
+    command = [sys.executable, ROOT / "docs" / "record.py", "--out", again]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    shown, found = terminal(ROOT / "docs" / "images" / "recording.svg"), terminal(again)
+    assert "PROVEN for first.py" in shown
+    assert is_like(shown, found), f"run docs/record.py\nexpected:\n{shown}\nfound:\n{found}"
