@@ -25,7 +25,6 @@ from stepguard.watching import heartbeat
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 86
-PROVE = ["prove", "--faults", "kill,damage", "--scratch", "runs/prove", "--", "python", "first.py"]
 # PyTorch's event files import TensorFlow where it is installed.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 # A wait in the recording is no longer than this.
@@ -87,13 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ROOT / "docs" / "images" / "recording.svg"
     parser.add_argument("--out", type=Path, default=default, help="default: docs/images/recording.svg")
+    parser.add_argument("--faults", default="kill,damage", help="for stepguard prove; default: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        recording = record(Path(folder))
+        recording = record(Path(folder), args.faults)
     args.out.write_text(drawn(recording))
 
 
-def record(folder: Path) -> Recording:
+def record(folder: Path, faults: str) -> Recording:
     """Run it all in ``folder``."""
     program = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert program is not None
@@ -109,7 +109,8 @@ def record(folder: Path) -> Recording:
                 process.kill()
     recording.add("Killed    # by kill -9, from another terminal")
     run(recording, folder, "python first.py", "first.py")
-    run(recording, folder, " ".join(["stepguard", *PROVE]), "-m", "stepguard", *PROVE)
+    prove = ["stepguard", "prove", "--faults", faults, "--scratch", "runs/prove", "--", "python", "first.py"]
+    run(recording, folder, " ".join(prove), "-m", *prove)
     return recording
 
 
