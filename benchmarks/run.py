@@ -56,12 +56,16 @@ def main() -> None:
 
 
 def as_json(parts: list[str]) -> dict[str, Any]:
-    """The tables of what :func:`measured` has returned, by the name of the benchmark; cells are strings."""
+    """What :func:`measured` has returned, and the tables in it, by the name of the benchmark; cells are strings."""
     about = f"Commit {commit()}, {datetime.now(timezone.utc):%Y-%m-%d}, Python {platform.python_version()}"
     benchmarks = {}
     for part in parts:
         heading, _, command, *lines = part.splitlines()
-        benchmarks[heading.removeprefix("## ")] = {"command": command.strip("`"), "tables": tables(lines)}
+        benchmarks[heading.removeprefix("## ")] = {
+            "command": command.strip("`"),
+            "tables": tables(lines),
+            "output": "\n".join(lines).strip(),
+        }
     return {"about": about, "benchmarks": benchmarks}
 
 

@@ -36,7 +36,9 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert "Commit" in out.read_text()
     measured = json.loads((tmp_path / "figures.json").read_text())["benchmarks"][name]
     assert measured["command"].startswith(f"python benchmarks/{name}.py")
-    assert measured["tables"]
+    assert measured["output"]
+    # The benchmark of replicas prints lines.
+    assert measured["tables"] or name == "replicas"
     for table in measured["tables"]:
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
 
