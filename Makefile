@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python3 (3.10 or newer), pip and make; they set up the rest in $(VENV), once, and
+# `make demo` and the other targets need python3 (3.10 or newer), pip and make; they set up the rest in $(VENV), once, and
 # again when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -17,15 +17,21 @@ export NO_MKDOCS_2_WARNING ?= 1
 # How long `make soak` attacks.
 SOAK_SECONDS ?= 3600
 
-.PHONY: help demo demo-jax demo-replicas test soak lint format bench docs docs-serve clean
+# The build of PyTorch for the CPU alone, as the development tools have it: a newer one may bring gigabytes of CUDA along.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo demo-torch demo-jax demo-replicas test soak lint format bench docs docs-serve clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, resume, report
+demo: $(VENV)/.ready-to-run  ## Train on real digits, be killed half-way, lose a bit, resume: the same model (TensorFlow)
 	@$(BIN)/python examples/demo.py
 
-demo-jax: $(VENV)/.ready-to-develop  ## The same with JAX
+demo-torch: $(VENV)/.ready-for-torch  ## The same with PyTorch
+	@$(BIN)/python examples/demo.py --engine=torch
+
+demo-jax: $(VENV)/.ready-for-jax  ## The same with JAX
 	@$(BIN)/python examples/demo.py --engine=jax
 
 demo-replicas: $(VENV)/.ready-to-run  ## Train on four processes, kill three of them, see them come back
@@ -76,6 +82,18 @@ $(BIN)/python:
 $(VENV)/.ready-to-run: pyproject.toml | $(BIN)/python
 	@echo "Installing stepguard and TensorFlow into $(VENV): once, a few minutes, about 1.5 GB on disk"
 	@$(PIP) install --editable '.[tensorflow-cpu]'
+	@touch $@
+
+$(VENV)/.ready-for-torch: pyproject.toml | $(BIN)/python
+	@echo "Installing stepguard and PyTorch into $(VENV): once, a few minutes, about 1 GB on disk"
+	@$(PIP) install --editable '.[torch]' '$(TORCH)'
+	@touch $@
+
+$(VENV)/.ready-for-jax: pyproject.toml | $(BIN)/python
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "JAX needs Python 3.11 or newer: make demo-jax PYTHON=python3.12 VENV=.venv/3.12" >&2; exit 1; }
+	@echo "Installing stepguard, JAX and Optax into $(VENV): once, a minute, about 0.5 GB on disk"
+	@$(PIP) install --editable '.[jax]' 'optax>=0.2.8'
 	@touch $@
 
 $(VENV)/.ready-to-develop: pyproject.toml | $(VENV)/.ready-to-run

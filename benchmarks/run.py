@@ -1,16 +1,21 @@
 """All benchmarks, one after the other; what is asked for by name runs alone.
 
-With ``--out`` the figures also go into a Markdown file, each with the command that made it, and all with the commit.
+With ``--out`` the figures also go into a Markdown file, each with the command that made it, and all with the commit;
+with ``--json`` their tables go into a JSON file, for ``docs/figures.py``.
 ``--smallest`` shows in a minute or two that all of them run, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # Each benchmark, and the arguments of its smallest size.
@@ -36,6 +41,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(SMALLEST)}; by default all")
     parser.add_argument("--smallest", action="store_true", help="the smallest size of each")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables there, with commands and commit")
     given = parser.parse_args()
     unknown = sorted(set(given.names) - set(SMALLEST))
     if unknown:
@@ -46,6 +52,38 @@ def main() -> None:
         parts.append(measured(name, arguments))
     if given.out is not None:
         given.out.write_text("\n".join(parts))
+    if given.json is not None:
+        given.json.write_text(json.dumps(as_json(parts[1:]), indent=1) + "\n")
+
+
+def as_json(parts: list[str]) -> dict[str, Any]:
+    """What :func:`measured` has returned, and the tables in it, by the name of the benchmark; cells are strings."""
+    about = f"Commit {commit()}, {datetime.now(timezone.utc):%Y-%m-%d}, Python {platform.python_version()}"
+    benchmarks = {}
+    for part in parts:
+        heading, _, command, *lines = part.splitlines()
+        benchmarks[heading.removeprefix("## ")] = {
+            "command": command.strip("`"),
+            "tables": tables(lines),
+            "output": "\n".join(lines).strip(),
+        }
+    return {"about": about, "benchmarks": benchmarks}
+
+
+def tables(lines: list[str]) -> list[dict[str, Any]]:
+    """The Markdown tables among ``lines``. The first column of the measured classes often has no name: ``class``."""
+    found: list[dict[str, Any]] = []
+    was_table = False
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            was_table = False
+        elif not was_table:
+            was_table = True
+            found.append({"columns": [cell or "class" for cell in cells], "rows": []})
+        elif not set(line) <= set("|-: "):
+            found[-1]["rows"].append(cells)
+    return found
 
 
 def measured(name: str, arguments: list[str]) -> str:

@@ -1,12 +1,14 @@
-"""Train on real digits, be killed half-way with SIGKILL, start again, and show what was kept; then flip a bit of it.
+"""Train on real digits and be killed half-way with SIGKILL; lose a bit of the newest checkpoint; start again.
 
 This program only starts, kills and watches the training program, in a process of its own, as you would:
-``single_program.py``, with ``--engine=torch`` ``torch/digits.py``, or with ``--engine=jax`` ``jax/digits.py``.
+``single_program.py``, with ``--engine=torch`` ``torch/digits.py``, or with ``--engine=jax`` ``jax/digits.py``. At the
+end it trains a second time without a kill, and compares the two models.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +24,12 @@ PROGRAMS = {
     "torch": Path(__file__).with_name("torch") / "digits.py",
     "jax": Path(__file__).with_name("jax") / "digits.py",
 }
+# What each needs, and the command that brings it.
+NEEDS = {
+    "tensorflow": (("tensorflow", "stepguard"), "make demo"),
+    "torch": (("torch", "stepguard"), "make demo-torch"),
+    "jax": (("jax", "optax", "stepguard"), "make demo-jax"),
+}
 ENOUGH_ACCURACY = 0.95
 
 
@@ -31,60 +39,66 @@ def main() -> None:
         "--logdir", type=Path, default=Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), help="default: %(default)s"
     )
     parser.add_argument("--engine", choices=sorted(PROGRAMS), default="tensorflow", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
     args = parser.parse_args()
+    if lacking := [name for name in NEEDS[args.engine][0] if importlib.util.find_spec(name) is None]:
+        sys.exit(f"the demo needs {' and '.join(lacking)}; `{NEEDS[args.engine][1]}` installs all that it needs")
     if args.logdir.exists():
         sys.exit(f"{args.logdir} exists: the demo starts from nothing; give it a --logdir of its own")
 
-    command = [sys.executable, str(PROGRAMS[args.engine]), f"--logdir={args.logdir}"]
-    command += [f"--steps={args.steps}", f"--batch-size={args.batch_size}"]
+    options = [
+        f"--steps={args.steps}",
+        f"--batch-size={args.batch_size}",
+        "--save-model-secs=0",
+        f"--save-model-steps={args.steps // 6}",
+    ]
+    command = [sys.executable, str(PROGRAMS[args.engine]), f"--logdir={args.logdir}", *options]
 
     print("A classifier learns handwritten digits under Stepguard. Half-way it is killed.\n")
     killed_at, newest = run_and_kill(command, args.logdir, half=args.steps // 2)
     print(f"killed with SIGKILL at about step {killed_at}; the newest checkpoint on disk is of step {newest}\n")
 
+    damaged = flip_a_bit(args.logdir)
+    print(f"one bit of {damaged} is flipped\n")
+    verify = shown([sys.executable, "-m", "stepguard", "verify", str(args.logdir)])
+    if subprocess.run(verify, check=False).returncode != 1:
+        sys.exit("DEMO FAILED: expected `stepguard verify` to find the flipped bit")
+
+    print("\nThe same command again: it goes on from the newest checkpoint that is good.\n")
     restored, accuracy = run_again(command)
-    if restored is None or restored < newest:
-        sys.exit(f"DEMO FAILED: expected to resume at step {newest} or later, and it resumed at {restored}")
+    if restored is None or not 0 < restored < newest:
+        sys.exit(f"DEMO FAILED: expected to resume before step {newest}, which is damaged, found {restored}")
     if accuracy is None or accuracy <= ENOUGH_ACCURACY:
         sys.exit(f"DEMO FAILED: expected a test accuracy over {ENOUGH_ACCURACY:.0%}, found {accuracy}")
 
-    repeated = max(0, killed_at - restored)
     print("\nwhat came of it")
     print(f"  test accuracy   {accuracy:.2%}, on 359 digits that it never saw in training")
-    print(f"  restored        step {restored} of {args.steps}; about {repeated} steps were computed twice")
-    print(f"  checkpoints     {args.logdir}/model.ckpt-*: steps {', '.join(map(str, saved_steps(args.logdir)))}")
-    print(f"  event files     {args.logdir}/events.out.tfevents.*: {len(event_files(args.logdir))}, one of each run")
-    print(f"  look at them    tensorboard --logdir {shlex.quote(str(args.logdir))}")
-    print("                  (pip install tensorboard, if that is not found)")
-    print(f"  proof           {proof_of_replay(args.logdir)}\n")
-
-    damaged = flip_a_bit(args.logdir)
-    print(f"one bit of {damaged} is flipped\n")
-    if (
-        subprocess.run(shown([sys.executable, "-m", "stepguard", "verify", str(args.logdir)]), check=False).returncode
-        != 1
-    ):
-        sys.exit("DEMO FAILED: expected `stepguard verify` to find the flipped bit")
-    print()
-    restored, _ = run_again(command)
-    if restored is None or restored >= args.steps:
-        sys.exit(f"DEMO FAILED: expected to resume before step {args.steps}, which is damaged, found {restored}")
-    print(f"\nresumed from the checkpoint before, of step {restored}, and trained to step {args.steps} again")
+    print(f"  restored        step {restored} of {args.steps}, from the checkpoint before the damaged one")
     print(f"  proof           {proof_of_replay(args.logdir)}")
+    print(f"  checkpoints     {args.logdir}/model.ckpt-*: steps {', '.join(map(str, saved_steps(args.logdir)))}")
+    print(f"  look at them    tensorboard --logdir {shlex.quote(str(args.logdir))}\n")
+
+    print("The same training without a kill, for comparison:\n")
+    undisturbed = args.logdir.with_name(f"{args.logdir.name}-undisturbed")
+    run_again([*command[:2], f"--logdir={undisturbed}", *options])
+    print()
+    diff = shown([sys.executable, "-m", "stepguard", "diff", str(args.logdir), str(undisturbed)])
+    if subprocess.run(diff, check=False).returncode != 0:
+        sys.exit("DEMO FAILED: expected the same model as without the kill")
+    print("\nThe model that was killed, damaged and resumed is the one that was not, bit for bit.")
 
 
 def run_and_kill(command: list[str], logdir: Path, half: int) -> tuple[int, int]:
     """Run ``command`` until step ``half``, and kill it. Return the last step that it printed, and the newest saved.
 
-    The first checkpoint is of the first step: it is not killed before there is one to which it is worth going back.
+    The first checkpoint may be of the first step: the kill waits for two to which it is worth going back.
     """
     step = 0
     with start(command) as process:
         for line in lines_of(process):
             step = step_in(line) or step
-            if step >= half and newest_step(logdir) > half // 2:
+            if step >= half and len([saved for saved in saved_steps(logdir) if saved > 1]) > 1:
                 process.kill()
                 break
         else:
@@ -102,7 +116,7 @@ def run_again(command: list[str]) -> tuple[int | None, float | None]:
             if found := re.match(r"test accuracy ([\d.]+)%", line):
                 accuracy = float(found[1]) / 100
     if process.returncode != 0:
-        sys.exit(f"DEMO FAILED: the second run ended with exit status {process.returncode}")
+        sys.exit(f"DEMO FAILED: the program ended with exit status {process.returncode}")
     return restored, accuracy
 
 
@@ -160,10 +174,6 @@ def flip_a_bit(logdir: Path) -> Path:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     return path
-
-
-def event_files(logdir: Path) -> list[Path]:
-    return sorted(logdir.glob("events.out.tfevents.*"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Train on a parameter server, a chief and two workers; kill a worker, the chief, the server, and see them come back.
 
-This program only starts, kills and watches ``replicas.py``, in processes of its own, as a cluster's scheduler would:
-once asynchronously, once synchronously.
+This program only starts, kills and watches ``replicas.py``, in processes of its own, as a cluster's scheduler would.
+The workers train asynchronously, or in step with ``--sync``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import socket
@@ -45,8 +46,10 @@ class Task:
     def _show(self, process: subprocess.Popen) -> None:
         for line in process.stdout:
             if re.match(r"begins|step|test accuracy|Traceback|\w+Error|tensorflow.*Error|lost a server", line):
-                self.lines.append(line.rstrip())
-                print(f"{self.name:9s} {line.rstrip()}", flush=True)
+                # What gRPC says of a lost server is long, and different each time.
+                shown = re.sub(r"\((\w+Error): .*\)", r"(\1)", line.rstrip())
+                self.lines.append(shown)
+                print(f"{self.name:9s} {shown}", flush=True)
 
 
 def main() -> None:
@@ -57,19 +60,19 @@ def main() -> None:
         default=Path("runs") / time.strftime("replicas-%Y%m%d-%H%M%S"),
         help="default: %(default)s",
     )
-    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
-    parser.add_argument("--sync-steps", type=int, default=2000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
+    parser.add_argument("--sync", action="store_true", help="every step waits for the gradients of all workers")
     args = parser.parse_args()
-    accuracies = {
-        "asynchronous": run(args.logdir / "async", args.steps, []),
-        "synchronous": run(args.logdir / "sync", args.sync_steps, ["--sync"]),
-    }
+    if importlib.util.find_spec("tensorflow") is None:
+        sys.exit("the demo needs tensorflow; `make demo-replicas` installs all that it needs")
+    accuracy = run(args.logdir, args.steps, ["--sync"] if args.sync else [])
     print("\nwhat came of it")
-    for how, accuracy in accuracies.items():
-        print(f"  {how:13s} test accuracy {accuracy:.2%}, on 359 digits that it never saw in training")
-    print(f"  checkpoints   {args.logdir}/*/model.ckpt-*")
-    if min(accuracies.values()) <= ENOUGH_ACCURACY:
-        sys.exit(f"DEMO FAILED: expected test accuracies over {ENOUGH_ACCURACY:.0%}")
+    print(f"  test accuracy   {accuracy:.2%}, on 359 digits that it never saw in training")
+    print(f"  checkpoints     {args.logdir}/model.ckpt-*")
+    if accuracy <= ENOUGH_ACCURACY:
+        sys.exit(f"DEMO FAILED: expected a test accuracy over {ENOUGH_ACCURACY:.0%}")
+    if not args.sync:
+        print("  in step         python examples/demo_replicas.py --sync")
 
 
 def run(logdir: Path, steps: int, options: list[str]) -> float:

@@ -8,6 +8,7 @@ import argparse
 import tensorflow as tf
 
 import digits_data
+from stepguard import Saving
 from stepguard.tensorflow import Supervisor
 
 v1 = tf.compat.v1
@@ -19,6 +20,7 @@ parser.add_argument(
 parser.add_argument("--steps", type=int, default=3000, help="train up to this step (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--save-model-secs", type=int, default=1, help="seconds between checkpoints (default: %(default)s)")
+parser.add_argument("--save-model-steps", type=int, help="steps between checkpoints, in addition")
 args = parser.parse_args()
 
 train, test = digits_data.load()
@@ -54,7 +56,12 @@ with tf.Graph().as_default():
     v1.summary.scalar("test_accuracy", accuracy)
 
     # From here on the Supervisor restores or initialises, checkpoints, and writes the summaries.
-    sv = Supervisor(logdir=args.logdir, save_model_secs=args.save_model_secs, save_summaries_secs=1)
+    sv = Supervisor(
+        logdir=args.logdir,
+        save_model_secs=args.save_model_secs,
+        save_summaries_secs=1,
+        saving=Saving(save_model_steps=args.save_model_steps),
+    )
     with sv.managed_session() as sess:
         step = sess.run(global_step)
         print(f"resumed at step {step} from {sv.save_path}-{step}" if step else "starting from scratch", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -27,11 +28,19 @@ def test_all_of_them_are_known_to_the_runner() -> None:
 def test_it_runs(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.md"
     command = [sys.executable, str(BENCHMARKS / "run.py"), name, "--smallest", "--out", str(out)]
+    command += ["--json", str(tmp_path / "figures.json")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"benchmarks/{name}.py" in out.read_text()
     assert "Commit" in out.read_text()
+    measured = json.loads((tmp_path / "figures.json").read_text())["benchmarks"][name]
+    assert measured["command"].startswith(f"python benchmarks/{name}.py")
+    assert measured["output"]
+    # The benchmark of replicas prints lines.
+    assert measured["tables"] or name == "replicas"
+    for table in measured["tables"]:
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)

@@ -59,6 +59,13 @@ def test_every_example_is_tested():
         assert path.stem in helpers or f'"{path.name}"' in tested, f"no test runs {path.name}"
 
 
+def test_every_example_is_listed_and_nothing_else():
+    listed = set(re.findall(r"^\| \[([^\]]+)\]\(\1\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
+    helpers = {"digits_data.py", "digits_model.py", "demo.py", "demo_replicas.py"}
+    there = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("**/*.py")}
+    assert listed == {name for name in there - helpers if not name.startswith("recipes/")}
+
+
 def test_single_program_trains_and_resumes(tmp_path):
     program = EXAMPLES / "single_program.py"
     first = run(program, f"--logdir={tmp_path}", "--steps=300")
@@ -143,27 +150,41 @@ def test_retry_on_aborted_comes_back_each_time(tmp_path):
     assert accuracy(printed) > 0.9
 
 
-def test_the_demo_kills_resumes_and_reports(tmp_path):
+def test_the_demo_kills_damages_resumes_and_compares(tmp_path):
     logdir = tmp_path / "demo"
     printed = run(EXAMPLES / "demo.py", f"--logdir={logdir}")
-    restored = int(re.search(r"restored +step (\d+) of", printed)[1])
-    assert restored > 0
-    assert "killed with SIGKILL" in printed
+    killed_with, restored = (
+        int(re.search(pattern, printed)[1])
+        for pattern in (r"killed with SIGKILL at .* is of step (\d+)", r"restored +step (\d+) of")
+    )
+    assert 0 < restored < killed_with
+    damaged = re.search(r"one bit of (\S+) is flipped", printed)[1]
+    assert re.search(rf"^model.ckpt-{killed_with}: {re.escape(damaged)}: expected the digest", printed, re.MULTILINE)
     assert f"resumed at step {restored} from {logdir}/model.ckpt-{restored}" in printed
     assert accuracy(printed) > 0.95
     assert f"tensorboard --logdir {logdir}" in printed
-    assert_is_proven(printed, logdir)
+    proof = re.search(r"^  proof +(.*)", printed, re.MULTILINE)[1]
+    assert re.match(rf"steps {restored} to \d+ were done again: bit for bit the same", proof), proof
+    assert re.search(r"^equal: \d+ tensors and values$", printed, re.MULTILINE), printed
+    assert printed.endswith("is the one that was not, bit for bit.\n")
 
 
-def assert_is_proven(printed: str, logdir: Path) -> None:
-    """The replayed steps were the same, and a bit that was flipped cost one step back."""
-    proofs = re.findall(r"^  proof +(.*)", printed, re.MULTILINE)
-    assert len(proofs) == 2, printed
-    assert all("bit for bit the same" in one or "no step had to be done again" in one for one in proofs), printed
-    assert "bit for bit the same" in proofs[1]
-    damaged = re.search(r"one bit of (\S+) is flipped", printed)[1]
-    assert re.search(rf"^model.ckpt-\d+: {re.escape(damaged)}: expected the digest", printed, re.MULTILINE), printed
-    assert "resumed from the checkpoint before, of step" in printed
+def test_the_demo_names_the_one_command_that_brings_what_it_lacks(tmp_path):
+    # Without the packages of the environment, nothing but the standard library is there.
+    for engine, target in (("tensorflow", "demo"), ("torch", "demo-torch"), ("jax", "demo-jax")):
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            str(EXAMPLES / "demo.py"),
+            f"--engine={engine}",
+            f"--logdir={tmp_path / engine}",
+        ]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert re.fullmatch(rf"the demo needs .*; `make {target}` installs all that it needs\n", ended.stderr), (
+            ended.stderr
+        )
 
 
 def test_the_demo_fails_loudly_when_nothing_was_restored(tmp_path):

@@ -5,11 +5,13 @@ Kill it at any moment and start it again: it goes on with the very next batch, a
 
 import argparse
 import functools
+import random
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from stepguard.jax import Supervisor, batches
@@ -22,8 +24,12 @@ parser.add_argument("--logdir", default="runs/jax_digits", help="checkpoints and
 parser.add_argument("--steps", type=int, default=3000, help="train up to this step (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--save-model-secs", type=int, default=1, help="seconds between checkpoints (default: %(default)s)")
+parser.add_argument("--save-model-steps", type=int, help="steps between checkpoints, in addition")
 args = parser.parse_args()
 
+# The program draws nothing from these; seeded, two runs are the same to the last value that a checkpoint holds.
+random.seed(1)
+np.random.seed(1)
 train, test = digits_data.load()
 loader = batches((train.images / 16.0, train.labels.astype(int)), args.batch_size, seed=1)
 
@@ -67,6 +73,7 @@ def test_accuracy(state):
 sv = Supervisor(
     args.logdir,
     save_model_secs=args.save_model_secs,
+    save_model_steps=args.save_model_steps,
     save_summaries_secs=1,
     summaries=lambda state: {"test_accuracy": test_accuracy(state)},
 )

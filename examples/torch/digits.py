@@ -4,9 +4,11 @@ Kill it at any moment and start it again: it goes on with the very next batch, a
 """
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,9 +24,13 @@ parser.add_argument("--logdir", default="runs/torch_digits", help="checkpoints a
 parser.add_argument("--steps", type=int, default=3000, help="train up to this step (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--save-model-secs", type=int, default=1, help="seconds between checkpoints (default: %(default)s)")
+parser.add_argument("--save-model-steps", type=int, help="steps between checkpoints, in addition")
 args = parser.parse_args()
 
 torch.manual_seed(1)
+# The program draws nothing from these; seeded, two runs are the same to the last value that a checkpoint holds.
+random.seed(1)
+np.random.seed(1)
 train, test = digits_data.load()
 
 
@@ -53,6 +59,7 @@ sv = Supervisor(
     {"model": model, "optimizer": optimizer, "scheduler": scheduler},
     logdir=args.logdir,
     save_model_secs=args.save_model_secs,
+    save_model_steps=args.save_model_steps,
     save_summaries_secs=1,
     summaries=lambda: {"test_accuracy": test_accuracy()},
     # Steps that are done again after a crash are compared with the first time: their batches and random states, too.

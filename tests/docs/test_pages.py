@@ -87,11 +87,15 @@ def test_what_is_not_run_is_python_at_least():
 
 # --- the first programs: killed, and started again ---
 
-FIRST = {"tensorflow": "docs/start-tensorflow.md", "torch": "docs/start-pytorch.md", "jax": "docs/start-jax.md"}
+FIRST = {"torch": "docs/start-pytorch.md", "jax": "docs/start-jax.md", "tensorflow": "docs/start-tensorflow.md"}
 
 
-# What is seen only if a heartbeat came between the last checkpoint and the kill.
-DEPENDS_ON_THE_MOMENT = (r"the run before had come to step \d+: \d+ steps are done again\n", r"; \d+ steps done again")
+# What is seen only if a heartbeat came between the last checkpoint and the kill, or if the disk is busy.
+DEPENDS_ON_THE_MOMENT = (
+    r"the run before had come to step \d+: \d+ steps are done again\n",
+    r"; \d+ steps done again",
+    r"(  warning +)?a checkpoint was due while the last one was still being written.*\n",
+)
 
 
 def first_program(page: str) -> Block:
@@ -157,7 +161,8 @@ def test_a_start_page_shows_what_one_sees(started, monkeypatch):
 def test_the_readme_has_the_first_programs():
     programs = [block.code for block in blocks(ROOT / "README.md") if block.language == "python"]
     assert programs == [first_program(page).code for page in FIRST.values()]
-    assert len(programs[0].strip().splitlines()) <= 15
+    assert len(first_program(FIRST["tensorflow"]).code.strip().splitlines()) <= 15
+    assert len(programs[0].strip().splitlines()) <= 18
 
 
 # --- Python ---
@@ -446,28 +451,6 @@ def test_the_page_of_options_says_which_of_them_a_jax_program_is_refused(tmp_pat
                 refused.append(one.name)
     assert refused == [one[1].strip("`") for one in cells if "JAX" in one[5]]
     assert refused == ["frozen_apart", "peer_timeout_secs", "hyperparameters"]
-
-
-# --- the site ---
-
-
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
-    built = subprocess.run(
-        # Without --quiet, which hides the warnings from --strict as well.
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    for page in tmp_path.rglob("*.html"):
-        text = page.read_text()
-        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//[^\"]*", text)
-        loaded += re.findall(r"<link[^>]* href=\"(?:https?:)?//[^\"]*", text)
-        assert not loaded, f"{page}: {loaded}"
-    assert "save_model_steps" in (tmp_path / "reference" / "torch.html").read_text()
 
 
 def two_processes_under_a_launcher() -> None:

@@ -45,9 +45,11 @@ class Session(LoopSession):
     ) -> None:
         super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes), gate=gate)
         self.state = state
+        """The state of the last step. The program replaces it in each step."""
         self.donations = Donations()
-        # Memory for the copies of donated arrays.
+        """For the engine: which arrays the steps donate."""
         self.memory = HostMemory()
+        """For the engine: memory for the copies of donated arrays."""
 
     def _step_is_ending(self) -> None:
         was_known = self.donations.is_known

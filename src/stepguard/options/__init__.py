@@ -44,10 +44,11 @@ _GroupT = TypeVar("_GroupT", bound="_Group")
 
 
 class _Group:
-    """The base of the groups. ``given`` holds the names of the options that were passed to the constructor."""
+    """The base of the groups."""
 
     __slots__ = ("given",)
     given: frozenset[str]
+    """The names of the options that were passed to the constructor."""
 
     # __new__, because the dataclass's __init__ cannot tell a default from a value that was passed.
     def __new__(cls, **given: Any) -> Any:

@@ -41,8 +41,8 @@ class Session(StepSession):
         # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
-        # The error by which a loader has failed to give the batch of a step that had not begun.
         self.failed_fetch: BaseException | None = None
+        """For the engine: the error by which a loader has failed to give the batch of a step that had not begun."""
 
     def steps(
         self,

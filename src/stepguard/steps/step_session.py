@@ -41,10 +41,13 @@ class StepSession:
         gate: Gate | None = None,
     ) -> None:
         self.global_step = 0
-        # The last step of the running loop, if it is known.
+        """The number of steps done; inside the first step it is 0. Set by the session alone."""
         self.total_steps: int | None = None
+        """The last step of the running loop, if it is known."""
         self.boundary = Boundary()
+        """For the engine: the moment between two steps."""
         self.process_state = process_state
+        """For the engine: what each process saves of its own."""
         self._coord = coord
         # The gate where the processes of one training wait for each other; ``None`` if there is only one process.
         self._gate = gate
@@ -58,13 +61,15 @@ class StepSession:
         self._keeper: Keeper | None = None
         self._has_warned_of_no_keeper = False
         self.is_update = True
+        """Whether this step ends an update of the model: with ``accumulate``, the last of its batches."""
         self._evaluations = 0
         # Rises at the beginning and at the end of each evaluation.
         self._evaluation_turns = 0
         self._advice = LoopAdvice()
         self.is_open = True
-        # Whether the loop's body was left in its last step: by `break`, or by an error that is not known yet.
+        """Whether the session runs steps still; after :meth:`close` it runs none."""
         self.is_left = False
+        """For the engine: whether the loop's body was left in its last step, by ``break`` or by an unknown error."""
         # Whether a loop was begun. What comes before the first one prepares the run.
         self._has_begun = False
         # The step that was left without training, until it is known that no error has left it.

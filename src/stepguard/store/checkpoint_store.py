@@ -77,14 +77,17 @@ class CheckpointStore:
     ) -> None:
         check_local("the directory of a store", root)
         self.root = Path(root)
+        """The directory."""
         self.engine = engine
+        """The name of the engine that writes here, for manifests."""
         self._layout = Layout(self.root, basename, saver_files)
         self._retention = Retention(max_to_keep, keep_every_n_hours)
         self.pins = Pins(self._layout, BestRule.of(keep_best))
-        # Repairs a search of the chief's: see `restore_newest`.
+        """The checkpoints that are kept for their names or their metrics."""
         self.spare: recovery.Spare | None = None
-        # Held during each write of a checkpoint here, by the writer or by the program's own saver.
+        """What repairs a search of the chief's from a second copy; ``None`` if there is none."""
         self.one_save = threading.Lock()
+        """Held during each write of a checkpoint here, by the writer or by the program's own saver."""
         self._clock = clock
         self._newest_good: str | None = None
         self._staging = Staging(self._layout)
