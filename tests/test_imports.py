@@ -97,7 +97,7 @@ def test_no_engine_is_loaded_by_stepguard_itself():
     assert modules_after("import stepguard") & engines == set()
 
 
-@pytest.mark.parametrize("extra", ["tensorflow", "tensorflow-cpu", "torch", "events"])
+@pytest.mark.parametrize("extra", ["tensorflow", "tensorflow-cpu", "torch", "events", "report"])
 def test_whoever_installs_an_engine_can_read_its_events(extra):
     pyproject = Path(__file__).parent.parent / "pyproject.toml"
     extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]

@@ -91,6 +91,7 @@ def test_every_command_that_ctrl_c_ends_exits_with_130_and_one_line(name, monkey
     monkeypatch.setattr(cli.get_command(click.Context(cli), name), "invoke", interrupted)
     two = {name: [".", "."] for name in ("diff", "pull", "push")}
     marks = {"keep": [".", "best"], "unkeep": [".", "best"], "rollback": [".", "--to", "1"], "export": [".", "x.pt"]}
+    marks["report"] = [".", "-o", "-"]
     ending = run(name, *{**two, **marks, "run": ["true"]}.get(name, ["."]))
     assert (ending.exit_code, ending.stderr) == (130, "stepguard: interrupted\n")
 

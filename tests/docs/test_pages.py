@@ -43,6 +43,7 @@ NOT_RUN = {
     ("docs/recipes/wandb.md", "import wandb"): "the gate has no W&B: test_recipes.py runs it with a fake one",
     ("docs/recipes/mlflow.md", "import mlflow"): "the gate has no MLflow: test_recipes.py runs it with a fake one",
     ("docs/recipes/after-commit.md", "import subprocess"): "they need a repository: test_recipes.py runs them",
+    ("docs/recipes/ray.md", "from ray.train"): "the gate has no Ray: test_recipes.py runs it with a fake one",
     ("docs/from-supervisor.md", "-m package.train"): "a package of the reader's; -m is in tests/tensorflow",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import runpy
 import signal
@@ -23,6 +24,7 @@ from stepguard import Saving, Stopping
 from stepguard.cli.launcher.launcher import CANNOT_EXECUTE, CRASH_LOOP_EXIT, NOT_FOUND, USAGE
 from stepguard.cli.main import cli
 from stepguard.stops import STOPPED_EXIT
+from stepguard.watching import ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.metrics import MetricsServer, Totals
 
@@ -370,3 +372,43 @@ def test_a_checkpoint_is_an_artifact_of_the_tracker(committed, tmp_path, monkeyp
         assert "wait" in said
     else:
         assert said["log_artifacts"][0] == ("id of mlflow", str(committed.path), "checkpoints/model.ckpt-3")
+
+
+_RAY = """
+import tempfile
+import torch
+from types import SimpleNamespace as ScalingConfig, SimpleNamespace as RunConfig, SimpleNamespace as FailureConfig
+
+
+class TorchTrainer:
+    # What Ray does in each process, of which there is one here.
+    def __init__(self, train, *, train_loop_config, scaling_config, run_config):
+        self.train, self.config = train, train_loop_config
+
+    def fit(self):
+        place = tempfile.mktemp()
+        torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+        self.train(self.config)
+        torch.distributed.destroy_process_group()
+
+
+def prepare_model(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+"""
+
+
+def test_the_program_for_ray_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "ray" / "train").mkdir(parents=True)
+    (tmp_path / "ray" / "__init__.py").touch()
+    for name in ("__init__.py", "torch.py"):
+        # Where this is imported, `torch` is PyTorch: imports are absolute.
+        (tmp_path / "ray" / "train" / name).write_text(_RAY)
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('hidden by a test')")
+    place = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for steps in (30, 50):
+        command = [sys.executable, RECIPES / "ray_train.py", "--logdir", tmp_path / "run", f"--steps={steps}"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": place}, timeout=200)
+    events = [(one["event"], one.get("step")) for one in ledger.read(tmp_path / "run")]
+    assert ("restore", 30) in events
+    assert events[-1] == ("stop", 50)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from fleet import Fleet, MemoryStore, until
+from fleet import Fleet, MemoryStore, StubPart, until
 
 from stepguard.errors import CheckpointError, NoBoundaryError, NonFiniteError, PeerLeftError
 from stepguard.steps import rendezvous
@@ -297,6 +297,40 @@ def test_a_step_at_which_the_chief_does_not_save_is_passed():
     until(lambda: begun == [True])
     # What it has taken at the first is kept: it is still to be written.
     assert fleet.write(Moment(0, 0, 1)) == [1]
+    fleet.close()
+
+
+def test_a_step_that_the_chief_passes_while_another_copies_its_part_is_passed_too():
+    fleet = Fleet(2)
+    fleet.start()
+    gate, member = fleet.gates[1], fleet.members[1]
+    gate.meet_every(1, 1)
+    fleet.run_steps(1)
+    is_heard = threading.Event()
+    pass_meeting, take_part = gate.pass_meeting, member.take_part
+
+    def passed(step: int) -> None:
+        pass_meeting(step)
+        is_heard.set()
+
+    def taken() -> StubPart:
+        part = take_part()
+        if not is_heard.is_set():
+            fleet.chief.at_known_step(lambda: 1)
+            assert is_heard.wait(60)
+            until(lambda: fleet.store.waiting == 2)
+        return part
+
+    gate.pass_meeting, member.take_part = passed, taken
+    begun: list[bool] = []
+
+    def go_on() -> None:
+        fleet.step(1)
+        begun.append(gate.begin(2))
+
+    threading.Thread(target=go_on, daemon=True).start()
+    until(lambda: begun == [True])
+    assert member.taken == [1, 2]
     fleet.close()
 
 

@@ -152,3 +152,14 @@ def test_what_accelerate_prepares_resumes_in_two_processes(tmp_path):
     resumed, whole = end("parts", 2), end("whole", 2)
     assert len(resumed) == 1
     assert resumed == whole
+
+
+def test_the_reported_run_has_crashes_and_damage_and_its_page_tells_them(tmp_path):
+    pytest.importorskip("plotly")
+    page = tmp_path / "report.html"
+    run(EXAMPLES / "torch" / "reported.py", f"--logdir={tmp_path / 'run'}", f"--output={page}", launcher=())
+    told = page.read_text()
+    assert told.count(">ended without a word</span>") == 2
+    assert "the runs before them: 2 same." in told
+    assert "1 damaged checkpoint in quarantine/" in told
+    assert "before-the-crash" in told

@@ -19,7 +19,7 @@ from stepguard.words import printable
 
 _COMMANDS = (
     *("ls", "verify", "prune", "keep", "unkeep", "best", "rollback", "show", "diff", "export"),
-    *("events", "status", "log", "save", "stop", "pull", "push", "run", "prove", "chaos"),
+    *("events", "status", "log", "report", "save", "stop", "pull", "push", "run", "prove", "chaos"),
 )
 """Their names, in the order in which --help has them."""
 
@@ -121,6 +121,10 @@ def _command(name: str) -> click.Command | None:
             from stepguard.cli.commands import log
 
             return log.command
+        case "report":
+            from stepguard.cli.commands import report
+
+            return report.command
         case "save":
             from stepguard.cli.commands import save
 

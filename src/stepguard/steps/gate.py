@@ -338,11 +338,12 @@ class Gate:
         """Whether the last captured state is no longer needed."""
         return self._meetings.is_free
 
-    def free(self) -> None:
-        """Note that the last captured state is no longer needed."""
+    def free(self, is_so: Callable[[], bool] = lambda: True) -> None:
+        """Note that the last captured state is no longer needed, if ``is_so()``, which is called with the lock."""
         with self._changed:
-            self._meetings.is_free = True
-            self._changed.notify_all()
+            if is_so():
+                self._meetings.is_free = True
+                self._changed.notify_all()
 
     def pass_meeting(self, step: int) -> None:
         """Skip the meeting after ``step`` steps and all earlier ones: nothing is captured there."""

@@ -43,6 +43,9 @@ class Worker(Rendezvous):
         # The part that the chief has asked for or may ask for, and that of the last loop's end with the last moment
         # inside of that loop.
         self._captured: Part | None = None
+        # The moment of that part, also where it could not be taken; and the last one at which the chief did not save.
+        self._came_for: Moment | None = None
+        self._passed: Moment | None = None
         self._rested: Part | None = None
         self._rested_before: Part | None = None
         self._ran_to: Moment | None = None
@@ -92,6 +95,7 @@ class Worker(Rendezvous):
             self._budget.spend(time.monotonic() - began)
         if is_due:
             self._captured = self._rested
+            self._came_for = None if self._rested is None else self._rested.moment
 
     # --- what the chief says ---
 
@@ -125,10 +129,16 @@ class Worker(Rendezvous):
         self._gate.open_until(NEVER)
 
     def _hear_passed(self, step: int, moment: Sequence[int]) -> None:
+        self._passed = Moment(*moment)
         self._gate.pass_meeting(step)
-        captured = self._captured
-        if captured is not None and captured.moment == Moment(*moment) != self._asked_for:
-            self._gate.free()
+        self._gate.free(self._takes_passed)
+
+    def _takes_passed(self) -> bool:
+        """Whether the chief does not save what this process came to copy; true once, as for one word."""
+        if self._came_for is None or self._came_for != self._passed or self._came_for == self._asked_for:
+            return False
+        self._passed = None
+        return True
 
     def _hear_last(self, sight: list[object] | None, reason: str | None) -> None:
         # Not after `open_until`: a thread that leaves its loop must already know whether the run has ended well.
@@ -159,7 +169,9 @@ class Worker(Rendezvous):
             self._not_taken = moment, NoBoundaryError(_no_copy(self._rank, moment))
         elif part is None:
             part = self._take()
-        self._captured = part
+        self._captured, self._came_for = part, moment
+        # The word that the chief passes this step may have come while it was copied, when nothing could be freed yet.
+        self._gate.free(self._takes_passed)
 
     def _take(self) -> Part | None:
         try:

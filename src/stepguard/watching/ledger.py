@@ -47,6 +47,7 @@ _KINDS: schema.Kinds = {
     **dict.fromkeys(
         (
             *("engine", "version", "name", "checkpoint", "reason", "error", "failure", "message", "stacks", "signal"),
+            *("python", "framework_version"),
             *("outcome", "cause"),
         ),
         (str, NoneType),

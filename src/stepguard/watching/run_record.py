@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import sys
 import time
 from collections import deque
@@ -112,6 +113,8 @@ class RunRecord:
             engine=self.now.engine,
             argv=list(sys.orig_argv),
             version=__version__,
+            python=platform.python_version(),
+            framework_version=_version_of(self.now.engine),
             restarts=self.now.restarts,
             process_start=self.now.process_start,
             attempt=launcher_link.attempt(),
@@ -251,6 +254,12 @@ class RunRecord:
             request=ending.request,
             exit_code=ending.exit_code,
         )
+
+
+def _version_of(engine: str) -> str | None:
+    """The version of the framework that an engine is named after, if the program has imported it."""
+    version = getattr(sys.modules.get(engine), "__version__", None)
+    return None if version is None else str(version)
 
 
 def _save_secs(checkpoint: dict[str, Any]) -> float:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.cli.exits import NOT_DONE, CommandError
+from stepguard.cli.logdir import event_records
 from stepguard.disk import files
 
 # Of records that cannot be read: after so many the rest is not read either.
@@ -63,17 +64,21 @@ def event_files(logdir: Path) -> EventFiles:
     return EventFiles(tuple(found), tuple(unreadable))
 
 
-def read_curves(paths: Sequence[Path], tags: Sequence[str] = ()) -> tuple[list[Curve], int]:
+def read_curves(
+    paths: Sequence[Path], tags: Sequence[str] = (), *, most_points: int | None = None, extra: str = "events"
+) -> tuple[list[Curve], int]:
     """The curves in event files of one directory, sorted by tag; those that match one of ``tags``, if there are any.
 
     The second value is the number of records that could not be read, and were passed over. A value that is no single
-    number is passed over too. Raises CommandError if the tensorboard package is not installed.
+    number is passed over too. Of more than ``most_points`` records in all, each curve has some at even distances.
+    Raises CommandError, which names ``extra``, if the tensorboard package is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="stepguard-") as place:
+        accumulator, make_ndarray = _load(place, extra)
         # The package reads a directory, and opens whatever in it is called an event file.
-        for path in paths:
-            os.symlink(path.absolute(), os.path.join(place, path.name))
-        accumulator, make_ndarray = _load(place)
+        if most_points is None or not event_records.thin(paths, Path(place), most_points):
+            for path in paths:
+                os.symlink(path.absolute(), os.path.join(place, path.name))
         lost = _read_all(accumulator)
     found = []
     for tag in sorted(accumulator.Tags()["tensors"]):
@@ -119,7 +124,7 @@ def _number(make_ndarray: Any, tensor: Any) -> float | None:
         return None
 
 
-def _load(place: str) -> tuple[Any, Any]:
+def _load(place: str, extra: str) -> tuple[Any, Any]:
     # With this module the tensorboard package reads by itself; without it, it imports TensorFlow, which takes seconds.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
@@ -127,7 +132,7 @@ def _load(place: str) -> tuple[Any, Any]:
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError as error:
         raise CommandError(
-            f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[events]'",
+            f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[{extra}]'",
             NOT_DONE,
         ) from error
     # It warns at each restart whose later steps it drops, which is wanted here.

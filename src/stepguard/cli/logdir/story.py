@@ -16,7 +16,7 @@ GOOD, BAD, PLAIN = "green", "red", None
 """The colours of entries."""
 _TROUBLE = "yellow"
 
-_STOPS = {
+STOPS = {
     "finished": "finished",
     "sigterm": "stopped by SIGTERM",
     "sigusr1": "stopped by SIGUSR1",
@@ -28,6 +28,7 @@ _STOPS = {
     "exit": "the program left without stopping the run",
     "error": "failed",
 }
+"""What the reasons of a `stop` say."""
 _UNKNOWN_END = ": it was killed, or crashed, or its machine went down"
 _OF_EVERY_LINE = frozenset({"event", "time", "pid", "host", "role", "so_far", "process_start"})
 
@@ -172,7 +173,7 @@ def _hang(event: _Event) -> _Told:
 
 def _stop(event: _Event) -> _Told:
     reason = str(event.get("reason"))
-    text = _STOPS.get(reason, f"stopped: {reason}")
+    text = STOPS.get(reason, f"stopped: {reason}")
     if event.get("step") is not None:
         text += f" at step {_number(event['step'])}"
     if event.get("error"):
