@@ -10,6 +10,7 @@ from typing import Any
 from stepguard.steps.feeds import Feed
 from stepguard.steps.places import Places
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.steps.strangers import Strangers, warn_of
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -25,6 +26,7 @@ class ProcessState(ABC):
         self.streams = streams
         self.processes = processes
         self._places = Places(processes)
+        self.strangers = Strangers()
         # The earlier run's random states, until the first step.
         self._random: dict[str, Any] | None = None
         # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
@@ -64,9 +66,15 @@ class ProcessState(ABC):
         """The number of batches that were read again to come to the positions of the earlier run. Any thread."""
         return sum(feed.read_again for feed in self._places.feeds)
 
+    def is_saved(self, generator: Any) -> bool:  # noqa: ARG002 - of frameworks whose state may hold generators
+        """Whether ``generator`` is part of the state, or of the position in the data."""
+        return False
+
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
+        drawn = self.strangers.drawn(self.is_saved)
         return {
+            **({"drawn": drawn} if drawn else {}),
             "random": self.streams.capture() if self._random is None else self._random,
             "loaders": self._places.saved(),
             "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
@@ -83,6 +91,7 @@ class ProcessState(ABC):
         # between, for example to build objects that are then restored, must not move the streams.
         self._random = state["random"]
         self.streams.restore(state["random"])
+        warn_of(state.get("drawn", []))
 
     def streams_preserved(self) -> AbstractContextManager[None]:
         """A block after which the random streams are as they were before, whatever it draws."""
