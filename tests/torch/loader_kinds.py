@@ -5,6 +5,7 @@ Each is made by ``KINDS[kind](workers, persistent)``, as a program makes it when
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,6 +207,97 @@ class CountingItems(Items):
         return super().__getitem__(index) + self.given
 
 
+class InPlaceArraySampler(PythonSampler):
+    """It shuffles the same array again and again."""
+
+    def __init__(self) -> None:
+        self.order = np.arange(ITEMS)
+
+    def __iter__(self) -> Iterator[int]:
+        np.random.shuffle(self.order)
+        return iter(self.order.tolist())
+
+
+class RebindingSampler(PythonSampler):
+    """It draws the order of an epoch from that of the epoch before."""
+
+    def __init__(self) -> None:
+        self.order = torch.arange(ITEMS)
+
+    def __iter__(self) -> Iterator[int]:
+        self.order = self.order[torch.randperm(ITEMS)]
+        return iter(self.order.tolist())
+
+
+class BucketSampler(PythonSampler):
+    """Batches of items of one kind, which are shuffled in place in their buckets."""
+
+    def __init__(self) -> None:
+        self.buckets = {kind: list(range(kind, ITEMS, 2)) for kind in range(2)}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = []
+        for bucket in self.buckets.values():
+            random.shuffle(bucket)
+            batches += [bucket[at : at + BATCH] for at in range(0, len(bucket), BATCH)]
+        random.shuffle(batches)
+        return iter(batches)
+
+    def __len__(self) -> int:
+        return BATCHES
+
+
+class LossSampler(WeightedRandomSampler):
+    """Its weights change in the middle of an epoch, as those of hard examples do."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.ones(ITEMS), ITEMS)
+
+    def note(self, items: list[torch.Tensor]) -> torch.Tensor:
+        """Called as ``collate_fn``, in the process of the training."""
+        for one in items:
+            self.weights[int(one[0])] += 1
+        return torch.stack(items)
+
+
+OF_MODULE = np.random.default_rng(7)
+
+
+def jittered(items: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(items) + float(OF_MODULE.random())
+
+
+class JitteredItems(Items):
+    """They draw from a generator of their module, by a function that they name."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return jittered([super().__getitem__(index)])[0]
+
+
+class ChangedItems(Items):
+    """Each item is changed in place when it is given, as an augmentation without a copy does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = torch.ones(ITEMS)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.factors[index] *= 1.5
+        return super().__getitem__(index) * self.factors[index]
+
+
+class ShufflingStream(Stream):
+    """It shuffles the list of its shards in place at the beginning of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shards = list(range(ITEMS))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        random.shuffle(self.shards)
+        return (self._item(index) for index in list(self.shards))
+
+
 class Wrapper:
     """As prefetchers are: it passes batches and attributes on."""
 
@@ -263,6 +355,26 @@ def barred(workers: int, persistent: bool) -> Any:
     return tqdm(shuffled(workers, persistent), disable=True)
 
 
+def of_module(workers: int, persistent: bool) -> Any:
+    OF_MODULE.bit_generator.state = np.random.default_rng(7).bit_generator.state
+    return loader(JitteredItems(), workers, persistent, shuffle=True)
+
+
+def of_closure(workers: int, persistent: bool) -> Any:
+    mine = random.Random(8)
+
+    def collate(items: list[torch.Tensor], noise: np.random.Generator) -> torch.Tensor:
+        return torch.stack(items) + mine.random() + float(noise.random())
+
+    noisy = functools.partial(collate, noise=np.random.default_rng(8))
+    return loader(Items(), workers, persistent, shuffle=True, collate_fn=noisy)
+
+
+def by_loss(*_: Any) -> Any:
+    sampler = LossSampler()
+    return loader(Items(), 0, False, sampler=sampler, collate_fn=sampler.note)
+
+
 def zipped(workers: int, persistent: bool) -> Any:
     return zip(shuffled(workers, persistent), shuffled(workers, persistent), strict=False)
 
@@ -284,6 +396,14 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "NumPy's old generator": of_items(sampler=OldNumPySampler),
     "Python's generator": of_items(sampler=PythonSampler),
     "a list shuffled in place": of_items(sampler=InPlaceSampler),
+    "an array shuffled in place": of_items(sampler=InPlaceArraySampler),
+    "an order made of the last": of_items(sampler=RebindingSampler),
+    "buckets": of_items(batch_sampler=BucketSampler),
+    "weights that change": by_loss,
+    "a generator of the module": of_module,
+    "a generator in a closure": of_closure,
+    "items changed in place": lambda *_: loader(ChangedItems(), 0, False, shuffle=True),
+    "a stream that shuffles its shards": lambda *_: loader(ShufflingStream(), 0, False),
     "drawn lazily": of_items(sampler=LazySampler),
     "a sampler that counts": of_items(sampler=CountingSampler),
     "a stream that counts": lambda *_: loader(CountingStream(), 0, False),

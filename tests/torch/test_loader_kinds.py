@@ -97,6 +97,7 @@ def whole(kind, workers):
 # Those whose workers are treated in ways of their own; `tests/soak/loader_matrix.py` has all of them.
 WITH_WORKERS = {
     *("shuffled", "a generator", "NumPy's generator", "drawn lazily", "torchdata's with PyTorch's sampler"),
+    *("a generator of the module", "a generator in a closure", "an array shuffled in place"),
     *("a stream", "a stream with a state", "a subclass", "tqdm", "Accelerate's stateful", "a mapping", "a function"),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from stepguard.steps.feeds import Feed, shown
 from stepguard.words import logger
@@ -84,6 +86,24 @@ class LoopAdvice:
                 "steps: one thread began the loop, and another one asks for its steps. A step counts as done when the "
                 "next one is asked for, so a prefetcher around steps() counts steps that were not trained: "
                 "prefetch in the loader"
+            )
+
+    def on_resumed(self, loop: Any) -> None:
+        """Warn of an iterator around ``loop``, the iterator of `steps`, that counts from 0 at each start."""
+        holders = gc.get_referrers(loop)
+        # A zip holds a tuple of its iterators.
+        for one in [one for one in holders if type(one) is tuple]:
+            holders += gc.get_referrers(one)
+        around = [one for one in holders if type(one) in (enumerate, zip)]
+        for one in around:
+            # An enumerate is (its class, (what it counts, the next number)).
+            if type(one) is enumerate and one.__reduce__()[1][1] != 0:
+                continue
+            _log.warning(
+                "steps: this start goes on in the middle, and the program has %s around steps(), which begins anew "
+                "with each start. If the training depends on what it counts, as an accumulation or a schedule does, "
+                "the run is not the same: use sess.global_step, or accumulate= and sess.is_update",
+                "enumerate()" if type(one) is enumerate else "zip()",
             )
 
     def on_end(self, plan: LoopPlan, global_step: int, *, is_empty: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from stepguard.steps.feeds import Feed
 from stepguard.steps.places import Places
 from stepguard.steps.random_streams import RandomStreams
+from stepguard.steps.strangers import Strangers, warn_of
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -25,6 +26,7 @@ class ProcessState(ABC):
         self.streams = streams
         self.processes = processes
         self._places = Places(processes)
+        self.strangers = Strangers()
         # The earlier run's random states, until the first step.
         self._random: dict[str, Any] | None = None
         # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
@@ -67,10 +69,16 @@ class ProcessState(ABC):
         """The number of batches that were read again to come to the positions of the earlier run. Any thread."""
         return sum(feed.read_again for feed in self._places.feeds)
 
+    def is_saved(self, generator: Any) -> bool:  # noqa: ARG002 - of frameworks whose state may hold generators
+        """Whether ``generator`` is part of the state, or of the position in the data."""
+        return False
+
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         kept = self._random or self._first
+        drawn = self.strangers.drawn(self.is_saved)
         return {
+            **({"drawn": drawn} if drawn else {}),
             "random": self.streams.capture() if kept is None else kept,
             "is_first": self._first is not None,
             "loaders": self._places.saved(),
@@ -90,6 +98,7 @@ class ProcessState(ABC):
         is_first = state.get("is_first")
         self._first, self._random = (state["random"], None) if is_first else (None, state["random"])
         self.streams.restore(state["random"])
+        warn_of(state.get("drawn", []))
 
     def note_beginning(self) -> None:
         """Note that the run begins here, if it was not restored."""

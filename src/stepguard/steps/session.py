@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ class Session(StepSession):
         # The function that puts the restored state back, until the first step; and whether a loop was begun.
         self._put_back: Callable[[], None] | None = None
         self._has_begun_loop = False
+        # The iterator of the last call of `steps`.
+        self._loop: Callable[[], Any] = lambda: None
         self.failed_fetch: BaseException | None = None
         """For the engine: the error by which a loader has failed to give the batch of a step that had not begun."""
 
@@ -94,6 +97,7 @@ class Session(StepSession):
         _check_count("steps", "accumulate", accumulate, least=1)
         if resume_data not in (True, False, "unchecked"):
             raise ValueError(f'steps: expected resume_data to be True, False or "unchecked", found {resume_data!r:.80}')
+        self.process_state.strangers.look()
         feed = self._feed(loader, epochs, resume_data)
         number = self._loops_begun
         if number is not None:
@@ -105,7 +109,9 @@ class Session(StepSession):
         self.total_steps = _total_steps(feed, max_steps, wanted, accumulate)
         plan = LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident())
         self._advice.on_begin(plan, is_first=feed is not None and feed.loops == 1)
-        return self._steps(plan)
+        loop = self._steps(plan)
+        self._loop = weakref.ref(loop)
+        return loop
 
     def epochs(self, number: int) -> Iterator[int]:
         """The numbers of the remaining epochs out of ``number``; the body may do work at the end of each epoch::
@@ -231,6 +237,9 @@ class Session(StepSession):
             return
         self._begin_loop()
         self._advice.on_first_step(plan)
+        is_inside = self.global_step > 0 if plan.number is None else feed is not None and feed.batches > 0
+        if is_inside and not boundary.steps:
+            self._advice.on_resumed(self._loop())
         if self._put_back is not None:
             self._undo_what_was_done_again(plan)
         self.is_update = accumulate == 1

@@ -111,6 +111,7 @@ class StepSession:
         Raises:
             StopRequested: the run must stop at this boundary, as after SIGTERM; ``managed_session`` handles it.
         """
+        self.process_state.strangers.look()
         self.boundary.come_back()
         self._begin_loop()
         self._settle()

@@ -55,10 +55,23 @@ class Values:
         """Set all values in ``state``, including names that are not set here yet.
 
         Values that ``state`` lacks, because the program was extended after the save, keep what the program has set. A
-        warning names them.
+        warning names them. Dictionaries and lists stay the same objects, because a variable may hold them too.
         """
         kept = [name for name in self.__dict__ if name not in state]
         if kept:
             shown = ", ".join(f"{name}={self.__dict__[name]!r:.80}" for name in kept)
             _log.warning("values that the checkpoint does not have are kept as the program has them: %s", shown)
-        self.__dict__.update(state)
+        self.__dict__.update({name: _in_place(self.__dict__.get(name), value) for name, value in state.items()})
+
+
+def _in_place(held: Any, value: Any) -> Any:
+    """``value``; if ``held`` is a dictionary or a list too, it gets the contents of ``value`` and is returned."""
+    if isinstance(held, dict) and type(held) is type(value):
+        contents = {key: _in_place(held.get(key), part) for key, part in value.items()}
+        held.clear()
+        held.update(contents)
+        return held
+    if type(held) is list and type(value) is list:
+        held[:] = [_in_place(old, part) for old, part in zip(held, value, strict=False)] + value[len(held) :]
+        return held
+    return value

@@ -86,7 +86,6 @@ class TorchEngine(PeersEngine[Session]):
         ``meets_every``: see `PeersEngine.prepare_session`.
         """
         holders = {one.name: one.holder for one in self._program.components}
-        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
 
         def new_session(gate: Gate | None) -> Session:
             return Session(
@@ -94,7 +93,7 @@ class TorchEngine(PeersEngine[Session]):
                 self.write_summary,
                 gate=gate,
                 processes=self.peers.size,
-                optimizers=optimizers,
+                holders=holders,
                 own=self._program.own,
             )
 

@@ -13,10 +13,13 @@ from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
+from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
+from stepguard.torch.data.inside import Inside
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
+from stepguard.torch.unnamed import Unnamed
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -36,12 +39,15 @@ class Session(LoopSession):
         *,
         gate: Gate | None = None,
         processes: int = 1,
-        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+        holders: Mapping[str, Any] | None = None,
         own: Sequence[Component] = (),
     ) -> None:
         self._torch_state = _TorchProcessState(STREAMS, processes, own)
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
-        self._torch_state.watch_gradients(optimizers or {}, lambda: self.boundary.steps)
+        holders = holders or {}
+        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        self._torch_state.watch_gradients(optimizers, lambda: self.boundary.steps)
+        self._torch_state.watch_others(holders, lambda: self.boundary.steps if self.boundary.is_mine else None)
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -74,10 +80,22 @@ class _TorchProcessState(ProcessState):
         self._own = own
         self._gradients: dict[str, Gradients] = {}
         self._restored_gradients: Mapping[str, Any] = {}
+        self._holders: Mapping[str, Any] = {}
+        self._unnamed: Unnamed | None = None
+        self.strangers = Strangers(_state_of_generator)
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
+
+    def watch_others(self, holders: Mapping[str, Any], step: Callable[[], int | None]) -> None:
+        """Look, from now on, for what trains and is not among ``holders``."""
+        self._holders = holders
+        self._unnamed = Unnamed(holders, step)
+
+    def is_saved(self, generator: Any) -> bool:
+        held = [one for loader in self.loaders for one in Inside(loader).generators]
+        return any(one is generator for one in (*self._holders.values(), *held))
 
     def has_trained(self) -> bool:
         """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
@@ -127,3 +145,11 @@ class _TorchProcessState(ProcessState):
         super().close()
         for one in self._gradients.values():
             one.close()
+        if self._unnamed is not None:
+            self._unnamed.close()
+
+
+def _state_of_generator(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return None if value is torch.default_generator else bytes(value.get_state().tolist())
+    return state_of_generator(value)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepguard.torch.checkpoint.attributes import Attributes
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
@@ -34,6 +35,8 @@ class Program:
         """The settings of the newly built program, by the names of the objects."""
         self.in_force: dict[str, Settings] = dict(self.settings)
         """The settings that the run uses: the checkpoint's values in the places where they replace the program's."""
+        self.attributes = Attributes(components)
+        """What the objects keep beside their states."""
         # Finding the names takes a walk through all modules. It is repeated only if an optimizer has other parameters.
         self._walked_for: list[list[int]] = []
         self._parameters: dict[str, nn.Parameter] = {}
@@ -68,6 +71,7 @@ class Program:
             "settings": self.in_force,
             "frozen": self.frozen(),
             "frozen as built": self.frozen_as_built,
+            "attributes": self.attributes.notes(),
         }
 
     def _walk(self) -> None:

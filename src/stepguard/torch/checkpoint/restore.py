@@ -89,6 +89,7 @@ class Restorer:
         for part in fitting.parts:
             fitting.load(part, states.pop(part.name))
         fitting.note_winners()
+        self._program.attributes.restore(fitting.notes.get("attributes", {}))
         if rank == 0:
             fitting.report(path)
         if not is_of_rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stepguard.torch.data.contents import is_saved
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -78,9 +79,11 @@ def _plain(one: Any) -> dict[str, Any]:
 
 
 def _kept(one: Any) -> dict[str, tuple[str, Any]]:
-    """The types and sizes of the attributes that are no plain values."""
+    """The types and sizes of the attributes that neither this class nor :class:`.Contents` saves."""
     return {
-        name: (type(value).__name__, _size(value)) for name, value in vars(one).items() if type(value) not in _PLAIN
+        name: (type(value).__name__, _size(value))
+        for name, value in vars(one).items()
+        if type(value) not in _PLAIN and not is_saved(value)
     }
 
 

@@ -1,6 +1,7 @@
 """Random number generators that a loader, its samplers or its data set hold, beside the streams of the process.
 
-What these count for themselves decides, as a generator does, what they give next: :class:`.Counts` is kept like one.
+What these count for themselves decides, as a generator does, what they give next: :class:`.Counts` is kept like one,
+and so is :class:`.Contents`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from stepguard.torch.checkpoint.state import with_arrays, without_arrays
+from stepguard.torch.data.contents import Contents
 from stepguard.torch.data.counts import Counts
 
 
@@ -38,7 +40,7 @@ def restore(generators: Sequence[Any], saved: Sequence[Any]) -> None:
     for generator, state in zip(generators, saved, strict=False):
         if isinstance(generator, torch.Generator):
             generator.set_state(state)
-        elif isinstance(generator, Counts):
+        elif isinstance(generator, (Counts, Contents)):
             generator.put(state)
         elif isinstance(generator, random.Random):
             version, internal, gauss_next = state
@@ -64,7 +66,7 @@ def reseed(generators: Sequence[Any], seed: str) -> None:
 def _state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    if isinstance(generator, Counts):
+    if isinstance(generator, (Counts, Contents)):
         return generator.state()
     if isinstance(generator, random.Random):
         return generator.getstate()

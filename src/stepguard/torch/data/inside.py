@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,10 +21,16 @@ _DEPTH = 6
 _MEMBERS = 32
 
 
+# Code of these draws from the global streams, or from what it is given.
+_LIBRARIES = {"torch", "torchdata", "torchvision", "numpy", *sys.stdlib_module_names} - {"__main__"}
+
+
 class Inside:
     """The objects that can be reached from ``roots`` through attributes of objects that are iterated over or called.
 
     Other objects are not entered: they are not of the loader alone, as the state that all loaders of a library share.
+    The functions of the program, and the methods of its classes, are followed too: to what they hold, and to the
+    generators and functions of their modules that they name.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -30,7 +38,7 @@ class Inside:
         self.generators: list[Any] = []
         seen: set[int] = set()
         queue = deque((root, 0) for root in roots)
-        while queue and len(self.objects) < _MOST:
+        while queue and len(self.objects) < _MOST and len(seen) < 10 * _MOST:
             one, depth = queue.popleft()
             if id(one) in seen:
                 continue
@@ -38,11 +46,15 @@ class Inside:
             if is_generator(one):
                 self.generators.append(one)
                 continue
+            if isinstance(one, _CODE):
+                queue.extend((held, depth + 1) for held in _held_by_code(one) if depth < _DEPTH)
+                continue
             if not _is_entered(one, is_root=depth == 0):
                 continue
             self.objects.append(one)
             if depth < _DEPTH:
                 queue.extend((member, depth + 1) for member in _members(one))
+                queue.extend((method, depth) for method in _methods(type(one)))
 
     @property
     def loaders(self) -> list[DataLoader[Any]]:
@@ -76,8 +88,58 @@ def _members(one: Any) -> Iterator[Any]:
         yield from list(getattr(one, "__dict__", {}).values())
 
 
+_CODE = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
+
+
+def _held_by_code(one: Any) -> Iterator[Any]:
+    """What a function of the program holds: its object and arguments, its closure, and the generators that it names."""
+    if isinstance(one, functools.partial):
+        yield from (*one.args, *one.keywords.values(), one.func)
+        return
+    if isinstance(one, types.MethodType):
+        yield one.__self__
+    function = one.fget if isinstance(one, property) else getattr(one, "__func__", one)
+    if not isinstance(function, types.FunctionType) or _is_of_library(function.__module__):
+        return
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from _contents(function)
+    named = (function.__globals__.get(name) for name in _names_in(function.__code__))
+    yield from (found for found in named if is_generator(found) or isinstance(found, types.FunctionType))
+
+
+def _contents(function: types.FunctionType) -> Iterator[Any]:
+    """What the closure of a function holds."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # The variable has no value yet.
+            continue
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The names in a function, and in those that are defined inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _methods(kind: type) -> Iterator[Any]:
+    for one in kind.__mro__:
+        if not _is_of_library(one.__module__):
+            yield from (member for member in vars(one).values() if isinstance(member, _CODE))
+
+
+def _is_of_library(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] in _LIBRARIES
+
+
 def _is_entered(one: Any, *, is_root: bool) -> bool:
-    if isinstance(one, (str, bytes, torch.Tensor, nn.Module, type, types.ModuleType)) or hasattr(one, "__array__"):
+    if isinstance(one, nn.Module):
+        # A transform, and no model.
+        return next(one.parameters(), None) is None
+    if isinstance(one, (str, bytes, torch.Tensor, type, types.ModuleType)) or hasattr(one, "__array__"):
         return False
     if is_root or isinstance(one, (list, tuple, dict)):
         return True

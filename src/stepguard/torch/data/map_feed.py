@@ -23,9 +23,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from stepguard.steps.apart import ApartIterator
 from stepguard.steps.feeds import Feed, length, shown
 from stepguard.torch.data import generators
+from stepguard.torch.data.contents import Contents, warn_of_other_data
 from stepguard.torch.data.counts import Counts
 from stepguard.torch.data.inside import Inside
-from stepguard.torch.data.shuffled_lists import ShuffledLists
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -43,7 +43,11 @@ class MapFeed(Feed):
         self._order: dict[str, Any] | None = None
         self._inside = Inside(loader)
         samplers = Inside(loader.batch_sampler, loader.sampler)
-        self._lists = ShuffledLists(samplers.objects)
+        items = Inside(loader.dataset, loader.collate_fn).objects
+        # The lists and arrays of samplers and data set, and what the checkpoint has of them.
+        self._contents = Contents([*samplers.objects, *items])
+        self._marks = self._contents.marks()
+        self._contents_before: Mapping[str, Any] = {}
         found = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
         found += [one for one in samplers.generators if one is not loader.generator]
         # The generators from which the order is drawn, and those from which items are made in this process. A sampler
@@ -53,7 +57,6 @@ class MapFeed(Feed):
         self._generators: list[Any] = found
         self._item_generators: list[Any] = []
         if loader.num_workers == 0:
-            items = Inside(loader.dataset, loader.collate_fn).objects
             self._item_generators = [*self._inside.generators, Counts(items, may_keep_more=True)]
         self._items_before: Sequence[Any] = ()
         self._worker_seed = torch.initial_seed()
@@ -117,28 +120,32 @@ class MapFeed(Feed):
         if self._item_generators:
             items = self._items_before if self._iterator is None and self.batches else None
             position["items"] = generators.states(self._item_generators) if items is None else items
+        is_ahead = self._iterator is None and self.batches
+        position["contents"] = self._contents_before if is_ahead else self._contents.state()
+        position["made"] = self._marks
         if self.batches:
             position["order"] = self._order
             position["last"] = self._last_before if self._last is None else _mark(self._last)
         else:
             position["generators"] = generators.states(self._generators)
-            position["lists"] = self._lists.changed()
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
-        # Before anything is compared: the length of a data set may depend on the epoch.
+        # Before anything is compared: the length of a data set may depend on the epoch, and on its contents.
         self._inside.set_epoch(position["epoch"])
+        self._contents_before = position.get("contents", {})
+        self._contents.put(self._contents_before)
+        if not position["batches"]:
+            generators.restore(self._item_generators, position.get("items", ()))
         super().resume(position, processes, is_checked=is_checked)
+        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
         self._worker_seed = position["worker_seed"]
         self._order = position.get("order")
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
         generators.restore(self._generators, position.get("generators", ()))
-        self._lists.restore(position.get("lists", {}))
         self._items_before = position.get("items", ())
-        if not self.batches:
-            generators.restore(self._item_generators, self._items_before)
         if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
@@ -225,11 +232,15 @@ class MapFeed(Feed):
         elif self._streams_before is not None:
             self._restore_streams(self._streams_before)
         self._order = self._streams()
+        undrawn = self._contents.digests() if skip else {}
         drawn = self._behind_seen(sampler, skip)
         if live is not None:
             # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
             generators.restore(self._item_generators, self._items_before)
+            # What the sampler has just drawn itself is as far as it must be; the rest the training has changed.
+            now = self._contents.digests()
+            self._contents.put(self._contents_before, but={key for key in now if now[key] != undrawn.get(key)})
         index = next(drawn, _END)
         number = skip
         while index is not _END:
@@ -265,14 +276,14 @@ class MapFeed(Feed):
         return drawn
 
     def _streams(self) -> dict[str, Any]:
-        lists = self._lists.changed()
-        held = {"lists": lists} if lists else {}
+        changed = self._contents.state()
+        held = {"contents": changed} if changed else {}
         return {"random": STREAMS.capture(), "generators": generators.states(self._generators), **held}
 
     def _restore_streams(self, streams: Mapping[str, Any]) -> None:
         STREAMS.restore(streams["random"])
         generators.restore(self._generators, streams["generators"])
-        self._lists.restore(streams.get("lists", {}))
+        self._contents.go_back(streams.get("contents", {}))
 
     def description(self) -> dict[str, Any]:
         """The properties of the loader that must be the same when a run resumes."""

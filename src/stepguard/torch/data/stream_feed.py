@@ -15,6 +15,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stepguard.steps.feeds import FunctionFeed, IterableFeed, shown
 from stepguard.torch.data import generators
+from stepguard.torch.data.contents import Contents, warn_of_other_data
 from stepguard.torch.data.counts import Counts
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
@@ -33,7 +34,10 @@ class StreamFeed(IterableFeed):
         self._inside = Inside(*(roots or (loader,)))
         # Those of wrappers around them, such as the progress of a bar, are no part of the data.
         data = [one for one in self._inside.objects if isinstance(one, (Dataset, Sampler))]
-        self._held = [*self._inside.generators, *([Counts(data, may_keep_more=True)] if data else [])]
+        self._contents = Contents(data)
+        self._marks = self._contents.marks()
+        kept = [Counts(data, may_keep_more=True), self._contents] if data else []
+        self._held = [*self._inside.generators, *kept]
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
         self._has_warned = False
@@ -50,11 +54,13 @@ class StreamFeed(IterableFeed):
         if self._held:
             live = not self.batches
             position["generators"] = generators.states(self._held) if live else self._generators_before
+        position["made"] = self._marks
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
         super().resume(position, processes, is_checked=is_checked)
+        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
         self._generators_before = position.get("generators")
         generators.restore(self._held, self._generators_before or ())
 
@@ -135,15 +141,7 @@ def _held_by(function: Any) -> list[Any]:
     if code is None:
         return held
     names = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
-    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
-    return [*held, *(function.__defaults__ or ()), *cells, *names]
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is None
-    except ValueError:
-        return True
+    return [*held, function, *names]
 
 
 def _warn_of_workers(loader: Any) -> None:

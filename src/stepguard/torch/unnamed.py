@@ -1,0 +1,87 @@
+"""Optimizers, schedules and gradient scalers that train with the program and are not in its state.
+
+They begin anew at a restart: moments are lost, a learning rate begins its schedule again. PyTorch tells every step of
+every optimizer, so that one can look.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from stepguard.words import logger
+
+_log = logger(__name__)
+
+_LOST = "a restart begins with a new one, so that it is not the same run; add it to the state of the Supervisor"
+
+
+class Unnamed:
+    """Warns, once each, of what is missing in ``holders``, the objects of the state by their names.
+
+    ``step`` returns the number of the running training step on this thread, or ``None``.
+    """
+
+    def __init__(self, holders: Mapping[str, Any], step: Callable[[], int | None]) -> None:
+        self._holders = holders
+        self._step = step
+        self._names = {id(one): name for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        # The steps in which optimizers were first called, and those that have been looked at. By weak references: one
+        # that is gone leaves its id to the next.
+        self._first: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._hook = register_optimizer_step_post_hook(self._after)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._hook.remove()
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if optimizer in self._known:
+            return
+        step = self._step()
+        # In its second step: a schedule may be made after the session began, and an optimizer for one step is no part
+        # of the training.
+        if step is None or self._first.setdefault(optimizer, step) == step:
+            return
+        self._known.add(optimizer)
+        name = self._names.get(id(optimizer))
+        if name is None:
+            if any(optimizer.state.values()):
+                _log.warning(
+                    "an optimizer (%s) trains in the steps, and it is not in the state: its moments are lost; %s",
+                    type(optimizer).__name__,
+                    _LOST,
+                )
+            return
+        if any("initial_lr" in group for group in optimizer.param_groups) and not self._has_schedule(optimizer):
+            _log.warning("%s has a learning rate scheduler, and that is not in the state: %s", name, _LOST)
+        scaler = _scaler_around()
+        if scaler is not None and not any(one is scaler for one in self._holders.values()):
+            _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, _LOST)
+
+    def _has_schedule(self, optimizer: torch.optim.Optimizer) -> bool:
+        held = [one for holder in self._holders.values() for one in (holder, *getattr(holder, "__dict__", {}).values())]
+        return any(isinstance(one, LRScheduler) and one.optimizer is optimizer for one in held)
+
+
+def _scaler_around() -> Any:
+    """The GradScaler that calls the optimizer, if one does and it is enabled."""
+    frame: types.FrameType | None = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            return None
+        # Only there: to read the variables of a function of the program would keep them alive.
+        if frame.f_globals.get("__name__") == torch.amp.GradScaler.__module__:
+            one = frame.f_locals.get("self")
+            if isinstance(one, torch.amp.GradScaler):
+                return one if one.is_enabled() else None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,107 @@
+"""What samplers and data sets keep in lists and arrays is saved, and compared with what a restarted program makes."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+
+from stepguard.torch.data.contents import Contents
+from stepguard.torch.data.feeds import feed_of
+
+
+def kept():
+    return SimpleNamespace(
+        order=np.arange(6),
+        weights=torch.ones(6, dtype=torch.float64),
+        buckets={"short": [1, 2], "long": [3, 4]},
+        pairs=[(1, "a"), (2, "b")],
+        recent=deque([1], maxlen=3),
+        untouched=list(range(4)),
+    )
+
+
+def test_what_has_changed_comes_back_into_the_same_objects():
+    one, other = kept(), kept()
+    contents, restored = Contents([one]), Contents([other])
+    held = other.buckets["long"], other.order, other.weights
+    one.order[:] = one.order[::-1]
+    one.weights[2] = 5
+    one.buckets["long"].append(9)
+    one.pairs.reverse()
+    one.recent.append(7)
+    saved = contents.state()
+    restored.put(saved)
+
+    assert "0.untouched" not in saved
+    assert other.order.tolist() == [5, 4, 3, 2, 1, 0]
+    assert other.weights.tolist() == [1, 1, 5, 1, 1, 1]
+    assert other.buckets == {"short": [1, 2], "long": [3, 4, 9]}
+    assert other.pairs == [(2, "b"), (1, "a")]
+    assert other.recent == deque([1, 7])
+    assert other.recent.maxlen == 3
+    assert held[0] is other.buckets["long"]
+    assert held[1] is other.order
+    assert held[2] is other.weights
+
+
+def test_an_earlier_moment_comes_back_whole():
+    one = kept()
+    contents = Contents([one])
+    contents.put({"0.order": {"array": torch.arange(6).flip(0)}})
+    contents.go_back({})
+
+    assert one.order.tolist() == list(range(6))
+
+
+def test_what_is_too_large_is_named_at_the_restart(caplog, monkeypatch):
+    monkeypatch.setattr("stepguard.torch.data.contents._MOST_BYTES", 40)
+    one = kept()
+    contents = Contents([one])
+    one.weights[0] = 2
+    contents.put(contents.state())
+
+    assert "has changed SimpleNamespace.weights when the checkpoint was made, which are too large" in caplog.text
+
+
+def split_anew():
+    return random_split(TensorDataset(torch.arange(40.0)), [30, 10])[0]
+
+
+def drawn_anew():
+    return TensorDataset(torch.randn(30))
+
+
+def of_a_set():
+    return Subset(TensorDataset(torch.arange(40.0)), torch.randperm(40)[:30].tolist())
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(split_anew, "Subset.indices"), (drawn_anew, "TensorDataset.tensors"), (of_a_set, "Subset.indices")],
+)
+def test_data_that_is_drawn_anew_at_the_restart_is_named(make, named, caplog):
+    before, after = (feed_of(DataLoader(make(), batch_size=5)) for _ in range(2))
+    before.next(None)
+    before.consumed()
+    after.resume(before.position())
+
+    assert f"the program has made {named} otherwise than in the run that is resumed" in caplog.text
+
+
+def test_data_that_lies_in_another_folder_is_the_same(caplog):
+    class Files(TensorDataset):
+        def __init__(self, folder):
+            super().__init__(torch.arange(10))
+            self.paths = [f"{folder}/{number}.png" for number in range(10)]
+
+    before, after = (feed_of(DataLoader(Files(folder), batch_size=5)) for folder in ("/scratch/1", "/scratch/2"))
+    with caplog.at_level(logging.WARNING):
+        after.resume(before.position())
+
+    assert not caplog.text
