@@ -35,8 +35,8 @@ def test_an_example_is_proven(tmp_path):
 
 @pytest.mark.soak
 def test_the_program_of_the_readme_is_proven_although_it_seeds_nothing(tmp_path):
-    program = README.read_text().split("```python\n")[2].split("```")[0]
-    assert "from stepguard.torch import Supervisor" in program
+    blocks = [block.split("```")[0] for block in README.read_text().split("```python\n")[1:]]
+    (program,) = [block for block in blocks if "from stepguard.torch import Supervisor" in block]
     (tmp_path / "first.py").write_text(program)
 
     found, output = prove([tmp_path / "first.py"], tmp_path, faults=("kill",))
