@@ -239,7 +239,9 @@ class RunSaver(Generic[SessionT]):
             return Answer(False, f"the disk fails: {writer.last_error}")
         if not checkpointer.save_on_request():
             return Answer(
-                False, "no step boundary came; `stepguard log` says why, and the next checkpoint is on its way"
+                False,
+                "no step boundary came: a loop that has not begun yet or an evaluation inside a step saves later, and "
+                "without the name; `stepguard log` tells of anything else",
             )
         step = checkpointer.saved_step
         if not writer.wait_until_idle():

@@ -54,14 +54,15 @@ class Unnamed:
         self._known.add(optimizer)
         name = self._names.get(id(optimizer))
         if name is None:
-            if any(optimizer.state.values()):
+            if any(optimizer.state.values()) or _is_scheduled(optimizer):
                 _log.warning(
-                    "an optimizer (%s) trains in the steps, and it is not in the state: its moments are lost; %s",
+                    "an optimizer (%s) trains in the steps, and it is not in the state: its moments and its learning "
+                    "rate are lost; %s",
                     type(optimizer).__name__,
                     _LOST,
                 )
             return
-        if any("initial_lr" in group for group in optimizer.param_groups) and not self._has_schedule(optimizer):
+        if _is_scheduled(optimizer) and not self._has_schedule(optimizer):
             _log.warning("%s has a learning rate scheduler, and that is not in the state: %s", name, _LOST)
         scaler = _scaler_around()
         if scaler is not None and not any(one is scaler for one in self._holders.values()):
@@ -70,6 +71,11 @@ class Unnamed:
     def _has_schedule(self, optimizer: torch.optim.Optimizer) -> bool:
         held = [one for holder in self._holders.values() for one in (holder, *getattr(holder, "__dict__", {}).values())]
         return any(isinstance(one, LRScheduler) and one.optimizer is optimizer for one in held)
+
+
+def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scheduler has left its mark. `ReduceLROnPlateau` leaves none."""
+    return any("initial_lr" in group for group in optimizer.param_groups)
 
 
 def _scaler_around() -> Any:
