@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import deque
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def test_what_has_changed_comes_back_into_the_same_objects():
     saved = contents.state()
     restored.put(saved)
 
-    assert "0.untouched" not in saved
+    assert "0.SimpleNamespace.untouched" not in saved
     assert other.order.tolist() == [5, 4, 3, 2, 1, 0]
     assert other.weights.tolist() == [1, 1, 5, 1, 1, 1]
     assert other.buckets == {"short": [1, 2], "long": [3, 4, 9]}
@@ -50,10 +51,33 @@ def test_what_has_changed_comes_back_into_the_same_objects():
     assert held[2] is other.weights
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [(f"{number}.png", number % 3) for number in range(2000)],
+        [*range(2000)],
+        [1.5, None, "\udcff", float("inf"), True] * 300,
+        [b"1", b"2"] * 600,
+        [[number] for number in range(1500)],
+        [(1, b"2"), (3, "4")] * 600,
+    ],
+    ids=lambda values: repr(values[0]),
+)
+def test_a_long_list_comes_back(values, tmp_path):
+    one, other = (SimpleNamespace(values=copy.deepcopy(values)) for _ in range(2))
+    contents = Contents([one])
+    one.values.reverse()
+    torch.save(contents.state(), tmp_path / "saved.pt")
+    Contents([other]).put(torch.load(tmp_path / "saved.pt", weights_only=True))
+
+    assert other.values == one.values
+    assert [*map(type, other.values)] == [*map(type, one.values)]
+
+
 def test_an_earlier_moment_comes_back_whole():
     one = kept()
     contents = Contents([one])
-    contents.put({"0.order": {"array": torch.arange(6).flip(0)}})
+    contents.put({"0.SimpleNamespace.order": {"array": torch.arange(6).flip(0)}})
     contents.go_back({})
 
     assert one.order.tolist() == list(range(6))
@@ -66,7 +90,10 @@ def test_what_is_too_large_is_named_at_the_restart(caplog, monkeypatch):
     one.weights[0] = 2
     contents.put(contents.state())
 
-    assert "has changed SimpleNamespace.weights when the checkpoint was made, which are too large" in caplog.text
+    assert (
+        "has changed SimpleNamespace.weights when the checkpoint was made, which are too large for a checkpoint"
+        in caplog.text
+    )
 
 
 def split_anew():
@@ -105,3 +132,47 @@ def test_data_that_lies_in_another_folder_is_the_same(caplog):
         after.resume(before.position())
 
     assert not caplog.text
+
+
+def test_no_data_is_odd_enough_to_end_a_run():
+    with torch.inference_mode():
+        features = torch.ones(3)
+    one = SimpleNamespace(
+        features=features,
+        expanded=torch.zeros(1).expand(4),
+        meta=torch.ones(2, device="meta"),
+        small=torch.zeros(2).to(torch.float8_e4m3fn),
+        conjugate=torch.zeros(2, dtype=torch.complex64).conj(),
+        foreign=np.arange(3, dtype=">f4"),
+        wide=np.zeros(2, dtype=np.longdouble),
+        empty=np.zeros((0, 3)),
+        cache=[None] * 4,
+        images=[np.zeros(2), None],
+        labels=[-1, -1],
+        counted={"a": 1, "b": [2, 3]},
+        scalars=[np.float64(1), 2.0],
+    )
+    contents = Contents([one])
+    one.expanded = torch.ones(1).expand(4)
+    one.cache[2] = object()
+    one.images[1] = np.ones(2)
+    one.labels[1] = -2
+    one.counted["b"].append(4)
+    saved = contents.state()
+
+    contents.put(saved)
+    contents.marks()
+    assert saved["0.SimpleNamespace.labels"] == {"list": [-1, -2]}
+    assert saved["0.SimpleNamespace.counted"] == {"dict": [("a", 1), ("b", [2, 3, 4])]}
+    assert not {"0.SimpleNamespace.cache", "0.SimpleNamespace.images"} & {*saved}
+
+
+def test_contents_of_another_object_are_not_put_anywhere(caplog):
+    one, other = kept(), SimpleNamespace(**vars(kept()))
+    contents = Contents([one])
+    one.pairs.reverse()
+    saved = {key.replace("SimpleNamespace", "Crop"): value for key, value in contents.state().items()}
+    Contents([other]).put(saved)
+
+    assert other.pairs == [(1, "a"), (2, "b")]
+    assert "the checkpoint has contents of Crop.pairs" in caplog.text

@@ -69,14 +69,14 @@ class ProcessState(ABC):
         """The number of batches that were read again to come to the positions of the earlier run. Any thread."""
         return sum(feed.read_again for feed in self._places.feeds)
 
-    def is_saved(self, generator: Any) -> bool:  # noqa: ARG002 - of frameworks whose state may hold generators
-        """Whether ``generator`` is part of the state, or of the position in the data."""
-        return False
+    def saved_generators(self) -> list[Any]:
+        """The generators of random numbers in the state and in the position in the data."""
+        return []
 
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         kept = self._random or self._first
-        drawn = self.strangers.drawn(self.is_saved)
+        drawn = self.strangers.drawn(self.saved_generators)
         return {
             **({"drawn": drawn} if drawn else {}),
             "random": self.streams.capture() if kept is None else kept,

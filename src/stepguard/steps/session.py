@@ -279,6 +279,8 @@ class Session(StepSession):
                 except BaseException as error:
                     self._leave_without_batch(error, turns)
                     raise
+                if not turns and not boundary.steps:
+                    self.process_state.strangers.leave_out_drawn()
                 turns += 1
                 if self._digests is not None:
                     source = "" if feed is None else shown(feed.loader)

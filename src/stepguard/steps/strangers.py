@@ -21,19 +21,30 @@ _LIBRARIES = {*sys.stdlib_module_names, "stepguard", "torch", "jax", "tqdm", "py
     "__main__"
 }
 _MOST_FRAMES = 30
+# Whoever holds the dictionary of a frame's variables: the frame, a variable here, and the call that counts.
+_HOLDERS_OF_LOCALS = 3
 
 
 def state_of_generator(value: Any) -> Any:
-    """The state of a generator of Python's or NumPy's, as something to compare; ``None`` for anything else."""
-    if isinstance(value, random.Random):
-        return None if value is getattr(random, "_inst", None) else value.getstate()
+    """The state of a generator of Python's or NumPy's, as something to compare; ``None`` for anything else.
+
+    The type decides, because some objects run code if they are asked for their class.
+    """
+    kind = type(value)
+    if issubclass(kind, random.Random):
+        is_other = value is getattr(random, "_inst", None) or issubclass(kind, random.SystemRandom)
+        return None if is_other else value.getstate()
     numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
+    if numpy is None:
         return None
-    if value is getattr(numpy.random.mtrand, "_rand", None):
-        return None
-    state = value.bit_generator.state if hasattr(value, "bit_generator") else value.get_state(legacy=False)
-    return repr(state)
+    if issubclass(kind, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if issubclass(kind, numpy.random.RandomState) and value is not getattr(numpy.random.mtrand, "_rand", None):
+        state = value.get_state(legacy=False)
+        return repr({name: part for name, part in state.items() if name != "state"}), {
+            name: part.tobytes() if hasattr(part, "tobytes") else part for name, part in state.get("state", {}).items()
+        }
+    return None
 
 
 class Strangers:
@@ -42,7 +53,8 @@ class Strangers:
     def __init__(self, state_of: Callable[[Any], Any] = state_of_generator) -> None:
         self._state_of = state_of
         self._has_looked = False
-        self._found: dict[str, tuple[Any, Any]] = {}
+        # By their identities: the name, the generator, and its state at the beginning.
+        self._found: dict[int, tuple[str, Any, Any]] = {}
 
     def look(self) -> None:
         """Find them, the first time that this is called: by the first loop over steps."""
@@ -50,21 +62,32 @@ class Strangers:
             return
         self._has_looked = True
         frame: types.FrameType | None = sys._getframe(1)
+        of_loaders: list[Any] = []
         for _ in range(_MOST_FRAMES):
             if frame is None:
-                return
-            if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+                break
+            if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _LIBRARIES:
                 for name, value in _variables(frame):
+                    of_loaders.append(_attributes(value).get("generator"))
                     state = self._state_of(value)
                     if state is not None:
-                        self._found.setdefault(name, (value, state))
+                        self._found.setdefault(id(value), (name, value, state))
             frame = frame.f_back
+        for one in of_loaders:
+            # A loader draws a seed from its generator for each of its iterators, also in an evaluation.
+            self._found.pop(id(one), None)
 
-    def drawn(self, is_saved: Callable[[Any], bool]) -> list[str]:
-        """The names of those that were drawn from since the start and are not saved."""
-        return [
-            name for name, (one, state) in self._found.items() if self._state_of(one) != state and not is_saved(one)
-        ]
+    def leave_out_drawn(self) -> None:
+        """Leave out those that were drawn from since the start: they belong to the data, whose first batch was fetched."""
+        for key, (_, one, state) in list(self._found.items()):
+            if self._state_of(one) != state:
+                del self._found[key]
+
+    def drawn(self, saved: Callable[[], list[Any]]) -> list[str]:
+        """The names of those that were drawn from since the start and are not among ``saved()``."""
+        found = [(name, one) for name, one, state in self._found.values() if self._state_of(one) != state]
+        held = {id(one) for one in saved()} if found else set()
+        return sorted({name for name, one in found if id(one) not in held})
 
 
 def warn_of(drawn: list[str]) -> None:
@@ -78,12 +101,28 @@ def warn_of(drawn: list[str]) -> None:
 
 
 def _variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
-    found = dict(frame.f_locals)
-    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+    variables = frame.f_locals
+    found = dict(variables)
+    if (
+        sys.version_info < (3, 13)
+        and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        and sys.getrefcount(variables) <= _HOLDERS_OF_LOCALS
+    ):
         # Before Python 3.13 this is a copy that the frame keeps, and the copy would keep the program's loaders alive.
-        frame.f_locals.clear()
+        # A program that has called locals() holds the same copy.
+        variables.clear()
+    del variables
     for name, value in found.items():
         yield name, value
         if name == "self":
-            yield from ((f"self.{member}", part) for member, part in list(getattr(value, "__dict__", {}).items()))
+            yield from ((f"self.{member}", part) for member, part in _attributes(value).items())
     yield from list(frame.f_globals.items())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, without asking its own code for them."""
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        return {}
+    return dict(held) if type(held) is dict else {}

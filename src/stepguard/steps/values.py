@@ -61,17 +61,25 @@ class Values:
         if kept:
             shown = ", ".join(f"{name}={self.__dict__[name]!r:.80}" for name in kept)
             _log.warning("values that the checkpoint does not have are kept as the program has them: %s", shown)
-        self.__dict__.update({name: _in_place(self.__dict__.get(name), value) for name, value in state.items()})
+        taken: set[int] = set()
+        self.__dict__.update({name: _in_place(self.__dict__.get(name), value, taken) for name, value in state.items()})
 
 
-def _in_place(held: Any, value: Any) -> Any:
-    """``value``; if ``held`` is a dictionary or a list too, it gets the contents of ``value`` and is returned."""
+def _in_place(held: Any, value: Any, taken: set[int]) -> Any:
+    """``value``; if ``held`` is a dictionary or a list too, it gets the contents of ``value`` and is returned.
+
+    ``taken`` has the identities of those that have got other contents already, because two names may share one.
+    """
+    if id(held) in taken:
+        return value
     if isinstance(held, dict) and type(held) is type(value):
-        contents = {key: _in_place(held.get(key), part) for key, part in value.items()}
+        taken.add(id(held))
+        contents = {key: _in_place(held.get(key), part, taken) for key, part in value.items()}
         held.clear()
         held.update(contents)
         return held
     if type(held) is list and type(value) is list:
-        held[:] = [_in_place(old, part) for old, part in zip(held, value, strict=False)] + value[len(held) :]
+        taken.add(id(held))
+        held[:] = [_in_place(old, part, taken) for old, part in zip(held, value, strict=False)] + value[len(held) :]
         return held
     return value

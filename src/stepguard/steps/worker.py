@@ -94,8 +94,9 @@ class Worker(Rendezvous):
             self._rested = self._take()
             self._budget.spend(time.monotonic() - began)
         if is_due:
-            self._captured = self._rested
-            self._came_for = None if self._rested is None else self._rested.moment
+            self._captured, self._came_for = self._rested, self._member.moment()
+            # As in `take_state`: the word that the chief passes this step may have come while the part was copied.
+            self._gate.free(self._takes_passed)
 
     # --- what the chief says ---
 

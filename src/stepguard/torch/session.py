@@ -19,7 +19,7 @@ from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
-from stepguard.torch.unnamed import Unnamed
+from stepguard.torch.unnamed import Unnamed, reached
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -93,9 +93,9 @@ class _TorchProcessState(ProcessState):
         self._holders = holders
         self._unnamed = Unnamed(holders, step)
 
-    def is_saved(self, generator: Any) -> bool:
+    def saved_generators(self) -> list[Any]:
         held = [one for loader in self.loaders for one in Inside(loader).generators]
-        return any(one is generator for one in (*self._holders.values(), *held))
+        return [*reached(self._holders.values()), *held]
 
     def has_trained(self) -> bool:
         """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
@@ -150,6 +150,6 @@ class _TorchProcessState(ProcessState):
 
 
 def _state_of_generator(value: Any) -> Any:
-    if isinstance(value, torch.Generator):
-        return None if value is torch.default_generator else bytes(value.get_state().tolist())
+    if issubclass(type(value), torch.Generator):
+        return None if value is torch.default_generator else value.get_state().numpy().tobytes()
     return state_of_generator(value)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stepguard.words import logger
 
 _log = logger(__name__)
 
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_MOST_MEMBERS = 1000
 _LOST = "a restart begins with a new one, so that it is not the same run; add it to the state of the Supervisor"
 
 
@@ -33,6 +34,7 @@ class Unnamed:
         self._holders = holders
         self._step = step
         self._names = {id(one): name for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+        self._reached = reached(holders.values())
         # The steps in which optimizers were first called, and those that have been looked at. By weak references: one
         # that is gone leaves its id to the next.
         self._first: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
@@ -44,8 +46,15 @@ class Unnamed:
         self._hook.remove()
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Look at an optimizer that was stepped. It runs inside the program's step, and raises nothing."""
         if optimizer in self._known:
             return
+        try:
+            self._look_at(optimizer)
+        except Exception:  # noqa: BLE001 - a look at objects of the program, for a warning
+            _log.debug("an optimizer could not be looked at", exc_info=True)
+
+    def _look_at(self, optimizer: torch.optim.Optimizer) -> None:
         step = self._step()
         # In its second step: a schedule may be made after the session began, and an optimizer for one step is no part
         # of the training.
@@ -54,7 +63,9 @@ class Unnamed:
         self._known.add(optimizer)
         name = self._names.get(id(optimizer))
         if name is None:
-            if any(optimizer.state.values()) or _is_scheduled(optimizer):
+            if self._is_reached(optimizer):
+                return
+            if len(optimizer.state) or _is_scheduled(optimizer):
                 _log.warning(
                     "an optimizer (%s) trains in the steps, and it is not in the state: its moments and its learning "
                     "rate are lost; %s",
@@ -65,12 +76,38 @@ class Unnamed:
         if _is_scheduled(optimizer) and not self._has_schedule(optimizer):
             _log.warning("%s has a learning rate scheduler, and that is not in the state: %s", name, _LOST)
         scaler = _scaler_around()
-        if scaler is not None and not any(one is scaler for one in self._holders.values()):
+        if scaler is not None and not self._is_reached(scaler):
             _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, _LOST)
 
+    def _is_reached(self, one: Any) -> bool:
+        return any(held is one for held in self._reached)
+
     def _has_schedule(self, optimizer: torch.optim.Optimizer) -> bool:
-        held = [one for holder in self._holders.values() for one in (holder, *getattr(holder, "__dict__", {}).values())]
-        return any(isinstance(one, LRScheduler) and one.optimizer is optimizer for one in held)
+        """Whether an object of the state schedules the optimizer, of whatever library."""
+        return any(getattr(one, "optimizer", None) is optimizer for one in self._reached)
+
+
+def reached(holders: Iterable[Any], depth: int = 2) -> list[Any]:
+    """The objects of the state, and what they hold as attributes, in lists and in dictionaries: they save it."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    level = list(holders)
+    for _ in range(depth + 1):
+        level = [one for one in level if id(one) not in seen and not isinstance(one, (*_PLAIN, torch.Tensor))]
+        seen.update(map(id, level))
+        found += level
+        level = [member for one in level for member in _members(one)]
+    return found
+
+
+def _members(one: Any) -> Iterable[Any]:
+    if isinstance(one, dict):
+        return list(one.values())[:_MOST_MEMBERS]
+    if isinstance(one, (list, tuple)):
+        return one[:_MOST_MEMBERS]
+    if isinstance(one, (torch.nn.Module, torch.optim.Optimizer)):
+        return ()
+    return list(getattr(one, "__dict__", {}).values())[:_MOST_MEMBERS]
 
 
 def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:

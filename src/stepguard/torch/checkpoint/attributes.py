@@ -1,8 +1,8 @@
 """What modules and optimizers keep in plain attributes, beside their ``state_dict``, and change while they train.
 
-A temperature that is annealed, the rate of a dropout, a BatchNorm that was set to ``eval()`` on the way: they decide
-the next step, and no ``state_dict`` has them. Numbers, strings and modes that have changed are saved and put back.
-Tensors, such as a hidden state or a buffer that is not persistent, are not; a restart names them.
+An annealed temperature, a BatchNorm that was set to ``eval()`` on the way, a hidden state: they may decide the next
+step, and no ``state_dict`` has them. They are not put back, because one attribute alone may mean nothing without others
+that no file can hold. A restart names those that had changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
+# Names of PyTorch's own, such as the step count of an optimizer.
+_INTERNAL = "_"
+_MOST_MEMBERS = 1000
 
 
 class Attributes:
@@ -28,48 +31,57 @@ class Attributes:
 
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = [one for one in components if isinstance(one.holder, (nn.Module, torch.optim.Optimizer))]
-        self._as_built = dict(self._plain())
-        self._tensors_as_built = dict(self._tensors())
+        self._plain_as_built, self._tensors_as_built = self._look()
 
     def notes(self) -> dict[str, Any]:
-        """Those that have changed since the program was built, with what they were then; and the names of tensors."""
-        now = dict(self._plain())
-        found = {key: [self._as_built.get(key), value] for key, value in now.items() if self._has_changed(key, value)}
-        tensors = [key for key, value in self._tensors() if self._tensors_as_built.get(key) != value]
-        return {"changed": found, "tensors": tensors}
+        """The plain ones that have changed since the program was built, with both values; and the names of tensors."""
+        plain, tensors = self._look()
+        return {
+            "changed": {
+                key: [self._plain_as_built.get(key), value]
+                for key, value in plain.items()
+                # NaN is not equal to itself.
+                if repr(value) != repr(self._plain_as_built.get(key))
+            },
+            "tensors": [key for key, versions in tensors.items() if self._tensors_as_built.get(key) != versions],
+        }
 
-    def restore(self, notes: Mapping[str, Any]) -> None:
-        """Put back what the run had changed. What the program builds otherwise than before stays, and is named."""
-        others = []
-        for key, (before, value) in notes.get("changed", {}).items():
-            place = self._places.get(key.rpartition(".")[0])
-            if place is None:
-                continue
-            if self._as_built.get(key) != before:
-                others.append(f"{key} ({self._as_built.get(key)} in the program, {value} in the checkpoint)")
-                continue
-            root, one = place
-            name = key.rpartition(".")[2]
-            setattr(one, name, (root.training if value else not root.training) if name == _MODE else value)
-        if others:
+    def warn_of(self, notes: Mapping[str, Any]) -> None:
+        """Warn of what the run that is resumed had changed, where this program has not the same now."""
+        plain, _ = self._look()
+        changed = [
+            f"{key} ({value!r:.40} there, {plain.get(key)!r:.40} here)"
+            for key, (_, value) in notes.get("changed", {}).items()
+            if repr(plain.get(key)) != repr(value)
+        ]
+        tensors = notes.get("tensors", [])
+        if changed or tensors:
             _log.warning(
-                "the program builds attributes otherwise than the run that is resumed, and they stay as they are: %s",
-                listed(others),
-            )
-        if notes.get("tensors"):
-            _log.warning(
-                "the run had changed tensors that are in no state_dict, and they begin as the program makes them: %s. "
-                "If a step depends on the step before through them, register them as buffers, or keep them in "
-                "stepguard.torch.Values",
-                listed(notes["tensors"]),
+                "the run had changed what no state_dict has, and it begins as the program makes it: %s. If a step "
+                "depends on the step before through it, register tensors as buffers, and keep the rest in "
+                "stepguard.torch.Values; what is computed anew when it is needed does no harm",
+                listed([*changed, *tensors]),
             )
 
-    @property
-    def _places(self) -> dict[str, tuple[Any, Any]]:
-        return {name: (root, one) for name, root, one in self._objects()}
-
-    def _has_changed(self, key: str, value: Any) -> bool:
-        return key not in self._as_built or self._as_built[key] != value
+    def _look(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """The plain attributes, and the identities and versions of tensors."""
+        plain: dict[str, Any] = {}
+        tensors: dict[str, list[Any]] = {}
+        for path, root, one in self._objects():
+            apart = getattr(one, "_non_persistent_buffers_set", ())
+            buffers = {name: one._buffers.get(name) for name in apart}
+            for name, value in [*vars(one).items(), *buffers.items()]:
+                if type(value) in _PLAIN:
+                    if name == _MODE:
+                        # A program switches whole models to and fro; what stays is a module in another mode than those.
+                        plain[f"{path}.{name}"] = value == root.training
+                    elif not name.startswith(_INTERNAL):
+                        plain[f"{path}.{name}"] = value
+                elif not name.startswith(_INTERNAL) and name != "state":
+                    found = _kept_tensors(value)
+                    if found:
+                        tensors[f"{path}.{name}"] = [(id(part), _version(part)) for part in found]
+        return plain, tensors
 
     def _objects(self) -> Iterator[tuple[str, Any, Any]]:
         for part in self._components:
@@ -81,25 +93,16 @@ class Attributes:
             else:
                 yield part.name, part.holder, part.holder
 
-    def _plain(self) -> Iterator[tuple[str, Any]]:
-        for path, root, one in self._objects():
-            for name, value in vars(one).items():
-                if type(value) in _PLAIN and not name.startswith("_"):
-                    # A program switches whole models to and fro; what stays is a module in another mode than those.
-                    yield f"{path}.{name}", value == root.training if name == _MODE else value
 
-    def _tensors(self) -> Iterator[tuple[str, Any]]:
-        for path, _, one in self._objects():
-            held = {name: value for name, value in vars(one).items() if not name.startswith("_") and name != "state"}
-            held.update({name: one._buffers[name] for name in getattr(one, "_non_persistent_buffers_set", ())})
-            for name, value in held.items():
-                tensors = [part for part in _members(value) if isinstance(part, torch.Tensor)]
-                # One that is still part of a graph is a result of the step, such as its loss.
-                if tensors and not any(
-                    part.grad_fn is not None or (part.is_leaf and part.requires_grad) for part in tensors
-                ):
-                    yield f"{path}.{name}", [(id(part), part._version) for part in tensors]
+def _kept_tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in an attribute; none if one is a parameter, or part of a graph, as the result of a step is."""
+    members = value if isinstance(value, (list, tuple)) and len(value) <= _MOST_MEMBERS else [value]
+    found = [one for one in members if isinstance(one, torch.Tensor)]
+    if any(one.grad_fn is not None or (one.is_leaf and one.requires_grad) for one in found):
+        return []
+    return found
 
 
-def _members(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) and len(value) <= 1000 else [value]
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was changed in place; tensors of ``inference_mode`` do not count that."""
+    return None if tensor.is_inference() else tensor._version

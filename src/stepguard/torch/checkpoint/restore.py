@@ -89,8 +89,8 @@ class Restorer:
         for part in fitting.parts:
             fitting.load(part, states.pop(part.name))
         fitting.note_winners()
-        self._program.attributes.restore(fitting.notes.get("attributes", {}))
         if rank == 0:
+            self._program.attributes.warn_of(fitting.notes.get("attributes", {}))
             fitting.report(path)
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.

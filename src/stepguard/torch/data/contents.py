@@ -5,9 +5,13 @@ The next epoch depends on it, as on a generator's state. What has changed since 
 
 from __future__ import annotations
 
+import json
+import marshal
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +23,14 @@ from stepguard.words import listed, logger
 _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
-# Larger arrays are neither saved nor read in full at each checkpoint: 64 MiB take 10 ms. Lists of more values are not
-# read in full either, nor are lists of lists that take more bytes than the last.
+_CONTAINERS = (list, deque, dict)
+# Larger arrays are neither saved nor read in full at each checkpoint: 64 MiB take 10 ms. Longer lists are sampled.
 _MOST_BYTES = 64 * 2**20
-_MOST_READ_VALUES = 2**20
-_MOST_READ = 2**20
-_MOST_VALUES = 64
+_MOST_VALUES = 2**14
+_SAMPLES = 4096
+_FEW_SAMPLES = 64
+# Shorter lists are copied value by value.
+_LONG = 1000
 # The key in the state for what has changed and was not saved.
 _NOT_SAVED = "not saved"
 
@@ -52,40 +58,50 @@ class Contents:
         self._originals: dict[str, Any] = {}
 
     def digests(self) -> dict[str, Any]:
-        """Values that are others when the contents are, by the number of the object and the name."""
+        """Values that are others when the contents are, by the number and the class of the object and the name."""
         return {key: _digest(value) for key, value in self._held()}
 
     def state(self) -> dict[str, Any]:
-        """Copies of those that have changed, by the number of their object and their name."""
+        """Copies of those that have changed, by the number and the class of their object and their name."""
         found: dict[str, Any] = {}
         lost = []
         for key, value in self._held():
             if key in self._at_start and self._at_start[key] == _digest(value):
                 continue
-            if is_saved(value):
+            if _is_saved(value):
                 found[key] = _packed(value)
             else:
                 lost.append(key)
         return {**found, _NOT_SAVED: lost} if lost else found
 
     def put(self, saved: Mapping[str, Any], *, but: Container[str] = ()) -> None:
-        """Give the objects their contents, ``but`` some; a warning names those that were too large to be saved."""
+        """Give the objects their contents, ``but`` some; a warning names those that are not put back, and why."""
+        strange = []
         for key, content in saved.items():
             if key in but:
                 continue
             if key == _NOT_SAVED:
                 _log.warning(
-                    "the data has changed %s when the checkpoint was made, which are too large for a checkpoint; they "
-                    "begin as the program makes them, so the items may not be those of the interrupted run",
-                    listed([self._shown(one) for one in content]),
+                    "the data has changed %s when the checkpoint was made, which are too large for a checkpoint, or "
+                    "hold other objects; they begin as the program makes them, so the items may not be those of the "
+                    "interrupted run",
+                    listed([_shown(one) for one in content]),
                 )
                 continue
-            number, _, name = key.partition(".")
-            if int(number) < len(self._objects):
-                held = vars(self._objects[int(number)])
-                if key not in self._originals and _is_content(held.get(name)):
-                    self._originals[key] = _packed(held[name])
-                held[name] = _put(held.get(name), content)
+            number, kind, name = key.split(".", 2)
+            held = vars(self._objects[int(number)]) if int(number) < len(self._objects) else {}
+            if name not in held or type(self._objects[int(number)]).__name__ != kind:
+                strange.append(_shown(key))
+                continue
+            if key not in self._originals and _is_saved(held[name]):
+                self._originals[key] = _packed(held[name])
+            held[name] = _put(held[name], content)
+        if strange:
+            _log.warning(
+                "the checkpoint has contents of %s, which the data of this program has not; its items may not be those "
+                "of the interrupted run",
+                listed(strange),
+            )
 
     def go_back(self, saved: Mapping[str, Any]) -> None:
         """Give the objects the contents that :meth:`state` has returned at an earlier moment than those of `put`."""
@@ -94,66 +110,94 @@ class Contents:
     def marks(self) -> dict[str, str]:
         """Digests of a few values of each, by which a start sees whether the program has made them as before."""
         return {
-            self._shown(key): mark(peek(_sample(value)))
+            _shown(key): mark(peek(_sample(value)))
             for key, value in self._attributes()
-            if (_is_content(value) and _length(value) > 1) or _is_arrays(value)
+            if (is_content(value) and _length(value) > 1) or _is_arrays(value)
         }
 
     def _held(self) -> Iterator[tuple[str, Any]]:
-        return ((key, value) for key, value in self._attributes() if _is_content(value))
+        return ((key, value) for key, value in self._attributes() if is_content(value))
 
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         for number, one in enumerate(self._objects):
             for name, value in list(vars(one).items()):
-                yield f"{number}.{name}", value
+                yield f"{number}.{type(one).__name__}.{name}", value
 
-    def _shown(self, key: str) -> str:
-        number, _, name = key.partition(".")
-        return f"{type(self._objects[int(number)]).__name__}.{name}" if int(number) < len(self._objects) else name
+
+def _shown(key: str) -> str:
+    return key.partition(".")[2]
 
 
 def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
+    """Whether a value is an array of numbers that a file can hold: dense, in memory, of the order of this machine."""
     if isinstance(value, torch.Tensor):
-        return type(value) is torch.Tensor and value.layout is torch.strided and not value.requires_grad
-    return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "biuf"
+        is_plain = type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
+        return is_plain and not value.is_meta and not value.requires_grad
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "biuf" and _fits(value.dtype)
 
 
-def _is_content(value: Any) -> bool:
-    """Whether an attribute is a list, a dictionary or an array of plain values."""
-    return _is_array(value) or (type(value) in (list, deque, dict) and _is_plain(value))
+def _fits(dtype: Any) -> bool:
+    return bool(dtype.isnative) and dtype.itemsize <= 8
 
 
-def is_saved(value: Any) -> bool:
+def is_content(value: Any) -> bool:
+    """Whether an attribute is an array, or a list or dictionary of plain values or of tuples and lists of them.
+
+    Of a long one samples decide.
+    """
+    return _is_array(value) or (type(value) in _CONTAINERS and _is_plain(value if _is_short(value) else _picked(value)))
+
+
+def _is_saved(value: Any) -> bool:
     """Whether an attribute is saved when it has changed."""
-    return _is_content(value) and _nbytes(value) <= _MOST_BYTES
+    return (_is_array(value) or (type(value) in _CONTAINERS and _is_plain(value))) and _nbytes(value) <= _MOST_BYTES
+
+
+def _is_short(value: Any) -> bool:
+    return len(value) <= _MOST_VALUES
+
+
+def _picked(value: Any, most: int = _SAMPLES) -> list[Any]:
+    """At most so many values of a container, at even distances."""
+    members = value if type(value) is list else list(_members(value))
+    return members[:: max(1, -(-len(members) // most))]
 
 
 def _is_arrays(value: Any) -> bool:
-    return type(value) in (list, tuple) and 0 < len(value) < _MOST_VALUES and all(_is_array(one) for one in value)
+    return type(value) in (list, tuple) and 0 < len(value) < _FEW_SAMPLES and all(_is_array(one) for one in value)
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether a list or a dictionary holds plain values only; a look at the first is enough."""
-    if type(value) in _PLAIN:
-        return True
-    if not depth or type(value) not in (list, tuple, deque, dict):
+def _members(value: Any) -> Iterable[Any]:
+    return value.values() if type(value) is dict else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a container holds plain values only, or containers of them."""
+    if type(value) is dict and not {*map(type, value)} <= {*_PLAIN}:
         return False
-    if not value:
+    kinds = {*map(type, _members(value))}
+    inner = kinds - {*_PLAIN}
+    if not inner:
         return True
-    first = next(iter(value.values() if type(value) is dict else value))
-    return _is_plain(first, depth - 1)
+    if not inner <= {list, tuple}:
+        return False
+    inside = chain.from_iterable(one for one in _members(value) if type(one) in inner)
+    return {*map(type, inside)} <= {*_PLAIN}
 
 
 def _nbytes(value: Any) -> int:
-    """The size of an array; of other contents an estimate, from the first of them."""
+    """The size of an array; of other contents an estimate, from a sample of them."""
     if _is_array(value):
         return int(value.nbytes)
+    sample = _picked(value, _FEW_SAMPLES)
+    return len(value) * sum(map(_size, sample)) // len(sample) if sample else 0
+
+
+def _size(value: Any) -> int:
     if isinstance(value, (str, bytes)):
         return len(value)
-    if not isinstance(value, (list, tuple, deque, dict)) or not value:
-        return 8
-    return len(value) * _nbytes(next(iter(value.values() if isinstance(value, dict) else value)))
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 8
 
 
 def _length(value: Any) -> int:
@@ -164,36 +208,30 @@ def _length(value: Any) -> int:
 
 def _digest(value: Any) -> Any:
     """A value that is another when the contents are. Of large contents only samples are read."""
-    if _is_array(value):
-        shape, kind = tuple(value.shape), str(value.dtype)
-        if isinstance(value, torch.Tensor):
-            version = value.data_ptr(), value._version
-            if value.nbytes > _MOST_BYTES or value.device.type != "cpu":
-                return shape, kind, version
-            try:
-                value = value.numpy()
-            except (TypeError, RuntimeError):  # NumPy has no such numbers, as bfloat16.
-                return shape, kind, version
-        if value.nbytes > _MOST_BYTES:
-            return shape, kind, id(value), mark(peek(value))
-        content = value if value.flags.c_contiguous else value.copy()
-        return shape, kind, xxhash.xxh3_64_intdigest(content.data)
-    if len(value) > _MOST_READ_VALUES or (_nbytes(value) > _MOST_READ and type(next(iter(value))) not in _PLAIN):
-        # Annotations, for example: to read all of them takes too long. Another order is found by samples.
-        return len(value), id(value), mark(peek(_sample(value)))
-    try:
-        return len(value), hash(tuple(value.items()) if isinstance(value, dict) else tuple(value))
-    except TypeError:
-        return len(value), hash(repr(value))
+    if not _is_array(value):
+        read = list(value.items() if type(value) is dict else value) if _is_short(value) else _picked(value)
+        # The second version of the format writes each value as it is, and does not count who else holds it.
+        return len(value), zlib.crc32(marshal.dumps(read, 2))
+    shape, kind = tuple(value.shape), str(value.dtype)
+    if isinstance(value, torch.Tensor):
+        version = value.data_ptr(), None if value.is_inference() else value._version
+        if value.nbytes > _MOST_BYTES or value.device.type != "cpu":
+            return shape, kind, version
+        try:
+            value = value.numpy()
+        except (TypeError, RuntimeError):  # NumPy has no such numbers, as bfloat16.
+            return shape, kind, version
+    if value.nbytes > _MOST_BYTES:
+        return shape, kind, id(value), mark(peek(value))
+    content = value if value.flags.c_contiguous else value.copy()
+    return shape, kind, xxhash.xxh3_64_intdigest(content.data)
 
 
 def _sample(value: Any) -> Any:
     """A few values of a list; of paths only the last part, because data may lie elsewhere at the next start."""
     if _is_array(value) or _is_arrays(value):
         return value
-    values = list(value.values()) if isinstance(value, dict) else list(value)
-    picked = values[:: max(1, len(values) // _MOST_VALUES)][:_MOST_VALUES]
-    return [len(values), repr([_without_folder(one) for one in picked])]
+    return [len(value), repr([_without_folder(one) for one in _picked(value, _FEW_SAMPLES)])]
 
 
 def _without_folder(value: Any) -> Any:
@@ -205,53 +243,86 @@ def _without_folder(value: Any) -> Any:
 def _packed(value: Any) -> Any:
     """A copy of plain values and tensors, which a file can hold without code."""
     if isinstance(value, torch.Tensor):
-        return value.clone()
+        return value.detach().clone()
     if _is_array(value):
         return {"array": torch.from_numpy(value.copy())}
     if isinstance(value, dict):
-        return {"dict": [(key, _packed(one)) for key, one in value.items()]}
-    if isinstance(value, (list, tuple, deque)):
-        kind = next(name for name, one in _KINDS.items() if isinstance(value, one[0]))
-        is_flat = {*map(type, value)} <= {*_PLAIN}
-        return {kind: list(value) if is_flat else [_packed(one) for one in value]}
-    return value
+        return {"dict": [(key, _copied(one)) for key, one in list(value.items())]}
+    text = _as_json(value) if len(value) >= _LONG else None
+    return {"deque" if isinstance(value, deque) else "list": [*map(_copied, value)] if text is None else text}
 
 
-_KINDS: dict[str, tuple[type, Callable[[list[Any]], Any]]] = {
-    "list": (list, list),
-    "tuple": (tuple, tuple),
-    "deque": (deque, deque),
-}
+def _as_json(value: Any) -> str | None:
+    """A long list as one string, because to copy thousands of tuples one by one stops the training for seconds."""
+    texts = {*_PLAIN} - {bytes}
+    has_tuples = {*map(type, value)} == {tuple}
+    if not {*map(type, chain.from_iterable(value) if has_tuples else value)} <= texts:
+        return None
+    return json.dumps([has_tuples, list(value)])
+
+
+def _values(content: Any) -> list[Any]:
+    """The values of a list, which :func:`_packed` has packed."""
+    if not isinstance(content, str):
+        return [*map(_copied, content)]
+    has_tuples, values = json.loads(content)
+    return [*map(tuple, values)] if has_tuples else values
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if type(value) is list else value
 
 
 def _put(live: Any, packed: Any) -> Any:
     """The contents of ``packed``, put into ``live`` where that is of the same kind, because others may hold it too."""
     if isinstance(packed, torch.Tensor):
-        if isinstance(live, torch.Tensor) and live.shape == packed.shape and live.dtype == packed.dtype:
-            return live.copy_(packed)
-        return packed.clone()
-    if not isinstance(packed, dict):
-        return packed
+        return _put_tensor(live, packed)
     ((kind, content),) = packed.items()
-    if kind == "array":
-        array = content.numpy().copy()
-        if _is_array(live) and live.shape == array.shape and live.dtype == array.dtype and live.flags.writeable:
-            live[...] = array
-            return live
-        return array
-    if kind == "dict":
-        before = dict(live) if isinstance(live, dict) else {}
-        result = {key: _put(before.get(key), one) for key, one in content}
-        if not isinstance(live, dict):
-            return result
-        live.clear()
-        live.update(result)
+    return _PUT[kind](live, content)
+
+
+def _put_tensor(live: Any, content: torch.Tensor) -> torch.Tensor:
+    if isinstance(live, torch.Tensor) and live.shape == content.shape and live.dtype == content.dtype:
+        try:
+            return live.copy_(content)
+        except RuntimeError:  # Several of its elements are one in memory, or it was made in inference_mode.
+            pass
+    return content.clone()
+
+
+def _put_array(live: Any, content: torch.Tensor) -> Any:
+    array = content.numpy().copy()
+    if type(live) is type(array) and live.flags.writeable and (live.shape, live.dtype) == (array.shape, array.dtype):
+        live[...] = array
         return live
-    known = list(live) if isinstance(live, (list, tuple, deque)) else []
-    values = [_put(known[at] if at < len(known) else None, one) for at, one in enumerate(content)]
-    if kind == "list" and isinstance(live, list):
-        live[:] = values
-        return live
-    if kind == "deque":
-        return deque(values, getattr(live, "maxlen", None))
-    return _KINDS[kind][1](values)
+    return array
+
+
+def _put_dict(live: Any, content: list[tuple[Any, Any]]) -> Any:
+    before = dict(live) if type(live) is dict else {}
+    result = {key: _put_list(before.get(key), one) if type(one) is list else one for key, one in content}
+    if type(live) is not dict:
+        return result
+    live.clear()
+    live.update(result)
+    return live
+
+
+def _put_list(live: Any, content: Any) -> Any:
+    values = _values(content)
+    if type(live) is not list:
+        return values
+    live[:] = values
+    return live
+
+
+def _put_deque(live: Any, content: Any) -> Any:
+    return deque(_values(content), getattr(live, "maxlen", None))
+
+
+_PUT: dict[str, Callable[[Any, Any], Any]] = {
+    "array": _put_array,
+    "dict": _put_dict,
+    "list": _put_list,
+    "deque": _put_deque,
+}

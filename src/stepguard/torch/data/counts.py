@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stepguard.torch.data.contents import is_saved
+from stepguard.torch.data.contents import is_content
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -83,7 +83,7 @@ def _kept(one: Any) -> dict[str, tuple[str, Any]]:
     return {
         name: (type(value).__name__, _size(value))
         for name, value in vars(one).items()
-        if type(value) not in _PLAIN and not is_saved(value)
+        if type(value) not in _PLAIN and not is_content(value)
     }
 
 
