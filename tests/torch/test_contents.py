@@ -91,7 +91,7 @@ def test_what_is_too_large_is_named_at_the_restart(caplog, monkeypatch):
     contents.put(contents.state())
 
     assert (
-        "has changed SimpleNamespace.weights when the checkpoint was made, which are too large for a checkpoint"
+        "has changed SimpleNamespace.weights when the checkpoint was made, which are too large for a file"
         in caplog.text
     )
 

@@ -78,7 +78,7 @@ class Strangers:
             self._found.pop(id(one), None)
 
     def leave_out_drawn(self) -> None:
-        """Leave out those that were drawn from since the start: they belong to the data, whose first batch was fetched."""
+        """Leave out those that were drawn from since the start: they are of the data, whose first batch was fetched."""
         for key, (_, one, state) in list(self._found.items()):
             if self._state_of(one) != state:
                 del self._found[key]

@@ -82,7 +82,7 @@ class Contents:
                 continue
             if key == _NOT_SAVED:
                 _log.warning(
-                    "the data has changed %s when the checkpoint was made, which are too large for a checkpoint, or "
+                    "the data has changed %s when the checkpoint was made, which are too large for a file, or "
                     "hold other objects; they begin as the program makes them, so the items may not be those of the "
                     "interrupted run",
                     listed([_shown(one) for one in content]),
