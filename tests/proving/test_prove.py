@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stepguard.cli.commands.prove import environment
-from stepguard.disk.processes import is_running
+from stepguard.disk.system import is_running
 
 PROGRAM = Path(__file__).with_name("training.py")
 

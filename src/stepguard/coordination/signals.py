@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from stepguard.disk import system
 from stepguard.stops import REASON_OF
 from stepguard.words import logger
 
@@ -184,13 +185,7 @@ def has_default_action(number: signal.Signals) -> bool:
     """Whether nothing in this process handles the signal. ``faulthandler.register`` does so unknown to `signal`."""
     if signal.getsignal(number) is not signal.SIG_DFL:
         return False
-    try:
-        # Bytes: a decoder may have to be imported, and a process without its user's rights may not reach it.
-        with open("/proc/self/status", "rb") as status:
-            caught = next(line.split()[1] for line in status if line.startswith(b"SigCgt:"))
-    except (OSError, StopIteration):
-        return True  # Not Linux.
-    return not int(caught, 16) >> (number - 1) & 1
+    return not system.is_caught(number)
 
 
 def end_by_signal(number: signal.Signals, exit_code: int | None = None) -> None:

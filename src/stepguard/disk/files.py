@@ -2,7 +2,7 @@
 
 Every function of the three reaches the disk through the ``os`` name of its module and nothing else, so that a test can
 put a recording, failing or killing stand-in there (``monkeypatch.setattr(files, "os", ...)``) and see each call. This
-is why they use no pathlib methods.
+is why they use no pathlib methods. Only the flush of the drive, which macOS needs after an fsync, is in `system`.
 
 Nothing in a logdir is trusted. Every file is opened here, without blocking, and only if it is a regular one: a FIFO
 would hold a start for ever, and a link to ``/dev/zero`` would fill the memory. Files of our own (what is not part of a
@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from stepguard.disk import system
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -55,9 +56,14 @@ def fsync_file(path: Path) -> None:
     """
     descriptor = open_regular(path)
     try:
-        os.fsync(descriptor)
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+    system.flush_drive(descriptor)
 
 
 def open_regular(path: Path) -> int:
@@ -137,7 +143,7 @@ def fsync_dir(path: Path) -> None:
         return  # Windows opens no directories; NTFS journals its names.
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_FSYNC:
             raise
@@ -253,7 +259,7 @@ def append_lines(path: Path, lines: bytes, *, durable: bool) -> int:
         if os.write(descriptor, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
         if durable:
-            os.fsync(descriptor)
+            _fsync(descriptor)
         return size + len(lines)
     finally:
         os.close(descriptor)
@@ -387,7 +393,7 @@ def _write(path: Path, content: bytes, *, durable: bool) -> None:
     try:
         write_all(descriptor, content)
         if durable:
-            os.fsync(descriptor)
+            _fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -406,7 +412,7 @@ def _copy_durable(source: Path, target: Path) -> None:
         try:
             while block := os.read(reading, BLOCK_BYTES):
                 write_all(writing, block)
-            os.fsync(writing)
+            _fsync(writing)
         finally:
             os.close(writing)
     finally:

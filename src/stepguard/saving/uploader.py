@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepguard.disk.processes import yield_to_others
+from stepguard.disk.system import yield_to_others
 from stepguard.errors import CheckpointCorruptError, CheckpointError, LogdirInUseError, described
 from stepguard.options import Mirror
 from stepguard.remote import record as records

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stepguard.disk.processes import yield_to_others
+from stepguard.disk.system import yield_to_others
 from stepguard.engine import Snapshot
 from stepguard.errors import NoBoundaryError, SaveFailedError, StepguardError
 from stepguard.saving.commit import Committer

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from stepguard.disk.processes import yield_to_others
+from stepguard.disk.system import yield_to_others
 from stepguard.errors import NoBoundaryError, NonFiniteError
 from stepguard.steps.common_store import CommonStore, StoreLostError
 from stepguard.steps.copying_budget import CopyingBudget

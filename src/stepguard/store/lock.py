@@ -29,7 +29,7 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import final
 
-from stepguard.disk import files, processes, schema
+from stepguard.disk import files, schema, system
 from stepguard.errors import LogdirInUseError
 from stepguard.words import logger
 
@@ -226,7 +226,7 @@ def _lock(logdir: Path) -> _Held:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         pid = os.getpid()
-        start = processes.process_start(pid)
+        start = system.process_start(pid)
         holder = {"host": os.uname().nodename, "pid": pid, "start": start, "since": time.time()}
         _describe(descriptor, json.dumps(holder).encode("utf-8"))
     except BaseException:
@@ -285,7 +285,7 @@ def _note(logdir: Path) -> _Note:
 
 def _is_gone(note: _Note) -> bool:
     is_here = note.pid is not None and note.host == os.uname().nodename
-    return is_here and not processes.is_running(note.pid or 0, note.start)
+    return is_here and not system.is_running(note.pid or 0, note.start)
 
 
 def _in_use(logdir: Path, note: _Note) -> LogdirInUseError:
@@ -306,7 +306,7 @@ def _in_use(logdir: Path, note: _Note) -> LogdirInUseError:
 
 def _still_holding(logdir: Path) -> str:
     try:
-        found = processes.with_open(os.stat(logdir / FILE_NAME))
+        found = system.with_open(os.stat(logdir / FILE_NAME))
     except OSError:
         found = []
     return ", ".join(found) or "a process that cannot be seen from here"

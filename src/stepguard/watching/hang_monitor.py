@@ -9,12 +9,14 @@ monitor ends when its parent ends; ``hang_watch.py`` describes the protocol betw
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import select
 import signal
 import sys
 import time
+from typing import Any
 
 BOUNDARY = b"."
 WARNED = b"w"
@@ -38,6 +40,7 @@ class Monitor:
         self._stacks = stacks
         self._ledger = ledger
         self._head = json.loads(head)
+        self._system = _system()
 
     def run(self) -> None:
         """Watch until the parent ends or closes the pipe."""
@@ -69,12 +72,7 @@ class Monitor:
         return os.read(self._descriptor, 4096) if ready else None
 
     def _is_stopped(self) -> bool:
-        try:
-            with open(f"/proc/{self._pid}/stat", "rb") as stat:
-                # The state follows the name, which is in parentheses and may contain anything.
-                return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-        except (OSError, IndexError):
-            return False
+        return bool(self._system.is_stopped(self._pid))
 
     def _report(self, secs: float) -> bool:
         """Make the parent write its stacks, and report the hang. Returns whether a parent is left to watch."""
@@ -130,6 +128,17 @@ class Monitor:
                 os.close(descriptor)
         except OSError as error:
             os.write(2, f"stepguard: {path}: {error}\n".encode())
+
+
+def _system() -> Any:
+    """The module ``stepguard.disk.system``, without its package, which this process does not import."""
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "disk", "system.py")
+    spec = importlib.util.spec_from_file_location("stepguard_system", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main(arguments: list[str]) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from stepguard.disk import files
+from stepguard.disk import files, system
 from stepguard.watching import hang_monitor
 from stepguard.words import logger
 
@@ -146,11 +146,9 @@ _used_signals: set[int] = set()
 
 
 def _free_signal() -> int:
-    """A real-time signal without a handler. Programs rely on the meanings of the ordinary signals."""
-    if not hasattr(signal, "SIGRTMIN"):
-        raise RuntimeError("this system has no real-time signals, which the stacks are asked for with")
-    for number in range(signal.SIGRTMAX - 1, signal.SIGRTMIN, -1):
+    """A signal without a handler, of those that have no meaning to programs."""
+    for number in system.spare_signals():
         if number not in _used_signals and signal.getsignal(number) is signal.SIG_DFL:
             _used_signals.add(number)
             return number
-    raise RuntimeError("every real-time signal has a handler already")
+    raise RuntimeError("the stacks are asked for by a signal, and none is free: each has a handler already")

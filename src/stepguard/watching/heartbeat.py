@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any
 
 from stepguard.disk import files, schema
-from stepguard.disk.processes import is_running, process_start
+from stepguard.disk.system import is_running, process_start
 from stepguard.watching.replay import Outcome
 
 DIR_NAME = "heartbeats"

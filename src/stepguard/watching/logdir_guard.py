@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stepguard.disk import system
+
 # By audit event, what it changes: the places of a path, and of the descriptor of the directory that the path is in.
 _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.chmod": ((0, 2),),
@@ -114,22 +116,14 @@ def _absolute(path: Any, directory: Any) -> str | None:
     ``path`` may be a descriptor, and ``directory`` that of the directory which a relative path begins at.
     """
     if isinstance(path, int):
-        return _path_of(path)
+        return system.path_of(path)
     if not isinstance(path, (str, bytes, os.PathLike)):
         return None
     text = os.fsdecode(path)
     if isinstance(directory, int) and directory >= 0 and not os.path.isabs(text):
-        place = _path_of(directory)
+        place = system.path_of(directory)
         if place is None:
             return None
         text = os.path.join(place, text)
     parent, name = os.path.split(os.path.abspath(text))
     return os.path.join(os.path.realpath(parent), name)
-
-
-def _path_of(descriptor: int) -> str | None:
-    """The path of an open file or directory; on Linux only."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return None

@@ -21,7 +21,7 @@ from stepguard.cli.launcher.relay import Relay
 from stepguard.cli.launcher.restarts import CRASH_LOOP, SAME_FAILURES, Crash, GiveUp, Restart, Restarts
 from stepguard.cli.launcher.signal_queue import STOPS, SignalQueue
 from stepguard.cli.text import output
-from stepguard.disk.processes import process_start
+from stepguard.disk.system import process_start
 from stepguard.stops import FINISHED, PREEMPTIONS, REASON_OF, REQUESTS
 from stepguard.watching import launcher_link
 from stepguard.watching.history import History

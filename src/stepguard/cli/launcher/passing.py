@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from stepguard.disk.processes import handled_signals
+from stepguard.disk.system import handled_signals
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send some time before the end of a job, once or more often."""

@@ -1,22 +1,21 @@
 """The processes of a program: its start, its end, and the end of every process that it has started.
 
 On Linux the launcher inherits the children of a parent that has ended, in any session, so that it can find and end
-them; and the program gets SIGTERM when the launcher is killed. Elsewhere the launcher knows only the program itself.
+them; and the program gets SIGTERM when the launcher is killed. Elsewhere the launcher finds descendants whose parents
+live, if psutil is installed, and always the group of the program; a killed launcher leaves its program running.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-_SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
+from stepguard.disk import system
+
 _KILL_SECS = 10.0
 
 
@@ -24,9 +23,7 @@ class Processes:
     """Starts programs, one after the other, and reaps all children of this process."""
 
     def __init__(self) -> None:
-        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-        if self._prctl is not None:
-            self._prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        system.adopt_orphans()
         self._ended: dict[int, int] = {}
 
     def start(
@@ -50,10 +47,8 @@ class Processes:
         def prepare() -> None:
             if has_own_group:
                 os.setpgid(0, 0)
-            if self._prctl is not None:
-                self._prctl(_SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
-                if os.getppid() != launcher:
-                    os._exit(128 + signal.SIGTERM)
+            if system.end_with_parent(signal.SIGTERM) and os.getppid() != launcher:
+                os._exit(128 + signal.SIGTERM)
             in_child()
 
         # Pids are reused: an orphan that ended earlier may have had the pid that this program gets.
@@ -80,18 +75,18 @@ class Processes:
         return self._ended.get(pid)
 
     def descendants(self) -> list[int]:
-        """All running descendants of this process, parents before their children; on Linux only."""
+        """All running descendants of this process, parents before their children, as far as they are known."""
         return descendants_of(os.getpid())
 
     def orphans(self, known: int) -> list[int]:
         """The children that this process has inherited, without ``known``."""
         self.reap()
-        return [pid for pid in _children().get(os.getpid(), []) if pid != known]
+        return [pid for pid in system.children_by_parent().get(os.getpid(), []) if pid != known]
 
     def kill_all(self, spared: int, program: int | None = None) -> None:
         """Kill ``program`` and all descendants of this process except ``spared``, until none is left."""
         if program is not None:
-            # Descendants are found on Linux only; elsewhere the program's group is reached, if it has its own.
+            # Elsewhere than on Linux, fewer descendants are found; the group is reached, if the program has its own.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 (os.killpg if os.getpgid(program) == program else os.kill)(program, signal.SIGKILL)
         deadline = time.monotonic() + _KILL_SECS
@@ -109,22 +104,9 @@ def send(pid: int, number: int) -> None:
 
 
 def descendants_of(root: int, spared: int = -1) -> list[int]:
-    """All running descendants of a process except ``spared``, parents before their children; on Linux only."""
-    children = _children()
+    """All running descendants of a process except ``spared`` that are known, parents before their children."""
+    children = system.children_by_parent()
     found = [pid for pid in children.get(root, []) if pid != spared]
     for pid in found:
         found += children.get(pid, [])
-    return found
-
-
-def _children() -> dict[int, list[int]]:
-    """The running processes of this machine, by the pid of their parent."""
-    found: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue
-        if state not in (b"Z", b"X"):
-            found.setdefault(int(parent), []).append(int(path.parent.name))
     return found

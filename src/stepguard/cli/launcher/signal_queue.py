@@ -1,8 +1,8 @@
 """The launcher takes its signals one by one where it waits, so that none is lost and none interrupts its work.
 
 The signals are blocked, and `SignalQueue.take` waits for one of them or for SIGALRM, which its own timer sends. It does
-not use ``signal.sigtimedwait``: when the launcher is stopped (SIGSTOP, Ctrl-Z, a debugger) past the time limit of that
-call, CPython returns a signal that nobody sent, read from memory that nobody filled.
+not use `system.signal_within`: when the launcher is stopped (SIGSTOP, Ctrl-Z, a debugger) past the time limit of that
+call, it returns a signal that nobody sent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
+
+from stepguard.disk import system
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """The signals that ask to stop."""
@@ -80,12 +82,9 @@ class SignalQueue:
         return None if received.number == signal.SIGALRM else received
 
     def _wait(self) -> Received:
-        if hasattr(signal, "sigwaitinfo"):
-            info = signal.sigwaitinfo(self._taken)
-            return Received(info.si_signo, info.si_code > 0)
-        # macOS does not say who sent it.
-        number = signal.sigwait(self._taken)
-        return Received(number, number in _FROM_A_TERMINAL)
+        number, is_from_kernel = system.wait_for_signal(self._taken)
+        # Where the system does not say who has sent it, these come from the terminal as a rule.
+        return Received(number, number in _FROM_A_TERMINAL if is_from_kernel is None else is_from_kernel)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepguard.disk import processes
+from stepguard.disk import system
 from stepguard.watching.history import LAUNCHER
 
 
@@ -40,7 +40,7 @@ def launcher_of(events: Sequence[Mapping[str, Any]]) -> Launcher | None:
         was_started_again = any(one["event"] == "start" for one in since)
         return found if was_started_again else replace(found, state="gave up")
     is_here = host == socket.gethostname() and isinstance(pid, int)
-    if is_here and not processes.is_running(int(pid or 0), launch.get("process_start")):
+    if is_here and not system.is_running(int(pid or 0), launch.get("process_start")):
         return found
     if last["event"] == "restart" and isinstance(last.get("delay_secs"), (int, float)):
         return replace(found, state="waiting", next_start=last["time"] + last["delay_secs"])

@@ -9,10 +9,9 @@ does so once more. What a training process itself puts into shared memory meanwh
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+
+from stepguard.disk import system
 
 _Limits = tuple[int, int]
 
@@ -23,8 +22,8 @@ class FullDisk:
     def __init__(self, pids: Iterable[int]) -> None:
         self._before: dict[int, _Limits] = {}
         for pid in pids:
-            before = _limits(pid)
-            if before is not None and _limit(pid, (0, before[1])):
+            before = system.file_size_limits(pid)
+            if before is not None and system.limit_file_sizes(pid, (0, before[1])):
                 self._before[pid] = before
 
     @property
@@ -44,23 +43,7 @@ class FullDisk:
             self._lift(pid)
 
     def _lift(self, pid: int) -> None:
-        now = _limits(pid)
+        now = system.file_size_limits(pid)
         if now is not None and now[0] == 0 and self._before:
             before = self._before.get(pid) or next(iter(self._before.values()))
-            _limit(pid, (before[0], now[1]))
-
-
-def _limits(pid: int) -> _Limits | None:
-    limit: Callable[..., Any] | None = getattr(resource, "prlimit", None)
-    if limit is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            soft, hard = limit(pid, resource.RLIMIT_FSIZE)
-            return soft, hard
-    return None
-
-
-def _limit(pid: int, limits: _Limits) -> bool:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-        return True
-    return False
+            system.limit_file_sizes(pid, (before[0], now[1]))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepguard.disk import files
+from stepguard.disk import files, system
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.options.checks import check_local
 from stepguard.store import Checkpoint, CheckpointStore
@@ -117,8 +117,8 @@ class _Held:
 
     def __init__(self, checkpoint: Checkpoint, descriptors: Mapping[str, int]) -> None:
         self.path = checkpoint.path
-        # These paths lead to the open files even after their names are gone.
-        self._places = {name: Path(f"/dev/fd/{descriptor}") for name, descriptor in descriptors.items()}
+        # On Linux these paths lead to the open files even after their names are gone.
+        self._places = {name: system.place_of(descriptor) for name, descriptor in descriptors.items()}
         names = [name.removesuffix(SUFFIX) for name in descriptors if name.endswith(SUFFIX)]
         self.parts = [name for name in names if not is_process(name) and "/" not in name]
 

@@ -14,7 +14,7 @@ then on: the program would inherit the block, and could not be ended by its work
 
 PyTorch has no hook that runs in every worker, and ``worker_init_fn`` belongs to the program. So the function that
 workers run is replaced by one that prepares the worker first. Where the system does not tell who has sent a signal (it
-has no ``sigwaitinfo``), workers are as PyTorch makes them.
+is macOS), workers are as PyTorch makes them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from stepguard.coordination.signals import has_default_action
+from stepguard.disk import system
 
 # Where the function is called from that runs in a worker: PyTorch's, and torchdata's where it is loaded.
 _CALLERS = ("torch.utils.data._utils.worker", "torchdata.stateful_dataloader.stateful_dataloader")
 _LOOP = "_worker_loop"
 _LOOK_SECS = 1.0
-_CAN_OUTLIVE = hasattr(signal, "sigwaitinfo") and hasattr(signal, "sigtimedwait")
 
 
 def let_workers_outlive_signals() -> None:
@@ -46,7 +46,7 @@ def let_workers_outlive_signals() -> None:
 
     Main thread or any other. A second call adds what was imported since the first.
     """
-    if not _CAN_OUTLIVE:
+    if not system.tells_senders():
         return
     for name in _CALLERS:
         module = sys.modules.get(name)
@@ -64,7 +64,7 @@ def starting_workers(loader: Any) -> Iterator[None]:
     """
     let_workers_outlive_signals()
     methods = _start_methods(loader)
-    if not _CAN_OUTLIVE or not methods:
+    if not system.tells_senders() or not methods:
         yield
         return
     if methods != {"fork"}:
@@ -122,8 +122,8 @@ def _wait_for_the_end(signals: set[signal.Signals]) -> None:
     senders = {os.getppid(), None if parent is None else parent.pid}
     while is_alive():
         # A worker that was stopped meanwhile may get a stale signal here, which is one that was dropped before.
-        received = signal.sigtimedwait(signals, _LOOK_SECS)
-        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid in senders:
+        received = system.signal_within(signals, _LOOK_SECS)
+        if received is not None and received[0] == signal.SIGTERM and received[1] in senders:
             break
     os._exit(0)
 
