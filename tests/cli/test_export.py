@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from logdirs import commit, flip
 
+from stepguard.cli.exits import CommandError
+from stepguard.cli.logdir import weight_files
+from stepguard.store.saved_tensor import SavedWeight
+
 safetensors = pytest.importorskip("safetensors.numpy")
 
 
@@ -186,8 +190,10 @@ def test_tensorflow_exports_variables_without_those_of_the_optimizer(stepguard, 
         step = v1.train.get_or_create_global_step()
         with v1.variable_scope("dense"):
             kernel = v1.get_variable("kernel", initializer=tf.constant([1.0, 2.0]))
+        with v1.variable_scope("model"):
+            bias = v1.get_variable("bias", initializer=tf.constant([3.0]))
         half = v1.get_variable("half", initializer=tf.constant([1.5], tf.bfloat16), trainable=False)
-        train = v1.train.AdamOptimizer().minimize(tf.reduce_sum(kernel * kernel), global_step=step)
+        train = v1.train.AdamOptimizer().minimize(tf.reduce_sum(kernel * kernel) + bias[0], global_step=step)
         saving = Saving(save_model_secs=0, save_at_end=True)
         sv = Supervisor(logdir=str(logdir), saving=saving, summary_op=None, save_summaries_secs=0)
         with sv.managed_session() as sess:
@@ -196,13 +202,25 @@ def test_tensorflow_exports_variables_without_those_of_the_optimizer(stepguard, 
     out = tmp_path / "out.safetensors"
     assert stepguard("export", logdir, out, "--weights").exit_code == 0
     found = safetensors.load_file(out)
-    assert found.keys() == {"dense/kernel", half.op.name}
+    # The whole model, although a scope has the same name.
+    assert found.keys() == {"dense/kernel", "model/bias", half.op.name}
     assert (found["dense/kernel"] == expected).all()
     assert found["half"].view(ml_dtypes.bfloat16).tolist() == [1.5]
     scoped = tmp_path / "dense.npz"
     assert stepguard("export", logdir, scoped, "--weights", "--part", "dense").exit_code == 0
     with np.load(scoped) as arrays:
         assert {"dense/kernel", "dense/kernel/Adam"} <= set(arrays)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
+def test_two_tensors_of_one_name_are_refused(suffix, tmp_path):
+    def weight():
+        return SavedWeight("a", "uint8", (1,), 1, lambda: np.ones(1, np.uint8), "a")
+
+    with pytest.raises(CommandError, match="two tensors have the name 'a'") as found:
+        weight_files.write(tmp_path / f"out{suffix}", [weight(), weight()])
+    assert found.value.exit_code == 3
+    assert not os.listdir(tmp_path)
 
 
 def test_without_its_framework_a_checkpoint_is_not_exported(stepguard, tmp_path, monkeypatch):

@@ -93,7 +93,12 @@ def warnings(logdir: Path) -> str:
 
 def files_gone(logdir: Path) -> None:
     """Remove every checkpoint, as pruning or somebody might."""
-    for one in logdir.glob("model.ckpt-*"):
+    remove(logdir, "model.ckpt-")
+
+
+def remove(logdir: Path, beginning: str) -> None:
+    """Remove every file of a logdir whose name begins so."""
+    for one in logdir.glob(f"{beginning}*"):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
 
 

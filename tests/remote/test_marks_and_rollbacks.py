@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from mirrors import names, save_step, train
 
 from stepguard.cli.main import cli
-from stepguard.errors import CheckpointError
-from stepguard.options import Mirror, Restoring, Saving
+from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.options import Mirror, Restoring, Saving, Stopping
+from stepguard.remote.objects import RemoteError
 from stepguard.store import rollback
 from stepguard.testing import FakeSupervisor
 
@@ -33,6 +34,17 @@ def with_best(logdir, url, **options):
     return FakeSupervisor(
         str(logdir), save_model_secs=0, save_summaries_secs=0, saving=saving, mirror=Mirror(url), **options
     )
+
+
+def with_losses(logdir, url):
+    """Train three steps, of which the first is the best and has a name; all are in the mirror."""
+    sv = with_best(logdir, url)
+    with sv.managed_session() as session:
+        for loss in (0.25, 0.5, 0.75):
+            save_step(sv, session)
+            sv.metrics(session, {"loss": loss})
+    command("keep", logdir, "1", "--name", "paper")
+    command("push", logdir, url, "--all")
 
 
 def saved(logdir, url, steps, **saving):
@@ -167,13 +179,7 @@ class TestRollback:
         self, url, tmp_path, asked, has_newest
     ):
         logdir = tmp_path / "run"
-        sv = with_best(logdir, url)
-        with sv.managed_session() as session:
-            for loss in (0.25, 0.5, 0.75):
-                save_step(sv, session)
-                sv.metrics(session, {"loss": loss})
-        command("keep", logdir, "1", "--name", "paper")
-        command("push", logdir, url, "--all")
+        with_losses(logdir, url)
         if has_newest:
             command("pull", url, tmp_path / "elsewhere")
 
@@ -191,6 +197,55 @@ class TestRollback:
         with with_best(logdir, url, restoring=Restoring(step=1)).managed_session() as session:
             assert session.step == 1
         assert "repaired from" in mirrors.warnings(logdir)
+
+    @pytest.mark.parametrize("asked", ["best", "paper"])
+    def test_that_the_program_asks_for_waits_for_a_mirror_that_cannot_be_reached(self, tmp_path, asked):
+        logdir, place = tmp_path / "run", tmp_path / "mirror"
+        with_losses(logdir, place.as_uri())
+        mirrors.remove(logdir, "model.ckpt-1")
+        place.rename(tmp_path / "away")
+        place.write_text("no directory")
+
+        def begun(restoring):
+            with with_best(logdir, place.as_uri(), restoring=restoring).managed_session() as session:
+                return session.step
+
+        # Here alone, step 2 would be the best.
+        with pytest.raises(RemoteError, match="the program asks for is there, and it cannot be reached"):
+            begun(Restoring(step=asked))
+        assert rollback.read(logdir) is None
+        place.unlink()
+        (tmp_path / "away").rename(place)
+        assert begun(Restoring(step=asked)) == 1
+
+    def test_to_a_step_that_is_here_needs_no_mirror(self, tmp_path):
+        logdir, place = tmp_path / "run", tmp_path / "mirror"
+        with_losses(logdir, place.as_uri())
+        shutil.rmtree(place)
+        place.write_text("no directory")
+        sv = with_best(logdir, place.as_uri(), restoring=Restoring(step=2), stopping=Stopping(stop_grace_secs=1))
+        with sv.managed_session() as session:
+            assert session.step == 2
+
+    @pytest.mark.parametrize("asked", ["best", "paper"])
+    def test_that_the_program_asks_for_goes_to_the_one_with_a_damaged_manifest_if_the_mirror_has_it(
+        self, url, tmp_path, asked
+    ):
+        logdir = tmp_path / "run"
+        with_losses(logdir, url)
+        (logdir / "model.ckpt-1.manifest.json").write_bytes(b"{ damaged")
+        with with_best(logdir, url, restoring=Restoring(step=asked)).managed_session() as session:
+            assert session.step == 1
+
+    def test_that_the_program_asks_for_is_refused_if_a_damaged_manifest_may_name_it(self, tmp_path):
+        logdir = tmp_path / "run"
+        with_losses(logdir, (tmp_path / "mirror").as_uri())
+        (logdir / "model.ckpt-1.manifest.json").write_bytes(b"{ damaged")
+        saving = Saving(save_model_secs=0, keep_best=("loss", "min", 1))
+        sv = FakeSupervisor(str(logdir), saving=saving, restoring=Restoring(step="best"))
+        with pytest.raises(CheckpointCorruptError, match="may be the checkpoint 'best' that"), sv.managed_session():
+            pass
+        assert rollback.read(logdir) is None
 
     def test_that_the_program_asks_for_is_refused_if_neither_has_the_step(self, url, tmp_path):
         train(tmp_path / "run", url, 3)

@@ -106,6 +106,16 @@ class TestDamage:
 
         assert train(tmp_path / "run", url, 0) == 3
 
+    def test_of_an_old_manifest_here_is_a_warning_and_the_mirror_goes_on(self, url, tmp_path):
+        logdir = tmp_path / "run"
+        train(logdir, url, 1)
+        train(logdir, url, 1)
+        damage(logdir / "model.ckpt-1.manifest.json")
+
+        train(logdir, url, 1)
+        assert names(url)[0] == "model.ckpt-3"
+        assert "model.ckpt-1 is not compared with the one here, which is damaged" in mirrors.warnings(logdir)
+
     def test_there_is_repaired_from_here(self, url, tmp_path):
         train(tmp_path / "run", url, 3)
         place = mirrors.copies(url)

@@ -248,6 +248,38 @@ def test_where_no_steps_are_told_the_stall_alone_counts():
     assert all(interval == pytest.approx(10, rel=0.1) for interval in later(run))
 
 
+@pytest.mark.parametrize("stall_secs", [0.02, 12.0])
+def test_where_each_step_has_an_evaluation_the_stall_alone_counts_and_none_comes_early(stall_secs):
+    run = Run(saving(), step_secs=0.5, stall_secs=stall_secs)
+
+    while run.now < 12_000:
+        run.step()
+        run.pauses += 2
+
+    # Without quiet steps, each time after the ten minutes after which a baseline is too old.
+    assert all(interval == pytest.approx(max(600, stall_secs / 0.01), rel=0.02) for interval in run.intervals)
+    assert len(run.intervals) > 5
+
+
+def test_a_shared_model_is_saved_on_after_the_last_step_of_this_process():
+    run = Run(saving(), is_shared=True)
+    run.train(60)
+    for _ in range(3):
+        run.save()
+        run.pass_time(run.now + 1000)
+        assert run.is_due
+
+
+def test_steps_of_many_minutes_are_not_taken_for_none():
+    run = Run(saving(0.02), step_secs=700, write_secs=300, slower=2)
+
+    run.train(60_000)
+
+    # A checkpoint costs 150 seconds, far more than its stall.
+    assert all(interval == pytest.approx(7500, abs=1000) for interval in run.intervals[1:])
+    assert len(run.intervals) > 4
+
+
 def test_an_earlier_session_of_the_same_run_leaves_what_checkpoints_cost():
     run = Run(saving(), stall_secs=0.2)
     run.train(200)

@@ -162,7 +162,7 @@ def test_a_bound_of_bytes_that_the_longest_interval_breaks_is_said_once(tmp_path
     assert "max_bytes_per_day=1000 is not kept: a checkpoint at least every max_interval_secs=0.3 writes" in said
 
 
-def test_a_timer_is_silent_while_a_checkpoint_of_the_cadence_is_written(tmp_path):
+def test_another_trigger_is_silent_while_a_checkpoint_of_the_cadence_is_written(tmp_path):
     sv = FakeSupervisor(str(tmp_path), saving=Saving(save_model_secs=0, overhead=0.5), save_summaries_secs=0)
     with sv.managed_session() as session:
         checkpointer, writer = sv._saving.checkpointer, sv._saving.writer
@@ -171,11 +171,11 @@ def test_a_timer_is_silent_while_a_checkpoint_of_the_cadence_is_written(tmp_path
             checkpointer.save_on_request()
             session.run_step()
             assert writer.busy
-            checkpointer.save_unless_writing()
+            checkpointer()
 
             assert checkpointer.skipped == 0
         writer.wait_until_idle()
-        checkpointer.save_unless_writing()
+        checkpointer()
         writer.wait_until_idle()
 
         assert (tmp_path / "model.ckpt-2.manifest.json").exists()

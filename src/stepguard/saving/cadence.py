@@ -8,7 +8,8 @@ nothing is written or uploaded any more, and the step of that moment has ended::
 The stall of the snapshot is part of these seconds. A quiet step is one of the time in which nothing is written; its
 length is the mean of many, without those that are far longer than the median. Time between loops and in evaluations
 counts on neither side. A single cost is noisy, because steps are, and a chance event such as a slow batch may fall into
-it; so what counts is the median of the last few. The stalls are known exactly: the cost is at least their median.
+it; so what counts is the median of the last few. The stalls are known exactly: the cost is at least their median. They
+alone count while no quiet step can be measured: each step has an evaluation, or only other processes do steps.
 
 The protocol: a thread of its own looks several times a second and, when a checkpoint is due, saves it. A thread that
 takes a snapshot, by this cadence or for another reason, calls :meth:`Cadence.took` inside the boundary; the writer's
@@ -185,7 +186,7 @@ class Cadence:
                 self._look_at_quiet(steps, now, is_quiet=not (is_writing or is_uploading))
             else:
                 self._look_at_window(window, steps, now, is_busy=is_writing or is_uploading)
-            return not is_writing and self._may_have_changed(steps) and self._is_due(now, is_uploading)
+            return not is_writing and self._may_have_changed(steps) and self._is_due(steps, now, is_uploading)
 
     def _may_have_changed(self, steps: StepsDone | None) -> bool:
         return steps is None or self._is_shared or steps != self._taken
@@ -208,6 +209,10 @@ class Cadence:
         # The step that was under way at that time was slowed down too.
         if not self._tells_steps or (steps is not None and steps.ended_at >= window.idle_at):
             self._close(window, now)
+        elif now - window.idle_at >= _STALE_SECS:
+            # This process may do no more steps, while others train the model. If it does, this one is no quiet one.
+            self._close(window, now)
+            self._seen = None
 
     def _count(self, window: _Window, steps: StepsDone | None) -> None:
         passed = self._passed(steps)
@@ -260,13 +265,15 @@ class Cadence:
 
     # --- when the next one is due ---
 
-    def _is_due(self, now: float, is_uploading: bool) -> bool:
+    def _is_due(self, steps: StepsDone | None, now: float, is_uploading: bool) -> bool:
         since_secs = now - self._taken_at
         if now < self._paused_until or since_secs < self._least_secs:
             return False
         if since_secs >= self._most_secs:
             return True
-        if since_secs < self._nbytes / self._bytes_per_day * _DAY_SECS or not self._has_baseline(now, is_uploading):
+        if since_secs < self._nbytes / self._bytes_per_day * _DAY_SECS or not self._has_baseline(
+            steps, now, is_uploading
+        ):
             return False
         cost_secs = self._cost_secs()
         if self._window is not None:
@@ -275,15 +282,23 @@ class Cadence:
         # The first is due at once: what it costs is not known before.
         return (cost_secs or 0.0) + self._copied_secs <= self._overhead * since_secs
 
-    def _has_baseline(self, now: float, is_uploading: bool) -> bool:
-        """Whether the quiet steps that the next checkpoint will be compared with are known."""
+    def _has_baseline(self, steps: StepsDone | None, now: float, is_uploading: bool) -> bool:
+        """Whether the quiet steps that the next checkpoint will be compared with are known, or cannot be."""
         if not self._tells_steps:
             return self._window is None
-        if len(self._quiet) < _LEAST_QUIET_LOOKS:
-            return False
+        is_known = len(self._quiet) >= _LEAST_QUIET_LOOKS
         if self._window is not None:
-            return is_uploading and now - self._quiet_at < _STALE_SECS
-        return self._fresh_looks > 0 and now - self._closed_at >= _QUIET_PART * self._window_secs
+            return is_known and is_uploading and now - self._quiet_at < _STALE_SECS
+        if now - self._closed_at < _QUIET_PART * self._window_secs:
+            return False
+        return (is_known and self._fresh_looks > 0) or self._is_without_quiet_steps(steps, now)
+
+    def _is_without_quiet_steps(self, steps: StepsDone | None, now: float) -> bool:
+        """Whether there was none for long, although enough steps were done, or none because others train the model."""
+        done = 0 if steps is None or self._taken is None else steps.number - self._taken.number
+        is_long = now - max(self._taken_at, self._quiet_at) >= _STALE_SECS
+        # Steps of many minutes are quiet ones in the end.
+        return is_long and not 0 < done < 2 * _LEAST_QUIET_LOOKS
 
     @property
     def is_overdue(self) -> bool:

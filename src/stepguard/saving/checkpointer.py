@@ -82,11 +82,6 @@ class Checkpointer:
         finally:
             self._saving.release()
 
-    def save_unless_writing(self) -> None:
-        """Save now, as on a timer, unless a checkpoint is being written: with a cadence this is usual."""
-        if not self._writer.busy:
-            self()
-
     def _save_if_due(self) -> None:
         if self._is_closed or not self._has_changed():
             return
@@ -98,6 +93,8 @@ class Checkpointer:
         except NoBoundaryError as error:
             self._writer.warn(f"checkpoint skipped: {error}")
             return
+        if self._cadence is not None:
+            return  # It saves often, so that this is usual for another trigger.
         self.skipped += 1
         # A writer that retries logs the reason itself. Otherwise warn at 1, 2, 4, 8 ... skips, not at each.
         if not self._writer.retrying and self.skipped & (self.skipped - 1) == 0:

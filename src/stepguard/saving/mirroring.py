@@ -5,7 +5,8 @@ it: the uploader (:mod:`stepguard.saving.uploader`) and the one that renews the 
 Each opens with the protocol by which it meets this one.
 
 A start that cannot reach the mirror goes on with what the logdir has, and says so; the uploader tries again. It is
-refused if the logdir has nothing: starting over at step 0 would be work on another run.
+refused if the logdir has nothing: starting over at step 0 would be work on another run. So it is if the program
+asks for a checkpoint that the mirror may have.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class RunMirror:
         )
         try:
             found = self._reached(lease, copies, history)
-            if found is not None:
+            if isinstance(found, OSError):
+                store.spare = _OutOfReach(store, self._remote.url, found)
+            else:
                 spare = _Spare(store, copies, found, self._say)
                 spare.bring(next((one for one in store.candidates() if one.is_committed), None))
                 store.spare = spare
@@ -94,8 +97,8 @@ class RunMirror:
             self.leave(0.0)
             raise
 
-    def _reached(self, lease: Lease, copies: Copies, history: History) -> list[Copied] | None:
-        """The checkpoints in the mirror; ``None`` if it cannot be reached and the logdir has some."""
+    def _reached(self, lease: Lease, copies: Copies, history: History) -> list[Copied] | OSError:
+        """The checkpoints in the mirror; the error if it cannot be reached and the logdir has some."""
         has_none_here = not self._store.candidates()
         retry = Backoff(self._start_secs if has_none_here else 0.0)
         began, tries = time.monotonic(), 0
@@ -116,7 +119,7 @@ class RunMirror:
                         f"mirror {self._remote.url}: it cannot be reached ({error}), so this start goes on with what "
                         f"the logdir has; whether another machine has gone on with the run is not known"
                     )
-                    return None
+                    return error
                 copies.pace.wait(wait_secs)
                 self._remote.reopen()
 
@@ -172,6 +175,35 @@ class RunMirror:
             uploader.close(within_secs)
         if lease is not None:
             lease.release()
+
+
+class _OutOfReach:
+    """The second copy while ``error`` keeps it out of reach: it mends nothing, and may have what is asked for."""
+
+    def __init__(self, store: CheckpointStore, url: str, error: OSError) -> None:
+        self._store = store
+        self._url = url
+        self._error = error
+
+    def mend(self, damaged: Checkpoint) -> bool:
+        """Return ``False``, and say why."""
+        _log.info("%s: not mended from %s: %s", damaged.path, self._url, self._error)
+        return False
+
+    def bring(self, than: Checkpoint | None) -> bool:
+        """Return ``False``, and say why."""
+        _log.info("nothing newer than %s is taken from %s: %s", than and than.name, self._url, self._error)
+        return False
+
+    def bring_asked(self, asked: int | str) -> None:
+        """Raise RemoteError unless ``asked`` is a step that is here: going on from another would be another run."""
+        if isinstance(asked, int) and any(one.step == asked for one in self._store.candidates()):
+            return
+        raise RemoteError(
+            f"{self._url}: expected to find out whether the checkpoint {asked!r} that the program asks for is there, "
+            f"and it cannot be reached ({self._error}). Nothing was changed. Start again when it can be reached",
+            url=self._url,
+        ) from self._error
 
 
 class _Spare:

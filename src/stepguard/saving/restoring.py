@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepguard.disk import files
-from stepguard.errors import CheckpointCorruptError, CheckpointMismatchError, NoGoodCheckpointError
+from stepguard.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, NoGoodCheckpointError
 from stepguard.options import Restoring
 from stepguard.store import Checkpoint, CheckpointStore, Recovery, rollback, statefile
 from stepguard.store.recovery import QUARANTINE
@@ -87,10 +87,13 @@ def restore_asked(store: CheckpointStore, restore: Restore, asked: int | str) ->
 
     Raises:
         CheckpointError: there is none.
-        RemoteError: the mirror has it, and it could not be fetched.
-        CheckpointCorruptError: it is damaged. Nothing was moved, and no other is tried in its place.
+        RemoteError: the mirror has it, and it could not be fetched; or the mirror cannot be reached, and may have it.
+        CheckpointCorruptError: it is damaged, or a manifest is that could name it. Nothing was moved, and no other is
+            tried in its place.
         CheckpointMismatchError: it does not fit the program, or another engine wrote it.
     """
+    if isinstance(asked, str):
+        _mend_manifests(store, asked)
     if store.spare is not None:
         store.spare.bring_asked(asked)
     meant = store.find(asked)
@@ -114,6 +117,30 @@ def restore_asked(store: CheckpointStore, restore: Restore, asked: int | str) ->
     report(found)
     store.adopt_earlier()
     return found
+
+
+def _mend_manifests(store: CheckpointStore, asked: str) -> None:
+    """Check that the marks of each checkpoint are known: one with a damaged manifest may be the one that is meant.
+
+    Raises CheckpointCorruptError if a manifest is damaged, and the mirror does not have the checkpoint.
+    """
+    found = store.candidates()
+    has_mended = False
+    for one in found:
+        try:
+            store.read_manifest(one)
+        except CheckpointError as error:
+            if store.spare is None or not store.spare.mend(one):
+                raise CheckpointCorruptError(
+                    f"{one.path}: its manifest cannot be read ({error}), and it may be the checkpoint {asked!r} that "
+                    f"the program asks for. Nothing was changed. Put a good copy back, ask for a step, or move this "
+                    f"checkpoint away",
+                    path=one.path,
+                ) from error
+            has_mended = True
+    if has_mended:
+        # A kill before the rollback must not leave the run at this step.
+        store.point_to(found[0])
 
 
 def _with_rollback(store: CheckpointStore, found: Recovery, *, is_asked_for: bool) -> Recovery:

@@ -175,7 +175,7 @@ class RunSaver(Generic[SessionT]):
             trigger = StepTrigger(self._engine, session, checkpointer, every_steps, self._on_error)
             self._engine.call_after_steps(session, 1, trigger)
             self._step_trigger = trigger
-        return checkpointer if self._cadence is None else checkpointer.save_unless_writing
+        return checkpointer
 
     @property
     def _copying_share(self) -> float:

@@ -387,7 +387,13 @@ class Uploader:
     def _sound(self, copied: Copied, here: Checkpoint | None, *, reads: bool) -> Manifest | None:
         """The manifest of a copy that is good, perhaps after a repair; ``None`` if it is not."""
         copies, store = self._places.copies, self._places.store
-        mine = None if here is None else store.read_manifest(here)
+        mine = None
+        try:
+            mine = None if here is None else store.read_manifest(here)
+        except CheckpointError as error:
+            self._warn(
+                f"mirror {self._url}: {copied.name} is not compared with the one here, which is damaged: {error}"
+            )
         try:
             manifest = copies.manifest(copied.name)
         except FileNotFoundError:

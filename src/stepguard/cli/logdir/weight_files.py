@@ -18,6 +18,7 @@ from stepguard.cli.exits import NOT_DONE, CommandError
 from stepguard.disk import files
 from stepguard.disk.new_file import NewFile
 from stepguard.store.saved_tensor import SavedWeight
+from stepguard.words import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +40,10 @@ def write(out: Path, weights: Sequence[SavedWeight]) -> int:
     """Write ``weights`` to the file ``out``, in the format of its suffix, replacing it; return its size in bytes.
 
     Raises:
-        CommandError: the format has no room for a type, or its package is missing.
+        CommandError: the format has no room for a type, its package is missing, or two weights have one name.
         OSError: the disk is full, or fails.
     """
+    _check_names(out, weights)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with NewFile(aside) as file:
@@ -57,6 +59,18 @@ def write(out: Path, weights: Sequence[SavedWeight]) -> int:
     finally:
         files.remove_quietly(aside)
     return file.size
+
+
+def _check_names(out: Path, weights: Sequence[SavedWeight]) -> None:
+    names: set[str] = set()
+    for one in weights:
+        if one.name in names:
+            raise CommandError(
+                f"{out}: two tensors have the name {printable(one.name)!r}, and a file has room for one of each name: "
+                f"rename one of them in the program, or choose another --part",
+                NOT_DONE,
+            )
+        names.add(one.name)
 
 
 def _write_safetensors(file: NewFile, weights: Sequence[SavedWeight]) -> None:

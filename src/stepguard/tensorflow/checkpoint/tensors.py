@@ -27,6 +27,8 @@ _log = logger(__name__)
 PATTERN = frozenset("*?[\\")
 """TensorFlow takes a path that has one of these characters for a pattern."""
 
+# The part that is all variables of the model.
+_WHOLE = "model"
 # What the optimizers of TensorFlow and a Supervisor's program keep beside the variables of the model.
 _NO_WEIGHTS = ("global_step", "beta1_power", "beta2_power")
 
@@ -143,8 +145,8 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
 def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
     """The variables by their scopes; those of the whole model, without what belongs to optimizers, are ``model``.
 
-    A variable of an optimizer is below another one (``dense/kernel/Adam``) or has a name that TensorFlow gives it.
-    Raises as :func:`read_tensors`.
+    A variable of an optimizer is below another one (``dense/kernel/Adam``) or has a name that TensorFlow gives it. A
+    scope with the name ``model`` is no part of its own. Raises as :func:`read_tensors`.
     """
     variables = {one.name: one for one in read_tensors(path) if one.nbytes is not None and one.read is not None}
     found: dict[str, list[SavedWeight]] = {}
@@ -156,8 +158,8 @@ def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
             name, one.dtype, one.shape, one.nbytes or 0, functools.partial(_bytes, path, source, name), name
         )
         if not (is_slot or name in _NO_WEIGHTS):
-            found.setdefault("model", []).append(weight)
-        if above:
+            found.setdefault(_WHOLE, []).append(weight)
+        if above and above[0] != _WHOLE:
             found.setdefault(above[0], []).append(weight)
     return found
 
