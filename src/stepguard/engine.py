@@ -431,11 +431,7 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
-        """Put ``callback`` off if no state is to be read now. Returns whether it will be called.
-
-        During an evaluation inside a step it is called at the end of that step; while the program prepares its first
-        loop, before the first step.
-        """
+        """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
 
 
 class Keeper(Protocol):

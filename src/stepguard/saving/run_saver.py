@@ -240,8 +240,8 @@ class RunSaver(Generic[SessionT]):
         if not checkpointer.save_on_request():
             return Answer(
                 False,
-                "no step boundary came: a loop that has not begun yet or an evaluation inside a step saves later, and "
-                "without the name; `stepguard log` tells of anything else",
+                "no step boundary came: an evaluation inside a step saves at its end, and without the name; "
+                "`stepguard log` tells of anything else",
             )
         step = checkpointer.saved_step
         if not writer.wait_until_idle():

@@ -220,7 +220,7 @@ class Boundary:
         self._due_at = self.steps + max(1, steps)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once, at the end of the running step or before the next one, on the thread of the loop."""
+        """Call ``callback`` once, at the end of the running step, on its thread."""
         if callback not in self._soon:
             self._soon.append(callback)
 

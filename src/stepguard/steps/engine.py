@@ -97,7 +97,7 @@ class LoopEngine(Generic[SessionT]):
         return session.failed_fetch is error
 
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
-        """Put ``callback`` off while an evaluation runs inside a step, or before the first loop."""
+        """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
         return session.defer(callback)
 
     def keep_with(self, session: SessionT, keeper: Keeper) -> None:

@@ -75,12 +75,14 @@ class ProcessState(ABC):
 
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
-        kept = self._random or self._first
+        # Read once, because the loop may begin meanwhile.
+        first = self._first
+        kept = self._random or first
         drawn = self.strangers.drawn(self.saved_generators)
         return {
             **({"drawn": drawn} if drawn else {}),
             "random": self.streams.capture() if kept is None else kept,
-            "is_first": self._first is not None,
+            "is_first": first is not None,
             "loaders": self._places.saved(),
             "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
         }

@@ -235,7 +235,7 @@ class Session(StepSession):
                 self.boundary.rest(self._turn_loop)
                 self._gate.end(boundary.steps)
             return
-        self._begin_loop()
+        self.process_state.begin_loop()
         self._advice.on_first_step(plan)
         is_inside = self.global_step > 0 if plan.number is None else feed is not None and feed.batches > 0
         if is_inside and not boundary.steps:

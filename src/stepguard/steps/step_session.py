@@ -70,8 +70,6 @@ class StepSession:
         """Whether the session runs steps still; after :meth:`close` it runs none."""
         self.is_left = False
         """For the engine: whether the loop's body was left in its last step, by ``break`` or by an unknown error."""
-        # Whether a loop was begun. What comes before the first one prepares the run.
-        self._has_begun = False
         # The step that was left without training, until it is known that no error has left it.
         self._left_untrained: int | None = None
         # The step after which the run ends, and the function that asks for the stop there.
@@ -113,7 +111,7 @@ class StepSession:
         """
         self.process_state.strangers.look()
         self.boundary.come_back()
-        self._begin_loop()
+        self.process_state.begin_loop()
         self._settle()
         self.boundary.call_due()
         if not self._begin():
@@ -257,22 +255,11 @@ class StepSession:
         return self._gate is None
 
     def defer(self, callback: Callable[[], None]) -> bool:
-        """Put ``callback`` off if an evaluation runs inside a step, or if the program still prepares its first loop.
-
-        It is then called on the thread of the loop: at the end of that step, or before the first one. No run could go
-        on from what a program has prepared in part.
-        """
-        is_preparing = not self._has_begun
-        is_in_evaluation = self.is_evaluating and not self.boundary.is_resting
-        if self._gate is not None or not (is_preparing or is_in_evaluation):
+        """If an evaluation runs inside a step, call ``callback`` at the end of that step, on its thread."""
+        if not self.is_evaluating or self.boundary.is_resting or self._gate is not None:
             return False
         self.boundary.call_soon(callback)
         return True
-
-    def _begin_loop(self) -> None:
-        """Begin a loop, or a step of a loop of the program's own."""
-        self._has_begun = True
-        self.process_state.begin_loop()
 
     def unwatch(self) -> None:
         """Close without calling ``before_close``."""
