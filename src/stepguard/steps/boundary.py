@@ -226,7 +226,8 @@ class Boundary:
 
     def call_put_off(self) -> None:
         """Call the callbacks of :meth:`call_soon` that have not been called yet."""
-        while self._soon:
+        # Not those that they call for in their turn.
+        for _ in range(len(self._soon)):
             self._soon.pop(0)()
 
     @contextmanager
