@@ -255,6 +255,18 @@ class TestInABadNetwork:
         train(tmp_path / "run", url, 0)
         assert names(url) == ["model.ckpt-1"]
 
+    def test_a_try_after_a_failure_is_an_upload_again_and_the_pause_before_it_is_none(self, network, url, tmp_path):
+        sv = supervisor(tmp_path / "run", url, every=1, max_bytes_per_sec=400)
+        with sv.managed_session() as session:
+            mirror = sv._saving._mirror
+            wait_until(lambda: not mirror.is_uploading)
+            network.fails(faults.only("PUT", "model", faults.expired))
+            save_step(sv, session)
+            wait_until(lambda: mirror._uploader.error is not None and not mirror.is_uploading)
+            network.fails(None)
+            wait_until(lambda: mirror.is_uploading)
+        assert names(url) == ["model.ckpt-1"]
+
     def test_a_start_without_the_mirror_goes_on_with_the_logdir_and_says_so(self, network, url, tmp_path):
         train(tmp_path / "run", url, 3)
         network.fails(faults.broken)

@@ -86,6 +86,7 @@ class Uploader:
         self._newest: str | None = None
         self._marked: set[str] = set()
         self._is_looking = True
+        self._is_pausing = False
         self._is_closing = False
         self._is_done = False
         self._is_over = False
@@ -124,7 +125,7 @@ class Uploader:
     def is_sending(self) -> bool:
         """Whether the mirror is at work: not if nothing waits, and not between two tries. Any thread."""
         with self._wake:
-            return not self._is_idle() and self._error is None
+            return not self._is_idle() and not self._is_pausing
 
     @property
     def left(self) -> str | None:
@@ -225,7 +226,9 @@ class Uploader:
         if tries & (tries - 1) == 0:
             self._warn(message)
         with self._wake:
+            self._is_pausing = True
             is_over = self._wake.wait_for(lambda: self._waiting is not None or self._is_closing, wait_secs)
+            self._is_pausing = False
             if is_over and self._waiting is not None:
                 self.skipped += 1
         # Credentials may have been renewed meanwhile.
@@ -348,7 +351,9 @@ class Uploader:
         if tries & (tries - 1) == 0:
             self._warn(f"mirror {self._url}: it cannot be looked at ({error}); it is tried again")
         with self._wake:
+            self._is_pausing = True
             is_over = self._wake.wait_for(lambda: self._is_closing, wait_secs)
+            self._is_pausing = False
         self._places.copies.remote.reopen()
         return not is_over
 
