@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from stepguard.cli.main import cli
-from stepguard.options import Mirror, Restoring, Saving
+from stepguard.options import Mirror, Restoring, Saving, Stopping
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, load
 from stepguard.torch.checkpoint.tensors import read_tensors
@@ -78,6 +80,16 @@ class TestAFineTuning:
         assert whole > 3 * WIDTH * WIDTH * 4
         assert written(tmp_path, 3, before=2) < whole / 50
         assert files_of(tmp_path, 3)["frozen/model.pt"].samefile(files_of(tmp_path, 1)["frozen/model.pt"])
+
+    def test_is_saved_on_a_disk_with_room_for_what_it_trains(self, tmp_path, monkeypatch):
+        def usage(_):
+            # Less than the backbone of 3 MiB, after the first checkpoint that did not write it.
+            free = 2 << 20 if (tmp_path / "model.ckpt-2.manifest.json").exists() else 1 << 40
+            return SimpleNamespace(total=1 << 40, free=free)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        train(tmp_path, 3, stopping=Stopping(stop_grace_secs=20))
+        assert written(tmp_path, 3, before=2) < 1 << 20
 
     def test_writes_all_of_it_without_the_option(self, tmp_path):
         train(tmp_path, 2, apart=False)

@@ -160,14 +160,15 @@ class Committer:
         self._has_failed = False
         if checkpoint.manifest is not None:
             self._last_bytes = checkpoint.manifest.size
-            if self._cadence is not None:
-                self._written_bytes = _written_bytes(store.root, checkpoint.manifest.files)
+            self._written_bytes = _written_bytes(store.root, checkpoint.manifest.files)
         adoption.tell()
         return checkpoint.path
 
     def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
         """Raise OSError before a checkpoint that will not fit fills the disk for everyone."""
-        needed = (self._last_bytes or snapshot.nbytes) + _SPARE_BYTES
+        # Files that are shared need no room; after a failure none is.
+        last_bytes = self._last_bytes if self._has_failed else self._written_bytes
+        needed = (last_bytes or snapshot.nbytes) + _SPARE_BYTES
         usage = shutil.disk_usage(store.root)
         free = usage.free
         # A file system that says it has 0 blocks does not tell: FUSE ones and some network ones.
