@@ -116,6 +116,17 @@ def test_what_is_pinned_stays_in_the_mirror_also_when_another_machine_goes_on(ur
     assert set(names(url)) == {"model.ckpt-1", "model.ckpt-7", "model.ckpt-8"}
 
 
+def test_what_was_here_is_pruned_also_after_a_newer_one_was_fetched(url, tmp_path):
+    logdir = tmp_path / "run"
+    saved(logdir, url, 3)
+    saved(tmp_path / "elsewhere", url, 1)
+
+    saved(logdir, url, 1)
+    assert sorted(one.name for one in logdir.glob("*.manifest.json")) == [
+        f"model.ckpt-{step}.manifest.json" for step in (3, 4, 5)
+    ]
+
+
 class TestRollback:
     def test_is_not_undone_by_what_the_mirror_has(self, url, tmp_path):
         logdir = tmp_path / "run"

@@ -320,6 +320,9 @@ class _Spare:
                 f"its own",
                 path=Path(self._copies.url),
             )
+        # The commit writes the state file anew: it must name what the run before owned, or that is never pruned.
+        self._store.pins.load(self._store.candidates())
+        self._store.adopt(self._store.listed_by_state())
         stage = self._store.stage(copied.name)
         try:
             digests = self._copies.fetch(manifest, stage)
