@@ -103,6 +103,28 @@ class TestPyTorch:
         assert done.exit_code == 0, done.output
         assert (tmp_path / "out.pt").stat().st_size > 1000
 
+    def test_a_sparse_tensor_is_refused_in_its_part_alone(self, stepguard, tmp_path):
+        torch = pytest.importorskip("torch")
+        from stepguard.options import Saving
+        from stepguard.torch import Supervisor
+
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("graph", torch.eye(3).to_sparse())
+        sv = Supervisor(
+            {"model": model, "head": torch.nn.Linear(2, 2)},
+            tmp_path / "run",
+            saving=Saving(save_model_secs=0, save_at_end=True),
+        )
+        with sv.managed_session() as session:
+            for _ in session.steps(max_steps=1):
+                pass
+        out = tmp_path / "out.pt"
+        done = stepguard("export", tmp_path / "run", out, "--weights")
+        assert done.exit_code == 3
+        assert "graph is of the type sparse float32, which a file .pt has no room for" in done.stderr
+        assert stepguard("export", tmp_path / "run", out, "--weights", "--part", "head").exit_code == 0
+        assert list(torch.load(out, weights_only=True)) == ["weight", "bias"]
+
 
 class TestAFile:
     def test_that_exists_is_replaced_only_when_asked(self, model_run, stepguard, tmp_path):

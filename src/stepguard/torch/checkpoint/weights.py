@@ -48,7 +48,7 @@ def _tensors(state: Any) -> dict[str, torch.Tensor]:
 
 def _weights(state: Any) -> list[SavedWeight]:
     return [
-        SavedWeight(name, _type_of(one), tuple(one.shape), one.nbytes, functools.partial(_bytes, one), _memory(one))
+        SavedWeight(name, _type_of(one), tuple(one.shape), _nbytes(one), functools.partial(_bytes, one), _memory(one))
         for name, one in _tensors(state).items()
     ]
 
@@ -62,7 +62,7 @@ def _sharded_weights(path: Path, part: str, skeleton: Any) -> list[SavedWeight]:
         return _bytes(sharded.read_whole(f"{part}.{name}", bare.shape, bare.dtype))
 
     return [
-        SavedWeight(name, _type_of(one), tuple(one.shape), one.nbytes, functools.partial(read, name, one), name)
+        SavedWeight(name, _type_of(one), tuple(one.shape), _nbytes(one), functools.partial(read, name, one), name)
         for name, one in _tensors(skeleton).items()
     ]
 
@@ -70,6 +70,11 @@ def _sharded_weights(path: Path, part: str, skeleton: Any) -> list[SavedWeight]:
 def _type_of(tensor: torch.Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return dtype if tensor.layout is torch.strided else f"sparse {dtype}"
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """The bytes of all its values. A sparse tensor does not tell them itself."""
+    return tensor.numel() * tensor.element_size()
 
 
 def _memory(tensor: torch.Tensor) -> object:
