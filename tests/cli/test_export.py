@@ -245,6 +245,15 @@ def test_two_tensors_of_one_name_are_refused(suffix, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "qint8", "Tensor"])
+def test_a_type_that_pytorch_names_and_cannot_save_is_refused(dtype, tmp_path):
+    pytest.importorskip("torch")
+    weight = SavedWeight("a", dtype, (4,), 4, lambda: np.zeros(4, np.uint8), "a")
+    with pytest.raises(CommandError, match=f"a is of the type {dtype}, which a file .pt has no room for"):
+        weight_files.write(tmp_path / "out.pt", [weight])
+    assert not os.listdir(tmp_path)
+
+
 def test_without_its_framework_a_checkpoint_is_not_exported(stepguard, tmp_path, monkeypatch):
     commit(tmp_path, 1, saver_files=None)
     monkeypatch.setitem(__import__("sys").modules, "stepguard.torch.checkpoint.weights", None)

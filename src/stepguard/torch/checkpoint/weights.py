@@ -15,6 +15,13 @@ from stepguard.store.saved_tensor import SavedWeight
 from stepguard.torch.checkpoint.files import APART, append, frozen_files, is_process, named_files, read_file
 from stepguard.torch.checkpoint.frozen import joined
 
+# PyTorch has names for more types, such as int4 and qint8, and cannot save tensors of those.
+_SAVED_TYPES = {
+    *("bool", "bfloat16", "float16", "float32", "float64", "complex32", "complex64", "complex128"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+}
+
 
 def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
     """The weights of each part of the checkpoint at ``path`` that is a ``state_dict`` of tensors, read on demand.
@@ -102,7 +109,7 @@ def write_state_dict(file: NewFile, weights: Iterable[SavedWeight]) -> None:
     made: dict[object, torch.Tensor] = {}
     state = {}
     for one in weights:
-        dtype = getattr(torch, one.dtype, None)
+        dtype = getattr(torch, one.dtype, None) if one.dtype in _SAVED_TYPES else None
         if not isinstance(dtype, torch.dtype) or dtype.itemsize * int(np.prod(one.shape, dtype=np.int64)) != one.nbytes:
             raise ValueError(f"{one.name} is of the type {one.dtype}")
         if one.memory not in made:
