@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from stepguard.cli.main import cli
+from stepguard.errors import CheckpointCorruptError
 from stepguard.options import Mirror, Restoring, Saving, Stopping
 from stepguard.store import CheckpointStore
 from stepguard.torch import Supervisor, load
@@ -174,6 +175,46 @@ class TestACheckpoint:
         train(tmp_path, 1, net)
         assert "view" not in torch.load(files_of(tmp_path, 1)["frozen/model.pt"], weights_only=True)
         assert torch.equal(load(tmp_path)["model"]["view"], net.head.weight)
+
+
+def tampered(run, root, change):
+    """A copy of ``run`` whose step 2 was committed again after ``change``: its digests are right."""
+    shutil.copytree(run, root)
+    store = CheckpointStore(root, engine="torch")
+    stage = store.stage("model.ckpt-2")
+    changed = shutil.copytree(run / "model.ckpt-2", stage / "model.ckpt-2")
+    change(changed)
+    store.commit("model.ckpt-2", 2)
+
+
+def with_places(places):
+    def change(checkpoint):
+        process = torch.load(checkpoint / "process-0.pt", weights_only=True)
+        torch.save(process | {"apart": places}, checkpoint / "process-0.pt")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda checkpoint: (checkpoint / "model.pt").unlink(),
+        *map(with_places, ([1], 3, {"model": 3}, {"model": [[1], [2]]}, {"model": None})),
+    ],
+)
+def test_content_that_nobody_has_saved_is_damage_and_costs_a_step(change, tmp_path):
+    run, root = tmp_path / "run", tmp_path / "tampered"
+    train(run, 2)
+    tampered(run, root, change)
+
+    done = CliRunner().invoke(cli, ["export", str(root), str(tmp_path / "out.pt"), "--weights"])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.exception
+    assert "model: expected " in done.output
+    with pytest.raises(CheckpointCorruptError, match="model: expected "):
+        load(root)
+    with Supervisor({"model": network()}, root, save_model_secs=0).managed_session() as session:
+        assert session.global_step == 1
+    assert (root / "quarantine" / "model.ckpt-2").exists()
 
 
 class TestARestart:

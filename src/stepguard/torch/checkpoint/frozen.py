@@ -36,16 +36,22 @@ def split(state: Any, names: Collection[str]) -> tuple[Any, OrderedDict[str, Any
     return rest, frozen, [number for number, name in enumerate(state) if name in frozen]
 
 
-def joined(part: str, state: Any, frozen: Any, places: Sequence[int]) -> Any:
+def joined(part: str, state: Any, frozen: Any, apart: Any) -> Any:
     """The whole state of ``part``, with its names in the order that they had.
 
-    Raises CheckpointCorruptError if one of the two is no ``state_dict``.
+    ``apart`` has the places of the frozen parameters of each part, as the checkpoint has them; ``state`` is ``None`` if
+    it has no file of that.
+
+    Raises CheckpointCorruptError if one of the two is no ``state_dict``, or the places are none.
     """
     if not isinstance(state, Mapping) or not isinstance(frozen, Mapping):
         raise CheckpointCorruptError(
             f"{part}: expected its state in two files, each with parameters by their names, found a "
             f"{type(state).__name__} and a {type(frozen).__name__}"
         )
+    places = apart.get(part, []) if isinstance(apart, Mapping) else None
+    if not isinstance(places, list) or not all(isinstance(place, int) for place in places):
+        raise CheckpointCorruptError(f"{part}: expected the places of its frozen parameters, found {apart!r:.80}")
     whole = copy.copy(state)
     whole.clear()  # type: ignore[attr-defined]
     whole.update(_in_order(state, frozen, places))  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.options.checks import check_local
 from stepguard.store import Checkpoint, CheckpointStore
 from stepguard.torch.checkpoint.files import APART, ENGINE, PROCESS, SUFFIX, frozen_file, is_process, read_file
-from stepguard.torch.checkpoint.frozen import joined
+from stepguard.torch.checkpoint.frozen import DIRECTORY, joined
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
 from stepguard.words import listed, logger
@@ -120,7 +120,9 @@ class _Held:
         # On Linux these paths lead to the open files even after their names are gone.
         self._places = {name: system.place_of(descriptor) for name, descriptor in descriptors.items()}
         names = [name.removesuffix(SUFFIX) for name in descriptors if name.endswith(SUFFIX)]
-        self.parts = [name for name in names if not is_process(name) and "/" not in name]
+        parts = [name for name in names if not is_process(name) and "/" not in name]
+        frozen = [name.rpartition("/")[2] for name in names if name == f"{DIRECTORY}/{name.rpartition('/')[2]}"]
+        self.parts = list(dict.fromkeys(parts + frozen))
 
     def digest(self, name: str) -> tuple[int, str]:
         """Size in bytes and digest of a file."""
@@ -132,11 +134,10 @@ class _Held:
 
     def whole(self, part: str, process: Mapping[str, Any]) -> Any:
         """The state of a part, with its frozen parameters; ``process`` is the content of the file of process 0."""
-        state = self.read(part)
         if frozen_file(part) not in self._places:
-            return state
-        frozen = read_file(self._places[frozen_file(part)])
-        return joined(part, state, frozen, process.get(APART, {}).get(part, ()))
+            return self.read(part)
+        state = self.read(part) if f"{part}{SUFFIX}" in self._places else None
+        return joined(part, state, read_file(self._places[frozen_file(part)]), process.get(APART, {}))
 
     @contextmanager
     def as_directory(self) -> Iterator[Path]:

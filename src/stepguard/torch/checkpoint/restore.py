@@ -108,11 +108,10 @@ class Restorer:
             **process.pop("sharded", {}),
             **{name: read_file(file, mapped=mapped) for name, file in files.items()},
         }
-        places = process.pop(APART, {})
+        apart = process.pop(APART, {})
         for name, file in frozen_files(path).items():
-            if name in files:
-                frozen = read_file(file, mapped=mapped)
-                states[name] = joined(name, states[name], frozen, places.get(name, ()))
+            rest = states[name] if name in files else None
+            states[name] = joined(name, rest, read_file(file, mapped=mapped), apart)
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)
         shardings = {part.name: part.shardings() for part in fitting.parts}

@@ -35,9 +35,7 @@ def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
         (content for name, content in contents.items() if is_process(name) and "program" in content), {}
     )
     for name, file in frozen_files(path).items():
-        contents[name] = joined(
-            name, contents[name], read_file(file, mapped=True), process.get(APART, {}).get(name, ())
-        )
+        contents[name] = joined(name, contents.get(name), read_file(file, mapped=True), process.get(APART, {}))
     found = {name: _weights(state) for name, state in contents.items() if not is_process(name)}
     for name, skeleton in process.get("sharded", {}).items():
         found[name] = _sharded_weights(path, name, skeleton)
