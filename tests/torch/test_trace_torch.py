@@ -151,9 +151,12 @@ class Prefetches(Program):
 
 class OtherAugmentation(Program):
     def new_loader(self) -> DataLoader:
-        unseeded = torch.Generator()
-        unseeded.seed()
-        return DataLoader(Items(lambda: torch.rand(4, generator=unseeded)), 8, shuffle=True)
+        def unseeded() -> torch.Tensor:
+            source = torch.Generator()
+            source.seed()
+            return torch.rand(4, generator=source)
+
+        return DataLoader(Items(unseeded), 8, shuffle=True)
 
 
 class EvaluatesAtItsStart(Program):
