@@ -109,7 +109,7 @@ class Saving(_Group):
     overhead: float | None = None
     min_interval_secs: float = 2
     max_interval_secs: float | None = 600
-    max_bytes_per_day: float | None = 10**12
+    max_bytes_per_day: float | None = 5 * 10**12
     save_at_end: bool | None = None
     max_to_keep: int | None = 5
     keep_checkpoint_every_n_hours: float | None = None
