@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ import digits_data
 STEPS = 1200
 
 
-def train(logdir, max_steps, kill_at=None):
+def train(logdir, max_steps, kill_at=None, once_saved=None):
     """One start of the program. It trains up to a step, or kills itself at one."""
     torch.manual_seed(1)
     torch.set_num_threads(1)
@@ -56,6 +57,12 @@ def train(logdir, max_steps, kill_at=None):
             optimizer.step()
             sess.summary({"loss": loss})
             if sess.global_step == kill_at:
+                # Not while that checkpoint is being written: the next start would finish it, and find no damage.
+                deadline = time.monotonic() + 30
+                while not Path(logdir, f"model.ckpt-{once_saved}.manifest.json").exists():
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             if sess.global_step % 100 == 50:
                 with sess.evaluating(), torch.no_grad():
@@ -92,8 +99,8 @@ def main():
     parser.add_argument("--logdir", default="runs/reported", help="emptied first (default: %(default)s)")
     args = parser.parse_args()
     shutil.rmtree(args.logdir, ignore_errors=True)
-    start(args.logdir, STEPS, kill_at=433)
-    start(args.logdir, STEPS, kill_at=871)
+    start(args.logdir, STEPS, kill_at=433, once_saved=400)
+    start(args.logdir, STEPS, kill_at=871, once_saved=851)
     flip_a_bit_of_the_newest(args.logdir)
     if code := start(args.logdir, STEPS):
         sys.exit(f"the last start ended with {code}")

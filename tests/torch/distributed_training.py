@@ -99,8 +99,10 @@ def main() -> None:
                 session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
             if args.awaits_saves and session.global_step and session.global_step % args.save_steps == 0:
-                # A checkpoint that falls due while the one before it is written would be skipped.
-                while not (args.logdir / f"model.ckpt-{session.global_step}.manifest.json").exists():
+                # A checkpoint that falls due while the one before it is written would be skipped. After a step that is
+                # not finite there is none.
+                manifest = args.logdir / f"model.ckpt-{session.global_step}.manifest.json"
+                while not manifest.exists() and not sv.should_stop():
                     time.sleep(0.01)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
