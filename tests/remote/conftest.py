@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,20 @@ def s3_server() -> Iterator[int]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    server._server.app = _in_turn(server._server.app)
     yield server.get_host_and_port()[1]
     server.stop()
+
+
+def _in_turn(app):
+    """The server checks the condition of a write first and writes then; for a real store, that is one act."""
+    turn = threading.Lock()
+
+    def called(environ, start_response):
+        with turn if {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & environ.keys() else nullcontext():
+            return app(environ, start_response)
+
+    return called
 
 
 @pytest.fixture
