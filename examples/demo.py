@@ -51,7 +51,7 @@ def main() -> None:
         f"--steps={args.steps}",
         f"--batch-size={args.batch_size}",
         "--save-model-secs=0",
-        f"--save-model-steps={args.steps // 6}",
+        f"--save-model-steps={args.steps // 5}",
     ]
     command = [sys.executable, str(PROGRAMS[args.engine]), f"--logdir={args.logdir}", *options]
 
@@ -99,6 +99,9 @@ def run_and_kill(command: list[str], logdir: Path, half: int) -> tuple[int, int]
         for line in lines_of(process):
             step = step_in(line) or step
             if step >= half and len([saved for saved in saved_steps(logdir) if saved > 1]) > 1:
+                # A start completes a checkpoint that lacks nothing but its manifest: no such one may be newest.
+                while half_written(logdir) and process.poll() is None:
+                    time.sleep(0.01)
                 process.kill()
                 break
         else:
@@ -155,6 +158,12 @@ def newest_step(logdir: Path) -> int:
 def saved_steps(logdir: Path) -> list[int]:
     # A checkpoint exists when its manifest does.
     return sorted(int(path.name.split("-")[1].split(".")[0]) for path in logdir.glob("model.ckpt-*.manifest.json"))
+
+
+def half_written(logdir: Path) -> bool:
+    """Return whether a checkpoint is being written: files with its name are there, and its manifest is not."""
+    names = {found[0] for path in logdir.iterdir() if (found := re.search(r"model\.ckpt-\d+", path.name))}
+    return any(not (logdir / f"{name}.manifest.json").exists() for name in names)
 
 
 def proof_of_replay(logdir: Path) -> str:
