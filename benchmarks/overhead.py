@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
