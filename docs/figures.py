@@ -1,16 +1,21 @@
-"""Draw the figures of the documentation into ``docs/images``: ``python docs/figures.py``.
+"""Draw the figures of the documentation into ``docs/images``, and fill in the tables of ``docs/benchmarks.md``.
 
-The bars are drawn from ``docs/images/benchmarks.json``, which ``python benchmarks/run.py --json FILE`` writes.
+Bars and tables are those of ``docs/images/benchmarks.json``, which ``python benchmarks/run.py --json FILE`` writes: all of
+one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import textwrap
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 IMAGES = Path(__file__).resolve().parent / "images"
+PAGE = IMAGES.parent / "benchmarks.md"
+MEASURED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 # Figures have a ground of their own, so that they can be read on light and on dark pages.
 INK, PALE, LINE, GOOD, BAD, GROUND = "#24292f", "#57606a", "#8c959f", "#2da44e", "#cf222e", "#ffffff"
 FONT = 'font-family="system-ui, DejaVu Sans, sans-serif"'
@@ -22,11 +27,30 @@ def main() -> None:
     args = parser.parse_args()
     for name, drawing in figures().items():
         (args.out / name).write_text(drawing)
+    PAGE.write_text(filled_in(PAGE.read_text()))
+
+
+def measurements() -> dict:
+    return json.loads((IMAGES / "benchmarks.json").read_text())
+
+
+def filled_in(page: str) -> str:
+    """The page of the benchmarks, with what they have printed between ``<!-- measured: NAME -->`` and ``<!-- end -->``."""
+    measured = measurements()
+
+    def printed(found: re.Match[str]) -> str:
+        if found[2] == "about":
+            return f"{found[1]}{measured['about']}.\n{found[3]}"
+        one = measured["benchmarks"][found[2]]
+        output = one["output"] if one["tables"] else textwrap.indent(one["output"], "    ")
+        return f"{found[1]}`{one['command']}`\n\n{output}\n{found[3]}"
+
+    return MEASURED.sub(printed, page)
 
 
 def figures() -> dict[str, str]:
     """Each figure, by the name of its file."""
-    measured = json.loads((IMAGES / "benchmarks.json").read_text())
+    measured = measurements()
     return {"state.svg": state(), "kill.svg": kill(), "benchmarks.svg": bars(measured)}
 
 

@@ -131,6 +131,21 @@ def test_the_figures_are_what_their_script_draws():
         assert (ROOT / "docs" / "images" / name).read_text() == drawing, f"run docs/figures.py: {name}"
 
 
+def test_the_tables_of_the_benchmarks_are_all_of_one_run():
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert script["filled_in"](page) == page, "run docs/figures.py"
+    shown = [found[2] for found in script["MEASURED"].finditer(page)]
+    measured = script["measurements"]()
+    assert sorted(shown) == sorted(["about", *measured["benchmarks"]])
+    # Of all benchmarks, and on a commit without changes of its own.
+    all_of_them = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "run"}
+    assert set(measured["benchmarks"]) == all_of_them
+    assert re.match(r"Commit [0-9a-f]{7,}, ", measured["about"]), measured["about"]
+    # A table that somebody has typed would be of another run.
+    assert not re.search(r"^\|", script["MEASURED"].sub("", page), re.MULTILINE)
+
+
 def terminal(drawing: Path) -> str:
     """The text of a recording, without what depends on the moment and on how busy the machine and its disk are."""
     text = html.unescape(re.search(r"<desc>\n(.*?)</desc>", drawing.read_text(), re.DOTALL)[1])

@@ -157,14 +157,15 @@ class Boundary:
             self._lock.release()
         finally:
             self._changing.discard(me)
-        if is_done and calls_due:
+        if is_done and calls_due and (self._soon or self.last_step[0] >= self._due_at):
             self.call_due()
 
     def call_due(self) -> None:
         """Call the callbacks that are due after the last step, unless they were called already."""
-        self.call_put_off()
+        if self._soon:
+            self.call_put_off()
         # `>=`, because another thread may have done one more step before this thread gets here.
-        if self.steps >= self._due_at and self._on_due is not None:
+        if self.last_step[0] >= self._due_at and self._on_due is not None:
             # Called once, by the first thread that gets here.
             self._due_at = sys.maxsize
             self._due_at = self.steps + max(1, self._on_due())

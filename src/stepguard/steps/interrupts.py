@@ -31,7 +31,8 @@ class InterruptHold:
         # Whether a second Ctrl-C has come, after which this process waits for nothing.
         self.is_impatient = False
         self._is_installed = False
-        self._is_held = False
+        self.is_held = False
+        """Whether a Ctrl-C is held back."""
 
     def start(self) -> None:
         """Replace the handler of SIGINT, if it is Python's default handler or that of another session.
@@ -59,24 +60,24 @@ class InterruptHold:
 
     def raise_if_held(self, cause: BaseException | None = None) -> None:
         """Raise a Ctrl-C that was held back. Called at a boundary."""
-        if self._is_held and threading.current_thread() is threading.main_thread():
-            self._is_held = False
+        if self.is_held and threading.current_thread() is threading.main_thread():
+            self.is_held = False
             raise KeyboardInterrupt from cause
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         boundary = self._boundary
-        is_first = not self._is_held and not self.is_impatient
+        is_first = not self.is_held and not self.is_impatient
         if is_first and self._request_stop is not None:
-            self._is_held = True
+            self.is_held = True
             _log.warning("Ctrl-C: stopping after the step at which all processes can; a second one stops now")
             self._request_stop()
             return
         if is_first and (boundary.is_mine or boundary.is_changing_hands):
-            self._is_held = True
+            self.is_held = True
             _log.warning("Ctrl-C: stopping at the end of this step; a second one stops now, and loses the step")
             return
         if boundary.is_mine:
             boundary.mark_torn()
-        self.is_impatient |= self._is_held
-        self._is_held = False
+        self.is_impatient |= self.is_held
+        self.is_held = False
         signal.default_int_handler(number, frame)

@@ -247,7 +247,8 @@ class Session(StepSession):
             feed.catch_up(self._may_read_on)
         while True:
             # Called first, because it may set the session back, so that steps must be done again.
-            self._settle()
+            if self._watch is not None:
+                self._settle()
             if self._must_end(plan.max_steps):
                 if self._gate is not None and boundary.steps > began_at[0]:
                     self._gate.meet(boundary.steps)

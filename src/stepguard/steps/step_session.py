@@ -298,7 +298,7 @@ class StepSession:
 
     def finish_step(self, *, was_left: bool = False) -> None:
         """End the step of this thread, if it is in one, because its body was left or asks for a save."""
-        if not self.boundary.is_mine:
+        if self.boundary.stepping != threading.get_ident():
             return
         feed, self._feed_of_step = self._feed_of_step, None
         if feed is not None:
@@ -312,7 +312,7 @@ class StepSession:
             if was_left:
                 self._gate.end(self.boundary.steps, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
-        if self._gate is None and not was_left:
+        if self._gate is None and not was_left and self._interrupts.is_held:
             self._interrupts.raise_if_held()
 
     # --- inside ---
@@ -358,7 +358,9 @@ class StepSession:
 
     def _must_end(self, max_steps: int | None) -> bool:
         # With several processes no process ends on its own: the gate closes for all of them after the same step.
-        if self._gate is None and (self._is_at_end() or self._coord.stop_requested or self.boundary.must_stop):
+        if self._gate is None and (
+            (self._end is not None and self._is_at_end()) or self.boundary.must_stop or self._coord.stop_requested
+        ):
             return True
         return max_steps is not None and self.global_step >= max_steps
 
@@ -380,7 +382,8 @@ class StepSession:
 
     def _begin(self) -> bool:
         """Enter the next step; ``False`` if no process may."""
-        if self._is_at_end() and self._gate is None:
+        # Every step comes here: what would read better as calls of functions is written out.
+        if self._end is not None and self._is_at_end() and self._gate is None:
             return False
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
@@ -388,10 +391,12 @@ class StepSession:
         return True
 
     def _enter(self) -> None:
-        self._check_open()
-        if self.boundary.is_mine:
+        if not self.is_open:
+            self._check_open()
+        if self.boundary.stepping == threading.get_ident():
             raise RuntimeError("a step was begun inside a step: end the outer one first, or use one loop over steps()")
-        self._tell_of_untrained()
+        if self._left_untrained is not None:
+            self._tell_of_untrained()
         self.boundary.enter()
         self.is_left = False
         self.process_state.begin_step()
