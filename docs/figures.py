@@ -1,7 +1,6 @@
 """Draw the figures of the documentation into ``docs/images``, and fill in the tables of ``docs/benchmarks.md``.
 
-Bars and tables are those of ``docs/images/benchmarks.json``, which ``python benchmarks/run.py --json FILE`` writes: all of
-one run.
+Bars and tables are those of ``docs/images/benchmarks.json``, which ``python benchmarks/run.py --json FILE`` writes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def measurements() -> dict:
 
 
 def filled_in(page: str) -> str:
-    """The page of the benchmarks, with what they have printed between ``<!-- measured: NAME -->`` and ``<!-- end -->``."""
+    """The page of the benchmarks, with what they have printed after each ``<!-- measured: NAME -->``."""
     measured = measurements()
 
     def printed(found: re.Match[str]) -> str:

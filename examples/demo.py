@@ -39,7 +39,7 @@ def main() -> None:
         "--logdir", type=Path, default=Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S"), help="default: %(default)s"
     )
     parser.add_argument("--engine", choices=sorted(PROGRAMS), default="tensorflow", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
     args = parser.parse_args()
     if lacking := [name for name in NEEDS[args.engine][0] if importlib.util.find_spec(name) is None]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from stepguard import Watching
 from stepguard.jax import Supervisor, batches
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -76,6 +77,7 @@ sv = Supervisor(
     save_model_steps=args.save_model_steps,
     save_summaries_secs=1,
     summaries=lambda state: {"test_accuracy": test_accuracy(state)},
+    watching=Watching(trace="batches"),
 )
 with sv.managed_session({"params": params, "opt": optimizer.init(params), "key": dropout_key}) as sess:
     step = sess.global_step

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,6 +129,32 @@ def test_opening_the_log_draws_nothing_from_the_program(tmp_path, monkeypatch):
     Supervisor({"model": model}, tmp_path)
 
     assert (random.random(), torch.rand(())) == expected
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_tensorflow_is_imported_by_a_program_that_uses_it_and_no_other(is_used, tmp_path):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "tensorflow.py").write_text("from tensorboard.compat.tensorflow_stub import *\n")
+    program = f"""
+import sys
+{"import tensorflow" if is_used else ""}
+import torch
+from stepguard.torch import Supervisor
+
+sv = Supervisor({{"model": torch.nn.Linear(1, 1)}}, {str(tmp_path / "run")!r})
+with sv.managed_session() as sess:
+    for step in sess.steps(max_steps=2):
+        sess.summary({{"loss": step}})
+import tensorboard.compat
+print("tensorflow" in sys.modules, tensorboard.compat.tf.__name__)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    stub = "tensorboard.compat.tensorflow_stub"
+    assert ended.stdout == f"{is_used} {'tensorflow' if is_used else stub}\n", ended.stderr
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == [0, 1]
 
 
 def test_a_second_run_of_one_supervisor_opens_the_log_again(tmp_path):

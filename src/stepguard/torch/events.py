@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepguard.torch.random_states import STREAMS
-from stepguard.watching import trial
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -29,11 +28,10 @@ _PROBE_BYTES = 1 << 16
 
 def open_writer(logdir: str) -> Any:
     """A SummaryWriter for ``logdir``; ``None``, with a warning, if the tensorboard package is not installed."""
-    # The import draws random numbers, and so does the import of TensorFlow, which tensorboard loads if it is installed.
-    # Without `preserved`, a program that has seeded its streams would train differently under a supervisor.
+    # The import draws random numbers: without `preserved`, a program that has seeded its streams would train otherwise
+    # with a supervisor.
     with STREAMS.preserved():
-        if trial.current() is not None:
-            _leave_tensorflow_out()
+        _leave_tensorflow_out()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -45,11 +43,13 @@ def open_writer(logdir: str) -> Any:
 
 
 def _leave_tensorflow_out() -> None:
-    """Have tensorboard use its own small file layer, for a local directory, instead of TensorFlow if that is installed.
+    """Have tensorboard use its own small file layer: it would import TensorFlow if that is installed.
 
-    A trial starts the program many times, and the import of TensorFlow takes longer than all of its steps.
+    That takes longer than PyTorch itself, at every start, for a local file. A program that has imported TensorFlow has
+    it anyway, and its tensorboard as it was.
     """
-    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    if "tensorflow" not in sys.modules:
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
 
 def _late(kind: type[Any], storage_errors: tuple[type[BaseException], ...]) -> type[Any]:
