@@ -115,6 +115,16 @@ def test_json_lines_are_the_events(tmp_path, stepguard):
     assert [json.loads(one) for one in shown.stdout.splitlines()] == ledger.read(tmp_path)
 
 
+def test_json_has_each_event_once_also_the_start_of_a_killed_process(tmp_path, stepguard):
+    for _ in range(3):
+        Ledger(tmp_path, role="chief").append("start", argv=["train"])
+        Ledger(tmp_path, role="chief").append("fresh", step=0)
+    written = ledger.read(tmp_path)
+    assert [json.loads(one) for one in stepguard("log", tmp_path, "--json").stdout.splitlines()] == written
+    killed = [json.loads(one) for one in stepguard("log", tmp_path, "--json", "--trouble").stdout.splitlines()]
+    assert killed[:2] == [written[0], written[2]]
+
+
 def test_ledgers_that_were_put_aside_belong_to_the_story_once(tmp_path, stepguard, monkeypatch):
     monkeypatch.setattr(ledger, "_MOST_BYTES", 4000)
     told = Ledger(tmp_path, role="chief")

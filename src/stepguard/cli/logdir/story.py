@@ -56,10 +56,11 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
     """The story of the events of a ledger. With ``folds``, checkpoints in a row are one entry."""
     row: list[_Event] = []
     running: dict[str, _Event] = {}
+    last: dict[str, float] = {}
     for event in events:
         role = str(event.get("role"))
-        if role in running and event["event"] not in ("start", "stop"):
-            running[role] = {**running[role], "last": event["time"]}
+        if event["event"] not in ("start", "stop"):
+            last[role] = event["time"]
         if folds and event["event"] == "checkpoint" and (not row or row[-1].get("role") == role):
             row.append(event)
             continue
@@ -70,8 +71,8 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
                 continue
         if event["event"] == "start":
             if role in running:
-                yield _ended_without_a_word(running[role], event)
-            running[role] = event
+                yield _ended_without_a_word(running[role], last[role], event)
+            running[role], last[role] = event, event["time"]
         elif event["event"] == "stop":
             running.pop(role, None)
         yield _entry(event)
@@ -91,11 +92,10 @@ def _entry(event: _Event) -> Entry:
     return Entry(float(event["time"]), str(event.get("role", "")), printable(text), colour, (event,))
 
 
-def _ended_without_a_word(before: _Event, start: _Event) -> Entry:
+def _ended_without_a_word(before: _Event, last: float, start: _Event) -> Entry:
     # Its time is that of the last line: what the process did after that, the next `restore` tells.
     text = f"process {before.get('pid')} ended without a word{_UNKNOWN_END}"
-    time = float(before.get("last", before["time"]))
-    return Entry(min(time, float(start["time"])), str(before.get("role", "")), printable(text), BAD, (before,))
+    return Entry(float(min(last, start["time"])), str(before.get("role", "")), printable(text), BAD, (before,))
 
 
 def _checkpoints(row: list[_Event]) -> Entry:
