@@ -115,6 +115,18 @@ def test_json_lines_are_the_events(tmp_path, stepguard):
     assert [json.loads(one) for one in shown.stdout.splitlines()] == ledger.read(tmp_path)
 
 
+def test_a_start_with_other_options_says_which_and_the_events_stay_one_each(tmp_path, stepguard):
+    for options in ({"saving.max_to_keep": 5000}, {"saving.max_to_keep": 5000}, {"saving.overhead": 0.01}):
+        Ledger(tmp_path, role="chief").append("start", argv=["train"], options=options)
+    told = lines(stepguard("log", tmp_path))
+    assert [one for one in told if "options" in one] == [
+        "chief     with other options than the start before: saving.overhead 0.01 (before: the default), "
+        "saving.max_to_keep the default (before: 5000)"
+    ]
+    events = [json.loads(one) for one in stepguard("log", tmp_path, "--json").stdout.splitlines()]
+    assert sum(one["event"] == "start" and one["options"] == {"saving.overhead": 0.01} for one in events) == 1
+
+
 def test_json_has_each_event_once_also_the_start_of_a_killed_process(tmp_path, stepguard):
     for _ in range(3):
         Ledger(tmp_path, role="chief").append("start", argv=["train"])

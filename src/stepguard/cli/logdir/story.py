@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepguard.cli.text import output
+from stepguard.watching import configuration
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.words import duration, listed, printable
 
 _Event = Mapping[str, Any]
+_Options = Mapping[str, Any] | None
 
 GOOD, BAD, PLAIN = "green", "red", None
 """The colours of entries."""
@@ -57,6 +59,7 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
     row: list[_Event] = []
     running: dict[str, _Event] = {}
     last: dict[str, float] = {}
+    options: dict[str, _Options] = {}
     for event in events:
         role = str(event.get("role"))
         if event["event"] not in ("start", "stop"):
@@ -76,6 +79,9 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
         elif event["event"] == "stop":
             running.pop(role, None)
         yield _entry(event)
+        if event["event"] == "start":
+            before, options[role] = options.get(role), configuration.as_read(event.get("options"))
+            yield from _other_options(event, before, options[role])
     if row:
         yield _checkpoints(row)
 
@@ -96,6 +102,14 @@ def _ended_without_a_word(before: _Event, last: float, start: _Event) -> Entry:
     # Its time is that of the last line: what the process did after that, the next `restore` tells.
     text = f"process {before.get('pid')} ended without a word{_UNKNOWN_END}"
     return Entry(float(min(last, start["time"])), str(before.get("role", "")), printable(text), BAD, (before,))
+
+
+def _other_options(start: _Event, before: _Options, after: _Options) -> Iterator[Entry]:
+    told = [f"{one.name} {one.after} (before: {one.before})" for one in configuration.changes(before, after)]
+    if told:
+        text = f"with other options than the start before: {listed(told)}"
+        # Without an event of its own.
+        yield Entry(float(start["time"]), str(start.get("role", "")), printable(text), PLAIN, ())
 
 
 def _checkpoints(row: list[_Event]) -> Entry:
