@@ -1,13 +1,12 @@
 """The options that a start was given, as its line in the ledger tells them, and how those of two starts differ.
 
 Whoever reads the logdir may read them. So a function is told by its name, an object of another kind by its class, the
-options of a mirror's store by their names alone, texts as `redaction` shows them, and addresses without their queries.
+options of a mirror's store by their names alone, and texts as `redaction` shows them.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from datetime import datetime
@@ -16,10 +15,9 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from stepguard.options import Options
-from stepguard.watching.redaction import HIDDEN, without_secrets
+from stepguard.watching.redaction import without_secrets
 
 _MOST_ITEMS = 100
-_QUERY = re.compile(r"(\w+://[^?#]*[?#]).+", re.DOTALL)
 
 
 class Change(NamedTuple):
@@ -63,7 +61,7 @@ def _given(group: str, options: Any) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any, *, depth: int = 1) -> Any:
     if isinstance(value, (str, os.PathLike)):
-        return without_secrets([_QUERY.sub(rf"\1{HIDDEN}", os.fsdecode(value))])[0]
+        return without_secrets([os.fsdecode(value)])[0]
     # By its name, so that NumPy's bool counts without importing NumPy.
     if value is None or type(value).__name__ in ("bool", "bool_"):
         return None if value is None else bool(value)
