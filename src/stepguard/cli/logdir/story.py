@@ -31,6 +31,8 @@ STOPS = {
     "error": "failed",
 }
 """What the reasons of a `stop` say."""
+SAVES = frozenset({"checkpoint", "mirrored"})
+"""The events of saves, of which a run has many."""
 _UNKNOWN_END = ": it was killed, or crashed, or its machine went down"
 _OF_EVERY_LINE = frozenset({"event", "time", "pid", "host", "role", "so_far", "process_start"})
 
@@ -55,7 +57,7 @@ class Entry:
 
 
 def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
-    """The story of the events of a ledger. With ``folds``, checkpoints in a row are one entry."""
+    """The story of the events of a ledger. With ``folds``, saves in a row are one entry."""
     row: list[_Event] = []
     running: dict[str, _Event] = {}
     last: dict[str, float] = {}
@@ -64,12 +66,12 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
         role = str(event.get("role"))
         if event["event"] not in ("start", "stop"):
             last[role] = event["time"]
-        if folds and event["event"] == "checkpoint" and (not row or row[-1].get("role") == role):
+        if folds and event["event"] in SAVES and (not row or row[-1].get("role") == role):
             row.append(event)
             continue
         if row:
-            yield _checkpoints(row)
-            row = [event] if folds and event["event"] == "checkpoint" else []
+            yield _saves(row)
+            row = [event] if folds and event["event"] in SAVES else []
             if row:
                 continue
         if event["event"] == "start":
@@ -83,7 +85,7 @@ def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
             before, options[role] = options.get(role), configuration.as_read(event.get("options"))
             yield from _other_options(event, before, options[role])
     if row:
-        yield _checkpoints(row)
+        yield _saves(row)
 
 
 def dead(beat: Heartbeat) -> Entry:
@@ -112,16 +114,26 @@ def _other_options(start: _Event, before: _Options, after: _Options) -> Iterator
         yield Entry(float(start["time"]), str(start.get("role", "")), printable(text), PLAIN, ())
 
 
-def _checkpoints(row: list[_Event]) -> Entry:
+def _saves(row: list[_Event]) -> Entry:
     if len(row) == 1:
         return _entry(row[0])
-    steps = f"steps {_number(row[0].get('step'))} to {_number(row[-1].get('step'))}"
+    saves = [one for one in row if one["event"] == "checkpoint"]
+    copies = [one for one in row if one["event"] == "mirrored"]
+    told = []
+    if saves:
+        told.append(_checkpoint(saves[0])[0] if len(saves) == 1 else _checkpoints(saves))
+    if copies:
+        told.append(f"{len(copies):,} copied to the mirror, the last of step {_number(copies[-1].get('step'))}")
+    return Entry(float(row[-1]["time"]), str(row[-1].get("role", "")), printable("; ".join(told)), GOOD, tuple(row))
+
+
+def _checkpoints(row: list[_Event]) -> str:
     secs = [float(one["secs"]) for one in row if one.get("secs") is not None]
     stalls = [float(one["stall_secs"]) for one in row if one.get("stall_secs") is not None]
-    text = f"{len(row):,} checkpoints, {steps}"
+    text = f"{len(row):,} checkpoints, steps {_number(row[0].get('step'))} to {_number(row[-1].get('step'))}"
     if secs and stalls:
         text += f": the slowest took {_secs(max(secs))}, training waited {_secs(max(stalls))} at most"
-    return Entry(float(row[-1]["time"]), str(row[-1].get("role", "")), printable(text), GOOD, tuple(row))
+    return text
 
 
 # --- the sentences, each with its colour ---
@@ -160,6 +172,12 @@ def _checkpoint(event: _Event) -> _Told:
     if event.get("secs") is not None and event.get("stall_secs") is not None:
         text += f": took {_secs(event['secs'])}, training waited {_secs(event['stall_secs'])}"
     return text, GOOD
+
+
+def _mirrored(event: _Event) -> _Told:
+    took = f" in {_secs(event['secs'])}" if event.get("secs") is not None else ""
+    size = f": {output.size(event['bytes'])}{took}" if event.get("bytes") is not None else ""
+    return f"{event.get('name')}, step {_number(event.get('step'))}, is copied to the mirror{size}", GOOD
 
 
 def _warning(event: _Event) -> _Told:
@@ -233,6 +251,7 @@ _TELLERS: Mapping[str, Callable[[_Event], _Told]] = {
     "fresh": _fresh,
     "restore": _restore,
     "checkpoint": _checkpoint,
+    "mirrored": _mirrored,
     "warning": _warning,
     "return": _return,
     "rollback": _rollback,
