@@ -269,9 +269,11 @@ def environment(
         env = Environment(folder / "env" / "bin" / "python", folder, {**kept, **quiet, **more})
         env.run(python, "-m", "venv", folder / "env")
         (folder / "constraints.txt").write_text("\n".join(constraints))
-        install = ("-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", *requirements)
+        install = ("-m", "pip", "install", "--quiet", "--constraint", "constraints.txt")
         try:
-            env.run(env.python, *install, secs=INSTALL_SECS)
+            # One after the other, as the page has it.
+            for one in requirements:
+                env.run(env.python, *install, one, secs=INSTALL_SECS)
         except FreshEnvironmentError as error:
             error.is_not_there = "No matching distribution" in str(error)
             raise
