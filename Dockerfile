@@ -4,7 +4,8 @@ FROM python:3.12-slim
 WORKDIR /stepguard
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-# The build of PyTorch for the CPU alone is a tenth of the other.
+# An index that has PyTorch for the CPU alone makes the image a tenth as large: --build-arg PIP_EXTRA_INDEX_URL=...
+ARG PIP_EXTRA_INDEX_URL
 RUN pip install --no-cache-dir ".[torch,metrics]"
 COPY examples examples
 

@@ -109,7 +109,7 @@ class Supervisor(Generic[SessionT]):
         self._stop_grace_secs = options.stopping.stop_grace_secs
         if is_chief:
             options.check_mirror(commits=saves_model and store is not None, logdir=logdir)
-        self._observer = Observer(engine, logdir=logdir, is_chief=is_chief, options=options.watching)
+        self._observer = Observer(engine, logdir=logdir, is_chief=is_chief, options=options)
         self._saving = RunSaver(
             engine,
             store=store,

@@ -99,6 +99,24 @@ def test_checkpoints_in_a_row_are_one_line_unless_each_is_wanted(tmp_path, stepg
     assert lines(stepguard("log", tmp_path, "--trouble")) == [warning]
 
 
+def test_copies_to_the_mirror_are_in_the_line_of_the_checkpoints_in_a_row(tmp_path, stepguard):
+    told = Ledger(tmp_path, role="chief")
+    for step in (10, 20):
+        told.append("checkpoint", name=f"model.ckpt-{step}", step=step, bytes=7, secs=0.1, stall_secs=0.001)
+        told.append("mirrored", name=f"model.ckpt-{step}", step=step, bytes=7, secs=0.2)
+    (row,) = lines(stepguard("log", tmp_path))
+    assert row == (
+        "chief     2 checkpoints, steps 10 to 20: the slowest took 100 ms, training waited 1 ms at most; "
+        "2 copied to the mirror, the last of step 20"
+    )
+    each = lines(stepguard("log", tmp_path, "--every"))
+    assert each[1] == "chief     model.ckpt-10, step 10, is copied to the mirror: 7 B in 200 ms"
+    told.append("warning", message="the disk is full")
+    told.append("checkpoint", name="model.ckpt-30", step=30, bytes=7, secs=0.1, stall_secs=0.001)
+    told.append("mirrored", name="model.ckpt-30", step=30, bytes=7, secs=0.2)
+    assert lines(stepguard("log", tmp_path))[-1].endswith("waited 1 ms; 1 copied to the mirror, the last of step 30")
+
+
 def test_filters_by_age_and_role(tmp_path, stepguard):
     Ledger(tmp_path, role="chief").append("warning", message="long ago", time=1e9)
     Ledger(tmp_path, role="chief").append("warning", message="now")
@@ -113,6 +131,28 @@ def test_json_lines_are_the_events(tmp_path, stepguard):
     train(tmp_path, 2)
     shown = stepguard("log", tmp_path, "--json")
     assert [json.loads(one) for one in shown.stdout.splitlines()] == ledger.read(tmp_path)
+
+
+def test_a_start_with_other_options_says_which_and_the_events_stay_one_each(tmp_path, stepguard):
+    for options in ({"saving.max_to_keep": 5000}, {"saving.max_to_keep": 5000}, {"saving.overhead": 0.01}):
+        Ledger(tmp_path, role="chief").append("start", argv=["train"], options=options)
+    told = lines(stepguard("log", tmp_path))
+    assert [one for one in told if "options" in one] == [
+        "chief     with other options than the start before: saving.overhead 0.01 (before: the default), "
+        "saving.max_to_keep the default (before: 5000)"
+    ]
+    events = [json.loads(one) for one in stepguard("log", tmp_path, "--json").stdout.splitlines()]
+    assert sum(one["event"] == "start" and one["options"] == {"saving.overhead": 0.01} for one in events) == 1
+
+
+def test_json_has_each_event_once_also_the_start_of_a_killed_process(tmp_path, stepguard):
+    for _ in range(3):
+        Ledger(tmp_path, role="chief").append("start", argv=["train"])
+        Ledger(tmp_path, role="chief").append("fresh", step=0)
+    written = ledger.read(tmp_path)
+    assert [json.loads(one) for one in stepguard("log", tmp_path, "--json").stdout.splitlines()] == written
+    killed = [json.loads(one) for one in stepguard("log", tmp_path, "--json", "--trouble").stdout.splitlines()]
+    assert killed[:2] == [written[0], written[2]]
 
 
 def test_ledgers_that_were_put_aside_belong_to_the_story_once(tmp_path, stepguard, monkeypatch):
@@ -148,6 +188,6 @@ def test_every_event_that_is_documented_has_a_sentence():
     for event in events:
         # With all fields missing, as in a damaged line.
         (entry,) = story.told([{"event": event, "time": 1.0, "role": "chief"}])
-        assert entry.text
+        assert entry.text not in ("", event)
     (unknown,) = story.told([{"event": "landed", "time": 1.0, "role": "chief", "where": "\x1b[31mthe moon"}])
     assert unknown.text == "landed: where \\x1b[31mthe moon"

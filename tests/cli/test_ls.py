@@ -221,3 +221,21 @@ def test_a_save_whose_last_renames_a_kill_has_prevented_is_the_next_one(
     # As a chief does it.
     store.sweep()
     assert store.newest_good().checkpoint.step == (2 if is_whole else 1)
+
+
+def test_many_runs_have_a_line_each_with_what_a_restart_would_take(tmp_path, stepguard, document):
+    store = commit(tmp_path / "b", 1, 5, 12, saver_files=None)
+    commit(tmp_path / "deep" / "a", 3, saver_files=None)
+    store.quarantine(store.candidates()[-1], "for the test")
+    (tmp_path / "b" / "model.ckpt-12" / "model.pt").write_bytes(b"short")
+    title, *rows = [line.split() for line in stepguard("ls", tmp_path).stdout.splitlines()]
+    assert title == ["RUN", "CHECKPOINTS", "DAMAGED", "SIZE", "STEP", "AGE", "NAME"]
+    # Without the age, a number with its unit.
+    assert [[*row[:-4], row[-4], row[-1]] for row in rows] == [
+        [str(tmp_path / "b"), "2", "2", *rows[0][3:5], "5", "model.ckpt-5"],
+        [str(tmp_path / "deep" / "a"), "1", "-", *rows[1][3:5], "3", "model.ckpt-3"],
+    ]
+    (tmp_path / "empty").mkdir()
+    runs = document("ls", tmp_path / "deep" / "a", tmp_path / "empty", tmp_path / "deep")["runs"]
+    assert [one["logdir"] for one in runs] == [str(tmp_path / "deep" / "a"), str(tmp_path / "empty")]
+    assert [len(one["checkpoints"]) for one in runs] == [1, 0]

@@ -205,6 +205,31 @@ def test_damaged_kept_and_mirrored_checkpoints_are_told_apart(crashed, report, s
     assert "hunter2" not in page.text
 
 
+def test_the_configuration_has_the_options_and_marks_what_starts_have_changed(tmp_path, report):
+    given = {"saving.max_to_keep": 9, "watching.hang_secs": 60, "mirror.url": "s3://u:hunter2@bucket/run"}
+    write_ledger(
+        tmp_path / "run",
+        line("start", 1, options={"saving.max_to_keep": 9, "saving.overhead": 0.01}),
+        line("start", 2, 2, options=given),
+        line("start", 3, 3),
+        line("start", 4, 4, options={**given, "watching.hang_secs": 70}),
+    )
+    page = report(tmp_path / "run")
+    # The cells of its rows, one after the other.
+    assert (
+        "mirror.url's3://***@bucket/run'at start 2, before: the default"
+        "saving.max_to_keep9"
+        "saving.overheadthe defaultat start 2, before: 0.01"
+        "watching.hang_secs70at start 4, before: 60; at start 2, before: the default"
+    ) in page.text
+    begin = page.elements.index(("section", {"id": "configuration"}))
+    assert page.elements[begin:].count(("span", {"class": "trouble"})) == 3
+    write_ledger(tmp_path / "run", line("start", 1, options={}))
+    assert "All have been the defaults" in report(tmp_path / "run").text
+    write_ledger(tmp_path / "run", line("start", 1))
+    assert "Options that" not in report(tmp_path / "run").text
+
+
 # --- what it trusts ---
 
 

@@ -119,6 +119,7 @@ def test_a_run_that_has_ended(tmp_path):
     assert found["steps_at_risk"] == 0
     assert found["restarts"] == 0
     assert found["attempts"][0]["last_step"] == 12
+    assert found["attempts"][0]["options"]["saving.save_at_end"] is True
     code, text = status(tmp_path)
     assert code == 0
     assert "stopped: finished" in text

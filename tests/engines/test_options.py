@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepguard.options import Saving, Stopping, Watching
+from stepguard.watching import ledger
 
 
 def test_flat_keywords_and_groups_come_together(engine, tmp_path):
@@ -67,3 +68,12 @@ def test_what_a_start_on_an_empty_disk_restores_is_what_the_mirror_has(engine, t
 
     assert engine.committed(tmp_path / "mirror")[-1] == 5
     assert engine.read(tmp_path / "elsewhere" / "model.ckpt-5") == [5] * 6
+
+
+def test_each_start_tells_in_the_ledger_what_it_was_given(engine, tmp_path):
+    engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=2)).train(1)
+    engine.program(tmp_path, save_model_secs=0, saving=Saving(save_model_steps=3)).train(1)
+
+    told = [event["options"] for event in ledger.read(tmp_path) if event["event"] == "start"]
+    assert [one["saving.save_model_secs"] for one in told] == [0, 0]
+    assert [one["saving.save_model_steps"] for one in told] == [2, 3]

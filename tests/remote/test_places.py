@@ -173,3 +173,12 @@ def test_credentials_in_an_address_are_refused_and_not_repeated():
         open_remote("s3://key:geheim@bucket/x")
 
     assert "geheim" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x?sig=geheim", "az://bucket/x#geheim"])
+def test_what_a_store_would_not_see_of_an_address_is_refused_and_not_repeated(address):
+    with pytest.raises(ValueError, match=r"without '.' and what comes after it") as raised:
+        open_remote(address)
+
+    assert "geheim" not in str(raised.value)
+    assert "://bucket/x" in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 SOAK = Path(__file__).parent
 sys.path.insert(0, str(SOAK))
 
+import fresh_environments  # noqa: E402
 import fuzzed  # noqa: E402
 import inodes  # noqa: E402
 import soak  # noqa: E402
@@ -85,3 +87,14 @@ def test_the_soak_kills_and_damages_runs_and_nothing_is_lost() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 losses" in done.stdout
     assert "| numpy" in done.stdout
+
+
+def test_each_extra_for_users_has_a_use_in_a_fresh_environment() -> None:
+    extras = set(importlib.metadata.metadata("stepguard").get_all("Provides-Extra"))
+    assert extras == {*fresh_environments.USES, *fresh_environments.NOT_FOR_USERS} - {""}
+
+
+def test_the_lowest_versions_are_those_that_the_project_names() -> None:
+    lowest = fresh_environments.lowest(importlib.metadata.metadata("stepguard"), "torch")
+    assert {"click==8.1.*", "numpy==1.24.*", "torch==2.4.*"} <= set(lowest)
+    assert not any(one.startswith(("jax", "obstore")) for one in lowest)

@@ -23,7 +23,7 @@ def check_mirror(place: object) -> None:
 
     Raises:
         TypeError: it is neither a text nor a path.
-        ValueError: it is empty, of an unknown kind, or has credentials in it.
+        ValueError: it is empty, of an unknown kind, or has credentials or a query in it.
     """
     if not isinstance(place, (str, os.PathLike)):
         raise wrong_type("mirror", "an address such as 's3://bucket/run', a directory or a stepguard.Mirror", place)
@@ -40,6 +40,12 @@ def check_mirror(place: object) -> None:
         raise ValueError(
             "mirror must not have credentials in its address, which everyone who reads the logdir would see; give them "
             "in the environment"
+        )
+    if found is not None and found.group(1).lower() != "file" and (sign := re.search("[?#]", rest)):
+        # Not repeated, since a signature may follow.
+        raise ValueError(
+            f"mirror must be an address without '{sign.group()}' and what comes after it, which no store would see, "
+            f"got {found.group()}{rest[: sign.start()]}{sign.group()}...; give options in Mirror(store_options=...)"
         )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.disk import schema
-from stepguard.watching import trace
+from stepguard.watching import configuration, trace
 from stepguard.watching.heartbeat import Heartbeat
 
 CHIEF = "chief"
@@ -41,6 +41,8 @@ class Attempt:
     """One start of the training process. Times are Unix seconds by its own clock.
 
     ``ended`` is the last sign of life. ``reason`` is why the attempt stopped: ``None`` while it runs and after a crash.
+    ``options`` are those of the Supervisor that are not the defaults, by names such as ``saving.max_to_keep``; ``None``
+    where no line tells them.
     """
 
     pid: int | None
@@ -51,6 +53,7 @@ class Attempt:
     last_step: int | None
     reason: str | None
     error: str | None
+    options: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,7 @@ class _OpenAttempt:
         self.last_step: int | None = None
         self.reason: str | None = None
         self.error: str | None = None
+        self.options = configuration.as_read(event.get("options")) if event["event"] == "start" else None
 
     @property
     def has_crashed(self) -> bool:
@@ -245,7 +249,15 @@ class _OpenAttempt:
 
     def attempt(self) -> Attempt:
         return Attempt(
-            self.pid, self.host, self.started, self.ended, self.first_step, self.last_step, self.reason, self.error
+            self.pid,
+            self.host,
+            self.started,
+            self.ended,
+            self.first_step,
+            self.last_step,
+            self.reason,
+            self.error,
+            self.options,
         )
 
 

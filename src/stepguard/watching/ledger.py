@@ -64,6 +64,7 @@ _KINDS: schema.Kinds = {
     "time": (float,),
     "argv": (list,),
     "damaged": (list,),
+    "options": (dict,),
     "so_far": (dict,),
     "archive": (str,),
 }

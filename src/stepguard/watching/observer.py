@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.engine import Engine, TracesSteps
-from stepguard.options import BATCHES, Watching
+from stepguard.options import BATCHES, Options
 from stepguard.store import Recovery
-from stepguard.watching import launcher_link, ledger
+from stepguard.watching import configuration, launcher_link, ledger
 from stepguard.watching.hang_report import HangReport
 from stepguard.watching.hang_watch import HangWatch
 from stepguard.watching.heartbeat import Heartbeat
@@ -56,22 +56,23 @@ class Observer:
         engine: reports the number of steps done.
         logdir: where the ledger and the heartbeats are written; ``None`` writes neither.
         is_chief: whether this process may create them; a worker only adds to those of its chief.
-        options: the other ways of watching to start.
+        options: those of the Supervisor, which the ledger tells; `watching` says what else is started.
 
     Raises:
         ValueError: ``hang_secs`` is set, and there is no logdir for the stacks.
     """
 
-    def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Watching) -> None:
+    def __init__(self, engine: Engine[Any], *, logdir: str | None, is_chief: bool, options: Options) -> None:
         # No ledger or heartbeats in a place that only the framework can reach.
         self._place = None if logdir is None or "://" in logdir else logdir
-        if options.hang_secs is not None and self._place is None:
+        if options.watching.hang_secs is not None and self._place is None:
             raise ValueError(
                 f"hang_secs needs a logdir on this machine, for the stacks: expected a path, found {logdir!r}"
             )
         self._engine = engine
         self._is_chief = is_chief
-        self._options = options
+        self._options = options.watching
+        self._told = configuration.told(options)
         self._record = RunRecord(self._heartbeat(""), Room(None, is_chief))
         self._watch: _Watch | None = None
         self._is_passing = False
@@ -118,7 +119,7 @@ class Observer:
         room.make()
         if room.logdir is not None:
             launcher_link.announce(room.logdir)
-        record.begin()
+        record.begin(self._told)
         pulse = Pulse(record.now, room, is_passing=is_passing)
         pulse.beat()
         hang_secs = self._options.hang_secs

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,11 @@ class RunRecord:
         """Whether this process may write into the logdir: a worker only where its chief has begun."""
         return self._room.is_open()
 
-    def begin(self) -> None:
-        """Read the records of the previous run, and add a `start` line. Before a session is prepared."""
+    def begin(self, options: Mapping[str, Any]) -> None:
+        """Read the records of the previous run, and add a `start` line. Before a session is prepared.
+
+        ``options`` are those of `configuration.told`.
+        """
         if self._room.logdir is not None:
             self._read_the_run_before(self._room.logdir)
         self.append(
@@ -112,6 +116,7 @@ class RunRecord:
             durable=False,
             engine=self.now.engine,
             argv=list(sys.orig_argv),
+            options=options,
             version=__version__,
             python=platform.python_version(),
             framework_version=_version_of(self.now.engine),

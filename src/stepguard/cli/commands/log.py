@@ -84,9 +84,10 @@ def command(
         and (one.is_trouble or not trouble)
     ]
     if as_json:
-        for one in shown:
-            for event in one.events:
-                output.print_json_line(event)
+        # Two entries may have the same event: a start, and that it ended without a word.
+        events_of = {id(event): event for one in shown for event in one.events}
+        for event in events_of.values():
+            output.print_json_line(event)
     else:
         _print(shown)
     for reason in unreadable:

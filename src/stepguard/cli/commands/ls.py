@@ -1,4 +1,4 @@
-"""``stepguard ls``: the checkpoints of a logdir."""
+"""``stepguard ls``: the checkpoints of a logdir, or of many a line each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import click
 
 from stepguard.cli.arguments import LOGDIR_OR_URL
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir.contents import ListedCheckpoint, LogdirContents, list_contents
+from stepguard.cli.logdir import runs
+from stepguard.cli.logdir.contents import DAMAGED, ListedCheckpoint, LogdirContents, list_contents
 from stepguard.cli.logdir.standings import marks_of, standings, why_kept
 from stepguard.cli.text import output
-from stepguard.cli.text.table import STATE, Column, print_table
+from stepguard.cli.text.table import STATE, Column, print_table, warning
 from stepguard.remote import record
 from stepguard.remote.record import MirroredCheckpoint, MirrorRecord
 from stepguard.store.marks import Standing
@@ -29,6 +30,15 @@ _COLUMNS = (
     STATE,
     Column("NAME", shrink=True),
 )
+_OF_RUNS = (
+    Column("RUN", shrink=True),
+    Column("CHECKPOINTS", align_right=True),
+    Column("DAMAGED", align_right=True, style=warning),
+    Column("SIZE", align_right=True),
+    Column("STEP", align_right=True),
+    Column("AGE", align_right=True),
+    Column("NAME", shrink=True),
+)
 # Only where a checkpoint has any.
 _KEPT, _METRICS = Column("KEPT", shrink=True), Column("METRICS", shrink=True)
 
@@ -38,15 +48,17 @@ _KEPT, _METRICS = Column("KEPT", shrink=True), Column("METRICS", shrink=True)
     epilog="""\b
 Examples:
   stepguard ls runs/digits
+  stepguard ls runs/
   stepguard ls s3://bucket/runs/digits
   stepguard ls runs/digits --json | jq '.checkpoints[] | select(.state != "good")'
 """,
 )
-@click.argument("logdir", type=LOGDIR_OR_URL)
+@click.argument("logdirs", type=LOGDIR_OR_URL, nargs=-1, required=True, metavar="LOGDIR...")
 @output.json_option
 @click.pass_context
-def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
-    """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >.
+def command(ctx: click.Context, logdirs: tuple[Path, ...], as_json: bool) -> None:
+    """List the checkpoints of LOGDIR, from newest to oldest; the one that a restart would take is marked with >. Of
+    several, and of a directory with runs below it, each gets a line, with the checkpoint that a restart would take.
 
     \b
     good        the manifest is valid, and every file that a restore needs has the right size
@@ -62,13 +74,18 @@ def command(ctx: click.Context, logdir: Path, as_json: bool) -> None:
 
     Exit code 1: the system could not read something, which is named and passed over.
     """
-    found = list_contents(logdir)
-    mirror = record.read(logdir)
+    are_many = runs.are_many(logdirs)
+    found = [(list_contents(one), record.read(one)) for one in (runs.meant(logdirs) if are_many else logdirs)]
     if as_json:
-        output.print_json(_document(found, mirror))
+        documents = [_document(*one) for one in found]
+        output.print_json({"runs": documents} if are_many else documents[0])
+    elif are_many:
+        print_table(_OF_RUNS, [_row_of_run(one) for one, _ in found])
+        for one, _ in found:
+            _print_unreadable(one)
     else:
-        _print(found, mirror)
-    if found.is_unreadable:
+        _print(*found[0])
+    if any(one.is_unreadable for one, _ in found):
         ctx.exit(FINDING)
 
 
@@ -123,16 +140,26 @@ def _print(found: LogdirContents, mirror: MirrorRecord | None) -> None:
         click.echo(f"{printable(str(found.root))}: no checkpoints")
     for name in found.missing:
         click.echo(output.missing_newest(name))
-    for one in found.found:
-        if one.is_unreadable:
-            for reason in one.reasons:
-                click.echo(printable(reason))
-    for reason in found.unreadable:
-        click.echo(printable(reason))
+    _print_unreadable(found)
     if found.quarantined:
         click.echo(f"{output.counted(found.quarantined, 'damaged checkpoint')} in quarantine/")
     if mirror is not None:
         click.echo(output.mirror(mirror))
+
+
+def _print_unreadable(found: LogdirContents) -> None:
+    reasons = [reason for one in found.found if one.is_unreadable for reason in one.reasons]
+    for reason in (*reasons, *found.unreadable):
+        click.echo(printable(reason))
+
+
+def _row_of_run(found: LogdirContents) -> tuple[str, ...]:
+    damaged = sum(one.state == DAMAGED for one in found.found) + found.quarantined
+    taken = next((one for one in found.found if one.is_next), None)
+    step, age, *_, name = ("-", "-", "-") if taken is None else _row(taken, time.time())[1:]
+    size = output.size(sum(one.size for one in found.found))
+    count = f"{len(found.found):,}"
+    return printable(str(found.root)), count, f"{damaged:,}" if damaged else "-", size, step, age, name
 
 
 def _print_table(found: Sequence[ListedCheckpoint], only_there: Sequence[MirroredCheckpoint]) -> None:

@@ -29,8 +29,7 @@ _Line = tuple[str, str, str | None]
 
 def view_of(logdirs: tuple[Path, ...]) -> One | Many:
     """The view of the runs that are meant: of one if it is one path, with a run in it or with none below it."""
-    is_one = len(logdirs) == 1 and list(runs.below(logdirs[0])) in ([logdirs[0]], [])
-    return One(logdirs[0]) if is_one else Many(logdirs)
+    return Many(logdirs) if runs.are_many(logdirs) else One(logdirs[0])
 
 
 class One:
@@ -64,8 +63,7 @@ class Many:
 
     def read(self) -> list[RunState]:
         """Read the states. Raises OSError if they cannot be read."""
-        logdirs = [logdir for path in self._paths for logdir in (list(runs.below(path)) or [path])]
-        return [read_run_state(logdir) for logdir in dict.fromkeys(logdirs)]
+        return [read_run_state(logdir) for logdir in runs.meant(self._paths)]
 
     def text(self, found: list[RunState], width: int | None) -> str:
         """The states as text, fitted to ``width`` columns; with None, as wide as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stepguard.cli.logdir.contents import basenames
@@ -20,6 +20,16 @@ def below(path: Path) -> Iterator[Path]:
     What lies in a logdir is not searched, nor what begins with a dot; links to directories are followed once.
     """
     yield from _below(path, os.listdir(path), _DEEPEST, set())
+
+
+def are_many(paths: Sequence[Path]) -> bool:
+    """Whether more than one run is meant: by several paths, or by a directory with runs below it. Raises OSError."""
+    return len(paths) != 1 or list(below(paths[0])) not in ([paths[0]], [])
+
+
+def meant(paths: Sequence[Path]) -> list[Path]:
+    """The logdirs in or below some paths, each once; a path without any stands for itself. Raises OSError."""
+    return list(dict.fromkeys(logdir for path in paths for logdir in (list(below(path)) or [path])))
 
 
 def _below(path: Path, names: list[str], deepest: int, seen: set[tuple[int, int]]) -> Iterator[Path]:

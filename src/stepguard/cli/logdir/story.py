@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepguard.cli.text import output
+from stepguard.watching import configuration
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.words import duration, listed, printable
 
 _Event = Mapping[str, Any]
+_Options = Mapping[str, Any] | None
 
 GOOD, BAD, PLAIN = "green", "red", None
 """The colours of entries."""
@@ -29,6 +31,8 @@ STOPS = {
     "error": "failed",
 }
 """What the reasons of a `stop` say."""
+SAVES = frozenset({"checkpoint", "mirrored"})
+"""The events of saves, of which a run has many."""
 _UNKNOWN_END = ": it was killed, or crashed, or its machine went down"
 _OF_EVERY_LINE = frozenset({"event", "time", "pid", "host", "role", "so_far", "process_start"})
 
@@ -53,30 +57,35 @@ class Entry:
 
 
 def told(events: Iterable[_Event], *, folds: bool = True) -> Iterator[Entry]:
-    """The story of the events of a ledger. With ``folds``, checkpoints in a row are one entry."""
+    """The story of the events of a ledger. With ``folds``, saves in a row are one entry."""
     row: list[_Event] = []
     running: dict[str, _Event] = {}
+    last: dict[str, float] = {}
+    options: dict[str, _Options] = {}
     for event in events:
         role = str(event.get("role"))
-        if role in running and event["event"] not in ("start", "stop"):
-            running[role] = {**running[role], "last": event["time"]}
-        if folds and event["event"] == "checkpoint" and (not row or row[-1].get("role") == role):
+        if event["event"] not in ("start", "stop"):
+            last[role] = event["time"]
+        if folds and event["event"] in SAVES and (not row or row[-1].get("role") == role):
             row.append(event)
             continue
         if row:
-            yield _checkpoints(row)
-            row = [event] if folds and event["event"] == "checkpoint" else []
+            yield _saves(row)
+            row = [event] if folds and event["event"] in SAVES else []
             if row:
                 continue
         if event["event"] == "start":
             if role in running:
-                yield _ended_without_a_word(running[role], event)
-            running[role] = event
+                yield _ended_without_a_word(running[role], last[role], event)
+            running[role], last[role] = event, event["time"]
         elif event["event"] == "stop":
             running.pop(role, None)
         yield _entry(event)
+        if event["event"] == "start":
+            before, options[role] = options.get(role), configuration.as_read(event.get("options"))
+            yield from _other_options(event, before, options[role])
     if row:
-        yield _checkpoints(row)
+        yield _saves(row)
 
 
 def dead(beat: Heartbeat) -> Entry:
@@ -91,23 +100,40 @@ def _entry(event: _Event) -> Entry:
     return Entry(float(event["time"]), str(event.get("role", "")), printable(text), colour, (event,))
 
 
-def _ended_without_a_word(before: _Event, start: _Event) -> Entry:
+def _ended_without_a_word(before: _Event, last: float, start: _Event) -> Entry:
     # Its time is that of the last line: what the process did after that, the next `restore` tells.
     text = f"process {before.get('pid')} ended without a word{_UNKNOWN_END}"
-    time = float(before.get("last", before["time"]))
-    return Entry(min(time, float(start["time"])), str(before.get("role", "")), printable(text), BAD, (before,))
+    return Entry(float(min(last, start["time"])), str(before.get("role", "")), printable(text), BAD, (before,))
 
 
-def _checkpoints(row: list[_Event]) -> Entry:
+def _other_options(start: _Event, before: _Options, after: _Options) -> Iterator[Entry]:
+    told = [f"{one.name} {one.after} (before: {one.before})" for one in configuration.changes(before, after)]
+    if told:
+        text = f"with other options than the start before: {listed(told)}"
+        # Without an event of its own.
+        yield Entry(float(start["time"]), str(start.get("role", "")), printable(text), PLAIN, ())
+
+
+def _saves(row: list[_Event]) -> Entry:
     if len(row) == 1:
         return _entry(row[0])
-    steps = f"steps {_number(row[0].get('step'))} to {_number(row[-1].get('step'))}"
+    saves = [one for one in row if one["event"] == "checkpoint"]
+    copies = [one for one in row if one["event"] == "mirrored"]
+    told = []
+    if saves:
+        told.append(_checkpoint(saves[0])[0] if len(saves) == 1 else _checkpoints(saves))
+    if copies:
+        told.append(f"{len(copies):,} copied to the mirror, the last of step {_number(copies[-1].get('step'))}")
+    return Entry(float(row[-1]["time"]), str(row[-1].get("role", "")), printable("; ".join(told)), GOOD, tuple(row))
+
+
+def _checkpoints(row: list[_Event]) -> str:
     secs = [float(one["secs"]) for one in row if one.get("secs") is not None]
     stalls = [float(one["stall_secs"]) for one in row if one.get("stall_secs") is not None]
-    text = f"{len(row):,} checkpoints, {steps}"
+    text = f"{len(row):,} checkpoints, steps {_number(row[0].get('step'))} to {_number(row[-1].get('step'))}"
     if secs and stalls:
         text += f": the slowest took {_secs(max(secs))}, training waited {_secs(max(stalls))} at most"
-    return Entry(float(row[-1]["time"]), str(row[-1].get("role", "")), printable(text), GOOD, tuple(row))
+    return text
 
 
 # --- the sentences, each with its colour ---
@@ -146,6 +172,12 @@ def _checkpoint(event: _Event) -> _Told:
     if event.get("secs") is not None and event.get("stall_secs") is not None:
         text += f": took {_secs(event['secs'])}, training waited {_secs(event['stall_secs'])}"
     return text, GOOD
+
+
+def _mirrored(event: _Event) -> _Told:
+    took = f" in {_secs(event['secs'])}" if event.get("secs") is not None else ""
+    size = f": {output.size(event['bytes'])}{took}" if event.get("bytes") is not None else ""
+    return f"{event.get('name')}, step {_number(event.get('step'))}, is copied to the mirror{size}", GOOD
 
 
 def _warning(event: _Event) -> _Told:
@@ -219,6 +251,7 @@ _TELLERS: Mapping[str, Callable[[_Event], _Told]] = {
     "fresh": _fresh,
     "restore": _restore,
     "checkpoint": _checkpoint,
+    "mirrored": _mirrored,
     "warning": _warning,
     "return": _return,
     "rollback": _rollback,

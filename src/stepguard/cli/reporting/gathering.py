@@ -146,7 +146,7 @@ class LedgerFacts:
 
     def tell(self, entry: Entry) -> None:
         """Keep one entry of the story, unless it is a save: their numbers tell more."""
-        if not any(event["event"] == "checkpoint" for event in entry.events):
+        if story.SAVES.isdisjoint(event["event"] for event in entry.events):
             self.entries.append(entry)
             self.entries_told += 1
             self.troubles += entry.is_trouble

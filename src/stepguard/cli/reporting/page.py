@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -23,6 +24,7 @@ from stepguard.cli.reporting import charts
 from stepguard.cli.reporting.gathering import MOST_CURVES, CheckpointRow, RunFacts
 from stepguard.cli.reporting.markup import Markup, coloured, element, joined, table
 from stepguard.cli.text import output
+from stepguard.watching import configuration
 from stepguard.watching.history import CHIEF
 from stepguard.watching.redaction import without_secrets
 from stepguard.words import duration, listed
@@ -360,10 +362,35 @@ def _configuration(facts: RunFacts) -> Iterator[Markup]:
     rows = [(name, value) for name, value in told.items() if value]
     yield element("h3", "Of the newest start")
     yield table(("What", ""), rows) if rows else element("p", "The ledger has no start.")
+    yield from _options(facts)
     if facts.hyperparameters:
         yield element("h3", "Hyperparameters, as last recorded")
         found = sorted(facts.hyperparameters.items())[:_MOST_ROWS]
         yield table(("Name", "Value"), [(name, f"{value:.6g}") for name, value in found], numbers=(1,))
+
+
+def _options(facts: RunFacts) -> Iterator[Markup]:
+    told = [(number, one.options) for number, one in enumerate(facts.history.attempts, 1) if one.options is not None]
+    if not told:
+        return
+    changed: dict[str, list[str]] = {}
+    for (_, before), (number, after) in itertools.pairwise(told):
+        for one in configuration.changes(before, after):
+            changed.setdefault(one.name, []).insert(0, f"at start {number:,}, before: {one.before}")
+    newest = told[-1][1]
+    rows = [
+        (
+            name,
+            coloured(configuration.shown(newest, name), "trouble" if name in changed else "plain"),
+            listed(changed.get(name, ()), most=3, separator="; "),
+        )
+        for name in sorted({**newest, **changed})
+    ]
+    yield element("h3", "Options that are not the defaults")
+    if rows:
+        yield table(("Option", "Value", "Changed"), rows[:_MOST_ROWS])
+    else:
+        yield element("p", "All have been the defaults.")
 
 
 def _launcher(facts: RunFacts) -> str:
