@@ -79,6 +79,18 @@ def test_garbage_in_any_record_is_no_traceback(content, command, logdir, stepgua
     json.loads(stepguard(*command, logdir, "--json").stdout)
 
 
+def test_a_ledger_that_is_nested_deeper_than_a_command_can_take_apart_is_no_traceback(tmp_path, stepguard):
+    deep = b'{"a":' * 900 + b"1" + b"}" * 900
+    (tmp_path / ledger.FILE_NAME).write_bytes(
+        b'{"event": "start", "time": 1.0, "role": "chief", "options": ' + deep + b"}\n"
+        b'{"event": "warning", "time": 2.0, "role": "chief", "message": "the next line"}\n'
+    )
+    for options in ((), ("--json",)):
+        told = stepguard("log", tmp_path, *options)
+        assert (told.exit_code, told.stdout.count("the next line")) == (0, 1)
+    assert stepguard("status", tmp_path, "--json").exit_code in (0, 1)
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e"
 
 

@@ -20,6 +20,8 @@ MOST_DIGITS = 18
 _LARGEST_INT = 2**63 - 1
 _LARGEST_FLOAT = 1e15
 _LONGEST_TEXT = 1 << 16
+_DEEPEST = 64
+_TOO_DEEP = "expected JSON, found it nested too deeply"
 
 Kinds = Mapping[str, tuple[type, ...]]
 """What the field of a name may hold; ``NoneType`` is one of the types where null may stand."""
@@ -44,9 +46,20 @@ class SchemaError(ValueError):
 def parse(content: bytes) -> Any:
     """The value of a JSON document. Raises ValueError: there is none, or one that is nested too deeply."""
     try:
-        return _DECODER.decode(content.decode("utf-8"))
+        value = _DECODER.decode(content.decode("utf-8"))
     except RecursionError as error:
-        raise SchemaError("expected JSON, found it nested too deeply") from error
+        raise SchemaError(_TOO_DEEP) from error
+    # Whoever takes such a value apart, or prints it, may call itself for each level.
+    if content.count(b"{") + content.count(b"[") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        raise SchemaError(_TOO_DEEP)
+    return value
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return most == 0 or any(_is_deeper(one, most - 1) for one in inner)
 
 
 def checked(document: object, kinds: Kinds, *, required: tuple[str, ...] = ()) -> dict[str, Any]:
