@@ -596,6 +596,10 @@ def _open_store(save_path: str | None, saver: Any, keep_best: tuple[str, str, in
         return None
     definition = getattr(saver, "saver_def", None)
     hours = getattr(definition, "keep_checkpoint_every_n_hours", 0)
+    max_to_keep = getattr(definition, "max_to_keep", None)
+    if max_to_keep is not None and max_to_keep < 0:
+        _log.warning("saver: expected max_to_keep >= 0, found %d: all checkpoints are kept", max_to_keep)
+        max_to_keep = None
     root, basename = os.path.split(save_path)
     return CheckpointStore(
         root or os.curdir,
@@ -603,7 +607,7 @@ def _open_store(save_path: str | None, saver: Any, keep_best: tuple[str, str, in
         engine=ENGINE,
         saver_files=tensorflow_files,
         relative_paths=bool(getattr(saver, "_save_relative_paths", False)),
-        max_to_keep=getattr(definition, "max_to_keep", None),
+        max_to_keep=max_to_keep,
         # The Saver's own default of 10,000 hours means never.
         keep_every_n_hours=hours if 0 < hours < 10_000 else None,
         keep_best=keep_best,
