@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import ParamSpec, Protocol, TypeVar
 
+from stepguard.coordination.process_exit import has_threads
 from stepguard.coordination.signals import SignalWatch, end_by_error, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
@@ -133,8 +134,9 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if os.getpid() != self._pid:
-            # A child that was forked inside the block leaves the run, and the threads that end it, to its parent.
+        if not has_threads(self._pid):
+            # A child that was forked inside the block leaves the run, and the threads that end it, to its parent. While
+            # the interpreter ends, a generator leaves its block, and the exit of the process has ended the run before.
             return False
         if self._signals.received:
             self._run.note_end(self._signals.reason)

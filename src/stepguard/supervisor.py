@@ -420,7 +420,7 @@ class Supervisor(Generic[SessionT]):
             Exception: the first error that was reported during the run, with later errors as its notes.
             RuntimeError: threads did not stop in time.
         """
-        if self._is_of_parent():
+        if not self._has_threads():
             return
         process_exit.forget(self)
         was_asked = self._coord.should_stop()
@@ -479,7 +479,7 @@ class Supervisor(Generic[SessionT]):
 
     def _save_before_close(self) -> None:
         """Save the last step of a session that the program closes before it stops the supervisor."""
-        if self._is_of_parent():
+        if not self._has_threads():
             return
         if self._guard is not None and not self._guard.end(was_asked=self._coord.should_stop()):
             return
@@ -490,9 +490,11 @@ class Supervisor(Generic[SessionT]):
         except Exception as error:  # noqa: BLE001 - closing goes on; `stop` raises this
             self._coord.report(error)
 
-    def _is_of_parent(self) -> bool:
-        """Whether this process was forked during the run: the run and its threads belong to the parent."""
-        return os.getpid() != self._life.pid
+    def _has_threads(self) -> bool:
+        """Whether the run can still be ended here. In a child that was forked during the run it belongs to the parent;
+        when the interpreter ends, the exit of the process has ended it.
+        """
+        return process_exit.has_threads(self._life.pid)
 
     def _is_running(self) -> None:
         process_exit.end_with_process(self, Supervisor._end_with_process)

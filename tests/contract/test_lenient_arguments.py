@@ -53,6 +53,10 @@ MISTAKES = {
     "recovery_wait_secs None": fixed(recovery_wait_secs=None),
     "recovery_wait_secs negative": fixed(recovery_wait_secs=-1),
     "recovery_wait_secs a string": fixed(recovery_wait_secs="30"),
+    "stop_grace_secs None, no services": fixed(stop_grace_secs=None, logdir=None),
+    "stop_grace_secs negative, no services": fixed(stop_grace_secs=-1, logdir=None),
+    "stop_grace_secs nan, no services": fixed(stop_grace_secs=float("nan"), logdir=None),
+    "stop_grace_secs a string, no services": fixed(stop_grace_secs="5", logdir=None),
     "checkpoint_basename empty": fixed(checkpoint_basename=""),
     "summary_op nothing, never computed": lambda model: {"summary_op": tf.no_op(), "save_summaries_secs": 0},
     "summary_op a list, never computed": lambda model: {"summary_op": [tf.constant("")], "save_summaries_secs": 0},
@@ -187,6 +191,22 @@ def test_a_float_global_step_names_the_checkpoints_and_resumes_from_them(tmp_pat
         return found, tf.train.latest_checkpoint(logdir) == f"{logdir}/model.ckpt-8"
 
     assert run(scenario, OURS, tmp_path) == ([0.0, 4.0], True)
+
+
+def test_a_saver_that_is_to_keep_less_than_none_keeps_all(tmp_path, caplog):
+    """Theirs removes each checkpoint right after it was written."""
+
+    def scenario(side, logdir):
+        model = counting_model()
+        sv = side.Supervisor(logdir=logdir, saver=v1.train.Saver(max_to_keep=-1), save_model_secs=0.05)
+        with sv.managed_session() as sess:
+            sess.run(model.train_op)
+            return int(sess.run(model.global_step))
+
+    assert run(scenario, THEIRS, tmp_path) == run(scenario, OURS, tmp_path) == 1
+    if OURS.name != "itself":
+        assert tf.train.latest_checkpoint(tmp_path / OURS.name).endswith("model.ckpt-1")
+        assert "saver: expected max_to_keep >= 0, found -1: all checkpoints are kept" in caplog.text
 
 
 @pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")

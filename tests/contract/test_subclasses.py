@@ -241,6 +241,109 @@ def test_a_method_may_be_overridden_with_fewer_arguments_where_their_class_passe
     assert assert_same(scenario, tmp_path) == 0
 
 
+def with_a_constructor_of_its_own(side, session_manager):
+    """A class as programs have it that do not want the graph finalised: theirs, without the last line."""
+
+    class NotFinal(side.Supervisor):
+        def __init__(self, logdir):
+            self._graph = v1.get_default_graph()
+            self._init_ready_op()
+            self._init_init_op()
+            self._init_local_init_op()
+            self._init_saver()
+            self._init_summary_op()
+            self._init_global_step()
+            self._meta_graph_def = v1.train.export_meta_graph()
+            self._is_chief = True
+            self._coord = tf.train.Coordinator()
+            self._recovery_wait_secs, self._stop_grace_secs = 30, 10
+            self._init_fn = self._local_init_run_options = None
+            self._logdir = logdir
+            self._save_path = logdir and f"{logdir}/model.ckpt"
+            self._save_summaries_secs = self._save_model_secs = 0.05
+            self._summary_writer = logdir and v1.summary.FileWriter(logdir)
+            self._graph_added_to_summary = False
+            self._init_session_manager(session_manager=session_manager and session_manager(self))
+            self._verify_setup()
+
+    return NotFinal
+
+
+def theirs_for(sv):
+    return v1.train.SessionManager(local_init_op=sv._local_init_op, ready_op=sv._ready_op, graph=sv._graph)
+
+
+@pytest.mark.parametrize("session_manager", [None, theirs_for])
+@pytest.mark.parametrize("has_logdir", [True, False])
+@pytest.mark.parametrize("error", [None, ValueError("v"), tf.errors.OutOfRangeError(None, None, "o")])
+def test_a_constructor_that_does_not_call_theirs(error, has_logdir, session_manager, tmp_path):
+    def scenario(side, logdir):
+        found = []
+        for _ in range(2):
+            with tf.Graph().as_default() as graph:
+                model = counting_model()
+                sv = with_a_constructor_of_its_own(side, session_manager)(logdir if has_logdir else None)
+
+                def train(sv=sv, model=model):
+                    with sv.managed_session() as sess:
+                        tf.constant("the graph is open")
+                        sv.loop(None, sess.run, (model.weights,))
+                        began.append(int(sess.run(model.global_step)))
+                        for _ in range(3):
+                            sess.run(model.train_op)
+                        if has_logdir:
+                            wait_until(lambda: tf.train.latest_checkpoint(logdir))
+                        if error is not None:
+                            raise error
+
+                found.append((outcome(train), sv.should_stop(), sv.coord.should_stop(), graph.finalized))
+        return found
+
+    began = []
+    assert_same(scenario, tmp_path)
+    # Theirs may have saved no more than the beginning, and so may ours before an error.
+    if not isinstance(error, ValueError):
+        assert began[2:] == [0, 3 if has_logdir else 0] or OURS.name == "itself"
+
+
+def test_a_preparation_of_the_class_s_own(tmp_path):
+    """As programs have it whose queues must run before the model can be initialised."""
+
+    def scenario(side, logdir):
+        class QueuesFirst(side.Supervisor):
+            def prepare_or_wait_for_session(self, master="", config=None, *args, **kwargs):
+                self._coord.clear_stop()
+                sess, is_recovered = self._session_manager.recover_session(
+                    master, self.saver, checkpoint_dir=self._logdir, config=config
+                )
+                self.start_queue_runners(sess)
+                if not is_recovered:
+                    sess.run(self.init_op, feed_dict=self._init_feed_dict)
+                    assert self._session_manager._model_ready(sess) == (True, None)
+                self._write_graph()
+                self.start_standard_services(sess)
+                return sess
+
+        found = []
+        for _ in range(2):
+            with tf.Graph().as_default():
+                queue = v1.train.input_producer(tf.constant([1.0, 2.0]), shuffle=False).dequeue()
+                first = v1.get_variable("first", initializer=queue)
+                model = counting_model()
+                sv = QueuesFirst(logdir=logdir, save_model_secs=0.05, stop_grace_secs=10)
+                with sv.managed_session() as sess:
+                    found.append(float(sess.run(first)))
+                    began.append(int(sess.run(model.global_step)))
+                    for _ in range(3):
+                        sess.run(model.train_op)
+                    wait_until(lambda: tf.train.latest_checkpoint(logdir))
+        return found
+
+    began = []
+    assert_same(scenario, tmp_path)
+    assert began[2:] == [0, 3] or OURS.name == "itself"
+
+
 @pytest.mark.skipif(OURS.name == "itself", reason="of ours alone")
 class TestNamesThatStepguardNeedsItself:
     @pytest.mark.parametrize("name", ["_observe", "open_session"])

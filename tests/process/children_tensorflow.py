@@ -366,8 +366,9 @@ def serves(address: str) -> None:
 def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0) -> None:
     """End in one of the states of ``states_at_end.py``.
 
-    The session is ``local``, with a queue runner that waits for gradients (``sync``), on a ``server`` of this process,
-    or on one that needs the parameter server ``ps``, a ``replica``; with ``silent`` that one is stopped before the end.
+    The session is ``local``, with a queue runner that waits for gradients (``sync``) or with partial runs that are not
+    ended (``partial``), on a ``server`` of this process, or on one that needs the parameter server ``ps``, a
+    ``replica``; with ``silent`` that one is stopped before the end.
     """
     master = ""
     if kind == "server":
@@ -386,6 +387,15 @@ def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0
             filling = v1.assign_add(step, tf.cast(gradients.take_grad(1), tf.int64)).op
             train_op = gradients.apply_grad(1.0, local_step=10**6)
         v1.train.add_queue_runner(v1.train.QueueRunner(queue, [filling]))
+        first, second = v1.placeholder(tf.float32, []), v1.placeholder(tf.float32, [])
+        half = first + 1
+        whole = half + second
+
+        def train(session: Any) -> None:
+            session.run(train_op)
+            if kind == "partial":
+                session.partial_run(session.partial_run_setup([half, whole], [first, second]), half, {first: 1})
+
         options = {"watching": Watching(peer_timeout_secs=2)} if kind == "silent" else {}
         sv = Supervisor(logdir=logdir, save_summaries_secs=0, summary_op=None, stop_grace_secs=5, **options)
         states_at_end.end(
@@ -393,7 +403,7 @@ def ends_in(state: str, logdir: str, *, kind: str, ps: str = "", ps_pid: int = 0
             sv,
             lambda **options: sv.prepare_or_wait_for_session(master, **options),
             lambda: sv.managed_session(master),
-            lambda session: session.run(train_op),
+            train,
             lambda: os.kill(ps_pid, signal.SIGSTOP) if kind == "silent" else None,
         )
 

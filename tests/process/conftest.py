@@ -45,6 +45,14 @@ def tensorflow_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zy
 
 
 @pytest.fixture(scope="session")
+def jax_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts processes that run functions of ``children_jax.py``."""
+    zygote = Zygote(tmp_path_factory.mktemp("jax-children"), "children_jax")
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
 def torch_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     """Starts processes that run functions of ``children_torch.py``."""
     zygote = Zygote(tmp_path_factory.mktemp("torch-children"), "children_torch")

@@ -30,7 +30,10 @@ def assert_ends(child: Child, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATUS)
-@pytest.mark.parametrize("kind", ["local", "server", pytest.param("sync", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "kind",
+    ["local", "server", pytest.param("sync", marks=pytest.mark.soak), pytest.param("partial", marks=pytest.mark.soak)],
+)
 def test_a_tensorflow_program_ends(tensorflow_children: Zygote, tmp_path: Path, kind: str, state: str) -> None:
     assert_ends(tensorflow_children.start("ends_in", state=state, logdir=str(tmp_path), kind=kind), state)
 
@@ -71,6 +74,11 @@ def test_a_replica_ends_whose_parameter_server_is_silent(
 @pytest.mark.parametrize("state", [state for state in STATUS if state != "a thread still trains"])
 def test_a_pytorch_program_ends(torch_children: Zygote, tmp_path: Path, state: str) -> None:
     assert_ends(torch_children.start("ends_in", state=state, logdir=str(tmp_path)), state)
+
+
+@pytest.mark.parametrize("state", [state for state in STATUS if state != "a thread still trains"])
+def test_a_jax_program_ends(jax_children: Zygote, tmp_path: Path, state: str) -> None:
+    assert_ends(jax_children.start("ends_in", state=state, logdir=str(tmp_path)), state)
 
 
 def python_at_hand(version: str) -> str:

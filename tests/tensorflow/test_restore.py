@@ -478,6 +478,17 @@ class TestANameThatIsNotTheStepThatIsHeld:
 
         assert steps_at_start(tmp_path) == 30
 
+    @pytest.mark.parametrize("name", [".kept", ".kept-30"])
+    @pytest.mark.parametrize("is_newer", [True, False])
+    def test_one_whose_name_begins_with_a_dot_is_gone_on_with_if_it_is_newer(self, is_newer, name, tmp_path):
+        write_ours(tmp_path, 20 if is_newer else 40, a=[1])
+        write_theirs(tmp_path, [30], name="mine", a=[1])
+        for file in tmp_path.glob("mine-30.*"):
+            file.rename(str(file).replace("mine-30", name))
+        tf.compat.v1.train.update_checkpoint_state(str(tmp_path), str(tmp_path / name))
+
+        assert steps_at_start(tmp_path) == (30 if is_newer else 40)
+
     def test_one_whose_step_is_counted_by_another_variable_goes_by_its_name(self, tmp_path):
         write_ours(tmp_path, 20, a=[1])
         with tf.Graph().as_default(), v1.Session() as session:

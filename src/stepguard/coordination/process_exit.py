@@ -3,6 +3,10 @@
 The interpreter ends a daemon thread by force when the thread returns from native code during the exit. C++ takes that
 for an unhandled exception, and aborts the process. Therefore one handler of ``atexit`` asks all threads of the open
 runs to stop, and waits for them until one deadline.
+
+After that the interpreter runs what is left of the program: the ``__del__`` of its objects, the ``finally`` of its
+generators. No other thread runs then, so a wait for one, or for a lock that one holds, would never end, and on Python
+3.11 not even the start of a thread returns. What this code may call asks :func:`has_threads` first.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -28,6 +33,18 @@ RunT = TypeVar("RunT")
 
 # How each run that is open in this process is ended.
 _open_runs: weakref.WeakKeyDictionary[Any, Callable[[Any, float], object]] = weakref.WeakKeyDictionary()
+
+
+def has_threads(
+    pid: int,
+    _getpid: Callable[[], int] = os.getpid,
+    _is_finalizing: Callable[[], bool] = sys.is_finalizing,
+) -> bool:
+    """Whether the threads that the process ``pid`` has started still run: not in a forked child, which has none of
+    them, and not while the interpreter ends, after the handlers of ``atexit``.
+    """
+    # Bound above, because the names of a module are cleared while the interpreter ends.
+    return _getpid() == pid and not _is_finalizing()
 
 
 def end_with_process(run: RunT, end: Callable[[RunT, float], object]) -> None:

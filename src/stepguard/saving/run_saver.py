@@ -154,6 +154,7 @@ class RunSaver(Generic[SessionT]):
                 one_save=self.one_save,
                 guard=guard,
             )
+            self.writer.begin()
         if self._mirror is not None:
             self._mirror.trains()
         if isinstance(self._engine, MakesRoom):

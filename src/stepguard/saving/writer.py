@@ -98,6 +98,13 @@ class CheckpointWriter:
         """The errors that are raised when the disk fails."""
         return self._committer.storage_errors
 
+    def begin(self) -> None:
+        """Start the thread. Without this the first order does, and some versions of Python start none at the exit of
+        the process, where the last step may be the first that is saved.
+        """
+        with self._wake:
+            self._start()
+
     def submit(self, snapshot: Snapshot, stall_secs: float = 0.0, take: Take | None = None) -> bool:
         """Have ``snapshot`` written, for which training waited ``stall_secs``; ``False`` if the writer is busy.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stepguard.options import Options, Saving, Watching
+from stepguard.options import Options, Saving, Stopping, Watching
 from stepguard.tensorflow.checkpoint.tensors import PATTERN
 from stepguard.tensorflow.defaults import is_default, summary_tensor
 from stepguard.words import logger
@@ -32,7 +32,8 @@ _HAVE_DEFAULTS = (
 )
 # The arguments for which TensorFlow's class takes any false value as "none".
 _MAY_BE_FALSE = ("saver", "summary_writer", "init_fn", "init_feed_dict", "local_init_run_options", "logdir")
-_RECOVERY_WAIT_SECS = 30.0
+# Used in place of a time that is no number.
+_IN_PLACE_SECS = {"recovery_wait_secs": 30.0, "stop_grace_secs": Stopping().stop_grace_secs}
 # Used in place of a negative time, with which TensorFlow's timers would tick without a pause.
 _SHORTEST_SECS = 1.0
 _USUAL_BASENAME = Saving().checkpoint_basename
@@ -211,21 +212,21 @@ def _global_step(graph: Any, name: str, value: Any) -> Any:
 
 def _seconds(name: str, value: Any) -> float | None:
     """Return a time in seconds; correct the wrong values with which TensorFlow's class still runs."""
-    if name == "stop_grace_secs":
-        # A thread cannot wait for every kind of NumPy number.
-        return float(value) if isinstance(value, numbers.Real) else value
-    if value is None and name != "recovery_wait_secs":
+    may_be_never = name not in _IN_PLACE_SECS
+    if value is None and may_be_never:
         return None
     try:
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError):
         raise _wrong_type(name, "a number of seconds", value) from None
     if math.isnan(number) or number < 0:
-        least = _RECOVERY_WAIT_SECS if name == "recovery_wait_secs" else _SHORTEST_SECS
-        never = "" if name == "recovery_wait_secs" else "; 0 or None means never"
+        least = _IN_PLACE_SECS.get(name, _SHORTEST_SECS)
+        if name == "stop_grace_secs" and number < 0:
+            least = 0.0
+        never = "; 0 or None means never" if may_be_never else ""
         _log.warning("%s: expected a number of seconds >= 0, found %s. %g is used%s", name, value, least, never)
         return least
-    if value is True or not isinstance(value, numbers.Real):
+    if (value is True and name != "stop_grace_secs") or not isinstance(value, numbers.Real):
         _log.warning("%s: expected a number of seconds, found %r. %g is used", name, value, number)
     return value if type(value) is int else number
 

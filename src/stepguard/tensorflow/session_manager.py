@@ -82,6 +82,8 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         self._ready_op = ready_op
         self._ready_for_local_init_op = ready_for_local_init_op
         self._graph = _v1.get_default_graph() if graph is None else graph
+        # Of TensorFlow's own, for subclasses that open their sessions themselves.
+        self._target = None
         self._recovery_wait_secs = recovery_wait_secs
         self._local_init_run_options = local_init_run_options
         self._local_init_feed_dict = local_init_feed_dict

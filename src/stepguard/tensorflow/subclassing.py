@@ -5,6 +5,9 @@ override (``_init_saver``, ``_verify_setup`` ...) and keeps the part in an attri
 ...), which a subclass reads, or sets before its first session. This module has all of them under the same names: the
 constructor calls the methods, and each session is prepared from the values that the attributes then have.
 
+Some subclasses have a constructor that does not call TensorFlow's, but does the same: it calls the methods and sets the
+attributes. Such an object is completed at its first use.
+
 A subclass that uses a name which Stepguard needs for itself is refused when the class, or its object, is made.
 """
 
@@ -66,6 +69,9 @@ class Subclassable:
             refuse_names(cls, sorted(ours & vars(cls).keys()))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_coord" and type(value) is tf.train.Coordinator and name not in vars(self):
+            _log.warning("%s: _coord is a coordinator of Stepguard's, in place of TensorFlow's", type(self).__name__)
+            value = Coordinator(value._clean_stop_exception_types)
         if name == "_coord" and not isinstance(value, Coordinator):
             raise TypeError(
                 f"{type(self).__name__}: _coord: expected a stepguard.tensorflow.Coordinator, found "

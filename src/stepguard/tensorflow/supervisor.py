@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -101,6 +101,12 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
     """
 
     USE_DEFAULT = defaults.USE_DEFAULT
+
+    # Those of a subclass whose constructor does not call ours.
+    _given_options = Options.of()
+    _everyones_logdir: str | None = None
+    _own_writer: Any = None
+    _own_manager: SessionManager | None = None
 
     @each_option_once
     def __init__(
@@ -222,8 +228,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
                 graph_def=graph.as_graph_def(add_shapes=True), saver_def=getattr(self._saver, "saver_def", None)
             )
         self._graph_added_to_summary = False
-        self._own_writer: Any = None
-        self._own_manager: SessionManager | None = None
+        self._own_writer = self._own_manager = None
         self._summary_writer = given["summary_writer"] if is_chief else None
         self._init_session_manager(session_manager=session_manager)
         self._verify_setup()
@@ -233,6 +238,22 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         refuse_names(type(self), sorted(name for name in before if vars(self)[name] is not before[name]))
         # From here on the graph must not change: every session, thread and checkpoint relies on it.
         graph.finalize()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Only what is missing is looked for here.
+            if name not in (*_CORE, "_core_as_built") or "_session_manager" not in vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            self._complete()
+            return vars(self)[name]
+
+    def _complete(self) -> None:
+        """Build what is missing in an object whose own constructor has set TensorFlow's attributes, and no others."""
+        self._given_options, self._everyones_logdir = Options.of(), self._logdir
+        self._own_writer, self._own_manager = None, self._own_manager
+        self._plan_saving()
+        self._build()
 
     def _init_session_manager(self, session_manager: Any = None) -> None:
         if session_manager is None:
@@ -575,6 +596,10 @@ def _open_store(save_path: str | None, saver: Any, keep_best: tuple[str, str, in
         return None
     definition = getattr(saver, "saver_def", None)
     hours = getattr(definition, "keep_checkpoint_every_n_hours", 0)
+    max_to_keep = getattr(definition, "max_to_keep", None)
+    if max_to_keep is not None and max_to_keep < 0:
+        _log.warning("saver: expected max_to_keep >= 0, found %d: all checkpoints are kept", max_to_keep)
+        max_to_keep = None
     root, basename = os.path.split(save_path)
     return CheckpointStore(
         root or os.curdir,
@@ -582,7 +607,7 @@ def _open_store(save_path: str | None, saver: Any, keep_best: tuple[str, str, in
         engine=ENGINE,
         saver_files=tensorflow_files,
         relative_paths=bool(getattr(saver, "_save_relative_paths", False)),
-        max_to_keep=getattr(definition, "max_to_keep", None),
+        max_to_keep=max_to_keep,
         # The Saver's own default of 10,000 hours means never.
         keep_every_n_hours=hours if 0 < hours < 10_000 else None,
         keep_best=keep_best,

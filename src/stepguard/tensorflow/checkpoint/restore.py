@@ -166,30 +166,38 @@ class _Start:
         return CheckpointStore(self.directory, basename=basename, engine=ENGINE, saver_files=tensorflow_files)
 
 
-def _named_old_format(start: _Start) -> Recovery | None:
-    """Restore the checkpoint that the state file names, if it is newer than all others and in the format before V2.
+def _named_unknown(start: _Start) -> Recovery | None:
+    """Restore the checkpoint that the state file names, if it is newer than all others and no store knows it.
 
-    Such a checkpoint has no entry file, so no store knows it unless it has a manifest.
+    That is one in the format before V2, which has no entry file, unless it has a manifest; and one whose name begins
+    with a dot, as the names of a store's own files do.
     """
     state = None if start.is_remote else statefile.read(Path(start.directory))
     if state is None or not start.has_known_saver:
         return None
     places = (Path(start.directory, state.newest), Path(start.directory, state.path))
-    place = next((one for one in places if tensors.is_old_format(str(one))), None)
-    if place is None or place.with_name(place.name + MANIFEST_SUFFIX).exists():
+    place = next((one for one in places if _is_hidden(one) or tensors.is_old_format(str(one))), None)
+    if place is None or place.with_name(place.name + MANIFEST_SUFFIX).exists() or not tensors.exists(str(place)):
         return None
     named = start.found_at(str(place))
-    store = start.store_of(split_name(place.name)[0]) if start.store is None else start.store
-    others = store.candidates(start.step_held)
+    store = start.store
+    if store is None and not _is_hidden(place):
+        store = start.store_of(split_name(place.name)[0])
+    others = [] if store is None else store.candidates(start.step_held)
     if others and (named.step is None or named.step <= (others[0].step or 0)):
         return None
     try:
-        _check_whole(named)
+        if not _is_hidden(place):
+            _check_whole(named)
         start.restore_unproven(str(place))
     except CheckpointCorruptError as error:
-        _refuse_old_format(start, named, error, has_others=bool(others))
+        _refuse_unknown(start, named, error, has_others=bool(others))
         return None
     return _restored(start, Recovery(named), None)
+
+
+def _is_hidden(place: Path) -> bool:
+    return place.name.startswith(".")
 
 
 def _check_whole(old: Checkpoint) -> None:
@@ -198,7 +206,7 @@ def _check_whole(old: Checkpoint) -> None:
         raise CheckpointCorruptError(f"{old.path.with_name(missing)}: expected a file, found none", path=old.path)
 
 
-def _refuse_old_format(start: _Start, named: Checkpoint, damage: CheckpointCorruptError, *, has_others: bool) -> None:
+def _refuse_unknown(start: _Start, named: Checkpoint, damage: CheckpointCorruptError, *, has_others: bool) -> None:
     """Raise NoGoodCheckpointError, unless there are other checkpoints to try or the options allow to start over."""
     message = (
         f"{named.path}: expected the checkpoint that the file {statefile.FILE_NAME!r} in {start.directory} names as "
@@ -221,7 +229,7 @@ def _named_newer(start: _Start) -> Recovery | None:
     """Restore the program's own last save under another name, if it is newer than the supervisor's checkpoints."""
     own = start.store
     state = None if own is None else statefile.read(own.root)
-    if own is None or state is None or split_name(state.newest)[0] == own.basename:
+    if own is None or state is None or split_name(state.newest)[0] == own.basename or _is_hidden(state.path):
         return None
     store = CheckpointStore(own.root, basename=split_name(state.newest)[0], engine=ENGINE, saver_files=tensorflow_files)
     named = next((one for one in store.candidates(start.step_held) if one.name == state.newest), None)
@@ -292,7 +300,7 @@ def _named_anywhere(start: _Start) -> Recovery | None:
 
 
 SEARCHES: tuple[Callable[[_Start], Recovery | None], ...] = (
-    _named_old_format,
+    _named_unknown,
     _named_newer,
     _own,
     _other_names,

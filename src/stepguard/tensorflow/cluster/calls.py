@@ -15,12 +15,15 @@ alive. Nothing here is on disk.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+
+from stepguard.coordination.process_exit import has_threads
 
 # How often `give_up` is asked.
 _LOOK_SECS = 0.05
@@ -123,6 +126,7 @@ class ReleasableCalls:
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._context = context
+        self._pid = os.getpid()
         self._callers = threading.local()
         self._guard = threading.Lock()
         self._under_way: set[_Call] = set()
@@ -140,7 +144,11 @@ class ReleasableCalls:
         """Return ``function()``, or raise what it raises. Any thread.
 
         ``give_up`` is asked every 50 ms; if it returns an error, the wait ends and that error is raised.
+
+        Where couriers do not run (in a forked child, and while the interpreter ends) the caller itself makes the call.
         """
+        if not has_threads(self._pid):
+            return function()
         call = _Call(function)
         with self._guard:
             if self._lost is not None:

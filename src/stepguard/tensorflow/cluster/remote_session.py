@@ -26,6 +26,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.coordination.process_exit import has_threads
 from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import GiveUp, ReleasableCalls
 from stepguard.tensorflow.cluster.server_ping import Heartbeat
@@ -148,7 +149,7 @@ class _CarriedSession(tf.compat.v1.Session):
 
     def close(self) -> None:
         """Close the session; wait for that at most 2 s, because a lost server cannot confirm it."""
-        if not self._is_closed:
+        if not self._is_closed and has_threads(self._pid):
             self._is_closed = True
             is_lost = self._calls.left_behind or self._calls.lost is not None
             self._begin_close()
