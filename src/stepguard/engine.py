@@ -148,6 +148,18 @@ class Snapshot(Protocol):
         """The path of a state that the framework had to write itself; ``None`` for a state in memory."""
 
 
+@runtime_checkable
+class PartlyUnchanging(Protocol):
+    """A snapshot of which an engine writes a part that no step changes to files of its own.
+
+    The checkpoint before has the same files, which are shared and take no room.
+    """
+
+    @property
+    def unchanging_nbytes(self) -> int:
+        """The size of that part in memory, in bytes."""
+
+
 class EventLog(Protocol):
     """Where a run writes its curves and the records of its own life. Any thread."""
 

@@ -18,6 +18,8 @@ from click.testing import CliRunner, Result
 from stepguard.cli.main import cli
 from stepguard.options import Saving
 
+# For what is crafted.
+sys.path.append(str(Path(__file__).parent.parent / "process"))
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("launches", "logdirs")
 

@@ -6,6 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from crafted import sign
 from logdirs import commit, flip
 
 from stepguard.cli.exits import CommandError
@@ -124,6 +125,35 @@ class TestPyTorch:
         assert "graph is of the type sparse float32, which a file .pt has no room for" in done.stderr
         assert stepguard("export", tmp_path / "run", out, "--weights", "--part", "head").exit_code == 0
         assert list(torch.load(out, weights_only=True)) == ["weight", "bias"]
+
+    # What PyTorch says of such tensors when they are made and read.
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
+    @pytest.mark.parametrize(
+        ("kind", "make"),
+        [
+            ("meta float32", lambda torch: torch.empty(2, 3, device="meta")),
+            ("qint8", lambda torch: torch.quantize_per_tensor(torch.rand(4), 0.1, 0, torch.qint8)),
+            (
+                "qint8",
+                lambda torch: torch.quantize_per_channel(
+                    torch.rand(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8
+                ),
+            ),
+            ("sparse float32", lambda torch: torch.eye(3).to_sparse_csr()),
+            ("nested float32", lambda torch: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        ],
+        ids=["meta", "quantized", "by channel", "sparse", "nested"],
+    )
+    def test_what_no_file_has_room_for_is_named_with_its_type(self, kind, make, suffix, model_run, stepguard, tmp_path):
+        torch = pytest.importorskip("torch")
+        logdir = shutil.copytree(model_run, tmp_path / "run")
+        torch.save({"weight": make(torch), "bias": torch.ones(2)}, logdir / "model.ckpt-2" / "optimizer.pt")
+        sign(logdir, "model.ckpt-2")
+        done = stepguard("export", logdir, tmp_path / f"out{suffix}", "--weights", "--part", "optimizer")
+        assert done.exit_code == 3
+        assert f"weight is of the type {kind}, which a file {suffix} has no room for" in done.stderr
+        assert not list(tmp_path.glob("*out*"))
 
 
 class TestAFile:

@@ -12,3 +12,5 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 sys.path.insert(0, str(Path(__file__).parent))
+# For what is crafted: its modules know no framework.
+sys.path.append(str(Path(__file__).parent.parent / "process"))

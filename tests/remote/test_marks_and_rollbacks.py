@@ -269,3 +269,22 @@ class TestRollback:
         mirrors.copies(url).remote.put(rollback.FILE_NAME, b'{"to": "../../x"}')
         assert train(tmp_path / "elsewhere", url, 0) == 2
         assert rollback.read(tmp_path / "elsewhere") is None
+
+    @pytest.mark.parametrize("asked", ["best", "paper", 1])
+    @pytest.mark.parametrize("content", [b"{ damaged", b"", b"[]"])
+    def test_that_the_program_asks_for_is_refused_if_only_the_mirror_has_it_and_its_manifest_is_damaged(
+        self, url, tmp_path, asked, content
+    ):
+        logdir = tmp_path / "run"
+        with_losses(logdir, url)
+        mirrors.remove(logdir, "model.ckpt-1")
+        mirrors.copies(url).remote.put("model.ckpt-1.manifest.json", content)
+        sv = with_best(logdir, url, restoring=Restoring(step=asked))
+        with (
+            pytest.raises(CheckpointCorruptError, match=r"may be the checkpoint .* that the program"),
+            sv.managed_session(),
+        ):
+            pass
+        assert rollback.read(logdir) is None
+        with with_best(logdir, url, restoring=Restoring(step=2)).managed_session() as session:
+            assert session.step == 2

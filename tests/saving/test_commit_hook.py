@@ -52,12 +52,13 @@ def test_it_is_called_with_what_was_committed_in_this_order(tmp_path):
     assert threads == {"stepguard-on-commit"}
 
 
-def test_its_error_is_a_warning_and_the_next_call_is_made(tmp_path, caplog):
+@pytest.mark.parametrize("kind", [ConnectionError, SystemExit])
+def test_its_error_is_a_warning_and_the_next_call_is_made(kind, tmp_path, caplog):
     told = []
 
     def fail(committed: Committed) -> None:
         told.append(committed.step)
-        raise ConnectionError("the hub is away")
+        raise kind("the hub is away")
 
     train(supervisor(tmp_path, fail), 3)
 

@@ -56,6 +56,7 @@ def test_a_manifest_without_marks_has_none_of_their_fields(tmp_path):
     [
         {"metrics": [1], "names": "x", "kept": "yes", "best": "loss"},
         {"metrics": {"a": "low", "b": True}, "names": [1, "../x", ""], "kept": 1, "best": ["loss", "least", 1]},
+        {"metrics": {"a": 10**400}},
         {"best": ["loss", "min", 0]},
         {"best": ["loss", "min", 1, 2]},
     ],

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from mounts import mounted
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -36,14 +38,15 @@ def network(*, frozen=True):
     return net
 
 
-def train(logdir, steps, net=None, *, apart=True, unfreeze_at=None, **options):
-    """Train to ``steps``, saving each step; returns the model."""
+def train(logdir, steps, net=None, *, apart=True, unfreeze_at=None, at=None, **options):
+    """Train to ``steps``, saving each step; calls what ``at`` has for a step in it; returns the model."""
     net = network() if net is None else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     options = {"save_model_secs": 0, "save_model_steps": 1, "save_summaries_secs": 0, "max_to_keep": 0, **options}
     sv = Supervisor({"model": net, "optimizer": optimizer}, logdir, saving=Saving(frozen_apart=apart), **options)
     with sv.managed_session() as session:
         for _ in session.steps(max_steps=steps):
+            (at or {}).get(session.global_step, lambda: None)()
             if unfreeze_at is not None and session.global_step >= unfreeze_at:
                 net.backbone[0].requires_grad_(True)
             optimizer.zero_grad()
@@ -52,6 +55,13 @@ def train(logdir, steps, net=None, *, apart=True, unfreeze_at=None, **options):
             # Each step is saved: none is skipped because the one before is still being written.
             session.save()
     return net
+
+
+def wait_until(condition, secs=60):
+    deadline = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def states_equal(one, other):
@@ -295,3 +305,46 @@ def test_a_sharded_model_has_its_frozen_parameters_in_a_second_file(tmp_path):
     assert states_equal(train(tmp_path, 2).state_dict(), ended)
     store = CheckpointStore(tmp_path)
     assert all(store.verify(one).is_committed for one in store.candidates())
+
+
+class TestOnASmallDisk:
+    """With less room than the backbone of 3 MiB, and more than what a step changes."""
+
+    @pytest.fixture
+    def disk(self, tmp_path):
+        with mounted(tmp_path / "disk") as mount:
+            yield mount
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_a_start_saves_what_it_trains(self, kept, disk):
+        logdir = disk.path / "run"
+        train(logdir, 1)
+        disk.fill(leave_megabytes=2)
+        train(logdir, 3, max_to_keep=kept, stopping=Stopping(stop_grace_secs=20))
+        assert load(logdir).step == 3
+
+    def test_the_second_save_of_a_run_does_too(self, disk):
+        logdir = disk.path / "run"
+
+        def fill_once_saved():
+            wait_until((logdir / "model.ckpt-1.manifest.json").exists)
+            disk.fill(leave_megabytes=2)
+
+        train(logdir, 3, at={1: fill_once_saved}, stopping=Stopping(stop_grace_secs=20))
+        assert load(logdir).step == 3
+
+    def test_a_save_that_found_it_full_is_made_when_there_is_room_for_that(self, disk, caplog):
+        logdir = disk.path / "run"
+
+        def fill_once_saved():
+            wait_until((logdir / "model.ckpt-1.manifest.json").exists)
+            disk.fill()
+
+        def make_room():
+            wait_until(lambda: "a checkpoint needs about" in caplog.text)
+            disk.fill().unlink()
+            disk.fill(leave_megabytes=2)
+
+        train(logdir, 4, at={1: fill_once_saved, 3: make_room}, stopping=Stopping(stop_grace_secs=30))
+        assert load(logdir).step == 4
+        assert written(logdir, 4, before=1) < 1 << 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -32,6 +32,7 @@ _NAMES = {
     str: "text",
     bool: "true or false",
     list: "a list",
+    tuple: "a list",
     dict: "an object",
 }
 
@@ -41,6 +42,10 @@ _known: dict[type, Kinds] = {}
 
 class SchemaError(ValueError):
     """What was read is not of the form that is written there."""
+
+
+WRONG = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+"""What Python raises where a value that was read is not of the form that its user expects."""
 
 
 def parse(content: bytes) -> Any:
@@ -94,7 +99,75 @@ def is_of(value: object, kinds: tuple[type, ...]) -> bool:
         return float in kinds and abs(value) <= _LARGEST_FLOAT
     if isinstance(value, str):
         return str in kinds and len(value) <= _LONGEST_TEXT
-    return isinstance(value, (list, dict)) and type(value) in kinds
+    return isinstance(value, (list, tuple, dict)) and type(value) in kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The form of an object: fields that it must have, and others that it may have. More are passed over."""
+
+    required: Mapping[str, Form]
+    optional: Mapping[str, Form] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """The form of a list, perhaps of one ``length``, or with ``keys`` of an object, whose members are of one form."""
+
+    member: Form
+    keys: Form | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The form of a whole number, with its bounds."""
+
+    least: int = 0
+    most: int = _LARGEST_INT
+
+
+Form = tuple[type, ...] | Fields | Each | Count
+"""What a value may be: one of some types, as in `Kinds`, or of a form with forms inside. ``object`` stands for all."""
+
+
+def check(value: object, form: Form, place: str = "") -> None:
+    """Raise SchemaError, with the place in the document, unless ``value`` and all that is in it are of this form."""
+    at = f"{place.removeprefix('.')}: " if place else ""
+    if isinstance(form, Count):
+        if not is_of(value, (int,)) or not form.least <= value <= form.most:  # type: ignore[operator]
+            raise SchemaError(f"{at}expected a whole number from {form.least} to {form.most}, found {_name_of(value)}")
+    elif isinstance(form, tuple):
+        if object not in form and not is_of(value, form):
+            raise SchemaError(f"{at}expected {_expected(form)}, found {_name_of(value)}")
+    elif isinstance(form, Each) and form.keys is None:
+        if not isinstance(value, (list, tuple)) or form.length not in (None, len(value)):
+            many = "" if form.length is None else f" of {form.length}"
+            raise SchemaError(f"{at}expected a list{many}, found {_name_of(value)}")
+        for number, one in enumerate(value):
+            check(one, form.member, f"{place}[{number}]")
+    elif not isinstance(value, Mapping):
+        raise SchemaError(f"{at}expected an object, found {_name_of(value)}")
+    elif isinstance(form, Each):
+        for key, one in value.items():
+            check(key, form.keys or (), f"{place} (a key)")
+            check(one, form.member, f"{place}.{key}")
+    else:
+        for name in form.required:
+            if name not in value:
+                raise SchemaError(f"{at}expected the field {name!r}, found none")
+        for name, inside in {**form.required, **form.optional}.items():
+            if name in value:
+                check(value[name], inside, f"{place}.{name}")
+
+
+def is_like(value: object, form: Form) -> bool:
+    """Whether ``value`` and all that is in it are of this form."""
+    try:
+        check(value, form)
+    except SchemaError:
+        return False
+    return True
 
 
 def is_name(text: str) -> bool:
@@ -129,7 +202,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def _expected(kinds: tuple[type, ...]) -> str:
-    return " or ".join("null" if one is NoneType else _NAMES[one] for one in kinds)
+    return " or ".join(dict.fromkeys("null" if one is NoneType else _NAMES[one] for one in kinds))
 
 
 def _name_of(value: object) -> str:

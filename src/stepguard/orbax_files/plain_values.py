@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from stepguard.disk import schema
+
 
 def to_json(values: Any) -> bytes:
     """The values as JSON. Raises TypeError for what is neither a plain value nor a NumPy array of numbers."""
@@ -21,7 +23,7 @@ def from_json(content: bytes) -> Any:
     """The values that `to_json` was given; no code from ``content`` is run. Raises ValueError: its form is another."""
     try:
         return _decoded(json.loads(content))
-    except (RecursionError, TypeError, KeyError, AttributeError) as error:
+    except schema.WRONG as error:
         raise ValueError(f"the form is unknown: {error}") from error
 
 

@@ -16,6 +16,8 @@ from stepguard.errors import CheckpointCorruptError
 from stepguard.orbax_files import plain_values
 from stepguard.orbax_files.index import Bounds, Index, Keys, StoredLeaf, StoredPart, kind_of
 from stepguard.orbax_files.writing import Digests, offsets, write_data, write_index, write_small
+from stepguard.steps.process_file import checked_state
+from stepguard.steps.random_streams import RandomStreams
 from stepguard.store import manifest
 
 ENGINE = "jax"
@@ -109,7 +111,7 @@ def read_process(directory: Path, rank: int) -> dict[str, Any] | None:
     """The state of the process of ``rank``; None if it took no part in the save.
 
     Raises:
-        CheckpointCorruptError: it cannot be read.
+        CheckpointCorruptError: it cannot be read, or holds something else.
     """
     path = directory / process_file(rank)
     named = manifest.named_files(directory)
@@ -121,9 +123,7 @@ def read_process(directory: Path, rank: int) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise CheckpointCorruptError(f"{path}: expected the state of a process: {error}", path=path) from error
-    if not isinstance(found, dict):
-        raise CheckpointCorruptError(f"{path}: expected the state of a process, found {found!r:.80}", path=path)
-    return found
+    return checked_state(found, path, RandomStreams())
 
 
 def _places_file(rank: int) -> str:

@@ -146,12 +146,16 @@ class Lease:
         raise NoConditionsError("it ignores the condition of a write", url=self._remote.url)
 
     def _read(self) -> _Holder | None:
+        """The holder that the object names. What somebody has put there by hand names none, and is waited for too."""
+        found = self._remote.head(KEY)
+        if found is None or found.size > _MOST_BYTES:
+            return None
         try:
             content = read_whole(self._remote, KEY, most=_MOST_BYTES)
             kinds = schema.kinds_of(_Holder)
             return _Holder(**schema.checked(schema.parse(content), kinds, required=tuple(kinds)))
         except (FileNotFoundError, ValueError, TypeError):
-            return None  # What somebody has put there by hand is waited for like the lease of an unknown machine.
+            return None
 
     def _is_free(self, found: RemoteObject, other: _Holder | None) -> bool:
         if other is not None and other.is_given_back:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from stepguard.engine import Engine, EventLog, Snapshot
+from stepguard.engine import Engine, EventLog, PartlyUnchanging, Snapshot
 from stepguard.saving.adoption import Adoption
 from stepguard.saving.cadence import Cadence
 from stepguard.saving.commit_hook import CommitHook, Committed
@@ -145,14 +145,16 @@ class Committer:
         stage = store.stage(name)
         try:
             self._check_space(store, snapshot)
-            # After a failed try, nothing is taken from files of earlier ones: the disk may have lost those.
+            # After an error of the disk, nothing is taken from files of earlier ones: it may have lost those.
             with contextlib.nullcontext() if self._has_failed else store.repeating(name):
                 digests = self._engine.write(snapshot, stage, name)
             checkpoint = store.commit(
                 name, step, digests=digests, taken_at=taken_at, marks=self._noted.of(snapshot.step)
             )
-        except BaseException:
-            self._has_failed = True
+        except BaseException as error:
+            # A disk that is full has lost nothing that it had.
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._has_failed = self._has_failed or not is_full
             # A full disk would stay full if every failed save left its files behind.
             with contextlib.suppress(OSError):  # The original error says more.
                 store.discard(stage)
@@ -166,9 +168,7 @@ class Committer:
 
     def _check_space(self, store: CheckpointStore, snapshot: Snapshot) -> None:
         """Raise OSError before a checkpoint that will not fit fills the disk for everyone."""
-        # Files that are shared need no room; after a failure none is.
-        last_bytes = self._last_bytes if self._has_failed else self._written_bytes
-        needed = (last_bytes or snapshot.nbytes) + _SPARE_BYTES
+        needed = self._bytes_to_write(store, snapshot) + _SPARE_BYTES
         usage = shutil.disk_usage(store.root)
         free = usage.free
         # A file system that says it has 0 blocks does not tell: FUSE ones and some network ones.
@@ -178,6 +178,16 @@ class Committer:
                 f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",
                 str(store.root),
             )
+
+    def _bytes_to_write(self, store: CheckpointStore, snapshot: Snapshot) -> int:
+        """About the bytes that a write of ``snapshot`` takes of the disk: files that are shared take none."""
+        if self._has_failed:
+            return self._last_bytes or snapshot.nbytes
+        found = self._written_bytes or snapshot.nbytes
+        if store.newest is None or not isinstance(snapshot, PartlyUnchanging):
+            return found
+        # The last one may have been the first, which wrote the whole.
+        return min(found, snapshot.nbytes - snapshot.unchanging_nbytes)
 
     def _prune(self, store: CheckpointStore) -> None:
         try:

@@ -86,7 +86,8 @@ class CommitHook:
                 one = self._waiting[0]
             try:
                 self._function(one)
-            except Exception as error:  # noqa: BLE001 - the program's own function: it must not end the training
+            # Also what ends a thread without a word, and with it all later calls.
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - the program's own code must not end the training
                 self._warn(f"on_commit has failed for {one.path}: {described(error)}")
             finally:
                 with self._changed:

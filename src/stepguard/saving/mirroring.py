@@ -253,7 +253,7 @@ class _Spare:
             if copied.name in self._tried or (copied.name in here and than is not None):
                 continue
             manifest = self._manifest(copied)
-            if manifest is None or not _is_newer(manifest, than) or self._is_given_up(manifest):
+            if manifest is None or not _is_newer(manifest, than) or self._is_given_up(manifest.step, manifest.time):
                 continue
             self._tried.add(copied.name)
             if self._taken(copied, "", manifest):
@@ -274,7 +274,12 @@ class _Spare:
         if isinstance(asked, int):
             there = {name: one for name, one in there.items() if one.step == asked}
         manifests = {name: self._manifest(one) for name, one in there.items()}
-        known = {name: one for name, one in manifests.items() if one is not None and not self._is_given_up(one)}
+        self._check_known(asked, [there[name] for name, one in manifests.items() if one is None])
+        known = {
+            name: one
+            for name, one in manifests.items()
+            if one is not None and not self._is_given_up(one.step, one.time)
+        }
         meant = next(iter(known), None) if isinstance(asked, int) else self._meant(asked, here, known.values())
         if meant is None or meant not in known:
             return
@@ -295,10 +300,21 @@ class _Spare:
         known = standing([Marked(one.name, one.step, one.time, one.marks) for one in found], self._store.pins.rule)
         return next(iter(known.best), None) if asked == BEST else known.holders.get(asked, asked)
 
-    def _is_given_up(self, manifest: Manifest) -> bool:
-        """Whether a rollback has put the run back to before this checkpoint: one of that name here is put aside."""
+    def _check_known(self, asked: int | str, damaged: Iterable[Copied]) -> None:
+        """Raise CheckpointCorruptError if one with a damaged manifest may be the one that is asked for."""
+        for one in damaged:
+            if not self._is_given_up(one.step, one.modified):
+                raise CheckpointCorruptError(
+                    f"{self._copies.url}/{one.name}: its manifest cannot be read, and it may be the checkpoint "
+                    f"{asked!r} that the program asks for. Nothing was changed. Put a good copy back, ask for another "
+                    f"step, or remove this checkpoint from the mirror",
+                    path=Path(self._copies.url) / one.name,
+                )
+
+    def _is_given_up(self, step: int | None, committed_at: float) -> bool:
+        """Whether a rollback has put the run back to before a checkpoint: one of that name here is put aside."""
         last = rollback.read(self._store.root)
-        return last is not None and last.gives_up(manifest.step, manifest.time)
+        return last is not None and last.gives_up(step, committed_at)
 
     def _manifest(self, copied: Copied) -> Manifest | None:
         try:

@@ -25,7 +25,8 @@ _END = object()
 
 _numbers = count()
 
-_ANYWAY = 'or pass resume_data="unchecked" to go on all the same, or resume_data=False to begin a new epoch'
+ANYWAY = 'or pass resume_data="unchecked" to go on all the same, or resume_data=False to begin a new epoch'
+"""How a program goes on all the same, for the end of an error."""
 
 
 def _nothing_around(loader: Any) -> AbstractContextManager[None]:  # noqa: ARG001 - some frameworks need it
@@ -204,7 +205,7 @@ class Feed(ABC):
                 f"the checkpoint is of {before} processes in the middle of an epoch (batch {batches}), there are "
                 f"{processes} now, and which of them is to read what is left cannot be known. Go on with {before}; "
                 f"use a loader that is divided anew, which is one with a DistributedSampler for PyTorch, and "
-                f"stepguard.jax.batches or Grain's ElasticIterator for JAX; {_ANYWAY}"
+                f"stepguard.jax.batches or Grain's ElasticIterator for JAX; {ANYWAY}"
             )
         # Rounded down, so that a batch is seen twice, not never.
         return batches * before // processes
@@ -272,7 +273,7 @@ class IterableFeed(Feed):
         self._order = position.get("order")
         self._mark_before = position.get("last") if position.get("processes", 1) == processes else None
         if self.batches and self._order is None and not self._is_list:
-            self._object(f"the checkpoint lacks the random states with which the epoch began; {_ANYWAY}")
+            self._object(f"the checkpoint lacks the random states with which the epoch began; {ANYWAY}")
         if self._is_list and self.batches:
             self._check(min(self.batches, len(self.loader)), peek(self.loader[self.batches - 1 : self.batches]))
 
@@ -313,11 +314,11 @@ class IterableFeed(Feed):
             return (
                 f"An iterator that the program makes is not made again as it was: give steps() the loader itself, "
                 f'several loaders as {{"a": a, "b": b}}, or a function that makes the iterable, such as '
-                f"lambda: zip(a, b); {_ANYWAY}"
+                f"lambda: zip(a, b); {ANYWAY}"
             )
         return (
             f"Its order must depend on nothing but the random states, the generators that it holds, and the epoch "
-            f"given to set_epoch; {_ANYWAY}"
+            f"given to set_epoch; {ANYWAY}"
         )
 
     def _last_mark(self) -> str | None:

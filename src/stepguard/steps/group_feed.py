@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from stepguard.steps.feeds import Feed
+from stepguard.steps.feeds import ANYWAY, Feed
 
 
 class GroupFeed(Feed):
@@ -82,7 +82,10 @@ class GroupFeed(Feed):
         """Begin at ``position``."""
         before = position.get("processes", 1)
         super().resume({**position, "processes": processes}, processes, is_checked=is_checked)
-        for part, one in zip(self._parts.values(), position["members"], strict=True):
+        members = position.get("members", ())
+        if len(members) != len(self._parts):
+            self._object(f"expected the positions of {len(self._parts)} loaders, found {len(members)}; {ANYWAY}")
+        for part, one in zip(self._parts.values(), members, strict=False):
             part.resume({**one, "processes": before}, processes, is_checked=is_checked)
         self.batches = self._seen_before = min(part.batches for part in self._parts.values())
 

@@ -30,8 +30,10 @@ def _as_number(tag: object, value: Any, where: str) -> float:
             f"mean, say"
         )
     try:
-        return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError) as error:
+        # Python would take a text such as "0.5" for a number, too.
+        plain = value.item() if hasattr(value, "item") else value
+        return float(None if isinstance(plain, (str, bytes)) else plain)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
         ) from error

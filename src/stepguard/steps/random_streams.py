@@ -24,11 +24,13 @@ class RandomStreams:
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Set the streams to the states that :meth:`capture` has returned."""
-        version, internal, gauss_next = states["python"]
-        random.setstate((version, tuple(internal), gauss_next))
         numpy = sys.modules.get("numpy")
-        if numpy is not None and "numpy" in states:
-            numpy.random.set_state(tuple(states["numpy"]))
+        _put(states, random, None if numpy is None else numpy.random)
+
+    def check(self, states: Mapping[str, Any]) -> None:
+        """Raise an error of any type unless :meth:`restore` can take ``states``. The streams stay as they are."""
+        numpy = sys.modules.get("numpy")
+        _put(states, random.Random(), None if numpy is None else numpy.random.RandomState())
 
     def draw_seeds(self) -> dict[str, int]:
         """One number from each stream. A subclass adds its own."""
@@ -72,3 +74,13 @@ class RandomStreams:
             yield
         finally:
             self.restore(states)
+
+
+def _put(states: Mapping[str, Any], python: Any, numpy: Any) -> None:
+    version, internal, gauss_next = states["python"]
+    # Python takes any object here, and fails when it is drawn.
+    if gauss_next is not None and not isinstance(gauss_next, float):
+        raise TypeError(f"expected a number or nothing as the next of Python's, found {gauss_next!r:.80}")
+    python.setstate((version, tuple(internal), gauss_next))
+    if numpy is not None and "numpy" in states:
+        numpy.set_state(tuple(states["numpy"]))

@@ -95,6 +95,11 @@ class CheckpointStore:
         self._logdir = HeldLogdir(self.root)
 
     @property
+    def newest(self) -> str | None:
+        """The name of the newest good checkpoint, as far as this process has committed one or searched for it."""
+        return self._newest_good
+
+    @property
     def basename(self) -> str:
         """The beginning of the names of the checkpoints."""
         return self._layout.basename

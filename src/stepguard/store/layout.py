@@ -18,7 +18,7 @@ from typing import Protocol
 
 from stepguard.disk import files
 from stepguard.disk.schema import MOST_DIGITS
-from stepguard.errors import CheckpointCorruptError, CheckpointError
+from stepguard.errors import CheckpointError
 from stepguard.store import statefile
 from stepguard.store.checkpoint import Checkpoint
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
@@ -235,8 +235,9 @@ class Layout:
             records = Manifest.from_json(files.read_bytes(path), path).files
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except (CheckpointCorruptError, OSError):
-            listed = None  # The list of its files is lost; files with its name and one suffix count as its own.
+        except (CheckpointError, OSError):
+            # The list is lost, or of a newer Stepguard: files with its name and one suffix count as its own.
+            listed = None
         else:
             listed = {one.name.split("/", 1)[0] for one in records}
 

@@ -114,7 +114,7 @@ def _metrics(found: object) -> dict[str, float]:
     for name, value in found.items():
         if isinstance(value, str) and value in _NOT_FINITE:
             metrics[name] = _NOT_FINITE[value]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, float) or schema.is_of(value, (int,)):
             metrics[name] = float(value)
     return metrics
 

@@ -76,7 +76,8 @@ class Gradients:
         """Set the gradients of the parameters to those in a checkpoint."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         for number, gradient in saved.items():
-            if number >= len(parameters) or parameters[number].shape != gradient.shape:
+            is_one = isinstance(gradient, torch.Tensor) and number < len(parameters)
+            if not is_one or parameters[number].shape != gradient.shape:
                 _log.warning(
                     "%s: gradient %d of the checkpoint fits no parameter, so the step that was accumulating gradients "
                     "is not the same after this restart",

@@ -33,6 +33,13 @@ class TorchStreams(RandomStreams):
             for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
                 torch.cuda.set_rng_state(state, device)
 
+    def check(self, states: Mapping[str, Any]) -> None:
+        """Raise an error of any type unless :meth:`restore` can take ``states``."""
+        super().check(states)
+        torch.Generator().set_state(states["torch"])
+        if not all(isinstance(one, torch.Tensor) and one.dtype is torch.uint8 for one in states.get("cuda", ())):
+            raise TypeError("expected the states of CUDA as bytes, found something else")
+
     def draw_seeds(self) -> dict[str, int]:
         """One number from each stream of the CPU. Those of CUDA go on: a loader rarely draws from them."""
         return {**super().draw_seeds(), "torch": int(torch.randint(2**62, ()))}

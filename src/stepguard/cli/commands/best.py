@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from stepguard.cli.arguments import LOGDIR
+from stepguard.cli.exits import FINDING, CommandError
 from stepguard.cli.logdir import standings
+from stepguard.cli.logdir.contents import DAMAGED
 from stepguard.cli.text import output
 from stepguard.store.marks import BEST
+from stepguard.words import listed
 
 
 @click.command(
@@ -28,9 +31,11 @@ def command(logdir: Path, as_json: bool) -> None:
 
     Its data are not read: `stepguard verify` does that.
 
-    Exit code 1: no checkpoint has the metric, or no run had `keep_best`.
+    Exit code 1: no checkpoint has the metric, no run had `keep_best`, or the best one may be damaged.
     """
     one = standings.chosen(logdir, BEST)
+    if one.state == DAMAGED:
+        raise CommandError(f"{one.checkpoint.path}: is the best, and damaged: {listed(one.reasons)}", FINDING)
     if as_json:
         found = {"checkpoint": str(one.checkpoint.path), "step": one.checkpoint.step}
         output.print_json({**found, "metrics": dict(standings.marks_of(one).metrics)})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from stepguard.cli.arguments import LOGDIR, mirror_at
 from stepguard.cli.exits import FINDING, CommandError
-from stepguard.cli.logdir.contents import GOOD, list_contents
+from stepguard.cli.logdir import standings
+from stepguard.cli.logdir.contents import DAMAGED, GOOD, ListedCheckpoint, list_contents
 from stepguard.cli.text import output
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.remote.copies import Copies
@@ -17,7 +17,7 @@ from stepguard.remote.history import History
 from stepguard.remote.lease import Lease
 from stepguard.remote.opening import open_remote
 from stepguard.store import Manifest, rollback
-from stepguard.words import printable
+from stepguard.words import listed, printable
 
 _LEASE_SECS = 60.0
 
@@ -52,7 +52,11 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
     try:
         before: Manifest | None = None
         is_put_back = _is_put_back(copies, logdir)
-        for manifest in _good(logdir):
+        for one in _committed(logdir):
+            manifest = one.checkpoint.manifest
+            if manifest is None or one.state == DAMAGED:
+                damaged[one.checkpoint.name] = listed(one.reasons)
+                continue
             try:
                 if (fixed := _repaired(copies, logdir, manifest, anew=is_put_back and before is None)) is not None:
                     repaired += fixed
@@ -67,7 +71,7 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
                 break
         if sent or is_put_back:
             there = [one.name for one in copies.listed()]
-            newest = next(one.name for one in _good(logdir) if one.name in there)
+            newest = next(one.checkpoint.name for one in _committed(logdir) if one.checkpoint.name in there)
             copies.state(newest, reversed(there))
         history = History(logdir, copies.remote, copies.pace).send(is_last=True)
     finally:
@@ -80,13 +84,15 @@ def command(ctx: click.Context, logdir: Path, mirror: str, wants_all: bool, as_j
         ctx.exit(FINDING)
 
 
-def _good(logdir: Path) -> Iterator[Manifest]:
-    """The manifests of the good checkpoints, the newest first."""
-    found = [one.checkpoint for one in list_contents(logdir).found if one.state == GOOD]
-    manifests = [one.manifest for one in found if one.manifest is not None and one.root == logdir]
-    if not manifests:
-        raise CommandError(f"{logdir}: expected a committed checkpoint, found none", FINDING)
-    yield from manifests
+def _committed(logdir: Path) -> list[ListedCheckpoint]:
+    """The checkpoints with a manifest, the newest first, also if it cannot be read; at least one is good."""
+    found = [one for one in list_contents(logdir).found if one.is_candidate and one.checkpoint.root == logdir]
+    if not any(one.state == GOOD for one in found):
+        raise CommandError(
+            f"{logdir}: expected a good checkpoint with a manifest, found none; see `stepguard verify {logdir}`",
+            FINDING,
+        )
+    return [one for one in found if one.checkpoint.manifest is not None or standings.manifest_error(one) is not None]
 
 
 def _is_put_back(copies: Copies, logdir: Path) -> bool:

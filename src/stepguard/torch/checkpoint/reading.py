@@ -7,6 +7,7 @@ the checkpoint that is newest then.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,9 @@ from stepguard.disk import files, system
 from stepguard.errors import CheckpointCorruptError, NoGoodCheckpointError
 from stepguard.options.checks import check_local
 from stepguard.store import Checkpoint, CheckpointStore
-from stepguard.torch.checkpoint.files import APART, ENGINE, PROCESS, SUFFIX, frozen_file, is_process, read_file
+from stepguard.torch.checkpoint.files import APART, ENGINE, SUFFIX, frozen_file, is_process, process_file, read_file
 from stepguard.torch.checkpoint.frozen import DIRECTORY, joined
+from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.redistribution import read_sharded
 from stepguard.torch.checkpoint.sharded_tensors import Shardings
 from stepguard.words import listed, logger
@@ -77,7 +79,7 @@ def load(path: str | os.PathLike[str], which: int | str = NEWEST) -> States:
     """
     check_local("path", path)
     with _held(Path(path), which) as held:
-        process = held.read(f"{PROCESS}0")
+        process = held.process
         states = {name: held.whole(name, process) for name in held.parts}
         sharded = process.get("sharded", {})
         if sharded:
@@ -99,7 +101,7 @@ def newest(logdir: str | os.PathLike[str]) -> Newest | None:
     check_local("logdir", logdir)
     try:
         with _held(Path(logdir), NEWEST) as held:
-            process = held.read(f"{PROCESS}0")
+            process = held.process
             notes = process.get("program", {})
             return Newest(
                 process["global_step"],
@@ -129,8 +131,18 @@ class _Held:
         return files.digest(self._places[name])
 
     def read(self, name: str) -> Any:
-        """The content of the file of a part or of a process."""
+        """The content of the file of a part."""
         return read_file(self._places[f"{name}{SUFFIX}"])
+
+    @functools.cached_property
+    def process(self) -> Mapping[str, Any]:
+        """The state of process 0."""
+        name = process_file(0)
+        if name not in self._places:
+            raise CheckpointCorruptError(
+                f"{self.path}: expected the file {name} in its manifest, found none", path=self.path
+            )
+        return read_process(self.path / name, self._places[name])
 
     def whole(self, part: str, process: Mapping[str, Any]) -> Any:
         """The state of a part, with its frozen parameters; ``process`` is the content of the file of process 0."""
@@ -159,7 +171,7 @@ def _held(path: Path, which: int | str) -> Iterator[_Held]:
 
 def _store_and_name(path: Path) -> tuple[CheckpointStore, str | None]:
     """The store of the logdir ``path``; or, if ``path`` is a checkpoint, the store of its logdir and its name."""
-    is_checkpoint = path.is_dir() and (path / f"{PROCESS}0{SUFFIX}").exists()
+    is_checkpoint = path.is_dir() and (path / process_file(0)).exists()
     root = path.parent if is_checkpoint else path
     return CheckpointStore(root, engine=ENGINE), path.name if is_checkpoint else None
 
@@ -206,7 +218,7 @@ def _listed(store: CheckpointStore, wanted: str | None, which: int | str) -> lis
 
 
 def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) -> _Held:
-    """Open the files that the manifest names, and compare each with its size and digest."""
+    """Open the files that the manifest names, compare each with its size and digest, and read that of the process."""
     manifest = store.read_manifest(checkpoint)
     if manifest is None:
         raise FileNotFoundError(str(checkpoint.path))
@@ -225,6 +237,7 @@ def _open_all(store: CheckpointStore, checkpoint: Checkpoint, stack: ExitStack) 
                 f"`stepguard verify {store.root}`",
                 path=path,
             )
+    held.process  # noqa: B018 - what it holds may be damage too
     return held
 
 

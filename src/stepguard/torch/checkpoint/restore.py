@@ -22,6 +22,7 @@ from stepguard.torch.checkpoint.files import (
 )
 from stepguard.torch.checkpoint.fitting import Fitting, fit
 from stepguard.torch.checkpoint.frozen import joined
+from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.random_states import STREAMS
@@ -134,10 +135,10 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
         raise CheckpointCorruptError(
             f"{path}: expected the file {process_file(0)} in its manifest, found none", path=path
         )
-    process = read_file(processes[f"{PROCESS}0"])
+    process = read_process(processes[f"{PROCESS}0"])
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
         # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
         of_chief = {key: process[key] for key in ("sharded", "program", APART) if key in process}
-        process = {**read_file(own), **of_chief}
+        process = {**read_process(own), **of_chief}
     return process, found, own is not None

@@ -43,6 +43,11 @@ class TorchSnapshot:
     # The parameters that get a file of their own, by the names of the objects and in these.
     frozen: Mapping[str, Collection[str]] = field(default_factory=dict)
 
+    @property
+    def unchanging_nbytes(self) -> int:
+        """The size of the parameters that get a file of their own, in bytes."""
+        return nbytes([self.states[part].get(name) for part, names in self.frozen.items() for name in names])
+
     def finish(self) -> None:
         """Wait until the copies are complete, and make lists again that were copied in one piece. Off the training."""
         self.copies.finish()

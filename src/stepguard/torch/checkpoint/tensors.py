@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepguard.disk.schema import WRONG
 from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.saved_tensor import SavedTensor
 from stepguard.torch.checkpoint import frozen, unpickling
 from stepguard.torch.checkpoint.files import SUFFIX, frozen_files, is_process, named_files
+from stepguard.torch.checkpoint.process_state import read_process
 
 METADATA = ".metadata"
 
@@ -32,7 +34,7 @@ def read_tensors(path: Path) -> Iterator[SavedTensor]:
     CheckpointError if its form is unknown.
     """
     if path.is_file():
-        yield from _leaves("", _load(path))
+        yield from _leaves("", load_part(path))
     elif (path / METADATA).is_file():
         yield from _sharded(path)
     else:
@@ -57,7 +59,7 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
     stored = sharded.tensors()
     apart = frozen_files(path)
     for part in named_files(path):
-        state = _load(part)
+        state = read_process(part) if is_process(part.stem) else load_part(part)
         # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
         yield from _leaves(part.stem, state)
@@ -82,7 +84,7 @@ def _put_together(sharded: Any, name: str, size: torch.Size, dtype: torch.dtype)
 def _part(path: Path) -> Iterator[SavedTensor]:
     """The tensors in one entry of a checkpoint's directory, which has a file for each named object."""
     if path.suffix == SUFFIX and path.is_file():
-        yield from _leaves(path.stem, _load(path))
+        yield from _leaves(path.stem, load_part(path))
         return
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "the manifest names it, and it is gone", str(path))
@@ -93,10 +95,11 @@ def _part(path: Path) -> Iterator[SavedTensor]:
     )
 
 
-def _load(path: Path) -> Any:
+def load_part(path: Path) -> Any:
+    """The content of a file, mapped into memory. Raises CheckpointCorruptError if PyTorch cannot read it."""
     try:
         return _loaded(path)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (*WRONG, RuntimeError, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         # EINVAL: the file is so short that the reader sought to a place before its beginning.

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from stepguard.disk.new_file import NewFile
+from stepguard.steps.process_file import CHIEF
 from stepguard.store.saved_tensor import SavedWeight
-from stepguard.torch.checkpoint.files import APART, append, frozen_files, is_process, named_files, read_file
+from stepguard.torch.checkpoint.files import APART, append, frozen_files, is_process, named_files
 from stepguard.torch.checkpoint.frozen import joined
+from stepguard.torch.checkpoint.process_state import read_process
+from stepguard.torch.checkpoint.tensors import load_part
 
 # PyTorch has names for more types, such as int4 and qint8, and cannot save tensors of those.
 _SAVED_TYPES = {
@@ -28,15 +31,14 @@ def read_weights(path: Path) -> dict[str, list[SavedWeight]]:
 
     Extra state of modules, which is no tensor, is left out. The files are mapped, so they must have been verified.
 
-    Raises CheckpointError if a file holds something that could run code.
+    Raises CheckpointError if a file holds something else, or what could run code.
     """
-    contents = {file.stem: read_file(file, mapped=True) for file in named_files(path)}
-    process: Mapping[str, Any] = next(
-        (content for name, content in contents.items() if is_process(name) and "program" in content), {}
-    )
+    named = {file.stem: file for file in named_files(path)}
+    process: Mapping[str, Any] = read_process(named[CHIEF]) if CHIEF in named else {}
+    contents = {name: load_part(file) for name, file in named.items() if not is_process(name)}
     for name, file in frozen_files(path).items():
-        contents[name] = joined(name, contents.get(name), read_file(file, mapped=True), process.get(APART, {}))
-    found = {name: _weights(state) for name, state in contents.items() if not is_process(name)}
+        contents[name] = joined(name, contents.get(name), load_part(file), process.get(APART, {}))
+    found = {name: _weights(state) for name, state in contents.items()}
     for name, skeleton in process.get("sharded", {}).items():
         found[name] = _sharded_weights(path, name, skeleton)
     return {name: weights for name, weights in found.items() if weights}
@@ -53,7 +55,7 @@ def _tensors(state: Any) -> dict[str, torch.Tensor]:
 
 def _weights(state: Any) -> list[SavedWeight]:
     return [
-        SavedWeight(name, _type_of(one), tuple(one.shape), _nbytes(one), functools.partial(_bytes, one), _memory(one))
+        SavedWeight(name, _type_of(one), _shape_of(one), _nbytes(one), functools.partial(_bytes, one), _memory(one))
         for name, one in _tensors(state).items()
     ]
 
@@ -67,14 +69,23 @@ def _sharded_weights(path: Path, part: str, skeleton: Any) -> list[SavedWeight]:
         return _bytes(sharded.read_whole(f"{part}.{name}", bare.shape, bare.dtype))
 
     return [
-        SavedWeight(name, _type_of(one), tuple(one.shape), _nbytes(one), functools.partial(read, name, one), name)
+        SavedWeight(name, _dtype_of(one), tuple(one.shape), _nbytes(one), functools.partial(read, name, one), name)
         for name, one in _tensors(skeleton).items()
     ]
 
 
+def _dtype_of(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _type_of(tensor: torch.Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return dtype if tensor.layout is torch.strided else f"sparse {dtype}"
+    """The type, with what is more to a tensor than its values in a row: no file has room for that."""
+    kinds = {"meta": tensor.is_meta, "nested": tensor.is_nested, "sparse": tensor.layout is not torch.strided}
+    return " ".join([*(kind for kind, is_so in kinds.items() if is_so), _dtype_of(tensor)])
+
+
+def _shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -83,7 +94,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    if tensor.layout is not torch.strided or not tensor.numel():
+    if _type_of(tensor) != _dtype_of(tensor) or not tensor.numel():
         return id(tensor)
     place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype
     return *place, tuple(tensor.shape), tensor.stride()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from stepguard.steps.process_file import taking
 from stepguard.torch.checkpoint.state import with_arrays, without_arrays
 from stepguard.torch.data.contents import Contents
 from stepguard.torch.data.counts import Counts
@@ -38,15 +39,20 @@ def states(generators: Sequence[Any]) -> list[Any]:
 def restore(generators: Sequence[Any], saved: Sequence[Any]) -> None:
     """Set ``generators`` to the states that :func:`states` has returned."""
     for generator, state in zip(generators, saved, strict=False):
-        if isinstance(generator, torch.Generator):
-            generator.set_state(state)
-        elif isinstance(generator, (Counts, Contents)):
-            generator.put(state)
-        elif isinstance(generator, random.Random):
-            version, internal, gauss_next = state
-            generator.setstate((version, tuple(internal), gauss_next))
-        else:
-            _put_numpy(generator, state)
+        with taking(f"a {type(generator).__name__} in the data"):
+            _restore(generator, state)
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, (Counts, Contents)):
+        generator.put(state)
+    elif isinstance(generator, random.Random):
+        version, internal, gauss_next = state
+        generator.setstate((version, tuple(internal), gauss_next))
+    else:
+        _put_numpy(generator, state)
 
 
 def reseed(generators: Sequence[Any], seed: str) -> None:

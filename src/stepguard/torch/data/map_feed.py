@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from stepguard.steps.apart import ApartIterator
-from stepguard.steps.feeds import Feed, length, shown
+from stepguard.steps.feeds import ANYWAY, Feed, length, shown
+from stepguard.steps.process_file import taking
 from stepguard.torch.data import generators
 from stepguard.torch.data.contents import Contents, warn_of_other_data
 from stepguard.torch.data.counts import Counts
@@ -135,12 +136,15 @@ class MapFeed(Feed):
         # Before anything is compared: the length of a data set may depend on the epoch, and on its contents.
         self._inside.set_epoch(position["epoch"])
         self._contents_before = position.get("contents", {})
-        self._contents.put(self._contents_before)
+        with taking(f"the contents of {shown(self.loader)}"):
+            self._contents.put(self._contents_before)
         if not position["batches"]:
             generators.restore(self._item_generators, position.get("items", ()))
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
-        self._worker_seed = position["worker_seed"]
+        if "worker_seed" not in position or (position["batches"] and position.get("order") is None):
+            self._object(f"the checkpoint lacks the random states with which the epoch began; {ANYWAY}")
+        self._worker_seed = position.get("worker_seed", self._worker_seed)
         self._order = position.get("order")
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
@@ -162,7 +166,7 @@ class MapFeed(Feed):
             left = left // size if getattr(self.loader.batch_sampler, "drop_last", False) else -(-left // size)
         self._rest = self.samples, left
         self._last_before = None
-        was = position["loader"]["batch size"] or 1
+        was = position["loader"].get("batch size") or 1
         if was * before != size * processes:
             level = logging.INFO if was == size else logging.WARNING
             _log.log(
@@ -181,9 +185,11 @@ class MapFeed(Feed):
     def _is_cut_anew(self, position: Mapping[str, Any], processes: int) -> bool:
         """Whether batch size or number of processes have changed, and the position in samples is known for them."""
         before = position.get("processes", 1)
-        is_resized = position["loader"].get("batch size") != self.description()["batch size"]
+        was = position["loader"].get("batch size")
+        is_resized = was != self.description()["batch size"]
+        is_known = was is None or (type(was) is int and was > 0)
         is_divided = before == processes or _shares(self.loader) == processes
-        return (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
+        return is_known and (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
 
     def _is_between_batches(self) -> bool:
         """Whether this epoch was begun with another batch size, so that its batches do not count its samples."""
@@ -264,6 +270,8 @@ class MapFeed(Feed):
         last = None
         for _ in range(skip):
             last = next(drawn, None)
+            if last is None:
+                break
         found = _mark(last) if skip else None
         if self._last_before is not None and found != self._last_before:
             self._object(
@@ -281,9 +289,10 @@ class MapFeed(Feed):
         return {"random": STREAMS.capture(), "generators": generators.states(self._generators), **held}
 
     def _restore_streams(self, streams: Mapping[str, Any]) -> None:
-        STREAMS.restore(streams["random"])
-        generators.restore(self._generators, streams["generators"])
-        self._contents.go_back(streams.get("contents", {}))
+        with taking(f"the order of {shown(self.loader)}"):
+            STREAMS.restore(streams["random"])
+            generators.restore(self._generators, streams["generators"])
+            self._contents.go_back(streams.get("contents", {}))
 
     def description(self) -> dict[str, Any]:
         """The properties of the loader that must be the same when a run resumes."""
