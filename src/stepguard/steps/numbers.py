@@ -30,9 +30,9 @@ def _as_number(tag: object, value: Any, where: str) -> float:
             f"mean, say"
         )
     try:
-        # Python would take a text such as "0.5" for a number, too.
         plain = value.item() if hasattr(value, "item") else value
-        return float(None if isinstance(plain, (str, bytes)) else plain)
+        # `float` would take a text such as "0.5", too.
+        return math.ldexp(plain, 0)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
