@@ -241,6 +241,20 @@ def test_a_method_may_be_overridden_with_fewer_arguments_where_their_class_passe
     assert assert_same(scenario, tmp_path) == 0
 
 
+@pytest.mark.parametrize("name", ["save", "metrics", "close", "_build", "_train"])
+def test_a_method_of_the_class_s_own_may_have_a_name_that_theirs_has_not(name, tmp_path):
+    def scenario(side, logdir):
+        model = counting_model()
+        derived = type("Derived", (side.Supervisor,), {name: lambda self, sess: int(sess.run(model.global_step))})
+        sv = derived(logdir=logdir, save_model_secs=0.05, stop_grace_secs=10)
+        with sv.managed_session() as sess:
+            sess.run(model.train_op)
+            wait_until(lambda: tf.train.latest_checkpoint(logdir))
+            return getattr(sv, name)(sess)
+
+    assert assert_same(scenario, tmp_path) == 1
+
+
 def with_a_constructor_of_its_own(side, session_manager):
     """A class as programs have it that do not want the graph finalised: theirs, without the last line."""
 

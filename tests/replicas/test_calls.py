@@ -8,9 +8,11 @@ import time
 from contextlib import nullcontext
 
 import pytest
+import tensorflow as tf
 
 from stepguard.tensorflow.cluster import calls as module
 from stepguard.tensorflow.cluster.calls import ReleasableCalls
+from stepguard.tensorflow.cluster.remote_session import open_session
 
 
 @pytest.fixture
@@ -27,6 +29,30 @@ def test_a_call_returns_what_it_returns_and_raises_what_it_raises(calls):
     with pytest.raises(KeyError):
         calls.call(lambda: {}["missing"])
     assert not calls.left_behind
+
+
+def refuse(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+
+def test_where_no_thread_can_be_started_the_caller_makes_the_call(calls, monkeypatch):
+    """From the end of the main thread on, Python 3.12 and newer start none."""
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert calls.call(threading.current_thread) is threading.current_thread()
+    with pytest.raises(KeyError):
+        calls.call(lambda: {}["missing"])
+    assert not calls.left_behind
+
+
+def test_where_no_thread_can_be_started_a_session_runs_and_its_end_is_left_to_the_kernel(monkeypatch):
+    server = tf.compat.v1.train.Server.create_local_server()
+    with tf.Graph().as_default() as graph:
+        one = tf.constant(1)
+    session = open_session(server.target, graph=graph, config=None)
+    with monkeypatch.context() as exiting:
+        exiting.setattr(threading.Thread, "start", refuse)
+        assert session.run(one) == 1
+        session.close()
 
 
 def test_a_stuck_caller_is_freed_when_the_session_is_lost(calls):

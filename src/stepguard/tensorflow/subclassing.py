@@ -29,6 +29,9 @@ _v1 = tf.compat.v1
 # The names of TensorFlow's own class: this module is imported before `install` can replace that class.
 _THEIRS = frozenset(dir(_v1.train.Supervisor))
 
+# Stepguard's own methods for programs, which nothing else calls: a subclass may have others of these names.
+_FOR_PROGRAMS = frozenset({"metrics", "save"})
+
 _PARTS = (
     "_graph",
     "_meta_graph_def",
@@ -65,7 +68,7 @@ class Subclassable:
         super().__init_subclass__(**options)
         base = next(one for one in cls.__mro__ if one.__module__.startswith("stepguard."))
         if cls is not base:
-            ours = {name for name in dir(base) if name not in _THEIRS and not name.startswith("__")}
+            ours = {name for name in dir(base) if name not in _THEIRS | _FOR_PROGRAMS and not name.startswith("__")}
             refuse_names(cls, sorted(ours & vars(cls).keys()))
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -234,7 +234,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
         self._verify_setup()
         if defaults.is_default(self._summary_writer):
             self._summary_writer = self._own_writer = open_writer(self._logdir) if self._logdir else None
-        self._build()
+        self._build_core()
         refuse_names(type(self), sorted(name for name in before if vars(self)[name] is not before[name]))
         # From here on the graph must not change: every session, thread and checkpoint relies on it.
         graph.finalize()
@@ -245,15 +245,15 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             # Only what is missing is looked for here.
             if name not in (*_CORE, "_core_as_built") or "_session_manager" not in vars(self):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-            self._complete()
+            self._complete_core()
             return vars(self)[name]
 
-    def _complete(self) -> None:
+    def _complete_core(self) -> None:
         """Build what is missing in an object whose own constructor has set TensorFlow's attributes, and no others."""
         self._given_options, self._everyones_logdir = Options.of(), self._logdir
         self._own_writer, self._own_manager = None, self._own_manager
         self._plan_saving()
-        self._build()
+        self._build_core()
 
     def _init_session_manager(self, session_manager: Any = None) -> None:
         if session_manager is None:
@@ -289,7 +289,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
                 "tf.compat.v1.train.Saver and a logdir on this machine's file systems, saver=None, or nan_guard=None"
             )
 
-    def _build(self) -> None:
+    def _build_core(self) -> None:
         """Make the engine and the core from the attributes. Called again if a subclass has set other values."""
         parts, options = self._parts(), self._given_options
         writer, manager, own_manager = parts["summary_writer"], parts["session_manager"], self._own_manager
@@ -343,7 +343,7 @@ class Supervisor(Subclassable, CoreSupervisor[Any]):
             return
         if not is_same(parts, self._built_from, ("saver", "save_path")):
             self._plan_saving()
-        self._build()
+        self._build_core()
 
     # --- the parts of the supervisor ---
 

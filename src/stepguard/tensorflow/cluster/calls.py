@@ -145,7 +145,7 @@ class ReleasableCalls:
 
         ``give_up`` is asked every 50 ms; if it returns an error, the wait ends and that error is raised.
 
-        Where couriers do not run (in a forked child, and while the interpreter ends) the caller itself makes the call.
+        Where no courier runs (in a forked child, and while the process exits) the caller itself makes the call.
         """
         if not has_threads(self._pid):
             return function()
@@ -153,12 +153,12 @@ class ReleasableCalls:
         with self._guard:
             if self._lost is not None:
                 raise self._lost
-            self._under_way.add(call)
-            courier: _Courier | None = getattr(self._callers, "courier", None)
-            if courier is None:
-                courier = self._callers.courier = _Courier(self._context)
-                self._couriers.add(courier)
-            courier.take(call)
+            courier = self._courier()
+            if courier is not None:
+                self._under_way.add(call)
+                courier.take(call)
+        if courier is None:
+            return function()
         is_interrupted = True
         try:
             call.wait(give_up)
@@ -171,6 +171,17 @@ class ReleasableCalls:
                 self.left_behind = self.left_behind or call.is_left_behind
                 self._under_way.discard(call)
         return call.result()
+
+    def _courier(self) -> _Courier | None:
+        """The courier of this thread. ``None`` if Python starts no thread, as some versions while the process exits."""
+        courier: _Courier | None = getattr(self._callers, "courier", None)
+        if courier is None:
+            try:
+                courier = self._callers.courier = _Courier(self._context)
+            except RuntimeError:
+                return None
+            self._couriers.add(courier)
+        return courier
 
     def close(self) -> None:
         """End each courier once its calls are done. A later call gets a new courier."""

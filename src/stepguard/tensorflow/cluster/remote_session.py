@@ -160,11 +160,15 @@ class _CarriedSession(tf.compat.v1.Session):
             return
         for heartbeat in self._heartbeats:
             heartbeat.end()
-        self._closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
-        self._closing.start()
+        closing = threading.Thread(target=super().close, name="stepguard-close", daemon=True)
+        # Some versions of Python start no thread while the process exits; then the session is left to the kernel.
+        with contextlib.suppress(RuntimeError):
+            closing.start()
+            self._closing = closing
 
     def _finish_close(self, deadline: float) -> None:
-        assert self._closing is not None
+        if self._closing is None:
+            return
         self._closing.join(max(0.0, deadline - time.monotonic()))
         if self._closing.is_alive():
             _log.info("a session on %s is left to itself: a server that it used does not answer", self._master)
@@ -180,8 +184,8 @@ class _CarriedSession(tf.compat.v1.Session):
             # only a copy of its parent's session. The kernel frees both.
             return
         self.close()
-        # A session that is still being closed must not be deleted.
-        if self._closing is None or not self._closing.is_alive():
+        # A session that is still being closed must not be deleted, nor one that no thread can close.
+        if self._closing is not None and not self._closing.is_alive():
             super().__del__()
 
 
@@ -197,13 +201,10 @@ def _close_all() -> None:
     """
     mine = [session for session in list(_open) if session._pid == os.getpid() and not session._is_closed]
     for session in mine:
-        # Some versions of Python cannot start a thread here; then the session is left to the kernel.
-        with contextlib.suppress(RuntimeError):
-            session._begin_close()
+        session._begin_close()
     deadline = time.monotonic() + _CLOSE_SECS
     for session in mine:
-        if session._closing is not None and session._closing.ident is not None:
-            session._finish_close(deadline)
+        session._finish_close(deadline)
 
 
 def _elements(fetches: Any, feed_dict: Any) -> tuple[Any, ...] | None:
