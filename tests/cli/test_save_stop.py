@@ -85,6 +85,7 @@ def test_stop_at_a_step_ends_it_there_and_a_step_that_is_over_is_refused(run, tm
     refused = stepguard("stop", tmp_path, "--at", "1")
     assert refused.exit_code == 1
     assert "expected a step after the present one, found 1" in refused.stderr
+    assert stepguard("stop", tmp_path, "--at", "9" * 20).exit_code == 2
     # Else a busy machine may come to the step before the request is read.
     run.may_go_on.clear()
     last = run.step + 20

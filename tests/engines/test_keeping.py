@@ -99,8 +99,10 @@ def test_the_pinned_outlive_restarts_too(engine, tmp_path):
 
 def test_what_is_no_number_is_refused_by_its_name(engine, tmp_path):
     program = engine.program(tmp_path)
-    with program.sv.managed_session() as session, pytest.raises(TypeError, match="'val_loss'"):
-        program.metrics(session, val_loss="low")  # type: ignore[arg-type]
+    with program.sv.managed_session() as session:
+        for value in ("low", "0.5", None, 10**400, [1.0]):
+            with pytest.raises(TypeError, match="'val_loss'"):
+                program.metrics(session, val_loss=value)
 
 
 def test_without_a_logdir_nothing_is_kept_and_nothing_fails(engine, caplog):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from stepguard.disk.schema import MOST_DIGITS
 from stepguard.options.checks import check_local, is_url
 from stepguard.words import printable
 
@@ -89,6 +90,10 @@ SECONDS = _Seconds(min=0)
 
 SECONDS_BETWEEN = _Seconds(min=0.01)
 """A finite number of seconds between two things."""
+
+
+STEP = click.IntRange(min=1, max=10**MOST_DIGITS - 1)
+"""The number of a step that has been done."""
 
 
 def some_of(among: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:

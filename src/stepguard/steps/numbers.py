@@ -30,8 +30,11 @@ def _as_number(tag: object, value: Any, where: str) -> float:
             f"mean, say"
         )
     try:
-        return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError) as error:
+        plain: Any = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, (str, bytes)):
+            raise TypeError("a text, of which Python would make a number")
+        return float(plain)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
         ) from error

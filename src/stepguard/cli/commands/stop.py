@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stepguard.cli.arguments import LOGDIR, SECONDS
+from stepguard.cli.arguments import LOGDIR, SECONDS, STEP
 from stepguard.cli.logdir.asking import asked
 from stepguard.cli.text import output
 from stepguard.watching import requests
@@ -21,7 +21,7 @@ Examples:
 """,
 )
 @click.argument("logdir", type=LOGDIR)
-@click.option("--at", "step", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, and not before.")
+@click.option("--at", "step", type=STEP, metavar="STEP", help="Stop after this step, and not before.")
 @click.option("--timeout", "timeout_secs", type=SECONDS, default=10.0, show_default=True, help="Seconds to wait.")
 @output.json_option
 def command(logdir: Path, step: int | None, timeout_secs: float, as_json: bool) -> None:
