@@ -30,9 +30,10 @@ def _as_number(tag: object, value: Any, where: str) -> float:
             f"mean, say"
         )
     try:
-        plain = value.item() if hasattr(value, "item") else value
-        # `float` would take a text such as "0.5", too.
-        return math.ldexp(plain, 0)
+        plain: Any = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, (str, bytes)):
+            raise TypeError("a text, of which Python would make a number")
+        return float(plain)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"{where}: expected a number for the curve {tag!r}, found {type(value).__name__}: {value!r:.80}"
