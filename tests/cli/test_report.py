@@ -314,6 +314,21 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(package, cra
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_tensorboard_that_is_too_old_for_numpy_is_named_too(crashed, tmp_path, stepguard, monkeypatch):
+    class TooOld:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "tensorboard.util.tensor_util":
+                raise AttributeError("`np.string_` was removed in the NumPy 2.0 release")
+
+    monkeypatch.delitem(sys.modules, "tensorboard.util.tensor_util", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [TooOld, *sys.meta_path])
+    refused = stepguard("report", crashed, "-o", tmp_path / "report.html")
+    assert refused.exit_code == 3
+    assert "np.string_" in refused.stderr
+    assert "pip install 'stepguard[report]'" in refused.stderr
+
+
 def test_an_address_and_an_empty_logdir_are_refused(tmp_path, stepguard):
     refused = stepguard("report", "s3://bucket/run", "-o", tmp_path / "report.html")
     assert refused.exit_code == 2

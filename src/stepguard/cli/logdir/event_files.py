@@ -130,7 +130,7 @@ def _load(place: str, extra: str) -> tuple[Any, Any]:
     try:
         from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # An old one beside NumPy 2 lacks names.
         raise CommandError(
             f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[{extra}]'",
             NOT_DONE,
