@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from stepguard.tensorflow.cluster import calls as module
+from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import ReleasableCalls
 from stepguard.tensorflow.cluster.remote_session import open_session
 
@@ -123,3 +124,15 @@ def test_a_call_after_close_is_made_all_the_same(calls):
     assert calls.call(lambda: 1) == 1
     calls.close()
     assert calls.call(lambda: 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Graph execution error:\n\nSession 12ab is not found.\n\nOriginal stack trace:", "Session 12ab is not found"),
+        ("\nSocket closed", "Socket closed"),
+        ("", "AbortedError"),
+    ],
+)
+def test_what_is_told_of_a_lost_server_is_what_the_server_has_said(message, said):
+    assert tasks.first_line(tf.errors.AbortedError(None, None, message)) == said

@@ -230,7 +230,7 @@ class SessionManager(tf.compat.v1.train.SessionManager):
         except _LOST_WHILE_WAITING as error:
             if not isinstance(session, RemoteSession):
                 raise
-            return f"{type(error).__name__}: {error.message.strip().splitlines()[0]}"
+            return f"{type(error).__name__}: {tasks.first_line(error)}"
 
     def _recover(
         self,

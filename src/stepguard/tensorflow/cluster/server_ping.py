@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from stepguard.tensorflow.cluster import tasks
 from stepguard.tensorflow.cluster.calls import ReleasableCalls
 from stepguard.words import logger
 
@@ -96,9 +97,9 @@ class Heartbeat:
                 pass
             except (tf.errors.AbortedError, tf.errors.FailedPreconditionError) as error:
                 # The program's runs raise AbortedError too; a program that catches it goes on, whichever comes first.
-                return self._lost_by(tf.errors.AbortedError, f"was started again: {_first_line(error)}")
+                return self._lost_by(tf.errors.AbortedError, f"was started again: {tasks.first_line(error)}")
             except tf.errors.OpError as error:
-                problem = f" ({_first_line(error)})"
+                problem = f" ({tasks.first_line(error)})"
                 _log.debug("%s: %s", self._task, error)
             if self._ended.wait(_SLICE_SECS):
                 return None
@@ -110,8 +111,3 @@ class Heartbeat:
     def _lost_by(self, error_type: Any, what: str) -> BaseException:
         error: BaseException = error_type(None, None, f"{self._task or 'the master'} {what}: its session is lost")
         return error
-
-
-def _first_line(error: Any) -> str:
-    lines = [line for line in str(error.message).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

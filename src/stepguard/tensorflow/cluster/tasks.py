@@ -24,6 +24,9 @@ LOST_PEER_TYPES = (
     tf.errors.UnavailableError,
 )
 
+# TensorFlow puts it above what a server has said.
+_TITLE = "Graph execution error:"
+
 _local_server: Any = None
 _local_server_guard = threading.Lock()
 
@@ -40,6 +43,12 @@ class StoppedWhileWaitingError(tf.errors.CancelledError):
 
     def __init__(self, message: str) -> None:
         super().__init__(None, None, message)
+
+
+def first_line(error: Any) -> str:
+    """The first line of what the error of a run says, without TensorFlow's title above it."""
+    lines = [line for line in map(str.strip, str(error.message).splitlines()) if line not in ("", _TITLE)]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def tasks_of(graph: Any) -> tuple[str, ...]:
