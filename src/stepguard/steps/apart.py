@@ -7,9 +7,12 @@ from typing import Any
 
 from stepguard.steps.random_streams import RandomStreams
 
-# An iterator that draws nothing for so many batches is left alone for the rest of the epoch: exchanging the streams
-# takes some 100 us for a batch. A reading of the epoch from its beginning comes to the same decision.
-_PROBES = 16
+PROBES = 16
+"""An iterator whose first so many batches draw nothing is left alone for the rest of the epoch: exchanging the streams
+takes some 100 us for a batch. A reading of the epoch from its beginning comes to the same decision."""
+ALWAYS = -1
+"""In place of a number of probes: the iterator draws, so it is never left alone. It may draw rarely, as one that
+shuffles each shard of the data when it comes to it."""
 
 
 class ApartIterator(Iterator[Any]):
@@ -23,6 +26,7 @@ class ApartIterator(Iterator[Any]):
         streams: the streams of the process.
         states: the states with which the new streams begin.
         resumed: the states that follow the making, if ``make`` resumes an epoch at its middle.
+        probes: how many batches may still come before the iterator is left alone, if they draw nothing.
     """
 
     def __init__(
@@ -31,9 +35,11 @@ class ApartIterator(Iterator[Any]):
         streams: RandomStreams,
         states: Mapping[str, Any],
         resumed: Mapping[str, Any] | None = None,
+        probes: int = PROBES,
     ) -> None:
         self._streams = streams
-        self._probes = _PROBES
+        self.probes = probes
+        """How many batches may still come before the iterator is left alone; `ALWAYS` if one has drawn."""
         with streams.preserved():
             streams.restore(states)
             self._iterator = make()
@@ -42,7 +48,7 @@ class ApartIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         """The next item."""
-        if not self._probes:
+        if not self.probes:
             return next(self._iterator)
         with self._streams.preserved():
             self._streams.restore(self.states)
@@ -50,9 +56,6 @@ class ApartIterator(Iterator[Any]):
                 return next(self._iterator)
             finally:
                 states = self._streams.capture()
-                if self._streams.are_equal(states, self.states):
-                    self._probes -= 1
-                else:
-                    # Counted from the beginning, so that an iterator that draws rarely is found too.
-                    self._probes = _PROBES
+                if self.probes > 0:
+                    self.probes = self.probes - 1 if self._streams.are_equal(states, self.states) else ALWAYS
                 self.states = states

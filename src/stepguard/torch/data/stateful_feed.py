@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from stepguard.steps.apart import ApartIterator
+from stepguard.steps.apart import PROBES, ApartIterator
 from stepguard.torch.checkpoint.state import check_saveable
 from stepguard.torch.data import generators
 from stepguard.torch.data.stream_feed import StreamFeed
@@ -29,6 +29,7 @@ class StatefulFeed(StreamFeed):
         self._of_dataset = of_dataset
         self._state_before: Any = None
         self._streams_before: Any = None
+        self._probes_before = PROBES
         # Whether the state was loaded and nothing was read since then.
         self._is_loaded = False
         self._has_begun = False
@@ -46,10 +47,12 @@ class StatefulFeed(StreamFeed):
         if self._has_begun:
             position["state"] = self._holder.state_dict()
             iterator = self._iterator
-            position["streams"] = iterator.states if isinstance(iterator, ApartIterator) else None
+            if isinstance(iterator, ApartIterator):
+                position["streams"], position["probes"] = iterator.states, iterator.probes
             position["items"] = generators.states(self._inside.generators)
         elif self._state_before is not None:
             position["state"], position["streams"] = self._state_before, self._streams_before
+            position["probes"] = self._probes_before
             position["items"] = generators.states(self._inside.generators)
         return position
 
@@ -59,6 +62,7 @@ class StatefulFeed(StreamFeed):
         self._mark_before = None
         self._state_before = position.get("state")
         self._streams_before = position.get("streams")
+        self._probes_before = position.get("probes", PROBES)
         generators.restore(self._inside.generators, position.get("items", ()))
 
     def _restarts_workers(self) -> bool:
@@ -89,7 +93,8 @@ class StatefulFeed(StreamFeed):
         if state is not None:
             with STREAMS.preserved():
                 self._holder.load_state_dict(state)
-        iterator = ApartIterator(self._open, STREAMS, order, self._streams_before if skip else None)
+        resumed = (self._streams_before, self._probes_before) if skip else (None, PROBES)
+        iterator = ApartIterator(self._open, STREAMS, order, *resumed)
         if skip:
             generators.restore(self._inside.generators, items)
         self._streams_before = None
