@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from stepguard.steps.feeds import is_function
@@ -68,6 +69,9 @@ def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
         ):
             return iterate(loader)
         with STREAMS.preserved():
+            if loader._iterator is not None and loader.generator is None:
+                # New workers draw their seed first, so that the order of an epoch is the same with and without them.
+                torch.empty((), dtype=torch.int64).random_()
             return iterate(loader)
 
     begin.stepguard = True  # type: ignore[attr-defined]
