@@ -170,6 +170,29 @@ def test_two_loops_in_the_body_of_an_epoch_are_gone_on_with_each(tmp_path):
     assert seen() == [(0, "second")] * (BATCHES - 2) + [(1, "first")] * BATCHES + [(1, "second")] * BATCHES
 
 
+@pytest.mark.parametrize("dies_at", [2, 4, 5, 6, 7, 8, 9])
+def test_two_loaders_in_the_body_of_an_epoch_are_gone_on_with_each(dies_at, tmp_path):
+    def seen(logdir, dies_at=None):
+        torch.manual_seed(1)
+        run, found = Counting(logdir), []
+        first, second = (DataLoader(torch.arange(start, start + 4.0), shuffle=True, batch_size=2) for start in (0, 4))
+        with run.sv.managed_session() as session:
+            for epoch in session.epochs(3):
+                for loader in (first, second):
+                    for batch in session.steps(loader):
+                        found.append((epoch, batch.tolist()))
+                        if session.global_step + 1 == dies_at:
+                            session.finish_step()
+                            run.save()
+                            raise Killed
+        return found
+
+    with pytest.raises(Killed):
+        seen(tmp_path, dies_at)
+
+    assert seen(tmp_path) == seen(None)[dies_at:]
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
@@ -237,3 +260,24 @@ def test_the_last_batch_of_a_loader_without_a_length_is_not_guessed():
         for _ in session.steps(one for one in range(3)):
             with pytest.raises(TypeError, match=r"sess\.epochs"):
                 _ = session.is_last_batch
+
+
+def test_a_loader_of_another_size_for_each_epoch_goes_on_after_a_complete_one(tmp_path, caplog):
+    def sizes():
+        run, found = Counting(tmp_path), []
+        with run.sv.managed_session() as session:
+            for epoch in session.epochs(3):
+                loader = DataLoader(torch.ones(2 * (epoch + 2), 1), batch_size=2)
+                found.append(len(list(session.steps(loader))))
+        return found
+
+    run = Counting(tmp_path)
+    with pytest.raises(Killed), run.sv.managed_session() as session:
+        for epoch in session.epochs(3):
+            if epoch == 1:
+                run.save()
+                raise Killed
+            assert len(list(session.steps(DataLoader(torch.ones(4, 1), batch_size=2)))) == 2
+
+    assert sizes() == [3, 4]
+    assert "this one begins with another loader" in caplog.text

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepguard.steps.feeds import Feed
+from stepguard.errors import CheckpointMismatchError
+from stepguard.steps.feeds import Feed, shown
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -51,9 +52,9 @@ class Places:
         # The feeds in the order of their last use.
         self._recent: list[Feed] = []
         self._next = 0
-        # The epoch of `sess.epochs` whose body runs, and how many loaders it has used; `None` outside.
+        # The epoch of `sess.epochs` whose body runs, and the loaders that it has used; `None` outside.
         self._body: int | None = None
-        self._used_in_body = 0
+        self._in_body: list[Place] = []
 
     @property
     def feeds(self) -> list[Feed]:
@@ -66,6 +67,10 @@ class Places:
         if self._recent:
             return self._recent[-1].epoch
         return int(self._places[-1].position["epoch"]) if self._places else 0
+
+    def number_of(self, feed: Feed) -> int:
+        """The number of the place of ``feed``."""
+        return next((number for number, place in enumerate(self._places) if place.feed is feed), -1)
 
     def restore(self, positions: Sequence[Mapping[str, Any]]) -> None:
         """Begin with the positions of an earlier run."""
@@ -94,7 +99,7 @@ class Places:
 
     def begin_body(self, epoch: int) -> None:
         """Begin the body of an epoch of ``sess.epochs``."""
-        self._body, self._used_in_body = epoch, 0
+        self._body, self._in_body = epoch, []
 
     def end_body(self) -> None:
         """End the body."""
@@ -116,9 +121,9 @@ class Places:
     def _note_use(self, place: Place) -> None:
         feed = place.feed
         assert feed is not None
-        if self._body is not None and (place.used is None or place.used[0] != self._body):
-            place.used = self._body, self._used_in_body
-            self._used_in_body += 1
+        if self._body is not None and not any(one is place for one in self._in_body):
+            place.used = self._body, len(self._in_body)
+            self._in_body.append(place)
         if not self._recent or self._recent[-1] is not feed:
             self._recent = [*(one for one in self._recent if one is not feed), feed]
             for one in self._recent[:-_RESTING]:
@@ -142,15 +147,32 @@ class Places:
             found.is_remade = True
             feed.begin_at(self._body or 0)
         else:
-            self._resume(feed, found, resume_data)
+            try:
+                self._resume(feed, found, resume_data)
+            except CheckpointMismatchError as error:
+                if not self._is_of_next_epoch(found):
+                    raise
+                found.is_remade = True
+                feed.begin_at(self._body or 0)
+                _log.warning(
+                    "%s: the last epoch was complete, and this one begins with another loader. A program that makes a "
+                    "loader for each epoch goes on exactly; if its data has changed, the run is not the same: %s",
+                    shown(feed.loader),
+                    error,
+                )
         return found
 
+    def _is_of_next_epoch(self, place: Place) -> bool:
+        """Whether the place had a loader of the epoch before, which is complete."""
+        is_of_last = self._body is not None and place.used == (self._body - 1, len(self._in_body))
+        return is_of_last and not place.position["batches"]
+
     def _is_remade_each_epoch(self, place: Place) -> bool:
-        return place.is_remade and place.used != (self._body, self._used_in_body)
+        return place.is_remade and place.used != (self._body, len(self._in_body))
 
     def _place_in_body(self, body: int) -> Place | None:
         free = [place for place in self._places if place.feed is None]
-        for used in ((body, self._used_in_body), (body - 1, self._used_in_body)):
+        for used in ((body, len(self._in_body)), (body - 1, len(self._in_body))):
             for place in free:
                 if place.used == used:
                     return place
