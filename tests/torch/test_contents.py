@@ -23,6 +23,7 @@ def kept():
         buckets={"short": [1, 2], "long": [3, 4]},
         pairs=[(1, "a"), (2, "b")],
         recent=deque([1], maxlen=3),
+        paths=np.array(["a.png", "b.png", "c.png"]),
         untouched=list(range(4)),
     )
 
@@ -36,6 +37,7 @@ def test_what_has_changed_comes_back_into_the_same_objects():
     one.buckets["long"].append(9)
     one.pairs.reverse()
     one.recent.append(7)
+    one.paths[:] = one.paths[::-1].copy()
     saved = contents.state()
     restored.put(saved)
 
@@ -45,6 +47,7 @@ def test_what_has_changed_comes_back_into_the_same_objects():
     assert other.buckets == {"short": [1, 2], "long": [3, 4, 9]}
     assert other.pairs == [(2, "b"), (1, "a")]
     assert other.recent == deque([1, 7])
+    assert other.paths.tolist() == ["c.png", "b.png", "a.png"]
     assert other.recent.maxlen == 3
     assert held[0] is other.buckets["long"]
     assert held[1] is other.order
@@ -119,6 +122,59 @@ def test_data_that_is_drawn_anew_at_the_restart_is_named(make, named, caplog):
     after.resume(before.position())
 
     assert f"the program has made {named} otherwise than in the run that is resumed" in caplog.text
+
+
+def items_drawn_anew():
+    items = TensorDataset(torch.arange(100.0))
+    items.samples = [(torch.randn(2), number) for number in range(100)]
+    return items
+
+
+def test_items_that_are_drawn_anew_are_named(caplog):
+    before, after = (feed_of(DataLoader(items_drawn_anew(), batch_size=5)) for _ in range(2))
+    after.resume(before.position())
+
+    assert "the program has made TensorDataset.samples otherwise" in caplog.text
+
+
+def test_a_list_of_other_objects_that_was_shuffled_is_named(caplog):
+    one = SimpleNamespace(samples=[(torch.ones(2), number) for number in range(5)], cache=[object() for _ in range(3)])
+    contents = Contents([one])
+    one.cache[1] = object()
+    assert contents.state() == {}
+    one.samples.reverse()
+    contents.put(contents.state())
+
+    assert "has changed SimpleNamespace.samples when the checkpoint was made" in caplog.text
+
+
+def test_batches_of_numbers_that_the_program_shuffles_come_back():
+    def feed():
+        batches = [[0, 1], [2, 3], [4, 5], [6, 7]]
+        return batches, feed_of(DataLoader(TensorDataset(torch.arange(8.0)), batch_sampler=batches))
+
+    batches, before = feed()
+    for _ in batches:
+        before.next(1)
+    before.consumed()
+    before.end_epoch()
+    batches.reverse()
+    restored, after = feed()
+    after.resume(before.position())
+
+    assert restored == batches
+    assert after.next(2)[0].tolist() == [6, 7]
+
+
+def test_a_list_of_batches_comes_back_or_is_named(caplog):
+    for batches in ([1, 2, 3], [torch.ones(1), torch.zeros(1)]):
+        before, again = feed_of(batches), feed_of(list(batches))
+        before.next(1)
+        before.consumed()
+        before.end_epoch()
+        batches.reverse()
+        again.resume(before.position())
+        assert again.loader == batches or "has changed Lists.batches" in caplog.text
 
 
 def test_data_that_lies_in_another_folder_is_the_same(caplog):

@@ -42,6 +42,10 @@ _MORE: dict[str, schema.Form] = {
     "contents": Each((object,), (str,)),
     "items": _LIST,
     "generators": (list, tuple, NoneType),
+    "probes": (int,),
+    "counted": (bool,),
+    "new generators": Count(),
+    "workers": Fields({"counts": Each((object,), (str,)), "contents": Each((object,), (str,))}),
 }
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})
 # See `ProcessState.capture`.

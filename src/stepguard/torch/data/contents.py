@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import marshal
 import sys
+import types
 import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -29,15 +30,22 @@ _MOST_BYTES = 64 * 2**20
 _MOST_VALUES = 2**14
 _SAMPLES = 4096
 _FEW_SAMPLES = 64
+_MOST_ORDERED = 2**17
 # Shorter lists are copied value by value.
 _LONG = 1000
 # The key in the state for what has changed and was not saved.
 _NOT_SAVED = "not saved"
 
 
-def warn_of_other_data(loader: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Warn of contents that the program has not made as in the run before, such as a split that was drawn anew."""
-    others = [key for key, found in now.items() if before.get(key, found) != found]
+def warn_of_other_data(
+    loader: str, before: Mapping[str, str], now: Mapping[str, str], *, but: Mapping[str, Any] | None = None
+) -> None:
+    """Warn of contents that the program has not made as in the run before, such as a split that was drawn anew.
+
+    Those in ``but``, a state of :class:`Contents`, were put back.
+    """
+    restored = {_shown(key) for key in but or ()}
+    others = [key for key, found in now.items() if before.get(key, found) != found and key not in restored]
     if others:
         _log.warning(
             "%s: the program has made %s otherwise than in the run that is resumed, so the batches have other items "
@@ -48,12 +56,17 @@ def warn_of_other_data(loader: str, before: Mapping[str, str], now: Mapping[str,
         )
 
 
+class Lists(types.SimpleNamespace):
+    """Holds lists or arrays that the program has given to ``steps``, or to a loader, in the place of other objects."""
+
+
 class Contents:
     """The lists, dictionaries and arrays of plain values that ``objects`` hold as attributes."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
         self._objects = list({id(one): one for one in objects if hasattr(one, "__dict__")}.values())
         self._at_start = self.digests()
+        self._orders_at_start = self._orders()
         # Those of the start that were replaced by a checkpoint's.
         self._originals: dict[str, Any] = {}
 
@@ -64,7 +77,8 @@ class Contents:
     def state(self) -> dict[str, Any]:
         """Copies of those that have changed, by the number and the class of their object and their name."""
         found: dict[str, Any] = {}
-        lost = []
+        before = self._orders_at_start
+        lost = [key for key, order in self._orders().items() if _is_reordered(before.get(key), order)]
         for key, value in self._held():
             if key in self._at_start and self._at_start[key] == _digest(value):
                 continue
@@ -103,16 +117,29 @@ class Contents:
                 listed(strange),
             )
 
-    def go_back(self, saved: Mapping[str, Any]) -> None:
-        """Give the objects the contents that :meth:`state` has returned at an earlier moment than those of `put`."""
-        self.put({**self._originals, **saved})
+    def go_back(self, saved: Mapping[str, Any], *, of: Container[int] | None = None) -> None:
+        """Give the objects the contents that :meth:`state` has returned at an earlier moment than those of `put`.
+
+        With ``of``, only the objects with these identities.
+        """
+        others = [str(number) for number, one in enumerate(self._objects) if of is not None and id(one) not in of]
+        wanted = {**self._originals, **saved}
+        self.put({key: one for key, one in wanted.items() if key.partition(".")[0] not in others})
 
     def marks(self) -> dict[str, str]:
         """Digests of a few values of each, by which a start sees whether the program has made them as before."""
         return {
             _shown(key): mark(peek(_sample(value)))
             for key, value in self._attributes()
-            if (is_content(value) and _length(value) > 1) or _is_arrays(value)
+            if (is_content(value) and _length(value) > 1) or _is_arrays(value) or _is_items(value)
+        }
+
+    def _orders(self) -> dict[str, list[int]]:
+        """The identities in lists of other objects, by which a list is known that was shuffled in place."""
+        return {
+            key: [*map(id, value)]
+            for key, value in self._attributes()
+            if type(value) is list and 1 < len(value) <= _MOST_ORDERED and not is_content(value)
         }
 
     def _held(self) -> Iterator[tuple[str, Any]]:
@@ -137,6 +164,12 @@ def _is_array(value: Any) -> bool:
     return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "biuf" and _fits(value.dtype)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is an array of strings, such as the paths of a data set."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "US" and value.ndim == 1
+
+
 def _fits(dtype: Any) -> bool:
     return bool(dtype.isnative) and dtype.itemsize <= 8
 
@@ -146,12 +179,15 @@ def is_content(value: Any) -> bool:
 
     Of a long one samples decide.
     """
-    return _is_array(value) or (type(value) in _CONTAINERS and _is_plain(value if _is_short(value) else _picked(value)))
+    if _is_array(value) or _is_text(value):
+        return True
+    return type(value) in _CONTAINERS and _is_plain(value if _is_short(value) else _picked(value))
 
 
 def _is_saved(value: Any) -> bool:
     """Whether an attribute is saved when it has changed."""
-    return (_is_array(value) or (type(value) in _CONTAINERS and _is_plain(value))) and _nbytes(value) <= _MOST_BYTES
+    is_kept = _is_array(value) or _is_text(value) or (type(value) in _CONTAINERS and _is_plain(value))
+    return is_kept and _nbytes(value) <= _MOST_BYTES
 
 
 def _is_short(value: Any) -> bool:
@@ -166,6 +202,23 @@ def _picked(value: Any, most: int = _SAMPLES) -> list[Any]:
 
 def _is_arrays(value: Any) -> bool:
     return type(value) in (list, tuple) and 0 < len(value) < _FEW_SAMPLES and all(_is_array(one) for one in value)
+
+
+def _is_items(value: Any) -> bool:
+    """Whether a value is a list of items, each with arrays in it, as far as samples of it say."""
+    return type(value) is list and bool(value) and all(map(_is_item, _few(value)))
+
+
+def _is_item(value: Any) -> bool:
+    return type(value) in (list, tuple, dict) and any(map(_is_array, _members(value)))
+
+
+def _few(value: Any) -> list[Any]:
+    return _picked(value, _FEW_SAMPLES)
+
+
+def _is_reordered(before: list[int] | None, now: list[int]) -> bool:
+    return before is not None and before != now and sorted(before) == sorted(now)
 
 
 def _members(value: Any) -> Iterable[Any]:
@@ -188,9 +241,9 @@ def _is_plain(value: Any) -> bool:
 
 def _nbytes(value: Any) -> int:
     """The size of an array; of other contents an estimate, from a sample of them."""
-    if _is_array(value):
+    if _is_array(value) or _is_text(value):
         return int(value.nbytes)
-    sample = _picked(value, _FEW_SAMPLES)
+    sample = _few(value)
     return len(value) * sum(map(_size, sample)) // len(sample) if sample else 0
 
 
@@ -208,6 +261,8 @@ def _length(value: Any) -> int:
 
 def _digest(value: Any) -> Any:
     """A value that is another when the contents are. Of large contents only samples are read."""
+    if _is_text(value):
+        return len(value), zlib.crc32(value.tobytes())
     if not _is_array(value):
         read = list(value.items() if type(value) is dict else value) if _is_short(value) else _picked(value)
         # The second version of the format writes each value as it is, and does not count who else holds it.
@@ -231,7 +286,10 @@ def _sample(value: Any) -> Any:
     """A few values of a list; of paths only the last part, because data may lie elsewhere at the next start."""
     if _is_array(value) or _is_arrays(value):
         return value
-    return [len(value), repr([_without_folder(one) for one in _picked(value, _FEW_SAMPLES)])]
+    if _is_items(value):
+        return [len(value), *_few(value)]
+    few = _few(value.tolist() if _is_text(value) else value)
+    return [len(value), repr([_without_folder(one) for one in few])]
 
 
 def _without_folder(value: Any) -> Any:
@@ -244,6 +302,8 @@ def _packed(value: Any) -> Any:
     """A copy of plain values and tensors, which a file can hold without code."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
+    if _is_text(value):
+        return {"text": value.tolist()}
     if _is_array(value):
         return {"array": torch.from_numpy(value.copy())}
     if isinstance(value, dict):
@@ -298,6 +358,11 @@ def _put_array(live: Any, content: torch.Tensor) -> Any:
     return array
 
 
+def _put_text(live: Any, content: list[Any]) -> Any:
+    live[:] = content
+    return live
+
+
 def _put_dict(live: Any, content: list[tuple[Any, Any]]) -> Any:
     before = dict(live) if type(live) is dict else {}
     result = {key: _put_list(before.get(key), one) if type(one) is list else one for key, one in content}
@@ -322,6 +387,7 @@ def _put_deque(live: Any, content: Any) -> Any:
 
 _PUT: dict[str, Callable[[Any, Any], Any]] = {
     "array": _put_array,
+    "text": _put_text,
     "dict": _put_dict,
     "list": _put_list,
     "deque": _put_deque,

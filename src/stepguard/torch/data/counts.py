@@ -15,6 +15,23 @@ _PLAIN = (bool, int, float, str, type(None))
 _NOT_SAVED = "not saved"
 
 
+def numbers_of(objects: Iterable[Any]) -> list[Any]:
+    """The integers, in their order, among the attributes of ``objects``, but for the number of the epoch."""
+    attributes = [item for one in objects for item in getattr(one, "__dict__", {}).items()]
+    return [value for name, value in attributes if type(value) is int and "epoch" not in name]
+
+
+def warn_of_counts_in_workers(loader: str, position: Mapping[str, Any]) -> None:
+    """Warn, at a restart from ``position``, of a data set that counts in its workers."""
+    if position.get("counted"):
+        _log.warning(
+            "%s: the data set goes on changing numbers in its workers, and new workers begin anew. If its items depend "
+            "on these numbers, they are not those of the interrupted run: let them depend on their index, and on the "
+            "epoch that the data set is told by set_epoch()",
+            loader,
+        )
+
+
 class Counts:
     """The plain attributes of ``objects``. Only those that have changed since the start are saved.
 
@@ -58,6 +75,12 @@ class Counts:
             number, _, name = key.partition(".")
             if int(number) < len(self._objects):
                 vars(self._objects[int(number)])[name] = value
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Set the attributes to what they were when :meth:`state` returned ``state``, at an earlier moment than now."""
+        for number, before in enumerate(self._at_start):
+            self.put({f"{number}.{name}": value for name, value in before.items()})
+        self.put({key: value for key, value in state.items() if key != _NOT_SAVED})
 
     def _warn(self, keys: list[str], more: list[str]) -> None:
         numbers = [self._shown(*key.split(".", 1)) for key in keys]

@@ -14,6 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from stepguard.torch.data.generators import is_generator
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 # Far more than loaders have; a data set may refer to anything.
 _MOST = 1000
@@ -25,10 +28,21 @@ _MEMBERS = 32
 _LIBRARIES = {"torch", "torchdata", "torchvision", "numpy", *sys.stdlib_module_names} - {"__main__"}
 
 
+def warn_of_new_generators(loader: str, position: Mapping[str, Any]) -> None:
+    """Warn, at a restart from ``position``, of generators that the data had made when it needed them first."""
+    if position.get("new generators"):
+        _log.warning(
+            "%s: the data set had made a generator of random numbers when it first needed one. It is not saved, and "
+            "begins anew: make it in __init__, or draw from the global generators",
+            loader,
+        )
+
+
 class Inside:
     """The objects that can be reached from ``roots`` through attributes of objects that are iterated over or called.
 
-    Other objects are not entered: they are not of the loader alone, as the state that all loaders of a library share.
+    So are objects of the program's own classes. Others are not entered: they are not of the loader alone, as the state
+    that all loaders of a library share.
     The functions of the program, and the methods of its classes, are followed too: to what they hold, and to the
     generators and functions of their modules that they name.
     """
@@ -55,6 +69,7 @@ class Inside:
             if depth < _DEPTH:
                 queue.extend((member, depth + 1) for member in _members(one))
                 queue.extend((method, depth) for method in _methods(type(one)))
+        self._form = self.form()
 
     @property
     def loaders(self) -> list[DataLoader[Any]]:
@@ -70,6 +85,22 @@ class Inside:
     def holds(self, one: Any) -> int:
         """How often ``one`` is among the objects."""
         return sum(1 for held in self.objects if held is one)
+
+    def form(self) -> list[Any]:
+        """The types of all attributes of the objects; others when an object has got a generator meanwhile."""
+        return [[type(one) for one in getattr(held, "__dict__", {}).values()] for held in self.objects]
+
+    def new_generators(self, *roots: Any) -> int:
+        """How many generators the objects, which ``roots`` led to, have got since they were looked at."""
+        form = self.form()
+        if form == self._form:
+            return 0
+        known = {id(one) for one in self.generators}
+        found = sum(1 for one in Inside(*roots).generators if id(one) not in known)
+        if not found:
+            # Something else is new, such as a file that was opened. It is not looked for again.
+            self._form = form
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch to those who have ``set_epoch``."""
@@ -146,4 +177,12 @@ def _is_entered(one: Any, *, is_root: bool) -> bool:
     kind = type(one)
     enters = any(hasattr(kind, name) for name in ("__iter__", "__getitem__", "__call__"))
     # Functions and other objects of the interpreter have no attributes of interest.
-    return enters and kind.__module__ != "builtins"
+    return kind.__module__ != "builtins" and (enters or _is_of_program(kind))
+
+
+def _is_of_program(kind: type) -> bool:
+    """Whether a class is the program's own, as that of a helper of its data set."""
+    module = kind.__module__
+    file = str(getattr(sys.modules.get(module), "__file__", None))
+    is_installed = any(place in file for place in ("site-packages", "dist-packages"))
+    return not is_installed and not _is_of_library(module) and module.partition(".")[0] != "stepguard"

@@ -14,19 +14,21 @@ import operator
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from stepguard.steps.apart import ApartIterator
+from stepguard.steps.apart import ALWAYS, PROBES, ApartIterator
+from stepguard.steps.batch_marks import mark, peek
 from stepguard.steps.feeds import ANYWAY, Feed, length, shown
 from stepguard.steps.process_file import taking
 from stepguard.torch.data import generators
-from stepguard.torch.data.contents import Contents, warn_of_other_data
-from stepguard.torch.data.counts import Counts
-from stepguard.torch.data.inside import Inside
+from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
+from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
+from stepguard.torch.data.inside import Inside, warn_of_new_generators
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -46,7 +48,8 @@ class MapFeed(Feed):
         samplers = Inside(loader.batch_sampler, loader.sampler)
         items = Inside(loader.dataset, loader.collate_fn).objects
         # The lists and arrays of samplers and data set, and what the checkpoint has of them.
-        self._contents = Contents([*samplers.objects, *items])
+        self._contents = Contents([*items, *samplers.objects, _lists_of(loader)])
+        self._of_items = {id(one) for one in items}
         self._marks = self._contents.marks()
         self._contents_before: Mapping[str, Any] = {}
         found = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
@@ -56,10 +59,16 @@ class MapFeed(Feed):
         found_in_items = {id(one) for one in Inside(loader.dataset).objects}
         found += [Counts((one for one in samplers.objects if id(one) not in found_in_items), may_keep_more=False)]
         self._generators: list[Any] = found
-        self._item_generators: list[Any] = []
+        self._item_counts = Counts(items, may_keep_more=True)
+        # The counts come first, so that a start with or without workers finds them.
+        self._item_generators: list[Any] = [self._item_counts]
         if loader.num_workers == 0:
-            self._item_generators = [*self._inside.generators, Counts(items, may_keep_more=True)]
+            self._item_generators += self._inside.generators
         self._items_before: Sequence[Any] = ()
+        # What the data set had changed when the running workers were started: they have it as it was then, whatever the
+        # program has changed in it meanwhile.
+        self._at_workers_start: dict[str, Any] | None = None
+        self._has_counted = False
         self._worker_seed = torch.initial_seed()
         self._ordered = self._ordered_copy()
         self._skip = 0
@@ -102,6 +111,8 @@ class MapFeed(Feed):
         self._order = self._rest = self._last = self._last_before = None
         self._drawn.clear()
         self.samples = 0
+        if self._ordered._iterator is None:
+            self._at_workers_start = None
 
     @property
     def is_last_batch(self) -> bool | None:
@@ -124,6 +135,12 @@ class MapFeed(Feed):
         is_ahead = self._iterator is None and self.batches
         position["contents"] = self._contents_before if is_ahead else self._contents.state()
         position["made"] = self._marks
+        if self._at_workers_start is not None:
+            position["workers"] = self._at_workers_start
+        if self.loader.num_workers:
+            position["counted"] = self._ordered.dataset.counts_in_workers or self._has_counted
+        else:
+            position["new generators"] = self._inside.new_generators(self.loader)
         if self.batches:
             position["order"] = self._order
             position["last"] = self._last_before if self._last is None else _mark(self._last)
@@ -141,10 +158,14 @@ class MapFeed(Feed):
         if not position["batches"]:
             generators.restore(self._item_generators, position.get("items", ()))
         super().resume(position, processes, is_checked=is_checked)
-        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
+        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
+        warn_of_new_generators(shown(self.loader), position)
+        warn_of_counts_in_workers(shown(self.loader), position)
         if "worker_seed" not in position or (position["batches"] and position.get("order") is None):
             self._object(f"the checkpoint lacks the random states with which the epoch began; {ANYWAY}")
+        self._has_counted = position.get("counted", False)
         self._worker_seed = position.get("worker_seed", self._worker_seed)
+        self._at_workers_start = position.get("workers") if self.loader.num_workers else None
         self._order = position.get("order")
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
@@ -212,6 +233,8 @@ class MapFeed(Feed):
 
     def close(self) -> None:
         """Close the feed, and end workers that persist from epoch to epoch."""
+        if self._iterator is None and self._ordered._iterator is not None:
+            self._at_workers_start = None
         super().close()
         self._ordered._iterator = None
 
@@ -224,10 +247,32 @@ class MapFeed(Feed):
         # resume), the draw of their seed must not change the order: `indices` puts these streams back first.
         is_new = self._ordered.persistent_workers and self._ordered._iterator is None and self.epoch > 0
         self._streams_before = streams if is_new else None
-        iterator = iter(self._ordered)
+        with self._starting_workers(skip):
+            iterator = iter(self._ordered)
         if skip:
             STREAMS.restore(streams["random"])
         return iterator
+
+    @contextmanager
+    def _starting_workers(self, skip: int) -> Iterator[None]:
+        """A block that starts workers, if there are none, with the data set as the earlier process's workers had it."""
+        if not self.loader.num_workers or self._ordered._iterator is not None:
+            yield
+            return
+        then, now = self._at_workers_start, self._items()
+        self._at_workers_start = now if then is None else then
+        if then is not None:
+            self._put_items(then)
+        yield
+        if then is not None and not skip:  # Otherwise `indices` has put back what the checkpoint has.
+            self._put_items(now)
+
+    def _items(self) -> dict[str, Any]:
+        return {"counts": self._item_counts.state(), "contents": self._contents.state()}
+
+    def _put_items(self, state: Mapping[str, Any]) -> None:
+        self._item_counts.go_back(state["counts"])
+        self._contents.go_back(state["contents"], of=self._of_items)
 
     def indices(self, sampler: Any) -> Iterator[Any]:
         """The indices that ``sampler`` draws for the current epoch, without those that were already seen."""
@@ -266,7 +311,9 @@ class MapFeed(Feed):
                 rest = copy.copy(sampler)
                 rest.sampler = _Rest(sampler.sampler, self._rest[0])
             return _begun(iter(rest))
-        drawn = _apart(iter(sampler), f"order of epoch {self.epoch}")
+        # A sampler without an end draws on the way, however rarely.
+        probes = ALWAYS if length(sampler) is None else PROBES
+        drawn = _apart(iter(sampler), f"order of epoch {self.epoch}", probes)
         last = None
         for _ in range(skip):
             last = next(drawn, None)
@@ -304,6 +351,11 @@ class MapFeed(Feed):
         }
 
 
+def _lists_of(loader: Any) -> Lists:
+    """An object with the lists or arrays that the program has given to ``loader`` in the place of samplers."""
+    return Lists(sampler=loader.sampler, batch_sampler=loader.batch_sampler)
+
+
 class _Order:
     """Takes the place of a loader's sampler."""
 
@@ -329,7 +381,7 @@ class _Rest:
         return islice(iter(self._sampler), self._seen, None)
 
 
-def _apart(drawn: Iterator[Any], name: str) -> Iterator[Any]:
+def _apart(drawn: Iterator[Any], name: str, probes: int) -> Iterator[Any]:
     """``drawn``, which draws all but its first item from streams of its own.
 
     Most samplers draw the whole order with its first item. One that draws each item when it is asked for it would draw
@@ -340,7 +392,7 @@ def _apart(drawn: Iterator[Any], name: str) -> Iterator[Any]:
         return
     states = STREAMS.side(name)
     yield first
-    yield from ApartIterator(lambda: drawn, STREAMS, states)
+    yield from ApartIterator(lambda: drawn, STREAMS, states, probes=probes)
 
 
 def _begun(drawn: Iterator[Any]) -> Iterator[Any]:
@@ -360,12 +412,12 @@ def _size(index: Any) -> int:
     return len(index) if isinstance(index, (list, tuple)) else 1
 
 
-def _mark(index: Any) -> str | None:
-    """A digest of the numbers of one batch's samples; ``None`` if they are no numbers."""
+def _mark(index: Any) -> str:
+    """A digest of the numbers of one batch's samples, or of their names or whatever else the sampler draws."""
     try:
         numbers = [operator.index(one) for one in (index if isinstance(index, (list, tuple)) else [index])]
     except TypeError:
-        return None
+        return mark(peek(index))
     return f"{zlib.crc32(repr(numbers).encode()):08x}"
 
 

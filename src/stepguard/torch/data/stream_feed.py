@@ -15,8 +15,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stepguard.steps.feeds import FunctionFeed, IterableFeed, shown
 from stepguard.torch.data import generators
-from stepguard.torch.data.contents import Contents, warn_of_other_data
-from stepguard.torch.data.counts import Counts
+from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
+from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
 from stepguard.torch.data.workers import InitWorker, SeededStream
@@ -33,7 +33,8 @@ class StreamFeed(IterableFeed):
         super().__init__(loader, STREAMS)
         self._inside = Inside(*(roots or (loader,)))
         # Those of wrappers around them, such as the progress of a bar, are no part of the data.
-        data = [one for one in self._inside.objects if isinstance(one, (Dataset, Sampler))]
+        data: list[Any] = [one for one in self._inside.objects if isinstance(one, (Dataset, Sampler))]
+        data += [Lists(batches=loader)] if type(loader) is list else []
         self._contents = Contents(data)
         self._marks = self._contents.marks()
         kept = [Counts(data, may_keep_more=True), self._contents] if data else []
@@ -46,7 +47,8 @@ class StreamFeed(IterableFeed):
 
     def is_held_besides(self, others: int) -> bool:
         """Whether anybody holds the loader besides this feed and ``others`` references."""
-        return super().is_held_besides(others + self._inside.holds(self.loader))
+        of_lists = type(self.loader) is list
+        return super().is_held_besides(others + self._inside.holds(self.loader) + of_lists)
 
     def position(self) -> dict[str, Any]:
         """The position, with the states of the generators inside the loader at the beginning of the epoch."""
@@ -59,10 +61,11 @@ class StreamFeed(IterableFeed):
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
-        super().resume(position, processes, is_checked=is_checked)
-        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
+        # First, because a list of batches gets the order that it had.
         self._generators_before = position.get("generators")
         generators.restore(self._held, self._generators_before or ())
+        super().resume(position, processes, is_checked=is_checked)
+        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
         if skip and self._generators_before is not None:
@@ -106,6 +109,15 @@ class WorkerStreamFeed(StreamFeed):
         self._seeded.worker_init_fn = InitWorker(loader.worker_init_fn)
         keep_order(self._seeded)
         object.__setattr__(self._seeded, "dataset", self._stream)
+
+    def position(self) -> dict[str, Any]:
+        """The position, and whether the data set counts in its workers from epoch to epoch."""
+        return {**super().position(), "counted": self._stream.counts_in_workers}
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
+        """Begin at ``position``."""
+        super().resume(position, processes, is_checked=is_checked)
+        warn_of_counts_in_workers(shown(self.loader), position)
 
     def close(self) -> None:
         """Close the feed, and end workers that persist from epoch to epoch."""

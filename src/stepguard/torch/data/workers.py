@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from stepguard.torch.data import generators
+from stepguard.torch.data.counts import numbers_of
 from stepguard.torch.data.inside import Inside
 
 
@@ -40,6 +41,19 @@ class _Prepared:
         self._collate = collate
         self._inside: Inside | None = None
         self._epoch: int | None = None
+        self._numbers: list[Any] = []
+        # In shared memory, because workers tell their parent by it.
+        self._has_counted = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    @property
+    def counts_in_workers(self) -> bool:
+        """Whether numbers go on changing in the workers' copies of the data set, so that new workers lack them."""
+        return bool(self._has_counted)
+
+    def _note_change(self) -> None:
+        """Compare the numbers of the data set with those with which the batch or the epoch began."""
+        if self._inside is not None and numbers_of(self._inside.objects) != self._numbers:
+            self._has_counted[0] = True
 
     @property
     def dataset(self) -> Any:
@@ -48,12 +62,37 @@ class _Prepared:
 
     def _prepare(self, epoch: int, seed: str) -> None:
         if self._inside is None:
-            self._inside = Inside(self._dataset, self._collate)
+            self._look()
+        assert self._inside is not None
         if epoch != self._epoch:
             self._epoch = epoch
             self._inside.set_epoch(epoch)
         _seed(seed)
         generators.reseed(self._inside.generators, seed)
+        self._numbers = numbers_of(self._inside.objects)
+
+    def _look(self) -> int:
+        """Look for generators, if there are more than before; return how many there are now."""
+        if self._inside is None or self._inside.new_generators(self._dataset, self._collate):
+            self._inside = Inside(self._dataset, self._collate)
+        return len(self._inside.generators)
+
+    def _loaded(self, seeded: SeededIndex, load: Callable[[], Any]) -> Any:
+        """What ``load`` returns, with the random numbers of this batch.
+
+        A data set may make its generator when it is first needed. That one, too, has to draw the same numbers for this
+        batch as in a worker that has had the generator before; so the batch is loaded again.
+        """
+        is_warm = self._inside is not None  # What is set once, with the first batch, is no count.
+        self._prepare(seeded.epoch, seeded.seed)
+        before = 0 if self._inside is None else len(self._inside.generators)
+        loaded = load()
+        if self._look() > before:
+            self._prepare(seeded.epoch, seeded.seed)
+            loaded = load()
+        if is_warm:
+            self._note_change()
+        return loaded
 
     def __len__(self) -> int:
         """The length of the dataset itself."""
@@ -65,14 +104,15 @@ class SeededDataset(_Prepared):
 
     def __getitems__(self, seeded: SeededIndex) -> Any:
         """The items of a batch."""
-        self._prepare(seeded.epoch, seeded.seed)
-        many = getattr(self._dataset, "__getitems__", None)
-        return many(seeded.index) if many else [self._dataset[one] for one in seeded.index]
+        many = getattr(self._dataset, "__getitems__", None) or self._one_by_one
+        return self._loaded(seeded, lambda: many(seeded.index))
+
+    def _one_by_one(self, indices: Any) -> list[Any]:
+        return [self._dataset[one] for one in indices]
 
     def __getitem__(self, seeded: SeededIndex) -> Any:
         """One item, for a loader that makes no batches."""
-        self._prepare(seeded.epoch, seeded.seed)
-        return self._dataset[seeded.index]
+        return self._loaded(seeded, lambda: self._dataset[seeded.index])
 
 
 class SeededStream(_Prepared, IterableDataset):
@@ -90,6 +130,7 @@ class SeededStream(_Prepared, IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         """The items of the epoch."""
         epoch, seed = self._shared.tolist()
+        self._note_change()
         info = get_worker_info()
         self._prepare(epoch, f"{seed}/{epoch}/{0 if info is None else info.id}")
         return iter(self._dataset)
@@ -118,3 +159,7 @@ def _seed(text: str) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(random.getrandbits(32))
+    info = get_worker_info()
+    if info is not None:
+        # A data set may seed a generator of its own with it. A WorkerInfo refuses ordinary assignment.
+        object.__setattr__(info, "seed", torch.initial_seed())
