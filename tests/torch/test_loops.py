@@ -224,6 +224,49 @@ def test_a_restart_at_the_end_of_an_epoch_of_ones_own_loop_tells_of_it(tmp_path,
     assert "the checkpoint was taken at the end of epoch 1" in caplog.text
 
 
+class Phases:
+    """A program of two loops with work in between that must be done once, as after a search for the learning rate."""
+
+    def __init__(self, logdir, *, first):
+        run = self.run = Tutorial(logdir)
+        self.rates = {}
+        with run.sv.managed_session() as session:
+            for number in getattr(self, first)(session):
+                self.step(session, number)
+            run.optimizer.param_groups[0]["lr"] *= 0.5
+            for number in session.steps(max_steps=8):
+                self.step(session, number)
+
+    def with_a_loader(self, session):
+        return (0 for _ in session.steps(self.run.loader, max_steps=BATCHES))
+
+    def without_a_loader(self, session):
+        return session.steps(max_steps=BATCHES)
+
+    def epochs(self, session):
+        for _ in session.epochs(1):
+            yield from session.steps(self.run.loader)
+
+    def step(self, session, number):
+        self.run.step(torch.ones(4, 2))
+        self.rates[session.global_step] = self.run.optimizer.param_groups[0]["lr"]
+        if self.dies_after == session.global_step + 1:
+            session.finish_step()
+            self.run.save_and_die()
+
+
+@pytest.mark.parametrize("dies_after", [3, BATCHES, BATCHES + 1])
+@pytest.mark.parametrize("first", ["with_a_loader", "without_a_loader", "epochs"])
+def test_work_between_two_loops_counts_once(first, dies_after, tmp_path, monkeypatch):
+    monkeypatch.setattr(Phases, "dies_after", dies_after, raising=False)
+    with pytest.raises(Killed):
+        Phases(tmp_path, first=first)
+    monkeypatch.setattr(Phases, "dies_after", None)
+    rates = Phases(tmp_path, first=first).rates
+
+    assert rates == {step: 0.1 if step < BATCHES else 0.05 for step in range(dies_after, 8)}
+
+
 class Pipeline:
     """An iterator that begins anew once it has raised StopIteration."""
 

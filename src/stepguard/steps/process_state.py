@@ -141,6 +141,11 @@ class ProcessState(ABC):
         if not self._is_epoch_begun:
             self.resume_streams()
 
+    @property
+    def has_gone_on(self) -> bool:
+        """Whether a loop was begun after the last epoch that is complete."""
+        return self._is_epoch_begun
+
     def leave_epoch(self) -> None:
         """Note that no body runs."""
         self._places.end_body()

@@ -200,6 +200,9 @@ class Session(StepSession):
                 return
         if not self._coord.stop_requested:
             self.total_steps = self.global_step
+        if not self.boundary.steps and state.has_gone_on:
+            # All epochs were complete before the restart, and so was what the program does after them now.
+            self._has_begun_loop = True
 
     def _ends_epochs(self, number: int) -> bool:
         """Whether a stop or `max_steps` ends the loop over epochs after this body."""
@@ -324,14 +327,16 @@ class Session(StepSession):
         restored state already includes that work, unless it is the state at the loop's end.
         """
         feed, put_back = plan.feed, self._put_back
-        if put_back is None or plan.number is not None or feed is None or self.boundary.steps:
+        if put_back is None or plan.number is not None or self.boundary.steps:
             self._put_back = None
             return
-        if self._has_begun_loop:
+        has_ended = plan.max_steps is not None and plan.max_steps < self.global_step
+        if self._has_begun_loop and not has_ended:
             with self.boundary.hold("the restored state"):
                 put_back()
         self._has_begun_loop = True
-        if feed.batches == 0 and feed.epoch == plan.until_epoch:
+        is_at_its_end = feed is not None and feed.batches == 0 and feed.epoch == plan.until_epoch
+        if is_at_its_end or plan.max_steps == self.global_step:
             self._put_back = None
 
     def _note_loop_over(self, plan: LoopPlan) -> None:

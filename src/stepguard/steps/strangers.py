@@ -17,9 +17,17 @@ from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
-_LIBRARIES = {*sys.stdlib_module_names, "stepguard", "torch", "jax", "tqdm", "pytest", "_pytest", "pluggy"} - {
-    "__main__"
-}
+_LIBRARIES = {
+    *sys.stdlib_module_names,
+    "stepguard",
+    "torch",
+    "jax",
+    "tqdm",
+    "pytest",
+    "_pytest",
+    "pluggy",
+    "builtins",
+} - {"__main__"}
 _MOST_FRAMES = 30
 # Whoever holds the dictionary of a frame's variables: the frame, a variable here, and the call that counts.
 _HOLDERS_OF_LOCALS = 3
@@ -61,18 +69,13 @@ class Strangers:
         if self._has_looked:
             return
         self._has_looked = True
-        frame: types.FrameType | None = sys._getframe(1)
         of_loaders: list[Any] = []
-        for _ in range(_MOST_FRAMES):
-            if frame is None:
-                break
-            if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _LIBRARIES:
-                for name, value in _variables(frame):
-                    of_loaders.append(_attributes(value).get("generator"))
-                    state = self._state_of(value)
-                    if state is not None:
-                        self._found.setdefault(id(value), (name, value, state))
-            frame = frame.f_back
+        for frame in _program_frames(sys._getframe(1)):
+            for name, value in _variables(frame):
+                of_loaders.append(_attributes(value).get("generator"))
+                state = self._state_of(value)
+                if state is not None:
+                    self._found.setdefault(id(value), (name, value, state))
         for one in of_loaders:
             # A loader draws a seed from its generator for each of its iterators, also in an evaluation.
             self._found.pop(id(one), None)
@@ -100,7 +103,29 @@ def warn_of(drawn: list[str]) -> None:
         )
 
 
+def _program_frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+    """``frame`` and those around it, as far as they run code of the program."""
+    for _ in range(_MOST_FRAMES):
+        if frame is None:
+            return
+        if not _is_of_library(frame.f_globals.get("__name__")):
+            yield frame
+        frame = frame.f_back
+
+
 def _variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
+    """The variables of a function of the program and of its module, and the attributes of the program's objects."""
+    for name, value in [*_locals(frame).items(), *list(frame.f_globals.items())]:
+        yield name, value
+        if not _is_of_library(type(value).__module__):
+            yield from ((f"{name}.{member}", part) for member, part in _attributes(value).items())
+
+
+def _is_of_library(module: Any) -> bool:
+    return str(module).partition(".")[0] in _LIBRARIES
+
+
+def _locals(frame: types.FrameType) -> dict[str, Any]:
     variables = frame.f_locals
     found = dict(variables)
     if (
@@ -111,12 +136,7 @@ def _variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
         # Before Python 3.13 this is a copy that the frame keeps, and the copy would keep the program's loaders alive.
         # A program that has called locals() holds the same copy.
         variables.clear()
-    del variables
-    for name, value in found.items():
-        yield name, value
-        if name == "self":
-            yield from ((f"self.{member}", part) for member, part in _attributes(value).items())
-    yield from list(frame.f_globals.items())
+    return found
 
 
 def _attributes(value: Any) -> dict[str, Any]:

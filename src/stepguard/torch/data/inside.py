@@ -174,8 +174,11 @@ def _is_entered(one: Any, *, is_root: bool) -> bool:
         return False
     if is_root or isinstance(one, (list, tuple, dict)):
         return True
+    if isinstance(one, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+        return False  # They are of the training, also where a data set refers to what holds them.
     kind = type(one)
-    enters = any(hasattr(kind, name) for name in ("__iter__", "__getitem__", "__call__"))
+    # Not by `hasattr`: every class can be called.
+    enters = any(name in vars(base) for base in kind.__mro__ for name in ("__iter__", "__getitem__", "__call__"))
     # Functions and other objects of the interpreter have no attributes of interest.
     return kind.__module__ != "builtins" and (enters or _is_of_program(kind))
 

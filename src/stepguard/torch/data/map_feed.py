@@ -48,7 +48,7 @@ class MapFeed(Feed):
         samplers = Inside(loader.batch_sampler, loader.sampler)
         items = Inside(loader.dataset, loader.collate_fn).objects
         # The lists and arrays of samplers and data set, and what the checkpoint has of them.
-        self._contents = Contents([*items, *samplers.objects, _lists_of(loader)])
+        self._contents = Contents([*samplers.objects, *items, _lists_of(loader)])
         self._of_items = {id(one) for one in items}
         self._marks = self._contents.marks()
         self._contents_before: Mapping[str, Any] = {}
@@ -60,10 +60,9 @@ class MapFeed(Feed):
         found += [Counts((one for one in samplers.objects if id(one) not in found_in_items), may_keep_more=False)]
         self._generators: list[Any] = found
         self._item_counts = Counts(items, may_keep_more=True)
-        # The counts come first, so that a start with or without workers finds them.
-        self._item_generators: list[Any] = [self._item_counts]
-        if loader.num_workers == 0:
-            self._item_generators += self._inside.generators
+        # Also with workers, which have copies: the training may draw from these, and a sampler that refers to the data
+        # set puts them back to the epoch's beginning.
+        self._item_generators: list[Any] = [self._item_counts, *self._inside.generators]
         self._items_before: Sequence[Any] = ()
         # What the data set had changed when the running workers were started: they have it as it was then, whatever the
         # program has changed in it meanwhile.
@@ -156,7 +155,7 @@ class MapFeed(Feed):
         with taking(f"the contents of {shown(self.loader)}"):
             self._contents.put(self._contents_before)
         if not position["batches"]:
-            generators.restore(self._item_generators, position.get("items", ()))
+            generators.restore(self._item_generators, _items_in(position))
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
         warn_of_new_generators(shown(self.loader), position)
@@ -170,7 +169,7 @@ class MapFeed(Feed):
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
         generators.restore(self._generators, position.get("generators", ()))
-        self._items_before = position.get("items", ())
+        self._items_before = _items_in(position)
         if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
@@ -349,6 +348,13 @@ class MapFeed(Feed):
             "batch size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
             "items in the dataset": length(loader.dataset),
         }
+
+
+def _items_in(position: Mapping[str, Any]) -> Sequence[Any]:
+    items: Sequence[Any] = position.get("items", ())
+    # A checkpoint of an earlier version has the counts last.
+    is_new = "counted" in position or "new generators" in position
+    return items if is_new or not items else [items[-1], *items[:-1]]
 
 
 def _lists_of(loader: Any) -> Lists:
