@@ -184,6 +184,127 @@ class TestWhatTrainsAndIsNotInTheState:
 MODULE_RANDOM = random.Random(3)
 
 
+def cycle(data):
+    while True:
+        yield from data
+
+
+class Batches:
+    """A program that takes its batches itself, in several ways."""
+
+    def __init__(self, logdir, end):
+        self.model = Tempered()
+        self.optimizer = adam(self.model)
+        self.data = loader()
+        self.logdir, self.end = logdir, end
+
+    def session(self):
+        return session({"model": self.model, "optimizer": self.optimizer}, self.logdir)
+
+    def train(self, batches, sess):
+        for _ in sess.steps(max_steps=self.end):
+            train(self.model, self.optimizer, *next(batches))
+
+    def from_an_iterator(self):
+        batches = iter(self.data)
+        with self.session() as sess:
+            self.train(batches, sess)
+
+    def from_an_iterator_that_has_given_one(self):
+        batches = iter(self.data)
+        next(batches)
+        with self.session() as sess:
+            self.train(batches, sess)
+
+    def from_a_generator(self):
+        batches = cycle(self.data)
+        with self.session() as sess:
+            self.train(batches, sess)
+
+    def from_two(self):
+        batches = ((one,) for (one,), _ in zip(self.data, loader(), strict=True))
+        with self.session() as sess:
+            self.train(batches, sess)
+
+    def in_a_loop_of_its_own(self):
+        with self.session() as sess:
+            for (x,) in self.data:
+                with sess.step():
+                    train(self.model, self.optimizer, x)
+                if sess.global_step == self.end:
+                    break
+
+    def from_steps(self):
+        with self.session() as sess:
+            for (x,) in sess.steps(self.data, max_steps=self.end):
+                train(self.model, self.optimizer, x)
+
+    def from_steps_over_a_generator(self):
+        with self.session() as sess:
+            for (x,) in sess.steps(cycle(self.data), max_steps=self.end):
+                train(self.model, self.optimizer, x)
+
+    def from_steps_over_a_function(self):
+        with self.session() as sess:
+            for (x,) in sess.steps(lambda: iter(self.data), max_steps=self.end):
+                train(self.model, self.optimizer, x)
+
+    def from_steps_through_a_wrapper(self):
+        with self.session() as sess:
+            for (x,) in (batch for batch in sess.steps(self.data, max_steps=self.end)):
+                train(self.model, self.optimizer, x)
+
+    def from_steps_with_an_evaluation_in_each(self):
+        with self.session() as sess:
+            for (x,) in sess.steps(self.data, max_steps=self.end):
+                train(self.model, self.optimizer, x)
+                evaluation = loader()
+                for batch in evaluation:
+                    assert len(batch[0]) == 4
+                assert next(iter(evaluation)) is not None
+
+    def from_an_iterator_that_is_put_to_its_place(self):
+        batches = iter(self.data)
+        with self.session() as sess:
+            for _ in range(sess.global_step):
+                next(batches)
+            self.train(batches, sess)
+
+
+class TestIteratorsOfTheProgram:
+    @pytest.mark.parametrize(
+        ("way", "count"),
+        [
+            (Batches.from_an_iterator, 3),
+            (Batches.from_an_iterator_that_has_given_one, 4),
+            (Batches.from_a_generator, 3),
+            (Batches.from_two, 3),
+            (Batches.in_a_loop_of_its_own, 3),
+        ],
+    )
+    def test_that_give_the_steps_their_batches_are_named_at_the_restart(self, way, count, tmp_path, caplog):
+        way(Batches(tmp_path, 3))
+        assert "iterators of the program" not in caplog.text
+        way(Batches(tmp_path, 5))
+        assert f"are not those of the interrupted run: TensorDataset (after {count} batches)" in caplog.text
+
+    @pytest.mark.parametrize(
+        "way",
+        [
+            Batches.from_steps,
+            Batches.from_steps_over_a_generator,
+            Batches.from_steps_over_a_function,
+            Batches.from_steps_through_a_wrapper,
+            Batches.from_steps_with_an_evaluation_in_each,
+            Batches.from_an_iterator_that_is_put_to_its_place,
+        ],
+    )
+    def test_that_are_at_their_place_are_not(self, way, tmp_path, caplog):
+        for end in (3, 5):
+            way(Batches(tmp_path, end))
+        assert "iterators of the program" not in caplog.text
+
+
 class TestGeneratorsOfTheProgram:
     @pytest.mark.parametrize("kind", [np.random.default_rng, random.Random, lambda _: torch.Generator().manual_seed(1)])
     def test_that_the_steps_draw_from_are_named_at_the_restart(self, kind, tmp_path, caplog):

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from stepguard.errors import CheckpointMismatchError
+from stepguard.torch import Supervisor
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.random_states import STREAMS
 
@@ -183,3 +184,40 @@ def test_a_data_set_that_counts_in_its_workers_is_told_of_at_the_restart(kind, m
 def test_a_generator_that_is_made_late_in_this_process_is_named(kind, caplog):
     run(lambda: MakesItsGenerator(lambda: 1), KINDS[kind], (3,))
     assert ("had made a generator of random numbers when it first needed one" in caplog.text) == (kind == "no worker")
+
+
+class Context:
+    """What a program shares between its training and its data set, which draws nothing from it."""
+
+    def __init__(self):
+        self.random = np.random.default_rng(1)
+        self.optimizer = None
+
+
+class Reading(Changing):
+    def __init__(self, context):
+        super().__init__()
+        self.context = context
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_generator_of_the_training_that_the_data_set_refers_to_goes_on(workers, tmp_path, caplog):
+    def draws(logdir, end):
+        context = Context()
+        model = torch.nn.Linear(1, 1)
+        context.optimizer = torch.optim.Adam(model.parameters())
+        loader = DataLoader(Reading(context), batch_size=2, num_workers=workers)
+        sv = Supervisor({"model": model, "optimizer": context.optimizer}, logdir, save_summaries_secs=0)
+        found = []
+        with sv.managed_session() as sess:
+            for _ in sess.steps(loader, max_steps=end):
+                found.append(context.random.random())
+                context.optimizer.zero_grad()
+                model(torch.ones(1, 1)).sum().backward()
+                context.optimizer.step()
+        return found
+
+    first = len(DataLoader(Reading(Context()), batch_size=2)) + 1
+    drawn = draws(tmp_path / "resumed", first) + draws(tmp_path / "resumed", first + 3)
+    assert drawn == draws(tmp_path / "whole", first + 3)
+    assert not caplog.text

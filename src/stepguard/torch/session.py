@@ -17,6 +17,7 @@ from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.inside import Inside
+from stepguard.torch.data.own_iterators import OwnIterators
 from stepguard.torch.gradients import Gradients
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.unnamed import Unnamed, reached
@@ -82,6 +83,7 @@ class _TorchProcessState(ProcessState):
         self._restored_gradients: Mapping[str, Any] = {}
         self._holders: Mapping[str, Any] = {}
         self._unnamed: Unnamed | None = None
+        self._iterators = OwnIterators(lambda: self.loaders)
         self.strangers = Strangers(_state_of_generator)
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
@@ -92,6 +94,10 @@ class _TorchProcessState(ProcessState):
         """Look, from now on, for what trains and is not among ``holders``."""
         self._holders = holders
         self._unnamed = Unnamed(holders, step)
+
+    def begin_step(self) -> None:
+        self._iterators.begin_step()
+        super().begin_step()
 
     def saved_generators(self) -> list[Any]:
         held = [one for loader in self.loaders for one in Inside(loader).generators]
@@ -110,12 +116,14 @@ class _TorchProcessState(ProcessState):
         own = {one.name: one.state() for one in self._own}
         return {
             **super().capture(),
+            "iterators": self._iterators.advanced(),
             **({"gradients": unapplied} if unapplied else {}),
             **({"own": own} if own else {}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
+        self._iterators.restore(state.get("iterators", ()))
         self.restore_own(state)
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()

@@ -25,6 +25,7 @@ ADDED: dict[str, Form] = {
             "attributes": Fields({}, {"changed": Each(Each((object,), length=2), (str,)), "tensors": _TEXTS}),
         },
     ),
+    "iterators": _TEXTS,
     "sharded": _BY_NAME,
     "own": Each(_BY_NAME, (str,)),
     "gradients": Each(Each((object,), Count()), (str,)),

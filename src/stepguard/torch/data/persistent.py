@@ -1,4 +1,4 @@
-"""Loaders with persistent workers that the program uses itself, such as one for an evaluation.
+"""Loaders that the program uses itself; with persistent workers, such as one for an evaluation, without any effect.
 
 A loader draws the seed of its workers from the random stream of the process when it starts them. Workers that persist
 are started once in a process, so a restarted run draws that seed at another place than the run before, and all later
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from stepguard.steps.feeds import is_function
 from stepguard.steps.session import Session
+from stepguard.torch.data import own_iterators
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.random_states import STREAMS
 
@@ -43,6 +44,11 @@ _beginning = _Beginning()
 def keep_from_persistent_loaders(session: Session) -> None:
     """Keep the random streams from persistent workers that the program starts itself, while ``session`` is open."""
     _sessions.add(session)
+    watch_loaders()
+
+
+def watch_loaders() -> None:
+    """Be told, from now on, when somebody begins to iterate over a loader."""
     for kind in (DataLoader, getattr(sys.modules.get(_TORCHDATA), "StatefulDataLoader", None)):
         if kind is not None and not hasattr(kind.__iter__, "stepguard"):
             kind.__iter__ = _kept_apart(kind.__iter__)
@@ -61,12 +67,14 @@ def beginning() -> Iterator[None]:
 def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(iterate)
     def begin(loader: Any) -> Any:
-        if (
-            _beginning.count
-            or not loader.num_workers
-            or not loader.persistent_workers
-            or not _is_of_the_program(loader)
-        ):
+        if _beginning.count:
+            return iterate(loader)
+        iterator = _begun_by_the_program(loader)
+        own_iterators.note(iterator, loader)
+        return iterator
+
+    def _begun_by_the_program(loader: Any) -> Any:
+        if not loader.num_workers or not loader.persistent_workers or not _is_of_the_program(loader):
             return iterate(loader)
         with STREAMS.preserved():
             if loader._iterator is not None and loader.generator is None:
@@ -85,3 +93,7 @@ def _is_of_the_program(loader: Any) -> bool:
     trained_with = [one for session in sessions for one in session.process_state.loaders]
     # A function may have any loader inside.
     return bool(sessions) and not any(is_function(one) or loader in Inside(one).loaders for one in trained_with)
+
+
+# Programs make iterators before their sessions.
+watch_loaders()

@@ -1,0 +1,121 @@
+"""Iterators over DataLoaders from which the program itself takes batches, and not by ``steps``.
+
+Nobody can put such an iterator back to its position, and after a restart it begins anew. A checkpoint notes those that
+the steps have advanced, and a start that does not find them there says so. An evaluation that comes to the end of its
+data leaves none.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from stepguard.steps.feeds import is_function
+from stepguard.torch.data.inside import Inside
+from stepguard.words import listed, logger
+
+_log = logger(__name__)
+
+# Those that were begun in this process, but for those of feeds, with the loaders and the kinds of their data.
+_begun: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Any], str]] = weakref.WeakKeyDictionary()
+# A step gets its batch by calls of these.
+_FEEDS = ("stepguard.steps.feeds", "stepguard.steps.apart", "stepguard.steps.group_feed", "stepguard.torch.data")
+
+
+def note(iterator: Any, loader: Any) -> None:
+    """Note that somebody has begun to iterate over ``loader``."""
+    if isinstance(iterator, _BaseDataLoaderIter) and not _is_for_a_step():
+        _begun[iterator] = weakref.ref(loader), type(loader.dataset).__name__
+
+
+def _is_for_a_step() -> bool:
+    # Not the frames of this call, which are in a module with the data.
+    frame: types.FrameType | None = sys._getframe(3)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith(_FEEDS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Place(NamedTuple):
+    """How far an iterator is: its identity, what it iterates over, and that in words."""
+
+    iterator: int
+    loader: Any
+    shown: str
+
+
+class OwnIterators:
+    """The iterators of the program, beside one session. For the training thread, or one that holds the boundary.
+
+    ``of_steps`` are the loaders that ``steps`` was given.
+    """
+
+    def __init__(self, of_steps: Callable[[], list[Any]]) -> None:
+        self._of_steps = of_steps
+        self._before: Sequence[str] = ()
+        # How many batches each had given before the first step.
+        self._at_start: weakref.WeakKeyDictionary[Any, int] | None = None
+        # How far they were when the last step began: one that is gone has ended with the program's loop.
+        self._last: list[_Place] = []
+
+    def restore(self, saved: Sequence[str]) -> None:
+        """Go on after what :meth:`advanced` has returned in an earlier process."""
+        self._before = saved
+
+    def begin_step(self) -> None:
+        """Note how far they are; before the first step, warn if those of the run before are not as far."""
+        if self._at_start is None:
+            self._at_start = weakref.WeakKeyDictionary({one: one._num_yielded for one in list(_begun)})
+            before, self._before = self._before, ()
+            here = [_shown(one, data) for one, (_, data) in list(_begun.items())]
+            _warn([one for one in before if one not in here])
+        elif self._last or len(_begun):
+            self._last = self._places(self._at_start)
+
+    def advanced(self) -> list[str]:
+        """The places of those that steps have advanced, and that are not at their end."""
+        if self._at_start is None:
+            return list(self._before)
+        places = self._places(self._at_start)
+        here = {id(one) for one in list(_begun)}
+        places += [one for one in self._last if one.iterator not in here]
+        of_steps = self._of_steps() if places else []
+        if any(map(is_function, of_steps)):
+            return []  # It may have any loader inside.
+        inside = [held for one in of_steps for held in Inside(one).loaders]
+        return [one.shown for one in places if not any(held is one.loader() for held in inside)]
+
+    def _places(self, at_start: Mapping[Any, int]) -> list[_Place]:
+        return [
+            _Place(id(one), loader, _shown(one, data))
+            for one, (loader, data) in list(_begun.items())
+            if one._num_yielded not in (0, at_start.get(one, 0)) and not _is_at_end(one)
+        ]
+
+
+def _warn(gone: list[str]) -> None:
+    if gone:
+        _log.warning(
+            "the steps of the run took batches from DataLoaders by iterators of the program, and these begin anew, so "
+            "that the batches are not those of the interrupted run: %s. Give the DataLoader to sess.steps(), which "
+            'goes on with the next batch; several of them as sess.steps({"a": a, "b": b})',
+            listed(gone),
+        )
+
+
+def _shown(iterator: Any, data: str) -> str:
+    return f"{data} (after {iterator._num_yielded:,} batches)"
+
+
+def _is_at_end(iterator: Any) -> bool:
+    try:
+        return bool(iterator._num_yielded >= len(iterator._index_sampler))
+    except (TypeError, NotImplementedError):
+        return False
