@@ -96,7 +96,8 @@ class _TorchProcessState(ProcessState):
         self._unnamed = Unnamed(holders, step)
 
     def begin_step(self) -> None:
-        self._iterators.begin_step()
+        if self._iterators.is_needed:
+            self._iterators.begin_step()
         super().begin_step()
 
     def saved_generators(self) -> list[Any]:

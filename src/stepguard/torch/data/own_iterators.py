@@ -64,6 +64,13 @@ class OwnIterators:
         self._at_start: weakref.WeakKeyDictionary[Any, int] | None = None
         # How far they were when the last step began: one that is gone has ended with the program's loop.
         self._last: list[_Place] = []
+        # What there is to look at: the dictionary inside of the weak one, since every step asks.
+        self._alive: Mapping[Any, Any] = vars(_begun)["data"]
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a step must be told of by :meth:`begin_step`."""
+        return self._at_start is None or bool(self._alive or self._last)
 
     def restore(self, saved: Sequence[str]) -> None:
         """Go on after what :meth:`advanced` has returned in an earlier process."""
@@ -76,7 +83,7 @@ class OwnIterators:
             before, self._before = self._before, ()
             here = [_shown(one, data) for one, (_, data) in list(_begun.items())]
             _warn([one for one in before if one not in here])
-        elif self._last or len(_begun):
+        else:
             self._last = self._places(self._at_start)
 
     def advanced(self) -> list[str]:
