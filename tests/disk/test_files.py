@@ -160,6 +160,18 @@ def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monke
     assert (file.size, file.digest) == files.digest(tmp_path / "file")
 
 
+def test_a_file_is_written_where_no_thread_can_be_started(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(new_file, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with NewFile(tmp_path / "file") as file:
+        for _ in range(3):
+            file.write(b"x" * 100)
+    assert (tmp_path / "file").read_bytes() == b"x" * 300
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_what_the_disk_answers_to_that_is_raised(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(new_file, "_WRITEBACK_BYTES", 100)

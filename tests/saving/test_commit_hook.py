@@ -101,3 +101,20 @@ def test_the_end_waits_until_its_deadline_and_names_what_was_not_called(tmp_path
 def test_what_is_no_function_is_refused():
     with pytest.raises(TypeError, match="on_commit must be a function"):
         Saving(on_commit="push")
+
+
+def test_where_no_thread_can_be_started_it_says_that_the_call_is_not_made(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    told, said = [], []
+    hook = CommitHook(told.append, said.append)
+    committed = Committed(Path("model.ckpt-2"), 2, {}, ())
+    with monkeypatch.context() as exiting:
+        exiting.setattr(threading.Thread, "start", refuse)
+        hook.tell(committed)
+    assert said == ["on_commit is not called with model.ckpt-2: can't create new thread at interpreter shutdown"]
+    assert hook.unfinished == []
+    hook.tell(committed)
+    hook.close(time.monotonic() + SOON_SECS)
+    assert told == [committed]

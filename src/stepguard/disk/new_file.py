@@ -190,13 +190,20 @@ class _Earlier:
 
 
 class _Writeback:
-    """One ``fdatasync`` in a thread of its own, which the constructor starts."""
+    """One ``fdatasync`` in a thread of its own, which the constructor starts if the system can start one."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="stepguard-writeback", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, name="stepguard-writeback", daemon=True
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = (
+                None  # Python 3.12 and later start no threads while the process exits: the fsync does it all.
+            )
 
     def _run(self) -> None:
         try:
@@ -207,10 +214,11 @@ class _Writeback:
 
     @property
     def is_running(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def raise_error(self) -> None:
         """Raise the error of the fdatasync, if any. Call this only after the thread has ended."""

@@ -235,8 +235,12 @@ class Lease:
         self._thread = None
         # A network that hangs would hold the end of the run. Whoever comes next then waits for the lease to run out.
         giving = threading.Thread(target=self._give_back, name="stepguard-mirror-lease-end", daemon=True)
-        giving.start()
-        giving.join(_GIVING_SECS)
+        try:
+            giving.start()
+        except RuntimeError:
+            self._give_back()  # Python 3.12 and later start no threads while the process exits.
+        else:
+            giving.join(_GIVING_SECS)
 
     def _give_back(self) -> None:
         with self._writing:

@@ -55,8 +55,15 @@ class CommitHook:
             self._changed.notify_all()
             if self._thread is None:
                 self._is_closed = False
-                self._thread = threading.Thread(target=self._run, name="stepguard-on-commit", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="stepguard-on-commit", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # Python 3.12 and later start no threads while the process exits.
+                    self._waiting.clear()
+                    self._warn(f"on_commit is not called with {committed.path.name}: {error}")
+                else:
+                    self._thread = thread
 
     @property
     def unfinished(self) -> list[str]:
