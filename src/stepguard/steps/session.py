@@ -229,6 +229,7 @@ class Session(StepSession):
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
         began_at = boundary.steps, plan.epochs_seen
+        is_new = True
         if plan.number is not None and plan.number < self.process_state.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self.process_state.resume_streams()
@@ -257,7 +258,10 @@ class Session(StepSession):
                     self._gate.meet(boundary.steps)
                 self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
                 return
-            boundary.call_due()
+            if is_new:
+                # Each further step follows the end of one, which has called what was due.
+                boundary.call_due()
+                is_new = False
             if not self._begin():
                 self._is_cut = True
                 if self._coord.stop_reason is None and self._coord.first_error is None:

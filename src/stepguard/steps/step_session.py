@@ -387,10 +387,6 @@ class StepSession:
             return False
         if self._gate is not None and not self._gate.begin(self.boundary.steps):
             return False
-        self._enter()
-        return True
-
-    def _enter(self) -> None:
         if not self.is_open:
             self._check_open()
         if self.boundary.stepping == threading.get_ident():
@@ -402,6 +398,7 @@ class StepSession:
         self.process_state.begin_step()
         if self._digests is not None:
             self._digests.begin_step(self.global_step)
+        return True
 
     @property
     def _is_stopped(self) -> bool:

@@ -25,6 +25,8 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
+_HAS_CUDA = torch.backends.cuda.is_built()
+
 
 class Session(LoopSession):
     """A run of a PyTorch program, from its start or restart to its stop.
@@ -65,7 +67,7 @@ class Session(LoopSession):
         self._torch_state.restore_own(state)
 
     def _step_is_ending(self) -> None:
-        if torch.cuda.is_initialized():
+        if _HAS_CUDA and torch.cuda.is_initialized():
             stream = torch.cuda.current_stream()
             self._training_streams[stream.device] = stream
 
