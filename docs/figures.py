@@ -41,7 +41,7 @@ def filled_in(page: str) -> str:
         if found[2] == "about":
             return f"{found[1]}{measured['about']}.\n{found[3]}"
         one = measured["benchmarks"][found[2]]
-        output = one["output"] if one["tables"] else textwrap.indent(one["output"], "    ")
+        output = one["output"] if one["tables"] else f"```text\n{textwrap.indent(one['output'], '  ')}\n```"
         return f"{found[1]}`{one['command']}`\n\n{output}\n{found[3]}"
 
     return MEASURED.sub(printed, page)

@@ -61,8 +61,11 @@ class MapFeed(Feed):
         self._generators: list[Any] = found
         self._item_counts = Counts(items, may_keep_more=True)
         # Also with workers, which have copies: the training may draw from these, and a sampler that refers to the data
-        # set puts them back to the epoch's beginning.
-        self._item_generators: list[Any] = [self._item_counts, *self._inside.generators]
+        # set puts them back to the epoch's beginning. Not from that of the order, which is drawn ahead for workers.
+        of_data = [one for one in Inside(loader.dataset, loader.collate_fn).generators if one is not loader.generator]
+        known = {id(one) for one in of_data}
+        others = [one for one in self._inside.generators if id(one) not in known]
+        self._item_generators: list[Any] = [self._item_counts, *of_data, *(() if loader.num_workers else others)]
         self._items_before: Sequence[Any] = ()
         # What the data set had changed when the running workers were started: they have it as it was then, whatever the
         # program has changed in it meanwhile.
@@ -155,7 +158,7 @@ class MapFeed(Feed):
         with taking(f"the contents of {shown(self.loader)}"):
             self._contents.put(self._contents_before)
         if not position["batches"]:
-            generators.restore(self._item_generators, _items_in(position))
+            generators.restore(self._item_generators, self._items_in(position))
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
         warn_of_new_generators(shown(self.loader), position)
@@ -169,7 +172,7 @@ class MapFeed(Feed):
         self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
         self._last_before = position.get("last")
         generators.restore(self._generators, position.get("generators", ()))
-        self._items_before = _items_in(position)
+        self._items_before = self._items_in(position)
         if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
@@ -266,6 +269,15 @@ class MapFeed(Feed):
         if then is not None and not skip:  # Otherwise `indices` has put back what the checkpoint has.
             self._put_items(now)
 
+    def _items_in(self, position: Mapping[str, Any]) -> Sequence[Any]:
+        """The states for the generators of items."""
+        items: Sequence[Any] = position.get("items", ())
+        if not items or "counted" in position or "new generators" in position:
+            return items
+        # A checkpoint of an earlier version has them in the order in which they are found, and the counts last.
+        found = dict(zip(map(id, self._inside.generators), items, strict=False))
+        return [items[-1], *(found.get(id(one)) for one in self._item_generators[1:])]
+
     def _items(self) -> dict[str, Any]:
         return {"counts": self._item_counts.state(), "contents": self._contents.state()}
 
@@ -348,13 +360,6 @@ class MapFeed(Feed):
             "batch size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
             "items in the dataset": length(loader.dataset),
         }
-
-
-def _items_in(position: Mapping[str, Any]) -> Sequence[Any]:
-    items: Sequence[Any] = position.get("items", ())
-    # A checkpoint of an earlier version has the counts last.
-    is_new = "counted" in position or "new generators" in position
-    return items if is_new or not items else [items[-1], *items[:-1]]
 
 
 def _lists_of(loader: Any) -> Lists:
