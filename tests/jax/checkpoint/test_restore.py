@@ -24,6 +24,7 @@ from stepguard.jax.checkpoint.restore import first_values
 from stepguard.jax.checkpoint.tree import flatten
 from stepguard.options import Restoring
 from stepguard.orbax_files.taken import read_process
+from stepguard.steps.random_streams import RandomStreams
 
 
 class Pair(NamedTuple):
@@ -331,6 +332,9 @@ class TestFilesThatLie:
 
 def test_the_state_of_a_process_comes_back(tmp_path):
     process = {
+        "global_step": 3,
+        "random": RandomStreams().capture(),
+        "loaders": [],
         "tuple": (1, (2, "x")),
         "bytes": b"\0\xff",
         "array": np.arange(6.0).reshape(2, 3),
