@@ -119,7 +119,7 @@ def cell(folder: Path, whole: tuple[str, dict[str, str]], *, kind: str, workers:
     if code and "CheckpointMismatchError" in output:
         return "refused"
     if code != 0:
-        return f"failed: {said[-500:]} {output[-1500:]}"
+        return f"failed with {code}: {said[-500:]} {output[-1500:]}"
     return "same" if (output.splitlines()[-1], batches(logdir)) == whole else "OTHER"
 
 
