@@ -93,6 +93,31 @@ class StatefulStream(Stream):
         self.at, self.is_loaded = state["at"], True
 
 
+class OrderedStream(StatefulStream):
+    """Its order is of its state, and drawn in each epoch from a generator of its own, needed or not."""
+
+    order: list[int]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(ITEMS, generator=self.items.noise).tolist()
+        if not self.is_loaded:
+            self.at, self.order = 0, order
+        self.is_loaded = False
+        return self._rest()
+
+    def _rest(self) -> Iterator[torch.Tensor]:
+        while self.at < ITEMS:
+            self.at += 1
+            yield self._item(self.order[self.at - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "order": getattr(self, "order", [])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.order = state["order"]
+
+
 class OwnEpochs:
     """A loader that counts its epochs itself, and draws the order of an epoch from that number."""
 
@@ -416,6 +441,7 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "a stream": lambda workers, persistent: loader(Stream(), workers, persistent),
     "torchdata's stream": lambda workers, persistent: loader(Stream(), workers, persistent, StatefulDataLoader),
     "a stream with a state": lambda workers, persistent: loader(StatefulStream(), workers, persistent),
+    "a stream with its order as state": lambda *_: loader(OrderedStream(), 0, False),
     "a loader with epochs of its own": lambda *_: OwnEpochs(),
     "a state_dict that fails": lambda *_: Raising(),
     "a wrapper": lambda workers, persistent: Wrapper(shuffled(workers, persistent)),

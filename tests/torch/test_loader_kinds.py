@@ -90,6 +90,17 @@ def outcome(kind, workers, stops):
     return batches
 
 
+def outcome_of_rests(kind, workers):
+    """The batches of a run that was stopped between any two epochs, when the end of the data was seen."""
+    batches, state = [], None
+    for epochs in range(1, EPOCHS + 1):
+        run = Run(kind, workers, state)
+        state = run.train(epochs=epochs)
+        run.close()
+        batches += run.batches
+    return batches
+
+
 def whole(kind, workers):
     return outcome(kind, workers, ())
 
@@ -120,3 +131,8 @@ def test_a_stopped_run_has_the_same_batches_or_is_refused(kind, workers):
         found = outcome(kind, workers, one)
         assert found in (expected, REFUSED)
         assert found is not REFUSED or kind in MAY_BE_REFUSED
+
+
+@pytest.mark.parametrize(("kind", "workers"), [one for one in cells() if one.values[0] not in ONE_TIME])
+def test_a_run_that_is_stopped_between_epochs_has_the_same_batches(kind, workers):
+    assert outcome_of_rests(kind, workers) == whole(kind, workers)

@@ -32,6 +32,9 @@ class StatefulFeed(StreamFeed):
         self._probes_before = PROBES
         # Whether the state was loaded and nothing was read since then.
         self._is_loaded = False
+        # Whether the epoch's order is drawn, and the states of the generators inside before it began.
+        self._is_drawn = False
+        self._items_before: Any = None
         self._has_begun = False
         with STREAMS.preserved():
             check_saveable(f"the {'data set' if of_dataset else 'loader'}'s state_dict()", self._holder.state_dict())
@@ -84,11 +87,12 @@ class StatefulFeed(StreamFeed):
         state, self._state_before = self._state_before, None
         self._is_loaded = state is not None and not skip
         self._has_begun = True
-        items = generators.states(self._inside.generators)
+        self._items_before = items = generators.states(self._inside.generators)
         # First, because it may begin the epoch anew.
         self._announce_epoch()
-        if not skip:
+        if not skip and not self._is_drawn:
             self._order = STREAMS.fork("data")
+        self._is_drawn = False
         order = self._order if self._order is not None else STREAMS.fork("data")
         if state is not None:
             with STREAMS.preserved():
@@ -103,6 +107,10 @@ class StatefulFeed(StreamFeed):
     def _may_be_empty(self) -> bool:
         # A state of an epoch's end may mean that end, or the beginning that follows.
         was, self._is_loaded = self._is_loaded, False
+        if was:
+            # The end has drawn what the beginning draws again.
+            generators.restore(self._inside.generators, self._items_before)
+            self._is_drawn = True
         return was
 
     def _note(self, batch: Any) -> None:  # noqa: ARG002 - as in the base
