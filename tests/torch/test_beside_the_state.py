@@ -234,6 +234,25 @@ class Batches:
                 if sess.global_step == self.end:
                     break
 
+    def in_a_loop_that_skips_what_was_seen(self):
+        with self.session() as sess:
+            first = sess.global_step
+            for number, (x,) in enumerate(self.data):
+                if number < first:
+                    continue
+                with sess.step():
+                    train(self.model, self.optimizer, x)
+                if sess.global_step == self.end:
+                    break
+
+    def with_a_look_at_the_evaluation_first(self):
+        looked_at = iter(loader())
+        with self.session() as sess:
+            kept = iter(loader())
+            assert next(looked_at) is not next(kept)
+            for (x,) in sess.steps(self.data, max_steps=self.end):
+                train(self.model, self.optimizer, x)
+
     def from_steps(self):
         with self.session() as sess:
             for (x,) in sess.steps(self.data, max_steps=self.end):
@@ -273,20 +292,28 @@ class Batches:
 
 class TestIteratorsOfTheProgram:
     @pytest.mark.parametrize(
-        ("way", "count"),
+        ("way", "ahead"),
         [
-            (Batches.from_an_iterator, 3),
-            (Batches.from_an_iterator_that_has_given_one, 4),
-            (Batches.from_a_generator, 3),
-            (Batches.from_two, 3),
-            (Batches.in_a_loop_of_its_own, 3),
+            (Batches.from_an_iterator, 0),
+            (Batches.from_an_iterator_that_has_given_one, 1),
+            (Batches.from_a_generator, 0),
+            (Batches.from_two, 0),
+            (Batches.in_a_loop_of_its_own, 0),
         ],
     )
-    def test_that_give_the_steps_their_batches_are_named_at_the_restart(self, way, count, tmp_path, caplog):
-        way(Batches(tmp_path, 3))
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_that_give_the_steps_their_batches_are_named_at_the_restart(self, way, ahead, steps, tmp_path, caplog):
+        way(Batches(tmp_path, steps))
         assert "iterators of the program" not in caplog.text
-        way(Batches(tmp_path, 5))
-        assert f"are not those of the interrupted run: TensorDataset (after {count} batches)" in caplog.text
+        way(Batches(tmp_path, steps + 2))
+        named = f"are not those of the interrupted run: TensorDataset (after {steps + ahead} batches)"
+        assert named in caplog.text
+
+    def test_that_give_the_steps_their_batches_are_named_at_each_restart(self, tmp_path, caplog):
+        for end in (1, 2, 3):
+            caplog.clear()
+            Batches(tmp_path, end).in_a_loop_of_its_own()
+            assert ("iterators of the program" in caplog.text) == (end > 1)
 
     @pytest.mark.parametrize(
         "way",
@@ -297,10 +324,13 @@ class TestIteratorsOfTheProgram:
             Batches.from_steps_through_a_wrapper,
             Batches.from_steps_with_an_evaluation_in_each,
             Batches.from_an_iterator_that_is_put_to_its_place,
+            Batches.in_a_loop_that_skips_what_was_seen,
+            Batches.with_a_look_at_the_evaluation_first,
         ],
     )
-    def test_that_are_at_their_place_are_not(self, way, tmp_path, caplog):
-        for end in (3, 5):
+    @pytest.mark.parametrize("steps", [2, 3])
+    def test_that_are_at_their_place_are_not(self, way, steps, tmp_path, caplog):
+        for end in (steps, steps + 2):
             way(Batches(tmp_path, end))
         assert "iterators of the program" not in caplog.text
 

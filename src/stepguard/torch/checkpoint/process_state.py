@@ -25,7 +25,7 @@ ADDED: dict[str, Form] = {
             "attributes": Fields({}, {"changed": Each(Each((object,), length=2), (str,)), "tensors": _TEXTS}),
         },
     ),
-    "iterators": _TEXTS,
+    "iterators": Each(Fields({"data": (str,), "batches": Count(), "is_ahead": (bool,)})),
     "sharded": _BY_NAME,
     "own": Each(_BY_NAME, (str,)),
     "gradients": Each(Each((object,), Count()), (str,)),

@@ -44,11 +44,12 @@ def _is_for_a_step() -> bool:
 
 
 class _Place(NamedTuple):
-    """How far an iterator is: its identity, what it iterates over, and that in words."""
+    """How far an iterator is: what it iterates over, what kind of data that is, and how many batches it has given."""
 
-    iterator: int
+    iterator: weakref.ref[Any]
     loader: Any
-    shown: str
+    data: str
+    batches: int
 
 
 class OwnIterators:
@@ -59,9 +60,11 @@ class OwnIterators:
 
     def __init__(self, of_steps: Callable[[], list[Any]]) -> None:
         self._of_steps = of_steps
-        self._before: Sequence[str] = ()
-        # How many batches each had given before the first step.
+        self._before: Sequence[Mapping[str, Any]] = ()
+        # How many batches each had given when the session began, and before the first step.
+        self._at_session = _given()
         self._at_start: weakref.WeakKeyDictionary[Any, int] | None = None
+        self._is_in_first = False
         # How far they were when the last step began: one that is gone has ended with the program's loop.
         self._last: list[_Place] = []
         # What there is to look at: the dictionary inside of the weak one, since every step asks.
@@ -72,53 +75,69 @@ class OwnIterators:
         """Whether a step must be told of by :meth:`begin_step`."""
         return self._at_start is None or bool(self._alive or self._last)
 
-    def restore(self, saved: Sequence[str]) -> None:
+    def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Go on after what :meth:`advanced` has returned in an earlier process."""
         self._before = saved
 
     def begin_step(self) -> None:
         """Note how far they are; before the first step, warn if those of the run before are not as far."""
+        self._is_in_first = self._at_start is None
         if self._at_start is None:
-            self._at_start = weakref.WeakKeyDictionary({one: one._num_yielded for one in list(_begun)})
+            self._at_start = _given()
             before, self._before = self._before, ()
-            here = [_shown(one, data) for one, (_, data) in list(_begun.items())]
-            _warn([one for one in before if one not in here])
-        else:
-            self._last = self._places(self._at_start)
+            _warn([one for one in before if not any(_is_as_far(here, one) for here in _places())])
+        self._last = self._moved()
 
-    def advanced(self) -> list[str]:
+    def advanced(self) -> list[dict[str, Any]]:
         """The places of those that steps have advanced, and that are not at their end."""
         if self._at_start is None:
-            return list(self._before)
-        places = self._places(self._at_start)
-        here = {id(one) for one in list(_begun)}
-        places += [one for one in self._last if one.iterator not in here]
+            return [dict(one) for one in self._before]
+        places = [*self._moved(), *(one for one in self._last if one.iterator() is None)]
         of_steps = self._of_steps() if places else []
         if any(map(is_function, of_steps)):
             return []  # It may have any loader inside.
         inside = [held for one in of_steps for held in Inside(one).loaders]
-        return [one.shown for one in places if not any(held is one.loader() for held in inside)]
-
-    def _places(self, at_start: Mapping[Any, int]) -> list[_Place]:
         return [
-            _Place(id(one), loader, _shown(one, data))
-            for one, (loader, data) in list(_begun.items())
-            if one._num_yielded not in (0, at_start.get(one, 0)) and not _is_at_end(one)
+            # The step either began with its batch, as in a loop over the loader, or it has fetched it.
+            {"data": one.data, "batches": one.batches, "is_ahead": one in self._last}
+            for one in places
+            if not any(held is one.loader() for held in inside)
         ]
 
+    def _moved(self) -> list[_Place]:
+        """The places of those that have moved since the start."""
+        # In the first step nobody knows which of those that moved before it go on to move.
+        since = self._at_session if self._is_in_first or self._at_start is None else self._at_start
+        return [one for one in _places() if one.batches not in (0, since.get(one.iterator(), 0))]
 
-def _warn(gone: list[str]) -> None:
+
+def _given() -> weakref.WeakKeyDictionary[Any, int]:
+    return weakref.WeakKeyDictionary({one: one._num_yielded for one in list(_begun)})
+
+
+def _is_as_far(here: _Place, saved: Mapping[str, Any]) -> bool:
+    """Whether an iterator is where one of the run before was, when a step begins."""
+    if here.data != saved["data"]:
+        return False
+    return here.batches > saved["batches"] if saved["is_ahead"] else here.batches == saved["batches"]
+
+
+def _places() -> list[_Place]:
+    return [
+        _Place(weakref.ref(one), loader, data, one._num_yielded)
+        for one, (loader, data) in list(_begun.items())
+        if not _is_at_end(one)
+    ]
+
+
+def _warn(gone: list[Mapping[str, Any]]) -> None:
     if gone:
         _log.warning(
             "the steps of the run took batches from DataLoaders by iterators of the program, and these begin anew, so "
             "that the batches are not those of the interrupted run: %s. Give the DataLoader to sess.steps(), which "
             'goes on with the next batch; several of them as sess.steps({"a": a, "b": b})',
-            listed(gone),
+            listed([f"{one['data']} (after {one['batches']:,} batches)" for one in gone]),
         )
-
-
-def _shown(iterator: Any, data: str) -> str:
-    return f"{data} (after {iterator._num_yielded:,} batches)"
 
 
 def _is_at_end(iterator: Any) -> bool:
