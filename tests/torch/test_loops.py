@@ -385,6 +385,48 @@ def test_no_gradient_is_lost_where_a_run_is_stopped(stop_at, is_naive, tmp_path)
     assert "gradients" not in newest
 
 
+def fades_gradients(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+
+CLEARING = {
+    "never": lambda _: None,
+    "faded": fades_gradients,
+    "in place": lambda optimizer: optimizer.zero_grad(set_to_none=False),
+    "dropped": lambda optimizer: optimizer.zero_grad(),
+}
+
+
+def train_with_gradients(clear, logdir, stop_at=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, save_summaries_secs=0)
+    with sv.managed_session() as session:
+        for _ in session.steps(max_steps=7):
+            clear(optimizer)
+            model(torch.ones(4, 1)).square().mean().backward()
+            optimizer.step()
+            if session.global_step + 1 == stop_at:
+                sv.request_stop()
+    return [one.tolist() for one in model.parameters()]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+@pytest.mark.parametrize("clearing", CLEARING)
+def test_gradients_that_outlive_a_step_go_on_after_a_restart(clearing, stop_at, tmp_path):
+    clear = CLEARING[clearing]
+    whole = train_with_gradients(clear, None)
+    train_with_gradients(clear, tmp_path, stop_at)
+
+    assert train_with_gradients(clear, tmp_path) == whole
+    newest = torch.load(tmp_path / "model.ckpt-7" / "process-0.pt", weights_only=True)
+    assert ("gradients" in newest) == (clearing != "dropped")
+
+
 def test_both_ways_to_accumulate_train_the_same():
     assert Accumulating(None, is_naive=True).train() == Accumulating(None, is_naive=False).train()
 

@@ -1,11 +1,13 @@
-"""Gradients that were computed and not yet applied, as in a program that calls its optimizer in every fourth turn.
+"""Gradients that the next step needs, without which a resumed run would make a different update.
 
-A checkpoint between such turns needs these gradients; without them a resumed run would make a different update. After
-the optimizer's step they are of no use, and are not saved.
+Those of a program that calls its optimizer in every fourth turn are not yet applied between its turns. After the
+optimizer's step gradients are of no use, and are not saved, unless the program keeps them: it never clears them, or
+multiplies them to have a momentum. Then the next ones are added to them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,18 +30,35 @@ class Gradients:
         self._optimizer = optimizer
         self._steps_done = steps_done
         self._stepped_in = -1
-        self._mark_at_step: object = None
+        # The first gradient at the optimizer's last step, and how often it had been changed.
+        self._at_step: weakref.ref[torch.Tensor] | None = None
+        self._version_at_step = 0
+        # Whether a gradient outlives the step after that in which it was applied: unknown before the second step.
+        self._is_kept: bool | None = None
         self._has_warned = False
         self._hook = optimizer.register_step_post_hook(self._note_step)
 
     def _note_step(self, *_: Any) -> None:
-        self._stepped_in = self._steps_done()
-        self._mark_at_step = self._mark()
+        is_first, self._stepped_in = self._stepped_in < 0, self._steps_done()
+        gradient = self._first()
+        if not is_first:
+            self._is_kept = self._is_kept or (gradient is not None and self._is_at_step(gradient))
+        self._at_step = None if gradient is None else weakref.ref(gradient)
+        self._version_at_step = 0 if gradient is None else gradient._version
 
-    def _mark(self) -> object:
-        """A value that changes, almost certainly, when new gradients come; those of all parameters come together."""
-        first = next((gradient for _, gradient in self._present()), None)
-        return None if first is None else (id(first), first._version)
+    def _first(self) -> torch.Tensor | None:
+        return next((gradient for _, gradient in self._present()), None)
+
+    def _is_at_step(self, gradient: torch.Tensor) -> bool:
+        """Whether this is the tensor of the optimizer's last step; a cleared one is followed by another tensor."""
+        return self._at_step is not None and self._at_step() is gradient
+
+    def _are_applied(self) -> bool:
+        """Whether no gradients came after the optimizer's last step; those of all parameters come together."""
+        gradient = self._first()
+        if gradient is None:
+            return self._at_step is None
+        return self._is_at_step(gradient) and gradient._version == self._version_at_step
 
     def _present(self) -> Iterator[tuple[int, torch.Tensor]]:
         number = 0
@@ -55,13 +74,18 @@ class Gradients:
         """Whether the optimizer, which was called in the step before, has no part in the running step until now."""
         return self._stepped_in == self._steps_done() - 1 and not self.unapplied()
 
+    def needed(self) -> dict[int, torch.Tensor]:
+        """The gradients that a checkpoint needs, by the numbers of their parameters."""
+        unapplied = self.unapplied()
+        if unapplied or self._is_kept is False:
+            return unapplied
+        return {number: one for number, one in self._not_zero().items() if not is_dtensor(one)}
+
     def unapplied(self) -> dict[int, torch.Tensor]:
         """The unapplied gradients by the numbers of their parameters; empty if the optimizer's last step came after."""
-        if self._stepped_in >= self._steps_done() - 1 and self._mark() == self._mark_at_step:
+        if self._stepped_in >= self._steps_done() - 1 and self._are_applied():
             return {}
-        found = dict(self._present())
-        if all(_is_zero(gradient) for gradient in found.values()):
-            return {}
+        found = self._not_zero()
         local = {number: gradient for number, gradient in found.items() if not is_dtensor(gradient)}
         if len(local) < len(found) and not self._has_warned:
             self._has_warned = True
@@ -71,6 +95,11 @@ class Gradients:
                 self._name,
             )
         return local
+
+    def _not_zero(self) -> dict[int, torch.Tensor]:
+        """The gradients, unless all are zero."""
+        found = dict(self._present())
+        return {} if all(map(_is_zero, found.values())) else found
 
     def put_back(self, saved: Mapping[int, torch.Tensor]) -> None:
         """Set the gradients of the parameters to those in a checkpoint."""

@@ -76,7 +76,7 @@ class Session(LoopSession):
 
 
 class _TorchProcessState(ProcessState):
-    """Adds the gradients that were accumulated and not applied; each of several processes has its own."""
+    """Adds the gradients that the next step needs; each of several processes has its own."""
 
     def __init__(self, streams: RandomStreams, processes: int, own: Sequence[Component]) -> None:
         super().__init__(streams, processes)
@@ -114,13 +114,13 @@ class _TorchProcessState(ProcessState):
         return feed_of(loader)
 
     def capture(self) -> dict[str, Any]:
-        unapplied = {name: one.unapplied() for name, one in self._gradients.items()}
-        unapplied = {name: found for name, found in unapplied.items() if found}
+        needed = {name: one.needed() for name, one in self._gradients.items()}
+        gradients = {name: found for name, found in needed.items() if found}
         own = {one.name: one.state() for one in self._own}
         return {
             **super().capture(),
             "iterators": self._iterators.advanced(),
-            **({"gradients": unapplied} if unapplied else {}),
+            **({"gradients": gradients} if gradients else {}),
             **({"own": own} if own else {}),
         }
 
