@@ -42,7 +42,10 @@ _ERROR = re.compile(r"error|exception|fatal|abort|panic|fault|terminate called|a
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnd:
-    """How one start of the program ended. ``code`` is negative for a signal."""
+    """How one start of the program ended. ``code`` is negative for a signal.
+
+    ``is_repeated`` says that its traceback is that of the start before.
+    """
 
     code: int
     pid: int
@@ -50,6 +53,7 @@ class AttemptEnd:
     has_progressed: bool
     failure: Crash
     lines: tuple[str, ...]
+    is_repeated: bool
 
     @property
     def exit_code(self) -> int:
@@ -97,6 +101,7 @@ class Launcher:
         # The `stop` line of the chief of the last start.
         self._stop: Mapping[str, Any] = {}
         self._last_code: int | None = None
+        self._output_before = b""
         self._attempt = 0
         # A millisecond earlier, because the ledger rounds its times.
         self._began = time.time() - 0.001
@@ -145,7 +150,7 @@ class Launcher:
 
     def _start(self, environment: dict[str, str]) -> AttemptEnd | int:
         """Run one start until its last process has ended. Returns the exit code if the program could not be started."""
-        relay = Relay()
+        relay = Relay(before=self._output_before)
         began, clock = time.time(), time.monotonic()
         shares_terminal = _is_in_foreground()
         try:
@@ -173,7 +178,8 @@ class Launcher:
         if code != 0:
             self._end_the_rest(relay)
         self._end_relay(relay)
-        return self._ended(code, pid, began, time.monotonic() - clock, relay.last_lines())
+        self._output_before = relay.kept
+        return self._ended(code, pid, began, time.monotonic() - clock, relay)
 
     def _wait(self, pid: int, relay: Relay, *, shares_terminal: bool) -> int:
         """Wait for the end of the program, passing signals on."""
@@ -246,13 +252,15 @@ class Launcher:
                 self._is_first_request(received.number)
         relay.close()
 
-    def _ended(self, code: int, pid: int, began: float, secs: float, lines: Sequence[str]) -> AttemptEnd:
+    def _ended(self, code: int, pid: int, began: float, secs: float, relay: Relay) -> AttemptEnd:
         self._logdirs.find_announced()
         since = began - 0.001
         stop = self._logdirs.last_stop(since)
+        lines = relay.last_lines()
         why = self._logdirs.cause(since) or _last_words(lines, code)
         failure = Crash(_ending(code), printable(why)[:500])
-        ended = AttemptEnd(code, pid, secs, self._logdirs.has_progressed(since), failure, tuple(lines[-_SHOWN_LINES:]))
+        has_progressed, shown = self._logdirs.has_progressed(since), tuple(lines[-_SHOWN_LINES:])
+        ended = AttemptEnd(code, pid, secs, has_progressed, failure, shown, relay.is_repeated)
         self._logdirs.record(
             "exit",
             time.time(),
@@ -308,7 +316,7 @@ class Launcher:
         else:
             done = output.counted(self._restarts.done, "restart")
             self._say(f"not started again after {done}, which is what --max-restarts allows: {ended.failure}")
-        if ended.lines:
+        if ended.lines and not ended.is_repeated:
             self._say("the last lines of the failure:\n" + "\n".join(f"  {printable(one)}" for one in ended.lines))
         return CRASH_LOOP_EXIT if why is CRASH_LOOP else ended.exit_code
 
@@ -318,6 +326,7 @@ class Launcher:
         progress = "with" if ended.has_progressed else "without"
         same = self._restarts.same_failures
         failure = str(ended.failure) if same < 2 else f"the same failure, {same} times in a row"
+        failure += " (traceback as before)" if ended.is_repeated and same < 2 else ""
         self._say(
             f"ended after {duration(ended.secs)}, {progress} progress: {failure}; "
             f"restart {restart.number} in {restart.delay_secs:.1f} s"
