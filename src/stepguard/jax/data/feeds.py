@@ -28,7 +28,7 @@ def feed_of(loader: Any, streams: RandomStreams) -> Feed:
     if is_function(loader):
         return FunctionFeed(loader, streams)
     if is_grain(loader):
-        return GrainFeed(loader, streams)
+        return GrainFeed(loader)
     if is_stateful(loader):
         return StatefulFeed(loader, streams)
     if not hasattr(loader, "__iter__") or isinstance(loader, type):

@@ -17,7 +17,7 @@ from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import MapFeed
 from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.data.persistent import beginning
-from stepguard.torch.data.stateful_feed import StatefulFeed
+from stepguard.torch.data.stateful_feed import TorchStatefulFeed
 from stepguard.torch.data.stream_feed import StreamFeed, TorchFunctionFeed, WorkerStreamFeed
 from stepguard.words import logger
 
@@ -63,15 +63,15 @@ def _feed_of_plain(loader: Any) -> Feed:
         # Also torchdata's loader, whose own state keeps the order only of torchdata's own samplers.
         return MapFeed(loader)
     if _is_stateful(loader) and _keeps_position(dataset):
-        return StatefulFeed(loader)
+        return TorchStatefulFeed(loader)
     if loader.num_workers:
         return StreamFeed(loader) if _is_pipe(dataset) else WorkerStreamFeed(loader)
-    return StatefulFeed(loader, of_dataset=True) if _is_stateful(dataset) else StreamFeed(loader)
+    return TorchStatefulFeed(loader, of_dataset=True) if _is_stateful(dataset) else StreamFeed(loader)
 
 
 def _stateful_or_not(loader: Any) -> Feed:
     try:
-        return StatefulFeed(loader)
+        return TorchStatefulFeed(loader)
     except TypeError:
         raise
     except Exception as error:  # noqa: BLE001 - any loader's own code
