@@ -439,6 +439,9 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         may have begun the next loop; they have copies of that moment too.
         """
 
+    def come_back(self, session: _SessionT_contra) -> None:
+        """Note that the calling thread, if it is that of the steps, runs no more code of the program between two."""
+
     def is_outside_steps(self, session: _SessionT_contra, error: BaseException) -> bool:
         """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 

@@ -426,6 +426,7 @@ class Supervisor(Generic[SessionT]):
         was_asked = self._coord.should_stop()
         self._coord.end()
         self._observer.stopping()
+        self._saving.note_end()
         try:
             try:
                 if self._guard is not None:

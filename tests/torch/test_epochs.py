@@ -98,7 +98,7 @@ class TestMaxStepsInEpochs:
             for epoch in session.epochs(5):
                 run.loop(session, max_steps=max_steps)
                 seen.append(epoch)
-            assert session.process_state.epochs_done == complete
+            assert session.process_state.progress.epochs_done == complete
 
         assert seen == bodies
         told = f"epochs: ended after {complete} complete epochs of 5, because the loop inside has come to max_steps"
@@ -131,7 +131,7 @@ class TestMaxStepsInEpochs:
                 for epoch in session.epochs(5):
                     run.loop(session, max_steps=6)
                     seen.append(epoch)
-                assert (session.global_step, session.process_state.epochs_done, len(seen)) == (6, 1, bodies)
+                assert (session.global_step, session.process_state.progress.epochs_done, len(seen)) == (6, 1, bodies)
         assert "trains nothing: max_steps=6" in caplog.text
         assert restored(tmp_path) == (6, 6.0)
 

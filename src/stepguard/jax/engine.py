@@ -96,7 +96,12 @@ class JaxEngine(PeersEngine[Session]):
             return
         self._load(session, checkpoint.path, rank=0)
         if self._restoring == Restoring() and not self.peers.has_any:
-            session.put_back_with(functools.partial(self._return_to, session, checkpoint.path))
+            session.put_back_with(functools.partial(self._put_back, session, checkpoint.path, session.state))
+
+    def _put_back(self, session: Session, path: Path, restored: Any) -> None:
+        """Reset the state to that with which the session was restored, if the program has replaced it."""
+        if session.state is not restored:
+            self._return_to(session, path)
 
     def _return_to(self, session: Session, path: Path) -> None:
         """Reset the state and the step. Random streams and data positions are kept."""
@@ -108,7 +113,7 @@ class JaxEngine(PeersEngine[Session]):
         chief, own = _process(path, 0), read_process(path, rank)
         state = read_state(path, session.state, self._restoring)
         # A process that the earlier run did not have begins with the random streams that the program has seeded.
-        process = {**chief, "random": STREAMS.capture()} if own is None else own
+        process = {**chief, "random": STREAMS.capture(), "place": None} if own is None else own
         session.state = state
         session.restore_process_state(process, chief["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))

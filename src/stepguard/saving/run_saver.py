@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Generic
 
-from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, SessionT, SharedModel
+from stepguard.engine import Engine, EventLog, KeepsOnRequest, MakesRoom, RestsBetweenLoops, SessionT, SharedModel
 from stepguard.options import Mirror, Saving
 from stepguard.saving.cadence import Cadence
 from stepguard.saving.cadence_service import CadenceService
@@ -267,6 +267,12 @@ class RunSaver(Generic[SessionT]):
                 checkpointer()
         except Exception as error:  # noqa: BLE001 - a thread's edge
             self._on_error(error)
+
+    def note_end(self) -> None:
+        """Note that the program ends the run, so that no save waits for it to begin another step."""
+        engine: object = self._engine
+        if self._session is not None and isinstance(engine, RestsBetweenLoops):
+            engine.come_back(self._session)
 
     def is_outside_steps(self, error: BaseException) -> bool:
         """Whether ``error`` came from the data between two steps, so that the last step can be saved after it."""

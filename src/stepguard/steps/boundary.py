@@ -190,6 +190,11 @@ class Boundary:
         return self._away is not None
 
     @property
+    def is_away_here(self) -> bool:
+        """Whether that thread is the calling one."""
+        return self._away == threading.get_ident()
+
+    @property
     def is_torn(self) -> bool:
         """Whether a step was left half-way, so that the state belongs to no step."""
         return self._is_torn

@@ -67,7 +67,7 @@ class LoopEngine(Generic[SessionT]):
         Batches that are read again after a restart are progress too: it may take longer than any step.
         """
         state = session.process_state
-        return session.boundary.steps - session.is_cut_short, state.epochs_done, state.batches_read_again
+        return session.boundary.steps - session.is_cut_short, state.progress.epochs_done, state.batches_read_again
 
     def steps_done(self, session: SessionT) -> StepsDone:
         """The steps of the session; loops and evaluations that begin and end are pauses."""
@@ -91,6 +91,11 @@ class LoopEngine(Generic[SessionT]):
 
     def saves_rest(self, session: SessionT) -> None:
         """Do nothing: no other process takes part."""
+
+    def come_back(self, session: SessionT) -> None:
+        """A save that waits for the end of the program's code between two steps waits no longer."""
+        if session.boundary.is_away_here:
+            session.boundary.come_back()
 
     def is_outside_steps(self, session: SessionT, error: BaseException) -> bool:
         """Whether the loader has raised ``error`` before a step."""

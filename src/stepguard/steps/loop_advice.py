@@ -52,26 +52,33 @@ class LoopAdvice:
 
     def __init__(self) -> None:
         self._told: set[tuple[str, int | None]] = set()
+        # By the number of the loader, the epoch after which a run was interrupted between two loops.
+        self._interrupted_after: dict[int, int] = {}
 
-    def on_begin(self, plan: LoopPlan, *, is_first: bool) -> None:
+    def on_begin(self, plan: LoopPlan, *, is_first: bool, is_known: bool) -> None:
         """Warn of an epoch loop of the program's own: it is unknown which work between its loops was already done.
 
-        ``is_first`` says that this is the first loop over this loader since the start.
+        ``is_first`` says that this is the first loop over this loader since the start; ``is_known`` that the program
+        has gone through the loops before it again, and so through the work after each.
         """
         feed, epochs = plan.feed, plan.epochs
         if feed is None or plan.number is not None or feed.batches:
             return
         has_more = epochs is not None and 0 < feed.epoch < epochs
-        if is_first and has_more:
-            # A saved position at the beginning of an epoch, other than the first, is from the end of a loop.
+        if is_first:
+            if has_more and not is_known:
+                # A saved position at the beginning of an epoch, other than the first, is from the end of a loop. If no
+                # other loop over the loader follows, it is the loop that had ended, and has been made longer.
+                self._interrupted_after[feed.number] = feed.epoch
+        elif has_more and feed.number in self._interrupted_after:
             self._tell(
                 feed,
                 "%s: the checkpoint was taken at the end of epoch %d, and it is not known whether the program had done "
                 "its work at the end of that epoch. `for epoch in sess.epochs(n):` around "
                 "`for batch in sess.steps(loader):` records that",
-                feed.epoch,
+                self._interrupted_after[feed.number],
             )
-        elif not is_first and (has_more or not feed.is_repeatable):
+        elif has_more or not feed.is_repeatable:
             self._tell(
                 feed,
                 "%s: the program begins another loop over the epochs of this loader. A restart may repeat or skip what "
@@ -146,6 +153,25 @@ class LoopAdvice:
             epochs_done,
             number,
             max_steps,
+        )
+
+    def on_own_steps_in_epoch(self, epoch: int) -> None:
+        """Warn of an epoch whose body was done again without a step: `step` does not say where its loop ends."""
+        _log.warning(
+            "epochs: the checkpoint is of the last step in the body of epoch %d, and sess.step() does not say where a "
+            "loop ends: the whole body was done again around that loop, from the state after its steps. Write the loop "
+            "as `for ... in sess.steps(...)`",
+            epoch,
+        )
+
+    def on_epochs_done(self, number: int, epochs_done: int) -> None:
+        """Warn of a loop over epochs that can train nothing, because one before it has done as many."""
+        _log.warning(
+            "epochs: trains nothing: %d epochs are done, and epochs(%d) counts all those of the run. For more of them "
+            "after another loop over epochs, add their number: epochs(%d)",
+            epochs_done,
+            number,
+            epochs_done + number,
         )
 
     def on_ended_by_another(self, plan: LoopPlan, global_step: int) -> None:

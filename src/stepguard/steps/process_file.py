@@ -47,6 +47,12 @@ _MORE: dict[str, schema.Form] = {
     "new generators": Count(),
     "workers": Fields({"counts": Each((object,), (str,)), "contents": Each((object,), (str,))}),
 }
+_STATES = (dict, NoneType)
+# See `Progress.saved`.
+_PLACE = Fields(
+    {"ended": Count(), "inside": (str,), "inside body": (str,)},
+    {"origin": _STATES, "after": _STATES, "gaps": Each(_STATES), "draws between": (bool, NoneType)},
+)
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})
 # See `ProcessState.capture`.
 _STATE = Fields(
@@ -55,6 +61,7 @@ _STATE = Fields(
         "drawn": _TEXTS,
         "is_first": (bool, NoneType),
         "epochs": Fields({"done": Count(), "loops": Count(), "begun": (bool,)}),
+        "place": (dict, NoneType),
     },
 )
 
@@ -72,6 +79,8 @@ def checked_state(
         schema.check(found, _STATE)
         schema.check(found, Fields({}, more or {}))
         state: dict[str, Any] = dict(found)  # type: ignore[call-overload]
+        if state.get("place") is not None:
+            schema.check(state["place"], _PLACE, "place")
         for place in state["loaders"]:
             if place.get("used") is not None:
                 schema.check(place["used"], Each(Count(), length=2), "loaders.used")
@@ -88,8 +97,10 @@ def checked_state(
 
 
 def _random_states(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The random states of the process, and those in the positions."""
+    """The random states of the process, those of its loops, and those in the positions."""
     yield state["random"]
+    place = state.get("place") or {}
+    yield from (one for one in (place.get("origin"), place.get("after"), *place.get("gaps", ())) if one is not None)
     for position in state["loaders"]:
         for one in (position, *position.get("members", ())):
             order = one.get("order")

@@ -9,6 +9,7 @@ from typing import Any
 
 from stepguard.steps.feeds import Feed
 from stepguard.steps.places import Places
+from stepguard.steps.progress import OWN, STEPS, Progress
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.strangers import Strangers, warn_of
 from stepguard.words import logger
@@ -32,11 +33,11 @@ class ProcessState(ABC):
         # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
         # a start that goes on from there makes them again.
         self._first: dict[str, Any] | None = None
-        # For `Session.epochs`: the epochs whose bodies are complete, and the loops that have ended in the running body.
-        self.epochs_done = 0
-        self.loops_done = 0
-        # Whether a step was run in the running body.
-        self._is_epoch_begun = False
+        self.progress = Progress(streams)
+        """Where the program is among its loops."""
+        # In a loop of the program's own: whether it draws between two steps, for the next one; the states before that.
+        self._draws_between: bool | None = None
+        self._after_own_step: dict[str, Any] | None = None
 
     @abstractmethod
     def new_feed(self, loader: Any) -> Feed:
@@ -77,14 +78,16 @@ class ProcessState(ABC):
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         # Read once, because the loop may begin meanwhile.
         first = self._first
-        kept = self._random or first
+        kept = self._random or first or self._after_own_step
         drawn = self.strangers.drawn(self.saved_generators)
+        progress = self.progress
         return {
             **({"drawn": drawn} if drawn else {}),
             "random": self.streams.capture() if kept is None else kept,
             "is_first": first is not None,
             "loaders": self._places.saved(),
-            "epochs": {"done": self.epochs_done, "loops": self.loops_done, "begun": self._is_epoch_begun},
+            "epochs": {"done": progress.epochs_done, "loops": progress.loops_done, "begun": progress.is_epoch_begun},
+            "place": {**progress.saved(), "draws between": self._draws_between},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -92,25 +95,44 @@ class ProcessState(ABC):
         self._places.restore(state["loaders"])
         # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
-        self.epochs_done, self.loops_done = epochs["done"], epochs["loops"]
-        self._is_epoch_begun = epochs["begun"]
+        place = state.get("place")
+        origin = self.progress.restore(epochs, place)
+        self._draws_between = None if place is None else place.get("draws between")
         # The streams are restored now, for draws before the first step, and again just before that step: draws in
         # between, for example to build objects that are then restored, must not move the streams. Exception: if the run
         # had not come to its first loop, these draws belong to it.
         is_first = state.get("is_first")
         self._first, self._random = (state["random"], None) if is_first else (None, state["random"])
-        self.streams.restore(state["random"])
+        self.streams.restore(state["random"] if origin is None else origin)
         warn_of(state.get("drawn", []))
 
     def note_beginning(self) -> None:
         """Note that the run begins here, if it was not restored."""
         if self._random is None and self._first is None:
             self._first = self.streams.capture()
+        self.progress.begin_run()
 
-    def begin_loop(self) -> None:
-        """Begin a loop, before its first step: what was drawn until now is not drawn again after a restart."""
+    def begin_loop(self, number: int | None) -> bool:
+        """Begin a loop, before its first step. Returns whether it is the one that was interrupted."""
         self._first = None
-        self._is_epoch_begun = True
+        return self.progress.begin_loop(number, STEPS)
+
+    def begin_own_step(self) -> None:
+        """Begin a step in a loop of the program's own."""
+        self._first = None
+        self.note_first_step()
+        if self.progress.is_there:
+            self.progress.begin_loop(None, OWN)
+        else:
+            self.progress.begin_step(None, OWN)
+        if self._draws_between is None and self._after_own_step is not None:
+            self._draws_between = not self.streams.are_equal(self.streams.capture(), self._after_own_step)
+        self._after_own_step = None
+
+    def end_own_step(self) -> None:
+        """End a step in a loop of the program's own."""
+        if self._draws_between is not False:
+            self._after_own_step = self.streams.capture()
 
     def streams_preserved(self) -> AbstractContextManager[None]:
         """A block after which the random streams are as they were before, whatever it draws."""
@@ -118,9 +140,13 @@ class ProcessState(ABC):
 
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
-        self._is_epoch_begun = True
-        if self._random is not None:
-            self.resume_streams()
+        # A loop may turn out to be at its end; only a batch shows that the first step has begun.
+        if self._random is not None and not self._draws_between:
+            self.streams.restore(self._random)
+
+    def note_first_step(self) -> None:
+        """Note that the first step has begun: draws from here on belong to the resumed run."""
+        self._random = None
 
     def resume_streams(self) -> None:
         """Restore the streams once more: draws from here on belong to the resumed run, not to the building of it."""
@@ -130,31 +156,22 @@ class ProcessState(ABC):
 
     def adopt_epochs(self) -> None:
         """Count epochs from now on. If the run was saved without a count, take the epochs of its loader."""
-        if not self.epochs_done and not self.loops_done and self.epoch:
-            self.epochs_done = self.epoch
+        progress = self.progress
+        if not progress.epochs_done and not progress.loops_done and self.epoch:
+            progress.epochs_done = self.epoch
             _log.info("epochs: going on in epoch %d, which is that of the loader", self.epoch)
 
-    def begin_epoch(self) -> None:
-        """Begin the body of the next epoch, or begin it again after a restart."""
-        self._places.begin_body(self.epochs_done)
+    def begin_epoch(self) -> bool:
+        """Begin the body of the next epoch, or begin it again. Returns whether the run was interrupted before it."""
+        self._places.begin_body(self.progress.epochs_done)
         # A body that is begun again repeats the draws before its first step, which must not move the streams.
-        if not self._is_epoch_begun:
+        if not self.progress.is_epoch_begun:
             self.resume_streams()
-
-    @property
-    def has_gone_on(self) -> bool:
-        """Whether a loop was begun after the last epoch that is complete."""
-        return self._is_epoch_begun
+        return self.progress.begin_body()
 
     def leave_epoch(self) -> None:
         """Note that no body runs."""
         self._places.end_body()
-
-    def complete_epoch(self) -> None:
-        """Note that the body is done. Called inside the boundary."""
-        self.epochs_done += 1
-        self.loops_done = 0
-        self._is_epoch_begun = False
 
     def close(self) -> None:
         """End the workers of the loaders."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -13,6 +14,7 @@ from stepguard.steps.feeds import Feed, shown
 from stepguard.steps.gate import Gate
 from stepguard.steps.loop_advice import LoopPlan
 from stepguard.steps.process_state import ProcessState
+from stepguard.steps.progress import STEPS
 from stepguard.steps.step_session import StepSession
 
 
@@ -39,9 +41,12 @@ class Session(StepSession):
         # and the `max_steps` that ends the loop over epochs after this body.
         self._is_cut = False
         self._ended_by: int | None = None
-        # The function that puts the restored state back, until the first step; and whether a loop was begun.
+        # The function that puts the restored state back, until the first step; and the largest number of epochs that
+        # a loop over them was asked for.
         self._put_back: Callable[[], None] | None = None
-        self._has_begun_loop = False
+        self._most_epochs = 0
+        # What is to be told if this process trains nothing: a loop that was complete before the restart has no step.
+        self._trained_nothing: Callable[[], None] | None = None
         # The iterator of the last call of `steps`.
         self._loop: Callable[[], Any] = lambda: None
         self.failed_fetch: BaseException | None = None
@@ -108,7 +113,8 @@ class Session(StepSession):
         wanted = until_epoch if number is None else self._epochs_wanted
         self.total_steps = _total_steps(feed, max_steps, wanted, accumulate)
         plan = LoopPlan(feed, max_steps, until_epoch, accumulate, number, epochs, threading.get_ident())
-        self._advice.on_begin(plan, is_first=feed is not None and feed.loops == 1)
+        is_known = self.process_state.progress.is_there
+        self._advice.on_begin(plan, is_first=feed is not None and feed.loops == 1, is_known=is_known)
         loop = self._steps(plan)
         self._loop = weakref.ref(loop)
         return loop
@@ -160,6 +166,12 @@ class Session(StepSession):
             )
         return is_last
 
+    def close(self) -> None:
+        """End the session. A supervisor that still watches it saves the last step first."""
+        if self.is_open and not self.boundary.steps and self._trained_nothing is not None:
+            self._trained_nothing()
+        super().close()
+
     # --- for the engine ---
 
     def put_back_with(self, put_back: Callable[[], None]) -> None:
@@ -185,28 +197,32 @@ class Session(StepSession):
         return feed.loops if epochs is None and not feed.is_repeatable else epochs
 
     def _epochs(self, number: int) -> Iterator[int]:
-        state = self.process_state
-        while state.epochs_done < number and not self._must_end(None):
+        state, progress = self.process_state, self.process_state.progress
+        if number <= min(self._most_epochs, progress.epochs_done):
+            self._advice.on_epochs_done(number, progress.epochs_done)
+        self._most_epochs = max(self._most_epochs, number)
+        while progress.epochs_done < number and not self._must_end(None):
             self._loops_begun, self._epochs_wanted, self._is_cut, self._ended_by = 0, number, False, None
-            state.begin_epoch()
+            if state.begin_epoch():
+                self._undo_what_was_done_again()
             try:
-                yield state.epochs_done
+                yield progress.epochs_done
             finally:
                 self._loops_begun = None
                 state.leave_epoch()
             if not self._is_cut:
                 self._complete_epoch(number)
             if self._ends_epochs(number):
-                return
-        if not self._coord.stop_requested:
-            self.total_steps = self.global_step
-        if not self.boundary.steps and state.has_gone_on:
-            # All epochs were complete before the restart, and so was what the program does after them now.
-            self._has_begun_loop = True
+                break
+        else:
+            if not self._coord.stop_requested:
+                self.total_steps = self.global_step
+        if not self._is_cut and not self._is_stopped and progress.end_loop(None):
+            self._undo_what_was_done_again()
 
     def _ends_epochs(self, number: int) -> bool:
         """Whether a stop or `max_steps` ends the loop over epochs after this body."""
-        done = self.process_state.epochs_done
+        done = self.process_state.progress.epochs_done
         if self._ended_by is not None and done < number:
             self._advice.on_epochs_ended(self._ended_by, done, number)
         return self._is_cut or self._ended_by is not None
@@ -215,37 +231,40 @@ class Session(StepSession):
         """Complete the epoch: the changes that its body has made belong to the state of the next epoch's beginning."""
         state = self.process_state
         self._settle()
-        is_last = state.epochs_done + 1 >= number or self._coord.stop_requested
+        is_last = state.progress.epochs_done + 1 >= number or self._coord.stop_requested
         self.boundary.rest(self._turn_epoch, is_last=is_last)
         if self._gate is not None:
             self._gate.end(self.boundary.steps)
         self._raise_interrupt()
 
     def _turn_epoch(self) -> None:
-        self.process_state.complete_epoch()
+        if self.process_state.progress.complete_epoch():
+            self._advice.on_own_steps_in_epoch(self.process_state.progress.epochs_done)
         if self._gate is not None:
-            self._gate.turn(self.boundary.steps, self.process_state.epochs_done)
+            self._gate.turn(self.boundary.steps, self.process_state.progress.epochs_done)
 
     def _steps(self, plan: LoopPlan) -> Iterator[Any]:
         boundary, feed, accumulate = self.boundary, plan.feed, plan.accumulate
         began_at = boundary.steps, plan.epochs_seen
         is_new = True
-        if plan.number is not None and plan.number < self.process_state.loops_done:
+        progress = self.process_state.progress
+        was_complete = progress.is_complete(plan.number)
+        if plan.number is not None and plan.number < progress.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
-            self.process_state.resume_streams()
+            self._note_loop_over(plan)
             if plan.is_sized and self._must_end(plan.max_steps):
                 self._ended_by = plan.max_steps
             if self._gate is not None:
                 self.boundary.rest(self._turn_loop)
                 self._gate.end(boundary.steps)
             return
-        self.process_state.begin_loop()
+        is_interrupted = self.process_state.begin_loop(plan.number)
         self._advice.on_first_step(plan)
         is_inside = self.global_step > 0 if plan.number is None else feed is not None and feed.batches > 0
         if is_inside and not boundary.steps:
             self._advice.on_resumed(self._loop())
-        if self._put_back is not None:
-            self._undo_what_was_done_again(plan)
+        if is_interrupted:
+            self._undo_what_was_done_again()
         self.is_update = accumulate == 1
         if feed is not None and not self._must_end(plan.max_steps):
             feed.catch_up(self._may_read_on)
@@ -256,7 +275,8 @@ class Session(StepSession):
             if self._must_end(plan.max_steps):
                 if self._gate is not None and boundary.steps > began_at[0]:
                     self._gate.meet(boundary.steps)
-                self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen))
+                is_empty = began_at == (boundary.steps, plan.epochs_seen)
+                self._end_loop(plan, is_empty, was_complete=was_complete)
                 return
             if is_new:
                 # Each further step follows the end of one, which has called what was due.
@@ -282,17 +302,19 @@ class Session(StepSession):
                         self._advice.on_leftover(turns, accumulate)
                     self._note_loop_over(plan)
                     boundary.leave(is_done=False)
-                    self._end_loop(plan, began_at == (boundary.steps, plan.epochs_seen), is_over=True)
+                    is_empty = began_at == (boundary.steps, plan.epochs_seen)
+                    self._end_loop(plan, is_empty, was_complete=was_complete, is_over=True)
                     return
                 except BaseException as error:
                     self._leave_without_batch(error, turns)
                     raise
                 if not turns and not boundary.steps:
                     self.process_state.strangers.leave_out_drawn()
+                    self._begin_first_step(plan)
                 turns += 1
                 if self._digests is not None:
                     source = "" if feed is None else shown(feed.loader)
-                    self._digests.tell(self.global_step, self.process_state.epochs_done, batch, source)
+                    self._digests.tell(self.global_step, self.process_state.progress.epochs_done, batch, source)
                 if accumulate > 1:
                     self.is_update = turns == accumulate or (feed is not None and feed.is_last_batch is True)
                 try:
@@ -324,29 +346,29 @@ class Session(StepSession):
             self.boundary.leave(is_done=False)
         self._interrupts.raise_if_held(error)
 
-    def _undo_what_was_done_again(self, plan: LoopPlan) -> None:
-        """Put the restored state back before a loop that follows loops which had ended before the restart.
+    def _begin_first_step(self, plan: LoopPlan) -> None:
+        """Begin the first step of this process with its batch."""
+        self.process_state.note_first_step()
+        was_done = self.process_state.progress.begin_step(plan.number, STEPS)
+        put_back, self._put_back = self._put_back, None
+        if was_done and put_back is not None:
+            put_back()
 
-        A program with an epoch loop of its own runs through these loops again, and repeats its work after each. The
-        restored state already includes that work, unless it is the state at the loop's end.
+    def _undo_what_was_done_again(self) -> None:
+        """Put the restored state back: the program has come to the place where it was interrupted.
+
+        What it has done until here is in the checkpoint already.
         """
-        feed, put_back = plan.feed, self._put_back
-        if put_back is None or plan.number is not None or self.boundary.steps:
-            self._put_back = None
-            return
-        has_ended = plan.max_steps is not None and plan.max_steps < self.global_step
-        if self._has_begun_loop and not has_ended:
-            with self.boundary.hold("the restored state"):
+        put_back, self._put_back = self._put_back, None
+        if put_back is not None:
+            with contextlib.nullcontext() if self.boundary.is_mine else self.boundary.hold("the restored state"):
                 put_back()
-        self._has_begun_loop = True
-        is_at_its_end = feed is not None and feed.batches == 0 and feed.epoch == plan.until_epoch
-        if is_at_its_end or plan.max_steps == self.global_step:
-            self._put_back = None
+        self.process_state.resume_streams()
 
     def _note_loop_over(self, plan: LoopPlan) -> None:
         """Record the end of the loop inside the boundary, so that a checkpoint has both its last batch and its end."""
-        if plan.number is not None:
-            self.process_state.loops_done = plan.number + 1
+        if self.process_state.progress.end_loop(plan.number):
+            self._undo_what_was_done_again()
 
     def _note_max_steps(self, plan: LoopPlan, is_empty: bool) -> bool:
         """Note that `max_steps` has ended a loop in the body of `epochs`; return whether the loop is over.
@@ -364,12 +386,12 @@ class Session(StepSession):
         self._note_loop_over(plan)
         self._turn_loop()
 
-    def _end_loop(self, plan: LoopPlan, is_empty: bool, *, is_over: bool = False) -> None:
-        """End the loop; ``is_over`` says that its last step has noted its end."""
+    def _end_loop(self, plan: LoopPlan, is_empty: bool, *, was_complete: bool, is_over: bool = False) -> None:
+        """End the loop. ``was_complete``: before the restart; ``is_over``: its last step has noted its end."""
         is_stopped = self._is_stopped
         is_new_end = not is_over and not is_stopped
         if is_new_end and plan.number is not None:
-            is_new_end = self._note_max_steps(plan, is_empty)
+            is_new_end = self._note_max_steps(plan, is_empty and not was_complete)
         self._rest(functools.partial(self._turn, plan) if is_new_end else self._turn_loop, is_stopped=is_stopped)
         if is_stopped and not is_over:
             self._is_cut = True
@@ -377,7 +399,11 @@ class Session(StepSession):
                 # The rest of the body is work for an epoch's end, but the epoch has not ended.
                 self._check_stop()
         elif not is_stopped:
-            self._advice.on_end(plan, self.global_step, is_empty=is_empty)
+            advise = functools.partial(self._advice.on_end, plan, self.global_step, is_empty=is_empty)
+            if is_empty and was_complete:
+                self._trained_nothing = advise
+            else:
+                advise()
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)

@@ -111,7 +111,6 @@ class StepSession:
         """
         self.process_state.strangers.look()
         self.boundary.come_back()
-        self.process_state.begin_loop()
         self._settle()
         self.boundary.call_due()
         if not self._begin():
@@ -122,8 +121,9 @@ class StepSession:
         except BaseException:
             self.boundary.leave(is_done=False)
             raise
+        self.process_state.begin_own_step()
         if self._digests is not None:
-            self._digests.tell(self.global_step, self.process_state.epochs_done)
+            self._digests.tell(self.global_step, self.process_state.progress.epochs_done)
         try:
             yield self.global_step
         except StopIteration:
@@ -139,6 +139,7 @@ class StepSession:
             self.boundary.leave_torn()
             raise
         self.finish_step()
+        self.process_state.end_own_step()
         self.boundary.go_away()
         if self._gate is None:
             self._interrupts.raise_if_held()
@@ -155,7 +156,7 @@ class StepSession:
             if numbers is None:
                 numbers = numbers_at_hand(values)
             is_inside = self.boundary.stepping is not None
-            self._trace.numbers(self.global_step, self.process_state.epochs_done, numbers, is_inside)
+            self._trace.numbers(self.global_step, self.process_state.progress.epochs_done, numbers, is_inside)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Note numbers that were measured of the state of the last step, such as a loss on held-out data::
@@ -231,7 +232,7 @@ class StepSession:
         """Tell ``trace`` the numbers of the steps from now on, and have ``digests`` taken. Returns where it begins."""
         self._trace, self._digests = trace, digests
         state = self.process_state
-        return Beginning(self.global_step, state.epochs_done, state.processes)
+        return Beginning(self.global_step, state.progress.epochs_done, state.processes)
 
     @property
     def is_evaluating(self) -> bool:
@@ -294,7 +295,7 @@ class StepSession:
         self.global_step = step
         self.process_state.restore(state)
         if self._gate is not None:
-            self._gate.begin_at(self.process_state.epochs_done)
+            self._gate.begin_at(self.process_state.progress.epochs_done)
 
     def finish_step(self, *, was_left: bool = False) -> None:
         """End the step of this thread, if it is in one, because its body was left or asks for a save."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from stepguard.steps.digests import SAMPLED, array_bytes
+from stepguard.torch.checkpoint.sharded_tensors import is_dtensor
+
+_WHOLE = 1 << 14
+_FEW = 64
 
 
 def tensor_bytes(leaf: Any) -> Any:
@@ -25,6 +30,32 @@ def tensor_bytes(leaf: Any) -> Any:
     if flat.device.type != "cpu":
         flat = flat[:: max(1, flat.numel() // SAMPLED)].cpu()
     return flat.contiguous().view(torch.uint8).numpy() if flat.numel() else b""
+
+
+def fingerprint(value: Any) -> Any:
+    """What is another, almost certainly, when a state was changed: a few values of each tensor, all others."""
+    if isinstance(value, torch.Tensor):
+        return _of_tensor(value)
+    if isinstance(value, Mapping):
+        return {repr(key): fingerprint(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in value):
+        return [fingerprint(part) for part in value]
+    return zlib.crc32(repr(value).encode())
+
+
+def _of_tensor(tensor: torch.Tensor) -> Any:
+    # Changes through `.data` are not counted.
+    version = None if tensor.is_inference() else tensor._version
+    content = tensor_bytes(tensor if tensor.numel() <= _WHOLE else _few(tensor))
+    return version, tuple(tensor.shape), None if content is None else zlib.crc32(content)
+
+
+def _few(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or is_dtensor(tensor):
+        return tensor[:0]
+    while tensor.dim() > 1:
+        tensor = tensor[tensor.shape[0] // 2]
+    return tensor[:: max(1, tensor.shape[0] // _FEW)]
 
 
 def hyperparameters(optimizers: Iterable[tuple[str, torch.optim.Optimizer]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, TorchSnapshot, nbytes, non_finite
 from stepguard.torch.data.outliving import let_workers_outlive_signals
 from stepguard.torch.data.persistent import keep_from_persistent_loaders
-from stepguard.torch.digests import hyperparameters, tensor_bytes
+from stepguard.torch.digests import fingerprint, hyperparameters, tensor_bytes
 from stepguard.torch.distributed.joint_write import collect_processes, write_all
 from stepguard.torch.distributed.member import TorchMember
 from stepguard.torch.distributed.world import shared_store, world
@@ -124,17 +124,32 @@ class TorchEngine(PeersEngine[Session]):
             # With options for restoring, the program's changes to the state may be intended; and no process may differ
             # from the others.
             if self._restoring == Restoring() and not self.peers.has_any:
-                session.put_back_with(functools.partial(self._put_back, self._restorer, checkpoint.path, session))
+                restored = self._fingerprints()
+                session.put_back_with(
+                    functools.partial(self._put_back, self._restorer, checkpoint.path, session, restored)
+                )
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
         # The loads may run on another CUDA stream than the training.
         _synchronize()
 
-    def _put_back(self, restorer: Restorer, path: Path, session: Session) -> None:
+    def _put_back(self, restorer: Restorer, path: Path, session: Session, restored: Mapping[str, Any]) -> None:
         """Reset the objects, before the first step, to the state that the session was restored with."""
-        restorer.return_to(path, session)
+        found = self._fingerprints()
+        changed = [name for name, one in found.items() if one != restored.get(name)]
+        if changed:
+            rates = self._hyperparameters()
+            restorer.return_to(path, session, with_streams=True)
+            _log.info("put back, because it was done before the checkpoint: what the program changed in %s", changed)
+            _tell_of_rates(rates, self._hyperparameters(), is_before_all=not session.process_state.progress.has_loops)
         session.put_gradients_back()
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """What tells, by the names of the objects, whether the program has changed one."""
+        with torch.no_grad():
+            components = (*self._program.components, *self._program.own)
+            return {one.name: fingerprint(one.state()) for one in components}
 
     def go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
@@ -261,3 +276,16 @@ def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             torch.cuda.synchronize(device)
+
+
+def _tell_of_rates(set_: Mapping[str, float], restored: Mapping[str, float], *, is_before_all: bool) -> None:
+    """Warn of hyperparameters that the program has set in vain between the restore and its first loop."""
+    differ = [name for name, value in restored.items() if is_before_all and name in set_ and set_[name] != value]
+    if differ:
+        _log.warning(
+            "the program has set %s after the restore and before its first step. What is done there was done before "
+            'the checkpoint, so the run goes on with the checkpoint\'s %s. Restoring(hyperparameters="program") lets '
+            "the program's win",
+            ", ".join(f"{name} to {set_[name]:g}" for name in differ),
+            ", ".join(f"{restored[name]:g}" for name in differ),
+        )

@@ -148,8 +148,8 @@ class _TorchProcessState(ProcessState):
             if name in self._gradients:
                 self._gradients[name].put_back(saved)
 
-    def resume_streams(self) -> None:
-        super().resume_streams()
+    def note_first_step(self) -> None:
+        super().note_first_step()
         self._restored_gradients = {}
 
     def close(self) -> None:

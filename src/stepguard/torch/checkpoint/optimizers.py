@@ -106,7 +106,9 @@ def check_placed(
 ) -> None:
     """Compare the optimizer ``name`` with the state that is placed in it: its groups, their keys, and shapes."""
     held = placed(saved, placement)["param_groups"]
-    has = [*optimizer.param_groups, *({**held[0], "params": one} for one in placement.added)]
+    # A group that is added has the keys of the saved one that it goes on as.
+    like = zip(held[len(optimizer.param_groups) :], placement.added, strict=False)
+    has = [*optimizer.param_groups, *({**one, "params": added} for one, added in like)]
     if len(has) != len(held):
         found.reshaped[f"{name}.param_groups"] = (f"{len(has)} groups", f"{len(held)} groups")
         return

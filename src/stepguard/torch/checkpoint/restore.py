@@ -63,8 +63,10 @@ class Restorer:
             )
         self.load(path, session, rank)
 
-    def return_to(self, path: Path, session: Session) -> None:
+    def return_to(self, path: Path, session: Session, *, with_streams: bool = False) -> None:
         """Reset the objects and the step to the checkpoint at ``path``. Random states and data positions are kept.
+
+        Generators among the objects are kept too, unless ``with_streams`` is set.
 
         Raises:
             CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
@@ -72,7 +74,7 @@ class Restorer:
         process, files, _ = _files(path, 0)
         fitting, states = self._fitting(path, files, process, Restoring(), mapped=False)
         for part in fitting.parts:
-            if not part.is_stream:
+            if with_streams or not part.is_stream:
                 fitting.load(part, states[part.name])
                 part.forget_gradients()
         session.restore_own(process)
@@ -97,6 +99,7 @@ class Restorer:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
             process.pop("own", None)
+            process.pop("place", None)
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 
