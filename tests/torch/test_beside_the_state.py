@@ -309,6 +309,12 @@ class TestIteratorsOfTheProgram:
         named = f"are not those of the interrupted run: TensorDataset (after {steps + ahead} batches)"
         assert named in caplog.text
 
+    def test_that_have_come_to_their_end_are_named_too(self, tmp_path, caplog):
+        batches = len(loader())
+        Batches(tmp_path, batches).in_a_loop_of_its_own()
+        Batches(tmp_path, batches + 1).in_a_loop_of_its_own()
+        assert f"are not those of the interrupted run: TensorDataset (after {batches} batches)" in caplog.text
+
     def test_that_give_the_steps_their_batches_are_named_at_each_restart(self, tmp_path, caplog):
         for end in (1, 2, 3):
             caplog.clear()

@@ -1,8 +1,8 @@
 """Iterators over DataLoaders from which the program itself takes batches, and not by ``steps``.
 
 Nobody can put such an iterator back to its position, and after a restart it begins anew. A checkpoint notes those that
-the steps have advanced, and a start that does not find them there says so. An evaluation that comes to the end of its
-data leaves none.
+the steps have advanced, and a start that does not find them there says so. One that comes to its end in one step, as in
+an evaluation, is none.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class OwnIterators:
         self._last = self._moved()
 
     def advanced(self) -> list[dict[str, Any]]:
-        """The places of those that steps have advanced, and that are not at their end."""
+        """The places of those that steps have advanced."""
         if self._at_start is None:
             return [dict(one) for one in self._before]
         places = [*self._moved(), *(one for one in self._last if one.iterator() is None)]
@@ -108,7 +108,9 @@ class OwnIterators:
         """The places of those that have moved since the start."""
         # In the first step nobody knows which of those that moved before it go on to move.
         since = self._at_session if self._is_in_first or self._at_start is None else self._at_start
-        return [one for one in _places() if one.batches not in (0, since.get(one.iterator(), 0))]
+        moved = [one for one in _places() if one.batches not in (0, since.get(one.iterator(), 0))]
+        known = {one.iterator for one in self._last}
+        return [one for one in moved if one.iterator in known or not _is_at_end(one.iterator())]
 
 
 def _given() -> weakref.WeakKeyDictionary[Any, int]:
@@ -126,7 +128,6 @@ def _places() -> list[_Place]:
     return [
         _Place(weakref.ref(one), loader, data, one._num_yielded)
         for one, (loader, data) in list(_begun.items())
-        if not _is_at_end(one)
     ]
 
 
