@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from stepguard import __version__
+from stepguard.cli import interrupts
 from stepguard.cli.exits import FINDING, INTERRUPTED, NOT_DONE, READER_GONE, CommandError
 from stepguard.cli.logdir import addresses
 from stepguard.errors import CheckpointCorruptError, LogdirInUseError, NoGoodCheckpointError, StepguardError
@@ -51,7 +52,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. An error becomes one line on stderr and an exit code; no traceback is shown."""
         try:
-            return super().invoke(ctx)
+            with interrupts.as_before():
+                return super().invoke(ctx)
         except CommandError as error:
             raise CommandError(addresses.shown(error.message), error.exit_code) from error
         except StepguardError as error:
@@ -191,6 +193,8 @@ print one on each line.
 @click.version_option(__version__, package_name="stepguard", message="stepguard %(version)s")
 def cli() -> None:
     """See and steer training runs: look at their checkpoints, prove them good, clean up."""
+    # Click calls this once the module of the command is imported, and before it reads the command's arguments.
+    interrupts.raise_them()
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from stepguard.cli import interrupts
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.event_files import Curve, EventFiles, event_files, read_curves
@@ -197,7 +198,8 @@ def _png(logdir: Path, curves: Sequence[Curve]) -> bytes:
             f"--png: expected at most {_MOST_DRAWN} curves, found {len(curves)}: choose with --tag", NOT_DONE
         )
     try:
-        from matplotlib.figure import Figure
+        with interrupts.held():
+            from matplotlib.figure import Figure
     except ImportError as error:
         raise CommandError(
             f"--png cannot be drawn without matplotlib ({error}): pip install 'stepguard[plots]'", NOT_DONE

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepguard.cli import interrupts
 from stepguard.cli.exits import NOT_DONE, CommandError
 from stepguard.cli.logdir import event_records
 from stepguard.disk import files
@@ -128,8 +129,9 @@ def _load(place: str, extra: str) -> tuple[Any, Any]:
     # With this module the tensorboard package reads by itself; without it, it imports TensorFlow, which takes seconds.
     sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
-        from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-        from tensorboard.util.tensor_util import make_ndarray
+        with interrupts.held():
+            from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+            from tensorboard.util.tensor_util import make_ndarray
     except (ImportError, AttributeError) as error:  # An old one beside NumPy 2 lacks names.
         raise CommandError(
             f"event files cannot be read without the tensorboard package ({error}): pip install 'stepguard[{extra}]'",

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stepguard.cli import interrupts
 from stepguard.cli.exits import FINDING, NOT_DONE, CommandError
 from stepguard.cli.logdir.contents import DAMAGED, UNKNOWN_ENGINE, ListedCheckpoint
 from stepguard.store.saved_tensor import SavedTensor, SavedWeight
@@ -73,7 +74,8 @@ def _module(one: ListedCheckpoint, modules: Mapping[str, str] = _MODULES) -> Any
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # keeps TensorFlow's lines about the processor out of the output
     try:
-        return importlib.import_module(modules[one.engine])
+        with interrupts.held():
+            return importlib.import_module(modules[one.engine])
     except ModuleNotFoundError as error:
         raise CommandError(
             f"{path}: its tensors cannot be read without its framework ({error}): "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepguard.cli import interrupts
 from stepguard.cli.exits import NOT_DONE, CommandError
 from stepguard.disk import files
 from stepguard.disk.new_file import NewFile
@@ -139,7 +140,8 @@ class _Stream:
 
 def _write_state_dict(file: NewFile, weights: Sequence[SavedWeight]) -> None:
     try:
-        module = importlib.import_module("stepguard.torch.checkpoint.weights")
+        with interrupts.held():
+            module = importlib.import_module("stepguard.torch.checkpoint.weights")
     except ModuleNotFoundError as error:
         raise CommandError(
             f"{file.path.parent}: a state_dict of PyTorch cannot be written without it ({error}): "

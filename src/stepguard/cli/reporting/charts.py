@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from stepguard.cli import interrupts
 from stepguard.cli.exits import NOT_DONE, CommandError
 from stepguard.cli.logdir.event_files import Curve
 from stepguard.cli.reporting.gathering import CheckpointRow, RunFacts
@@ -39,8 +40,9 @@ _OF_TIME: Mapping[str, Any] = {"type": "date", "tickangle": 0, "nticks": 5}
 def load() -> Any:
     """The modules of Plotly. Raises CommandError if it is not installed."""
     try:
-        import plotly.graph_objects
-        import plotly.offline
+        with interrupts.held():
+            import plotly.graph_objects
+            import plotly.offline
     except ImportError as error:
         raise CommandError(
             f"a report cannot be drawn without plotly ({error}): pip install 'stepguard[report]'", NOT_DONE
