@@ -96,5 +96,5 @@ def test_each_extra_for_users_has_a_use_in_a_fresh_environment() -> None:
 
 def test_the_lowest_versions_are_those_that_the_project_names() -> None:
     lowest = fresh_environments.lowest(importlib.metadata.metadata("stepguard"), "torch")
-    assert {"click==8.1.*", "numpy==1.24.*", "torch==2.4.*"} <= set(lowest)
+    assert {"click==8.1.*", "numpy==1.24.*", "torch==2.8.*"} <= set(lowest)
     assert not any(one.startswith(("jax", "obstore")) for one in lowest)

@@ -27,7 +27,13 @@ from stepguard.errors import CheckpointCorruptError, CheckpointError
 from stepguard.torch import Supervisor
 from stepguard.torch.checkpoint import unpickling
 
-RECORDS = sorted((module, name) for module, names in unpickling._RECORDS.items() for name in names)
+# Older versions of PyTorch lack some.
+RECORDS = sorted(
+    (module, name)
+    for module, names in unpickling._RECORDS.items()
+    for name in names
+    if hasattr(importlib.import_module(module), name)
+)
 
 
 def text(word):
