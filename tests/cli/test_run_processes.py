@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from launches import SOON_SECS, TRAINING, ended, events, is_gone, is_training, newest, run, wait_until
 
 from stepguard.watching import heartbeat
@@ -116,6 +117,25 @@ def test_a_program_that_gets_the_pid_of_one_that_has_ended_runs_all_the_same():
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=SOON_SECS
     )
     assert ending.stdout == "None\n", ending.stderr
+
+
+@pytest.mark.parametrize("moment", ["before it is prepared", "while it is prepared"])
+def test_ctrl_c_that_comes_before_a_started_process_is_the_program_ends_it(moment):
+    program = (
+        "import os, signal, sys, time\n"
+        "from stepguard.cli.launcher.processes import Processes\n"
+        "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "before, then = (press, lambda: None) if sys.argv[1].startswith('before') else (lambda: None, press)\n"
+        "os.register_at_fork(after_in_child=before)\n"
+        "processes = Processes()\n"
+        "pid = processes.start(['sh'], environment=os.environ, stderr=2, has_own_group=True, in_child=then)\n"
+        "while processes.ending(pid) is None: time.sleep(0.01)\n"
+        "print(processes.ending(pid))\n"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", program, moment], check=False, capture_output=True, text=True, timeout=SOON_SECS
+    )
+    assert (ending.stdout, ending.stderr) == (f"{-signal.SIGINT}\n", "")
 
 
 # --- several processes ---

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from stepguard.disk import system
 
 _KILL_SECS = 10.0
+_ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
 class Processes:
@@ -43,8 +44,14 @@ class Processes:
             OSError: there is no such program, or it cannot be executed.
         """
         launcher = os.getpid()
+        # Between fork and exec an exception would be lost, or an error of the start. There the signals end the process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
         def prepare() -> None:
+            for number in _ENDING:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if has_own_group:
                 os.setpgid(0, 0)
             if system.end_with_parent(signal.SIGTERM) and os.getppid() != launcher:
@@ -53,7 +60,10 @@ class Processes:
 
         # Pids are reused: an orphan that ended earlier may have had the pid that this program gets.
         self._ended.clear()
-        process = subprocess.Popen(argv, env=environment, stdout=stdout, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
+        try:
+            process = subprocess.Popen(argv, env=environment, stdout=stdout, stderr=stderr, preexec_fn=prepare)  # noqa: PLW1509
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # `reap` collects the exit code; this keeps the object from waiting for it as well.
         process.returncode = 0
         return process.pid
