@@ -87,6 +87,11 @@ def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
 
+def numpys(state, *, position=0, count=5):
+    name, keys, _, *others = state["random"]["numpy"]
+    return {**state, "random": {**state["random"], "numpy": (name, keys, position, *others)[:count]}}
+
+
 CRAFTED = {
     "no step": lambda state: without(state, "global_step"),
     "another step": lambda state: {**state, "global_step": 2**62},
@@ -94,6 +99,9 @@ CRAFTED = {
     "facts that are none": lambda state: {**state, "program": 5},
     "no random states": lambda state: without(state, "random"),
     "half a random state": lambda state: {**state, "random": {**state["random"], "torch": torch.zeros(5)}},
+    "a position of NumPy's that is far beside its keys": lambda state: numpys(state, position=2**31 - 1),
+    "a position of NumPy's that is below its keys": lambda state: numpys(state, position=-5),
+    "half a state of NumPy's": lambda state: numpys(state, count=4),
     "a place a billion times": lambda state: {**state, "loaders": [{**state["loaders"][0], "times": 10**9}]},
     "a list": lambda _: [1, 2],
     "a deep one": lambda state: {**state, "loaders": nested()},

@@ -83,4 +83,8 @@ def _put(states: Mapping[str, Any], python: Any, numpy: Any) -> None:
         raise TypeError(f"expected a number or nothing as the next of Python's, found {gauss_next!r:.80}")
     python.setstate((version, tuple(internal), gauss_next))
     if numpy is not None and "numpy" in states:
-        numpy.set_state(tuple(states["numpy"]))
+        name, keys, position, has_gauss, cached_gaussian = states["numpy"]
+        # NumPy takes any position, and reads beside its keys then; older ones read beside a tuple that is too short.
+        if not 0 <= position <= len(keys):
+            raise ValueError(f"expected a position of NumPy from 0 to {len(keys)}, found {position!r:.80}")
+        numpy.set_state((name, keys, position, has_gauss, cached_gaussian))
