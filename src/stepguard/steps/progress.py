@@ -80,6 +80,11 @@ class Progress:
         """Whether the program has come to where it was interrupted, or was never."""
         return self._before is None
 
+    @property
+    def was_between_loops(self) -> bool:
+        """Whether the run was interrupted between two loops, or after its last one."""
+        return self._before is not None and not self._before["inside"]
+
     def is_complete(self, number: int | None) -> bool:
         """Whether a loop that trains nothing had trained before the restart."""
         before = self._before

@@ -400,10 +400,10 @@ class Session(StepSession):
                 self._check_stop()
         elif not is_stopped:
             advise = functools.partial(self._advice.on_end, plan, self.global_step, is_empty=is_empty)
-            if is_empty and was_complete:
-                self._trained_nothing = advise
-            else:
+            if not (is_empty and was_complete):
                 advise()
+            elif self.process_state.progress.was_between_loops:
+                self._trained_nothing = advise
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
