@@ -465,7 +465,8 @@ class Supervisor(Generic[SessionT]):
         finally:
             if not self._saving.stop(deadline):
                 _log.warning(
-                    "the time to stop was over before the checkpoint at hand was complete; the one before it is good"
+                    "the time to stop was over before the checkpoint at hand was complete; "
+                    "those before it are as they were"
                 )
             self._saving.leave_logdir()
 

@@ -227,6 +227,8 @@ class TestTheLastCheckpoint:
             checkpointer.save_last(0.01)
 
         assert "stop_grace_secs" not in str(caught.value)
+        # There is no checkpoint yet: none can be called good.
+        assert "good" not in str(caught.value)
         assert caught.value.__cause__ is writer.last_error
 
     def test_is_given_up_with_a_warning_when_no_boundary_comes(self, checkpointer, engine, session, writer, caplog):

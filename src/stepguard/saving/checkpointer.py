@@ -204,12 +204,13 @@ class Checkpointer:
             failure = self._writer.last_error
             if failure is not None:
                 raise SaveFailedError(
-                    f"the last checkpoint could not be written in the {timeout_secs:g} s after the stop: {failure}; "
-                    f"the one before it is good. Make room or repair the disk, and start again"
+                    f"the last checkpoint could not be written in the {round(timeout_secs, 1):g} s after the stop: "
+                    f"{failure}; the checkpoints before it are as they were. Make room or repair the disk, and start "
+                    f"again"
                 ) from failure
             raise SaveFailedError(
-                f"the last checkpoint was still being written {timeout_secs:g} s after the stop; "
-                f"the one before it is good. Give it more time with a larger stop_grace_secs"
+                f"the last checkpoint was still being written {round(timeout_secs, 1):g} s after the stop; "
+                f"the checkpoints before it are as they were. Give it more time with a larger stop_grace_secs"
             )
 
     def is_outside_steps(self, error: BaseException) -> bool:

@@ -175,7 +175,8 @@ class Committer:
         if usage.total and free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes, {free} are free",
+                f"{os.strerror(errno.ENOSPC)}: a checkpoint needs about {needed} bytes "
+                f"({needed - _SPARE_BYTES} for the state, and 1 MiB to spare), {free} are free",
                 str(store.root),
             )
 

@@ -299,8 +299,8 @@ class CheckpointWriter:
                 path=self._committer.root,
             ) from error
         self._committer.warn_of_failure(
-            f"saving {what} failed ({error}); training goes on unprotected since "
-            f"{failing_secs:.1f} s, next try in {wait_secs:.1f} s"
+            f"saving {what} failed ({error}); training goes on, unprotected for {failing_secs:.1f} s so far; "
+            f"next try in {wait_secs:.1f} s"
         )
 
     def _may_wait(self, wait_secs: float, gave_up_at: float | None) -> bool:
