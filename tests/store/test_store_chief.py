@@ -95,6 +95,7 @@ def test_a_second_process_is_told_who_is_chief(tmp_path: Path, chief_of: Callabl
     assert error.since is not None
     assert before - 1 <= error.since <= time.time() + 1
     assert str(error.pid) in str(error)
+    assert error.__cause__ is None  # A traceback tells it once.
     chief.close()
     open_store(tmp_path / "logdir").acquire().release()
 

@@ -173,10 +173,10 @@ def acquire(logdir: Path) -> LogdirHold:
     while True:
         try:
             return _acquire(logdir)
-        except LogdirInUseError as error:
+        except LogdirInUseError:
             note = _note(logdir)
             if not _is_gone(note) or time.monotonic() >= deadline:
-                raise _in_use(logdir, note) from error
+                raise _in_use(logdir, note) from None  # The same, of a moment ago: it would be told twice.
         time.sleep(_LOOK_SECS)
 
 
@@ -295,8 +295,8 @@ def _in_use(logdir: Path, note: _Note) -> LogdirInUseError:
     if _is_gone(note):
         who += f", which has ended; its lock is still held by {_still_holding(logdir)}"
     return LogdirInUseError(
-        f"{logdir}: expected no other chief, found {who}; stop it, or give this run another logdir; "
-        f"one that only evaluates starts no services (start_standard_services=False)",
+        f"{logdir}: expected no other process that trains or prunes here, found {who}; stop it, or give this run "
+        f"another logdir; a program that only evaluates opens its session with start_standard_services=False",
         logdir=logdir,
         host=note.host,
         pid=note.pid,
