@@ -180,6 +180,17 @@ def test_what_tells_of_no_run_is_a_finding(kind, tmp_path, stepguard):
     assert ("could not be read" in shown.stdout) == (kind == "directory")
 
 
+@pytest.mark.parametrize("command", ["log", "verify", "report"])
+def test_a_directory_above_the_runs_names_them(command, tmp_path, stepguard):
+    for name in ("one", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.jsonl").write_text("")
+    options = ("-o", tmp_path / "report.html") if command == "report" else ()
+    shown = stepguard(command, tmp_path / "runs", *options)
+    assert shown.exit_code == 1
+    assert f"takes one: {tmp_path / 'runs' / 'one'}, {tmp_path / 'runs' / 'two'}" in shown.output
+
+
 def test_every_event_that_is_documented_has_a_sentence():
     text = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
     table = text[text.index("| event | when | its fields |") : text.index("The `reason` of a stop")]

@@ -14,7 +14,7 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
-from stepguard.cli.logdir import story
+from stepguard.cli.logdir import runs, story
 from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.cli.logdir.story import Entry
 from stepguard.cli.text import output
@@ -93,7 +93,7 @@ def command(
     for reason in unreadable:
         click.echo(printable(reason), err=as_json)
     if not entries:
-        click.echo(f"{printable(str(logdir))}: no ledger tells of a run", err=True)
+        click.echo(f"{printable(str(logdir))}: no ledger tells of a run{runs.elsewhere(logdir)}", err=True)
     if unreadable or not entries:
         context.exit(FINDING)
 

@@ -8,6 +8,7 @@ import click
 
 from stepguard.cli.arguments import LOGDIR
 from stepguard.cli.exits import FINDING
+from stepguard.cli.logdir import runs
 from stepguard.cli.reporting import charts, page
 from stepguard.cli.reporting.gathering import gather
 from stepguard.cli.text import output
@@ -43,7 +44,8 @@ def command(context: click.Context, logdir: Path, path: Path, tags: tuple[str, .
     charts.load()  # First of all, so that a missing package costs no time.
     facts = gather(logdir, tags)
     if facts.is_empty:
-        click.echo(f"{printable(str(logdir))}: nothing has run here: there is nothing to report", err=True)
+        reason = f"nothing has run here: there is nothing to report{runs.elsewhere(logdir)}"
+        click.echo(f"{printable(str(logdir))}: {reason}", err=True)
         context.exit(FINDING)
     content = page.written(facts).encode("utf-8", "backslashreplace")
     if path == Path("-"):

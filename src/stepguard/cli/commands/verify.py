@@ -10,6 +10,7 @@ import click
 
 from stepguard.cli.arguments import Target, target_argument
 from stepguard.cli.exits import FINDING
+from stepguard.cli.logdir import runs
 from stepguard.cli.logdir.contents import DAMAGED, INCOMPLETE, ListedCheckpoint, list_contents, list_one
 from stepguard.cli.logdir.full_read import FullRead, read_fully
 from stepguard.cli.logdir.remote_image import filled
@@ -108,7 +109,8 @@ def _json(read: FullRead) -> dict[str, Any]:
 
 def _print(target: Target, reads: list[FullRead], missing: tuple[str, ...]) -> None:
     if not reads and not missing:
-        click.echo(f"{printable(str(target.path))}: expected checkpoints, found none")
+        hint = runs.elsewhere(target.path) if target.name is None and target.path.is_dir() else ""
+        click.echo(f"{printable(str(target.path))}: expected checkpoints, found none{hint}")
         return
     if reads:
         print_table(_COLUMNS, [_row(one) for one in reads])

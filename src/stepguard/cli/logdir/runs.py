@@ -9,8 +9,10 @@ from pathlib import Path
 from stepguard.cli.logdir.contents import basenames
 from stepguard.store import statefile
 from stepguard.watching import heartbeat, ledger
+from stepguard.words import printable
 
 _DEEPEST = 6
+_MOST_NAMED = 5
 _OF_A_RUN = frozenset({ledger.FILE_NAME, heartbeat.DIR_NAME, statefile.FILE_NAME})
 
 
@@ -30,6 +32,19 @@ def are_many(paths: Sequence[Path]) -> bool:
 def meant(paths: Sequence[Path]) -> list[Path]:
     """The logdirs in or below some paths, each once; a path without any stands for itself. Raises OSError."""
     return list(dict.fromkeys(logdir for path in paths for logdir in (list(below(path)) or [path])))
+
+
+def elsewhere(path: Path) -> str:
+    """What to say besides that there is no run in ``path``: the runs below it, for a command that takes one of them."""
+    try:
+        found = [str(one) for one in below(path) if one != path]
+    except OSError:
+        return ""  # The command itself says what it could not read.
+    if not found:
+        return ""
+    named = printable(", ".join(found[:_MOST_NAMED]))
+    more = f", and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
+    return f"; there are runs below it, of which this command takes one: {named}{more}"
 
 
 def _below(path: Path, names: list[str], deepest: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
