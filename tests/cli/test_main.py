@@ -61,6 +61,8 @@ def test_no_framework_and_no_numpy_is_loaded_by_help(arguments):
 def test_a_mistake_in_the_arguments_ends_with_2(tmp_path):
     (tmp_path / "file").touch()
     assert run("no-such-command").exit_code == 2
+    assert "did you mean '--version'" in run("version").stderr
+    assert "did you mean '--help'" in run("help").stderr
     assert run("ls").exit_code == 2
     assert run("ls", tmp_path / "missing").exit_code == 2
     assert run("ls", tmp_path / "file").exit_code == 2

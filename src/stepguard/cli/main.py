@@ -44,6 +44,8 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that ``args`` name. Raises click.UsageError, with the nearest name, if there is none."""
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            if args[0] in ("help", "version"):
+                raise click.UsageError(f"no such command {args[0]!r}: did you mean '--{args[0]}'?", ctx)
             near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
             meant = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(_COMMANDS)}"
             raise click.UsageError(f"no such command {printable(args[0])!r}: {meant}", ctx)
