@@ -143,7 +143,8 @@ _Told = tuple[str, str | None]
 
 def _start(event: _Event) -> _Told:
     argv = " ".join(map(str, event.get("argv") or []))
-    again = f", restart {event['restarts']}" if event.get("restarts") else ""
+    # All restarts of the run until then: a start after a stop is none, and says the same number again.
+    again = f" (restarts so far: {event['restarts']})" if event.get("restarts") else ""
     return f"started as process {event.get('pid')} on {event.get('host')}{again}: {argv}", PLAIN
 
 
