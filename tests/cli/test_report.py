@@ -173,6 +173,7 @@ def test_costs_and_verdicts_are_told(crashed, report):
     assert sum(parts.values()) == pytest.approx(100)
     assert parts["waiting for snapshots"] == pytest.approx(100 * 0.5 / 210)
     assert parts["down"] == pytest.approx(100 * 180 / 210)
+    assert "`" not in page.text
     assert page.charts["Milliseconds that training waited for a save"]["data"][0]["y"] == [250, 250]
     assert "1 differs" in page.text
     assert "step 6 is not what it was" in page.text

@@ -236,7 +236,7 @@ def time_spent(facts: RunFacts) -> _Figure:
     whole = sum(secs for _, secs, _ in parts) or 1.0
     layout = _layout(height=150, legend=True)
     layout.update(barmode="stack", bargap=0.3)
-    layout["xaxis"] = {**layout["xaxis"], "ticksuffix": " %", "range": [0, 100]}
+    layout["xaxis"] = {**layout["xaxis"], "ticksuffix": " %", "range": [0, 100], "dtick": 20}
     layout["yaxis"] = {"visible": False}
     return {
         "data": [

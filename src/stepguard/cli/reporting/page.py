@@ -255,9 +255,10 @@ def _checkpoints(facts: RunFacts) -> Iterator[Markup]:
         titles = ("Step", "State", "Saved", "Size", "Kept", "Metrics", "Name")
         yield table(titles, map(_row, shown), numbers=(0, 3))
         if len(rows) > len(shown):
-            text = f"{len(rows) - len(shown):,} older ones are not shown: `stepguard ls` has all."
-            yield element("p", text, class_="quiet")
-        yield element("p", "Sizes and names are compared here; `stepguard verify` reads every byte.", class_="quiet")
+            text = f"{len(rows) - len(shown):,} older ones are not shown: "
+            yield element("p", text, element("code", "stepguard ls"), " has all.", class_="quiet")
+        verify = element("code", "stepguard verify")
+        yield element("p", "Sizes and names are compared here; ", verify, " reads every byte.", class_="quiet")
     if facts.contents.quarantined:
         text = f"{output.counted(facts.contents.quarantined, 'damaged checkpoint')} in quarantine/."
         yield element("p", coloured(text, "bad"))
@@ -313,7 +314,7 @@ def _costs(facts: RunFacts, figures: _Figures) -> Iterator[Markup]:
         rows.append(("copies in the mirror", f"{costs.sent:,}", what))
     rows += [
         ("steps done again", f"{found.lost_steps:,}", _secs(found.replayed_secs)),
-        ("down", f"{found.restarts:,} restarts", _secs(found.down_secs)),
+        ("down", output.counted(found.restarts, "restart"), _secs(found.down_secs)),
     ]
     yield table(("What", "How much", "Of which"), rows)
 
@@ -361,7 +362,7 @@ def _configuration(facts: RunFacts) -> Iterator[Markup]:
     }
     rows = [(name, value) for name, value in told.items() if value]
     yield element("h3", "Of the newest start")
-    yield table(("What", ""), rows) if rows else element("p", "The ledger has no start.")
+    yield table(("What", "Value"), rows) if rows else element("p", "The ledger has no start.")
     yield from _options(facts)
     if facts.hyperparameters:
         yield element("h3", "Hyperparameters, as last recorded")
