@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from logdirs import commit
 
 from stepguard.cli.logdir.run_state import read_run_state
 from stepguard.cli.main import cli
@@ -182,6 +183,14 @@ def test_a_worker_that_is_dead_is_no_run_that_is_well(tmp_path):
     code, found = known(tmp_path)
     assert code == 1
     assert [one["state"] for one in found["processes"]] == ["alive", "dead"]
+
+
+@pytest.mark.parametrize("is_of_this_start", [True, False])
+def test_a_killed_run_had_come_to_its_newest_checkpoint_even_if_it_could_not_tell(is_of_this_start, tmp_path):
+    commit(tmp_path, 50)
+    tell(tmp_path, process_start=1, started=time.time() + (-10 if is_of_this_start else 10))
+    (chief,) = known(tmp_path)[1]["processes"]
+    assert (chief["state"], chief["step"]) == ("dead", 50 if is_of_this_start else 40)
 
 
 def test_a_hang_shows_its_stacks(tmp_path):

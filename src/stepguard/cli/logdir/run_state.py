@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ def read_run_state(logdir: Path) -> RunState:
         history.completed(one, events_of.get(one.role, ()), None if heartbeat.state(one, now) == "alive" else logdir)
         for one in beats
     ]
-    chief = next((one for one in beats if one.role == history.CHIEF), None)
     last, good = newest(logdir)
+    beats = [_saved(one, good, now) if one.role == history.CHIEF else one for one in beats]
+    chief = next((one for one in beats if one.role == history.CHIEF), None)
     return RunState(
         logdir=logdir,
         now=now,
@@ -121,6 +122,16 @@ def read_run_state(logdir: Path) -> RunState:
         unreadable=tuple(unreadable),
         mirror=record.read(logdir),
     )
+
+
+def _saved(beat: Heartbeat, good: ListedCheckpoint | None, now: float) -> Heartbeat:
+    """A chief that was killed had come to the step of its newest checkpoint at least, even if it was killed before it
+    could tell of that one.
+    """
+    saved = None if good is None or good.checkpoint.time < beat.started else good.checkpoint.step
+    if saved is None or heartbeat.state(beat, now) != "dead":
+        return beat
+    return replace(beat, step=max(beat.step or 0, saved))
 
 
 def document(found: RunState) -> dict[str, Any]:
