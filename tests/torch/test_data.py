@@ -166,7 +166,8 @@ def test_another_batch_size_goes_on_at_the_same_sample_and_says_so(caplog):
 
     assert flat(batches) == NUMBERS[24:]
     assert after.is_last_batch
-    assert "batches of 8, there are 1 with batches of 10 now: going on at sample 24 of epoch 0" in caplog.text
+    assert "batches of 8 in 1 process, the loader has batches of 10 in 1 process: going on at sample 24" in caplog.text
+    assert "of epoch 0" in caplog.text
 
 
 class TestReadingAgain:

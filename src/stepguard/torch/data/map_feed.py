@@ -194,13 +194,13 @@ class MapFeed(Feed):
             level = logging.INFO if was == size else logging.WARNING
             _log.log(
                 level,
-                "%s: the checkpoint is of %d processes with batches of %d, there are %d with batches of %d now: going "
-                "on at sample %d of epoch %d, with other batches than before",
+                "%s: the checkpoint is of batches of %d in %s, the loader has batches of %d in %s: going on at sample "
+                "%d of epoch %d, with other batches than before",
                 shown(self.loader),
-                before,
                 was,
-                processes,
+                "1 process" if before == 1 else f"{before} processes",
                 size,
+                "1 process" if processes == 1 else f"{processes} processes",
                 self.samples * processes,
                 self.epoch,
             )
