@@ -122,7 +122,7 @@ def crashed(tmp_path):
         line("checkpoint", 310, 3, name="model.ckpt-12", step=12, **save),
         line("stop", 311, 3, step=12, reason="finished"),
     )
-    write_events(logdir, "1", ("start", 0), *[("loss", step, 10.0 - step) for step in range(8)], ("rate", 3, 3.0))
+    write_events(logdir, "1", ("start", 0), *[("loss", step, 10.0 - step) for step in range(8)], ("rate", 3, 1275.6))
     write_events(logdir, "2", ("start", 5), *[("loss", step, 5.0) for step in range(5, 12)], ("loss", 12, math.nan))
     return logdir
 
@@ -162,6 +162,7 @@ def test_curves_have_gaps_and_lines_where_a_start_has_gone_on(crashed, report):
     assert loss["data"][0]["y"] == [10, 9, 8, 7, 6, 5, 5, 5, 5, 5, 5, 5, None]
     assert [one["x0"] for one in loss["layout"]["shapes"]] == [5, 5]
     assert "1 not finite, the first at step 12" in page.text
+    assert "last 1,276 at step 3" in page.text
     assert [title for title in page.charts if title in ("loss", "rate")] == ["loss", "rate"]
     assert "rate" not in report(crashed, "--tag", "lo*").charts
 

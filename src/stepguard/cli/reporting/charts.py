@@ -238,6 +238,7 @@ def time_spent(facts: RunFacts) -> _Figure:
     layout.update(barmode="stack", bargap=0.3)
     layout["xaxis"] = {**layout["xaxis"], "ticksuffix": " %", "range": [0, 100], "dtick": 20}
     layout["yaxis"] = {"visible": False}
+    layout["margin"]["r"] = 28  # Room for the half of "100 %" that is beside the bar, else Plotly leaves it out.
     return {
         "data": [
             {

@@ -235,11 +235,16 @@ def _numbers(facts: RunFacts, figures: _Figures) -> Iterator[Markup]:
 
 def _caption(one: Curve) -> str:
     finite = one.finite
-    least, most = output.number(min(finite, default=None)), output.number(max(finite, default=None))
+    least, most = _number(min(finite, default=None)), _number(max(finite, default=None))
     strange = len(one.values) - len(finite)
     first = next((step for step, value in zip(one.steps, one.values, strict=True) if value - value != 0), None)
-    text = f"last {output.number(one.values[-1])} at step {one.steps[-1]:,}; from {least} to {most}"
+    text = f"last {_number(one.values[-1])} at step {one.steps[-1]:,}; from {least} to {most}"
     return text if first is None else f"{text}; {strange:,} not finite, the first at step {first:,}"
+
+
+def _number(value: float | None) -> str:
+    """As in a table of the command line, but ``1,276`` rather than ``1.28e+03``."""
+    return f"{value:,.0f}" if value is not None and 1000 <= abs(value) < 1e6 else output.number(value)
 
 
 # --- checkpoints ---
