@@ -37,6 +37,14 @@ def test_init_fn_gives_the_first_state_and_is_not_called_for_a_restored_one(tmp_
                 session.state = {"weight": session.state["weight"] + 1}
 
 
+@pytest.mark.parametrize("is_in_steps", [True, False])
+def test_a_loop_that_is_not_of_the_session_is_told_of_at_its_end(is_in_steps, tmp_path, caplog):
+    with Supervisor(tmp_path).managed_session(STATE) as session:
+        for _ in session.steps(max_steps=3) if is_in_steps else range(3):
+            session.state = {"weight": session.state["weight"] + 1}
+    assert ("ends at step 0, where it began, and the program has trained in it" in caplog.text) != is_in_steps
+
+
 def test_work_between_loops_that_is_done_again_does_not_count_twice(tmp_path):
     """A loop over epochs of the program's own does its work after the first loop again; the restored state has it."""
 

@@ -281,3 +281,12 @@ def test_the_end_of_ones_own_loop_waits_for_no_save(tmp_path, caplog):
         began = time.monotonic()
     assert time.monotonic() - began < 4  # where it would wait for 5 s
     assert "no step boundary" not in caplog.text
+
+
+@pytest.mark.parametrize("is_in_steps", [True, False])
+def test_a_loop_that_is_not_of_the_session_is_told_of_at_its_end(is_in_steps, tmp_path, caplog):
+    run = Program(tmp_path)
+    with run.sv.managed_session() as sess:
+        for x in sess.steps(max_steps=3) if is_in_steps else range(3):
+            run.train(sess, INPUTS[x : x + 1])
+    assert ("ends at step 0, where it began, and the program has trained in it" in caplog.text) != is_in_steps

@@ -73,10 +73,12 @@ class JaxEngine(PeersEngine[Session]):
 
         ``meets_every``: see `PeersEngine.prepare_session`.
         """
-        return self.prepare_session(
+        prepared = self.prepare_session(
             lambda gate: Session(state, self._coord, self.write_summary, gate=gate, processes=self.peers.size),
             meets_every,
         )
+        prepared.session.note_start()
+        return prepared
 
     def initialise(self, session: Session) -> None:
         """Begin with the program's own state."""

@@ -46,10 +46,18 @@ class Session(LoopSession):
         super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes), gate=gate)
         self.state = state
         """The state of the last step. The program replaces it in each step."""
+        self._state_at_start: Any = None
         self.donations = Donations()
         """For the engine: which arrays the steps donate."""
         self.memory = HostMemory()
         """For the engine: memory for the copies of donated arrays."""
+
+    def note_start(self) -> None:
+        """For the engine: the state is that with which the program begins."""
+        self._state_at_start = self.state
+
+    def _has_trained_outside(self) -> bool:
+        return self.state is not self._state_at_start
 
     def _step_is_ending(self) -> None:
         was_known = self.donations.is_known

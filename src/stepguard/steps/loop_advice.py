@@ -155,6 +155,15 @@ class LoopAdvice:
             max_steps,
         )
 
+    def on_training_outside(self, step: int) -> None:
+        """Warn of a session in which the program has trained, and none of whose steps was run."""
+        _log.warning(
+            "the session ends at step %d, where it began, and the program has trained in it: only the turns of "
+            "`for batch in sess.steps(loader)`, and the blocks of `with sess.step()`, are steps. Nothing else is "
+            "counted, or saved in its turn, and a restart does not know how far it was",
+            step,
+        )
+
     def on_own_steps_in_epoch(self, epoch: int) -> None:
         """Warn of an epoch whose body was done again without a step: `step` does not say where its loop ends."""
         _log.warning(

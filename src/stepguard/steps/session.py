@@ -45,6 +45,8 @@ class Session(StepSession):
         # a loop over them was asked for.
         self._put_back: Callable[[], None] | None = None
         self._most_epochs = 0
+        # Whether the program has asked for a loop over steps or epochs.
+        self._has_looped = False
         # What is to be told if this process trains nothing: a loop that was complete before the restart has no step.
         self._trained_nothing: Callable[[], None] | None = None
         # The iterator of the last call of `steps`.
@@ -102,6 +104,7 @@ class Session(StepSession):
         _check_count("steps", "accumulate", accumulate, least=1)
         if resume_data not in (True, False, "unchecked"):
             raise ValueError(f'steps: expected resume_data to be True, False or "unchecked", found {resume_data!r:.80}')
+        self._has_looped = True
         self.process_state.strangers.look()
         feed = self._feed(loader, epochs, resume_data)
         number = self._loops_begun
@@ -144,6 +147,7 @@ class Session(StepSession):
             raise TypeError("epochs: expected the number of epochs, found None")
         if self._loops_begun is not None:
             raise RuntimeError("epochs: expected no loop over epochs around it, found one")
+        self._has_looped = True
         self.process_state.adopt_epochs()
         return self._epochs(number)
 
@@ -168,8 +172,11 @@ class Session(StepSession):
 
     def close(self) -> None:
         """End the session. A supervisor that still watches it saves the last step first."""
-        if self.is_open and not self.boundary.steps and self._trained_nothing is not None:
-            self._trained_nothing()
+        if self.is_open and not self.boundary.steps and not self._coord.failed:
+            if not self._has_looped and self._has_trained_outside():
+                self._advice.on_training_outside(self.global_step)
+            elif self._trained_nothing is not None:
+                self._trained_nothing()
         super().close()
 
     # --- for the engine ---
@@ -364,6 +371,10 @@ class Session(StepSession):
             with contextlib.nullcontext() if self.boundary.is_mine else self.boundary.hold("the restored state"):
                 put_back()
         self.process_state.resume_streams()
+
+    def _has_trained_outside(self) -> bool:
+        """A hook for a subclass: whether the program has trained in this session, which has run no step."""
+        return False
 
     def _note_loop_over(self, plan: LoopPlan) -> None:
         """Record the end of the loop inside the boundary, so that a checkpoint has both its last batch and its end."""

@@ -81,6 +81,11 @@ class Gradients:
             return unapplied
         return {number: one for number, one in self._not_zero().items() if not is_dtensor(one)}
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer was called."""
+        return self._stepped_in >= 0
+
     def unapplied(self) -> dict[int, torch.Tensor]:
         """The unapplied gradients by the numbers of their parameters; empty if the optimizer's last step came after."""
         if self._stepped_in >= self._steps_done() - 1 and self._are_applied():

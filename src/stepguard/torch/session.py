@@ -74,6 +74,9 @@ class Session(LoopSession):
     def _has_trained(self) -> bool:
         return self._torch_state.has_trained()
 
+    def _has_trained_outside(self) -> bool:
+        return self._torch_state.has_updates
+
 
 class _TorchProcessState(ProcessState):
     """Adds the gradients that the next step needs; each of several processes has its own."""
@@ -109,6 +112,11 @@ class _TorchProcessState(ProcessState):
     def has_trained(self) -> bool:
         """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
         return not self._gradients or not all(one.is_idle for one in self._gradients.values())
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether an optimizer was called."""
+        return any(one.has_stepped for one in self._gradients.values())
 
     def new_feed(self, loader: Any) -> Feed:
         return feed_of(loader)

@@ -125,10 +125,7 @@ def _is_as_far(here: _Place, saved: Mapping[str, Any]) -> bool:
 
 
 def _places() -> list[_Place]:
-    return [
-        _Place(weakref.ref(one), loader, data, one._num_yielded)
-        for one, (loader, data) in list(_begun.items())
-    ]
+    return [_Place(weakref.ref(one), loader, data, one._num_yielded) for one, (loader, data) in list(_begun.items())]
 
 
 def _warn(gone: list[Mapping[str, Any]]) -> None:
