@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -85,7 +85,12 @@ def main() -> None:
     seen = args.logdir.with_suffix(f".seen-{rank}")
     with sv.managed_session() as session, nullcontext() if args.epochs else joined(model, args):
         args.logdir.with_suffix(f".began-{rank}").write_text(f"{session.global_step} {digest(net, optimizer)}")
-        for index, inputs, targets in batches(session, loader, model, args):
+
+        def begin_epoch() -> None:
+            mine.items += 1000 * (rank + 1)
+            optimizer.param_groups[0]["weight_decay"] *= 0.7
+
+        for index, inputs, targets in batches(session, loader, model, args, begin_epoch):
             if args.leave == f"{rank}:{session.global_step}:break-first":  # The other is in this step, and waits.
                 break
             optimizer.zero_grad()
@@ -132,7 +137,11 @@ def joined(model: torch.nn.Module, args: argparse.Namespace) -> AbstractContextM
 
 
 def batches(
-    session: Session, loader: DataLoader, model: torch.nn.Module, args: argparse.Namespace
+    session: Session,
+    loader: DataLoader,
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    begin_epoch: Callable[[], None],
 ) -> Iterator[list[torch.Tensor]]:
     if args.join:
         count = int(args.join.split(",")[dist.get_rank()])
@@ -146,6 +155,7 @@ def batches(
         return
     if args.epoch_ends:
         for epoch in session.epochs(args.epochs):
+            begin_epoch()
             yield from session.steps(loader)
             if args.measures:
                 # The others are in the next loop then, and wait there for who evaluates.

@@ -37,13 +37,13 @@ def test_one_killed_and_all_killed_change_nothing(tmp_path):
     assert {one["outcome"] for one in replays} == {"same"}
 
 
-def test_one_killed_in_the_end_of_an_epoch_does_that_end_again_and_nothing_else(tmp_path):
+def test_one_killed_in_an_epoch_and_in_the_end_of_one_does_nothing_twice(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # 50 items in batches of 4 are 7 steps of two processes.
-    training = ["--epoch-ends", "--epochs=4", "--steps=28"]
+    training = ["--epoch-ends", "--epochs=4", "--steps=28", "--save-steps=3", "--awaits-saves"]
     torchrun(whole, 2, *training)
     launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
-    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1"))
+    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1", "--kill=1:17"))
 
     assert outcomes(killed, 2) == outcomes(whole, 2)
     for rank in range(2):

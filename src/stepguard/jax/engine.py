@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.engine import Beginning, Prepared, StepTrace
@@ -30,6 +33,8 @@ from stepguard.store import Checkpoint, CheckpointStore, Recovery
 from stepguard.words import logger
 
 _log = logger(__name__)
+
+_UNCHANGING = (jax.Array, bool, int, float, str, bytes)
 
 
 class JaxEngine(PeersEngine[Session]):
@@ -98,11 +103,14 @@ class JaxEngine(PeersEngine[Session]):
             return
         self._load(session, checkpoint.path, rank=0)
         if self._restoring == Restoring() and not self.peers.has_any:
-            session.put_back_with(functools.partial(self._put_back, session, checkpoint.path, session.state))
+            restored = jax.tree.leaves(session.state)
+            session.put_back_with(functools.partial(self._put_back, session, checkpoint.path, restored))
 
-    def _put_back(self, session: Session, path: Path, restored: Any) -> None:
-        """Reset the state to that with which the session was restored, if the program has replaced it."""
-        if session.state is not restored:
+    def _put_back(self, session: Session, path: Path, restored: list[Any], with_streams: bool) -> None:  # noqa: ARG002
+        """Reset the state to that with which the session was restored, unless it still is that."""
+        found = jax.tree.leaves(session.state)
+        is_same = len(found) == len(restored) and all(map(operator.is_, found, restored))
+        if not (is_same and all(isinstance(one, _UNCHANGING) for one in found)):
             self._return_to(session, path)
 
     def _return_to(self, session: Session, path: Path) -> None:

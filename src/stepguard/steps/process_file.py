@@ -51,7 +51,7 @@ _STATES = (dict, NoneType)
 # See `Progress.saved`.
 _PLACE = Fields(
     {"ended": Count(), "inside": (str,), "inside body": (str,)},
-    {"origin": _STATES, "after": _STATES, "gaps": Each(_STATES), "draws between": (bool, NoneType)},
+    {"origin": _STATES, "after": _STATES, "gaps": Each(Each((object,), length=2)), "draws between": (bool, NoneType)},
 )
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})
 # See `ProcessState.capture`.
@@ -59,6 +59,7 @@ _STATE = Fields(
     {"global_step": Count(), "random": (dict,), "loaders": Each(_POSITION)},
     {
         "drawn": _TEXTS,
+        "work before": Fields({"objects": _TEXTS, "rates": Each(Each((float,), length=2), (str,))}),
         "is_first": (bool, NoneType),
         "epochs": Fields({"done": Count(), "loops": Count(), "begun": (bool,)}),
         "place": (dict, NoneType),
@@ -81,6 +82,9 @@ def checked_state(
         state: dict[str, Any] = dict(found)  # type: ignore[call-overload]
         if state.get("place") is not None:
             schema.check(state["place"], _PLACE, "place")
+            for number, states in state["place"].get("gaps", ()):
+                schema.check(number, Count(), "place.gaps")
+                schema.check(states, (dict,), "place.gaps")
         for place in state["loaders"]:
             if place.get("used") is not None:
                 schema.check(place["used"], Each(Count(), length=2), "loaders.used")
@@ -100,7 +104,8 @@ def _random_states(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The random states of the process, those of its loops, and those in the positions."""
     yield state["random"]
     place = state.get("place") or {}
-    yield from (one for one in (place.get("origin"), place.get("after"), *place.get("gaps", ())) if one is not None)
+    gaps = (states for _, states in place.get("gaps", ()))
+    yield from (one for one in (place.get("origin"), place.get("after"), *gaps) if one is not None)
     for position in state["loaders"]:
         for one in (position, *position.get("members", ())):
             order = one.get("order")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,6 +33,8 @@ class ProcessState(ABC):
         # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
         # a start that goes on from there makes them again.
         self._first: dict[str, Any] | None = None
+        # What the program has changed in the state before its first loop, in its first start.
+        self._work_before: Mapping[str, Any] | None = None
         self.progress = Progress(streams)
         """Where the program is among its loops."""
         # In a loop of the program's own: whether it draws between two steps, for the next one; the states before that.
@@ -83,6 +85,7 @@ class ProcessState(ABC):
         progress = self.progress
         return {
             **({"drawn": drawn} if drawn else {}),
+            **({} if self._work_before is None else {"work before": self._work_before}),
             "random": self.streams.capture() if kept is None else kept,
             "is_first": first is not None,
             "loaders": self._places.saved(),
@@ -95,9 +98,15 @@ class ProcessState(ABC):
         self._places.restore(state["loaders"])
         # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
+        self._work_before = state.get("work before")
         place = state.get("place")
         origin = self.progress.restore(epochs, place)
         self._draws_between = None if place is None else place.get("draws between")
+        if self._draws_between and self.progress.is_in_own_loop:
+            _log.warning(
+                "the program draws random numbers between the steps of its own loop. They go on as they were if it "
+                "draws none from here to that loop; sess.steps() in place of sess.step() goes on exactly in any case"
+            )
         # The streams are restored now, for draws before the first step, and again just before that step: draws in
         # between, for example to build objects that are then restored, must not move the streams. Exception: if the run
         # had not come to its first loop, these draws belong to it.
@@ -112,9 +121,20 @@ class ProcessState(ABC):
             self._first = self.streams.capture()
         self.progress.begin_run()
 
+    def note_work_before(self, changed: list[str], rates: Mapping[str, tuple[float, float]]) -> list[str]:
+        """Note that the program has changed these objects before its first loop, and ``rates`` from and to values.
+
+        Returns those that it had not changed there in its first start, or not in the same way.
+        """
+        if self._work_before is None:
+            self._work_before = {"objects": changed, "rates": dict(rates)}
+        first, first_rates = self._work_before["objects"], self._work_before["rates"]
+        new = [name for name, change in rates.items() if not _is_same_change(change, first_rates.get(name))]
+        return [one for one in changed if one not in first] + [one for one in new if one.split(".")[0] in first]
+
     def begin_loop(self, number: int | None) -> bool:
         """Begin a loop, before its first step. Returns whether it is the one that was interrupted."""
-        self._first = None
+        self._first = self._after_own_step = None
         return self.progress.begin_loop(number, STEPS)
 
     def begin_own_step(self) -> None:
@@ -141,7 +161,7 @@ class ProcessState(ABC):
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
         # A loop may turn out to be at its end; only a batch shows that the first step has begun.
-        if self._random is not None and not self._draws_between:
+        if self._random is not None and not (self._draws_between and self.progress.is_in_own_loop):
             self.streams.restore(self._random)
 
     def note_first_step(self) -> None:
@@ -181,3 +201,10 @@ class ProcessState(ABC):
 def describe_positions(state: Mapping[str, Any]) -> str:
     """The positions from which a run continues in its data, for the log."""
     return "; ".join(f"epoch {one['epoch']}, batch {one['batches']}" for one in state["loaders"]) or "no loader yet"
+
+
+def _is_same_change(change: Sequence[float], first: Sequence[float] | None) -> bool:
+    """Whether both set the same value, or multiply by the same."""
+    if first is None:
+        return False
+    return change[1] == first[1] or change[1] * first[0] == first[1] * change[0]

@@ -8,7 +8,7 @@ changes to the state are undone, and the streams go on from the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from stepguard.steps.random_streams import RandomStreams
 
 STEPS, OWN, EPOCHS = "steps", "step", "epochs"
 """The kinds of loops: over `steps`, one of the program's own around `step`, and over `epochs`."""
+
+
+_MOST_GAPS = 8
 
 
 @dataclass(slots=True)
@@ -37,13 +40,16 @@ class Progress:
     _ended: int = 0
     _inside: str = ""
     _inside_body: str = ""
-    # The random states when the run began, when the last loop outside ended, and in the body: at its beginning, and at
-    # the end of each loop.
+    # The random states when the run began, when the last loop outside ended, and in the body after so many loops: at
+    # its beginning, and at the ends of the first and of the last ones.
     _origin: Any = None
     _after: Any = None
     _gaps: list[Any] = field(default_factory=list)
     # The place of the interrupted run, until this one has come to it.
     _before: Mapping[str, Any] | None = None
+    # Whether this process is in a loop over epochs, and the random states at the beginning of its body.
+    _is_in_epochs: bool = False
+    _body_states: Any = None
 
     def saved(self) -> dict[str, Any]:
         """The place, as plain values and random states."""
@@ -61,19 +67,25 @@ class Progress:
     def restore(self, epochs: Mapping[str, Any], place: Mapping[str, Any] | None) -> Any:
         """Go on from what was saved.
 
-        Returns the random states of the run's beginning, if the program runs through no loop that had ended.
+        Returns the random states of the run's beginning, if the program begins with these.
         """
         self.epochs_done, self.loops_done, self.is_epoch_begun = epochs["done"], epochs["loops"], epochs["begun"]
         if place is None:  # A checkpoint of an earlier version.
             return None
         self._before, self._origin, self._after = place, place["origin"], place["after"]
-        # After other loops it is not known whether the program runs through these again.
-        return self._origin if not place["ended"] and place["inside"] in (STEPS, EPOCHS) else None
+        # Between two loops outside it is not known whether the program runs through those before.
+        return self._origin if place["inside"] in (STEPS, EPOCHS) else None
 
     @property
     def has_loops(self) -> bool:
-        """Whether a loop has ended, or one over epochs runs."""
-        return self._ended > 0 or self._inside == EPOCHS
+        """Whether a loop has ended, here or before the restart, or one over epochs runs."""
+        return self._ended > 0 or self._inside == EPOCHS or self._after is not None
+
+    @property
+    def is_in_own_loop(self) -> bool:
+        """Whether the last step, perhaps of the interrupted run, was one of `step`."""
+        place = self.saved()
+        return bool((place["inside body"] or place["inside"]) == OWN)
 
     @property
     def is_there(self) -> bool:
@@ -82,8 +94,9 @@ class Progress:
 
     @property
     def was_between_loops(self) -> bool:
-        """Whether the run was interrupted between two loops, or after its last one."""
-        return self._before is not None and not self._before["inside"]
+        """Whether the run was interrupted between two loops over steps, or after its last one."""
+        before = self._before
+        return before is not None and not before["inside body"] and before["inside"] in ("", EPOCHS)
 
     def is_complete(self, number: int | None) -> bool:
         """Whether a loop that trains nothing had trained before the restart."""
@@ -101,12 +114,14 @@ class Progress:
 
     def begin_loop(self, number: int | None, kind: str) -> bool:
         """Begin a loop. Returns whether it is the one that was interrupted."""
+        if number is None and kind == STEPS:
+            self._leave_epochs()
         before = self._before
         if before is None:
             self._note_begun(kind)
             return False
         if number is not None:
-            is_it = bool(before["inside body"]) and number == self.loops_done
+            is_it = kind == before["inside body"] and number == self.loops_done and before["inside"] == EPOCHS
         else:
             is_it = kind == before["inside"] == STEPS and self._ended == before["ended"]
         if is_it:
@@ -122,30 +137,40 @@ class Progress:
         before = self._before
         if before is None:
             return False
-        was_done = number is None and kind == STEPS and (before["inside"] == STEPS or self._ended > 0)
+        was_done = number is None and kind == STEPS and before["inside"] == STEPS
         self._arrive()
         self._note_begun(kind)
         return was_done
 
     def end_loop(self, number: int | None) -> bool:
         """End a loop. Returns whether it was the last that had ended when the run was interrupted."""
-        before = self._before
+        before, is_of_epochs = self._before, number is None and self._is_in_epochs
         if number is None:
-            self._ended += 1
+            self._ended, self._is_in_epochs = self._ended + 1, False
         if before is None:
             self._note_ended(number)
             return False
         if number is None:
             is_last = not before["inside"] and self._ended == before["ended"]
+            # A checkpoint after the last body does not know yet that it is the last.
+            was_between = is_of_epochs and before["inside"] == EPOCHS and not self.is_epoch_begun
+            is_last = is_last or (was_between and self._ended == before["ended"] + 1)
         else:
-            is_last = not before["inside body"] and number + 1 == self.loops_done
+            is_of_body = before["inside"] == EPOCHS and not before["inside body"]
+            is_last = is_of_body and number + 1 == self.loops_done
         if is_last:
             self._arrive()
+            self._inside = EPOCHS if number is not None else ""
         elif number is not None:
             self._go_to(before["gaps"], number + 1)
         elif self._ended == before["ended"] and self._after is not None:
             self.streams.restore(self._after)
         return is_last
+
+    def begin_epochs(self) -> None:
+        """Begin a loop over epochs, perhaps one that has no body left."""
+        self._leave_epochs()
+        self._is_in_epochs = True
 
     def begin_body(self) -> bool:
         """Begin the body of an epoch. Returns whether the run was interrupted between two bodies."""
@@ -153,11 +178,14 @@ class Progress:
         if before is not None and self.is_epoch_begun and before["inside"] == EPOCHS:
             self._go_to(before["gaps"], 0)
             return False
-        was_between = before is not None and before["inside"] == EPOCHS
+        if before is not None and before["inside"] != EPOCHS:
+            # The body may be left at once, by `break`: its first step will show.
+            self._body_states = self.streams.capture()
+            return False
         self._arrive()
         self._inside, self._inside_body, self.loops_done = EPOCHS, "", 0
-        self._gaps = [self.streams.capture()]
-        return was_between
+        self._gaps = [(0, self.streams.capture())]
+        return before is not None
 
     def complete_epoch(self) -> bool:
         """Note that the body is done.
@@ -176,6 +204,17 @@ class Progress:
         if before is not None:
             self._inside, self._inside_body = before["inside"], before["inside body"]
             self._after, self._gaps = before["after"], list(before["gaps"])
+            if self._is_in_epochs and self._inside != EPOCHS:
+                self._inside, self._inside_body, self.loops_done = EPOCHS, "", 0
+                self._gaps = [(0, self._body_states)]
+
+    def _leave_epochs(self) -> None:
+        """Note that a loop over epochs was left by ``break``, if one was."""
+        if self._is_in_epochs:
+            self._is_in_epochs = False
+            self._ended += 1
+            if self._before is None:
+                self._inside, self._inside_body, self._gaps = "", "", []
 
     def _note_begun(self, kind: str) -> None:
         self.is_epoch_begun = True
@@ -189,8 +228,11 @@ class Progress:
             self._inside, self._after = "", self.streams.capture()
         else:
             self.loops_done, self._inside_body = number + 1, ""
-            self._gaps.append(self.streams.capture())
+            self._gaps.append((number + 1, self.streams.capture()))
+            if len(self._gaps) > _MOST_GAPS:
+                del self._gaps[_MOST_GAPS // 2]
 
-    def _go_to(self, gaps: list[Any], number: int) -> None:
-        if number < len(gaps):
-            self.streams.restore(gaps[number])
+    def _go_to(self, gaps: Iterable[Any], number: int) -> None:
+        for one, states in gaps:
+            if one == number:
+                self.streams.restore(states)

@@ -43,10 +43,11 @@ class Session(StepSession):
         self._ended_by: int | None = None
         # The function that puts the restored state back, until the first step; and the largest number of epochs that
         # a loop over them was asked for.
-        self._put_back: Callable[[], None] | None = None
+        self._put_back: Callable[[bool], None] | None = None
         self._most_epochs = 0
-        # Whether the program has asked for a loop over steps or epochs.
+        # Whether the program has asked for a loop over steps or epochs, and what is called when it does.
         self._has_looped = False
+        self._before_loops: Callable[[], None] = _nothing
         # What is to be told if this process trains nothing: a loop that was complete before the restart has no step.
         self._trained_nothing: Callable[[], None] | None = None
         # The iterator of the last call of `steps`.
@@ -104,7 +105,7 @@ class Session(StepSession):
         _check_count("steps", "accumulate", accumulate, least=1)
         if resume_data not in (True, False, "unchecked"):
             raise ValueError(f'steps: expected resume_data to be True, False or "unchecked", found {resume_data!r:.80}')
-        self._has_looped = True
+        self._begin_loops()
         self.process_state.strangers.look()
         feed = self._feed(loader, epochs, resume_data)
         number = self._loops_begun
@@ -147,7 +148,7 @@ class Session(StepSession):
             raise TypeError("epochs: expected the number of epochs, found None")
         if self._loops_begun is not None:
             raise RuntimeError("epochs: expected no loop over epochs around it, found one")
-        self._has_looped = True
+        self._begin_loops()
         self.process_state.adopt_epochs()
         return self._epochs(number)
 
@@ -172,7 +173,7 @@ class Session(StepSession):
 
     def close(self) -> None:
         """End the session. A supervisor that still watches it saves the last step first."""
-        if self.is_open and not self.boundary.steps and not self._coord.failed:
+        if self.is_open and not self.boundary.steps and not self._coord.failed and not self.boundary.must_stop:
             if not self._has_looped and self._has_trained_outside():
                 self._advice.on_training_outside(self.global_step)
             elif self._trained_nothing is not None:
@@ -181,11 +182,23 @@ class Session(StepSession):
 
     # --- for the engine ---
 
-    def put_back_with(self, put_back: Callable[[], None]) -> None:
-        """Set the function that resets the program's objects to the state that the session was restored with."""
+    def put_back_with(self, put_back: Callable[[bool], None]) -> None:
+        """Set the function that resets the program's objects to the state that the session was restored with.
+
+        Its argument says whether generators among the objects are reset too: no batch was drawn yet.
+        """
         self._put_back = put_back
 
+    def call_before_loops(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the program asks for its first loop."""
+        self._before_loops = callback
+
     # --- inside ---
+
+    def _begin_loops(self) -> None:
+        if not self._has_looped:
+            self._has_looped = True
+            self._before_loops()
 
     def _feed(self, loader: Any, epochs: int | None, resume_data: bool | str) -> Feed | None:
         if loader is not None:
@@ -205,9 +218,10 @@ class Session(StepSession):
 
     def _epochs(self, number: int) -> Iterator[int]:
         state, progress = self.process_state, self.process_state.progress
-        if number <= min(self._most_epochs, progress.epochs_done):
+        if 0 < number <= min(self._most_epochs, progress.epochs_done):
             self._advice.on_epochs_done(number, progress.epochs_done)
         self._most_epochs = max(self._most_epochs, number)
+        progress.begin_epochs()
         while progress.epochs_done < number and not self._must_end(None):
             self._loops_begun, self._epochs_wanted, self._is_cut, self._ended_by = 0, number, False, None
             if state.begin_epoch():
@@ -255,7 +269,7 @@ class Session(StepSession):
         began_at = boundary.steps, plan.epochs_seen
         is_new = True
         progress = self.process_state.progress
-        was_complete = progress.is_complete(plan.number)
+        was_complete, was_between = progress.is_complete(plan.number), progress.was_between_loops
         if plan.number is not None and plan.number < progress.loops_done:
             # The loop had ended when the checkpoint was taken; only the rest of the epoch's body remains.
             self._note_loop_over(plan)
@@ -283,7 +297,7 @@ class Session(StepSession):
                 if self._gate is not None and boundary.steps > began_at[0]:
                     self._gate.meet(boundary.steps)
                 is_empty = began_at == (boundary.steps, plan.epochs_seen)
-                self._end_loop(plan, is_empty, was_complete=was_complete)
+                self._end_loop(plan, is_empty, was_complete=was_complete, was_between=was_between)
                 return
             if is_new:
                 # Each further step follows the end of one, which has called what was due.
@@ -310,7 +324,7 @@ class Session(StepSession):
                     self._note_loop_over(plan)
                     boundary.leave(is_done=False)
                     is_empty = began_at == (boundary.steps, plan.epochs_seen)
-                    self._end_loop(plan, is_empty, was_complete=was_complete, is_over=True)
+                    self._end_loop(plan, is_empty, was_complete=was_complete, was_between=was_between, is_over=True)
                     return
                 except BaseException as error:
                     self._leave_without_batch(error, turns)
@@ -355,11 +369,11 @@ class Session(StepSession):
 
     def _begin_first_step(self, plan: LoopPlan) -> None:
         """Begin the first step of this process with its batch."""
-        self.process_state.note_first_step()
         was_done = self.process_state.progress.begin_step(plan.number, STEPS)
         put_back, self._put_back = self._put_back, None
         if was_done and put_back is not None:
-            put_back()
+            put_back(False)
+        self.process_state.note_first_step()
 
     def _undo_what_was_done_again(self) -> None:
         """Put the restored state back: the program has come to the place where it was interrupted.
@@ -369,7 +383,7 @@ class Session(StepSession):
         put_back, self._put_back = self._put_back, None
         if put_back is not None:
             with contextlib.nullcontext() if self.boundary.is_mine else self.boundary.hold("the restored state"):
-                put_back()
+                put_back(True)
         self.process_state.resume_streams()
 
     def _has_trained_outside(self) -> bool:
@@ -397,8 +411,13 @@ class Session(StepSession):
         self._note_loop_over(plan)
         self._turn_loop()
 
-    def _end_loop(self, plan: LoopPlan, is_empty: bool, *, was_complete: bool, is_over: bool = False) -> None:
-        """End the loop. ``was_complete``: before the restart; ``is_over``: its last step has noted its end."""
+    def _end_loop(
+        self, plan: LoopPlan, is_empty: bool, *, was_complete: bool, was_between: bool, is_over: bool = False
+    ) -> None:
+        """End the loop; ``is_over`` says that its last step has noted its end.
+
+        ``was_complete`` says whether it was complete before a restart, and ``was_between`` whether no loop ran then.
+        """
         is_stopped = self._is_stopped
         is_new_end = not is_over and not is_stopped
         if is_new_end and plan.number is not None:
@@ -411,13 +430,17 @@ class Session(StepSession):
                 self._check_stop()
         elif not is_stopped:
             advise = functools.partial(self._advice.on_end, plan, self.global_step, is_empty=is_empty)
-            if not (is_empty and was_complete):
+            if not (is_empty and was_complete) or self._is_cut:
                 advise()
-            elif self.process_state.progress.was_between_loops:
+            elif was_between:
                 self._trained_nothing = advise
 
     def _may_read_on(self) -> bool:
         return not self._must_end(None)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _total_steps(feed: Feed | None, max_steps: int | None, epochs: int | None, accumulate: int) -> int | None:

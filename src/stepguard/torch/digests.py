@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import xxhash
 
 from stepguard.steps.digests import SAMPLED, array_bytes
-from stepguard.torch.checkpoint.sharded_tensors import is_dtensor
-
-_WHOLE = 1 << 14
-_FEW = 64
+from stepguard.torch.checkpoint.state import is_sparse, parts_of_sparse
 
 
 def tensor_bytes(leaf: Any) -> Any:
@@ -33,7 +31,7 @@ def tensor_bytes(leaf: Any) -> Any:
 
 
 def fingerprint(value: Any) -> Any:
-    """What is another, almost certainly, when a state was changed: a few values of each tensor, all others."""
+    """What is another, almost certainly, when a state was changed. Reads all of it."""
     if isinstance(value, torch.Tensor):
         return _of_tensor(value)
     if isinstance(value, Mapping):
@@ -46,16 +44,16 @@ def fingerprint(value: Any) -> Any:
 def _of_tensor(tensor: torch.Tensor) -> Any:
     # Changes through `.data` are not counted.
     version = None if tensor.is_inference() else tensor._version
-    content = tensor_bytes(tensor if tensor.numel() <= _WHOLE else _few(tensor))
-    return version, tuple(tensor.shape), None if content is None else zlib.crc32(content)
-
-
-def _few(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or is_dtensor(tensor):
-        return tensor[:0]
-    while tensor.dim() > 1:
-        tensor = tensor[tensor.shape[0] // 2]
-    return tensor[:: max(1, tensor.shape[0] // _FEW)]
+    local = getattr(tensor, "to_local", None)
+    found: torch.Tensor = (tensor if local is None else local()).detach()
+    if is_sparse(found):
+        return version, tuple(tensor.shape), [_of_tensor(part) for part in parts_of_sparse(found)]
+    if found.device.type in ("cpu", "meta"):
+        content = tensor_bytes(found)
+        return version, tuple(tensor.shape), None if content is None else xxhash.xxh3_64_intdigest(content)
+    # Not copied from its device.
+    whole = found.resolve_conj().contiguous().view(torch.uint8)
+    return version, tuple(tensor.shape), int(whole.sum(dtype=torch.int64)) if whole.dim() else int(whole)
 
 
 def hyperparameters(optimizers: Iterable[tuple[str, torch.optim.Optimizer]]) -> dict[str, float]:

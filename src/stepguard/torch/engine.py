@@ -12,6 +12,7 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk import files
 from stepguard.engine import Beginning, Prepared, StepTrace
+from stepguard.errors import CheckpointMismatchError
 from stepguard.options import Restoring
 from stepguard.steps.gate import Gate
 from stepguard.steps.part_messages import PartMessages
@@ -35,7 +36,7 @@ from stepguard.torch.distributed.world import shared_store, world
 from stepguard.torch.events import TorchEvents
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
-from stepguard.words import logger
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -77,6 +78,10 @@ class TorchEngine(PeersEngine[Session]):
         self._coord = coord
         self._frozen_apart = frozen_apart
         self._memories = HostMemories()
+        self._begun: Mapping[str, Any] = {}
+        self._begun_rates: Mapping[str, float] = {}
+        self._new_work: Sequence[str] = ()
+        self._rates_before: Mapping[str, float] = {}
 
     # --- the session ---
 
@@ -98,6 +103,9 @@ class TorchEngine(PeersEngine[Session]):
             )
 
         prepared = self.prepare_session(new_session, meets_every)
+        # What the program changes before its first loop is undone if the run goes on in a loop.
+        self._begun, self._begun_rates = self._fingerprints(), self._hyperparameters()
+        prepared.session.call_before_loops(functools.partial(self._note_work_before, prepared.session))
         let_workers_outlive_signals()
         keep_from_persistent_loaders(prepared.session)
         return prepared
@@ -121,35 +129,48 @@ class TorchEngine(PeersEngine[Session]):
             raise AssertionError("a session without a logdir has no checkpoint to restore")
         if not in_run:
             self._restorer.load(checkpoint.path, session)
-            # With options for restoring, the program's changes to the state may be intended; and no process may differ
-            # from the others.
-            if self._restoring == Restoring() and not self.peers.has_any:
-                restored = self._fingerprints()
-                session.put_back_with(
-                    functools.partial(self._put_back, self._restorer, checkpoint.path, session, restored)
-                )
+            self._note_restored(self._restorer, session, checkpoint.path)
             return
         _synchronize()
         self._restorer.return_to(checkpoint.path, session)
         # The loads may run on another CUDA stream than the training.
         _synchronize()
 
-    def _put_back(self, restorer: Restorer, path: Path, session: Session, restored: Mapping[str, Any]) -> None:
+    def _note_restored(self, restorer: Restorer, session: Session, path: Path) -> None:
+        # With options for restoring, the program's changes to the state may be intended.
+        if self._restoring == Restoring():
+            session.put_back_with(functools.partial(self._put_back, restorer, path, session))
+
+    def _note_work_before(self, session: Session) -> None:
+        """Note what the program has changed in this session before its first loop."""
+        found = self._fingerprints()
+        changed = [name for name, one in found.items() if one != self._begun.get(name)]
+        self._rates_before = self._hyperparameters()
+        begun = self._begun_rates
+        rates = {
+            name: (begun[name], rate) for name, rate in self._rates_before.items() if begun.get(name, rate) != rate
+        }
+        self._new_work = session.process_state.note_work_before(changed, rates)
+
+    def _put_back(self, restorer: Restorer, path: Path, session: Session, with_streams: bool) -> None:
         """Reset the objects, before the first step, to the state that the session was restored with."""
         found = self._fingerprints()
-        changed = [name for name, one in found.items() if one != restored.get(name)]
+        changed = [name for name, one in found.items() if one != self._begun.get(name)]
         if changed:
-            rates = self._hyperparameters()
-            restorer.return_to(path, session, with_streams=True)
+            try:
+                restorer.return_to(path, session, self.peers.rank, with_streams=with_streams)
+            except CheckpointMismatchError as error:
+                _log.warning("the program has changed what the state consists of before its first step: %s", error)
+                return
             _log.info("put back, because it was done before the checkpoint: what the program changed in %s", changed)
-            _tell_of_rates(rates, self._hyperparameters(), is_before_all=not session.process_state.progress.has_loops)
+        _tell_of_new_work(self._new_work, self._rates_before, self._hyperparameters())
         session.put_gradients_back()
 
     def _fingerprints(self) -> dict[str, Any]:
         """What tells, by the names of the objects, whether the program has changed one."""
         with torch.no_grad():
             components = (*self._program.components, *self._program.own)
-            return {one.name: fingerprint(one.state()) for one in components}
+            return {one.name: _fingerprint(one.state()) for one in components}
 
     def go_on(self, session: Session) -> tuple[Recovery | None, bool]:
         """The result of this process's own search, and whether the session was restored (perhaps as the chief said)."""
@@ -164,7 +185,8 @@ class TorchEngine(PeersEngine[Session]):
 
         def restore_named(name: str) -> None:
             if self._restorer is not None:
-                self._restorer.restore_named(session, name, self.peers.rank)
+                path = self._restorer.restore_named(session, name, self.peers.rank)
+                self._note_restored(self._restorer, session, path)
 
         name = self.peers.restored(restore_newest, restore_named)
         return next(iter(found), None), name is not None
@@ -278,14 +300,21 @@ def _synchronize() -> None:
             torch.cuda.synchronize(device)
 
 
-def _tell_of_rates(set_: Mapping[str, float], restored: Mapping[str, float], *, is_before_all: bool) -> None:
-    """Warn of hyperparameters that the program has set in vain between the restore and its first loop."""
-    differ = [name for name, value in restored.items() if is_before_all and name in set_ and set_[name] != value]
-    if differ:
+def _fingerprint(state: Any) -> Any:
+    try:
+        return fingerprint(state)
+    except Exception:  # noqa: BLE001 - any kind of tensor
+        return object()  # Equal to none: it may have been changed.
+
+
+def _tell_of_new_work(objects: Sequence[str], rates: Mapping[str, float], restored: Mapping[str, float]) -> None:
+    """Warn of changes between the restore and the first loop that were undone, if the first start made no such ones."""
+    differ = [name for name, value in restored.items() if rates.get(name, value) != value]
+    if objects:
         _log.warning(
-            "the program has set %s after the restore and before its first step. What is done there was done before "
-            'the checkpoint, so the run goes on with the checkpoint\'s %s. Restoring(hyperparameters="program") lets '
-            "the program's win",
-            ", ".join(f"{name} to {set_[name]:g}" for name in differ),
-            ", ".join(f"{restored[name]:g}" for name in differ),
+            "the program has changed %s after the restore and before its first loop. The run goes on in that loop, so "
+            'this is undone%s. To change a run before it goes on, use Restoring(): hyperparameters="program", only=, '
+            "leave_out= or init_from=",
+            listed(objects),
+            "".join(f": {name} is {restored[name]:g} again, not {rates[name]:g}" for name in differ),
         )

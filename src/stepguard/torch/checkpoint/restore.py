@@ -49,8 +49,8 @@ class Restorer:
         """
         return restoring.restore_newest(self._store, restore, self._options)
 
-    def restore_named(self, session: Session, name: str, rank: int) -> None:
-        """Restore the checkpoint ``name``, which the chief has verified and restored.
+    def restore_named(self, session: Session, name: str, rank: int) -> Path:
+        """Restore the checkpoint ``name``, which the chief has verified and restored. Returns its path.
 
         Raises:
             CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
@@ -62,22 +62,24 @@ class Restorer:
                 f"{path}: the chief has restored this checkpoint, and it is not here: all need the same logdir"
             )
         self.load(path, session, rank)
+        return path
 
-    def return_to(self, path: Path, session: Session, *, with_streams: bool = False) -> None:
+    def return_to(self, path: Path, session: Session, rank: int = 0, *, with_streams: bool = False) -> None:
         """Reset the objects and the step to the checkpoint at ``path``. Random states and data positions are kept.
 
-        Generators among the objects are kept too, unless ``with_streams`` is set.
+        Generators among the objects are kept too, unless ``with_streams`` is set. The process is that of ``rank``.
 
         Raises:
             CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
-        process, files, _ = _files(path, 0)
+        process, files, is_of_rank = _files(path, rank)
         fitting, states = self._fitting(path, files, process, Restoring(), mapped=False)
         for part in fitting.parts:
             if with_streams or not part.is_stream:
                 fitting.load(part, states[part.name])
                 part.forget_gradients()
-        session.restore_own(process)
+        if is_of_rank:
+            session.restore_own(process)
         session.global_step = process["global_step"]
 
     def load(self, path: Path, session: Session, rank: int = 0) -> None:
