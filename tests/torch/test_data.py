@@ -433,3 +433,24 @@ def test_a_data_set_whose_length_depends_on_the_epoch_goes_on():
 
     assert [after.next(None).tolist() for _ in range(3)] == [before.next(None).tolist() for _ in range(3)]
     assert last.tolist()
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 2, "persistent_workers": True}], ids=str)
+def test_a_generator_that_an_evaluation_draws_from_too_goes_on(workers):
+    def run(*stops):
+        batches, position = [], None
+        for stop in (*stops, 3 * BATCHES):
+            ours = torch.Generator().manual_seed(0)
+            feed = feed_of(DataLoader(range(4 * BATCHES), 4, shuffle=True, generator=ours, **workers))
+            if position is not None:
+                feed.resume(position)
+            while len(batches) < stop:
+                batches += take(feed, 1, epochs=3)
+                torch.rand(1, generator=ours)  # As the loader of an evaluation draws the seed of its workers.
+            position = feed.position()
+            feed.close()
+            gc.collect()
+        return batches
+
+    # In the first epoch, at its last batch, and where workers have got the whole order.
+    assert run(2, BATCHES, BATCHES + 3, 2 * BATCHES - 1, 2 * BATCHES + 1) == run()

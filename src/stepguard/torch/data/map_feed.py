@@ -79,6 +79,9 @@ class MapFeed(Feed):
         self._drawn: deque[Any] = deque()
         self._last: Any = None
         self._last_before: str | None = None
+        # Whether the sampler is at its end, and how far it was in the earlier process: for workers it is drawn ahead.
+        self._is_drawn_out = False
+        self._ahead_before: Mapping[str, Any] = {}
         # The number of samples whose steps are done. `_rest` is the position in samples of an epoch that was begun with
         # another batch size or number of processes, and the number of batches that are left of it.
         self.samples = 0
@@ -111,6 +114,7 @@ class MapFeed(Feed):
         """Note that the epoch is complete."""
         super().end_epoch()
         self._order = self._rest = self._last = self._last_before = None
+        self._is_drawn_out = False
         self._drawn.clear()
         self.samples = 0
         if self._ordered._iterator is None:
@@ -146,6 +150,7 @@ class MapFeed(Feed):
         if self.batches:
             position["order"] = self._order
             position["last"] = self._last_before if self._last is None else _mark(self._last)
+            position["ahead"] = self._ahead_before if is_ahead else self._ahead()
         else:
             position["generators"] = generators.states(self._generators)
         return position
@@ -169,7 +174,8 @@ class MapFeed(Feed):
         self._worker_seed = position.get("worker_seed", self._worker_seed)
         self._at_workers_start = position.get("workers") if self.loader.num_workers else None
         self._order = position.get("order")
-        self.samples = position.get("samples", self.batches * (self.loader.batch_size or 1))
+        self._ahead_before = position.get("ahead", {})
+        self.samples = position.get("samples", self.batches * _batch_size(self.loader))
         self._last_before = position.get("last")
         generators.restore(self._generators, position.get("generators", ()))
         self._items_before = self._items_in(position)
@@ -285,6 +291,11 @@ class MapFeed(Feed):
         self._item_counts.go_back(state["counts"])
         self._contents.go_back(state["contents"], of=self._of_items)
 
+    def _ahead(self) -> dict[str, Any]:
+        """How far the sampler is drawn, and the states of the generators that it draws from, and maybe others do."""
+        drawn = self.batches + len(self._drawn) + self._is_drawn_out
+        return {"drawn": drawn, "generators": generators.states(self._generators)}
+
     def indices(self, sampler: Any) -> Iterator[Any]:
         """The indices that ``sampler`` draws for the current epoch, without those that were already seen."""
         epoch, skip = self.epoch, self._skip
@@ -297,9 +308,13 @@ class MapFeed(Feed):
         undrawn = self._contents.digests() if skip else {}
         drawn = self._behind_seen(sampler, skip)
         if live is not None:
+            # Others may draw from the generators of the sampler: these go on from where they were when it was as far.
+            count = 0 if self._rest is not None else max(0, self._ahead_before.get("drawn", 0) - skip)
+            drawn = chain(list(islice(drawn, count)), drawn)
             # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
             generators.restore(self._item_generators, self._items_before)
+            generators.restore(self._generators, self._ahead_before.get("generators", ()))
             # What the sampler has just drawn itself is as far as it must be; the rest the training has changed.
             now = self._contents.digests()
             self._contents.put(self._contents_before, but={key for key in now if now[key] != undrawn.get(key)})
@@ -313,6 +328,7 @@ class MapFeed(Feed):
                 yield index
             number += 1
             index = next(drawn, _END)
+        self._is_drawn_out = True
 
     def _behind_seen(self, sampler: Any, skip: int) -> Iterator[Any]:
         """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
