@@ -454,3 +454,18 @@ def test_a_generator_that_an_evaluation_draws_from_too_goes_on(workers):
 
     # In the first epoch, at its last batch, and where workers have got the whole order.
     assert run(2, BATCHES, BATCHES + 3, 2 * BATCHES - 1, 2 * BATCHES + 1) == run()
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["no generator", "a generator"])
+def test_persistent_workers_that_the_program_uses_itself_draw_as_new_ones(generator, tmp_path):
+    loader = DataLoader(range(24), 4, shuffle=True, num_workers=1, persistent_workers=True, generator=generator)
+    found = []
+    with session({"values": Values(steps=0)}, tmp_path) as sess:
+        for _ in sess.steps(loader, epochs=1):
+            pass
+        for _ in range(2):  # With new workers, and with those.
+            for one in filter(None, (torch.default_generator, generator)):
+                one.manual_seed(1)
+            found.append((flat(loader), flat(loader), float(torch.rand(1))))
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]

@@ -28,14 +28,15 @@ _FEEDS = ("stepguard.steps.feeds", "stepguard.steps.apart", "stepguard.steps.gro
 
 
 def note(iterator: Any, loader: Any) -> None:
-    """Note that somebody has begun to iterate over ``loader``."""
-    if isinstance(iterator, _BaseDataLoaderIter) and not _is_for_a_step():
+    """Note that the program has begun to iterate over ``loader`` itself."""
+    if isinstance(iterator, _BaseDataLoaderIter):
         _begun[iterator] = weakref.ref(loader), type(loader.dataset).__name__
 
 
-def _is_for_a_step() -> bool:
+def is_for_a_step() -> bool:
+    """Whether the method that calls this was called to get the batch of a step, at whatever depth."""
     # Not the frames of this call, which are in a module with the data.
-    frame: types.FrameType | None = sys._getframe(3)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith(_FEEDS):
             return True

@@ -1,10 +1,10 @@
-"""Loaders that the program uses itself; with persistent workers, such as one for an evaluation, without any effect.
+"""Loaders with persistent workers that the program iterates over itself, such as one for an evaluation.
 
-A loader draws the seed of its workers from the random stream of the process when it starts them. Workers that persist
-are started once in a process, so a restarted run draws that seed at another place than the run before, and all later
-random numbers of the training would be others. Therefore nothing that such a loader draws when it is iterated over
-counts, while a session is open: the streams go on as they were. A thread beside the training is let alone: what both
-draw meanwhile cannot be told apart, with and without a session.
+A loader draws the seed of its workers from a random stream when it starts them. Workers that persist are started once
+in a process, so a restarted run draws that seed at another place than the run before, and all later random numbers of
+the training would be others. Therefore, while a session is open, such a loader draws a seed whenever somebody begins to
+iterate over it, as one does whose workers do not persist. A thread beside the training is let alone: what both draw
+meanwhile cannot be told apart, with and without a session.
 
 PyTorch has no hook for this, so ``DataLoader.__iter__`` is replaced by a method that looks at the loader first.
 """
@@ -22,11 +22,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from stepguard.steps.feeds import is_function
 from stepguard.steps.session import Session
 from stepguard.torch.data import own_iterators
-from stepguard.torch.data.inside import Inside
-from stepguard.torch.random_states import STREAMS
 
 _TORCHDATA = "torchdata.stateful_dataloader"
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -42,7 +39,7 @@ _beginning = _Beginning()
 
 
 def keep_from_persistent_loaders(session: Session) -> None:
-    """Keep the random streams from persistent workers that the program starts itself, while ``session`` is open."""
+    """Have persistent workers that the program starts itself draw as new ones, while ``session`` is open."""
     _sessions.add(session)
     watch_loaders()
 
@@ -67,32 +64,24 @@ def beginning() -> Iterator[None]:
 def _kept_apart(iterate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(iterate)
     def begin(loader: Any) -> Any:
-        if _beginning.count:
+        if _beginning.count or own_iterators.is_for_a_step():
             return iterate(loader)
-        iterator = _begun_by_the_program(loader)
+        has_workers = loader.num_workers and loader.persistent_workers and loader._iterator is not None
+        if has_workers and _is_in_a_session():
+            # New workers draw their seed first, so that the order of an epoch is the same with and without them.
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        iterator = iterate(loader)
         own_iterators.note(iterator, loader)
         return iterator
-
-    def _begun_by_the_program(loader: Any) -> Any:
-        if not loader.num_workers or not loader.persistent_workers or not _is_of_the_program(loader):
-            return iterate(loader)
-        with STREAMS.preserved():
-            if loader._iterator is not None and loader.generator is None:
-                # New workers draw their seed first, so that the order of an epoch is the same with and without them.
-                torch.empty((), dtype=torch.int64).random_()
-            return iterate(loader)
 
     begin.stepguard = True  # type: ignore[attr-defined]
     return begin
 
 
-def _is_of_the_program(loader: Any) -> bool:
-    """Whether a session is open on this thread, and ``loader`` is not inside of a loader that ``steps`` was given."""
+def _is_in_a_session() -> bool:
+    """Whether a session is open on this thread."""
     here = (None, threading.get_ident())
-    sessions = [session for session in list(_sessions) if session.is_open and session.boundary.thread in here]
-    trained_with = [one for session in sessions for one in session.process_state.loaders]
-    # A function may have any loader inside.
-    return bool(sessions) and not any(is_function(one) or loader in Inside(one).loaders for one in trained_with)
+    return any(session.is_open and session.boundary.thread in here for session in list(_sessions))
 
 
 # Programs make iterators before their sessions.
