@@ -254,6 +254,30 @@ class RebindingSampler(PythonSampler):
         return iter(self.order.tolist())
 
 
+class MadeWhenNeeded(PythonSampler):
+    """It makes the list that it shuffles with the first epoch, and keeps the order of each in another."""
+
+    def __init__(self) -> None:
+        self.order: list[int] | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        if self.order is None:
+            self.order = list(range(ITEMS))
+        random.shuffle(self.order)
+        self.current = list(self.order)
+        return iter(self.current)
+
+
+class RangeSampler(Sampler):
+    """The ranges of items to read at once, as tuples."""
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(BATCH * number, BATCH) for number in torch.randperm(BATCHES).tolist()])
+
+
 class BucketSampler(PythonSampler):
     """Batches of items of one kind, which are shuffled in place in their buckets."""
 
@@ -309,6 +333,14 @@ class ChangedItems(Items):
     def __getitem__(self, index: int) -> torch.Tensor:
         self.factors[index] *= 1.5
         return super().__getitem__(index) * self.factors[index]
+
+
+class ReadAtOnce(Items):
+    """A list of numbers, or a range of them, is one item."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        numbers = range(index[0], sum(index)) if isinstance(index, tuple) else index
+        return torch.stack([super(ReadAtOnce, self).__getitem__(number) for number in numbers])
 
 
 class ShufflingStream(Stream):
@@ -400,6 +432,10 @@ def by_loss(*_: Any) -> Any:
     return loader(Items(), 0, False, sampler=sampler, collate_fn=sampler.note)
 
 
+def read_at_once(sampler: Callable[[], Any]) -> Callable[[int, bool], Any]:
+    return lambda workers, persistent: loader(ReadAtOnce(), workers, persistent, batch_size=None, sampler=sampler())
+
+
 def zipped(workers: int, persistent: bool) -> Any:
     return zip(shuffled(workers, persistent), shuffled(workers, persistent), strict=False)
 
@@ -423,6 +459,9 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "a list shuffled in place": of_items(sampler=InPlaceSampler),
     "an array shuffled in place": of_items(sampler=InPlaceArraySampler),
     "an order made of the last": of_items(sampler=RebindingSampler),
+    "a list made when it is needed": of_items(sampler=MadeWhenNeeded),
+    "batches read at once": read_at_once(lambda: BatchSampler(RandomSampler(range(ITEMS)), BATCH, drop_last=False)),
+    "ranges read at once": read_at_once(RangeSampler),
     "buckets": of_items(batch_sampler=BucketSampler),
     "weights that change": by_loss,
     "a generator of the module": of_module,

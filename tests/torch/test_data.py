@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from loader_kinds import BATCHES, KINDS, OwnEpochs, StatefulStream, Stream, Wrapper, loader, shuffled
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stepguard.errors import CheckpointMismatchError
@@ -156,6 +156,18 @@ class TestAnotherNumberOfProcesses:
         with pytest.raises(StopIteration):
             before.next(1)
         assert moved(before, loader(Stream(), 0, False), 2, 4).epoch == 1
+
+
+def test_another_batch_size_goes_on_where_batches_are_read_at_once(caplog):
+    def read_at_once(size):
+        return DataLoader(torch.arange(64), batch_size=None, sampler=BatchSampler(range(64), size, drop_last=False))
+
+    before = feed_of(read_at_once(8))
+    take(before, 4)
+    with caplog.at_level("WARNING"):
+        after = moved(before, read_at_once(16))
+    assert flat(take(after, 2, epochs=1)) == NUMBERS[32:]
+    assert "going on at sample 32 of epoch 0" in caplog.text
 
 
 def test_another_batch_size_goes_on_at_the_same_sample_and_says_so(caplog):

@@ -109,6 +109,7 @@ def whole(kind, workers):
 WITH_WORKERS = {
     *("shuffled", "a generator", "NumPy's generator", "drawn lazily", "torchdata's with PyTorch's sampler"),
     *("a generator of the module", "a generator in a closure", "an array shuffled in place"),
+    *("batches read at once", "a list made when it is needed"),
     *("a stream", "a stream with a state", "a subclass", "tqdm", "Accelerate's stateful", "a mapping", "a function"),
 }
 

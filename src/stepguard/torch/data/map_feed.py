@@ -107,7 +107,7 @@ class MapFeed(Feed):
         """The step with the batches handed out so far is done."""
         for _ in range(self._given - self.batches):
             self._last = self._drawn.popleft()
-            self.samples += _size(self._last)
+            self.samples += 1 if _batches(self.loader) is None else _size(self._last)
         super().consumed()
 
     def end_epoch(self) -> None:
@@ -189,10 +189,10 @@ class MapFeed(Feed):
         self.samples = self.samples * before // processes
         size = _batch_size(self.loader)
         self.batches = self._seen_before = max(1, self.samples // size) if self.samples else 0
-        left = length(self.loader.sampler)
+        left = length(_samples(self.loader))
         if left is not None:
             left = max(0, left - self.samples)
-            left = left // size if getattr(self.loader.batch_sampler, "drop_last", False) else -(-left // size)
+            left = left // size if getattr(_batches(self.loader), "drop_last", False) else -(-left // size)
         self._rest = self.samples, left
         self._last_before = None
         was = position["loader"].get("batch size") or 1
@@ -222,7 +222,7 @@ class MapFeed(Feed):
 
     def _is_between_batches(self) -> bool:
         """Whether this epoch was begun with another batch size, so that its batches do not count its samples."""
-        samples = length(self.loader.sampler)
+        samples = length(_samples(self.loader))
         is_over = samples is not None and self.samples >= samples
         return (
             not is_over and _has_plain_batches(self.loader) and self.samples != self.batches * _batch_size(self.loader)
@@ -334,7 +334,7 @@ class MapFeed(Feed):
         """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
         if self._rest is not None and skip:
             rest = _Rest(sampler, self._rest[0])
-            if self.loader.batch_sampler is not None:
+            if _batches(self.loader) is not None:
                 rest = copy.copy(sampler)
                 rest.sampler = _Rest(sampler.sampler, self._rest[0])
             return _begun(iter(rest))
@@ -373,7 +373,7 @@ class MapFeed(Feed):
         loader = self.loader
         return {
             **super().description(),
-            "batch size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+            "batch size": getattr(_batches(loader), "batch_size", loader.batch_size),
             "items in the dataset": length(loader.dataset),
         }
 
@@ -448,19 +448,30 @@ def _mark(index: Any) -> str:
     return f"{zlib.crc32(repr(numbers).encode()):08x}"
 
 
+def _batches(loader: Any) -> Any:
+    """What makes batches of samples: the sampler itself if the data set is given whole batches to read at once."""
+    reads_in_bulk = loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
+    return loader.sampler if reads_in_bulk else loader.batch_sampler
+
+
+def _samples(loader: Any) -> Any:
+    """What draws the samples."""
+    return getattr(_batches(loader), "sampler", loader.sampler)
+
+
 def _batch_size(loader: Any) -> int:
-    return loader.batch_size or 1
+    return getattr(_batches(loader), "batch_size", loader.batch_size) or 1
 
 
 def _shares(loader: Any) -> int | None:
     """The number of processes among which the sampler divides the data; ``None`` if it does not."""
-    return getattr(loader.sampler, "num_replicas", None)
+    return getattr(_samples(loader), "num_replicas", None)
 
 
 def _has_plain_batches(loader: Any) -> bool:
     """Whether batches are just so many samples of the sampler in a row."""
-    batches = loader.batch_sampler
+    batches = _batches(loader)
     if batches is None:
         return loader.batch_size is None
     is_plain = type(batches) is BatchSampler or type(batches).__module__.startswith("torchdata.")
-    return is_plain and loader.batch_size is not None
+    return is_plain and (loader.batch_size is not None or batches is loader.sampler)
