@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Sampler, Subset, TensorDataset, random_split
 
 from stepguard.torch.data.contents import Contents
 from stepguard.torch.data.feeds import feed_of
@@ -232,3 +232,32 @@ def test_contents_of_another_object_are_not_put_anywhere(caplog):
 
     assert other.pairs == [(1, "a"), (2, "b")]
     assert "the checkpoint has contents of Crop.pairs" in caplog.text
+
+
+class MadeInEachEpoch(Sampler):
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        self.order = torch.randperm(6).tolist()
+        return iter(self.order)
+
+
+def test_an_order_that_the_sampler_makes_in_each_epoch_is_none_to_warn_of(caplog):
+    feed, again = (feed_of(DataLoader(range(6), batch_size=2, sampler=MadeInEachEpoch())) for _ in range(2))
+    order = feed.next(1).tolist()
+    feed.consumed()
+    order += feed.next(1).tolist()
+    again.resume(feed.position())
+
+    assert [again.loader.sampler.order[:4], again.next(1).tolist()] == [order, order[2:]]
+    assert not caplog.text
+
+
+def test_what_was_not_there_at_an_earlier_moment_is_gone():
+    one = SimpleNamespace(named=None, name="a")
+    contents = Contents([one])
+    contents.put({f"0.SimpleNamespace.{name}": {"list": [1]} for name in ("named", "made", "name")})
+    assert vars(one) == {"named": [1], "made": [1], "name": [1]}
+    contents.go_back({})
+    assert vars(one) == {"named": None, "name": "a"}

@@ -103,13 +103,17 @@ class Contents:
                 )
                 continue
             number, kind, name = key.split(".", 2)
-            held = vars(self._objects[int(number)]) if int(number) < len(self._objects) else {}
-            if name not in held or type(self._objects[int(number)]).__name__ != kind:
+            one = self._objects[int(number)] if int(number) < len(self._objects) else None
+            if type(one).__name__ != kind:
                 strange.append(_shown(key))
                 continue
-            if key not in self._originals and _is_saved(held[name]):
-                self._originals[key] = _packed(held[name])
-            held[name] = _put(held[name], content)
+            held = vars(one)
+            if key not in self._originals and (name not in held or _is_original(held[name])):
+                self._originals[key] = _packed_original(held, name)
+            if content is None:
+                held.pop(name, None)
+            else:
+                held[name] = _put(held.get(name), content)
         if strange:
             _log.warning(
                 "the checkpoint has contents of %s, which the data of this program has not; its items may not be those "
@@ -329,6 +333,17 @@ def _values(content: Any) -> list[Any]:
     return [*map(tuple, values)] if has_tuples else values
 
 
+def _is_original(value: Any) -> bool:
+    return type(value) in _PLAIN or _is_saved(value)
+
+
+def _packed_original(held: Mapping[str, Any], name: str) -> Any:
+    """What an attribute was before a checkpoint's took its place; ``None`` if it is made when it is first needed."""
+    if name not in held:
+        return None
+    return {"plain": held[name]} if type(held[name]) in _PLAIN else _packed(held[name])
+
+
 def _copied(value: Any) -> Any:
     return list(value) if type(value) is list else value
 
@@ -385,7 +400,12 @@ def _put_deque(live: Any, content: Any) -> Any:
     return deque(_values(content), getattr(live, "maxlen", None))
 
 
+def _put_plain(live: Any, content: Any) -> Any:  # noqa: ARG001 - as the others
+    return content
+
+
 _PUT: dict[str, Callable[[Any, Any], Any]] = {
+    "plain": _put_plain,
     "array": _put_array,
     "text": _put_text,
     "dict": _put_dict,
