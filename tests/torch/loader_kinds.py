@@ -118,6 +118,35 @@ class OrderedStream(StatefulStream):
         self.order = state["order"]
 
 
+class StreamOfIterators(Stream):
+    """The iterators that it makes know their position."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return Position(self)
+
+
+class Position:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.order = torch.randperm(ITEMS).tolist()
+        self.at = 0
+
+    def __iter__(self) -> Position:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.at == ITEMS:
+            raise StopIteration
+        self.at += 1
+        return self.stream._item(self.order[self.at - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at, self.order = state["at"], state["order"]
+
+
 class OwnEpochs:
     """A loader that counts its epochs itself, and draws the order of an epoch from that number."""
 
@@ -432,6 +461,10 @@ def by_loss(*_: Any) -> Any:
     return loader(Items(), 0, False, sampler=sampler, collate_fn=sampler.note)
 
 
+def of_torchdata(stream: Callable[[], Any]) -> Callable[[int, bool], Any]:
+    return lambda workers, persistent: loader(stream(), workers, persistent, StatefulDataLoader)
+
+
 def read_at_once(sampler: Callable[[], Any]) -> Callable[[int, bool], Any]:
     return lambda workers, persistent: loader(ReadAtOnce(), workers, persistent, batch_size=None, sampler=sampler())
 
@@ -479,6 +512,9 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "torchdata's divided": of_items(StatefulDataLoader, sampler=lambda: DistributedSampler(range(2 * ITEMS), 2, 1)),
     "a stream": lambda workers, persistent: loader(Stream(), workers, persistent),
     "torchdata's stream": lambda workers, persistent: loader(Stream(), workers, persistent, StatefulDataLoader),
+    "torchdata's stream with a state": of_torchdata(StatefulStream),
+    "torchdata's stream with its order as state": of_torchdata(OrderedStream),
+    "torchdata's stream of iterators with a state": of_torchdata(StreamOfIterators),
     "a stream with a state": lambda workers, persistent: loader(StatefulStream(), workers, persistent),
     "a stream with its order as state": lambda *_: loader(OrderedStream(), 0, False),
     "a loader with epochs of its own": lambda *_: OwnEpochs(),

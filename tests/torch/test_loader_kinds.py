@@ -109,6 +109,7 @@ def whole(kind, workers):
 WITH_WORKERS = {
     *("shuffled", "a generator", "NumPy's generator", "drawn lazily", "torchdata's with PyTorch's sampler"),
     *("a generator of the module", "a generator in a closure", "an array shuffled in place"),
+    *(kind for kind in KINDS if kind.startswith("torchdata's stream")),
     *("batches read at once", "a list made when it is needed"),
     *("a stream", "a stream with a state", "a subclass", "tqdm", "Accelerate's stateful", "a mapping", "a function"),
 }
@@ -137,3 +138,9 @@ def test_a_stopped_run_has_the_same_batches_or_is_refused(kind, workers):
 @pytest.mark.parametrize(("kind", "workers"), [one for one in cells() if one.values[0] not in ONE_TIME])
 def test_a_run_that_is_stopped_between_epochs_has_the_same_batches(kind, workers):
     assert outcome_of_rests(kind, workers) == whole(kind, workers)
+
+
+def test_a_worker_that_has_given_nothing_yet_in_a_later_epoch_begins_it():
+    kind, workers = "torchdata's stream with a state", (2, True)
+    stop = 2 * BATCHES + 1
+    assert outcome(kind, workers, (stop,)) == whole(kind, workers)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stepguard.errors import CheckpointMismatchError
 from stepguard.torch import Supervisor
@@ -64,7 +65,7 @@ def loaded(state):
     return torch.load(file, weights_only=True)
 
 
-def run(make, options, stops, change=lambda dataset, step: None):
+def run(make, options, stops, change=lambda dataset, step: None, kind=DataLoader):
     """The batches of a run that was stopped after so many steps, each time in a new process."""
     batches, state = [], None
     for stop in (*stops, None):
@@ -72,7 +73,7 @@ def run(make, options, stops, change=lambda dataset, step: None):
         np.random.seed(1)
         dataset = make()
         shuffle = not isinstance(dataset, IterableDataset)
-        feed = feed_of(DataLoader(dataset, batch_size=BATCH, shuffle=shuffle, **options))
+        feed = feed_of(kind(dataset, batch_size=BATCH, **({"shuffle": True} if shuffle else {}), **options))
         if state is not None:
             feed.resume(state["position"])
             STREAMS.restore(state["random"])
@@ -221,3 +222,36 @@ def test_a_generator_of_the_training_that_the_data_set_refers_to_goes_on(workers
     drawn = draws(tmp_path / "resumed", first) + draws(tmp_path / "resumed", first + 3)
     assert drawn == draws(tmp_path / "whole", first + 3)
     assert not caplog.text
+
+
+class KeepsItsPosition(IterableDataset):
+    """It makes its generator when its workers have begun, and draws from it for each item, or once."""
+
+    def __init__(self, draws_each):
+        self.draws_each = draws_each
+        self.at = 0
+
+    def __iter__(self):
+        self.own = np.random.default_rng(7)
+        self.order = self.own.permutation(ITEMS)
+        while self.at < ITEMS:
+            self.at += 1
+            yield torch.tensor([float(self.order[self.at - 1]), self.own.random() if self.draws_each else 0.0])
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("draws_each", [True, False])
+def test_a_generator_that_is_made_late_in_workers_that_go_on_is_named_if_it_matters(draws_each, caplog):
+    def torchdatas(dataset, **options):
+        return StatefulDataLoader(dataset, num_workers=1, **options)
+
+    whole = run(lambda: KeepsItsPosition(draws_each), {}, (), kind=torchdatas)
+    again = run(lambda: KeepsItsPosition(draws_each), {}, (4, 6, 9), kind=torchdatas)
+    assert ("had made a generator of random numbers when it first needed one" in caplog.text) == draws_each
+    assert (again == whole) == (not draws_each)

@@ -45,6 +45,8 @@ _MORE: dict[str, schema.Form] = {
     "probes": (int,),
     "counted": (bool,),
     "new generators": Count(),
+    "worker_seed": (int,),
+    "ahead": Fields({}, {"drawn": Count(), "generators": _LIST}),
     "workers": Fields({"counts": Each((object,), (str,)), "contents": Each((object,), (str,))}),
 }
 _STATES = (dict, NoneType)

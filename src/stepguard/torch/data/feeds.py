@@ -17,8 +17,9 @@ from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import MapFeed
 from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.data.persistent import beginning
-from stepguard.torch.data.stateful_feed import TorchStatefulFeed
+from stepguard.torch.data.stateful_feed import TorchStatefulFeed, WorkerStatefulFeed
 from stepguard.torch.data.stream_feed import StreamFeed, TorchFunctionFeed, WorkerStreamFeed
+from stepguard.torch.data.workers import has_state
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -63,7 +64,7 @@ def _feed_of_plain(loader: Any) -> Feed:
         # Also torchdata's loader, whose own state keeps the order only of torchdata's own samplers.
         return MapFeed(loader)
     if _is_stateful(loader) and _keeps_position(dataset):
-        return TorchStatefulFeed(loader)
+        return WorkerStatefulFeed(loader) if loader.num_workers else TorchStatefulFeed(loader)
     if loader.num_workers:
         return StreamFeed(loader) if _is_pipe(dataset) else WorkerStreamFeed(loader)
     return TorchStatefulFeed(loader, of_dataset=True) if _is_stateful(dataset) else StreamFeed(loader)
@@ -105,9 +106,7 @@ def _is_plain_loader(loader: Any) -> bool:
 
 
 def _is_stateful(holder: Any) -> bool:
-    if isinstance(holder, nn.Module):
-        return False
-    return callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
+    return not isinstance(holder, nn.Module) and has_state(holder)
 
 
 def _keeps_position(dataset: Any) -> bool:

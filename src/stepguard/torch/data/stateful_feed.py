@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
+from stepguard.steps.feeds import shown
 from stepguard.steps.stateful_feeds import StatefulFeed
 from stepguard.torch.checkpoint.state import check_saveable
 from stepguard.torch.data import generators
+from stepguard.torch.data.inside import warn_of_new_generators
+from stepguard.torch.data.map_feed import keep_order
 from stepguard.torch.data.stream_feed import StreamFeed
+from stepguard.torch.data.workers import InitWorker, SeededBatches
 from stepguard.torch.random_states import STREAMS
 
 
@@ -51,6 +57,15 @@ class TorchStatefulFeed(StreamFeed, StatefulFeed):
             # each of its workers.
             self.loader._iterator = None
 
+    def _load(self, state: Any) -> None:
+        super()._load(state)
+        if self._is_loaded and hasattr(self._holder, "_initial_iter_for_state_dict"):
+            # torchdata's loader makes an iterator of the end of an epoch first, and then that of the next one. That of
+            # the end is made now, so that what it draws does not count.
+            with STREAMS.preserved():
+                self._holder.state_dict()
+            self._put_inside(self._inside_before)
+
     def _restarts_workers(self) -> bool:
         return False
 
@@ -63,3 +78,47 @@ class TorchStatefulFeed(StreamFeed, StatefulFeed):
 
     def _put_inside(self, states: Any) -> None:
         generators.restore(self._inside.generators, states)
+
+
+class WorkerStatefulFeed(TorchStatefulFeed):
+    """A StatefulDataLoader with workers over a data set with a state. Each of its batches gets a seed of its own.
+
+    torchdata saves the state of the data set in each worker, and not that of the worker's random streams.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._stream = SeededBatches.of(loader.dataset, loader.collate_fn, loader.batch_size or 1)
+        # A copy, so that the program's own loader does not change for its other uses.
+        self._seeded: Any = copy.copy(loader)
+        self._seeded._iterator = None
+        self._seeded.worker_init_fn = InitWorker(loader.worker_init_fn)
+        keep_order(self._seeded)
+        object.__setattr__(self._seeded, "dataset", self._stream)
+        self._worker_seed = torch.initial_seed() % 2**63
+        self._stream.begin(0, self._worker_seed)  # The check of the state starts workers.
+        super().__init__(loader)
+
+    @property
+    def _holder(self) -> Any:
+        return self._seeded
+
+    def position(self) -> dict[str, Any]:
+        """The position, with the seed of the workers, and whether they have made generators."""
+        new = int(self._stream.has_new_generators)
+        return {**super().position(), "worker_seed": self._worker_seed, "new generators": new}
+
+    def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
+        """Begin at ``position``."""
+        super().resume(position, processes, is_checked=is_checked)
+        self._worker_seed = position.get("worker_seed", self._worker_seed) % 2**63
+        warn_of_new_generators(shown(self.loader), position)
+
+    def close(self) -> None:
+        """Close the feed, and drop the iterator that the loader keeps."""
+        super().close()
+        self._seeded._iterator = None
+
+    def _open(self) -> Iterator[Any]:
+        if self._stream.begin(self.epoch, self._worker_seed):
+            self._seeded._initial_iter_for_state_dict = False  # Its workers have begun another epoch.
+        return iter(self._seeded)

@@ -7,9 +7,10 @@ has one for each epoch of an iterable data set. Workers that persist also get to
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from stepguard.torch.data import generators
 from stepguard.torch.data.counts import numbers_of
 from stepguard.torch.data.inside import Inside
+
+_END = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +125,147 @@ class SeededStream(_Prepared, IterableDataset):
         super().__init__(dataset, collate)
         # In shared memory, because workers that persist must get to know the next epoch: its number, and its seed.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._seed_of_epoch = ""
 
-    def begin(self, epoch: int, seed: int) -> None:
-        """Set the epoch that the workers begin next. Called in the main process, before the loader is iterated over."""
+    def begin(self, epoch: int, seed: int) -> bool:
+        """Set the epoch that the workers begin next. Called in the main process, before the loader is iterated over.
+
+        Returns whether it is another than before.
+        """
+        before = self._shared.tolist()
         self._shared[0], self._shared[1] = epoch, seed
+        return before != [epoch, seed]
 
     def __iter__(self) -> Iterator[Any]:
         """The items of the epoch."""
         epoch, seed = self._shared.tolist()
         self._note_change()
         info = get_worker_info()
-        self._prepare(epoch, f"{seed}/{epoch}/{0 if info is None else info.id}")
+        self._seed_of_epoch = f"{seed}/{epoch}/{0 if info is None else info.id}"
+        self._prepare(epoch, self._seed_of_epoch)
         return iter(self._dataset)
+
+
+class SeededBatches(SeededStream):
+    """The same for a data set that a loader resumes in the middle of an epoch: each batch has its own seed.
+
+    ``batch_size`` is the number of items in a batch. :meth:`of` makes one with a state if the data set has one.
+    """
+
+    def __init__(self, dataset: Any, collate: Any, batch_size: int) -> None:
+        super().__init__(dataset, collate)
+        self._batch_size = batch_size
+        self._items: _Items | None = None
+        # What the earlier process's worker had given, until an iterator has it.
+        self._before: Mapping[str, Any] | None = None
+        # The generators that were made late, with their states; and, in shared memory, whether they matter.
+        self._new: dict[int, tuple[Any, bytes]] = {}
+        self._has_new = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    @staticmethod
+    def of(dataset: Any, collate: Any, batch_size: int) -> SeededBatches:
+        """The data set for the workers."""
+        kind = _StatefulSeededBatches if has_state(dataset) else SeededBatches
+        return kind(dataset, collate, batch_size)
+
+    @property
+    def has_new_generators(self) -> bool:
+        """Whether a worker has made a generator after its first batch had begun, and goes on to draw from it."""
+        return bool(self._has_new)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The items of the epoch, or of its rest."""
+        iterator = self.begin_epoch()
+        kind = _StatefulItems if iterator is not self._dataset and has_state(iterator) else _Items
+        self._items = kind(self, iterator)
+        if self._before is not None:
+            self._items.go_on(self._before)
+            self._before = None
+        return self._items
+
+    def begin_epoch(self) -> Iterator[Any]:
+        """An iterator over the items of the data set."""
+        return super().__iter__()
+
+    def begin_item(self, number: int) -> None:
+        """Begin the random numbers of a batch, if the item is its first."""
+        if not number % self._batch_size:
+            seed = f"{self._seed_of_epoch}/{number}"
+            _seed(seed)
+            assert self._inside is not None
+            generators.reseed(self._inside.generators, seed)
+            self._note_new(self._inside)
+
+    def _note_new(self, inside: Inside) -> None:
+        """Note generators that were made meanwhile, and were drawn from since the batch before."""
+        before, self._new = self._new, {}
+        if inside.new_generators(self._dataset, self._collate):
+            known = {id(one) for one in inside.generators}
+            found = [one for one in Inside(self._dataset, self._collate).generators if id(one) not in known]
+            self._new = {id(one): (one, pickle.dumps(generators.states([one]))) for one in found}
+        if any(key in before and before[key][1] != state for key, (_, state) in self._new.items()):
+            self._has_new[0] = True
+
+
+class _StatefulSeededBatches(SeededBatches):
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._dataset.state_dict(), **({} if self._items is None else self._items.count())}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self._dataset.load_state_dict(saved["state"])
+        self._before = saved
+
+
+class _Items(Iterator[Any]):
+    """The items of one epoch of ``batches``."""
+
+    def __init__(self, batches: SeededBatches, iterator: Any) -> None:
+        self._batches = batches
+        self._iterator = iterator
+        self._given = 0
+        self._is_over = self._is_unbegun = False
+
+    def __next__(self) -> Any:
+        if self._is_over:
+            raise StopIteration
+        self._batches.begin_item(self._given)
+        item = next(self._iterator, _END)
+        if item is _END and self._is_unbegun:
+            # The data set had the state of the end of the last epoch when this one had begun, and nothing was given.
+            self._iterator = self._batches.begin_epoch()
+            self._batches.begin_item(0)
+            item = next(self._iterator, _END)
+        self._is_unbegun = False
+        if item is _END:
+            self._is_over = True
+            raise StopIteration
+        self._given += 1
+        return item
+
+    def count(self) -> dict[str, Any]:
+        """How many items were given, and whether that is all."""
+        return {"given": self._given, "over": self._is_over}
+
+    def go_on(self, saved: Mapping[str, Any]) -> None:
+        """Go on after what :meth:`count` has returned."""
+        self._given, self._is_over = saved.get("given", 0), saved.get("over", False)
+        self._is_unbegun = not self._given
+
+
+class _StatefulItems(_Items):
+    """Their iterator has a state of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._iterator.state_dict(), **self.count()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self._iterator.load_state_dict(saved["state"])
+        self.go_on(saved)
+
+
+def has_state(one: Any) -> bool:
+    """Whether ``one`` has a state to save and load."""
+    return callable(getattr(one, "state_dict", None)) and callable(getattr(one, "load_state_dict", None))
 
 
 class InitWorker:
