@@ -24,6 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 ITEMS = 24
@@ -465,6 +466,17 @@ def of_torchdata(stream: Callable[[], Any]) -> Callable[[int, bool], Any]:
     return lambda workers, persistent: loader(stream(), workers, persistent, StatefulDataLoader)
 
 
+def of_nodes(*_: Any) -> Any:
+    items, ours = Items(), torch.Generator().manual_seed(9)
+    batches = nodes.Batcher(nodes.SamplerWrapper(RandomSampler(range(ITEMS), generator=ours)), BATCH)
+    return nodes.Loader(nodes.Mapper(batches, lambda numbers: torch.stack([items[number] for number in numbers])))
+
+
+def of_nodes_in_threads(*_: Any) -> Any:
+    batches = nodes.Batcher(nodes.SamplerWrapper(RandomSampler(range(ITEMS))), BATCH)
+    return nodes.Loader(nodes.Prefetcher(nodes.ParallelMapper(batches, torch.tensor, num_workers=2), 2))
+
+
 def read_at_once(sampler: Callable[[], Any]) -> Callable[[int, bool], Any]:
     return lambda workers, persistent: loader(ReadAtOnce(), workers, persistent, batch_size=None, sampler=sampler())
 
@@ -524,6 +536,8 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "Accelerate's": prepared,
     "Accelerate's stateful": lambda workers, persistent: prepared(workers, persistent, use_stateful_dataloader=True),
     "Accelerate's seedable": lambda workers, persistent: prepared(workers, persistent, use_seedable_sampler=True),
+    "torchdata's nodes": of_nodes,
+    "torchdata's nodes in threads": of_nodes_in_threads,
     "a list of batches": lambda *_: list(loader(Items(), 0, False)),
     "a mapping": lambda workers, persistent: {
         "one": shuffled(workers, persistent),

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 from loader_kinds import BATCHES, KINDS, OwnEpochs, StatefulStream, Stream, Wrapper, loader, shuffled
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
+from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stepguard.errors import CheckpointMismatchError
@@ -481,3 +482,19 @@ def test_persistent_workers_that_the_program_uses_itself_draw_as_new_ones(genera
             found.append((flat(loader), flat(loader), float(torch.rand(1))))
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
+
+
+def test_a_loader_of_nodes_whose_state_cannot_be_saved_is_refused_with_its_first_batch():
+    class Counting(Sampler):
+        def __iter__(self):
+            return iter(range(4))
+
+        def state_dict(self):
+            return {"at": object()}
+
+        def load_state_dict(self, state):
+            pass
+
+    feed = feed_of(nodes.Loader(nodes.SamplerWrapper(Counting())))
+    with pytest.raises(TypeError, match="the loader's state_dict"):
+        feed.next(1)

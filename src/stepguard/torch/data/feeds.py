@@ -17,7 +17,7 @@ from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import MapFeed
 from stepguard.torch.data.outliving import starting_workers
 from stepguard.torch.data.persistent import beginning
-from stepguard.torch.data.stateful_feed import TorchStatefulFeed, WorkerStatefulFeed
+from stepguard.torch.data.stateful_feed import NodesFeed, TorchStatefulFeed, WorkerStatefulFeed, is_of_nodes
 from stepguard.torch.data.stream_feed import StreamFeed, TorchFunctionFeed, WorkerStreamFeed
 from stepguard.torch.data.workers import has_state
 from stepguard.words import logger
@@ -71,6 +71,8 @@ def _feed_of_plain(loader: Any) -> Feed:
 
 
 def _stateful_or_not(loader: Any) -> Feed:
+    if is_of_nodes(loader):
+        return NodesFeed(loader)
     try:
         return TorchStatefulFeed(loader)
     except TypeError:
