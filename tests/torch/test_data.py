@@ -498,3 +498,25 @@ def test_a_loader_of_nodes_whose_state_cannot_be_saved_is_refused_with_its_first
     feed = feed_of(nodes.Loader(nodes.SamplerWrapper(Counting())))
     with pytest.raises(TypeError, match="the loader's state_dict"):
         feed.next(1)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one after the other", "in one step"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_generator_of_two_loaders_is_put_back_once(workers, together, tmp_path):
+    def run(logdir, *stops):
+        for stop in (*stops, None):
+            seen, ours = Values(batches=[]), torch.Generator().manual_seed(0)
+            one, other = (DataLoader(range(24), n, shuffle=True, generator=ours, num_workers=workers) for n in (4, 6))
+            sv = Supervisor({"seen": seen}, logdir, save_model_secs=0, saving=Saving(save_at_end=True))
+            with sv.managed_session() as sess:
+                for _ in sess.epochs(3):
+                    for loader in [{"one": one, "other": other}] if together else [one, other]:
+                        for batch in sess.steps(loader):
+                            seen.batches.append(str(batch))
+                            if len(seen.batches) == stop:
+                                sv.request_stop()
+            gc.collect()
+        return seen.batches
+
+    stops = (2, 4, 6, 9) if together else (4, 12, 15, 18)
+    assert run(tmp_path / "stopped", *stops) == run(tmp_path / "whole")

@@ -16,6 +16,7 @@ from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
+from stepguard.torch.data.generators import put_back_once
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.own_iterators import OwnIterators
 from stepguard.torch.gradients import Gradients
@@ -89,6 +90,7 @@ class _TorchProcessState(ProcessState):
         self._holders: Mapping[str, Any] = {}
         self._unnamed: Unnamed | None = None
         self._iterators = OwnIterators(lambda: self.loaders)
+        self._put_back: dict[int, Any] = {}
         self.strangers = Strangers(_state_of_generator)
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
@@ -119,7 +121,8 @@ class _TorchProcessState(ProcessState):
         return any(one.has_stepped for one in self._gradients.values())
 
     def new_feed(self, loader: Any) -> Feed:
-        return feed_of(loader)
+        with put_back_once(self._put_back):
+            return feed_of(loader)
 
     def capture(self) -> dict[str, Any]:
         needed = {name: one.needed() for name, one in self._gradients.items()}

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +37,47 @@ def is_generator(value: Any) -> bool:
 def states(generators: Sequence[Any]) -> list[Any]:
     """The states of ``generators``, as tensors and plain values."""
     return [_state(one) for one in generators]
+
+
+class _Making(threading.local):
+    """What the feeds share that this thread is just making."""
+
+    known: dict[int, Any] | None = None
+
+
+_making = _Making()
+
+
+@contextmanager
+def put_back_once(known: dict[int, Any]) -> Iterator[None]:
+    """A block that makes feeds which share ``known``, what a restart has put back, by its identity.
+
+    Two loaders may draw from one generator. The first that goes on puts it back; when the other goes on, maybe much
+    later, the generator is further.
+    """
+    _making.known = known
+    try:
+        yield
+    finally:
+        _making.known = None
+
+
+def known_as_put_back() -> dict[int, Any]:
+    """What the feeds of this restart share; for a feed without a session, its own."""
+    return {} if _making.known is None else _making.known
+
+
+def put_back(
+    held: Iterable[tuple[Any, Any]], known: dict[int, Any], now: Mapping[int, Any] = MappingProxyType({})
+) -> None:
+    """Set each of ``held`` to its state, unless it was put back before: that one has, or gets, its state ``now``."""
+    before = {*known}
+    for one, state in held:
+        if id(one) not in before:
+            restore([one], [state])
+        elif id(one) in now:
+            restore([one], [now[id(one)]])
+        known[id(one)] = one
 
 
 def restore(generators: Sequence[Any], saved: Sequence[Any]) -> None:

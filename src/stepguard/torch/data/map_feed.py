@@ -67,6 +67,9 @@ class MapFeed(Feed):
         others = [one for one in self._inside.generators if id(one) not in known]
         self._item_generators: list[Any] = [self._item_counts, *of_data, *(() if loader.num_workers else others)]
         self._items_before: Sequence[Any] = ()
+        # What feeds of this restart have put back, and where the generators were before the order is drawn again.
+        self._put_back = generators.known_as_put_back()
+        self._now: Mapping[int, Any] = {}
         # What the data set had changed when the running workers were started: they have it as it was then, whatever the
         # program has changed in it meanwhile.
         self._at_workers_start: dict[str, Any] | None = None
@@ -163,7 +166,7 @@ class MapFeed(Feed):
         with taking(f"the contents of {shown(self.loader)}"):
             self._contents.put(self._contents_before)
         if not position["batches"]:
-            generators.restore(self._item_generators, self._items_in(position))
+            generators.put_back(self._pairs(self._items_in(position), position.get("generators")), self._put_back)
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
         warn_of_new_generators(shown(self.loader), position)
@@ -177,7 +180,6 @@ class MapFeed(Feed):
         self._ahead_before = position.get("ahead", {})
         self.samples = position.get("samples", self.batches * _batch_size(self.loader))
         self._last_before = position.get("last")
-        generators.restore(self._generators, position.get("generators", ()))
         self._items_before = self._items_in(position)
         if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
@@ -251,6 +253,8 @@ class MapFeed(Feed):
         self._skip = skip
         self._drawn.clear()
         streams = self._streams()
+        held = [*self._item_generators, *self._generators] if skip else []
+        self._now = dict(zip(map(id, held), generators.states(held), strict=True))
         # Persistent workers draw their seed once, in the first epoch. If they are new in a later epoch (after a
         # resume), the draw of their seed must not change the order: `indices` puts these streams back first.
         is_new = self._ordered.persistent_workers and self._ordered._iterator is None and self.epoch > 0
@@ -284,6 +288,11 @@ class MapFeed(Feed):
         found = dict(zip(map(id, self._inside.generators), items, strict=False))
         return [items[-1], *(found.get(id(one)) for one in self._item_generators[1:])]
 
+    def _pairs(self, items: Sequence[Any], of_order: Sequence[Any] | None) -> Iterator[tuple[Any, Any]]:
+        """The generators with their states."""
+        yield from zip(self._item_generators, items, strict=False)
+        yield from zip(self._generators, of_order or (), strict=False)
+
     def _items(self) -> dict[str, Any]:
         return {"counts": self._item_counts.state(), "contents": self._contents.state()}
 
@@ -313,8 +322,8 @@ class MapFeed(Feed):
             drawn = chain(list(islice(drawn, count)), drawn)
             # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
-            generators.restore(self._item_generators, self._items_before)
-            generators.restore(self._generators, self._ahead_before.get("generators", ()))
+            held = self._pairs(self._items_before, self._ahead_before.get("generators"))
+            generators.put_back(held, self._put_back, self._now)
             # What the sampler has just drawn itself is as far as it must be; the rest the training has changed.
             now = self._contents.digests()
             self._contents.put(self._contents_before, but={key for key in now if now[key] != undrawn.get(key)})

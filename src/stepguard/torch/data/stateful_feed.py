@@ -56,7 +56,8 @@ class TorchStatefulFeed(StreamFeed, StatefulFeed):
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
         super().resume(position, processes, is_checked=is_checked)
-        self._put_inside(position.get("items", ()))
+        if self.batches:
+            self._put_inside(position.get("items", ()))
 
     def close(self) -> None:
         """Close the feed, and drop the iterator that torchdata's loader keeps."""

@@ -41,6 +41,7 @@ class StreamFeed(IterableFeed):
         self._held = [*self._inside.generators, *kept]
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
+        self._put_back = generators.known_as_put_back()
         self._has_warned = False
         if not self.is_repeatable:
             _warn_of_workers(loader)
@@ -63,7 +64,8 @@ class StreamFeed(IterableFeed):
         """Begin at ``position``."""
         # First, because a list of batches gets the order that it had.
         self._generators_before = position.get("generators")
-        generators.restore(self._held, self._generators_before or ())
+        held = zip(self._held, self._generators_before or (), strict=False)
+        generators.put_back(held, {} if position["batches"] else self._put_back)
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
 
