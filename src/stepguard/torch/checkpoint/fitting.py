@@ -63,15 +63,14 @@ class Fitting:
         """
         saved = self._as_program_has_it(part, saved)
         try:
-            part.load(saved)
+            # A program in another type than the checkpoint has its moments in that type too.
+            part.load(saved, keeps_types=not self.casts)
         except Exception as error:
             raise CheckpointMismatchError(
                 f"{part.name}: {type(part.holder).__name__}.load_state_dict has refused the state of the checkpoint, "
                 f"and may have taken a part of it: {error}. Build the objects of the state anew before the next try, "
                 f"or leave this one out with restoring=Restoring(only=...)"
             ) from error
-        if isinstance(part.holder, torch.optim.Optimizer) and not self.casts:
-            optimizers.keep_types(part.holder, saved)
 
     def _as_program_has_it(self, part: Component, saved: Any) -> Any:
         if isinstance(part.holder, nn.Module):

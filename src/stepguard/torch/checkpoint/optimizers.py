@@ -6,15 +6,17 @@ parameter gets its own state back, even if the program builds its layers in anot
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stepguard.saving.mismatch import Mismatch
+from stepguard.torch.checkpoint.in_place import Taken, taken_over
 
 # The values that PyTorch's own optimizers keep in the shape of the parameter. Other optimizers may use these names for
 # smaller tensors.
@@ -32,6 +34,11 @@ _OF_PARAMETER_SHAPE = {
     "step_size",
     "ax",
 }
+
+# What an optimizer holds by itself. Whatever else is in its attributes is of the class that the program has made.
+_OWN = ("param_groups", "state", "defaults")
+_MOST_MEMBERS = 1000
+_HELD_DEPTH = 2
 
 GroupNames = Sequence[Sequence[str | None]]
 """The names of the parameters of each group; ``None`` for a parameter that is in no module of the state."""
@@ -157,6 +164,80 @@ def placed(saved: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     return {**saved, "param_groups": groups}
 
 
+def optimizers_in(name: str, holder: Any) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers that ``holder``, an object of the state, is or has in its attributes, by their places in it."""
+    found: dict[str, torch.optim.Optimizer] = {}
+    level, seen = {name: holder}, set[int]()
+    for _ in range(_HELD_DEPTH + 1):
+        level = {place: one for place, one in level.items() if id(one) not in seen}
+        seen.update(map(id, level.values()))
+        # The type decides, because some objects run code if they are asked for their class.
+        found.update({place: one for place, one in level.items() if issubclass(type(one), torch.optim.Optimizer)})
+        level = {f"{place}.{key}": one for place, holds in level.items() for key, one in _members(holds)}
+    return found
+
+
+def _members(one: Any) -> Iterable[tuple[Any, Any]]:
+    kind = type(one)
+    if issubclass(kind, (list, tuple)):
+        return enumerate(one[:_MOST_MEMBERS])
+    if issubclass(kind, torch.nn.Module):
+        return ()
+    held = one if issubclass(kind, dict) else getattr(one, "__dict__", None)
+    if not isinstance(held, dict):
+        return ()
+    own = _OWN if issubclass(kind, torch.optim.Optimizer) else ()
+    return [(key, part) for key, part in itertools.islice(held.items(), _MOST_MEMBERS) if key not in own]
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks can be registered: a class of the program may leave out the constructor of its base."""
+    return "_optimizer_step_post_hooks" in getattr(optimizer, "__dict__", ())
+
+
+@contextlib.contextmanager
+def kept(optimizers: Iterable[torch.optim.Optimizer], *, types: bool) -> Iterator[None]:
+    """A block in which ``load_state_dict`` leaves these optimizers the objects that a program may hold.
+
+    They are the list of groups, each group, learning rates that are tensors, and the dictionary of the state. With
+    ``types`` the saved tensors keep their types.
+    """
+    held: dict[int, tuple[Any, ...]] = {}
+
+    def before(optimizer: torch.optim.Optimizer, saved: Any) -> None:
+        groups = optimizer.param_groups
+        held[id(optimizer)] = groups, list(groups), optimizer.state, saved
+
+    def after(optimizer: torch.optim.Optimizer) -> None:
+        groups, each, state, saved = held.pop(id(optimizer))
+        if types:
+            keep_types(optimizer, saved)
+        _put_back(optimizer, groups, each, state)
+
+    with contextlib.ExitStack() as stack:
+        for one in filter(has_hooks, optimizers):
+            stack.callback(one.register_load_state_dict_pre_hook(before).remove)
+            # First, because a hook of the program may hand on what it finds.
+            stack.callback(one.register_load_state_dict_post_hook(after, prepend=True).remove)
+        yield
+
+
+def _put_back(optimizer: torch.optim.Optimizer, groups: list[Any], each: list[dict[str, Any]], state: Any) -> None:
+    loaded, taken = optimizer.param_groups, Taken()
+    for group, new in zip(each, loaded, strict=True):
+        if group is not new:
+            contents = {key: taken_over(group.get(key), part, taken) for key, part in new.items()}
+            group.clear()
+            group.update(contents)
+    groups[:] = each
+    optimizer.param_groups = groups
+    if optimizer.state is not state and isinstance(state, dict):
+        contents = dict(optimizer.state)
+        state.clear()
+        state.update(contents)
+        optimizer.state = state
+
+
 def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Undo the casts of ``load_state_dict``, which converts the state of a parameter to the parameter's type.
 
@@ -165,8 +246,15 @@ def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> No
     numbers = itertools.chain(*(group["params"] for group in saved["param_groups"]))
     parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
     for number, parameter in zip(numbers, parameters, strict=True):
-        kept = optimizer.state.get(parameter, {})
-        for key, part in saved["state"].get(number, {}).items():
-            now = kept.get(key)
-            if isinstance(part, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != part.dtype:
-                kept[key] = part.detach().clone().to(now.device)
+        if number in saved["state"] and parameter in optimizer.state:
+            optimizer.state[parameter] = _with_types(optimizer.state[parameter], saved["state"][number])
+
+
+def _with_types(now: Any, saved: Any) -> Any:
+    if isinstance(now, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return now if now.dtype == saved.dtype else saved.detach().clone().to(now.device)
+    if isinstance(now, dict) and isinstance(saved, Mapping):
+        now.update({key: _with_types(part, saved[key]) for key, part in now.items() if key in saved})
+    elif isinstance(now, (list, tuple)) and type(now) is type(saved) and len(now) == len(saved):
+        return type(now)(_with_types(part, other) for part, other in zip(now, saved, strict=True))
+    return now

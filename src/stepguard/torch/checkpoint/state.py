@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
 from stepguard.torch.checkpoint.names import Names, is_replicated, unwrapped
+from stepguard.torch.checkpoint.optimizers import kept, optimizers_in
 from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -49,8 +50,11 @@ class Component:
             return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
 
-    def load(self, state: Any) -> None:
-        """Put a saved state in place. Its tensors may belong to a mapped file, so none of them is kept."""
+    def load(self, state: Any, *, keeps_types: bool = True) -> None:
+        """Put a saved state in place. Its tensors may belong to a mapped file, so none of them is kept.
+
+        Without ``keeps_types`` the state of optimizers is cast to the types of their parameters.
+        """
         holder = self.holder
         if isinstance(holder, nn.Module):
             state = Names(holder).as_live(state, holder)
@@ -70,7 +74,8 @@ class Component:
         elif is_numpy_generator(holder):
             holder.bit_generator.state = with_arrays(state, holder.bit_generator.state)
         else:
-            holder.load_state_dict(state)
+            with kept(optimizers_in(self.name, holder).values(), types=keeps_types):
+                holder.load_state_dict(state)
 
     def shardings(self) -> Shardings:
         """How the tensors of this object are spread over the processes."""
