@@ -8,7 +8,7 @@ multiplies them to have a momentum. Then the next ones are added to them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Gradients:
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, steps_done: Callable[[], int]) -> None:
         self._name = name
-        self._optimizer = optimizer
+        # Weak: one that is not in the state may go while the run goes on.
+        self._optimizer = weakref.ref(optimizer)
         self._steps_done = steps_done
         self._stepped_in = -1
         # The first gradient at the optimizer's last step, and how often it had been changed.
@@ -36,9 +37,17 @@ class Gradients:
         # Whether a gradient outlives the step after that in which it was applied: unknown before the second step.
         self._is_kept: bool | None = None
         self._has_warned = False
-        self._hook = optimizer.register_step_post_hook(self._note_step)
+        self._hook = optimizer.register_step_post_hook(self.note_step)
 
-    def _note_step(self, *_: Any) -> None:
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameters of the optimizer."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def note_step(self, *_: Any) -> None:
+        """Note a step of the optimizer."""
         is_first, self._stepped_in = self._stepped_in < 0, self._steps_done()
         gradient = self._first()
         if not is_first:
@@ -62,7 +71,8 @@ class Gradients:
 
     def _present(self) -> Iterator[tuple[int, torch.Tensor]]:
         number = 0
-        for group in self._optimizer.param_groups:
+        optimizer = self._optimizer()
+        for group in () if optimizer is None else optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is not None:
@@ -108,23 +118,53 @@ class Gradients:
 
     def put_back(self, saved: Mapping[int, torch.Tensor]) -> None:
         """Set the gradients of the parameters to those in a checkpoint."""
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        for number, gradient in saved.items():
-            is_one = isinstance(gradient, torch.Tensor) and number < len(parameters)
-            if not is_one or parameters[number].shape != gradient.shape:
-                _log.warning(
-                    "%s: gradient %d of the checkpoint fits no parameter, so the step that was accumulating gradients "
-                    "is not the same after this restart",
-                    self._name,
-                    number,
-                )
-                continue
-            parameter = parameters[number]
-            parameter.grad = gradient.to(parameter.device, copy=True)
+        put_back(self._name, self.parameters, saved)
 
     def close(self) -> None:
         """Stop watching the optimizer."""
         self._hook.remove()
+
+
+def needed_besides(
+    modules: Mapping[str, torch.nn.Module], watched: Collection[Gradients], others: Collection[Gradients]
+) -> dict[str, dict[int, torch.Tensor]]:
+    """The gradients in ``modules`` of which none of the ``watched`` knows, by the names of the modules and by number.
+
+    They are of ``others``, the optimizers that are not in the state; or of a program that has no optimizer, and applies
+    its gradients itself.
+    """
+    known = {id(parameter) for one in watched for parameter in one.parameters}
+    theirs = {id(parameter) for one in others for parameter in one.parameters}
+    known |= {id(parameter) for one in others if not one.needed() for parameter in one.parameters}
+    needed = {}
+    for name, module in modules.items():
+        found = {
+            number: parameter.grad
+            for number, parameter in enumerate(module.parameters())
+            if parameter.grad is not None
+            and id(parameter) not in known
+            and (not watched or id(parameter) in theirs)
+            and not is_dtensor(parameter.grad)
+        }
+        if not all(map(_is_zero, found.values())):
+            needed[name] = found
+    return needed
+
+
+def put_back(name: str, parameters: Sequence[torch.Tensor], saved: Mapping[int, torch.Tensor]) -> None:
+    """Set the gradients of ``parameters``, those of the object ``name``, to those in a checkpoint."""
+    for number, gradient in saved.items():
+        is_one = isinstance(gradient, torch.Tensor) and number < len(parameters)
+        if not is_one or parameters[number].shape != gradient.shape:
+            _log.warning(
+                "%s: gradient %d of the checkpoint fits no parameter, so the step that was accumulating gradients "
+                "is not the same after this restart",
+                name,
+                number,
+            )
+            continue
+        parameter = parameters[number]
+        parameter.grad = gradient.to(parameter.device, copy=True)
 
 
 def _is_zero(gradient: torch.Tensor) -> bool:

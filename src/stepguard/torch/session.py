@@ -14,12 +14,13 @@ from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
+from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.generators import put_back_once
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.own_iterators import OwnIterators
-from stepguard.torch.gradients import Gradients
+from stepguard.torch.gradients import Gradients, needed_besides, put_back
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.unnamed import Unnamed, reached
 from stepguard.words import logger
@@ -49,9 +50,8 @@ class Session(LoopSession):
         self._torch_state = _TorchProcessState(STREAMS, processes, own)
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
         holders = holders or {}
-        optimizers = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
-        self._torch_state.watch_gradients(optimizers, lambda: self.boundary.steps)
-        self._torch_state.watch_others(holders, lambda: self.boundary.steps if self.boundary.is_mine else None)
+        self._torch_state.watch_gradients(_optimizers(holders), lambda: self.boundary.steps)
+        self._torch_state.watch_others(holders, lambda: self.boundary.steps, lambda: self.boundary.is_mine)
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -97,10 +97,12 @@ class _TorchProcessState(ProcessState):
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
-    def watch_others(self, holders: Mapping[str, Any], step: Callable[[], int | None]) -> None:
+    def watch_others(
+        self, holders: Mapping[str, Any], steps_done: Callable[[], int], is_in_step: Callable[[], bool]
+    ) -> None:
         """Look, from now on, for what trains and is not among ``holders``."""
         self._holders = holders
-        self._unnamed = Unnamed(holders, step)
+        self._unnamed = Unnamed(holders, steps_done, is_in_step)
 
     def begin_step(self) -> None:
         if self._iterators.is_needed:
@@ -127,18 +129,24 @@ class _TorchProcessState(ProcessState):
     def capture(self) -> dict[str, Any]:
         needed = {name: one.needed() for name, one in self._gradients.items()}
         gradients = {name: found for name, found in needed.items() if found}
+        others = [] if self._unnamed is None else self._unnamed.gradients()
+        gradients |= needed_besides(self._modules(), self._gradients.values(), others)
+        unnamed = [] if self._unnamed is None else self._unnamed.changed()
         own = {one.name: one.state() for one in self._own}
         return {
             **super().capture(),
             "iterators": self._iterators.advanced(),
             **({"gradients": gradients} if gradients else {}),
             **({"own": own} if own else {}),
+            **({"unnamed": unnamed} if unnamed else {}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._iterators.restore(state.get("iterators", ()))
         self.restore_own(state)
+        if self._unnamed is not None:
+            self._unnamed.expect(state.get("unnamed", ()))
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()
 
@@ -155,9 +163,15 @@ class _TorchProcessState(ProcessState):
 
     def put_gradients_back(self) -> None:
         """Until the first step, set the gradients of the parameters to those in the checkpoint."""
+        modules = self._modules()
         for name, saved in self._restored_gradients.items():
             if name in self._gradients:
                 self._gradients[name].put_back(saved)
+            elif name in modules:
+                put_back(name, list(modules[name].parameters()), saved)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {name: one for name, one in self._holders.items() if isinstance(one, torch.nn.Module)}
 
     def note_first_step(self) -> None:
         super().note_first_step()
@@ -169,6 +183,16 @@ class _TorchProcessState(ProcessState):
             one.close()
         if self._unnamed is not None:
             self._unnamed.close()
+
+
+def _optimizers(holders: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of the state, and those that its objects hold, such as a trainer of the program; each once."""
+    found = {name: one for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
+    for name, holder in holders.items():
+        for place, one in optimizers_in(name, holder).items():
+            if not any(one is known for known in found.values()):
+                found[place] = one
+    return {place: one for place, one in found.items() if has_hooks(one)}
 
 
 def _state_of_generator(value: Any) -> Any:

@@ -9,15 +9,22 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from stepguard.words import logger
+from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in, states_in
+from stepguard.torch.checkpoint.state import leaves
+from stepguard.torch.digests import hyperparameters
+from stepguard.torch.gradients import Gradients
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
+
+Options = dict[str, float]
+"""The numbers that the steps of an optimizer use."""
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _MOST_MEMBERS = 1000
@@ -27,23 +34,51 @@ _LOST = "a restart begins with a new one, so that it is not the same run; add it
 class Unnamed:
     """Warns, once each, of what is missing in ``holders``, the objects of the state by their names.
 
-    ``step`` returns the number of the running training step on this thread, or ``None``.
+    ``steps_done`` returns the number of the running training step, ``is_in_step`` whether this thread runs it.
     """
 
-    def __init__(self, holders: Mapping[str, Any], step: Callable[[], int | None]) -> None:
+    def __init__(
+        self, holders: Mapping[str, Any], steps_done: Callable[[], int], is_in_step: Callable[[], bool]
+    ) -> None:
         self._holders = holders
-        self._step = step
+        self._steps_done = steps_done
+        self._is_in_step = is_in_step
         self._names = {id(one): name for name, one in holders.items() if isinstance(one, torch.optim.Optimizer)}
         self._reached = reached(holders.values())
-        # The steps in which optimizers were first called, and those that have been looked at. By weak references: one
-        # that is gone leaves its id to the next.
-        self._first: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        # The steps in which optimizers were first called, with their options then, and those that have been looked at.
+        # By weak references: one that is gone leaves its id to the next.
+        self._first: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Options]] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # Those that no object of the state saves, in the order in which they were found.
+        self._lost: weakref.WeakKeyDictionary[torch.optim.Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        self._order: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._expected: Mapping[int, Mapping[str, Any]] = {}
         self._hook = register_optimizer_step_post_hook(self._after)
 
     def close(self) -> None:
         """Look no more."""
         self._hook.remove()
+        for one in self._lost.values():
+            one.close()
+
+    def gradients(self) -> list[Gradients]:
+        """The gradients of the optimizers that train and are not in the state."""
+        return list(self._lost.values())
+
+    def changed(self) -> list[dict[str, Any]]:
+        """The options of those optimizers, where they were changed since their first steps, as plain values."""
+        found = []
+        for number, reference in enumerate(self._order):
+            optimizer = reference()
+            if optimizer is not None:
+                began, now = self._first[optimizer][1], _options(optimizer)
+                if now != began:
+                    found.append({"number": number, "began": began, "now": now})
+        return found
+
+    def expect(self, changed: Sequence[Mapping[str, Any]]) -> None:
+        """Warn, as soon as they are found, of optimizers that have not the options of the earlier run."""
+        self._expected = {one["number"]: one for one in changed}
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Look at an optimizer that was stepped. It runs inside the program's step, and raises nothing."""
@@ -55,16 +90,21 @@ class Unnamed:
             _log.debug("an optimizer could not be looked at", exc_info=True)
 
     def _look_at(self, optimizer: torch.optim.Optimizer) -> None:
-        step = self._step()
+        if not self._is_in_step():
+            return
+        step = self._steps_done()
+        if optimizer not in self._first:
+            self._first[optimizer] = step, _options(optimizer)
         # In its second step: a schedule may be made after the session began, and an optimizer for one step is no part
         # of the training.
-        if step is None or self._first.setdefault(optimizer, step) == step:
+        if self._first[optimizer][0] == step:
             return
         self._known.add(optimizer)
         name = self._names.get(id(optimizer))
         if name is None:
-            if self._is_reached(optimizer):
+            if self._is_saved(optimizer):
                 return
+            self._watch(optimizer)
             if len(optimizer.state) or _is_scheduled(optimizer):
                 _log.warning(
                     "an optimizer (%s) trains in the steps, and it is not in the state: its moments and its learning "
@@ -79,12 +119,46 @@ class Unnamed:
         if scaler is not None and not self._is_reached(scaler):
             _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, _LOST)
 
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        began, was = self._first[optimizer][1], self._expected.get(len(self._order), {"began": {}, "now": {}})
+        self._order.append(weakref.ref(optimizer))
+        if has_hooks(optimizer):
+            self._lost[optimizer] = one = Gradients(type(optimizer).__name__, optimizer, self._steps_done)
+            one.note_step()
+        lost = [
+            f"{key} ({value} there, {began[key]} here)"
+            for key, value in was["now"].items()
+            # A program that sets it in its loop has set it before the first step.
+            if key in began and began[key] == was["began"].get(key) != value
+        ]
+        if lost:
+            _log.warning(
+                "an optimizer trains in the steps, and it is not in the state: the run had changed what begins as the "
+                "program makes it: %s; %s",
+                listed(lost),
+                _LOST,
+            )
+
+    def _is_saved(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an object of the state that holds the optimizer saves what the optimizer keeps."""
+        holders = [
+            one
+            for name, one in self._holders.items()
+            if any(held is optimizer for held in optimizers_in(name, one).values())
+        ]
+        return any(_keeps(one.state_dict(), optimizer) for one in holders)
+
     def _is_reached(self, one: Any) -> bool:
         return any(held is one for held in self._reached)
 
     def _has_schedule(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an object of the state schedules the optimizer, of whatever library."""
-        return any(getattr(one, "optimizer", None) is optimizer for one in self._reached)
+        # What holds one optimizer inside another gives both the same groups.
+        groups = set(map(id, optimizer.param_groups))
+        scheduled = [getattr(one, "optimizer", None) for one in self._reached]
+        return any(
+            one is optimizer or not groups.isdisjoint(map(id, getattr(one, "param_groups", ()))) for one in scheduled
+        )
 
 
 def reached(holders: Iterable[Any], depth: int = 2) -> list[Any]:
@@ -108,6 +182,22 @@ def _members(one: Any) -> Iterable[Any]:
     if isinstance(one, (torch.nn.Module, torch.optim.Optimizer)):
         return ()
     return list(getattr(one, "__dict__", {}).values())[:_MOST_MEMBERS]
+
+
+def _options(optimizer: torch.optim.Optimizer) -> Options:
+    return hyperparameters([(type(optimizer).__name__, optimizer)])
+
+
+def _keeps(state: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the state of an object has what the optimizer keeps for its parameters."""
+    kept = [one for one in optimizer.state.values() if isinstance(one, dict)]
+    if not kept:
+        return True
+    states = [one["state"] for _, one in states_in(state)]
+    if states:
+        # An optimizer around another one may have a state of its own.
+        return any(kept[0].keys() <= next(iter(one.values()), {}).keys() for one in states)
+    return any(isinstance(part, torch.Tensor) for _, part in leaves("", state))
 
 
 def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:

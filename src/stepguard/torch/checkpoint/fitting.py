@@ -156,7 +156,7 @@ def fit(
     for part in fitting.parts:
         saved = states[part.name]
         reasons = mismatch(part, saved, is_left_out=fitting.is_left_out)
-        if isinstance(part.holder, torch.optim.Optimizer) and not reasons:
+        if isinstance(part.holder, torch.optim.Optimizer) and optimizers.is_of_optimizer(saved) and not reasons:
             _place(fitting, part, saved, reasons)
         was, now = fitting.set_before(part.name).get("class"), type(part.holder).__name__
         if isinstance(part.holder, LRScheduler) and was not in (None, now):

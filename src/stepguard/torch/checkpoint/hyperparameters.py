@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from stepguard.torch.checkpoint.state import Component
+from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.optimizers import states_in
+from stepguard.torch.checkpoint.state import Component, is_numpy_scalar
 
 Place = tuple[Any, ...]
 """The keys and indices that lead from the state of an object to a value in it."""
@@ -43,6 +47,8 @@ _MOVES = {
 
 _NUMBERS = (bool, int, float, complex, str)
 
+_WITH_SETTINGS = (torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler)
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -64,22 +70,22 @@ class Difference:
 
 
 def settings(component: Component) -> Settings:
-    """The class and the numbers of an optimizer, a schedule or a scaler; empty for any other object."""
-    if not _has_settings(component.holder):
-        return {}
+    """The class and the numbers of an optimizer, a schedule or a scaler; the numbers of the optimizers in another object."""
     places = {_shown(place): value for place, value in _places(component)}
+    if not isinstance(component.holder, _WITH_SETTINGS):
+        return places
     return {"class": type(component.holder).__name__, **places, **_of_functions(component.holder)}
 
 
-def _has_settings(holder: Any) -> bool:
-    return isinstance(holder, (torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler))
-
-
 def _places(component: Component) -> Iterator[tuple[Place, Any]]:
+    if isinstance(component.holder, (nn.Module, Values)) or component.is_stream:
+        return iter(())
     state = component.state()
-    if isinstance(component.holder, torch.optim.Optimizer):
-        state = {"param_groups": state["param_groups"]}
-    return _numbers((), state)
+    if isinstance(component.holder, (LRScheduler, torch.amp.GradScaler)):
+        return _numbers((), state)
+    return itertools.chain(
+        *(_numbers((*place, "param_groups"), one["param_groups"]) for place, one in states_in(state))
+    )
 
 
 def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
@@ -97,8 +103,8 @@ def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
     elif isinstance(value, torch.Tensor):
         if value.numel() == 1:
             yield place, value.item()
-    elif isinstance(value, _NUMBERS):
-        yield place, value
+    elif _is_number(value):
+        yield place, _as_plain(value)
 
 
 def _of_functions(holder: Any) -> Settings:
@@ -106,9 +112,18 @@ def _of_functions(holder: Any) -> Settings:
     found = {}
     for index, function in enumerate(getattr(holder, "lr_lambdas", ())):
         for name, value in _bound(function):
-            if isinstance(value, _NUMBERS):
-                found[f"lr_lambdas[{index}].{name}"] = value
+            if _is_number(value):
+                found[f"lr_lambdas[{index}].{name}"] = _as_plain(value)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(_as_plain(value), _NUMBERS)
+
+
+def _as_plain(value: Any) -> Any:
+    """The number that a file can hold: NumPy's float64 is a float too, and reading one would run code."""
+    return value.item() if is_numpy_scalar(value) else value
 
 
 def _bound(function: Any) -> Iterator[tuple[str, Any]]:
@@ -131,7 +146,7 @@ def differences(part: str, program: Settings, before: Settings, *, all_of_progra
     return [
         Difference(
             part,
-            program["class"],
+            program.get("class", "an optimizer"),
             place,
             value,
             before[place],
@@ -161,6 +176,8 @@ def with_programs(component: Component, saved: Any, found: Sequence[Difference],
     If a schedule has changed the learning rate during the run, the program's rate is scaled by the same factor.
     """
     won = {one.place for one in found if one.program_wins}
+    if not won:
+        return saved
     now = settings(component)
     for place, value in _places(component):
         if _shown(place) in won:
@@ -170,9 +187,11 @@ def with_programs(component: Component, saved: Any, found: Sequence[Difference],
 
 
 def _moved(saved: Any, place: Place, value: float, before: Settings, now: Settings) -> float:
-    group, initial = saved[place[0]][place[1]], _shown((*place[:-1], "initial_lr"))
+    group, initial = saved, _shown((*place[:-1], "initial_lr"))
     if not before.get(initial) or initial not in now:
         return value
+    for key in place[:-1]:
+        group = group[key]
     return float(group["lr"]) * float(now[initial]) / float(before[initial])
 
 

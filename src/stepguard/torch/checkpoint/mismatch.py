@@ -13,20 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepguard.disk import schema
-from stepguard.disk.schema import Each, Fields
 from stepguard.errors import CheckpointMismatchError
 from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.names import Names
+from stepguard.torch.checkpoint.optimizers import is_of_optimizer
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
-
-_OF_AN_OPTIMIZER = Fields(
-    {"state": Each((object,), (object,)), "param_groups": Each(Fields({"params": Each((object,))}))}
-)
 
 
 def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> CheckpointMismatchError:
@@ -139,8 +134,8 @@ def _is_of_this_kind(holder: Any, live: Any, saved: Any) -> bool:
         return set(saved) == {"state"} and isinstance(saved["state"], tuple)
     if is_numpy_generator(holder):
         return bool(saved.get("bit_generator") == live["bit_generator"])
-    if isinstance(holder, torch.optim.Optimizer):
-        return schema.is_like(saved, _OF_AN_OPTIMIZER)
+    if isinstance(holder, torch.optim.Optimizer) and is_of_optimizer(live) != is_of_optimizer(saved):
+        return False
     # A disabled GradScaler has an empty state, which an enabled one refuses.
     return isinstance(holder, (nn.Module, Values)) or not isinstance(live, Mapping) or bool(live) == bool(saved)
 

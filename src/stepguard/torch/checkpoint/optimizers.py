@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from stepguard.disk import schema
+from stepguard.disk.schema import Each, Fields
 from stepguard.saving.mismatch import Mismatch
 from stepguard.torch.checkpoint.in_place import Taken, taken_over
 
@@ -40,6 +42,8 @@ _OWN = ("param_groups", "state", "defaults")
 _MOST_MEMBERS = 1000
 _HELD_DEPTH = 2
 
+_FORM = Fields({"state": Each((object,), (object,)), "param_groups": Each(Fields({"params": Each((object,))}))})
+
 GroupNames = Sequence[Sequence[str | None]]
 """The names of the parameters of each group; ``None`` for a parameter that is in no module of the state."""
 
@@ -55,6 +59,21 @@ class Placement:
     order: list[list[Any]] = field(default_factory=list)
     added: list[list[torch.Tensor]] = field(default_factory=list)
     is_reordered: bool = False
+
+
+def is_of_optimizer(state: Any) -> bool:
+    """Whether ``state`` has the form that PyTorch's own optimizers give theirs; a class of the program may give any."""
+    return schema.is_like(state, _FORM)
+
+
+def states_in(state: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The states of optimizers in the state of an object, such as a trainer of the program, each with its place."""
+    if is_of_optimizer(state):
+        yield place, state
+    elif len(place) < _HELD_DEPTH and isinstance(state, (Mapping, list, tuple)):
+        for key, part in state.items() if isinstance(state, Mapping) else enumerate(state[:_MOST_MEMBERS]):
+            if isinstance(part, (Mapping, list, tuple)):
+                yield from states_in(part, (*place, key))
 
 
 def group_names(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> list[list[str | None]]:
