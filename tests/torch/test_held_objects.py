@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from stepguard.errors import CheckpointMismatchError
 from stepguard.options import Guarding, Restoring, Saving
-from stepguard.torch import Supervisor
+from stepguard.torch import Supervisor, Values
 
 X = torch.linspace(-1, 1, 8).reshape(8, 1)
 
@@ -117,3 +121,133 @@ class TestOptimizers:
                 for _ in sess.steps(max_steps=1):
                     factors = [torch.tensor([1 / 3], dtype=torch.float64), {"counts": torch.tensor([2**40 + 1])}]
                     optimizer.state[model.weight]["factors"] = factors
+
+
+class TestTensorsInValues:
+    def test_stay_the_same_objects(self, tmp_path):
+        for _ in range(2):
+            prompt, queue = nn.Parameter(torch.zeros(2)), torch.zeros(2)
+            weights = {"a": [torch.zeros(1, requires_grad=True)], "b": (torch.zeros(1, dtype=torch.int64),)}
+            (first,), (second,) = weights["a"], weights["b"]
+            values = Values(prompt=prompt, queue=queue, weights=weights)
+            with session({"values": values}, tmp_path) as sess:
+                assert values.prompt is prompt
+                assert values.queue is queue
+                assert values.weights["a"][0] is first
+                assert values.weights["b"][0] is second
+                assert first.requires_grad
+                assert prompt.requires_grad
+                if sess.global_step:
+                    assert [one.tolist() for one in (prompt, queue, first, second)] == [[1, 1], [2, 2], [3], [4]]
+                for _ in sess.steps(max_steps=1):
+                    with torch.no_grad():
+                        prompt += 1
+                        queue += 2
+                        first += 3
+                        second += 4
+
+    def test_that_the_run_has_replaced_leave_the_first_ones_as_they_are(self, tmp_path):
+        for _ in range(2):
+            images = torch.zeros(2, 1)
+            values = Values(image=images[0], all=images)
+            with session({"values": values}, tmp_path) as sess:
+                assert images.tolist() == [[0], [0]]
+                for _ in sess.steps(max_steps=1):
+                    values.image = values.image + 1
+        assert values.image.tolist() == [1]
+
+    def test_that_have_grown_are_others_after_a_restore(self, tmp_path):
+        for end in (1, 2):
+            values = Values(seen=torch.zeros(0))
+            with session({"values": values}, tmp_path) as sess:
+                for step in sess.steps(max_steps=end):
+                    values.seen = torch.cat([values.seen, torch.tensor([float(step)])])
+        assert values.seen.tolist() == [0, 1]
+
+    def test_that_the_program_builds_in_another_shape_are_refused(self, tmp_path):
+        with session({"values": Values(queue=torch.zeros(2))}, tmp_path) as sess:
+            for _ in sess.steps(max_steps=1):
+                pass
+        with (
+            pytest.raises(CheckpointMismatchError, match=r"values\.queue \(expected \[3\], found \[2\]"),
+            session({"values": Values(queue=torch.zeros(3))}, tmp_path),
+        ):
+            pass
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda: torch.zeros(2, dtype=torch.float64),
+            lambda: torch.zeros(1).expand(2),
+            lambda: torch.zeros(2, requires_grad=True) * 2,
+        ],
+    )
+    def test_of_another_form_are_others_after_a_restore(self, form, tmp_path):
+        values = Values(queue=torch.ones(2))
+        with session({"values": values}, tmp_path) as sess:
+            for _ in sess.steps(max_steps=1):
+                pass
+        values = Values(queue=form())
+        with session({"values": values}, tmp_path):
+            assert values.queue.tolist() == [1, 1]
+            assert values.queue.dtype is torch.float32
+
+    def test_of_inference_mode_are_others_after_a_restore(self, tmp_path):
+        for _ in range(2):
+            with torch.inference_mode():
+                values = Values(queue=torch.zeros(2))
+            with session({"values": values}, tmp_path) as sess:
+                if sess.global_step:
+                    assert values.queue.tolist() == [1, 1]
+                for _ in sess.steps(max_steps=1):
+                    with torch.inference_mode():
+                        values.queue += 1
+
+    def test_of_each_process_stay_the_same_objects(self, tmp_path):
+        for _ in range(2):
+            queue = torch.zeros(2)
+            values = Values(queue=queue, per_process=True)
+            with session({"model": nn.Linear(1, 1), "values": values}, tmp_path) as sess:
+                assert values.queue is queue
+                if sess.global_step:
+                    assert queue.tolist() == [2, 2]
+                for _ in sess.steps(max_steps=1):
+                    queue += 2
+
+    def test_that_are_those_of_a_module_are_named_once(self, tmp_path, caplog):
+        model, values = nn.Linear(1, 1), Values(best=None)
+        options = {"save_summaries_secs": 0, "save_model_secs": 0, "save_model_steps": 1}
+        with Supervisor({"model": model, "values": values}, tmp_path, **options).managed_session() as sess:
+            for _ in sess.steps(max_steps=3):
+                values.best = model.state_dict()
+        assert caplog.text.count("values.best.weight (with model), values.best.bias (with model)") == 1
+
+    def test_that_are_copies_of_those_of_a_module_are_not_named(self, tmp_path, caplog):
+        model, values = nn.Linear(1, 1), Values(best=None)
+        with session({"model": model, "values": values}, tmp_path) as sess:
+            for _ in sess.steps(max_steps=1):
+                values.best = copy.deepcopy(model.state_dict())
+        assert not caplog.text
+
+
+@pytest.mark.parametrize("per_process", [False, True])
+def test_numbers_of_numpy_come_back_as_what_they_were(per_process, tmp_path):
+    given = {
+        "loss": np.float32(0.1),
+        "count": np.int64(2**60),
+        "is_best": np.bool_(True),
+        "long": [np.float32(number) for number in range(300)],
+        "nested": {"pair": (np.float64(0.1), 0.2), "array": torch.ones(1)},
+    }
+    values = Values(per_process=per_process)
+    with session({"model": nn.Linear(1, 1), "values": values}, tmp_path) as sess:
+        for _ in sess.steps(max_steps=1):
+            for name, value in given.items():
+                setattr(values, name, value)
+    values = Values(per_process=per_process)
+    with session({"model": nn.Linear(1, 1), "values": values}, tmp_path):
+        assert vars(values) == given
+        assert [type(value) for value in vars(values).values()] == [type(value) for value in given.values()]
+        assert {type(value) for value in values.long} == {np.float32}
+        assert [type(value) for value in values.nested["pair"]] == [np.float64, float]
+    torch.load(next(tmp_path.glob("*.ckpt-1")) / "process-0.pt", weights_only=True)

@@ -229,7 +229,8 @@ class TorchEngine(PeersEngine[Session]):
         with torch.no_grad():
             states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
             own = memory.copy("process", session.process_state.capture(), copies)
-            process = {**own, "program": self._program.notes()}
+            process = {**own, "program": self._program.notes(), "numpys": memory.numpys}
+            self._program.warn_of_shared()
             frozen = {one.name: one.frozen() for one in self._program.components} if self._frozen_apart else {}
             copies.close()
         self._memories.keep(memory, copies)

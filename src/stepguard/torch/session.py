@@ -15,7 +15,7 @@ from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in
-from stepguard.torch.checkpoint.state import Component
+from stepguard.torch.checkpoint.state import Component, with_numpys
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.generators import put_back_once
 from stepguard.torch.data.inside import Inside
@@ -137,7 +137,7 @@ class _TorchProcessState(ProcessState):
             **super().capture(),
             "iterators": self._iterators.advanced(),
             **({"gradients": gradients} if gradients else {}),
-            **({"own": own} if own else {}),
+            **({"own": own, "built": {one.name: one.built() for one in self._own}} if own else {}),
             **({"unnamed": unnamed} if unnamed else {}),
         }
 
@@ -155,7 +155,8 @@ class _TorchProcessState(ProcessState):
         saved = state.get("own", {})
         for one in self._own:
             if one.name in saved:
-                one.load(saved[one.name])
+                held = with_numpys(f"process.own.{one.name}", saved[one.name], state.get("numpys", {}))
+                one.load(held, built=state.get("built", {}).get(one.name, ()))
             else:
                 _log.warning(
                     "%s: the checkpoint has none of this process, so it begins as the program made it", one.name

@@ -64,7 +64,7 @@ class Fitting:
         saved = self._as_program_has_it(part, saved)
         try:
             # A program in another type than the checkpoint has its moments in that type too.
-            part.load(saved, keeps_types=not self.casts)
+            part.load(saved, built=self.notes.get("built", {}).get(part.name, ()), keeps_types=not self.casts)
         except Exception as error:
             raise CheckpointMismatchError(
                 f"{part.name}: {type(part.holder).__name__}.load_state_dict has refused the state of the checkpoint, "
@@ -155,7 +155,8 @@ def fit(
     fitting = _chosen(program, states, notes, options, found)
     for part in fitting.parts:
         saved = states[part.name]
-        reasons = mismatch(part, saved, is_left_out=fitting.is_left_out)
+        built = notes.get("built", {}).get(part.name)
+        reasons = mismatch(part, saved, is_left_out=fitting.is_left_out, built=built)
         if isinstance(part.holder, torch.optim.Optimizer) and optimizers.is_of_optimizer(saved) and not reasons:
             _place(fitting, part, saved, reasons)
         was, now = fitting.set_before(part.name).get("class"), type(part.holder).__name__

@@ -70,7 +70,7 @@ class Difference:
 
 
 def settings(component: Component) -> Settings:
-    """The class and the numbers of an optimizer, a schedule or a scaler; the numbers of the optimizers in another object."""
+    """The class and the numbers of an optimizer, a schedule or a scaler; else those of the optimizers in the object."""
     places = {_shown(place): value for place, value in _places(component)}
     if not isinstance(component.holder, _WITH_SETTINGS):
         return places

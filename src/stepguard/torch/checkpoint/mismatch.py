@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from stepguard.errors import CheckpointMismatchError
 from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.in_place import part_at, tensors_in
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.optimizers import is_of_optimizer
 from stepguard.torch.checkpoint.state import Component, is_numpy_generator
@@ -37,10 +38,13 @@ def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> Checkpoi
     )
 
 
-def mismatch(component: Component, saved: Any, *, is_left_out: Callable[[str], bool]) -> Mismatch:
+def mismatch(
+    component: Component, saved: Any, *, is_left_out: Callable[[str], bool], built: Collection[str] | None = None
+) -> Mismatch:
     """The reasons why ``saved`` cannot be loaded into the object, without the names for which ``is_left_out`` is true.
 
-    The parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
+    ``built`` are the places of the tensors that the run had not replaced, as a program may replace those in values by
+    larger ones. The parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
     """
     found = Mismatch()
     name, holder, live = component.name, component.holder, component.state()
@@ -49,6 +53,10 @@ def mismatch(component: Component, saved: Any, *, is_left_out: Callable[[str], b
         found.reshaped[name] = (expected, _described(saved))
     elif isinstance(holder, nn.Module):
         _compare_modules(name, holder, live, saved, is_left_out, found)
+    elif isinstance(holder, Values) and built is not None:
+        for place, tensor in tensors_in(live):
+            if repr(place) in built:
+                _compare_shapes(".".join(map(str, (name, *place))), tensor, part_at(saved, place), found)
     elif isinstance(live, Mapping) and not isinstance(holder, torch.optim.Optimizer):
         # Only shapes are compared: the object may accept a state of an older version, with fewer or more keys.
         _compare_shapes(name, live, saved, found)

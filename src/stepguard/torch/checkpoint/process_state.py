@@ -22,6 +22,7 @@ ADDED: dict[str, Form] = {
             "parameters": Each(Each(Each((str, NoneType))), (str,)),
             "settings": Each(_BY_NAME, (str,)),
             "frozen as built": _TEXTS,
+            "built": Each(_TEXTS, (str,)),
             "attributes": Fields({}, {"changed": Each(Each((object,), length=2), (str,)), "tensors": _TEXTS}),
         },
     ),
@@ -29,6 +30,8 @@ ADDED: dict[str, Form] = {
     "sharded": _BY_NAME,
     "own": Each(_BY_NAME, (str,)),
     "unnamed": Each(Fields({"number": Count(), "began": Each((object,), (str,)), "now": Each((object,), (str,))})),
+    "built": Each(_TEXTS, (str,)),
+    "numpys": Each((str,), (str,)),
     "gradients": Each(Each((object,), Count()), (str,)),
 }
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.attributes import Attributes
 from stepguard.torch.checkpoint.hyperparameters import Settings, settings
+from stepguard.torch.checkpoint.in_place import tensors_in
 from stepguard.torch.checkpoint.names import parameter_names
 from stepguard.torch.checkpoint.optimizers import GroupNames, group_names
 from stepguard.torch.checkpoint.state import Component, leaves
@@ -43,6 +45,7 @@ class Program:
         self._groups: dict[str, GroupNames] = {}
         self.frozen_as_built = self.frozen()
         self._warn_of_strangers()
+        self._has_warned_of_shared = False
 
     def optimizers(self) -> Iterator[tuple[Component, torch.optim.Optimizer]]:
         """The optimizers among the objects."""
@@ -71,6 +74,7 @@ class Program:
             "settings": self.in_force,
             "frozen": self.frozen(),
             "frozen as built": self.frozen_as_built,
+            "built": {one.name: one.built() for one in self.components},
             "attributes": self.attributes.notes(),
         }
 
@@ -101,6 +105,33 @@ class Program:
                     one.name,
                     listed(strangers),
                 )
+
+    def warn_of_shared(self) -> None:
+        """Warn, once, of values that are the tensors of another object: a restart makes them tensors of their own."""
+        values = [one for one in (*self.components, *self.own) if isinstance(one.holder, Values)]
+        found = {} if self._has_warned_of_shared else {one.name: dict(one.put_since()) for one in values}
+        if not any(found.values()):
+            return
+        memory = {
+            _address(tensor): one.name
+            for one in self.components
+            if isinstance(one.holder, (nn.Module, torch.optim.Optimizer))
+            for _, tensor in tensors_in(one.state())
+            if tensor.numel()
+        }
+        shared = [
+            f"{name}.{'.'.join(map(str, place))} (with {memory[_address(tensor)]})"
+            for name, tensors in found.items()
+            for place, tensor in tensors.items()
+            if _address(tensor) in memory
+        ]
+        if shared:
+            self._has_warned_of_shared = True
+            _log.warning(
+                "values share their memory with an object that trains, so they change with it, and after a restart "
+                "they do not: %s. Put a copy into them, as by copy.deepcopy(model.state_dict())",
+                listed(shared),
+            )
 
     def _addresses(self) -> Iterator[tuple[torch.device, int]]:
         """The addresses of the tensors in all objects but the optimizers."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stepguard.errors import CheckpointCorruptError
 from stepguard.options import Restoring
 from stepguard.saving import restoring
@@ -25,6 +27,7 @@ from stepguard.torch.checkpoint.frozen import joined
 from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
+from stepguard.torch.checkpoint.state import with_numpys
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
 from stepguard.words import logger
@@ -118,6 +121,9 @@ class Restorer:
         for name, file in frozen_files(path).items():
             rest = states[name] if name in files else None
             states[name] = joined(name, rest, read_file(file, mapped=mapped), apart)
+        for part in self._program.components:
+            if part.name in states and not isinstance(part.holder, nn.Module):
+                states[part.name] = with_numpys(part.name, states[part.name], process.get("numpys", {}))
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)
         shardings = {part.name: part.shardings() for part in fitting.parts}
@@ -145,5 +151,6 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
     if rank and own is not None:
         # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
         of_chief = {key: process[key] for key in ("sharded", "program", APART) if key in process}
-        process = {**read_process(own), **of_chief}
+        mine = read_process(own)
+        process = {**mine, **of_chief, "numpys": {**process.get("numpys", {}), **mine.get("numpys", {})}}
     return process, found, own is not None

@@ -16,6 +16,7 @@ from stepguard.torch.checkpoint.arena import Arena
 from stepguard.torch.checkpoint.packed import LONG, packed, packed_bytes, unpacked
 from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
 from stepguard.torch.checkpoint.state import (
+    NUMPY_TYPES,
     check_saveable,
     check_tensor,
     is_numpy_scalar,
@@ -61,6 +62,8 @@ class HostMemory:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
         self._arena = Arena(0)
+        self.numpys: dict[str, str] = {}
+        """The types of the numbers that were NumPy's in the states that were copied, by their places."""
 
     def make_room(self, nbytes: int) -> None:
         """Make memory for tensors that the program does not have yet."""
@@ -96,12 +99,20 @@ class HostMemory:
             copy = packed(path, value, self._buffers)
             if copy is not None:
                 return copy
+            if is_numpy_scalar(value[0]) and len(set(map(type, value))) == 1:
+                self._note_numpy(f"{path}[*]", value[0])
+                return [one.item() for one in value]
         if type(value) in (list, tuple):
             return type(value)(self._copied(f"{path}[{n}]", part, seen, streams) for n, part in enumerate(value))
         if is_numpy_scalar(value):
+            self._note_numpy(path, value)
             return value.item()
         check_saveable(path, value)
         return value
+
+    def _note_numpy(self, path: str, value: Any) -> None:
+        if str(value.dtype) in NUMPY_TYPES:
+            self.numpys[path] = str(value.dtype)
 
     def _copied_tensor(
         self, path: str, tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams
@@ -142,7 +153,9 @@ class HostMemories:
         """A memory without a snapshot. A second one is made only if a loop ends while a snapshot is written."""
         free = [memory for memory, copies in self._used if copies() is None]
         self._used = [(memory, copies) for memory, copies in self._used if copies() is not None]
-        return free[0] if free else HostMemory()
+        memory = free[0] if free else HostMemory()
+        memory.numpys = {}
+        return memory
 
     def keep(self, memory: HostMemory, copies: CopyStreams | None = None) -> None:
         """Keep ``memory``, which is free when ``copies``, those of its snapshot, are gone."""

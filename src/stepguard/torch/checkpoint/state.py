@@ -8,7 +8,7 @@ import random
 import re
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
+from stepguard.torch.checkpoint.in_place import Built, tensors_in
 from stepguard.torch.checkpoint.names import Names, is_replicated, unwrapped
 from stepguard.torch.checkpoint.optimizers import kept, optimizers_in
 from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardable, is_dtensor, is_sharded
@@ -24,6 +25,12 @@ from stepguard.torch.checkpoint.sharded_tensors import Shardings, check_shardabl
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+NUMPY_TYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}
+"""The types of NumPy's numbers whose values Python's have too."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -36,6 +43,8 @@ class Component:
         self.holder = unwrapped(holder)
         # A replicating wrapper records during its construction which parameters train.
         self.is_replicated = is_replicated(holder)
+        # Tensors in values: a variable of the program, an optimizer or a data set may hold them too.
+        self._built = Built(holder.state_dict()) if isinstance(holder, Values) else None
 
     def state(self) -> Any:
         """The live state: dictionaries and lists with the tensors that training changes."""
@@ -50,10 +59,11 @@ class Component:
             return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
 
-    def load(self, state: Any, *, keeps_types: bool = True) -> None:
+    def load(self, state: Any, *, built: Collection[str] = (), keeps_types: bool = True) -> None:
         """Put a saved state in place. Its tensors may belong to a mapped file, so none of them is kept.
 
-        Without ``keeps_types`` the state of optimizers is cast to the types of their parameters.
+        ``built`` is what :meth:`built` had returned then. Without ``keeps_types`` the state of optimizers is cast to
+        the types of their parameters.
         """
         holder = self.holder
         if isinstance(holder, nn.Module):
@@ -73,9 +83,23 @@ class Component:
             holder.setstate(state["state"])
         elif is_numpy_generator(holder):
             holder.bit_generator.state = with_arrays(state, holder.bit_generator.state)
+        elif self._built is not None:
+            holder.load_state_dict(self._built.filled(holder.state_dict(), state, built))
         else:
             with kept(optimizers_in(self.name, holder).values(), types=keeps_types):
                 holder.load_state_dict(state)
+
+    def built(self) -> list[str]:
+        """The places of the tensors with which the program has built these values, as far as they are still there."""
+        return [] if self._built is None else self._built.places(self.holder.state_dict())
+
+    def put_since(self) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
+        """The tensors in these values that are not those with which the program has built them, by their places."""
+        if self._built is None:
+            return
+        state = self.holder.state_dict()
+        built = set(self._built.places(state))
+        yield from ((place, tensor) for place, tensor in tensors_in(state) if repr(place) not in built)
 
     def shardings(self) -> Shardings:
         """How the tensors of this object are spread over the processes."""
@@ -281,6 +305,29 @@ def with_arrays(state: Any, live: Any) -> Any:
     import numpy as np
 
     return np.array(state, dtype=live.dtype)
+
+
+def with_numpys(place: str, value: Any, kinds: Mapping[str, str]) -> Any:
+    """The nested state of the object at ``place`` with the numbers that were NumPy's; ``kinds`` names their types.
+
+    A file has them as Python's, because to read others would run code from it.
+    """
+    if not any(one.startswith(place) for one in kinds):
+        return value
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        changed.update({key: with_numpys(f"{place}.{key}", part, kinds) for key, part in value.items()})
+        return changed
+    if isinstance(value, (list, tuple)):
+        is_long = f"{place}[*]" in kinds
+        places = (f"{place}[{'*' if is_long else number}]" for number in range(len(value)))
+        return type(value)(with_numpys(one, part, kinds) for one, part in zip(places, value, strict=True))
+    kind = kinds.get(place)
+    if kind not in NUMPY_TYPES or not isinstance(value, (bool, int, float, complex)):
+        return value
+    import numpy as np
+
+    return np.dtype(kind).type(value)
 
 
 def is_numpy_scalar(value: Any) -> bool:

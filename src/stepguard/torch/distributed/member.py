@@ -79,7 +79,7 @@ class TorchMember(SessionMember):
         with session.boundary.hold("a checkpoint"), torch.no_grad():
             moment, steps = self.moment(), self.steps_done()
             state = {"global_step": session.global_step, **session.process_state.capture()}
-            process = memory.copy("process", state, copies)
+            process = {**memory.copy("process", state, copies), "numpys": memory.numpys}
             live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
             sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
             apart = [one for one in self._components if one.name in sharded] if self._frozen_apart else []
