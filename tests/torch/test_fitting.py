@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from stepguard.errors import CheckpointMismatchError
-from stepguard.options import Restoring
+from stepguard.options import Restoring, Saving
 from stepguard.torch import Supervisor, Values, newest
 
 SEED = 7
@@ -507,3 +507,43 @@ class TestKeysThatAreLeftOut:
 def test_an_option_of_the_wrong_kind_is_refused(options, error):
     with pytest.raises(error, match=next(iter(options))):
         Restoring(**options)
+
+
+class Centred(torch.nn.Module):
+    """Makes its buffer of the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 1)
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        mean = x.mean(0)
+        self.mean = mean if self.mean is None else (self.mean + mean) / 2
+        return self.inner(x - self.mean)
+
+
+def test_a_buffer_that_the_first_batch_makes_is_restored(tmp_path):
+    for end in (1, 2):
+        model = torch.nn.Sequential(Centred())
+        saving = Saving(save_model_secs=0, save_at_end=True)
+        with Supervisor({"model": model}, tmp_path, saving=saving, save_summaries_secs=0).managed_session() as sess:
+            if end == 2:
+                assert model[0].mean.tolist() == [1, 1]
+            for step in sess.steps(max_steps=end):
+                model(torch.full((1, 2), 1.0 + 2 * step))
+    assert model[0].mean.tolist() == [2, 2]
+
+
+def test_a_module_of_inference_mode_is_restored(tmp_path):
+    for _ in range(2):
+        with torch.inference_mode():
+            averaged = torch.nn.Linear(1, 1)
+        saving = Saving(save_model_secs=0, save_at_end=True)
+        state = {"averaged": averaged}
+        with Supervisor(state, tmp_path, saving=saving, save_summaries_secs=0).managed_session() as sess:
+            if sess.global_step:
+                assert averaged.weight.item() == 3
+            for _ in sess.steps(max_steps=1):
+                with torch.inference_mode():
+                    averaged.weight.fill_(3)

@@ -52,7 +52,9 @@ def mismatch(
         expected = f"the state of a {type(holder).__name__}" if live or not isinstance(live, Mapping) else "nothing"
         found.reshaped[name] = (expected, _described(saved))
     elif isinstance(holder, nn.Module):
-        _compare_modules(name, holder, live, saved, is_left_out, found)
+        _compare_modules(
+            name, holder, live, saved, lambda key: key in component.unfilled or is_left_out(f"{name}.{key}"), found
+        )
     elif isinstance(holder, Values) and built is not None:
         for place, tensor in tensors_in(live):
             if repr(place) in built:
@@ -66,8 +68,8 @@ def mismatch(
 def _compare_modules(
     name: str, module: nn.Module, live: Any, saved: Any, is_left_out: Callable[[str], bool], found: Mismatch
 ) -> None:
-    kept = {key: part for key, part in saved.items() if not is_left_out(f"{name}.{key}")}
-    wanted = {key: part for key, part in live.items() if not is_left_out(f"{name}.{key}")}
+    kept = {key: part for key, part in saved.items() if not is_left_out(key)}
+    wanted = {key: part for key, part in live.items() if not is_left_out(key)}
     own = Mismatch(
         missing=[f"{name}.{key}" for key in wanted if key not in kept],
         unexpected=[f"{name}.{key}" for key in kept if key not in wanted],

@@ -43,6 +43,8 @@ class Component:
         self.holder = unwrapped(holder)
         # A replicating wrapper records during its construction which parameters train.
         self.is_replicated = is_replicated(holder)
+        self.unfilled = _unfilled(self.holder) if isinstance(self.holder, nn.Module) else {}
+        """The names in the state of a module of its buffers that are ``None`` as built: steps may make them."""
         # Tensors in values: a variable of the program, an optimizer or a data set may hold them too.
         self._built = Built(holder.state_dict()) if isinstance(holder, Values) else None
 
@@ -67,10 +69,13 @@ class Component:
         """
         holder = self.holder
         if isinstance(holder, nn.Module):
+            self._make_buffers(state)
             state = Names(holder).as_live(state, holder)
             _make_room(holder, state)
             # This nearly always copies into the module's own tensors; if so, no tensor of the file is kept.
-            holder.load_state_dict(state)
+            tensors = itertools.chain(holder.parameters(), holder.buffers())
+            with torch.inference_mode(any(one.is_inference() for one in tensors)):
+                holder.load_state_dict(state)
             if not _shares_memory(holder.state_dict(), state):
                 return
         # deepcopy supports only some kinds of sparse tensors, so these are cloned; and so are tensors that are parts of
@@ -88,6 +93,16 @@ class Component:
         else:
             with kept(optimizers_in(self.name, holder).values(), types=keeps_types):
                 holder.load_state_dict(state)
+
+    def _make_buffers(self, saved: Mapping[str, Any]) -> None:
+        """Make the buffers that the program builds as ``None``, as far as the saved state has them."""
+        for key, (module, name) in self.unfilled.items():
+            held, wanted = module._buffers.get(name), saved.get(key)
+            if not isinstance(wanted, torch.Tensor):
+                module._buffers[name] = None
+            elif held is None or held.shape != wanted.shape:
+                beside = next(itertools.chain(module.parameters(), self.holder.parameters()), wanted)
+                module._buffers[name] = torch.empty_like(wanted, device=beside.device)
 
     def built(self) -> list[str]:
         """The places of the tensors with which the program has built these values, as far as they are still there."""
@@ -243,6 +258,16 @@ def _is_part(value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or is_dtensor(value) or value.layout is not torch.strided:
         return False
     return value.untyped_storage().nbytes() > max(value.nbytes, 1)
+
+
+def _unfilled(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    names = Names(module)
+    return {
+        names.saved(f"{path}.{name}" if path else name): (part, name)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, buffer in part._buffers.items()
+        if buffer is None and name not in part._non_persistent_buffers_set
+    }
 
 
 def _make_room(module: nn.Module, saved: Mapping[str, Any]) -> None:
