@@ -113,6 +113,144 @@ class TestAttributesOfModules:
         assert not caplog.text
 
 
+class Changing(torch.nn.Linear):
+    """Changes one of its attributes in each step."""
+
+    def __init__(self, change):
+        super().__init__(1, 1)
+        self._rate, self.pair, self.numbers, self.array = 1.0, (1.0, "a"), [1.0], np.ones(1)
+        self.number, self._kept, self.cache = np.float32(1), None, None
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return super().forward(x)
+
+    def halve(self):
+        self._rate *= 0.5
+
+    def keep(self):
+        self._kept = torch.ones(1) if self._kept is None else self._kept + 1
+
+
+def scale(module):
+    module.array *= 0.5
+
+
+def halve_first(module):
+    module.numbers[0] *= 0.5
+
+
+def make_cache(module):
+    if module.cache is None:
+        module.cache = torch.arange(4.0)
+
+
+class TestAttributesOfOtherKinds:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (Changing.halve, "model._rate (0.25 there, 1.0 here)"),
+            (Changing.keep, "model._kept."),
+            (lambda module: setattr(module, "pair", (module.pair[0] / 2, "b")), "model.pair ([0.25, 'b'] there"),
+            (halve_first, "model.numbers ([0.25] there, [1.0] here)"),
+            (scale, "model.array ([0.25] there, [1.0] here)"),
+            (lambda module: setattr(module, "number", module.number / 2), "model.number (0.25 there, 1.0 here)"),
+        ],
+    )
+    def test_are_named(self, change, said, tmp_path, caplog):
+        for _ in range(2):
+            model = Changing(change)
+            with session({"model": model}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=2):
+                    model(X)
+        assert said in caplog.text
+
+    def test_of_pytorch_itself_are_not(self, tmp_path, caplog):
+        for end in (2, 4):
+            model = torch.nn.Linear(1, 1)
+            optimizer = adam(model)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            with session({"model": model, "optimizer": optimizer, "schedule": schedule}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=end):
+                    train(model, optimizer, X)
+                    schedule.step()
+                    model._of_its_own = sess.global_step
+        assert not caplog.text
+
+    @pytest.mark.parametrize("wait", [0, 1])
+    def test_that_the_loop_sets_again_are_not(self, wait, tmp_path, caplog):
+        for end in (3, 6):
+            model = Tempered()
+            with session({"model": model}, tmp_path) as sess:
+                for step in sess.steps(max_steps=end):
+                    model.inner[1].eval()
+                    model.temperature = 0.25
+                    model(X)
+                    assert step < 3 + wait or not caplog.text
+        assert not caplog.text
+
+    @pytest.mark.parametrize("end", [2, 3])
+    def test_that_turn_over_in_each_step_are_named(self, end, tmp_path, caplog):
+        for more in (0, 2):
+            model = Tempered()
+            model.is_odd = False
+            with session({"model": model}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=end + more):
+                    model.is_odd = not model.is_odd
+        assert ("model.is_odd" in caplog.text) == (end == 3)
+
+    def test_that_are_made_once_are_not(self, tmp_path, caplog):
+        for end in (2, 5):
+            model = Changing(make_cache)
+            with session({"model": model}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=end):
+                    model(X)
+        assert not caplog.text
+
+    @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+    def test_that_each_step_computes_are_not_after_an_evaluation(self, tmp_path, caplog):
+        for end in (2, 5):
+            model = torch.nn.utils.weight_norm(torch.nn.Linear(1, 1))
+            with session({"model": model}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=end):
+                    model(X).sum().backward()
+                    with torch.no_grad():
+                        model(X)
+                    if end == 5:
+                        model(X)
+        assert not caplog.text
+
+    @pytest.mark.parametrize(
+        ("make", "draw"),
+        [
+            (lambda: torch.Generator().manual_seed(1), lambda one: torch.rand((), generator=one).item()),
+            (lambda: random.Random(1), lambda one: one.random()),
+            (lambda: np.random.default_rng(1), lambda one: one.random()),
+        ],
+    )
+    def test_that_are_generators_go_on(self, make, draw, tmp_path, caplog):
+        generator, drawn = make(), []
+        expected = [draw(generator) for _ in range(4)]
+        for end in (2, 4):
+            model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1)), torch.nn.ReLU())
+            model[0][0].noise = model[1].noise = make()
+            with session({"model": model}, tmp_path) as sess:
+                drawn += [draw(model[0][0].noise) for _ in sess.steps(max_steps=end)]
+        assert drawn == expected
+        assert not caplog.text
+
+
+def test_a_rate_that_the_program_sets_from_one_of_its_own_is_no_schedule(tmp_path, caplog):
+    model = torch.nn.Linear(1, 1)
+    optimizer = adam(model)
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    with session({"model": model, "optimizer": optimizer}, tmp_path) as sess:
+        for _ in sess.steps(max_steps=3):
+            train(model, optimizer, X)
+    assert not caplog.text
+
+
 class TestWhatTrainsAndIsNotInTheState:
     def run(self, tmp_path, make, *, names=()):
         torch.manual_seed(1)

@@ -100,6 +100,7 @@ class TorchEngine(PeersEngine[Session]):
                 processes=self.peers.size,
                 holders=holders,
                 own=self._program.own,
+                attributes=self._program.attributes,
             )
 
         prepared = self.prepare_session(new_session, meets_every)

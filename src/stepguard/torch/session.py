@@ -14,6 +14,7 @@ from stepguard.steps.process_state import ProcessState
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
+from stepguard.torch.checkpoint.attributes import Attributes
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in
 from stepguard.torch.checkpoint.state import Component, with_numpys
 from stepguard.torch.data.feeds import feed_of
@@ -46,8 +47,9 @@ class Session(LoopSession):
         processes: int = 1,
         holders: Mapping[str, Any] | None = None,
         own: Sequence[Component] = (),
+        attributes: Attributes | None = None,
     ) -> None:
-        self._torch_state = _TorchProcessState(STREAMS, processes, own)
+        self._torch_state = _TorchProcessState(STREAMS, processes, own, attributes or Attributes(()))
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
         holders = holders or {}
         self._torch_state.watch_gradients(_optimizers(holders), lambda: self.boundary.steps)
@@ -82,8 +84,15 @@ class Session(LoopSession):
 class _TorchProcessState(ProcessState):
     """Adds the gradients that the next step needs; each of several processes has its own."""
 
-    def __init__(self, streams: RandomStreams, processes: int, own: Sequence[Component]) -> None:
+    def __init__(
+        self, streams: RandomStreams, processes: int, own: Sequence[Component], attributes: Attributes
+    ) -> None:
         super().__init__(streams, processes)
+        self._attributes = attributes
+        # Whether all that the earlier run had changed in attributes was compared, and after which step that was last.
+        self._is_settled = True
+        self._compared_after = 0
+        self._steps_done: Callable[[], int] = lambda: 0
         self._own = own
         self._gradients: dict[str, Gradients] = {}
         self._restored_gradients: Mapping[str, Any] = {}
@@ -95,6 +104,7 @@ class _TorchProcessState(ProcessState):
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
+        self._steps_done = steps_done
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
     def watch_others(
@@ -105,13 +115,22 @@ class _TorchProcessState(ProcessState):
         self._unnamed = Unnamed(holders, steps_done, is_in_step)
 
     def begin_step(self) -> None:
+        if not self._is_settled:
+            self._compare_attributes()
         if self._iterators.is_needed:
             self._iterators.begin_step()
         super().begin_step()
 
+    def _compare_attributes(self) -> None:
+        steps_done = self._steps_done()
+        # A loop may begin a step for which there is no batch.
+        if steps_done > self._compared_after:
+            self._compared_after = steps_done
+            self._is_settled = self._attributes.settle()
+
     def saved_generators(self) -> list[Any]:
         held = [one for loader in self.loaders for one in Inside(loader).generators]
-        return [*reached(self._holders.values()), *held]
+        return [*reached(self._holders.values()), *held, *self._attributes.generators]
 
     def has_trained(self) -> bool:
         """Whether an optimizer was called in the running step, or gradients came, as far as can be known."""
@@ -131,6 +150,7 @@ class _TorchProcessState(ProcessState):
         gradients = {name: found for name, found in needed.items() if found}
         others = [] if self._unnamed is None else self._unnamed.gradients()
         gradients |= needed_besides(self._modules(), self._gradients.values(), others)
+        drawn = self._attributes.drawn()
         unnamed = [] if self._unnamed is None else self._unnamed.changed()
         own = {one.name: one.state() for one in self._own}
         return {
@@ -138,6 +158,7 @@ class _TorchProcessState(ProcessState):
             "iterators": self._iterators.advanced(),
             **({"gradients": gradients} if gradients else {}),
             **({"own": own, "built": {one.name: one.built() for one in self._own}} if own else {}),
+            **({"generators": drawn} if drawn else {}),
             **({"unnamed": unnamed} if unnamed else {}),
         }
 
@@ -147,6 +168,8 @@ class _TorchProcessState(ProcessState):
         self.restore_own(state)
         if self._unnamed is not None:
             self._unnamed.expect(state.get("unnamed", ()))
+        self._attributes.restore_generators(state.get("generators", {}))
+        self._is_settled, self._compared_after = False, self._steps_done()
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()
 
@@ -180,6 +203,8 @@ class _TorchProcessState(ProcessState):
 
     def close(self) -> None:
         super().close()
+        if not self._is_settled:
+            self._is_settled = self._attributes.settle(is_last=True)
         for one in self._gradients.values():
             one.close()
         if self._unnamed is not None:

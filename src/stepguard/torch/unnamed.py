@@ -201,8 +201,11 @@ def _keeps(state: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a scheduler has left its mark. `ReduceLROnPlateau` leaves none."""
-    return any("initial_lr" in group for group in optimizer.param_groups)
+    """Whether a scheduler has left its mark, which is not `initial_lr`: programs set that themselves.
+
+    `ReduceLROnPlateau` leaves none.
+    """
+    return hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
 
 
 def _scaler_around() -> Any:

@@ -7,23 +7,32 @@ that no file can hold. A restart names those that had changed.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import itertools
+import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from stepguard.torch.checkpoint.names import Names
-from stepguard.torch.checkpoint.state import Component
+from stepguard.torch.checkpoint.state import Component, is_generator, is_numpy_scalar
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
-# Names of PyTorch's own, such as the step count of an optimizer.
+# Names of PyTorch's own, such as the step count of an optimizer, unless the program's class has them too.
 _INTERNAL = "_"
+_LIBRARIES = {"torch", "builtins", "typing", "abc"}
 _MOST_MEMBERS = 1000
+_MOST_NUMBERS = 100
+_MOST_ELEMENTS = 1 << 18
+_STEPS_SEEN = 2
 
 
 class Attributes:
@@ -31,11 +40,21 @@ class Attributes:
 
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = [one for one in components if isinstance(one.holder, (nn.Module, torch.optim.Optimizer))]
-        self._plain_as_built, self._tensors_as_built = self._look()
+        self._set_by: dict[type, frozenset[str]] = {}
+        self._plain_as_built, tensors = self._look()
+        self._tensors_as_built = {key: _versions(one) for key, one in tensors.items()}
+        in_state = {id(one.holder) for one in components}
+        generators = {id(one.holder): one for one in self._find_generators() if id(one.holder) not in in_state}
+        self._generators = [(one, _comparable(one.state())) for one in generators.values()]
+        # Of the run that is resumed, as long as they differ: what it had changed, and the tensors.
+        self._expected: dict[str, Any] = {}
+        self._expected_tensors: dict[str, Any] = {}
+        self._steps_seen = 0
 
     def notes(self) -> dict[str, Any]:
         """The plain ones that have changed since the program was built, with both values; and the names of tensors."""
         plain, tensors = self._look()
+        found = {key: one for key, one in tensors.items() if one and self._tensors_as_built.get(key) != _versions(one)}
         return {
             "changed": {
                 key: [self._plain_as_built.get(key), value]
@@ -43,45 +62,102 @@ class Attributes:
                 # NaN is not equal to itself.
                 if repr(value) != repr(self._plain_as_built.get(key))
             },
-            "tensors": [key for key, versions in tensors.items() if self._tensors_as_built.get(key) != versions],
+            "tensors": list(found),
+            "contents": {key: digest for key, one in found.items() if (digest := _digest(one)) is not None},
         }
 
-    def warn_of(self, notes: Mapping[str, Any]) -> None:
-        """Warn of what the run that is resumed had changed, where this program has not the same now."""
+    @property
+    def generators(self) -> list[Any]:
+        """The generators of random numbers that modules and optimizers hold."""
+        return [one.holder for one, _ in self._generators]
+
+    def drawn(self) -> dict[str, Any]:
+        """The states of those that were drawn from, by their places."""
+        states = {one.name: (one.state(), built) for one, built in self._generators}
+        return {name: state for name, (state, built) in states.items() if _comparable(state) != built}
+
+    def restore_generators(self, drawn: Mapping[str, Any]) -> None:
+        """Go on with them as the run that is resumed."""
+        for one, _ in self._generators:
+            if one.name in drawn:
+                one.load(drawn[one.name])
+
+    def expect(self, notes: Mapping[str, Any]) -> None:
+        """Look, from now on, for what the run that is resumed had changed, and this program has not the same."""
         plain, _ = self._look()
-        changed = [
-            f"{key} ({value!r:.40} there, {plain.get(key)!r:.40} here)"
-            for key, (_, value) in notes.get("changed", {}).items()
-            if repr(plain.get(key)) != repr(value)
+        changed = {key: value for key, (_, value) in notes.get("changed", {}).items()}
+        self._expected = {key: value for key, value in changed.items() if repr(plain.get(key)) != repr(value)}
+        contents = notes.get("contents", {})
+        self._expected_tensors = {key: contents.get(key) for key in notes.get("tensors", ())}
+        self._steps_seen = 0
+
+    def settle(self, *, is_last: bool = False) -> bool:
+        """Warn of what differs after a first step, or a second one. Return whether there is nothing left to look at.
+
+        Until then the program may set it again in its loop, or make a cache anew. Two steps, because one may turn over
+        a flag. ``is_last`` says that no step will follow.
+        """
+        plain, tensors = self._look()
+        changed = {key: plain.get(key) for key, value in self._expected.items() if repr(plain.get(key)) != repr(value)}
+        differ = [
+            key
+            for key, content in self._expected_tensors.items()
+            # An empty list: the step has computed it anew.
+            if key not in tensors or (tensors[key] and (content is None or _digest(tensors[key]) != content))
         ]
-        tensors = notes.get("tensors", [])
-        if changed or tensors:
+        if changed or differ:
+            there = [f"{key} ({self._expected[key]!r:.40} there, {here!r:.40} here)" for key, here in changed.items()]
             _log.warning(
                 "the run had changed what no state_dict has, and it begins as the program makes it: %s. If a step "
                 "depends on the step before through it, register tensors as buffers, and keep the rest in "
                 "stepguard.torch.Values; what is computed anew when it is needed does no harm",
-                listed([*changed, *tensors]),
+                listed([*there, *differ]),
             )
+        for key in changed:
+            del self._expected[key]
+        for key in differ:
+            del self._expected_tensors[key]
+        self._steps_seen += 1
+        return is_last or self._steps_seen == _STEPS_SEEN or not (self._expected or self._expected_tensors)
 
-    def _look(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-        """The plain attributes, and the identities and versions of tensors."""
+    def _look(self) -> tuple[dict[str, Any], dict[str, list[torch.Tensor]]]:
+        """The plain attributes, and the tensors; none for a parameter, or for results of a step."""
         plain: dict[str, Any] = {}
-        tensors: dict[str, list[Any]] = {}
+        tensors: dict[str, list[torch.Tensor]] = {}
         for path, root, one in self._objects():
             apart = getattr(one, "_non_persistent_buffers_set", ())
             buffers = {name: one._buffers.get(name) for name in apart}
             for name, value in [*vars(one).items(), *buffers.items()]:
-                if type(value) in _PLAIN:
-                    if name == _MODE:
-                        # A program switches whole models to and fro; what stays is a module in another mode than those.
-                        plain[f"{path}.{name}"] = value == root.training
-                    elif not name.startswith(_INTERNAL):
-                        plain[f"{path}.{name}"] = value
-                elif not name.startswith(_INTERNAL) and name != "state":
-                    found = _kept_tensors(value)
-                    if found:
-                        tensors[f"{path}.{name}"] = [(id(part), _version(part)) for part in found]
+                if name.startswith(_INTERNAL) and name not in self._names_set_by(type(one)):
+                    continue
+                found = _as_plain(value)
+                if found is not None:
+                    # A program switches whole models to and fro; what stays is a module in another mode than those.
+                    plain[f"{path}.{name}"] = value == root.training if name == _MODE else found.value
+                elif name != "state":
+                    held = _held_tensors(value)
+                    # No look at the contents on a device, which would wait for it.
+                    if held and not (name.startswith(_INTERNAL) and held[0].is_cuda):
+                        tensors[f"{path}.{name}"] = [] if any(map(_is_result, held)) else held
         return plain, tensors
+
+    def _names_set_by(self, kind: type) -> frozenset[str]:
+        """The names in the methods of the program's classes; PyTorch gives each object private attributes too."""
+        found = self._set_by.get(kind)
+        if found is None:
+            bases = [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in _LIBRARIES]
+            members = [one for base in bases for one in vars(base).values()]
+            methods = (inspect.unwrap(one) for one in members if isinstance(one, types.FunctionType))
+            names = (one.__code__.co_names for one in methods if isinstance(one, types.FunctionType))
+            found = self._set_by[kind] = frozenset(itertools.chain.from_iterable(names))
+        return found
+
+    def _find_generators(self) -> Iterator[Component]:
+        for path, _, one in self._objects():
+            for name, value in vars(one).items():
+                # The global one has its place in the random states.
+                if is_generator(value) and value is not torch.default_generator:
+                    yield Component(f"{path}.{name}", value)
 
     def _objects(self) -> Iterator[tuple[str, Any, Any]]:
         for part in self._components:
@@ -94,13 +170,57 @@ class Attributes:
                 yield part.name, part.holder, part.holder
 
 
-def _kept_tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in an attribute; none if one is a parameter, or part of a graph, as the result of a step is."""
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    value: Any
+
+
+def _as_plain(value: Any) -> _Plain | None:
+    """A number or text, or a few of them, as a value that nothing changes; ``None`` for anything else."""
+    if type(value) in _PLAIN:
+        return _Plain(value)
+    if type(value) in (list, tuple) and len(value) <= _MOST_NUMBERS and value:
+        parts = [_as_plain(one) if not isinstance(one, (list, tuple)) else None for one in value]
+        return None if None in parts else _Plain([one.value for one in parts if one is not None])
+    if is_numpy_scalar(value) or (type(value).__name__ == "ndarray" and value.size <= _MOST_NUMBERS):
+        return _Plain(value.tolist()) if value.dtype.kind in "biuf" else None
+    return None
+
+
+def _comparable(state: dict[str, Any]) -> Any:
+    """The state of a generator, as something to compare."""
+    return {key: part.tolist() if isinstance(part, torch.Tensor) else part for key, part in state.items()}
+
+
+def _held_tensors(value: Any) -> list[torch.Tensor]:
     members = value if isinstance(value, (list, tuple)) and len(value) <= _MOST_MEMBERS else [value]
-    found = [one for one in members if isinstance(one, torch.Tensor)]
-    if any(one.grad_fn is not None or (one.is_leaf and one.requires_grad) for one in found):
-        return []
-    return found
+    return [one for one in members if isinstance(one, torch.Tensor)]
+
+
+def _is_result(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is part of a graph, as the result of a step is; or a parameter."""
+    return tensor.grad_fn is not None or (tensor.is_leaf and tensor.requires_grad)
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[Any]:
+    return [(id(one), _version(one)) for one in tensors]
+
+
+def _digest(tensors: list[torch.Tensor]) -> str | None:
+    """A digest of the contents of small tensors on the CPU; ``None`` of others."""
+    if sum(one.numel() for one in tensors) > _MOST_ELEMENTS or not all(map(_is_readable, tensors)):
+        return None
+    found = hashlib.blake2b(digest_size=16)
+    for one in tensors:
+        found.update(f"{one.dtype} {tuple(one.shape)}".encode())
+        plain = one.detach().resolve_conj().resolve_neg()
+        found.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and tensor.device.type == "cpu" and not tensor.is_quantized and tensor.numel() > 0
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -23,7 +23,14 @@ ADDED: dict[str, Form] = {
             "settings": Each(_BY_NAME, (str,)),
             "frozen as built": _TEXTS,
             "built": Each(_TEXTS, (str,)),
-            "attributes": Fields({}, {"changed": Each(Each((object,), length=2), (str,)), "tensors": _TEXTS}),
+            "attributes": Fields(
+                {},
+                {
+                    "changed": Each(Each((object,), length=2), (str,)),
+                    "tensors": _TEXTS,
+                    "contents": Each((str,), (str,)),
+                },
+            ),
         },
     ),
     "iterators": Each(Fields({"data": (str,), "batches": Count(), "is_ahead": (bool,)})),
@@ -32,6 +39,7 @@ ADDED: dict[str, Form] = {
     "unnamed": Each(Fields({"number": Count(), "began": Each((object,), (str,)), "now": Each((object,), (str,))})),
     "built": Each(_TEXTS, (str,)),
     "numpys": Each((str,), (str,)),
+    "generators": Each(_BY_NAME, (str,)),
     "gradients": Each(Each((object,), Count()), (str,)),
 }
 

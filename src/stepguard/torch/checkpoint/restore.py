@@ -98,13 +98,14 @@ class Restorer:
             fitting.load(part, states.pop(part.name))
         fitting.note_winners()
         if rank == 0:
-            self._program.attributes.warn_of(fitting.notes.get("attributes", {}))
+            self._program.attributes.expect(fitting.notes.get("attributes", {}))
             fitting.report(path)
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
             process.pop("own", None)
             process.pop("place", None)
+            process.pop("generators", None)
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
 

@@ -137,7 +137,7 @@ class Component:
     @property
     def is_stream(self) -> bool:
         """Whether the object is a random number generator."""
-        return isinstance(self.holder, (torch.Generator, random.Random)) or is_numpy_generator(self.holder)
+        return is_generator(self.holder)
 
     def forget_gradients(self) -> None:
         """Drop accumulated gradients: their step is not done any more, and they may have been the fault."""
@@ -296,7 +296,7 @@ def _addresses(state: Any) -> Iterator[int]:
 
 
 def _is_saveable(holder: Any) -> bool:
-    if isinstance(holder, (torch.Generator, random.Random)) or is_numpy_generator(holder):
+    if is_generator(holder):
         return True
     return callable(getattr(holder, "state_dict", None)) and callable(getattr(holder, "load_state_dict", None))
 
@@ -307,6 +307,11 @@ def _gathers_state(holder: Any) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return any(isinstance(module, FullyShardedDataParallel) for module in holder.modules())
+
+
+def is_generator(holder: Any) -> bool:
+    """Whether the object is a random number generator."""
+    return isinstance(holder, (torch.Generator, random.Random)) or is_numpy_generator(holder)
 
 
 def is_numpy_generator(holder: Any) -> bool:
