@@ -241,6 +241,16 @@ class TestAttributesOfOtherKinds:
         assert not caplog.text
 
 
+def test_a_generator_of_the_system_or_of_another_kind_ends_no_run(tmp_path, caplog):
+    for make in (lambda: random.Random(1), lambda: torch.Generator().manual_seed(1)):
+        model = torch.nn.Linear(1, 1)
+        model.noise, model.secret = make(), random.SystemRandom()
+        with session({"model": model}, tmp_path) as sess:
+            for _ in sess.steps(max_steps=1):
+                model.noise.random()
+    assert "model.noise: the generator begins as the program makes it" in caplog.text
+
+
 def test_a_rate_that_the_program_sets_from_one_of_its_own_is_no_schedule(tmp_path, caplog):
     model = torch.nn.Linear(1, 1)
     optimizer = adam(model)

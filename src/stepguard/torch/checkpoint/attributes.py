@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import random
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepguard.errors import described
 from stepguard.torch.checkpoint.names import Names
-from stepguard.torch.checkpoint.state import Component, is_generator, is_numpy_scalar
+from stepguard.torch.checkpoint.state import Component, check_saveable, is_generator, is_numpy_scalar
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -79,8 +81,12 @@ class Attributes:
     def restore_generators(self, drawn: Mapping[str, Any]) -> None:
         """Go on with them as the run that is resumed."""
         for one, _ in self._generators:
-            if one.name in drawn:
+            if one.name not in drawn:
+                continue
+            try:
                 one.load(drawn[one.name])
+            except Exception as error:  # noqa: BLE001 - the program may have a generator of another kind there
+                _log.warning("%s: the generator begins as the program makes it, because %s", one.name, described(error))
 
     def expect(self, notes: Mapping[str, Any]) -> None:
         """Look, from now on, for what the run that is resumed had changed, and this program has not the same."""
@@ -145,7 +151,7 @@ class Attributes:
         """The names in the methods of the program's classes; PyTorch gives each object private attributes too."""
         found = self._set_by.get(kind)
         if found is None:
-            bases = [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in _LIBRARIES]
+            bases = [one for one in kind.__mro__ if str(one.__module__).partition(".")[0] not in _LIBRARIES]
             members = [one for base in bases for one in vars(base).values()]
             methods = (inspect.unwrap(one) for one in members if isinstance(one, types.FunctionType))
             names = (one.__code__.co_names for one in methods if isinstance(one, types.FunctionType))
@@ -155,9 +161,11 @@ class Attributes:
     def _find_generators(self) -> Iterator[Component]:
         for path, _, one in self._objects():
             for name, value in vars(one).items():
-                # The global one has its place in the random states.
-                if is_generator(value) and value is not torch.default_generator:
-                    yield Component(f"{path}.{name}", value)
+                # The global ones have their place in the random states.
+                if is_generator(value) and value is not torch.default_generator and value is not random._inst:
+                    found = Component(f"{path}.{name}", value)
+                    if _has_state(found):
+                        yield found
 
     def _objects(self) -> Iterator[tuple[str, Any, Any]]:
         for part in self._components:
@@ -179,12 +187,21 @@ def _as_plain(value: Any) -> _Plain | None:
     """A number or text, or a few of them, as a value that nothing changes; ``None`` for anything else."""
     if type(value) in _PLAIN:
         return _Plain(value)
-    if type(value) in (list, tuple) and len(value) <= _MOST_NUMBERS and value:
+    if type(value) in (list, tuple) and len(value) <= _MOST_NUMBERS:
         parts = [_as_plain(one) if not isinstance(one, (list, tuple)) else None for one in value]
         return None if None in parts else _Plain([one.value for one in parts if one is not None])
     if is_numpy_scalar(value) or (type(value).__name__ == "ndarray" and value.size <= _MOST_NUMBERS):
         return _Plain(value.tolist()) if value.dtype.kind in "biuf" else None
     return None
+
+
+def _has_state(generator: Component) -> bool:
+    """Whether the state of a generator can be read and saved: that of the system has none."""
+    try:
+        check_saveable(generator.name, generator.state())
+    except Exception:  # noqa: BLE001 - the program's own class
+        return False
+    return True
 
 
 def _comparable(state: dict[str, Any]) -> Any:

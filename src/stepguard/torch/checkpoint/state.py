@@ -310,8 +310,10 @@ def _gathers_state(holder: Any) -> bool:
 
 
 def is_generator(holder: Any) -> bool:
-    """Whether the object is a random number generator."""
-    return isinstance(holder, (torch.Generator, random.Random)) or is_numpy_generator(holder)
+    """Whether the object is a random number generator. Its type decides: some objects run code if asked for it."""
+    numpy = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random, *(() if numpy is None else (numpy.random.Generator,)))
+    return issubclass(type(holder), kinds)
 
 
 def is_numpy_generator(holder: Any) -> bool:
