@@ -535,6 +535,12 @@ def test_a_buffer_that_the_first_batch_makes_is_restored(tmp_path):
     assert model[0].mean.tolist() == [2, 2]
 
 
+def test_a_buffer_that_only_the_checkpoint_has_is_refused(tmp_path):
+    train({"model": nn.BatchNorm1d(3)}, tmp_path, 1)
+    with pytest.raises(CheckpointMismatchError, match=r"model\.running_mean"):
+        train({"model": nn.BatchNorm1d(3, track_running_stats=False)}, tmp_path, 2)
+
+
 def test_a_module_of_inference_mode_is_restored(tmp_path):
     for _ in range(2):
         with torch.inference_mode():

@@ -43,8 +43,8 @@ def mismatch(
 ) -> Mismatch:
     """The reasons why ``saved`` cannot be loaded into the object, without the names for which ``is_left_out`` is true.
 
-    ``built`` are the places of the tensors that the run had not replaced, as a program may replace those in values by
-    larger ones. The parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
+    ``built`` is what :meth:`Component.built` had returned then: a run may replace tensors in values by larger ones. The
+    parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
     """
     found = Mismatch()
     name, holder, live = component.name, component.holder, component.state()
@@ -52,9 +52,9 @@ def mismatch(
         expected = f"the state of a {type(holder).__name__}" if live or not isinstance(live, Mapping) else "nothing"
         found.reshaped[name] = (expected, _described(saved))
     elif isinstance(holder, nn.Module):
-        _compare_modules(
-            name, holder, live, saved, lambda key: key in component.unfilled or is_left_out(f"{name}.{key}"), found
-        )
+        # Buffers that both programs build as `None` are there or not, as the first batch has made them.
+        unfilled = component.unfilled.keys() & set(built or ())
+        _compare_modules(name, holder, live, saved, lambda key: key in unfilled or is_left_out(f"{name}.{key}"), found)
     elif isinstance(holder, Values) and built is not None:
         for place, tensor in tensors_in(live):
             if repr(place) in built:

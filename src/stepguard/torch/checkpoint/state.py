@@ -105,8 +105,11 @@ class Component:
                 module._buffers[name] = torch.empty_like(wanted, device=beside.device)
 
     def built(self) -> list[str]:
-        """The places of the tensors with which the program has built these values, as far as they are still there."""
-        return [] if self._built is None else self._built.places(self.holder.state_dict())
+        """The places of the tensors with which the program has built these values, as far as they are still there.
+
+        Of a module, the names of the buffers that it has built as ``None``.
+        """
+        return [*self.unfilled] if self._built is None else self._built.places(self.holder.state_dict())
 
     def put_since(self) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
         """The tensors in these values that are not those with which the program has built them, by their places."""
