@@ -290,3 +290,13 @@ def test_a_loop_that_is_not_of_the_session_is_told_of_at_its_end(is_in_steps, tm
         for x in sess.steps(max_steps=3) if is_in_steps else range(3):
             run.train(sess, INPUTS[x : x + 1])
     assert ("ends at step 0, where it began, and the program has trained in it" in caplog.text) != is_in_steps
+
+
+def test_any_seed_of_the_process_can_be_restored(tmp_path):
+    for end in (2, 4):
+        run = Program(tmp_path)
+        torch.manual_seed(2**64 - 1)  # a program that sets none may have this one
+        with run.sv.managed_session() as sess:
+            for (x,) in sess.steps(run.loader(), max_steps=end):
+                run.train(sess, x)
+    assert sess.global_step == 4

@@ -74,7 +74,7 @@ class MapFeed(Feed):
         # program has changed in it meanwhile.
         self._at_workers_start: dict[str, Any] | None = None
         self._has_counted = False
-        self._worker_seed = torch.initial_seed()
+        self._worker_seed = torch.initial_seed() % 2**63
         self._ordered = self._ordered_copy()
         self._skip = 0
         self._streams_before: dict[str, Any] | None = None
