@@ -41,6 +41,26 @@ def warnings_in(caplog) -> str:
     return "\n".join(one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING)
 
 
+class Decay:
+    def __init__(self, steps):
+        self.steps = steps
+
+    def factor(self, at):
+        return 1 - at / self.steps
+
+
+def decay_of(args):
+    if isinstance(args, dict):
+        return lambda at: 1 - at / args["steps"]
+    return lambda at: 1 - at / args.steps
+
+
+def decay_by_global(steps):
+    global STEPS
+    STEPS = steps
+    return lambda at: 1 - at / STEPS
+
+
 class Pair(nn.Module):
     """Two layers of the same shape, built in either order."""
 
@@ -360,6 +380,11 @@ class TestAnotherHyperparameter:
             (lambda optimizer, steps: schedulers.MultiStepLR(optimizer, [steps // 2, steps]), "milestones"),
             (lambda optimizer, steps: schedulers.OneCycleLR(optimizer, 0.1, total_steps=steps), "total_steps"),
             (lambda optimizer, steps: schedulers.LambdaLR(optimizer, lambda at: 1 - at / steps), "lr_lambdas"),
+            (lambda optimizer, steps: schedulers.LambdaLR(optimizer, lambda at, of=steps: 1 - at / of), "[0].of"),
+            (lambda optimizer, steps: schedulers.LambdaLR(optimizer, Decay(steps).factor), "[0].steps"),
+            (lambda optimizer, steps: schedulers.LambdaLR(optimizer, decay_of(Decay(steps))), "[0].args.steps"),
+            (lambda optimizer, steps: schedulers.LambdaLR(optimizer, decay_of({"steps": steps})), "[0].args.steps"),
+            (lambda optimizer, steps: schedulers.LambdaLR(optimizer, decay_by_global(steps)), "[0].STEPS"),
             (
                 lambda optimizer, steps: schedulers.SequentialLR(
                     optimizer,

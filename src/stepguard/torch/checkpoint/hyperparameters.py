@@ -127,14 +127,36 @@ def _as_plain(value: Any) -> Any:
 
 
 def _bound(function: Any) -> Iterator[tuple[str, Any]]:
+    """What a function uses beside its arguments: bound ones, defaults, its object, its closure, and globals."""
     if isinstance(function, functools.partial):
         yield from function.keywords.items()
         yield from ((f"argument {number}", value) for number, value in enumerate(function.args))
         function = function.func
+    if isinstance(function, types.MethodType):
+        yield from getattr(function.__self__, "__dict__", {}).items()
+        function = function.__func__
     if isinstance(function, types.FunctionType):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        code, defaults = function.__code__, function.__defaults__ or ()
+        positional = code.co_varnames[: code.co_argcount]
+        yield from zip(positional[len(positional) - len(defaults) :], defaults, strict=True)
+        yield from (function.__kwdefaults__ or {}).items()
+        variables = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # The variable has no value yet.
-                yield name, cell.cell_contents
+                variables[name] = cell.cell_contents
+        for name, value in variables.items():
+            yield name, value
+            yield from ((f"{name}.{key}", part) for key, part in _named_in(code, value))
+
+
+def _named_in(code: types.CodeType, value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes or items of a configuration that a function names, as ``args.warmup`` or ``config["warmup"]``."""
+    if type(value) is dict:
+        yield from ((key, part) for key, part in value.items() if isinstance(key, str) and key in code.co_consts)
+    elif not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        held = getattr(value, "__dict__", None)
+        if type(held) is dict:
+            yield from ((key, part) for key, part in held.items() if key in code.co_names)
 
 
 def _shown(place: Place) -> str:
