@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 
 import pytest
 import torch
 from loop_programs import SOON_SECS, Killed
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 from stepguard.options import Restoring, Saving
 from stepguard.torch import Supervisor, Values
@@ -300,3 +301,86 @@ def test_any_seed_of_the_process_can_be_restored(tmp_path):
             for (x,) in sess.steps(run.loader(), max_steps=end):
                 run.train(sess, x)
     assert sess.global_step == 4
+
+
+class Levels(Dataset):
+    def __init__(self):
+        self.level = 0
+
+    def __len__(self):
+        return len(INPUTS)
+
+    def __getitem__(self, index):
+        return (INPUTS[index] * (1 + self.level),)
+
+
+class LevelsInOrder(IterableDataset):
+    def __init__(self):
+        self.data = Levels()
+
+    def __iter__(self):
+        return (self.data[index] for index in range(len(INPUTS)))
+
+
+def seeds():
+    generator = torch.Generator()
+    return DataLoader(TensorDataset(INPUTS), 4, shuffle=True, generator=generator), generator.manual_seed
+
+
+def weights_of_a_sampler():
+    sampler = WeightedRandomSampler(torch.ones(len(INPUTS)), len(INPUTS))
+
+    def set_up(epoch):
+        sampler.weights = torch.arange(1, len(INPUTS) + 1).double() ** epoch
+
+    return DataLoader(TensorDataset(INPUTS), 4, sampler=sampler), set_up
+
+
+def levels(workers=0):
+    data = Levels()
+    return DataLoader(data, 4, shuffle=True, num_workers=workers), lambda epoch: setattr(data, "level", epoch)
+
+
+def levels_of_a_stream():
+    stream = LevelsInOrder()
+    return DataLoader(stream, 4), lambda epoch: setattr(stream.data, "level", epoch)
+
+
+def levels_of_two():
+    (one, set_up), (other, _) = levels(), seeds()
+    return {"one": one, "other": other}, set_up
+
+
+def indices():
+    part = Subset(TensorDataset(INPUTS), list(range(4 * BATCHES)))
+
+    def set_up(epoch):
+        part.indices = random.Random(epoch).sample(range(len(INPUTS)), len(INPUTS))
+
+    return DataLoader(part, 4, shuffle=True), set_up
+
+
+SET_UPS = [seeds, weights_of_a_sampler, levels, partial(levels, workers=1), levels_of_a_stream, levels_of_two, indices]
+
+
+@pytest.mark.parametrize("make", SET_UPS, ids=lambda one: getattr(one, "__name__", "levels in a worker"))
+def test_what_the_program_sets_in_its_data_for_an_epoch_is_not_replaced(make, tmp_path):
+    def program(run, sess):
+        loader, set_up = make()
+        for epoch in sess.epochs(5):
+            set_up(epoch)
+            for batch in sess.steps(loader):
+                (x,) = batch["one"] if isinstance(batch, dict) else batch
+                run.train(sess, x)
+            run.passes(sess)
+
+    whole = outcome(program, None)
+    # The first set-up between two epochs is that of the second.
+    for epochs in (2, 3):
+        logdir = tmp_path / str(epochs)
+        with pytest.raises(Killed):
+            outcome(program, logdir, epochs * BATCHES, at_end=True)
+        assert outcome(program, logdir) == whole
+    with pytest.raises(Killed):
+        outcome(program, tmp_path / "inside", 2 * BATCHES + 1)
+    assert outcome(program, tmp_path / "inside") == whole

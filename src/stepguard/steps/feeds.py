@@ -127,6 +127,9 @@ class Feed(ABC):
         """Begin with the number of an epoch, at its first batch."""
         self.epoch = epoch
 
+    def begin_body(self) -> None:  # noqa: B027 - most feeds keep nothing that a program sets
+        """Called when the body of an epoch begins, before the program gives the loader to ``steps``."""
+
     def consumed(self) -> None:
         """The step with the batches handed out so far is done."""
         self.batches = self._given

@@ -51,6 +51,11 @@ class GroupFeed(Feed):
         for part in self._parts.values():
             part.begin_at(epoch)
 
+    def begin_body(self) -> None:
+        """Called when the body of an epoch begins."""
+        for part in self._parts.values():
+            part.begin_body()
+
     def consumed(self) -> None:
         """The step with the batches handed out so far is done."""
         super().consumed()

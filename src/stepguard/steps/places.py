@@ -100,6 +100,8 @@ class Places:
     def begin_body(self, epoch: int) -> None:
         """Begin the body of an epoch of ``sess.epochs``."""
         self._body, self._in_body = epoch, []
+        for feed in self.feeds:
+            feed.begin_body()
 
     def end_body(self) -> None:
         """End the body."""

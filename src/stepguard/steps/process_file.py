@@ -37,6 +37,7 @@ _MORE: dict[str, schema.Form] = {
     "samples": Count(),
     "last": (str, NoneType),
     "made": Each((str,), (str,)),
+    "set before": _TEXTS,
     "order": (dict, NoneType),
     "streams": (dict, NoneType),
     "contents": Each((object,), (str,)),

@@ -57,6 +57,12 @@ class Counts:
         more = self._more()
         return {_NOT_SAVED: [sorted(changed), more]} if changed and more else changed
 
+    def values(self) -> dict[str, Any]:
+        """All values, by the number of their object and their name."""
+        return {
+            f"{number}.{name}": value for number, one in enumerate(self._objects) for name, value in _plain(one).items()
+        }
+
     def _more(self) -> list[str]:
         """The attributes that are no numbers, and have another size or type than at the start."""
         return [

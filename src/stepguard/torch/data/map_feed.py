@@ -29,6 +29,7 @@ from stepguard.torch.data import generators
 from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
 from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
 from stepguard.torch.data.inside import Inside, warn_of_new_generators
+from stepguard.torch.data.set_before import SetBefore
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -66,6 +67,7 @@ class MapFeed(Feed):
         known = {id(one) for one in of_data}
         others = [one for one in self._inside.generators if id(one) not in known]
         self._item_generators: list[Any] = [self._item_counts, *of_data, *(() if loader.num_workers else others)]
+        self._set_before = SetBefore([*self._item_generators, *self._generators, self._contents])
         self._items_before: Sequence[Any] = ()
         # What feeds of this restart have put back, and where the generators were before the order is drawn again.
         self._put_back = generators.known_as_put_back()
@@ -144,6 +146,7 @@ class MapFeed(Feed):
         is_ahead = self._iterator is None and self.batches
         position["contents"] = self._contents_before if is_ahead else self._contents.state()
         position["made"] = self._marks
+        position["set before"] = self._set_before.saved()
         if self._at_workers_start is not None:
             position["workers"] = self._at_workers_start
         if self.loader.num_workers:
@@ -163,10 +166,16 @@ class MapFeed(Feed):
         # Before anything is compared: the length of a data set may depend on the epoch, and on its contents.
         self._inside.set_epoch(position["epoch"])
         self._contents_before = position.get("contents", {})
-        with taking(f"the contents of {shown(self.loader)}"):
-            self._contents.put(self._contents_before)
-        if not position["batches"]:
-            generators.put_back(self._pairs(self._items_in(position), position.get("generators")), self._put_back)
+        self._set_before.restore(position.get("set before", ()))
+        if position["batches"]:
+            with taking(f"the contents of {shown(self.loader)}"):
+                self._contents.put(self._contents_before)
+        else:
+            held = self._pairs(self._items_in(position), position.get("generators"))
+            # Among them the contents, each time: what the checkpoint has of them is of this loader alone.
+            for _, contents in self._set_before.without([(self._contents, self._contents_before)]):
+                generators.restore([self._contents], [contents])
+            generators.put_back(self._set_before.without(held), self._put_back)
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
         warn_of_new_generators(shown(self.loader), position)
@@ -248,7 +257,12 @@ class MapFeed(Feed):
         super().close()
         self._ordered._iterator = None
 
+    def begin_body(self) -> None:
+        """Look at the data before the program sets up an epoch."""
+        self._set_before.begin_body()
+
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        self._set_before.begin_epoch()
         self._inside.set_epoch(self.epoch)
         self._skip = skip
         self._drawn.clear()

@@ -80,6 +80,7 @@ class TorchStatefulFeed(StreamFeed, StatefulFeed):
         return False
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        self._set_before.begin_epoch()
         if not skip:
             self._generators_before = self._states_inside()
         # Not as for a stream, which is read again from the states at the beginning of the epoch.

@@ -19,6 +19,7 @@ from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
 from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
+from stepguard.torch.data.set_before import SetBefore
 from stepguard.torch.data.workers import InitWorker, SeededStream
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -39,6 +40,7 @@ class StreamFeed(IterableFeed):
         self._marks = self._contents.marks()
         kept = [Counts(data, may_keep_more=True), self._contents] if data else []
         self._held = [*self._inside.generators, *kept]
+        self._set_before = SetBefore(self._held)
         # The states of the generators inside at the beginning of the epoch.
         self._generators_before: Any = None
         self._put_back = generators.known_as_put_back()
@@ -58,18 +60,28 @@ class StreamFeed(IterableFeed):
             live = not self.batches
             position["generators"] = generators.states(self._held) if live else self._generators_before
         position["made"] = self._marks
+        position["set before"] = self._set_before.saved()
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
         # First, because a list of batches gets the order that it had.
         self._generators_before = position.get("generators")
+        self._set_before.restore(position.get("set before", ()))
         held = zip(self._held, self._generators_before or (), strict=False)
-        generators.put_back(held, {} if position["batches"] else self._put_back)
+        if position["batches"]:
+            generators.put_back(held, {})
+        else:
+            generators.put_back(self._set_before.without(held), self._put_back)
         super().resume(position, processes, is_checked=is_checked)
         warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
 
+    def begin_body(self) -> None:
+        """Look at the data before the program sets up an epoch."""
+        self._set_before.begin_body()
+
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
+        self._set_before.begin_epoch()
         if skip and self._generators_before is not None:
             generators.restore(self._held, self._generators_before)
         elif self._held:
