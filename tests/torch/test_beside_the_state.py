@@ -151,8 +151,6 @@ class TestAttributesOfOtherKinds:
         ("change", "said"),
         [
             (Changing.halve, "model._rate (0.25 there, 1.0 here)"),
-            (Changing.keep, "model._kept."),
-            (lambda module: setattr(module, "pair", (module.pair[0] / 2, "b")), "model.pair ([0.25, 'b'] there"),
             (halve_first, "model.numbers ([0.25] there, [1.0] here)"),
             (scale, "model.array ([0.25] there, [1.0] here)"),
             (lambda module: setattr(module, "number", module.number / 2), "model.number (0.25 there, 1.0 here)"),
@@ -165,6 +163,24 @@ class TestAttributesOfOtherKinds:
                 for _ in sess.steps(max_steps=2):
                     model(X)
         assert said in caplog.text
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            Changing.keep,
+            lambda module: setattr(module, "_kept", torch.rand(2)),
+            lambda module: setattr(module, "pair", (random.random(), "b")),
+            lambda module: setattr(module, "numbers", [random.random()]),
+            lambda module: setattr(module, "array", np.random.rand(2)),
+        ],
+    )
+    def test_that_each_step_puts_anew_are_not_named(self, change, tmp_path, caplog):
+        for _ in range(2):
+            model = Changing(change)
+            with session({"model": model}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=sess.global_step + 2):
+                    model(X)
+        assert "no state_dict has" not in caplog.text
 
     def test_of_pytorch_itself_are_not(self, tmp_path, caplog):
         for end in (2, 4):

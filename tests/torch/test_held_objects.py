@@ -251,3 +251,14 @@ def test_numbers_of_numpy_come_back_as_what_they_were(per_process, tmp_path):
         assert {type(value) for value in values.long} == {np.float32}
         assert [type(value) for value in values.nested["pair"]] == [np.float64, float]
     torch.load(next(tmp_path.glob("*.ckpt-1")) / "process-0.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("restoring", [Restoring(only=("best",)), Restoring(leave_out=("model.*",))])
+def test_values_that_are_a_models_own_leave_it_alone_where_it_is_left_out(restoring, tmp_path):
+    for weight, options in ((1.0, {}), (5.0, {"restoring": restoring})):
+        model = nn.Linear(1, 1)
+        nn.init.constant_(model.weight, weight)
+        with session({"model": model, "best": Values(best=model.state_dict())}, tmp_path, **options) as sess:
+            assert model.weight.item() == weight
+            for _ in sess.steps(max_steps=sess.global_step + 1):
+                model(X)

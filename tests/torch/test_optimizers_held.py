@@ -51,6 +51,15 @@ class Around(torch.optim.Optimizer):
         self.inner.load_state_dict(state)
 
 
+class AroundWithHooks(Around):
+    """Makes those of its base's attributes that a schedule asks for."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self._optimizer_step_pre_hooks = collections.OrderedDict()
+        self._optimizer_step_post_hooks = collections.OrderedDict()
+
+
 class Several(torch.optim.Optimizer):
     def __init__(self, *optimizers):
         self.optimizers = optimizers
@@ -104,10 +113,16 @@ def weights(model):
     "make",
     [
         lambda model: Around(adam(model)),
+        lambda model: AroundWithHooks(adam(model)),
         lambda model: Several(adam(model[0]), adam(model[1])),
         lambda model: torch.optim.Adam(model.parameters(), lr=np.float64(0.1)),
     ],
-    ids=["without the constructor of its base", "with a list as its state", "with a number of NumPy's"],
+    ids=[
+        "without the constructor of its base",
+        "with some of its hooks",
+        "with a list as its state",
+        "with a number of NumPy's",
+    ],
 )
 def test_an_optimizer_of_another_form_goes_on(make, tmp_path, caplog):
     def run(logdir, *ends):

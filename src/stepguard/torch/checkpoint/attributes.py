@@ -43,6 +43,9 @@ class Attributes:
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = [one for one in components if isinstance(one.holder, (nn.Module, torch.optim.Optimizer))]
         self._set_by: dict[type, frozenset[str]] = {}
+        # Lists, arrays and private tensors count if they are changed in place. A step that puts others in their place,
+        # as one that notes its last input or loss, has most often made these anew.
+        self._as_built = dict(self._changed_in_place())
         self._plain_as_built, tensors = self._look()
         self._tensors_as_built = {key: _versions(one) for key, one in tensors.items()}
         in_state = {id(one.holder) for one in components}
@@ -57,6 +60,12 @@ class Attributes:
         """The plain ones that have changed since the program was built, with both values; and the names of tensors."""
         plain, tensors = self._look()
         found = {key: one for key, one in tensors.items() if one and self._tensors_as_built.get(key) != _versions(one)}
+        left = _MOST_ELEMENTS
+        contents: dict[str, str] = {}
+        for key, one in found.items():
+            left -= sum(tensor.numel() for tensor in one)
+            if left >= 0 and (digest := _digest(one)) is not None:
+                contents[key] = digest
         return {
             "changed": {
                 key: [self._plain_as_built.get(key), value]
@@ -65,7 +74,7 @@ class Attributes:
                 if repr(value) != repr(self._plain_as_built.get(key))
             },
             "tensors": list(found),
-            "contents": {key: digest for key, one in found.items() if (digest := _digest(one)) is not None},
+            "contents": contents,
         }
 
     @property
@@ -134,7 +143,10 @@ class Attributes:
             apart = getattr(one, "_non_persistent_buffers_set", ())
             buffers = {name: one._buffers.get(name) for name in apart}
             for name, value in [*vars(one).items(), *buffers.items()]:
-                if name.startswith(_INTERNAL) and name not in self._names_set_by(type(one)):
+                is_private = name.startswith(_INTERNAL)
+                if is_private and name not in self._names_set_by(type(one)):
+                    continue
+                if _counts_in_place(value, is_private=is_private) and self._as_built.get(f"{path}.{name}") is not value:
                     continue
                 found = _as_plain(value)
                 if found is not None:
@@ -146,6 +158,12 @@ class Attributes:
                     if held and not (name.startswith(_INTERNAL) and held[0].is_cuda):
                         tensors[f"{path}.{name}"] = [] if any(map(_is_result, held)) else held
         return plain, tensors
+
+    def _changed_in_place(self) -> Iterator[tuple[str, Any]]:
+        for path, _, one in self._objects():
+            for name, value in vars(one).items():
+                if _counts_in_place(value, is_private=name.startswith(_INTERNAL)):
+                    yield f"{path}.{name}", value
 
     def _names_set_by(self, kind: type) -> frozenset[str]:
         """The names in the methods of the program's classes; PyTorch gives each object private attributes too."""
@@ -176,6 +194,12 @@ class Attributes:
                     yield f"{part.name}.{saved}" if saved else part.name, part.holder, one
             else:
                 yield part.name, part.holder, part.holder
+
+
+def _counts_in_place(value: Any, *, is_private: bool) -> bool:
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+        return True
+    return is_private and isinstance(value, torch.Tensor)
 
 
 @dataclass(frozen=True, slots=True)

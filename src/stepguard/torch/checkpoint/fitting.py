@@ -64,7 +64,11 @@ class Fitting:
         saved = self._as_program_has_it(part, saved)
         try:
             # A program in another type than the checkpoint has its moments in that type too.
-            part.load(saved, built=self.notes.get("built", {}).get(part.name, ()), keeps_types=not self.casts)
+            built = self.notes.get("built", {}).get(part.name, ())
+            is_partial = self.options.only is not None or self.options.leave_out
+            if is_partial and not isinstance(part.holder, nn.Module):
+                built = ()  # A tensor of these values may be one of a part that is left alone.
+            part.load(saved, built=built, keeps_types=not self.casts)
         except Exception as error:
             raise CheckpointMismatchError(
                 f"{part.name}: {type(part.holder).__name__}.load_state_dict has refused the state of the checkpoint, "

@@ -41,6 +41,8 @@ _OF_PARAMETER_SHAPE = {
 _OWN = ("param_groups", "state", "defaults")
 _MOST_MEMBERS = 1000
 _HELD_DEPTH = 2
+# What has no members to look at.
+_LEAVES = (bool, int, float, str, bytes, torch.Tensor, type(None))
 
 _FORM = Fields({"state": Each((object,), (object,)), "param_groups": Each(Fields({"params": Each((object,))}))})
 
@@ -199,19 +201,24 @@ def optimizers_in(name: str, holder: Any) -> dict[str, torch.optim.Optimizer]:
 def _members(one: Any) -> Iterable[tuple[Any, Any]]:
     kind = type(one)
     if issubclass(kind, (list, tuple)):
-        return enumerate(one[:_MOST_MEMBERS])
+        return [(number, part) for number, part in enumerate(one[:_MOST_MEMBERS]) if not isinstance(part, _LEAVES)]
     if issubclass(kind, torch.nn.Module):
         return ()
     held = one if issubclass(kind, dict) else getattr(one, "__dict__", None)
     if not isinstance(held, dict):
         return ()
     own = _OWN if issubclass(kind, torch.optim.Optimizer) else ()
-    return [(key, part) for key, part in itertools.islice(held.items(), _MOST_MEMBERS) if key not in own]
+    members = itertools.islice(held.items(), _MOST_MEMBERS)
+    return [(key, part) for key, part in members if not isinstance(part, _LEAVES) and key not in own]
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks can be registered: a class of the program may leave out the constructor of its base."""
     return "_optimizer_step_post_hooks" in getattr(optimizer, "__dict__", ())
+
+
+def _has_load_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return "_optimizer_load_state_dict_post_hooks" in getattr(optimizer, "__dict__", ())
 
 
 @contextlib.contextmanager
@@ -234,7 +241,7 @@ def kept(optimizers: Iterable[torch.optim.Optimizer], *, types: bool) -> Iterato
         _put_back(optimizer, groups, each, state)
 
     with contextlib.ExitStack() as stack:
-        for one in filter(has_hooks, optimizers):
+        for one in filter(_has_load_hooks, optimizers):
             stack.callback(one.register_load_state_dict_pre_hook(before).remove)
             # First, because a hook of the program may hand on what it finds.
             stack.callback(one.register_load_state_dict_post_hook(after, prepend=True).remove)
