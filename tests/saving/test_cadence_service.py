@@ -60,6 +60,9 @@ class EvaluatingEngine(FakeEngine):
     def saves_rest(self, session: FakeSession) -> None:
         pass
 
+    def come_back(self, session: FakeSession) -> None:
+        pass
+
     def is_outside_steps(self, session: FakeSession, error: BaseException) -> bool:
         return False
 
