@@ -421,6 +421,15 @@ class TestClosing:
 
         assert rig.steps() == [1, 2]
 
+    def test_ends_its_thread_although_another_has_begun(self, rig):
+        rig.writer.begin()
+        with rig.writer._wake:  # As a thread of the program that trains on while the run is closed.
+            closed, rig.writer._thread = rig.writer._thread, None
+            rig.writer._start()
+            rig.writer._wake.notify_all()
+        closed.join(SOON_SECS)
+        assert not closed.is_alive()
+
 
 class _Gate:
     """Keeps the engine's write waiting."""

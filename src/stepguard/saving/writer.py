@@ -89,7 +89,6 @@ class CheckpointWriter:
         # The steps whose checkpoints are to be marked, once nothing is being written.
         self._unmarked: set[int | None] = set()
         self._is_marking = False
-        self._closing = False
         self._gives_up_at: float | None = None
         self._thread: threading.Thread | None = None
 
@@ -133,7 +132,6 @@ class CheckpointWriter:
     def _start(self) -> None:
         """Start the thread, unless it runs; with the lock."""
         if self._thread is None:
-            self._closing = False
             self._thread = threading.Thread(target=self._run, name="stepguard-writer", daemon=True)
             self._thread.start()
 
@@ -196,9 +194,9 @@ class CheckpointWriter:
         began = time.monotonic()
         is_idle = self.drain(timeout_secs)
         with self._wake:
-            self._closing = True
-            self._wake.notify_all()
+            # It ends when it is not this any more, although another thread of the program may have the next one begin.
             thread, self._thread = self._thread, None
+            self._wake.notify_all()
         if thread is not None and is_idle:
             thread.join()
         self._committer.close(began + timeout_secs)
@@ -208,9 +206,10 @@ class CheckpointWriter:
 
     def _run(self) -> None:
         yield_to_others()
+        me = threading.current_thread()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting is not None or self._unmarked or self._closing)
+                self._wake.wait_for(lambda: self._waiting is not None or self._unmarked or self._thread is not me)
                 order, self._waiting = self._waiting, None
             if order is None:
                 if not self._unmarked:
