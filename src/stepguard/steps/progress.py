@@ -17,7 +17,6 @@ from stepguard.steps.random_streams import RandomStreams
 STEPS, OWN, EPOCHS = "steps", "step", "epochs"
 """The kinds of loops: over `steps`, one of the program's own around `step`, and over `epochs`."""
 
-
 _MOST_GAPS = 8
 
 
@@ -75,11 +74,6 @@ class Progress:
         self._before, self._origin, self._after = place, place["origin"], place["after"]
         # Between two loops outside it is not known whether the program runs through those before.
         return self._origin if place["inside"] in (STEPS, EPOCHS) else None
-
-    @property
-    def has_loops(self) -> bool:
-        """Whether a loop has ended, here or before the restart, or one over epochs runs."""
-        return self._ended > 0 or self._inside == EPOCHS or self._after is not None
 
     @property
     def is_in_own_loop(self) -> bool:
