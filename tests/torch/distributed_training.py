@@ -104,10 +104,10 @@ def main() -> None:
                 session.summary({"loss": float("nan") if f"{rank}:{session.global_step}" == args.nan else 0.0})
             time.sleep(args.step_secs)
             if args.awaits_saves and session.global_step and session.global_step % args.save_steps == 0:
-                # A checkpoint that falls due while the one before it is written would be skipped. After a step that is
-                # not finite there is none.
+                # A checkpoint that falls due while the writer has not done with the one before it would be skipped.
+                # After a step that is not finite there is none.
                 manifest = args.logdir / f"model.ckpt-{session.global_step}.manifest.json"
-                while not manifest.exists() and not sv.should_stop():
+                while not (manifest.exists() and is_idle(sv)) and not sv.should_stop():
                     time.sleep(0.01)
             with seen.open("a") as lines:
                 lines.write(f"{session.global_step} {index.tolist()}\n")
@@ -188,6 +188,12 @@ def end_epoch(epoch: int, args: argparse.Namespace) -> None:
                 time.sleep(0.01)
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_idle(sv: Supervisor) -> bool:
+    """Whether nothing is written: after its manifest a checkpoint is recorded, and older ones are removed."""
+    writer = sv._saving.writer
+    return writer is None or not writer.busy
 
 
 def newest_step(logdir: Path) -> int:
