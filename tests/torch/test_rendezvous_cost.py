@@ -10,7 +10,8 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "rendezvous.py"
 
 
 def test_two_processes_ask_nothing_while_idle_and_little_for_a_checkpoint():
-    options = ["--processes", "2", "--saves", "2", "--idle-secs", "0.5", "--step-secs", "0.02", "--hosts", "1"]
+    # Now and then two say a word at the same moment, of which one says it again: in few saves, and not in the median.
+    options = ["--processes", "2", "--saves", "5", "--idle-secs", "0.5", "--step-secs", "0.02", "--hosts", "1"]
     command = [sys.executable, str(BENCHMARK), *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == 0, ran.stderr
