@@ -13,23 +13,20 @@ import logging
 import operator
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from stepguard.steps.apart import ALWAYS, PROBES, ApartIterator
 from stepguard.steps.batch_marks import mark, peek
 from stepguard.steps.feeds import ANYWAY, Feed, length, shown
 from stepguard.steps.process_file import taking
-from stepguard.torch.data import generators
-from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
-from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
-from stepguard.torch.data.inside import Inside, warn_of_new_generators
-from stepguard.torch.data.set_before import SetBefore
+from stepguard.torch.data.cutting import batch_size, batches_after, batches_of, has_plain_batches, samples_of, shares
+from stepguard.torch.data.sources import Sources
 from stepguard.torch.data.workers import InitWorker, SeededDataset, SeededIndex
 from stepguard.torch.random_states import STREAMS
 from stepguard.words import logger
@@ -45,33 +42,7 @@ class MapFeed(Feed):
     def __init__(self, loader: DataLoader[Any]) -> None:
         super().__init__(loader)
         self._order: dict[str, Any] | None = None
-        self._inside = Inside(loader)
-        samplers = Inside(loader.batch_sampler, loader.sampler)
-        items = Inside(loader.dataset, loader.collate_fn).objects
-        # The lists and arrays of samplers and data set, and what the checkpoint has of them.
-        self._contents = Contents([*samplers.objects, *items, _lists_of(loader)])
-        self._of_items = {id(one) for one in items}
-        self._marks = self._contents.marks()
-        self._contents_before: Mapping[str, Any] = {}
-        found = [loader.generator] if isinstance(loader.generator, torch.Generator) else []
-        found += [one for one in samplers.generators if one is not loader.generator]
-        # The generators from which the order is drawn, and those from which items are made in this process. A sampler
-        # may refer to the data set, so that a generator may be both.
-        found_in_items = {id(one) for one in Inside(loader.dataset).objects}
-        found += [Counts((one for one in samplers.objects if id(one) not in found_in_items), may_keep_more=False)]
-        self._generators: list[Any] = found
-        self._item_counts = Counts(items, may_keep_more=True)
-        # Also with workers, which have copies: the training may draw from these, and a sampler that refers to the data
-        # set puts them back to the epoch's beginning. Not from that of the order, which is drawn ahead for workers.
-        of_data = [one for one in Inside(loader.dataset, loader.collate_fn).generators if one is not loader.generator]
-        known = {id(one) for one in of_data}
-        others = [one for one in self._inside.generators if id(one) not in known]
-        self._item_generators: list[Any] = [self._item_counts, *of_data, *(() if loader.num_workers else others)]
-        self._set_before = SetBefore([*self._item_generators, *self._generators, self._contents])
-        self._items_before: Sequence[Any] = ()
-        # What feeds of this restart have put back, and where the generators were before the order is drawn again.
-        self._put_back = generators.known_as_put_back()
-        self._now: Mapping[int, Any] = {}
+        self._sources = Sources(loader)
         # What the data set had changed when the running workers were started: they have it as it was then, whatever the
         # program has changed in it meanwhile.
         self._at_workers_start: dict[str, Any] | None = None
@@ -112,7 +83,7 @@ class MapFeed(Feed):
         """The step with the batches handed out so far is done."""
         for _ in range(self._given - self.batches):
             self._last = self._drawn.popleft()
-            self.samples += 1 if _batches(self.loader) is None else _size(self._last)
+            self.samples += 1 if batches_of(self.loader) is None else _size(self._last)
         super().consumed()
 
     def end_epoch(self) -> None:
@@ -135,51 +106,28 @@ class MapFeed(Feed):
 
     def is_held_besides(self, others: int) -> bool:
         """Whether anybody holds the loader besides this feed and ``others`` references."""
-        return super().is_held_besides(others + self._inside.holds(self.loader))
+        return super().is_held_besides(others + self._sources.references())
 
     def position(self) -> dict[str, Any]:
         """The position, with the random states from which the order of this epoch was drawn."""
+        is_untouched = self._iterator is None and self.batches > 0
         position = {**super().position(), "worker_seed": self._worker_seed, "samples": self.samples}
-        if self._item_generators:
-            items = self._items_before if self._iterator is None and self.batches else None
-            position["items"] = generators.states(self._item_generators) if items is None else items
-        is_ahead = self._iterator is None and self.batches
-        position["contents"] = self._contents_before if is_ahead else self._contents.state()
-        position["made"] = self._marks
-        position["set before"] = self._set_before.saved()
+        position.update(self._sources.position(is_in_epoch=self.batches > 0, is_untouched=is_untouched))
         if self._at_workers_start is not None:
             position["workers"] = self._at_workers_start
         if self.loader.num_workers:
             position["counted"] = self._ordered.dataset.counts_in_workers or self._has_counted
-        else:
-            position["new generators"] = self._inside.new_generators(self.loader)
         if self.batches:
             position["order"] = self._order
             position["last"] = self._last_before if self._last is None else _mark(self._last)
-            position["ahead"] = self._ahead_before if is_ahead else self._ahead()
-        else:
-            position["generators"] = generators.states(self._generators)
+            position["ahead"] = self._ahead_before if is_untouched else self._ahead()
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
-        # Before anything is compared: the length of a data set may depend on the epoch, and on its contents.
-        self._inside.set_epoch(position["epoch"])
-        self._contents_before = position.get("contents", {})
-        self._set_before.restore(position.get("set before", ()))
-        if position["batches"]:
-            with taking(f"the contents of {shown(self.loader)}"):
-                self._contents.put(self._contents_before)
-        else:
-            held = self._pairs(self._items_in(position), position.get("generators"))
-            # Among them the contents, each time: what the checkpoint has of them is of this loader alone.
-            for _, contents in self._set_before.without([(self._contents, self._contents_before)]):
-                generators.restore([self._contents], [contents])
-            generators.put_back(self._set_before.without(held), self._put_back)
+        self._sources.resume(position)
         super().resume(position, processes, is_checked=is_checked)
-        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks, but=self._contents_before)
-        warn_of_new_generators(shown(self.loader), position)
-        warn_of_counts_in_workers(shown(self.loader), position)
+        self._sources.warn(position)
         if "worker_seed" not in position or (position["batches"] and position.get("order") is None):
             self._object(f"the checkpoint lacks the random states with which the epoch began; {ANYWAY}")
         self._has_counted = position.get("counted", False)
@@ -187,9 +135,8 @@ class MapFeed(Feed):
         self._at_workers_start = position.get("workers") if self.loader.num_workers else None
         self._order = position.get("order")
         self._ahead_before = position.get("ahead", {})
-        self.samples = position.get("samples", self.batches * _batch_size(self.loader))
+        self.samples = position.get("samples", self.batches * batch_size(self.loader))
         self._last_before = position.get("last")
-        self._items_before = self._items_in(position)
         if position["batches"] and (self._is_cut_anew(position, processes) or self._is_between_batches()):
             self._go_to_sample(position, processes)
 
@@ -198,13 +145,9 @@ class MapFeed(Feed):
         before = position.get("processes", 1)
         # Rounded down, so that a sample is seen twice, not never.
         self.samples = self.samples * before // processes
-        size = _batch_size(self.loader)
+        size = batch_size(self.loader)
         self.batches = self._seen_before = max(1, self.samples // size) if self.samples else 0
-        left = length(_samples(self.loader))
-        if left is not None:
-            left = max(0, left - self.samples)
-            left = left // size if getattr(_batches(self.loader), "drop_last", False) else -(-left // size)
-        self._rest = self.samples, left
+        self._rest = self.samples, batches_after(self.loader, self.samples)
         self._last_before = None
         was = position["loader"].get("batch size") or 1
         if was * before != size * processes:
@@ -228,16 +171,14 @@ class MapFeed(Feed):
         was = position["loader"].get("batch size")
         is_resized = was != self.description()["batch size"]
         is_known = was is None or (type(was) is int and was > 0)
-        is_divided = before == processes or _shares(self.loader) == processes
-        return is_known and (is_resized or before != processes) and is_divided and _has_plain_batches(self.loader)
+        is_divided = before == processes or shares(self.loader) == processes
+        return is_known and (is_resized or before != processes) and is_divided and has_plain_batches(self.loader)
 
     def _is_between_batches(self) -> bool:
         """Whether this epoch was begun with another batch size, so that its batches do not count its samples."""
-        samples = length(_samples(self.loader))
+        samples = length(samples_of(self.loader))
         is_over = samples is not None and self.samples >= samples
-        return (
-            not is_over and _has_plain_batches(self.loader) and self.samples != self.batches * _batch_size(self.loader)
-        )
+        return not is_over and has_plain_batches(self.loader) and self.samples != self.batches * batch_size(self.loader)
 
     def _moved(self, position: Mapping[str, Any], before: int, processes: int) -> int:
         if self._is_cut_anew(position, processes):
@@ -259,16 +200,13 @@ class MapFeed(Feed):
 
     def begin_body(self) -> None:
         """Look at the data before the program sets up an epoch."""
-        self._set_before.begin_body()
+        self._sources.begin_body()
 
     def _begin_epoch(self, skip: int) -> Iterator[Any]:
-        self._set_before.begin_epoch()
-        self._inside.set_epoch(self.epoch)
+        self._sources.begin_epoch(self.epoch, skip)
         self._skip = skip
         self._drawn.clear()
         streams = self._streams()
-        held = [*self._item_generators, *self._generators] if skip else []
-        self._now = dict(zip(map(id, held), generators.states(held), strict=True))
         # Persistent workers draw their seed once, in the first epoch. If they are new in a later epoch (after a
         # resume), the draw of their seed must not change the order: `indices` puts these streams back first.
         is_new = self._ordered.persistent_workers and self._ordered._iterator is None and self.epoch > 0
@@ -285,39 +223,18 @@ class MapFeed(Feed):
         if not self.loader.num_workers or self._ordered._iterator is not None:
             yield
             return
-        then, now = self._at_workers_start, self._items()
+        then, now = self._at_workers_start, self._sources.of_workers()
         self._at_workers_start = now if then is None else then
         if then is not None:
-            self._put_items(then)
+            self._sources.put_back_of_workers(then)
         yield
         if then is not None and not skip:  # Otherwise `indices` has put back what the checkpoint has.
-            self._put_items(now)
-
-    def _items_in(self, position: Mapping[str, Any]) -> Sequence[Any]:
-        """The states for the generators of items."""
-        items: Sequence[Any] = position.get("items", ())
-        if not items or "counted" in position or "new generators" in position:
-            return items
-        # A checkpoint of an earlier version has them in the order in which they are found, and the counts last.
-        found = dict(zip(map(id, self._inside.generators), items, strict=False))
-        return [items[-1], *(found.get(id(one)) for one in self._item_generators[1:])]
-
-    def _pairs(self, items: Sequence[Any], of_order: Sequence[Any] | None) -> Iterator[tuple[Any, Any]]:
-        """The generators with their states."""
-        yield from zip(self._item_generators, items, strict=False)
-        yield from zip(self._generators, of_order or (), strict=False)
-
-    def _items(self) -> dict[str, Any]:
-        return {"counts": self._item_counts.state(), "contents": self._contents.state()}
-
-    def _put_items(self, state: Mapping[str, Any]) -> None:
-        self._item_counts.go_back(state["counts"])
-        self._contents.go_back(state["contents"], of=self._of_items)
+            self._sources.put_back_of_workers(now)
 
     def _ahead(self) -> dict[str, Any]:
         """How far the sampler is drawn, and the states of the generators that it draws from, and maybe others do."""
         drawn = self.batches + len(self._drawn) + self._is_drawn_out
-        return {"drawn": drawn, "generators": generators.states(self._generators)}
+        return {"drawn": drawn, "generators": self._sources.order_generators()}
 
     def indices(self, sampler: Any) -> Iterator[Any]:
         """The indices that ``sampler`` draws for the current epoch, without those that were already seen."""
@@ -328,7 +245,7 @@ class MapFeed(Feed):
         elif self._streams_before is not None:
             self._restore_streams(self._streams_before)
         self._order = self._streams()
-        undrawn = self._contents.digests() if skip else {}
+        undrawn = self._sources.digests() if skip else {}
         drawn = self._behind_seen(sampler, skip)
         if live is not None:
             # Others may draw from the generators of the sampler: these go on from where they were when it was as far.
@@ -336,11 +253,7 @@ class MapFeed(Feed):
             drawn = chain(list(islice(drawn, count)), drawn)
             # From here on, draws come from the streams of the training again.
             STREAMS.restore(live)
-            held = self._pairs(self._items_before, self._ahead_before.get("generators"))
-            generators.put_back(held, self._put_back, self._now)
-            # What the sampler has just drawn itself is as far as it must be; the rest the training has changed.
-            now = self._contents.digests()
-            self._contents.put(self._contents_before, but={key for key in now if now[key] != undrawn.get(key)})
+            self._sources.go_on(self._ahead_before.get("generators"), undrawn)
         index = next(drawn, _END)
         number = skip
         while index is not _END:
@@ -357,7 +270,7 @@ class MapFeed(Feed):
         """An iterator over the indices that ``sampler`` draws after those of the seen batches."""
         if self._rest is not None and skip:
             rest = _Rest(sampler, self._rest[0])
-            if _batches(self.loader) is not None:
+            if batches_of(self.loader) is not None:
                 rest = copy.copy(sampler)
                 rest.sampler = _Rest(sampler.sampler, self._rest[0])
             return _begun(iter(rest))
@@ -381,29 +294,21 @@ class MapFeed(Feed):
         return drawn
 
     def _streams(self) -> dict[str, Any]:
-        changed = self._contents.state()
-        held = {"contents": changed} if changed else {}
-        return {"random": STREAMS.capture(), "generators": generators.states(self._generators), **held}
+        return {"random": STREAMS.capture(), **self._sources.of_order()}
 
     def _restore_streams(self, streams: Mapping[str, Any]) -> None:
         with taking(f"the order of {shown(self.loader)}"):
             STREAMS.restore(streams["random"])
-            generators.restore(self._generators, streams["generators"])
-            self._contents.go_back(streams.get("contents", {}))
+            self._sources.put_back_order(streams)
 
     def description(self) -> dict[str, Any]:
         """The properties of the loader that must be the same when a run resumes."""
         loader = self.loader
         return {
             **super().description(),
-            "batch size": getattr(_batches(loader), "batch_size", loader.batch_size),
+            "batch size": getattr(batches_of(loader), "batch_size", loader.batch_size),
             "items in the dataset": length(loader.dataset),
         }
-
-
-def _lists_of(loader: Any) -> Lists:
-    """An object with the lists or arrays that the program has given to ``loader`` in the place of samplers."""
-    return Lists(sampler=loader.sampler, batch_sampler=loader.batch_sampler)
 
 
 class _Order:
@@ -469,32 +374,3 @@ def _mark(index: Any) -> str:
     except TypeError:
         return mark(peek(index))
     return f"{zlib.crc32(repr(numbers).encode()):08x}"
-
-
-def _batches(loader: Any) -> Any:
-    """What makes batches of samples: the sampler itself if the data set is given whole batches to read at once."""
-    reads_in_bulk = loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
-    return loader.sampler if reads_in_bulk else loader.batch_sampler
-
-
-def _samples(loader: Any) -> Any:
-    """What draws the samples."""
-    return getattr(_batches(loader), "sampler", loader.sampler)
-
-
-def _batch_size(loader: Any) -> int:
-    return getattr(_batches(loader), "batch_size", loader.batch_size) or 1
-
-
-def _shares(loader: Any) -> int | None:
-    """The number of processes among which the sampler divides the data; ``None`` if it does not."""
-    return getattr(_samples(loader), "num_replicas", None)
-
-
-def _has_plain_batches(loader: Any) -> bool:
-    """Whether batches are just so many samples of the sampler in a row."""
-    batches = _batches(loader)
-    if batches is None:
-        return loader.batch_size is None
-    is_plain = type(batches) is BatchSampler or type(batches).__module__.startswith("torchdata.")
-    return is_plain and (loader.batch_size is not None or batches is loader.sampler)
