@@ -127,7 +127,7 @@ class ManagedSession(AbstractContextManager[SessionT]):
             # Raise an error of the preparation unchanged, even if its type means "end of input" during a run.
             self._end_quietly(error)
             if isinstance(error, Exception):
-                self._end_by_error(error)
+                self._end_by_error(error, was_open=False)
             raise
         return self._session
 
@@ -147,6 +147,8 @@ class ManagedSession(AbstractContextManager[SessionT]):
             has_stopped_well = self._end_quietly(error)
             if is_interrupt:
                 self._end_by_interrupt(error, has_stopped_well=has_stopped_well)
+            elif self._signals.received:
+                self._say_ending()
             return False
         try:
             try:
@@ -160,11 +162,12 @@ class ManagedSession(AbstractContextManager[SessionT]):
                 # Raising it again has put our frames between those of the program.
                 error.__traceback__ = traceback
             if isinstance(raised, Exception):
-                self._end_by_error(raised)
+                self._end_by_error(raised, was_open=True)
             if raised is error:
                 return False
             raise
         if self._signals.received:
+            self._say_ending()
             self._signals.end_process(self._run.exit_code(self._signals.reason))
         exit_code = self._run.exit_code(self._run.stop_reason or FINISHED)
         if exit_code is not None:
@@ -175,16 +178,19 @@ class ManagedSession(AbstractContextManager[SessionT]):
     def _end_by_interrupt(self, error: BaseException, *, has_stopped_well: bool) -> None:
         exit_code = self._run.exit_code("interrupt")
         if has_stopped_well and exit_code is not None:
+            self._say_ending()
             raise SystemExit(exit_code) from error
         show_as_line(error, self._run.ending())
 
-    def _end_by_error(self, error: Exception) -> None:
+    def _end_by_error(self, error: Exception, *, was_open: bool) -> None:
         """End the process after ``error`` if a signal told it to end, or the program has chosen an exit code for it."""
         exit_code = self._run.exit_code(ERROR)
         if self._signals.received:
             # The program must not catch this and go on: the process was told to end.
             by = self._signals.name
             _log.error("ended by %s, and by an error, %s", by, described(error), exc_info=error)
+            if was_open:
+                self._say_ending()
             self._signals.end_process(exit_code)
         if exit_code is not None:
             end_by_error(error, exit_code)
@@ -226,7 +232,12 @@ class ManagedSession(AbstractContextManager[SessionT]):
             self._run.stop()
         except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
             _log.error("while stopping: %s", described(error))
+        self._say_ending()
         self._signals.end_process()
+
+    def _say_ending(self) -> None:
+        """Say which step is saved. Ctrl-C says it as well: its error shows the line unless the program catches it."""
+        _log.warning("%s", self._run.ending())
 
     def _stop_at_boundary(self) -> None:
         self._run.ask_stop(self._signals.reason)

@@ -300,16 +300,19 @@ def test_a_requested_stop_ends_with_the_exit_code_that_the_program_has_chosen(tm
     assert len(events(logdir, "launch")) == 1
     assert f"stopped ({reason}), exit code 75, after" in errors
     assert "Traceback" not in errors
+    said = f"stopped at step {stop['step']}: step {stop['step']} is saved in {logdir}/model.ckpt-{stop['step']}"
+    assert (said in errors) == (reason != "request_stop")
 
 
-def test_ctrl_c_ends_in_one_line_that_says_what_was_saved(tmp_path, children):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_in_one_line_that_says_what_was_saved(number, tmp_path, children):
     logdir = tmp_path / "run"
     training = subprocess.Popen([*TRAINING, logdir, "train"], stderr=subprocess.PIPE, text=True)
     children.append(training)
     wait_until(lambda: is_training(logdir), "training")
-    training.send_signal(signal.SIGINT)
+    training.send_signal(number)
     _, errors = training.communicate(timeout=SOON_SECS)
-    assert training.returncode == -signal.SIGINT
+    assert training.returncode == -number
     step = newest(logdir).step
     # A checkpoint that was skipped on a slow disk is told of before.
     assert errors.splitlines()[-1] == f"stopped at step {step}: step {step} is saved in {logdir}/model.ckpt-{step}"

@@ -89,6 +89,7 @@ class TestSigterm:
         assert child.reports("left") == []
         (told,) = [one["text"] for one in child.reports("warning") if "ended by SIGTERM, and by" in one["text"]]
         assert "AbortedError" in told
+        assert child.reports("warning")[-1]["text"].startswith("stopped at step ")
 
     def test_ends_a_run_whose_main_thread_waits_for_input_that_nobody_ends(
         self, tensorflow_children: Zygote, tmp_path: Path
@@ -111,6 +112,9 @@ class TestSigterm:
         assert_all_steps_saved(child, tmp_path)
         (stop,) = [one for one in ledger.read(tmp_path) if one["event"] == "stop"]
         assert stop["reason"] == "sigterm"
+        step = newest_saved(tmp_path)
+        said = f"stopped at step {step}: step {step} is saved in {tmp_path}/model.ckpt-{step}"
+        assert child.reports("warning")[-1]["text"] == said
 
     def test_ends_a_preparation_that_does_not_end(self, tensorflow_children: Zygote, tmp_path: Path) -> None:
         child = tensorflow_children.start("preparing_for_ever", logdir=str(tmp_path))
