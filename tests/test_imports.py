@@ -26,6 +26,7 @@ CORE = [
     "coordination.coordinator",
     "engine",
     "errors",
+    "frameworks",
     "disk",
     "watching.hang_monitor",
     "watching.hang_watch",
@@ -95,6 +96,57 @@ def test_no_framework_and_no_numpy_is_loaded_by(module):
 def test_no_engine_is_loaded_by_stepguard_itself():
     engines = {"stepguard.tensorflow", "stepguard.cli", "stepguard.torch", "stepguard.testing"}
     assert modules_after("import stepguard") & engines == set()
+
+
+def imported(framework: str, version: str | None, folder: Path) -> list[str]:
+    """The lines of an import of the Supervisor where the framework says that version, or, with ``None``, is missing."""
+    (folder / framework).mkdir()
+    broken = f"raise ModuleNotFoundError(name={framework!r})"
+    text = broken if version is None else f"__version__ = {version!r}"
+    (folder / framework / "__init__.py").write_text(text)
+    program = f"import sys; sys.path.insert(0, {str(folder)!r}); from stepguard.{framework} import Supervisor"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    return ended.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("framework", "version", "said"),
+    [
+        ("torch", "2.7.1+cpu", "PyTorch 2.8 or newer, found 2.7.1+cpu"),
+        ("jax", "0.9.12", "JAX 0.10 or newer, found 0.9.12"),
+        (
+            "tensorflow",
+            "2.15.1",
+            "TensorFlow 2.16 or newer, found 2.15.1",
+        ),
+    ],
+)
+def test_a_framework_that_is_too_old_is_named_with_what_is_needed(framework, version, said, tmp_path):
+    what_to_do = f"pip install --upgrade 'stepguard[{framework}]'"
+    assert (
+        imported(framework, version, tmp_path)[-1] == f"ImportError: stepguard.{framework} needs {said}: {what_to_do}"
+    )
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow"])
+def test_without_its_framework_an_engine_says_what_to_install(framework, tmp_path):
+    assert imported(framework, None, tmp_path)[-1].endswith(f"found none: pip install 'stepguard[{framework}]'")
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.8.0a0+git1", "2.10.1", "3.0", "main"])
+def test_a_framework_that_is_new_enough_is_taken(version, tmp_path):
+    # What is missing then is what the real one has.
+    assert "needs PyTorch" not in imported("torch", version, tmp_path)[-1]
+
+
+def test_the_lowest_versions_are_those_of_the_distribution():
+    from stepguard.frameworks import LOWEST
+
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    extras = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]
+    for package, (_, *lowest) in LOWEST.items():
+        assert f"{package}>={'.'.join(map(str, lowest))}" in extras[package]
 
 
 @pytest.mark.parametrize("extra", ["tensorflow", "tensorflow-cpu", "torch", "events", "report"])

@@ -1,6 +1,7 @@
 """``stepguard show`` and ``stepguard diff`` on checkpoints of both engines."""
 
 import shutil
+import subprocess
 import sys
 from collections import Counter
 
@@ -209,6 +210,27 @@ def test_without_the_framework_the_error_says_what_to_install(engine, tmp_path, 
     refused = stepguard("show", tmp_path)
     assert refused.exit_code == 3
     assert f"pip install 'stepguard[{engine}]'" in refused.stderr
+
+
+@pytest.mark.parametrize("command", [["show", "run"], ["export", "run/model.ckpt-1", "weights.pt", "--weights"]])
+@pytest.mark.parametrize("version", ["2.7.1", None])
+def test_an_old_or_missing_framework_ends_a_command_in_one_line(command, version, tmp_path):
+    commit(tmp_path / "run", 1, saver_files=None)
+    (tmp_path / "torch").mkdir()
+    text = "raise ModuleNotFoundError(name='torch')" if version is None else f"__version__ = {version!r}"
+    (tmp_path / "torch" / "__init__.py").write_text(text)
+    refused = subprocess.run(
+        # The working directory is the first place of imports.
+        [sys.executable, "-m", "stepguard", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 3
+    (line,) = refused.stderr.splitlines()
+    assert ("found 2.7.1: pip install --upgrade" in line) == (version is not None)
+    assert "'stepguard[torch]'" in line
 
 
 def test_an_engine_that_is_not_known_is_an_error(tmp_path, stepguard):

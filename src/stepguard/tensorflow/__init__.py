@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from stepguard import frameworks
+
+frameworks.require("tensorflow")
+
 from stepguard.tensorflow.cluster.retry import is_lost_peer, retry_on_lost_peer
 from stepguard.tensorflow.cluster.tasks import ModelWaitTimeoutError
 from stepguard.tensorflow.coordinator import Coordinator

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from stepguard import frameworks
+
+frameworks.require("torch")
+
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.reading import Newest, States, load, newest
 from stepguard.torch.session import Session

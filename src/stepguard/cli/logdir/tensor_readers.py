@@ -78,7 +78,9 @@ def _module(one: ListedCheckpoint, modules: Mapping[str, str] = _MODULES) -> Any
             return importlib.import_module(modules[one.engine])
     except ModuleNotFoundError as error:
         raise CommandError(
-            f"{path}: its tensors cannot be read without its framework ({error}): "
+            f"{path}: its tensors cannot be read without its framework (No module named {error.name!r}): "
             f"pip install 'stepguard[{one.engine}]'",
             NOT_DONE,
         ) from error
+    except ImportError as error:
+        raise CommandError(f"{path}: its tensors cannot be read: {error}", NOT_DONE) from error

@@ -142,10 +142,9 @@ def _write_state_dict(file: NewFile, weights: Sequence[SavedWeight]) -> None:
     try:
         with interrupts.held():
             module = importlib.import_module("stepguard.torch.checkpoint.weights")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise CommandError(
-            f"{file.path.parent}: a state_dict of PyTorch cannot be written without it ({error}): "
-            f"pip install 'stepguard[torch]', or choose .safetensors or .npz",
+            f"{file.path.parent}: a state_dict of PyTorch cannot be written: {error}; or choose .safetensors or .npz",
             NOT_DONE,
         ) from error
     module.write_state_dict(file, weights)
