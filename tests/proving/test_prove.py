@@ -37,8 +37,8 @@ def test_a_right_program_is_proven_and_nothing_of_its_own_is_touched(tmp_path):
     code, printed, told = prove("right", "--steps=60", cwd=tmp_path)
 
     assert code == 0, printed + told
-    lines = printed.splitlines()
-    # On a busy machine a short program may end before the last of five kills.
+    # On a busy machine a short program may end before the last of five kills, or save faster than one comes.
+    lines = [line for line in printed.splitlines() if not line.startswith("  ")]
     assert [re.sub("killed [2-5] times", "killed", line[:23]).strip() for line in lines[:7]] == [
         "undisturbed",
         "begun again",
@@ -49,8 +49,9 @@ def test_a_right_program_is_proven_and_nothing_of_its_own_is_touched(tmp_path):
         "full disk",
     ]
     assert all(line.endswith(" same run, bit for bit") for line in lines[1:7])
-    assert lines[7].startswith("PROVEN for training.py: ")
-    assert max(map(len, lines)) == 80
+    assert "note: the fault process was left out: one process trains" in lines[7]
+    assert lines[8].startswith("PROVEN for training.py: ")
+    assert max(map(len, printed.splitlines())) == 80
     assert "more starts, about" in told
     assert "at most" in told
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {

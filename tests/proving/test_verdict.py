@@ -278,6 +278,16 @@ def test_a_fault_that_could_not_be_done_is_named(tmp_path):
     )
 
 
+def test_kills_that_were_left_out_are_named_below_the_line_of_the_others(tmp_path):
+    over, after = "the program had ended before", "the kill came when no save was under way"
+    some = result("kill", tmp_path, restarts=3, missed=[f"kill: {over}", f"kill: {over}", f"save: {after}"])
+    assert report.line(some, 0).startswith("killed 3 times ")
+    assert report.line(some, 0).endswith(" same run, bit for bit")
+    assert list(report.details(some)) == [f"  left out: kill, 2 times: {over}", f"  left out: save, 1 time: {after}"]
+    # The line itself has the reason of a fault that is alone.
+    assert list(report.details(result("sigterm", tmp_path, missed=[f"sigterm: {over}"]))) == []
+
+
 def test_the_document_has_all_of_it(tmp_path):
     found = report.document(Verdict(PROVEN, [result(UNDISTURBED, tmp_path)]), ["python", "train.py"], OPTIONS)
     assert (found["verdict"], found["steps"], found["runs"][0]["kind"]) == ("proven", 200, "undisturbed")

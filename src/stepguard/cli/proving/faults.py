@@ -81,6 +81,8 @@ class Done:
     text: str = ""
     # Whether the program goes on, so that no restart follows.
     goes_on: bool = False
+    # Whether it was done at another moment than its kind says.
+    is_other: bool = False
 
 
 def plan(kinds: Sequence[str], pace: Pace, seed: int) -> list[Rung]:
@@ -148,7 +150,9 @@ def _kill_in_save(fault: Fault, running: Running, live: Live) -> Done:
     running.wait_for(lambda: is_saving(live.logdir) or time.monotonic() > deadline)
     time.sleep(fault.delay_secs)
     running.kill()
-    return Done(True, "in a save" if is_saving(live.logdir) else "")
+    if is_saving(live.logdir):
+        return Done(True, "in a save")
+    return Done(True, "the kill came when no save was under way", is_other=True)
 
 
 def is_saving(logdir: Path) -> bool:

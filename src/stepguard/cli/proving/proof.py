@@ -29,6 +29,7 @@ UNDISTURBED, AGAIN = "undisturbed", "again"
 
 # The checkpoints that a trial adds are a tenth of the steps apart; all runs begin with the first after a twentieth.
 _SHARES, _BEGINS = 10, 20
+_ONE_PROCESS = "one process trains, and no other can be left alone"
 # The first run, its beginning, and one whose difference is kept; besides the one of each lane.
 _LOGDIRS_AT_ONCE = 3
 
@@ -149,7 +150,9 @@ class Proof:
             return
         rungs = plan(self._options.kinds, self._pace(first), self._options.seed)
         if not rungs:
-            raise NotTriedError(f"{', '.join(self._options.kinds)}: one process trains, and no other can be left alone")
+            raise NotTriedError(f"{', '.join(self._options.kinds)}: {_ONE_PROCESS}")
+        if "process" in self._options.kinds and not any(one.kind == "process" for one in rungs):
+            self.verdict.remarks.append(f"the fault process was left out: {_ONE_PROCESS}")
         with lanes.open_lanes(self._options.jobs if self._pace(first).processes == 1 else 1) as lane:
             waiting = [(rung, self._start(lane, rung)) for rung in rungs]
             for rung, run_ in waiting:

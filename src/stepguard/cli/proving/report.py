@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,8 +80,12 @@ def _why_untried(result: Result) -> str:
 
 
 def details(result: Result) -> Iterator[str]:
-    """Where and why a run is not the same, and what to do; nothing for one that is."""
+    """Which of its faults were left out, and why; where and why a run is not the same, and what to do."""
     comparison, cause = result.comparison, result.cause
+    if result.is_tried:
+        for missed, count in Counter(result.run.missed).items():
+            kind, _, why = missed.partition(": ")
+            yield from _wrapped(f"left out: {kind}, {output.counted(count, 'time')}: {why}")
     if comparison is None or cause is None:
         return
     yield from _wrapped(printable(cause.what))

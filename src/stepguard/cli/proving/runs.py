@@ -90,6 +90,8 @@ def run(
             break
         if fault is None or not outcome.is_done or outcome.goes_on:
             raise _failure(code, stop, running.lines())
+        if outcome.is_other:
+            done.missed.append(f"{fault.kind}: {outcome.text}")
         done.restarts.append(Restart(fault.kind, outcome.text, reached(place.logdir)))
     done.secs, done.step, done.lines = time.monotonic() - began, stop.get("step"), running.lines()
     return done
