@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stepguard.watching.replay import Outcome, Replay
+from stepguard.watching.outcome import Outcome
+from stepguard.watching.replay import Replay
 from stepguard.watching.replay_report import outcome_of
 from stepguard.watching.trace import Fork, Item, Record, Start
 

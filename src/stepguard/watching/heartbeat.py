@@ -18,7 +18,7 @@ from typing import Any
 
 from stepguard.disk import files, schema
 from stepguard.disk.system import is_running, process_start
-from stepguard.watching.replay import Outcome
+from stepguard.watching.outcome import Outcome
 
 DIR_NAME = "heartbeats"
 INTERVAL_SECS = 2.0
@@ -72,7 +72,7 @@ class Heartbeat:
     # overhead (the part of the time that is allowed), interval_secs, cost (the part of it that was measured),
     # bytes_per_day: see stepguard.saving.cadence.CadenceReport
     cadence: dict[str, Any] | None = None
-    # step, to_step, outcome, compared, differs_at, cause, message: see stepguard.watching.replay.Outcome
+    # step, to_step, outcome, compared, differs_at, cause, message: see stepguard.watching.outcome.Outcome
     replay: dict[str, Any] | None = None
     restarts: int = 0
     save_failures: int = 0

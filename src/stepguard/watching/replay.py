@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from stepguard.watching import trace
 from stepguard.watching.trace import Difference, Item, Moment, Record, Start, Step
@@ -30,28 +29,6 @@ _COMPUTED = re.compile(
     r"norm|grads?|gradient|logits?|prob\w*|entropy|kl|perplexity|ppl|bleu|lr|weights?|bias)[^a-z]*$",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the comparison of steps that were done again has found.
-
-    The steps ``step`` to ``to_step`` were done again; ``compared`` of them were compared. ``outcome`` is "same",
-    "differs" or "unknown". Where they differ, ``differs_at`` is the first step that does, and ``cause`` is one of
-    "data", "random state", "hyperparameters", "state" and "computation", or ``None`` if the trace cannot tell.
-    """
-
-    step: int
-    to_step: int
-    outcome: str
-    compared: int
-    differs_at: int | None
-    cause: str | None
-    message: str
-
-    def document(self) -> dict[str, Any]:
-        """The fields, for the ledger and the heartbeat."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepguard.watching.outcome import Outcome
 from stepguard.watching.replay import (
     BATCH_DIGEST,
     COMPUTATION,
@@ -15,7 +16,6 @@ from stepguard.watching.replay import (
     STATE_DIGEST,
     UNKNOWN,
     Finding,
-    Outcome,
     Replay,
 )
 from stepguard.watching.trace import Difference

@@ -19,7 +19,7 @@ from stepguard.watching import heartbeat, history, launcher_link, ledger
 from stepguard.watching.heartbeat import Heartbeat
 from stepguard.watching.ledger import Ledger
 from stepguard.watching.metrics import Totals
-from stepguard.watching.replay import Outcome
+from stepguard.watching.outcome import Outcome
 from stepguard.words import logger
 
 _log = logger(__name__)

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepguard.engine import Beginning
+from stepguard.watching.outcome import Outcome
 from stepguard.watching.part import Part
-from stepguard.watching.replay import DIFFERS, Outcome, Replay
+from stepguard.watching.replay import DIFFERS, Replay
 from stepguard.watching.replay_report import outcome_of
 from stepguard.watching.run_record import RunRecord
 from stepguard.watching.trace import DIGESTS, NUMBERS, SETTINGS, VALUES, Fork, Mark, Record, Start

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepguard.watching.history import History
 from stepguard.words import duration, printable
 
 if TYPE_CHECKING:
     from stepguard.remote.record import MirrorRecord
+    from stepguard.watching.history import History
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
