@@ -31,4 +31,6 @@ def test_the_end_of_a_runs_time_is_what_was_given_or_that_of_its_job(caplog, at,
 def test_a_job_that_does_not_say_its_end_is_told_how_to(caplog, found, shown):
     with caplog.at_level(logging.WARNING):
         assert end_time("slurm", {**IN_A_JOB, **found}) is None
-    assert f"found {shown}: the run has no time limit; set it in the job script: SLURM_JOB_END_TIME=" in (caplog.text)
+    assert f"found {shown}: the run has no time limit; set it in the job script: export SLURM_JOB_END_TIME=" in (
+        caplog.text
+    )

@@ -127,7 +127,7 @@ def end_time(at: float | datetime | str | None, environment: Mapping[str, str] =
     if environment.get(_JOB):
         _log.warning(
             "at='slurm': expected the end of job %s in %s, as Unix seconds, found %s: the run has no time limit; "
-            'set it in the job script: %s=$(date -d "$(squeue -h -j $SLURM_JOB_ID -o %%e)" +%%s)',
+            'set it in the job script: export %s=$(date -d "$(squeue -h -j $SLURM_JOB_ID -o %%e)" +%%s)',
             environment[_JOB],
             _END_OF_JOB,
             repr(found) if found else "nothing",
