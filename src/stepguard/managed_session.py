@@ -27,7 +27,7 @@ from stepguard.coordination.process_exit import has_threads
 from stepguard.coordination.signals import SignalWatch, end_by_error, show_as_line
 from stepguard.engine import SessionT
 from stepguard.errors import StopRequested, add_note, described
-from stepguard.stops import ERROR, FINISHED
+from stepguard.stops import COMMAND, ERROR, FINISHED, TIME_LIMIT
 from stepguard.watching import launcher_link
 from stepguard.words import logger
 
@@ -169,7 +169,10 @@ class ManagedSession(AbstractContextManager[SessionT]):
         if self._signals.received:
             self._say_ending()
             self._signals.end_process(self._run.exit_code(self._signals.reason))
-        exit_code = self._run.exit_code(self._run.stop_reason or FINISHED)
+        reason = self._run.stop_reason
+        if reason in (TIME_LIMIT, COMMAND):
+            self._say_ending()
+        exit_code = self._run.exit_code(reason or FINISHED)
         if exit_code is not None:
             raise SystemExit(exit_code)
         # Swallow the error: the coordinator took it for the end of the input, and no other error followed.

@@ -21,6 +21,7 @@ FINISHED = "finished"
 ERROR = "error"
 STOPPED = "stopped"
 TIME_LIMIT = "time_limit"
+COMMAND = "command"
 
 REASON_OF = {
     signal.SIGTERM: "sigterm",
@@ -33,7 +34,7 @@ REASON_OF = {
 # warning. SIGUSR2 belongs to the program until it is given, and Ctrl-C to Python.
 DEFAULT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-REQUESTS = frozenset({*REASON_OF.values(), "request_stop", TIME_LIMIT, "command", "trial"})
+REQUESTS = frozenset({*REASON_OF.values(), "request_stop", TIME_LIMIT, COMMAND, "trial"})
 """The reasons of a requested stop, after which a run has neither finished nor failed."""
 PREEMPTING = frozenset(REASON_OF.keys() - {signal.SIGINT})
 """The signals that schedulers send."""

@@ -63,6 +63,7 @@ def test_a_run_at_the_end_of_its_time_puts_its_job_into_the_queue_again(slurm, t
     assert "job 42 is in the queue again" in errors
     (stop,) = events(logdir, "stop")
     assert (stop["reason"], newest(logdir).step) == ("time_limit", stop["step"])
+    assert f"stopped at step {stop['step']}: step {stop['step']} is saved in {logdir}/" in errors
 
 
 def test_a_run_that_has_finished_is_not_requeued(slurm, tmp_path):

@@ -70,7 +70,7 @@ def test_save_is_answered_when_the_step_is_committed(run, tmp_path, stepguard):
     assert list((tmp_path / "requests").iterdir()) == []
 
 
-def test_stop_ends_the_run_which_saves_its_last_step(run, tmp_path, stepguard):
+def test_stop_ends_the_run_which_saves_its_last_step(run, tmp_path, stepguard, caplog):
     ended = stepguard("stop", tmp_path)
     assert ended.exit_code == 0, ended.stderr
     assert "stops at the next step boundary" in ended.stdout
@@ -78,6 +78,8 @@ def test_stop_ends_the_run_which_saves_its_last_step(run, tmp_path, stepguard):
     assert not run.thread.is_alive()
     assert CheckpointStore(tmp_path).candidates()[0].step == run.step
     assert stop_reason(tmp_path) == "command"
+    said = f"stopped at step {run.step}: step {run.step} is saved in {tmp_path}/model.ckpt-{run.step}"
+    assert said in caplog.messages
     assert "stopped by `stepguard stop`" in stepguard("log", tmp_path).stdout
 
 

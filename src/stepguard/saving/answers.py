@@ -8,6 +8,7 @@ from stepguard.coordination.coordinator import Coordinator
 from stepguard.coordination.outside_stop import OutsideStop
 from stepguard.engine import Engine, RestsBetweenLoops, SessionT
 from stepguard.saving.run_saver import RunSaver
+from stepguard.stops import COMMAND
 from stepguard.watching.requests import SAVE, STOP, Answer, Request
 
 
@@ -20,7 +21,7 @@ class Answers(Generic[SessionT]):
         self._engine = engine
         self._session = session
         self._saver = saver
-        self._stop = OutsideStop(engine, coord, session, "command")
+        self._stop = OutsideStop(engine, coord, session, COMMAND)
 
     def __call__(self, request: Request) -> Answer:
         """Do what ``request`` asks for, and say what was done."""
