@@ -363,6 +363,20 @@ class TestOthersThanTheChief:
         assert (beats[1].phase, beats[1].step) == ("stopped", 2)
         assert [one["event"] for one in events(tmp_path) if one["role"] == "worker"] == ["start", "stop"]
 
+    def test_a_worker_that_began_before_its_chief_is_in_the_ledger_while_it_trains(self, tmp_path: Path) -> None:
+        before = time.time()
+        worker = FakeSupervisor(str(tmp_path), is_chief=False)
+        with worker.managed_session():
+            assert not (tmp_path / "run.jsonl").exists()
+            began = time.time()
+            with FakeSupervisor(str(tmp_path)).managed_session():
+                # A worker that is killed now adds no line of its own any more.
+                found = wait_until(
+                    lambda: [one for one in events(tmp_path, "start") if one["role"] == "worker"], "its line"
+                )
+        assert before - 0.001 <= found[0]["time"] <= began + 0.001
+        assert [one["event"] for one in events(tmp_path) if one["role"] == "worker"] == ["start", "stop"]
+
     def test_one_who_only_reads_the_logdir_does_not_speak_for_the_chief(self, tmp_path: Path) -> None:
         with FakeSupervisor(str(tmp_path)).managed_session() as session:
             session.run_step()

@@ -313,6 +313,7 @@ class _Watch:
         while (ending := self._wait()) is None:
             for part in (self.meter, *self.parts, self._pulse):
                 part.look()
+            self._record.add_start()
         for part in (self.meter, *self.parts):
             part.leave()
         self._record.stop(ending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import sys
@@ -79,8 +80,8 @@ class RunRecord:
         self.totals = Totals()
         self._room = room
         self._ledger = None if room.logdir is None else Ledger(room.logdir, role=now.role)
-        # The `start` line, as long as the chief has not made the directory yet.
-        self._start: dict[str, Any] | None = None
+        # The `start` line, as long as the chief has not made the directory yet. One thread takes it out.
+        self._start: deque[dict[str, Any]] = deque(maxlen=1)
         # The last heartbeat of the previous start.
         self._previous: Heartbeat | None = None
         # The events of the ledger up to the start of this process.
@@ -238,12 +239,16 @@ class RunRecord:
         if not self._room.is_open():
             # A worker may start before its chief: keep its `start` line for later.
             if event == "start":
-                self._start = fields
+                self._start.append({"time": round(time.time(), 3), **fields})
             return
-        start, self._start = self._start, None
-        if start is not None:
-            self._ledger.append("start", **start)
+        self.add_start()
         self._ledger.append(event, **fields)
+
+    def add_start(self) -> None:
+        """Add the `start` line if it had to wait, and may be written now: a worker that is killed adds no other."""
+        if self._ledger is not None and self._start and self._room.is_open():
+            with contextlib.suppress(IndexError):
+                self._ledger.append("start", **self._start.pop())
 
     def stop(self, ending: Ending) -> None:
         """Note that the run has stopped, and add the `stop` line."""
