@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,31 @@ def supervisor(logdir=None, **options):
 
 def committed(logdir):
     return sorted(one.step for one in CheckpointStore(logdir).candidates())
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from stepguard.store import lock
+with lock.acquire(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("world", "is_told"), [("2", True), ("1", False), (None, False)])
+def test_one_of_several_processes_without_a_process_group_is_told_what_it_lacks(world, is_told, tmp_path, monkeypatch):
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    other = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LogdirInUseError) as refused:
+            supervisor(tmp_path).prepare_or_wait_for_session()
+        holder.stdin.close()
+    assert refused.value.pid == holder.pid
+    said = "one of 2 processes that a launcher has started (WORLD_SIZE), call torch.distributed.init_process_group()"
+    assert (said in str(refused.value)) == is_told
 
 
 def test_without_a_loader_the_numbers_of_the_steps_are_given(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.errors import LogdirInUseError
 from stepguard.loop_supervisor import LoopSupervisor, check_arguments, check_world, store_of
 from stepguard.options import Guarding, Mirror, Options, Restoring, Saving, Stopping, Watching, each_option_once, refuse
 from stepguard.torch.checkpoint.files import ENGINE
@@ -127,6 +128,7 @@ class Supervisor(LoopSupervisor[Session]):
             summary_writer=summary_writer,
         )
         rank, processes = world()
+        self._is_alone = processes == 1
         check_world(options, "torch.distributed", processes)
         program = Program(components(state))
         is_chief = rank == 0 if is_chief is None else is_chief
@@ -201,7 +203,20 @@ class Supervisor(LoopSupervisor[Session]):
             NoGoodCheckpointError: checkpoints exist, but all are damaged.
         """
         meets_every = self._saves_every if start_standard_services else None
-        return self.open_alone(functools.partial(self._torch.prepare, meets_every), start_standard_services)
+        try:
+            return self.open_alone(functools.partial(self._torch.prepare, meets_every), start_standard_services)
+        except LogdirInUseError as error:
+            processes = os.environ.get("WORLD_SIZE", "1")
+            if not self._is_alone or processes == "1" or error.pid == os.getpid():
+                raise
+            raise LogdirInUseError(
+                f"{error}; or, as this is one of {processes} processes that a launcher has started (WORLD_SIZE), call "
+                f"torch.distributed.init_process_group() before the Supervisor is made, so that they train together",
+                logdir=error.logdir,
+                host=error.host,
+                pid=error.pid,
+                since=error.since,
+            ) from None
 
     def managed_session(
         self, start_standard_services: bool = True, close_summary_writer: bool = True
