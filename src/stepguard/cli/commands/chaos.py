@@ -85,7 +85,7 @@ def _say(line: str) -> None:
 
 
 def _summary(outcome: Outcome) -> list[str]:
-    done = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items())) or "none could be done"
+    done = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items()))
     ended = "ended well" if outcome.code == 0 else f"ended with exit code {outcome.code}"
     lines = [f"{output.counted(sum(outcome.faults.values()), 'fault')} ({done}); the program {ended}"]
     if outcome.differs is not None:

@@ -69,7 +69,8 @@ class Chaos:
         self._announcements = announcements
         self._say = say
         self._began = time.time()
-        self._outcome = Outcome()
+        # A kind that could never be done is told as well.
+        self._outcome = Outcome(faults=Counter(dict.fromkeys(kinds, 0)))
 
     def command(self) -> list[str]:
         """The command that starts the program under the launcher."""
