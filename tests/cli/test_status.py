@@ -403,6 +403,21 @@ def test_a_thousand_processes_are_told_of_in_a_moment(tmp_path):
     assert len(found.processes) == 1000
 
 
+def test_a_run_without_a_chief_and_one_without_a_heartbeat_are_not_called_none(tmp_path):
+    sv = FakeSupervisor(str(tmp_path / "saves nothing"), saving=Saving(save_model_secs=0))
+    with sv.managed_session() as session:
+        session.run_step()
+    (tmp_path / "copied").mkdir()
+    commit(tmp_path / "copied", 7)
+    code, output = status(tmp_path / "copied", str(tmp_path / "saves nothing"))
+    assert code == 0
+    copied, saves_nothing = output.splitlines()[1:]
+    assert " no heartbeat " in copied
+    # Its step as well.
+    assert saves_nothing.split("stopped: finished")[1].split()[0] == "1"
+    assert f" process-{os.getpid()} stopped: finished " in saves_nothing
+
+
 def test_each_of_many_runs_is_a_line(tmp_path, monkeypatch):
     train(tmp_path / "sweep" / "a", 3)
     with pytest.raises(ValueError, match="bad batch"):

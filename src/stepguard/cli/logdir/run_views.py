@@ -103,13 +103,16 @@ def _watched(found: RunState) -> Iterator[tuple[str, object, str]]:
 
 
 def _row(found: RunState) -> tuple[str, ...]:
-    chief = next((one for one in found.processes if not one.is_left_behind and one.beat.role == CHIEF), None)
-    troubled = next((one for one in found.processes if not one.is_left_behind and not one.is_well), chief)
+    present = [one for one in found.processes if not one.is_left_behind]
+    # A program that saves nothing here is no chief.
+    chief = next((one for one in present if one.beat.role == CHIEF), present[0] if present else None)
+    troubled = next((one for one in present if not one.is_well), chief)
+    untold = "nothing has run here" if found.is_empty else "no heartbeat"
     beat = None if chief is None else chief.beat
     good = found.newest_good
     return (
         printable(str(found.logdir)),
-        "nothing has run here" if troubled is None else _state(troubled),
+        untold if troubled is None else _state(troubled),
         "-" if beat is None or beat.step is None else f"{beat.step:,}",
         "-" if beat is None or not beat.total_steps else f"{beat.total_steps:,}",
         "-" if chief is None or chief.state != "alive" or beat is None or not beat.steps_per_sec else _rate(beat),
