@@ -9,20 +9,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
+
+from forked import begin, fork
 
 from stepguard.store import CheckpointStore
 
 PROGRAM = Path(__file__).with_name("distributed_training.py")
 
 
-def torchrun(logdir: Path, processes: int, *arguments: str, fails: bool = False) -> str:
-    return run(*torchrun_command(logdir, processes, *arguments), fails=fails)
-
-
-def run(*command: str, fails: bool = False) -> str:
+def run(*command: str) -> str:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert (ended.returncode != 0) == fails, ended.stdout + ended.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
 
@@ -48,37 +47,83 @@ def began(logdir: Path, processes: int) -> list[str]:
     return [logdir.with_suffix(f".began-{rank}").read_text() for rank in range(processes)]
 
 
-def start_two(logdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes without torchrun, which takes as long to start as one of them."""
+class Member:
+    """One of the processes, forked from one that has imported PyTorch; torchrun and each of its own import it anew."""
+
+    def __init__(self, logdir: Path, arguments: tuple[str, ...], place: dict[str, str]) -> None:
+        # Beside the logdir, in a new file for each start.
+        starts = len(list(logdir.parent.glob(f"{logdir.name}.output-*")))
+        self._output = logdir.with_suffix(f".output-{starts}")
+        self._output.touch()
+        self._process = fork(_run_program, str(self._output), [f"--logdir={logdir}", *arguments], place)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.is_alive(), self._output.read_text()
+        os.kill(self._process.pid, number)
+
+    def end(self, timeout_secs: float = 150) -> str:
+        """Wait for its end; what it has written to stdout and stderr."""
+        self._process.join(timeout_secs)
+        said = self._output.read_text()
+        assert self.returncode is not None, said
+        return said
+
+
+def _run_program(output: str, arguments: list[str], place: dict[str, str]) -> None:
+    begin(output)
+    os.environ.update(place)
+    sys.argv = [str(PROGRAM), *arguments]
+    import distributed_training
+
+    try:
+        distributed_training.main()
+    except KeyboardInterrupt as error:
+        # As the interpreter ends a program that lets it through; multiprocessing would print its own words.
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def start(logdir: Path, processes: int, *arguments: str) -> list[Member]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-        command = [sys.executable, str(PROGRAM), f"--logdir={logdir}", *arguments]
-        processes.append(subprocess.Popen(command, env={**os.environ, **place}, stderr=subprocess.PIPE, text=True))
-    return processes
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [Member(logdir, arguments, {**everywhere, "RANK": str(rank)}) for rank in range(processes)]
 
 
-def run_two(logdir: Path, *arguments: str) -> list[str]:
-    processes = start_two(logdir, *arguments)
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return errors
+def train(logdir: Path, processes: int, *arguments: str, killed: Collection[int] = (), well: bool = True) -> list[str]:
+    """Start so many and wait for their ends; what each has written.
+
+    They end well, or those of the ranks ``killed`` by SIGKILL and the others because they have lost them.
+    """
+    members = start(logdir, processes, *arguments)
+    said = [member.end(300) for member in members]
+    codes = [member.returncode for member in members]
+    if killed or not well:
+        assert all(codes), said
+    else:
+        assert codes == [0] * processes, said
+    assert all(codes[rank] == -signal.SIGKILL for rank in killed), said
+    return said
 
 
 def terminate_one(logdir: Path, rank: int, *arguments: str, by: signal.Signals = signal.SIGTERM) -> list[str]:
-    """Send a signal to one of two processes, in the middle of the training; what each wrote to its stderr."""
-    processes = start_two(logdir, "--steps=100000", *arguments)
+    """Send a signal to one of two processes, in the middle of the training; what each has written."""
+    members = start(logdir, 2, "--steps=100000", *arguments)
     deadline = time.monotonic() + 120
     awaited = [".seen-0", ".seen-1", *([".evaluating"] if "--loop-steps=5" in arguments else [])]
     while not all(logdir.with_suffix(one).exists() for one in awaited) or not steps_saved(logdir):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    processes[rank].send_signal(by)
-    errors = [process.communicate(timeout=150)[1] for process in processes]
+    members[rank].send_signal(by)
+    said = [member.end() for member in members]
 
-    assert processes[rank].returncode == -by, errors
-    assert processes[1 - rank].returncode == 0, errors
-    return errors
+    assert members[rank].returncode == -by, said
+    assert members[1 - rank].returncode == 0, said
+    return said

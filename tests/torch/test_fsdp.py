@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from distributed_training import add_frozen, digest, network, wrapped
-from launch import began, outcomes, run_two, seen, steps_saved, terminate_one, torchrun
+from launch import began, outcomes, seen, steps_saved, terminate_one
+from launch import train as train_together
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -38,7 +39,7 @@ pytestmark = [
 def whole_run(tmp_path_factory):
     """A run of two processes that nobody disturbs."""
     logdir = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(logdir, 2, "--steps=24", "--wrap=fsdp", "--save-steps=4", "--awaits-saves")
+    train_together(logdir, 2, "--steps=24", "--wrap=fsdp", "--save-steps=4", "--awaits-saves")
     return logdir
 
 
@@ -87,10 +88,10 @@ def recommit(logdir, name):
 def test_one_killed_and_all_killed_change_nothing(whole_run, tmp_path):
     killed = tmp_path / "killed"
     options = ["--steps=24", "--wrap=fsdp", "--save-steps=3"]
-    for kills in (["--kill=1:10"], ["--kill=0:16", "--kill=1:16"]):
-        torchrun(killed, 2, *options, *kills, fails=True)
-    assert steps_saved(killed), "nothing was saved before the kills"
-    torchrun(killed, 2, *options)
+    for at, ranks in ((10, [1]), (16, [0, 1])):
+        kills = [f"--kill={rank}:{at}" for rank in ranks]
+        train_together(killed, 2, *options, *kills, "--kill-once-saved=0", killed=ranks)
+    train_together(killed, 2, *options)
 
     assert outcomes(killed, 2) == outcomes(whole_run, 2)
     for rank in range(2):
@@ -111,7 +112,7 @@ def test_one_whose_disk_is_full_and_then_sigterm(tmp_path):
 
 def test_each_process_writes_its_frozen_parameters_once(tmp_path):
     logdir = tmp_path / "run"
-    run_two(logdir, "--steps=12", "--wrap=fsdp", "--save-steps=4", "--step-secs=0.1", "--frozen")
+    train_together(logdir, 2, "--steps=12", "--wrap=fsdp", "--save-steps=4", "--step-secs=0.1", "--frozen")
     last, before = (logdir / f"model.ckpt-{step}" for step in steps_saved(logdir)[:2])
     for rank in range(2):
         assert (last / f"__{rank}_1.distcp").samefile(before / f"__{rank}_1.distcp")
@@ -142,7 +143,7 @@ class TestAnotherNumberOfProcesses:
     @pytest.mark.parametrize("wrap", ["none", "fsdp"])
     def test_one_then_two(self, wrap, tmp_path, alone):
         _, ended = train(tmp_path / "run", 3, wrap=wrap)
-        run_two(tmp_path / "run", "--steps=4", "--wrap=fsdp")
+        train_together(tmp_path / "run", 2, "--steps=4", "--wrap=fsdp")
 
         assert began(tmp_path / "run", 2) == [f"3 {ended}"] * 2
 

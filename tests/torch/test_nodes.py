@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import PROGRAM, began, outcomes, run_two, seen, steps_saved
+from launch import PROGRAM, began, outcomes, seen, steps_saved, train
 
 from stepguard.watching import ledger
 
@@ -32,11 +32,11 @@ def logdir(tmp_path: Path) -> Path:
 
 def test_a_process_that_dies_on_one_node_is_one_restart_of_both(logdir, tmp_path):
     whole = tmp_path / "whole"
-    run_two(whole, "--steps=30", "--save-steps=10")
+    train(whole, 2, "--steps=30", "--save-steps=10")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    training = (f"--logdir={logdir}", "--steps=30", "--save-steps=10", "--kill=1:15")
+    training = (f"--logdir={logdir}", "--steps=30", "--save-steps=10", "--kill=1:15", "--kill-once-saved=9")
     nodes = [start_node(rank, port, *training) for rank in range(2)]
     try:
         said = [node.communicate(timeout=200)[0] for node in nodes]

@@ -1,4 +1,4 @@
-"""Several processes that train one model under torchrun: they save, stop and go on together."""
+"""Several processes that train one model, as torchrun starts them: they save, stop and go on together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launch import outcomes, run, run_two, seen, start_two, steps_saved, terminate_one, torchrun, torchrun_command
+from launch import outcomes, run, seen, start, steps_saved, terminate_one, torchrun_command, train
 
 from stepguard.store import CheckpointStore
 from stepguard.watching import ledger
@@ -18,15 +18,17 @@ pytestmark = pytest.mark.timeout(400)
 
 def test_one_killed_and_all_killed_change_nothing(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    torchrun(whole, 2, "--steps=60")
+    train(whole, 2, "--steps=60")
+    train(killed, 2, "--steps=60", "--kill=1:20", killed=[1])
+    train(killed, 2, "--steps=60", "--kill=0:33", killed=[0])
     # Started anew by the launcher, and not with --max-restarts: with gloo PyTorch's own restart fails now and then,
     # also in a program that only calls all_reduce.
-    kills = [f"--kill={kill}" for kill in ("1:20", "0:33", "0:47", "1:47")]
+    kills = ["--kill=0:47", "--kill=1:47"]
     launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
     said = run(*launcher, *torchrun_command(killed, 2, "--steps=60", *kills))
 
     # One that was ended before it came to its kill has that in the next start.
-    assert int(re.search(r"stepguard: ended well after .*, (\d+) restarts", said)[1]) >= 3
+    assert re.search(r"stepguard: ended well after .*, [12] restarts?\b", said)
     assert outcomes(killed, 2) == outcomes(whole, 2)
     for rank in range(2):
         assert seen(killed, rank) == seen(whole, rank)
@@ -41,9 +43,9 @@ def test_one_killed_in_an_epoch_and_in_the_end_of_one_does_nothing_twice(tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # 50 items in batches of 4 are 7 steps of two processes.
     training = ["--epoch-ends", "--epochs=4", "--steps=28", "--save-steps=3", "--awaits-saves"]
-    torchrun(whole, 2, *training)
-    launcher = [sys.executable, "-m", "stepguard", "run", "--first-delay-secs=0.01", "--"]
-    run(*launcher, *torchrun_command(killed, 2, *training, "--kill-in-end=0:1", "--kill=1:17"))
+    train(whole, 2, *training)
+    for ranks in ([0], [1], []):
+        train(killed, 2, *training, "--kill-in-end=0:1", "--kill=1:17", killed=ranks)
 
     assert outcomes(killed, 2) == outcomes(whole, 2)
     for rank in range(2):
@@ -55,7 +57,7 @@ def test_one_killed_in_an_epoch_and_in_the_end_of_one_does_nothing_twice(tmp_pat
 
 def test_the_best_epochs_are_saved_with_the_parts_of_all(tmp_path):
     logdir = tmp_path / "run"
-    run_two(logdir, "--epoch-ends", "--epochs=3", "--steps=21", "--measures", "--save-steps=1000")
+    train(logdir, 2, "--epoch-ends", "--epochs=3", "--steps=21", "--measures", "--save-steps=1000")
 
     store = CheckpointStore(logdir)
     assert steps_saved(logdir) == [21, 14, 7]
@@ -70,9 +72,9 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
     logdir = tmp_path / "run"
     # 50 items in batches of 4: an epoch is 13 steps of one process, and 7 of two.
     steps = 4 if before == 2 else 8
-    torchrun(logdir, before, f"--steps={steps}")
+    train(logdir, before, f"--steps={steps}")
     more = 4 if before == 2 else 2
-    torchrun(logdir, after, f"--steps={steps + more}")
+    train(logdir, after, f"--steps={steps + more}")
 
     assert steps_saved(logdir)[0] == steps + more
     items = [item for rank in range(max(before, after)) for batch in seen(logdir, rank).values() for item in batch]
@@ -82,7 +84,8 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tmp_path)
 def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
     logdir = tmp_path / "run"
     # The step after which the chief would save.
-    said = torchrun(logdir, 2, "--steps=100000", "--save-steps=5", "--awaits-saves", "--nan=1:14", fails=True)
+    training = ["--steps=100000", "--save-steps=5", "--awaits-saves", "--nan=1:14"]
+    said = "".join(train(logdir, 2, *training, well=False))
 
     assert "NonFiniteError: loss is nan at step 14" in said
     assert steps_saved(logdir) == [10, 5]
@@ -100,7 +103,7 @@ def test_a_loss_that_is_not_finite_in_one_ends_all(tmp_path):
 
 
 def test_checkpoints_by_steps_are_of_exactly_these_steps(tmp_path):
-    torchrun(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--awaits-saves")
+    train(tmp_path / "run", 2, "--steps=12", "--save-steps=5", "--awaits-saves")
 
     assert steps_saved(tmp_path / "run") == [12, 10, 5]
 
@@ -144,7 +147,7 @@ def test_ctrl_c_while_the_chief_evaluates_and_the_other_waits_in_the_next_step(r
 
 def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
     # The step that had no batch any more is none that the others have to come to.
-    errors = run_two(tmp_path / "run", "--steps=100000", "--epochs=1")
+    errors = train(tmp_path / "run", 2, "--steps=100000", "--epochs=1")
 
     assert not [line for text in errors for line in text.splitlines() if "stopping" in line or "round of" in line]
     assert len({len(seen(tmp_path / "run", rank)) for rank in range(2)}) == 1
@@ -162,11 +165,11 @@ def test_a_loop_that_ends_with_its_epochs_ends_without_a_word(tmp_path):
 def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
     logdir = tmp_path / "run"
     leaver, step, _ = leave.split(":")
-    processes = start_two(logdir, "--steps=100000", "--save-steps=5", f"--leave={leave}")
-    left, stays = processes if leaver == "0" else reversed(processes)
-    left.communicate(timeout=150)
+    members = start(logdir, 2, "--steps=100000", "--save-steps=5", f"--leave={leave}")
+    left, stays = members if leaver == "0" else reversed(members)
+    left.end()
     began = time.monotonic()
-    said = stays.communicate(timeout=200)[1]
+    said = stays.end()
 
     # The grace period, in which it would wait for the other, is two minutes.
     assert time.monotonic() - began < 60
@@ -179,7 +182,7 @@ def test_one_that_leaves_ends_the_other_in_seconds(leave, tmp_path):
 @pytest.mark.parametrize("batches", ["12,20", pytest.param("20,12", marks=pytest.mark.soak)])
 def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
     logdir = tmp_path / "run"
-    run_two(logdir, "--steps=100000", "--save-steps=5", f"--join={batches}")
+    train(logdir, 2, "--steps=100000", "--save-steps=5", f"--join={batches}")
 
     counts = [int(count) for count in batches.split(",")]
     assert [len(seen(logdir, rank)) for rank in range(2)] == counts
@@ -189,13 +192,12 @@ def test_uneven_inputs_under_join_come_to_their_ends(batches, tmp_path):
 def test_uneven_inputs_in_each_epoch_are_gone_on_with_where_each_process_was(tmp_path):
     even, killed = tmp_path / "even", tmp_path / "killed"
     options = ["--steps=100000", "--epochs=3", "--join=7,4"]
-    run_two(even, *options)
+    train(even, 2, *options)
     # In the second epoch, when the data of the other has ended.
     kills = ["--kill=0:13", "--kill=1:8", "--kill-once-saved=7"]
-    for process in start_two(killed, *options, "--step-secs=0.1", *kills):
-        process.communicate(timeout=200)
+    train(killed, 2, *options, "--step-secs=0.1", *kills, killed=[0])
     assert 7 < steps_saved(killed)[0] <= 13
-    errors = run_two(killed, *options)
+    errors = train(killed, 2, *options)
 
     assert outcomes(killed, 2) == outcomes(even, 2)
     assert [seen(killed, rank) for rank in range(2)] == [seen(even, rank) for rank in range(2)]
