@@ -1,9 +1,10 @@
-"""Starting several processes of the distributed test program, and reading what they have noted."""
+"""Starting several processes of the distributed test program, or of another, and reading what they have noted."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -50,12 +51,12 @@ def began(logdir: Path, processes: int) -> list[str]:
 class Member:
     """One of the processes, forked from one that has imported PyTorch; torchrun and each of its own import it anew."""
 
-    def __init__(self, logdir: Path, arguments: tuple[str, ...], place: dict[str, str]) -> None:
+    def __init__(self, program: Path, logdir: Path, arguments: tuple[str, ...], place: dict[str, str]) -> None:
         # Beside the logdir, in a new file for each start.
         starts = len(list(logdir.parent.glob(f"{logdir.name}.output-*")))
         self._output = logdir.with_suffix(f".output-{starts}")
         self._output.touch()
-        self._process = fork(_run_program, str(self._output), [f"--logdir={logdir}", *arguments], place)
+        self._process = fork(_run, str(self._output), [str(program), f"--logdir={logdir}", *arguments], place)
 
     @property
     def returncode(self) -> int | None:
@@ -73,14 +74,12 @@ class Member:
         return said
 
 
-def _run_program(output: str, arguments: list[str], place: dict[str, str]) -> None:
+def _run(output: str, argv: list[str], place: dict[str, str]) -> None:
     begin(output)
     os.environ.update(place)
-    sys.argv = [str(PROGRAM), *arguments]
-    import distributed_training
-
+    sys.argv = argv
     try:
-        distributed_training.main()
+        runpy.run_path(argv[0], run_name="__main__")
     except KeyboardInterrupt as error:
         # As the interpreter ends a program that lets it through; multiprocessing would print its own words.
         sys.excepthook(type(error), error, error.__traceback__)
@@ -89,20 +88,28 @@ def _run_program(output: str, arguments: list[str], place: dict[str, str]) -> No
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def start(logdir: Path, processes: int, *arguments: str) -> list[Member]:
+def start(logdir: Path, processes: int, *arguments: str, program: Path = PROGRAM) -> list[Member]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [Member(logdir, arguments, {**everywhere, "RANK": str(rank)}) for rank in range(processes)]
+    places = [{**everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [Member(program, logdir, arguments, place) for place in places]
 
 
-def train(logdir: Path, processes: int, *arguments: str, killed: Collection[int] = (), well: bool = True) -> list[str]:
+def train(
+    logdir: Path,
+    processes: int,
+    *arguments: str,
+    killed: Collection[int] = (),
+    well: bool = True,
+    program: Path = PROGRAM,
+) -> list[str]:
     """Start so many and wait for their ends; what each has written.
 
     They end well, or those of the ranks ``killed`` by SIGKILL and the others because they have lost them.
     """
-    members = start(logdir, processes, *arguments)
+    members = start(logdir, processes, *arguments, program=program)
     said = [member.end(300) for member in members]
     codes = [member.returncode for member in members]
     if killed or not well:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launch import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepguard.store import CheckpointStore
@@ -145,7 +146,7 @@ def test_what_accelerate_prepares_resumes_in_two_processes(tmp_path):
     program = EXAMPLES / "torch" / "digits_accelerate.py"
 
     def end(logdir, epochs):
-        output = run(program, f"--logdir={tmp_path / logdir}", f"--epochs={epochs}", launcher=TORCHRUN)
+        output = "".join(train(tmp_path / logdir, 2, f"--epochs={epochs}", program=program))
         return [line for line in output.splitlines() if "sum of the weights" in line]
 
     end("parts", 1)
