@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -61,3 +62,24 @@ def started(work: Callable[..., object], *args: object, name: str | None = None)
     thread = threading.Thread(target=work, args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+class AwaitedThread(threading.Thread):
+    """Works once a join has found it alive: on a busy machine it would else have ended before the join looks."""
+
+    def __init__(self, work: Callable[[], object] = lambda: None) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._is_awaited = threading.Event()
+        self.found_alive_at = 0.0
+
+    def is_alive(self) -> bool:
+        alive = super().is_alive()
+        if alive and not self._is_awaited.is_set():
+            self.found_alive_at = time.monotonic()
+            self._is_awaited.set()
+        return alive
+
+    def run(self) -> None:
+        assert self._is_awaited.wait(SOON_SECS)
+        self._work()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from coordinators import (
     SOON_SECS,
+    AwaitedThread,
     BoomError,
     OurCoordinator,
     TheirCoordinator,
@@ -79,16 +80,12 @@ def test_departure_an_error_after_join_is_kept_and_stops() -> None:
 
 def test_departure_a_finished_thread_is_noticed_at_once() -> None:
     def late_secs(coord: Any) -> float:
-        ended_at: list[float] = []
+        thread = AwaitedThread()
+        thread.start()
+        coord.join([thread])
+        return time.monotonic() - thread.found_alive_at
 
-        def work() -> None:
-            time.sleep(0.1)
-            ended_at.append(time.monotonic())
-
-        coord.join([started(work)])
-        return time.monotonic() - ended_at[0]
-
-    assert late_secs(TheirCoordinator()) > 0.5
+    assert late_secs(TheirCoordinator()) >= 1
     assert min(late_secs(OurCoordinator()) for _ in range(3)) < 0.5, "a machine has pauses of its own"
 
 
@@ -109,12 +106,13 @@ def test_departure_a_thread_registered_while_joining_is_waited_for(hold: threadi
     for coord in (TheirCoordinator(), OurCoordinator()):
         seconds: list[threading.Thread] = []
 
-        def first(coord: Any = coord, seconds: list[threading.Thread] = seconds) -> None:
-            hold.wait(0.1)
+        def register(coord: Any = coord, seconds: list[threading.Thread] = seconds) -> None:
             seconds.append(started(hold.wait, 2.5))
             coord.register_thread(seconds[0])
 
-        coord.join([started(first)])
+        first = AwaitedThread(register)
+        first.start()
+        coord.join([first])
         waited.append(not seconds[0].is_alive())
     assert waited == [False, True]
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from coordinators import AwaitedThread
 from departures import DEPARTURES
 from harness import (
+    DEADLINE_SECS,
     OURS,
     THEIRS,
     checkpoint_state,
@@ -267,13 +269,22 @@ def test_worker_starts_soon(tmp_path):
         init = v1.global_variables_initializer()
         server = v1.train.Server.create_local_server()
         graph = v1.get_default_graph()
-        worker = side.Supervisor(is_chief=False, recovery_wait_secs=2 if side is THEIRS else 600)
+        has_looked = threading.Event()
+
+        def look(lacking):
+            has_looked.set()
+            return lacking
+
+        # As by default, and it says when the worker has asked for the first time.
+        ready_op = tf.numpy_function(look, [v1.report_uninitialized_variables()], tf.string)
+        worker = side.Supervisor(is_chief=False, ready_op=ready_op, recovery_wait_secs=2 if side is THEIRS else 600)
 
         def initialise():
+            assert has_looked.wait(DEADLINE_SECS)
             with v1.Session(server.target, graph=graph) as sess:
                 sess.run(init)
 
-        chief = threading.Timer(0.2, initialise)
+        chief = threading.Thread(target=initialise)
         chief.start()
         began = time.monotonic()
         worker.prepare_or_wait_for_session(server.target).close()
@@ -339,11 +350,10 @@ def test_join_of_a_finished_thread(tmp_path):
     def scenario(side, logdir):
         counting_model()
         sv = side.Supervisor()
-        thread = threading.Timer(0.05, lambda: None)
+        thread = AwaitedThread()
         thread.start()
-        began = time.monotonic()
         sv.coord.join([thread])
-        return time.monotonic() - began
+        return time.monotonic() - thread.found_alive_at
 
     assert run(scenario, THEIRS, tmp_path) >= 1
     # One of three is enough: a machine has pauses of its own.

@@ -459,22 +459,27 @@ def test_a_disk_that_is_slow_at_every_call_delays_a_save_and_not_the_steps(
     slow = breaks.BreakingOs(breaks.wait(0.06), at=None, every=True)
     breaks.put_under_files(slow, monkeypatch.setattr)
     run = Run(tmp_path / "run", save_model_secs=0.01)
-    longest_secs = []
+    # Of one of the saves: a machine has pauses of its own. A save that the steps wait for is one long step each time.
+    longest_share = 1.0
     with run.sv.managed_session() as run.session:
         run.train_until_saved()
         slow.arm()
-        for _ in range(2):
+        for number in range(10):
             before = run.committed()[:1]
             began = time.monotonic()
-            deadline = began + 60
-            longest_secs.append(0.0)
+            longest_secs = 0.0
             while run.committed()[:1] == before:
                 step_began = time.monotonic()
                 run.session.run(run.model.train_op)
-                longest_secs[-1] = max(longest_secs[-1], time.monotonic() - step_began)
-                assert time.monotonic() < deadline
+                longest_secs = max(longest_secs, time.monotonic() - step_began)
+                assert time.monotonic() < began + 60
             save_secs = time.monotonic() - began
-    assert save_secs > 0.9, "twenty calls and more, of 60 ms each"
-    # A step of a few milliseconds, and a copy of 2 MB. Of one of the saves: a machine has pauses of its own.
-    assert min(longest_secs) < save_secs / 2
+            if number == 0:  # It may have begun before the disk was slow.
+                continue
+            assert save_secs > 0.9, "twenty calls and more, of 60 ms each"
+            longest_share = min(longest_share, longest_secs / save_secs)
+            if longest_share < 0.5:
+                break
+    # A step of a few milliseconds, and a copy of 2 MB.
+    assert longest_share < 0.5
     assert_whole(run.logdir, run.committed()[0])

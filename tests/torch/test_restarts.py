@@ -12,6 +12,7 @@ from loop_programs import SOON_SECS, Killed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 from stepguard.options import Restoring, Saving
+from stepguard.steps import boundary
 from stepguard.torch import Supervisor, Values
 
 BATCHES = 4
@@ -268,7 +269,8 @@ def test_a_start_that_trains_nothing_at_all_says_so(tmp_path, caplog):
         assert caplog.text.count("trains nothing") == count
 
 
-def test_the_end_of_ones_own_loop_waits_for_no_save(tmp_path, caplog):
+def test_the_end_of_ones_own_loop_waits_for_no_save(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(boundary, "_PATIENCE_SECS", 600.0)
     run = Program(tmp_path)
     with run.sv.managed_session() as sess:
         for _ in range(3):
@@ -280,7 +282,7 @@ def test_the_end_of_ones_own_loop_waits_for_no_save(tmp_path, caplog):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         began = time.monotonic()
-    assert time.monotonic() - began < 4  # where it would wait for 5 s
+    assert time.monotonic() - began < SOON_SECS
     assert "no step boundary" not in caplog.text
 
 
