@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import atexit
-import functools
-import multiprocessing
 import os
 import runpy
 import sys
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_processes = multiprocessing.get_context("forkserver")
-_PRELOADED = [
-    *("jax", "jax.experimental.multihost_utils", "optax", "grain.python", "stepguard.jax.supervisor"),
-    *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
-]
+from forks import Forks
+
+_forks = Forks(
+    [
+        *("jax", "jax.experimental.multihost_utils", "optax", "grain.python", "stepguard.jax.supervisor"),
+        *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
+    ]
+)
 
 
 def start(program: str, output: str, arguments: Sequence[str]) -> BaseProcess:
     """Start a process that runs ``program`` of this folder, and prints into the file ``output``."""
-    _start_server()
-    process = _processes.Process(target=_run, args=(program, output, arguments))
-    process.start()
-    return process
-
-
-@functools.cache
-def _start_server() -> None:
-    _processes.set_forkserver_preload(_PRELOADED)
-    forkserver.ensure_running()
+    return _forks.start(_run, program, output, arguments)
 
 
 def _run(program: str, output: str, arguments: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,10 @@ from typing import Any, final
 from stepguard.watching import ledger
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "process"))
+
+from forks import Forks  # noqa: E402
+
 # More than anything here takes on a busy machine.
 SOON_SECS = 120.0
 
@@ -49,21 +52,16 @@ def free_ports(number: int) -> list[int]:
     return found
 
 
-def forkserver() -> Any:
-    """Processes are forked from one that has imported TensorFlow, and made neither a session nor a server."""
-    context = multiprocessing.get_context("forkserver")
-    # Of the names on the path of every process: that of the tests is not known there yet.
-    context.set_forkserver_preload(["tensorflow", "stepguard.tensorflow"])
-    return context
+# What they are forked from makes neither a session nor a server. It does not know the path of the tests.
+FORKS = Forks(["tensorflow", "stepguard.tensorflow"])
 
 
 class Task:
     """One process, and those that took its place: their reports go on in one list."""
 
-    def __init__(self, name: str, place: Path, context: Any) -> None:
+    def __init__(self, name: str, place: Path) -> None:
         self.name = name
         self._place = place
-        self._context = context
         self._arguments: tuple[str, dict[str, Any]] | None = None
         self.process: Any = None
         self._began = 0
@@ -80,10 +78,8 @@ class Task:
         import task
 
         self._began = len(self.reports(since_start=False))
-        self.process = self._context.Process(
-            target=task.main, args=(self._arguments[0], str(self._place), self._arguments[1]), daemon=True
-        )
-        self.process.start()
+        function, arguments = self._arguments
+        self.process = FORKS.start(task.main, function, str(self._place), arguments, daemon=True)
         return self
 
     def is_alive(self) -> bool:
@@ -221,9 +217,8 @@ class Cluster:
             "worker": [f"{here}:{port}" for port in ports[ps:]],
         }
         self.logdir = place / "logdir"
-        context = forkserver()
-        self.ps = [Task(f"ps{index}", place / f"ps{index}", context) for index in range(ps)]
-        self.workers = [Task(f"worker{index}", place / f"worker{index}", context) for index in range(workers)]
+        self.ps = [Task(f"ps{index}", place / f"ps{index}") for index in range(ps)]
+        self.workers = [Task(f"worker{index}", place / f"worker{index}") for index in range(workers)]
         self.chief = self.workers[0]
 
     @property

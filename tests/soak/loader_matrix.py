@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "torch"))
+sys.path += [str(HERE.parent / "torch"), str(HERE.parent / "process")]
 
 from forked import begin, fork  # noqa: E402
 

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+from forks import Forks
 
 WITHOUT_TENSORFLOW = Path(__file__).with_name("without_tensorflow")
 # `torch._dynamo` is loaded by the first optimizer that a program makes, and takes longer than PyTorch itself.
 LOADED = ["torch", "stepguard.torch", "torch.utils.tensorboard", "torch.optim", "torch._dynamo", "numpy"]
 
-_processes = multiprocessing.get_context("forkserver")
+_paths = os.pathsep.join([str(WITHOUT_TENSORFLOW), *filter(None, [os.environ.get("PYTHONPATH")])])
+_forks = Forks(LOADED, {"PYTHONPATH": _paths})
 
 
 def fork(target: Callable[..., object], *arguments: Any) -> BaseProcess:
     """Start a process that calls ``target``, which has to call :func:`begin` first."""
-    _start_server()
-    process = _processes.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
-@functools.cache
-def _start_server() -> None:
-    _processes.set_forkserver_preload(LOADED)
-    paths = os.pathsep.join([str(WITHOUT_TENSORFLOW), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with mock.patch.dict(os.environ, PYTHONPATH=paths):
-        forkserver.ensure_running()
+    return _forks.start(target, *arguments)
 
 
 def begin(output: str) -> None:
