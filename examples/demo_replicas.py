@@ -35,12 +35,18 @@ class Task:
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet()
         )
-        threading.Thread(target=self._show, args=(self.process,), daemon=True).start()
+        self._showing = threading.Thread(target=self._show, args=(self.process,), daemon=True)
+        self._showing.start()
+
+    def kill(self) -> None:
+        """Kill it, if it has not ended by itself, and show the last that it printed."""
+        self.process.kill()
+        self.process.wait()
+        self._showing.join()
 
     def kill_and_restart(self) -> None:
         print(f"          --- kill -9 {self.name}, and start it again ---", flush=True)
-        self.process.kill()
-        self.process.wait()
+        self.kill()
         self.start()
 
     def _show(self, process: subprocess.Popen) -> None:
@@ -93,8 +99,7 @@ def run(logdir: Path, steps: int, options: list[str]) -> float:
     finally:
         # Parameter servers serve until they are told to stop.
         for task in (ps, *workers):
-            task.process.kill()
-            task.process.wait()
+            task.kill()
     failed = [worker.name for worker in workers if worker.process.returncode != 0]
     found = [re.match(r"test accuracy ([\d.]+)%", line) for line in workers[0].lines]
     accuracy = next((float(match[1]) / 100 for match in reversed(found) if match), None)
