@@ -1,19 +1,30 @@
-"""Every example is run as a user runs it: as a process of its own, twice where the second run is to resume."""
+"""Every example is run as a user runs it: as a process of its own, twice where the second run is to resume.
+
+The first of them, and the demo, start an interpreter; the others are forked from one that has imported TensorFlow.
+"""
 
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests" / "process"))
+
+from forks import Forks, run_program  # noqa: E402
+
 EXAMPLES = ROOT / "examples"
 
 
 # Run by tests/replicas/test_example.py.
 CLUSTERS = {"replicas.py", "demo_replicas.py"}
+
+
+FORKS = Forks(["tensorflow", "stepguard.tensorflow"])
 
 
 def run(program, *arguments: str) -> str:
@@ -26,10 +37,22 @@ def run(program, *arguments: str) -> str:
         text=True,
         timeout=250,
     )
-    assert ended.returncode == 0, ended.stdout
+    return well_printed(ended.returncode, ended.stdout)
+
+
+def fork(program, *arguments: str) -> str:
+    """As ``run``, without the start of an interpreter."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = FORKS.start(run_program, output.name, [str(program), *arguments], True)
+        process.join(250)
+        return well_printed(process.exitcode, output.read())
+
+
+def well_printed(code: int | None, printed: str) -> str:
+    assert code == 0, printed
     for noise in ("Traceback", "WARNING", "ERROR"):
-        assert noise not in ended.stdout, ended.stdout
-    return ended.stdout
+        assert noise not in printed, printed
+    return printed
 
 
 def accuracy(printed: str) -> float:
@@ -80,13 +103,13 @@ def test_single_program_trains_and_resumes(tmp_path):
 
 
 def test_manual_summaries_writes_one_every_100_steps(tmp_path):
-    printed = run(EXAMPLES / "manual_summaries.py", f"--logdir={tmp_path}", "--steps=501")
+    printed = fork(EXAMPLES / "manual_summaries.py", f"--logdir={tmp_path}", "--steps=501")
     assert sorted(scalars(tmp_path)["loss"]) == [0, 100, 200, 300, 400, 500]
     assert accuracy(printed) > 0.9
 
 
 def test_extra_service_prints_the_loss_while_it_trains(tmp_path):
-    printed = run(EXAMPLES / "extra_service.py", f"--logdir={tmp_path}", "--steps=1500", "--every-secs=0.05")
+    printed = fork(EXAMPLES / "extra_service.py", f"--logdir={tmp_path}", "--steps=1500", "--every-secs=0.05")
     steps = [int(step) for step in re.findall(r"step +(\d+)   loss", printed)]
     assert len(steps) >= 2
     assert steps == sorted(steps)
@@ -95,28 +118,28 @@ def test_extra_service_prints_the_loss_while_it_trains(tmp_path):
 
 def test_fewer_services_saves_by_its_own_rule_only(tmp_path):
     program = EXAMPLES / "fewer_services.py"
-    run(program, f"--logdir={tmp_path}", "--steps=300", "--save-every=100")
+    fork(program, f"--logdir={tmp_path}", "--steps=300", "--save-every=100")
     assert saved_steps(tmp_path, "mine.ckpt") == {100, 200, 300}
     assert saved_steps(tmp_path) == set()
-    second = run(program, f"--logdir={tmp_path}", "--steps=400", "--save-every=100")
+    second = fork(program, f"--logdir={tmp_path}", "--steps=400", "--save-every=100")
     assert f"restored {tmp_path}/mine.ckpt-300" in second
     assert accuracy(second) > 0.9
 
 
 def test_custom_init_fn_starts_from_its_weights_once(tmp_path):
     program = EXAMPLES / "custom_init_fn.py"
-    first = run(program, f"--logdir={tmp_path}", "--steps=100")
+    first = fork(program, f"--logdir={tmp_path}", "--steps=100")
     began = re.search(r"average digits: test accuracy ([\d.]+)%", first)
     assert float(began[1]) > 85
     assert accuracy(first) >= 0.9
-    second = run(program, f"--logdir={tmp_path}", "--steps=200")
+    second = fork(program, f"--logdir={tmp_path}", "--steps=200")
     assert "average digits" not in second
 
 
 def test_custom_local_init_op_runs_in_each_process(tmp_path):
     program = EXAMPLES / "custom_local_init_op.py"
-    first = run(program, f"--logdir={tmp_path}", "--steps=200")
-    second = run(program, f"--logdir={tmp_path}", "--steps=400")
+    first = fork(program, f"--logdir={tmp_path}", "--steps=200")
+    second = fork(program, f"--logdir={tmp_path}", "--steps=400")
     for printed in (first, second):
         assert printed.count("read 1438 digits") == 1
     assert "step   200" not in second, "the second run was to resume at step 200"
@@ -125,16 +148,16 @@ def test_custom_local_init_op_runs_in_each_process(tmp_path):
 
 def test_session_manager_says_whether_it_restored(tmp_path):
     program = EXAMPLES / "session_manager.py"
-    first = run(program, f"--logdir={tmp_path}", "--steps=200")
+    first = fork(program, f"--logdir={tmp_path}", "--steps=200")
     assert "nothing to restore" in first
-    second = run(program, f"--logdir={tmp_path}", "--steps=200")
+    second = fork(program, f"--logdir={tmp_path}", "--steps=200")
     assert "restored at step 200" in second
     assert saved_steps(tmp_path) == {200, 400}
     assert accuracy(second) > 0.9
 
 
 def test_queue_runners_ends_well_when_the_files_are_exhausted(tmp_path):
-    printed = run(EXAMPLES / "queue_runners.py", f"--logdir={tmp_path}", "--epochs=20")
+    printed = fork(EXAMPLES / "queue_runners.py", f"--logdir={tmp_path}", "--epochs=20")
     steps = 20 * 1438 // 128
     assert "training is finished" in printed
     assert f"model.ckpt-{steps}" in printed, "the last step was to be saved"
@@ -143,7 +166,7 @@ def test_queue_runners_ends_well_when_the_files_are_exhausted(tmp_path):
 
 def test_retry_on_aborted_comes_back_each_time(tmp_path):
     program = EXAMPLES / "retry_on_aborted.py"
-    printed = run(program, f"--logdir={tmp_path}", "--steps=2400", "--preempt-at", "800", "1600")
+    printed = fork(program, f"--logdir={tmp_path}", "--steps=2400", "--preempt-at", "800", "1600")
     assert printed.count("trying again") == 2
     assert printed.count("resumed at step") + printed.count("starting from scratch") == 3
     assert 2400 in saved_steps(tmp_path)

@@ -7,8 +7,12 @@ import theirs anew.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import runpy
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -36,3 +40,20 @@ class Forks:
         with mock.patch.object(forkserver, "connect_to_new_process", self._server.connect_to_new_process):
             process.start()
         return process
+
+
+def run_program(output: str, argv: Sequence[str], is_strict: bool = False) -> None:
+    """In a new process: run the file ``argv[0]`` as Python runs it, with what it prints in the file ``output``.
+
+    With ``is_strict`` as ``python -W error`` does.
+    """
+    if is_strict:
+        warnings.simplefilter("error")
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = list(argv)
+    sys.path.insert(0, os.path.dirname(argv[0]))
+    runpy.run_path(argv[0], run_name="__main__")
+    # A process of multiprocessing ends without them.
+    atexit._run_exitfuncs()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from forks import Forks
-
-
-def _note_imported(path: Path, names: list[str]) -> None:
-    path.write_text(" ".join(name for name in names if name in sys.modules))
+from forks import Forks, run_program
 
 
 def test_each_has_imported_what_it_was_told_to_and_not_what_another_was(tmp_path: Path) -> None:
     modules = ["colorsys", "wave"]
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; print(*(name for name in {modules} if name in sys.modules))")
     for module in modules:
-        process = Forks([module]).start(_note_imported, tmp_path / module, modules)
+        process = Forks([module]).start(run_program, str(tmp_path / module), [str(program)])
         process.join(60)
         assert process.exitcode == 0
 
-    assert [(tmp_path / module).read_text() for module in modules] == modules
+    assert [(tmp_path / module).read_text() for module in modules] == [f"{module}\n" for module in modules]
