@@ -86,6 +86,15 @@ def test_what_is_not_run_is_python_at_least():
             compile(block.code, str(block), "exec")
 
 
+def environment(framework: str) -> dict[str, str]:
+    """Of a program for ``framework``: those for others than TensorFlow do not find it, as TensorBoard would load it."""
+    if framework == "tensorflow":
+        return dict(os.environ)
+    hidden = ROOT / "tests" / "torch" / "without_tensorflow"
+    paths = os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": paths}
+
+
 # --- the first programs: killed, and started again ---
 
 FIRST = {"torch": "docs/start-pytorch.md", "jax": "docs/start-jax.md", "tensorflow": "docs/start-tensorflow.md"}
@@ -113,10 +122,11 @@ def consoles(page: str) -> list[tuple[Block, str, str]]:
     return found
 
 
-def start(program: Path) -> subprocess.Popen[str]:
+def start(program: Path, framework: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", program.name],
         cwd=program.parent,
+        env=environment(framework),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -125,7 +135,7 @@ def start(program: Path) -> subprocess.Popen[str]:
 
 def wait_for_a_checkpoint(process: subprocess.Popen[str], logdir: Path) -> None:
     """Until a step after the first is saved."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not [path for path in logdir.glob("*.manifest.json") if "ckpt-0." not in path.name]:
         assert process.poll() is None, "it ended before it had saved a later step"
         assert time.monotonic() < deadline, "no checkpoint of a later step"
@@ -138,10 +148,10 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     page = FIRST[request.param]
     program = tmp_path_factory.mktemp("first") / "first.py"
     program.write_text(first_program(page).code)
-    first = start(program)
+    first = start(program, request.param)
     wait_for_a_checkpoint(first, program.parent / "runs" / "first")
     first.kill()
-    printed = [first.communicate(timeout=150)[0], start(program).communicate(timeout=200)[0]]
+    printed = [first.communicate(timeout=150)[0], start(program, request.param).communicate(timeout=200)[0]]
     return page, program.parent, printed
 
 
@@ -170,7 +180,8 @@ def test_the_readme_has_the_first_programs():
 
 SLOW_TO_IMPORT = {
     "tensorflow": "stepguard.tensorflow",
-    "torch": "stepguard.torch,torch.utils.tensorboard",
+    # The first optimizer of a program would load `torch._dynamo`.
+    "torch": "stepguard.torch,torch.utils.tensorboard,torch._dynamo",
     "jax": "stepguard.jax.supervisor,optax,orbax.checkpoint",
 }
 
@@ -192,7 +203,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         path = root / f"{framework}.json"
         path.write_text(json.dumps(jobs))
         arguments = [sys.executable, "-W", "error", str(Path(__file__).with_name("run_blocks.py")), modules, path]
-        processes.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(arguments, env=environment(framework), stdout=subprocess.PIPE, text=True))
     found = {"world": {"folder": root / "world"}}
     for process in processes:
         found.update({one["name"]: one for one in json.loads(process.communicate(timeout=350)[0])})

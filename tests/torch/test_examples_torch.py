@@ -54,7 +54,7 @@ def run_and_kill(program: Path, logdir: Path, *arguments: str, launcher: tuple[s
     process = subprocess.Popen(
         command, env=WITHOUT_TENSORFLOW, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not (step := newest_step(logdir)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
