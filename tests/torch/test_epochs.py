@@ -112,6 +112,12 @@ class TestMaxStepsInEpochs:
 
         assert Tutorial(parts).outcome() == Tutorial(whole).outcome()
 
+    def test_a_larger_one_after_the_end_of_an_epoch_goes_on_with_the_next_epoch(self, uninterrupted, tmp_path):
+        for max_steps in (BATCHES, BATCHES, 2 * BATCHES, 99):
+            run = Tutorial(tmp_path).train(max_steps=max_steps)
+
+        assert run.outcome() == uninterrupted
+
     @pytest.mark.parametrize("loader", [None, Endless()], ids=["none", "endless"])
     def test_is_the_end_of_an_epoch_where_no_length_is(self, loader, tmp_path):
         seen = []

@@ -408,6 +408,9 @@ class Session(StepSession):
 
     def _turn(self, plan: LoopPlan) -> None:
         """Note the end of a loop, and count it, inside the boundary."""
+        if plan.number is not None and plan.feed is not None and plan.is_at_end:
+            # Its epoch ends with the body, and the next body begins with the first batch of the next one.
+            plan.feed.end_epoch()
         self._note_loop_over(plan)
         self._turn_loop()
 
