@@ -262,3 +262,40 @@ def test_values_that_are_a_models_own_leave_it_alone_where_it_is_left_out(restor
             assert model.weight.item() == weight
             for _ in sess.steps(max_steps=sess.global_step + 1):
                 model(X)
+
+
+class Guarded:
+    """An object with slots that refuses all other attributes, as one whose parts are made later."""
+
+    __slots__ = ("count", "parts")
+
+    def __init__(self, *parts):
+        self.count, self.parts = 0, parts
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"{name} is not ready")
+
+    def state_dict(self):
+        return {"count": self.count, "parts": [one.state_dict() for one in self.parts]}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+        for one, saved in zip(self.parts, state["parts"], strict=True):
+            one.load_state_dict(saved)
+
+
+def test_an_object_with_slots_that_refuses_other_attributes_goes_on(tmp_path, caplog):
+    for step in range(0, 4, 2):
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.Adam(model.parameters())
+        guarded = Guarded(model, optimizer)
+        data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+        data.guarded = Guarded()
+        with session({"guarded": guarded}, tmp_path) as sess:
+            assert guarded.count == step
+            for (x,) in sess.steps(torch.utils.data.DataLoader(data, batch_size=2), max_steps=step + 2):
+                model(x).sum().backward()
+                optimizer.step()
+                guarded.count += 1
+    assert guarded.count == 4
+    assert not caplog.text

@@ -16,8 +16,10 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import PurePath
-from types import FunctionType, MemberDescriptorType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
+
+from stepguard.steps.attributes import attributes
 
 SAMPLED = 4096
 """How many values of an array on a device are read."""
@@ -147,18 +149,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """The attributes of an object, also those in slots; of one that is told by its name, none."""
     if isinstance(value, (*_AS_TEXT, FunctionType, ModuleType, type, Enum)):
         return
-    yield from dict(getattr(value, "__dict__", None) or {}).items()
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else tuple(slots):
-            # A private name stands in the class under another one.
-            inside = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
-            member = kind.__dict__.get(inside)
-            if isinstance(member, MemberDescriptorType):
-                try:
-                    yield name, member.__get__(value)
-                except AttributeError:
-                    continue  # It was never set.
+    yield from attributes(value).items()
 
 
 def _add_plain(hasher: Any, value: Any) -> None:

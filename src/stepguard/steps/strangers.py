@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stepguard.steps.attributes import attributes
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -72,7 +73,7 @@ class Strangers:
         of_loaders: list[Any] = []
         for frame in _program_frames(sys._getframe(1)):
             for name, value in _variables(frame):
-                of_loaders.append(_attributes(value).get("generator"))
+                of_loaders.append(attributes(value).get("generator"))
                 state = self._state_of(value)
                 if state is not None:
                     self._found.setdefault(id(value), (name, value, state))
@@ -118,7 +119,7 @@ def _variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
     for name, value in [*_locals(frame).items(), *list(frame.f_globals.items())]:
         yield name, value
         if not _is_of_library(type(value).__module__):
-            yield from ((f"{name}.{member}", part) for member, part in _attributes(value).items())
+            yield from ((f"{name}.{member}", part) for member, part in attributes(value).items())
 
 
 def _is_of_library(module: Any) -> bool:
@@ -137,12 +138,3 @@ def _locals(frame: types.FrameType) -> dict[str, Any]:
         # A program that has called locals() holds the same copy.
         variables.clear()
     return found
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object, without asking its own code for them."""
-    try:
-        held = object.__getattribute__(value, "__dict__")
-    except (AttributeError, TypeError):
-        return {}
-    return dict(held) if type(held) is dict else {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from stepguard.steps.attributes import attributes
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in, states_in
 from stepguard.torch.checkpoint.state import leaves
 from stepguard.torch.digests import hyperparameters
@@ -181,7 +182,7 @@ def _members(one: Any) -> Iterable[Any]:
         return one[:_MOST_MEMBERS]
     if isinstance(one, (torch.nn.Module, torch.optim.Optimizer)):
         return ()
-    return list(getattr(one, "__dict__", {}).values())[:_MOST_MEMBERS]
+    return list(attributes(one).values())[:_MOST_MEMBERS]
 
 
 def _options(optimizer: torch.optim.Optimizer) -> Options:

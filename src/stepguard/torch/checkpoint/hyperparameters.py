@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from stepguard.steps.attributes import attributes
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.optimizers import states_in
 from stepguard.torch.checkpoint.state import Component, is_numpy_scalar
@@ -133,7 +134,7 @@ def _bound(function: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"argument {number}", value) for number, value in enumerate(function.args))
         function = function.func
     if isinstance(function, types.MethodType):
-        yield from getattr(function.__self__, "__dict__", {}).items()
+        yield from attributes(function.__self__).items()
         function = function.__func__
     if isinstance(function, types.FunctionType):
         code, defaults = function.__code__, function.__defaults__ or ()
@@ -154,9 +155,7 @@ def _named_in(code: types.CodeType, value: Any) -> Iterator[tuple[str, Any]]:
     if type(value) is dict:
         yield from ((key, part) for key, part in value.items() if isinstance(key, str) and key in code.co_consts)
     elif not isinstance(value, (type, types.ModuleType, types.FunctionType)):
-        held = getattr(value, "__dict__", None)
-        if type(held) is dict:
-            yield from ((key, part) for key, part in held.items() if key in code.co_names)
+        yield from ((key, part) for key, part in attributes(value).items() if key in code.co_names)
 
 
 def _shown(place: Place) -> str:

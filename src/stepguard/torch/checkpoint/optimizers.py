@@ -18,6 +18,7 @@ import torch
 from stepguard.disk import schema
 from stepguard.disk.schema import Each, Fields
 from stepguard.saving.mismatch import Mismatch
+from stepguard.steps.attributes import attributes
 from stepguard.torch.checkpoint.in_place import Taken, taken_over
 
 # The values that PyTorch's own optimizers keep in the shape of the parameter. Other optimizers may use these names for
@@ -204,9 +205,7 @@ def _members(one: Any) -> Iterable[tuple[Any, Any]]:
         return [(number, part) for number, part in enumerate(one[:_MOST_MEMBERS]) if not isinstance(part, _LEAVES)]
     if issubclass(kind, torch.nn.Module):
         return ()
-    held = one if issubclass(kind, dict) else getattr(one, "__dict__", None)
-    if not isinstance(held, dict):
-        return ()
+    held = one if issubclass(kind, dict) else attributes(one)
     own = _OWN if issubclass(kind, torch.optim.Optimizer) else ()
     members = itertools.islice(held.items(), _MOST_MEMBERS)
     return [(key, part) for key, part in members if not isinstance(part, _LEAVES) and key not in own]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
+from stepguard.steps.attributes import has_dictionary
 from stepguard.steps.batch_marks import mark, peek
 from stepguard.words import listed, logger
 
@@ -64,7 +65,7 @@ class Contents:
     """The lists, dictionaries and arrays of plain values that ``objects`` hold as attributes."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
-        self._objects = list({id(one): one for one in objects if hasattr(one, "__dict__")}.values())
+        self._objects = list({id(one): one for one in objects if has_dictionary(one)}.values())
         self._at_start = self.digests()
         self._orders_at_start = self._orders()
         # Those of the start that were replaced by a checkpoint's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stepguard.steps.attributes import attributes, has_dictionary
 from stepguard.torch.data.contents import is_content
 from stepguard.words import listed, logger
 
@@ -17,8 +18,8 @@ _NOT_SAVED = "not saved"
 
 def numbers_of(objects: Iterable[Any]) -> list[Any]:
     """The integers, in their order, among the attributes of ``objects``, but for the number of the epoch."""
-    attributes = [item for one in objects for item in getattr(one, "__dict__", {}).items()]
-    return [value for name, value in attributes if type(value) is int and "epoch" not in name]
+    held = [item for one in objects for item in attributes(one).items()]
+    return [value for name, value in held if type(value) is int and "epoch" not in name]
 
 
 def warn_of_counts_in_workers(loader: str, position: Mapping[str, Any]) -> None:
@@ -42,7 +43,7 @@ class Counts:
 
     def __init__(self, objects: Iterable[Any], *, may_keep_more: bool) -> None:
         # By their identity, because some compare as equal that are not the same.
-        self._objects = list({id(one): one for one in objects if hasattr(one, "__dict__")}.values())
+        self._objects = list({id(one): one for one in objects if has_dictionary(one)}.values())
         self._at_start = [_plain(one) for one in self._objects]
         self._kept_at_start = [_kept(one) for one in self._objects] if may_keep_more else []
 

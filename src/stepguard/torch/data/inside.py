@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from stepguard.steps.attributes import attributes
 from stepguard.torch.data.generators import is_generator
 from stepguard.words import logger
 
@@ -88,7 +89,7 @@ class Inside:
 
     def form(self) -> list[Any]:
         """The types of all attributes of the objects; others when an object has got a generator meanwhile."""
-        return [[type(one) for one in getattr(held, "__dict__", {}).values()] for held in self.objects]
+        return [[type(one) for one in attributes(held).values()] for held in self.objects]
 
     def new_generators(self, *roots: Any) -> int:
         """How many generators the objects, which ``roots`` led to, have got since they were looked at."""
@@ -116,7 +117,7 @@ def _members(one: Any) -> Iterator[Any]:
     elif isinstance(one, (list, tuple)):
         yield from one if len(one) <= _MEMBERS else ()
     else:
-        yield from list(getattr(one, "__dict__", {}).values())
+        yield from attributes(one).values()
 
 
 _CODE = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
