@@ -168,6 +168,46 @@ class TestAGroupThatWasAddedOnTheWay:
         for one, other in zip(whole["model"].parameters(), again["model"].parameters(), strict=True):
             assert torch.equal(one, other)
 
+    @pytest.mark.parametrize("place", ["body", "between"])
+    def test_may_be_added_again_where_the_program_comes_to_its_place_again(self, place, tmp_path):
+        def train(logdir, until):
+            state = self.build()
+            model, optimizer = state["model"], state["optimizer"]
+            added = {"params": model[0].parameters(), "lr": 0.001}
+            sv = Supervisor(state, logdir, save_model_secs=0, save_model_steps=until)
+            with sv.managed_session() as session:
+                if place == "between":
+                    for _ in session.steps(max_steps=3):
+                        step(model, optimizer, torch.randn(4, 3))
+                    model[0].requires_grad_(True)
+                    optimizer.add_param_group(added)
+                for epoch in session.epochs(3):
+                    if place == "body" and epoch == 1:
+                        model[0].requires_grad_(True)
+                        optimizer.add_param_group(added)
+                    for _ in session.steps([1, 2, 3], max_steps=until):
+                        if "lr" in added and session.global_step == 6:
+                            added["lr"] *= 0.5
+                        step(model, optimizer, torch.randn(4, 3))
+            return state
+
+        whole = train(tmp_path / "whole", 9)
+        train(tmp_path / "parts", 5)
+        again = train(tmp_path / "parts", 9)
+
+        assert [group["lr"] for group in again["optimizer"].param_groups] == [0.01, 0.0005]
+        for one, other in zip(whole["model"].parameters(), again["model"].parameters(), strict=True):
+            assert torch.equal(one, other)
+
+    def test_is_refused_with_what_to_do_if_it_is_another_one_now(self, tmp_path):
+        self.train(self.build(), tmp_path, 5)
+        state = self.build()
+        with (
+            Supervisor(state, tmp_path).managed_session(),
+            pytest.raises(ValueError, match=r"newest\(logdir\)\.groups"),
+        ):
+            state["optimizer"].add_param_group({"params": state["model"][0].weight})
+
     def test_is_shown_to_a_program_that_builds_itself_accordingly(self, tmp_path):
         assert newest(tmp_path) is None
         self.train(self.build(), tmp_path, 1)

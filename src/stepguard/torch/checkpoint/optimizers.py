@@ -20,6 +20,9 @@ from stepguard.disk.schema import Each, Fields
 from stepguard.saving.mismatch import Mismatch
 from stepguard.steps.attributes import attributes
 from stepguard.torch.checkpoint.in_place import Taken, taken_over
+from stepguard.words import logger
+
+_log = logger(__name__)
 
 # The values that PyTorch's own optimizers keep in the shape of the parameter. Other optimizers may use these names for
 # smaller tensors.
@@ -169,9 +172,45 @@ def add_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], place
     """Add the groups that the saved run had added, with their hyperparameters."""
     for parameters, group in zip(placement.added, saved["param_groups"][len(optimizer.param_groups) :], strict=True):
         held = {key: copy.deepcopy(part) for key, part in group.items() if key not in ("params", "param_names")}
+        named: Any = parameters
         if "param_names" in group:
-            parameters = list(zip(group["param_names"], parameters, strict=True))
-        optimizer.add_param_group({"params": parameters, **held})
+            named = list(zip(group["param_names"], parameters, strict=True))
+        optimizer.add_param_group({"params": named, **held})
+    if placement.added:
+        _let_be_added_again(optimizer, optimizer.param_groups[-len(placement.added) :])
+
+
+def _let_be_added_again(optimizer: torch.optim.Optimizer, restored: Sequence[dict[str, Any]]) -> None:
+    """Let the program, which comes to the same place again, add each of the ``restored`` groups once without effect."""
+    left, add = list(restored), optimizer.add_param_group
+
+    def add_param_group(group: dict[str, Any]) -> None:
+        given = group.get("params")
+        if isinstance(given, Iterator):
+            given = group["params"] = list(given)
+        parameters = [given] if isinstance(given, torch.Tensor) else list(given or ())
+        wanted = {id(one[1] if isinstance(one, tuple) else one) for one in parameters}
+        for one in left:
+            held = set(map(id, one["params"]))
+            if held == wanted:
+                left.remove(one)
+                _log.info(
+                    "a parameter group was added again, and stays as the checkpoint has it: %d parameters", len(held)
+                )
+                # The program may go on with the dictionary that it has given.
+                group.clear()
+                group.update(one)
+                optimizer.param_groups[:] = [group if each is one else each for each in optimizer.param_groups]
+                return
+            if held & wanted:
+                raise ValueError(
+                    f"add_param_group: expected the group of {len(held)} parameters that the run had added, found "
+                    f"one of {len(wanted)}, with {len(held & wanted)} of these; add the same group as before, or look "
+                    f"first what the checkpoint has: stepguard.torch.newest(logdir).groups"
+                )
+        add(group)
+
+    optimizer.add_param_group = add_param_group
 
 
 def placed(saved: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
