@@ -23,6 +23,14 @@ def attributes(value: Any) -> dict[str, Any]:
     return found
 
 
+def has(value: Any, name: str) -> bool:
+    """As ``hasattr``, and ``False`` for an object that raises another error than AttributeError."""
+    try:
+        return hasattr(value, name)
+    except Exception:  # noqa: BLE001 - the program's own code
+        return False
+
+
 def has_dictionary(value: Any) -> bool:
     """Whether ``vars(value)`` are the attributes of the object."""
     return _dictionary(value) is not None

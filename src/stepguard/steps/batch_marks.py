@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from stepguard.steps.attributes import attributes, has
+
 _VALUES = 8
 _PARTS = 16
 
@@ -14,15 +16,15 @@ def peek(batch: Any, depth: int = 5) -> Any:
     """A few values of ``batch``, copied, because the program may change the batch in place. Values stay on a device."""
     if isinstance(batch, (bool, int, float, str, bytes, type(None))):
         return batch
-    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+    if has(batch, "shape") and has(batch, "dtype"):
         return _peek_array(batch)
     if depth and isinstance(batch, Mapping):
         return {str(key): peek(batch[key], depth - 1) for key in list(batch)[:_PARTS]}
     if depth and isinstance(batch, (list, tuple)):
         return [len(batch), *(peek(part, depth - 1) for part in batch[:_PARTS])]
-    parts = getattr(batch, "__dict__", None)
+    parts = attributes(batch)
     name = type(batch).__name__
-    return {name: peek(dict(parts), depth - 1)} if depth and parts else name
+    return {name: peek(parts, depth - 1)} if depth and parts else name
 
 
 def mark(peeked: Any) -> str:

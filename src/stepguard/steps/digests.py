@@ -19,7 +19,7 @@ from pathlib import PurePath
 from types import FunctionType, ModuleType
 from typing import Any
 
-from stepguard.steps.attributes import attributes
+from stepguard.steps.attributes import attributes, has
 
 SAMPLED = 4096
 """How many values of an array on a device are read."""
@@ -170,7 +170,7 @@ def _numbers(values: Any) -> bytes | None:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    return has(value, "shape") and has(value, "dtype")
 
 
 def array_bytes(leaf: Any) -> Any:

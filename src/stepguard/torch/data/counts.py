@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stepguard.steps.attributes import attributes, has_dictionary
+from stepguard.steps.attributes import attributes, has, has_dictionary
 from stepguard.torch.data.contents import is_content
 from stepguard.words import listed, logger
 
@@ -118,7 +118,7 @@ def _kept(one: Any) -> dict[str, tuple[str, Any]]:
 
 
 def _size(value: Any) -> Any:
-    shape = getattr(value, "shape", None)
+    shape = value.shape if has(value, "shape") else None
     if isinstance(shape, tuple):
         return tuple(shape)
     return len(value) if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)) else None

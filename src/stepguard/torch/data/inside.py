@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from stepguard.steps.attributes import attributes
+from stepguard.steps.attributes import attributes, has
 from stepguard.torch.data.generators import is_generator
 from stepguard.words import logger
 
@@ -171,7 +171,7 @@ def _is_entered(one: Any, *, is_root: bool) -> bool:
     if isinstance(one, nn.Module):
         # A transform, and no model.
         return next(one.parameters(), None) is None
-    if isinstance(one, (str, bytes, torch.Tensor, type, types.ModuleType)) or hasattr(one, "__array__"):
+    if isinstance(one, (str, bytes, torch.Tensor, type, types.ModuleType)) or has(one, "__array__"):
         return False
     if is_root or isinstance(one, (list, tuple, dict)):
         return True
