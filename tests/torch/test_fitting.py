@@ -117,6 +117,16 @@ class TestMoments:
         kept, restored = moments(first["model"], first["optimizer"]), moments(other["model"], other["optimizer"])
         assert all(torch.equal(kept[name], restored[name]) for name in kept)
 
+    @pytest.mark.parametrize("rate", [0.1, 0.2])
+    def test_are_told_of_in_a_group_of_other_options(self, rate, tmp_path, caplog):
+        for first in (1, 2):
+            model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+            groups = [[*model[:first].parameters()], [*model[first:].parameters()]]
+            optimizer = torch.optim.Adam([{"params": groups[0], "lr": rate}, {"params": groups[1]}], lr=0.1)
+            train({"model": model, "optimizer": optimizer}, tmp_path, first)
+        said = "optimizer: model.1.weight (group 0 in the program, 1 in the checkpoint)"
+        assert (said in warnings_in(caplog)) == (rate == 0.2)
+
     def test_keep_the_type_that_the_optimizer_gave_them(self, tmp_path):
         class Precise(torch.optim.SGD):
             def step(self):

@@ -126,6 +126,14 @@ class Fitting:
                 path,
                 listed(self.casts),
             )
+        moved = [one for placement in self.placements.values() for one in placement.moved]
+        if moved:
+            _log.warning(
+                "the program has parameters in other groups than %s, with other hyperparameters, so the run is not the "
+                "same from here on: %s. To go on as before, build the groups as they were",
+                path,
+                listed(moved),
+            )
         self._report_differences(path)
 
     def _report_differences(self, path: Path) -> None:

@@ -59,12 +59,14 @@ class Placement:
     """How the saved state of one optimizer is put in place.
 
     ``order`` has, for each group, the numbers under which its parameters were saved. ``added`` has the parameters of
-    those saved groups that the newly built program does not have yet.
+    those saved groups that the newly built program does not have yet. ``moved`` names the parameters that now are in a
+    group of other options.
     """
 
     order: list[list[Any]] = field(default_factory=list)
     added: list[list[torch.Tensor]] = field(default_factory=list)
     is_reordered: bool = False
+    moved: list[str] = field(default_factory=list)
 
 
 def is_of_optimizer(state: Any) -> bool:
@@ -116,7 +118,24 @@ def place(
     if missing:
         return Placement(numbers)
     order = [[number_of[one] for one in group] for group in wanted]
-    return Placement(order, [[known[one] for one in group if one] for group in added], is_reordered=order != numbers)
+    return Placement(
+        order,
+        [[known[one] for one in group if one] for group in added],
+        is_reordered=order != numbers,
+        moved=list(_moved(name, wanted, held, saved["param_groups"])),
+    )
+
+
+def _moved(optimizer: str, wanted: GroupNames, held: GroupNames, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    options = [
+        repr({key: one for key, one in group.items() if key not in ("params", "param_names")}) for group in groups
+    ]
+    was = {name: index for index, group in enumerate(held) for name in group}
+    for index, group in enumerate(wanted[: len(groups)]):
+        for name in group:
+            before = was.get(name, index)
+            if options[before] != options[index]:
+                yield f"{optimizer}: {name} (group {index} in the program, {before} in the checkpoint)"
 
 
 def _added(live: GroupNames, behind: GroupNames, known: Mapping[str, torch.Tensor]) -> list[list[str | None]]:
