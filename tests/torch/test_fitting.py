@@ -369,6 +369,8 @@ class TestAnotherHyperparameter:
             ({"lr": 0.1}, {"lr": 0.01}, "lr"),
             ({"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.5}, "momentum"),
             ({"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.1, "weight_decay": 0.5}, "weight_decay"),
+            ({"lr": 0.1}, {"lr": 0.1, "foreach": True}, "foreach"),
+            ({"lr": 0.1, "fused": True}, {"lr": 0.1}, "fused"),
         ],
     )
     def test_is_told_with_both_values_and_the_checkpoint_wins(self, tmp_path, caplog, before, now, name):
@@ -379,10 +381,10 @@ class TestAnotherHyperparameter:
             state = build_sgd(**now)
             train(state, tmp_path, 3)
 
-            assert state["optimizer"].param_groups[0][name] == before[name]
+            assert state["optimizer"].param_groups[0][name] == before.get(name)
             said = warnings_in(caplog)
             assert f"optimizer.param_groups[0].{name}" in said
-            assert f"({now[name]} in the program, {before[name]} in the checkpoint)" in said
+            assert f"({now.get(name)} in the program, {before.get(name)} in the checkpoint)" in said
             assert "hyperparameters='program'" in said
 
     def test_is_taken_from_the_program_if_that_is_asked_for(self, tmp_path, caplog):
@@ -397,6 +399,25 @@ class TestAnotherHyperparameter:
         caplog.clear()
         train(build_sgd(lr=0.01, momentum=0.5), tmp_path, 4)
         assert warnings_in(caplog) == ""  # These are those of the run by now.
+
+    @pytest.mark.parametrize(
+        ("kind", "option"),
+        [
+            (torch.optim.AdamW, {"amsgrad": True}),
+            (torch.optim.RMSprop, {"centered": True}),
+            (torch.optim.RMSprop, {"momentum": 0.9}),
+        ],
+    )
+    def test_that_needs_sums_which_the_run_has_not_kept_begins_them(self, kind, option, tmp_path):
+        def build(**options):
+            model = nn.Linear(3, 1)
+            return {"model": model, "optimizer": kind(model.parameters(), lr=0.1, **options)}
+
+        train(build(), tmp_path, 2)
+        state = build(**option)
+        train(state, tmp_path, 3, restoring=Restoring(hyperparameters="program"))
+        assert state["optimizer"].param_groups[0].items() >= option.items()
+        assert all(part.isfinite().all() for one in state["optimizer"].state.values() for part in one.values())
 
     def test_is_nothing_that_a_schedule_or_the_program_has_moved_meanwhile(self, tmp_path, caplog):
         def build():

@@ -179,7 +179,7 @@ class TestAnOptimizerOfATrainer:
             with session({"trainer": trainer}, tmp_path, restoring=restoring) as sess:
                 for _ in sess.steps(max_steps=2):
                     train(model, trainer.optimizer)
-        assert "trainer.optimizer.param_groups[0].lr of an optimizer (0.5 in the program, 0.1 in the" in caplog.text
+        assert "trainer.optimizer.param_groups[0].lr of Trainer (0.5 in the program, 0.1 in the" in caplog.text
         assert trainer.optimizer.param_groups[0]["lr"] == (0.5 if winner == "program" else 0.1)
 
     def test_has_its_gradients_saved(self, tmp_path):

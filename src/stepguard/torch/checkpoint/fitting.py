@@ -106,6 +106,9 @@ class Fitting:
 
     def note_winners(self) -> None:
         """After loading, record the hyperparameters that are in force: the program's or the checkpoint's."""
+        found, self.differences = self.differences, []
+        for part in self.parts:
+            self.differences += hyperparameters.in_force(part, [one for one in found if one.part == part.name])
         for one in self.differences:
             if not one.program_wins:
                 self.program.in_force[one.part] = {**self.program.in_force[one.part], one.place: one.in_checkpoint}
@@ -180,7 +183,7 @@ def fit(
     for part in fitting.parts:
         fitting.left += [name for name in _names_in(part) if fitting.is_left_out(name)]
         fitting.casts += casts(part, states[part.name])
-        fitting.differences += _differences(fitting, part)
+        fitting.differences += _differences(fitting, part, states[part.name])
     _unfreeze(fitting)
     return fitting
 
@@ -224,10 +227,10 @@ def _place(fitting: Fitting, part: Component, saved: Any, found: Mismatch) -> No
     fitting.placements[part.name] = placement
 
 
-def _differences(fitting: Fitting, part: Component) -> list[Difference]:
+def _differences(fitting: Fitting, part: Component, saved: Any) -> list[Difference]:
     set_now, set_before = fitting.program.settings[part.name], fitting.set_before(part.name)
     is_programs = fitting.options.hyperparameters == "program"
-    return hyperparameters.differences(part.name, set_now, set_before, all_of_program=is_programs)
+    return hyperparameters.differences(part, saved, set_now, set_before, all_of_program=is_programs)
 
 
 def _unfreeze(fitting: Fitting) -> None:

@@ -3,7 +3,8 @@
 ``load_state_dict`` silently replaces the hyperparameters of an optimizer by the saved ones, so a learning rate that was
 changed in the program would have no effect. Each checkpoint therefore records the values that its program had set
 when it was built, besides the current values that a schedule has changed. They are compared at a restore, and
-differences are reported.
+differences are reported. So are the numbers in the states of objects of other classes, such as a schedule or an average
+of the program's own: one that differs when the object is built was changed by the user, and not by the training.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import contextlib
 import copy
 import functools
 import itertools
+import time
 import types
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stepguard.steps.attributes import attributes
 from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.in_place import part_at
 from stepguard.torch.checkpoint.optimizers import states_in
 from stepguard.torch.checkpoint.state import Component, is_numpy_scalar
 
@@ -46,7 +49,20 @@ _MOVES = {
     "num_bad_epochs",
 }
 
-_NUMBERS = (bool, int, float, complex, str)
+_NUMBERS = (bool, int, float, complex, str, type(None))
+
+# What steps with these options keep besides, and what has its form.
+_SUMS = {
+    "amsgrad": ("max_exp_avg_sq", "exp_avg_sq"),
+    "centered": ("grad_avg", "square_avg"),
+    "momentum": ("momentum_buffer", "square_avg"),
+}
+
+_MOST_NUMBERS = 100
+_MOST_PLACES = 1000
+_MOST_CHARACTERS = 100
+_DEPTH = 5
+_DAY_SECS = 86400
 
 _WITH_SETTINGS = (torch.optim.Optimizer, LRScheduler, torch.amp.GradScaler)
 
@@ -71,22 +87,48 @@ class Difference:
 
 
 def settings(component: Component) -> Settings:
-    """The class and the numbers of an optimizer, a schedule or a scaler; else those of the optimizers in the object."""
-    places = {_shown(place): value for place, value in _places(component)}
+    """The numbers that the program has set in the state of an object, and the class of an optimizer or a schedule."""
+    places = {_shown(place): value for place, value in _places(component, component.state())}
     if not isinstance(component.holder, _WITH_SETTINGS):
         return places
     return {"class": type(component.holder).__name__, **places, **_of_functions(component.holder)}
 
 
-def _places(component: Component) -> Iterator[tuple[Place, Any]]:
-    if isinstance(component.holder, (nn.Module, Values)) or component.is_stream:
+def _places(component: Component, state: Any) -> Iterator[tuple[Place, Any]]:
+    holder = component.holder
+    if isinstance(holder, nn.Module) or component.is_stream:
         return iter(())
-    state = component.state()
-    if isinstance(component.holder, (LRScheduler, torch.amp.GradScaler)):
+    if isinstance(holder, (LRScheduler, torch.amp.GradScaler)):
         return _numbers((), state)
-    return itertools.chain(
-        *(_numbers((*place, "param_groups"), one["param_groups"]) for place, one in states_in(state))
-    )
+    optimizers = dict(states_in(state))
+    found = [_numbers((*place, "param_groups"), one["param_groups"]) for place, one in optimizers.items()]
+    if not isinstance(holder, torch.optim.Optimizer):
+        kinds = (bool, int, float) if isinstance(holder, Values) else _NUMBERS
+        own = (one for one in _own_numbers((), state, optimizers) if isinstance(one[1], kinds))
+        found.append(itertools.islice(own, _MOST_PLACES))
+    return itertools.chain(*found)
+
+
+def _own_numbers(place: Place, value: Any, besides: Mapping[Place, Any]) -> Iterator[tuple[Place, Any]]:
+    """The numbers and strings in the state of an object of the program's own class, without long lists."""
+    if place in besides or len(place) > _DEPTH:
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, part in value.items():
+            if isinstance(key, (str, int)) and key not in _MOVES:
+                yield from _own_numbers((*place, key), part, besides)
+    elif type(value) in (list, tuple):
+        for index, part in enumerate(value if len(value) <= _MOST_NUMBERS else ()):
+            yield from _own_numbers((*place, index), part, besides)
+    elif _is_number(value) and not _is_of_this_start(value):
+        yield place, _as_plain(value)
+
+
+def _is_of_this_start(value: Any) -> bool:
+    """Whether the value tells the time, or is a text that may be anything."""
+    if isinstance(value, str):
+        return len(value) > _MOST_CHARACTERS
+    return isinstance(value, (int, float)) and abs(value - time.time()) < _DAY_SECS
 
 
 def _numbers(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
@@ -162,19 +204,39 @@ def _shown(place: Place) -> str:
     return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).removeprefix(".")
 
 
-def differences(part: str, program: Settings, before: Settings, *, all_of_program: bool) -> list[Difference]:
-    """The values that the program sets differently from the run ``before``. Values that only one sets are ignored."""
+def differences(
+    component: Component, saved: Any, program: Settings, before: Settings, *, all_of_program: bool
+) -> list[Difference]:
+    """The values that the program sets differently from the run ``before``.
+
+    Ignored are values that only one of them sets, and those that the run had changed to the program's by itself: the
+    ``saved`` state has them.
+    """
+    held = {_shown(place): value for place, value in _places(component, saved)}
     return [
         Difference(
-            part,
-            program.get("class", "an optimizer"),
+            component.name,
+            type(component.holder).__name__,
             place,
             value,
             before[place],
             program_wins=all_of_program or _program_must_win(program, place, before),
         )
         for place, value in program.items()
-        if place in before and value != before[place]
+        if place in before and _differ(value, before[place]) and (place not in held or _differ(value, held[place]))
+    ]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return bool(one != other) and not (one != one and other != other)
+
+
+def in_force(component: Component, found: Sequence[Difference]) -> list[Difference]:
+    """The differences in an object that was loaded, each with the winner: the object itself may keep the program's."""
+    now = {_shown(place): value for place, value in _places(component, component.state())}
+    return [
+        replace(one, program_wins=True) if one.place in now and now[one.place] == one.in_program else one
+        for one in found
     ]
 
 
@@ -200,10 +262,24 @@ def with_programs(component: Component, saved: Any, found: Sequence[Difference],
     if not won:
         return saved
     now = settings(component)
-    for place, value in _places(component):
+    for place, value in _places(component, component.state()):
         if _shown(place) in won:
+            if value and place[-1] in _SUMS:
+                saved = _with_sums(saved, place)
             is_rate = place[-1] == "lr"
             saved = _replaced(saved, place, _moved(saved, place, value, before, now) if is_rate else value)
+    return saved
+
+
+def _with_sums(saved: Any, place: Place) -> Any:
+    """The saved state with the sums, at 0 as in a first step, that the steps need with the option at ``place``."""
+    sums, like = _SUMS[place[-1]]
+    *around, _, index, _ = place
+    optimizer = part_at(saved, tuple(around))
+    for number in optimizer["param_groups"][index]["params"]:
+        held = optimizer["state"].get(number, {})
+        if like in held and sums not in held:
+            saved = _replaced(saved, (*around, "state", number), {**held, sums: torch.zeros_like(held[like])})
     return saved
 
 
