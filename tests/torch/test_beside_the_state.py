@@ -119,12 +119,12 @@ class Changing(torch.nn.Linear):
     def __init__(self, change):
         super().__init__(1, 1)
         self._rate, self.pair, self.numbers, self.array = 1.0, (1.0, "a"), [1.0], np.ones(1)
-        self.number, self._kept, self.cache = np.float32(1), None, None
+        self.number, self._kept, self._latest, self.cache = np.float32(1), None, None, None
         self.change = change
 
     def forward(self, x):
         self.change(self)
-        return super().forward(x)
+        return super().forward(x * self._rate)
 
     def halve(self):
         self._rate *= 0.5
@@ -151,6 +151,7 @@ class TestAttributesOfOtherKinds:
         ("change", "said"),
         [
             (Changing.halve, "model._rate (0.25 there, 1.0 here)"),
+            (Changing.keep, "program makes it: model._kept."),
             (halve_first, "model.numbers ([0.25] there, [1.0] here)"),
             (scale, "model.array ([0.25] there, [1.0] here)"),
             (lambda module: setattr(module, "number", module.number / 2), "model.number (0.25 there, 1.0 here)"),
@@ -167,8 +168,7 @@ class TestAttributesOfOtherKinds:
     @pytest.mark.parametrize(
         "change",
         [
-            Changing.keep,
-            lambda module: setattr(module, "_kept", torch.rand(2)),
+            lambda module: setattr(module, "_latest", torch.rand(2)),
             lambda module: setattr(module, "pair", (random.random(), "b")),
             lambda module: setattr(module, "numbers", [random.random()]),
             lambda module: setattr(module, "array", np.random.rand(2)),

@@ -71,7 +71,7 @@ class Strangers:
             return
         self._has_looked = True
         of_loaders: list[Any] = []
-        for frame in _program_frames(sys._getframe(1)):
+        for frame in program_frames(sys._getframe(1)):
             for name, value in _variables(frame):
                 of_loaders.append(attributes(value).get("generator"))
                 state = self._state_of(value)
@@ -104,7 +104,7 @@ def warn_of(drawn: list[str]) -> None:
         )
 
 
-def _program_frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+def program_frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
     """``frame`` and those around it, as far as they run code of the program."""
     for _ in range(_MOST_FRAMES):
         if frame is None:

@@ -1,4 +1,4 @@
-"""What modules and optimizers keep in plain attributes, beside their ``state_dict``, and change while they train.
+"""What the objects of the state keep in plain attributes, beside their ``state_dict``, and change while they train.
 
 An annealed temperature, a BatchNorm that was set to ``eval()`` on the way, a hidden state: they may decide the next
 step, and no ``state_dict`` has them. They are not put back, because one attribute alone may mean nothing without others
@@ -8,10 +8,10 @@ that no file can hold. A restart names those that had changed.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import random
-import types
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,10 @@ import torch
 from torch import nn
 
 from stepguard.errors import described
+from stepguard.steps.attributes import attributes
+from stepguard.steps.values import Values
+from stepguard.torch.checkpoint.carried import LIBRARIES, codes_around, is_carried, is_set_anew, methods
+from stepguard.torch.checkpoint.in_place import tensors_in
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, check_saveable, is_generator, is_numpy_scalar
 from stepguard.words import listed, logger
@@ -27,10 +31,11 @@ from stepguard.words import listed, logger
 _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
+_PYTORCHS = (nn.Module, torch.optim.Optimizer)
+_DAY_SECS = 86400
 _MODE = "training"
 # Names of PyTorch's own, such as the step count of an optimizer, unless the program's class has them too.
 _INTERNAL = "_"
-_LIBRARIES = {"torch", "builtins", "typing", "abc"}
 _MOST_MEMBERS = 1000
 _MOST_NUMBERS = 100
 _MOST_ELEMENTS = 1 << 18
@@ -38,13 +43,13 @@ _STEPS_SEEN = 2
 
 
 class Attributes:
-    """The attributes of the program's modules and optimizers. For a thread that holds the boundary."""
+    """The attributes of the program's modules, optimizers and other objects. For a thread that holds the boundary."""
 
     def __init__(self, components: Sequence[Component]) -> None:
-        self._components = [one for one in components if isinstance(one.holder, (nn.Module, torch.optim.Optimizer))]
+        self._components = [one for one in components if isinstance(one.holder, _PYTORCHS) or _is_programs_own(one)]
         self._set_by: dict[type, frozenset[str]] = {}
-        # Lists, arrays and private tensors count if they are changed in place. A step that puts others in their place,
-        # as one that notes its last input or loss, has most often made these anew.
+        # Lists, arrays and private tensors count if they are changed in place, or computed from those before. A step
+        # that puts others in their place, as one that notes its last input or loss, has most often made these anew.
         self._as_built = dict(self._changed_in_place())
         self._plain_as_built, tensors = self._look()
         self._tensors_as_built = {key: _versions(one) for key, one in tensors.items()}
@@ -99,11 +104,16 @@ class Attributes:
 
     def expect(self, notes: Mapping[str, Any]) -> None:
         """Look, from now on, for what the run that is resumed had changed, and this program has not the same."""
-        plain, _ = self._look()
+        plain, tensors = self._look()
         changed = {key: value for key, (_, value) in notes.get("changed", {}).items()}
+        # What an object has loaded by itself is the same.
         self._expected = {key: value for key, value in changed.items() if repr(plain.get(key)) != repr(value)}
         contents = notes.get("contents", {})
-        self._expected_tensors = {key: contents.get(key) for key in notes.get("tensors", ())}
+        self._expected_tensors = {
+            key: contents.get(key)
+            for key in notes.get("tensors", ())
+            if key not in tensors or key not in contents or _digest(tensors[key]) != contents[key]
+        }
         self._steps_seen = 0
 
     def settle(self, *, is_last: bool = False) -> bool:
@@ -120,6 +130,9 @@ class Attributes:
             # An empty list: the step has computed it anew.
             if key not in tensors or (tensors[key] and (content is None or _digest(tensors[key]) != content))
         ]
+        harmless = self._set_anew([*changed, *differ])
+        changed = {key: here for key, here in changed.items() if key not in harmless and not _tells_the_time(here)}
+        differ = [key for key in differ if key not in harmless]
         if changed or differ:
             there = [f"{key} ({self._expected[key]!r:.40} there, {here!r:.40} here)" for key, here in changed.items()]
             _log.warning(
@@ -135,33 +148,44 @@ class Attributes:
         self._steps_seen += 1
         return is_last or self._steps_seen == _STEPS_SEEN or not (self._expected or self._expected_tensors)
 
+    def _set_anew(self, keys: list[str]) -> set[str]:
+        """Those of the attributes that the steps set before they read them."""
+        if not keys:
+            return set()
+        kinds = {f"{path}.{name}": (type(one), name) for path, _, one in self._objects() for name in attributes(one)}
+        around = list(codes_around(sys._getframe(1), {kind for kind, _ in kinds.values()}))
+        return {key for key in keys if key in kinds and is_set_anew(*kinds[key], around)}
+
     def _look(self) -> tuple[dict[str, Any], dict[str, list[torch.Tensor]]]:
         """The plain attributes, and the tensors; none for a parameter, or for results of a step."""
         plain: dict[str, Any] = {}
         tensors: dict[str, list[torch.Tensor]] = {}
         for path, root, one in self._objects():
-            apart = getattr(one, "_non_persistent_buffers_set", ())
+            apart = one._non_persistent_buffers_set if isinstance(one, nn.Module) else ()
             buffers = {name: one._buffers.get(name) for name in apart}
-            for name, value in [*vars(one).items(), *buffers.items()]:
+            saved = set() if isinstance(one, _PYTORCHS) else {id(tensor) for _, tensor in tensors_in(root.state_dict())}
+            for name, value in [*attributes(one).items(), *buffers.items()]:
                 is_private = name.startswith(_INTERNAL)
                 if is_private and name not in self._names_set_by(type(one)):
                     continue
-                if _counts_in_place(value, is_private=is_private) and self._as_built.get(f"{path}.{name}") is not value:
+                is_other = self._as_built.get(f"{path}.{name}") is not value
+                if _counts_in_place(value, is_private=is_private) and is_other and not is_carried(type(one), name):
                     continue
                 found = _as_plain(value)
                 if found is not None:
                     # A program switches whole models to and fro; what stays is a module in another mode than those.
-                    plain[f"{path}.{name}"] = value == root.training if name == _MODE else found.value
+                    is_mode = name == _MODE and isinstance(root, nn.Module)
+                    plain[f"{path}.{name}"] = value == root.training if is_mode else found.value
                 elif name != "state":
                     held = _held_tensors(value)
                     # No look at the contents on a device, which would wait for it.
-                    if held and not (name.startswith(_INTERNAL) and held[0].is_cuda):
+                    if held and id(held[0]) not in saved and not (name.startswith(_INTERNAL) and held[0].is_cuda):
                         tensors[f"{path}.{name}"] = [] if any(map(_is_result, held)) else held
         return plain, tensors
 
     def _changed_in_place(self) -> Iterator[tuple[str, Any]]:
         for path, _, one in self._objects():
-            for name, value in vars(one).items():
+            for name, value in attributes(one).items():
                 if _counts_in_place(value, is_private=name.startswith(_INTERNAL)):
                     yield f"{path}.{name}", value
 
@@ -169,16 +193,15 @@ class Attributes:
         """The names in the methods of the program's classes; PyTorch gives each object private attributes too."""
         found = self._set_by.get(kind)
         if found is None:
-            bases = [one for one in kind.__mro__ if str(one.__module__).partition(".")[0] not in _LIBRARIES]
-            members = [one for base in bases for one in vars(base).values()]
-            methods = (inspect.unwrap(one) for one in members if isinstance(one, types.FunctionType))
-            names = (one.__code__.co_names for one in methods if isinstance(one, types.FunctionType))
+            names = (one.__code__.co_names for one in methods(kind))
             found = self._set_by[kind] = frozenset(itertools.chain.from_iterable(names))
         return found
 
     def _find_generators(self) -> Iterator[Component]:
-        for path, _, one in self._objects():
-            for name, value in vars(one).items():
+        for path, root, one in self._objects():
+            if not isinstance(root, _PYTORCHS):
+                continue  # It may be that of a loader, which has its place in the data.
+            for name, value in attributes(one).items():
                 # The global ones have their place in the random states.
                 if is_generator(value) and value is not torch.default_generator and value is not random._inst:
                     found = Component(f"{path}.{name}", value)
@@ -194,6 +217,15 @@ class Attributes:
                     yield f"{part.name}.{saved}" if saved else part.name, part.holder, one
             else:
                 yield part.name, part.holder, part.holder
+
+
+def _is_programs_own(part: Component) -> bool:
+    is_of_library = type(part.holder).__module__.partition(".")[0] in LIBRARIES
+    return not (part.is_stream or is_of_library or isinstance(part.holder, Values))
+
+
+def _tells_the_time(value: Any) -> bool:
+    return type(value) is float and abs(value - time.time()) < _DAY_SECS
 
 
 def _counts_in_place(value: Any, *, is_private: bool) -> bool:
