@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +193,59 @@ class TestAnOptimizerOfATrainer:
                     assert model.weight.grad.tolist() == [[2.0]]
                 for _ in sess.steps(max_steps=end):
                     model.weight.sum().backward()
+
+
+class Deep(Trainer):
+    """It has its optimizer far inside."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.parts = model, [{"engine": SimpleNamespace(part=SimpleNamespace(optimizer=optimizer))}]
+
+    @property
+    def optimizer(self):
+        return self.parts[0]["engine"].part.optimizer
+
+
+class InAModule(nn.Module):
+    """It saves its optimizer as the extra state of a module."""
+
+    def __init__(self, model, optimizer):
+        super().__init__()
+        self.model, self.optimizer = model, optimizer
+
+    def get_extra_state(self):
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state):
+        self.optimizer.load_state_dict(state)
+
+
+def in_a_closure(model, optimizer):
+    class Both:
+        def state_dict(self):
+            # Copies, as a program makes them that moves its state to the CPU.
+            return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+        def load_state_dict(self, state):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+
+    return Both()
+
+
+class TestAnOptimizerThatIsSavedFromOutOfSight:
+    @pytest.mark.parametrize("rule", [adam, lambda model: torch.optim.SGD(model.parameters(), lr=0.01)])
+    @pytest.mark.parametrize("make", [Deep, InAModule, in_a_closure])
+    def test_is_not_named(self, make, rule, tmp_path, caplog):
+        for end in (3, 6):
+            model = nn.Linear(1, 1)
+            optimizer = rule(model)
+            schedule = StepLR(optimizer, 2)
+            with session({"both": make(model, optimizer), "schedule": schedule}, tmp_path) as sess:
+                for _ in sess.steps(max_steps=end):
+                    train(model, optimizer)
+                    schedule.step()
+        assert not caplog.text
 
 
 class TestAnOptimizerOutsideOfTheState:

@@ -16,7 +16,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stepguard.steps.attributes import attributes
+from stepguard.torch.checkpoint.in_place import tensors_in
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in, states_in
+from stepguard.torch.checkpoint.sharded_tensors import is_dtensor
 from stepguard.torch.checkpoint.state import leaves
 from stepguard.torch.digests import hyperparameters
 from stepguard.torch.gradients import Gradients
@@ -50,8 +52,9 @@ class Unnamed:
         # By weak references: one that is gone leaves its id to the next.
         self._first: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Options]] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        # Those that no object of the state saves, in the order in which they were found.
-        self._lost: weakref.WeakKeyDictionary[torch.optim.Optimizer, Gradients] = weakref.WeakKeyDictionary()
+        # Those that were not found in the objects of the state; and those that are not saved either, in the order in
+        # which they were found.
+        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, Gradients] = weakref.WeakKeyDictionary()
         self._order: list[weakref.ref[torch.optim.Optimizer]] = []
         self._expected: Mapping[int, Mapping[str, Any]] = {}
         self._hook = register_optimizer_step_post_hook(self._after)
@@ -59,12 +62,12 @@ class Unnamed:
     def close(self) -> None:
         """Look no more."""
         self._hook.remove()
-        for one in self._lost.values():
+        for one in self._watched.values():
             one.close()
 
     def gradients(self) -> list[Gradients]:
-        """The gradients of the optimizers that train and are not in the state."""
-        return list(self._lost.values())
+        """The gradients of the optimizers that train and were not found in the objects of the state."""
+        return list(self._watched.values())
 
     def changed(self) -> list[dict[str, Any]]:
         """The options of those optimizers, where they were changed since their first steps, as plain values."""
@@ -105,8 +108,9 @@ class Unnamed:
         if name is None:
             if self._is_saved(optimizer):
                 return
-            self._watch(optimizer)
-            if len(optimizer.state) or _is_scheduled(optimizer):
+            is_lost = not self._is_in_a_state(optimizer)
+            self._watch(optimizer, is_lost=is_lost)
+            if is_lost and (len(optimizer.state) or _is_scheduled(optimizer)):
                 _log.warning(
                     "an optimizer (%s) trains in the steps, and it is not in the state: its moments and its learning "
                     "rate are lost; %s",
@@ -120,12 +124,14 @@ class Unnamed:
         if scaler is not None and not self._is_reached(scaler):
             _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, _LOST)
 
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+    def _watch(self, optimizer: torch.optim.Optimizer, *, is_lost: bool) -> None:
+        if has_hooks(optimizer):
+            self._watched[optimizer] = one = Gradients(type(optimizer).__name__, optimizer, self._steps_done)
+            one.note_step()
+        if not is_lost:
+            return
         began, was = self._first[optimizer][1], self._expected.get(len(self._order), {"began": {}, "now": {}})
         self._order.append(weakref.ref(optimizer))
-        if has_hooks(optimizer):
-            self._lost[optimizer] = one = Gradients(type(optimizer).__name__, optimizer, self._steps_done)
-            one.note_step()
         lost = [
             f"{key} ({value} there, {began[key]} here)"
             for key, value in was["now"].items()
@@ -148,6 +154,18 @@ class Unnamed:
             if any(held is optimizer for held in optimizers_in(name, one).values())
         ]
         return any(_keeps(one.state_dict(), optimizer) for one in holders)
+
+    def _is_in_a_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the state of an object has what the optimizer keeps, wherever the object has it from."""
+        holders = [one for one in self._holders.values() if callable(getattr(type(one), "state_dict", None))]
+        states = [one.state_dict() for one in holders]
+        kept = [part for one in optimizer.state.values() for _, part in tensors_in(one)]
+        if kept:
+            one = max(kept, key=torch.Tensor.numel)
+            return any(_is_equal(part, one) for state in states for _, part in tensors_in(state))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        saved = [one["param_groups"] for state in states for _, one in states_in(state)]
+        return any([group.get("lr") for group in groups] == rates for groups in saved)
 
     def _is_reached(self, one: Any) -> bool:
         return any(held is one for held in self._reached)
@@ -199,6 +217,14 @@ def _keeps(state: Any, optimizer: torch.optim.Optimizer) -> bool:
         # An optimizer around another one may have a state of its own.
         return any(kept[0].keys() <= next(iter(one.values()), {}).keys() for one in states)
     return any(isinstance(part, torch.Tensor) for _, part in leaves("", state))
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both have the same contents: a state may have copies."""
+    if one is other or is_dtensor(one) or is_dtensor(other):
+        return one is other
+    is_alike = one.shape == other.shape and one.dtype == other.dtype and one.layout == other.layout
+    return is_alike and torch.equal(one.detach().to(other.device), other.detach())
 
 
 def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
