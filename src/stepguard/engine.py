@@ -446,7 +446,9 @@ class RestsBetweenLoops(Protocol[_SessionT_contra]):
         """Whether ``error`` came from the data, before a step began with it: the state is that of the last boundary."""
 
     def defer(self, session: _SessionT_contra, callback: Callable[[], None]) -> bool:
-        """During an evaluation inside a step, call ``callback`` at the end of that step. Returns whether it will."""
+        """Call ``callback`` at the end of a step inside which an evaluation runs, or before the next step of the
+        program's own loop. Returns whether it will.
+        """
 
 
 class Keeper(Protocol):

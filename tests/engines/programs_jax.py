@@ -53,6 +53,7 @@ class JaxProgram(Program):
             session.state = {**session.state, "integers": raised}
         # The suite waits for its services between two steps, and lends the state to nobody there.
         session.boundary.come_back()
+        session.boundary.call_due()
 
     def run_step_with(self, session: Any, halfway: Callable[[], object]) -> None:
         integers = session.state["integers"]
@@ -62,6 +63,7 @@ class JaxProgram(Program):
             halfway()
             integers[1:] = [value + 1 for value in integers[1:]]
         session.boundary.come_back()
+        session.boundary.call_due()
 
     def values(self, session: Any) -> Values:
         return [int(value) for value in session.state["integers"]]

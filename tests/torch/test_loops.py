@@ -127,8 +127,8 @@ def test_with_other_processes_a_step_without_a_copy_is_refused_and_not_read(tmp_
     assert restored(tmp_path) == (3, 3.0)
 
 
-def test_a_loop_of_ones_own_is_read_before_its_thread_goes_on(tmp_path):
-    """A save that waits for the end of a step has it, and not what the program does after it."""
+def test_a_loop_of_ones_own_is_read_when_it_comes_to_its_next_step(tmp_path):
+    """A save that waits for the end of a step also has what the program does after it, which a restart does not do."""
     run = Counting(tmp_path)
     with pytest.raises(Killed), run.sv.managed_session() as session:
         with session.step():
@@ -137,11 +137,12 @@ def test_a_loop_of_ones_own_is_read_before_its_thread_goes_on(tmp_path):
             until(lambda: session.boundary._turn is not None)
             with torch.no_grad():
                 run.model.weight += 1.0
-        run.lend()
-        saving.join(SOON_SECS)
+        run.model.weight.data.fill_(7.0)
+        with session.step():
+            saving.join(SOON_SECS)
         raise Killed
 
-    assert restored(tmp_path) == (1, 1.0)
+    assert restored(tmp_path) == (1, 7.0)
 
 
 def test_between_two_steps_of_ones_own_loop_a_save_waits_for_the_next(tmp_path):
@@ -150,13 +151,12 @@ def test_between_two_steps_of_ones_own_loop_a_save_waits_for_the_next(tmp_path):
         with session.step(), torch.no_grad():
             run.model.weight += 1.0
         run.lend()
-        saving = threading.Thread(target=run.save)
+        saving = threading.Thread(target=run.sv._saving.checkpointer)
         saving.start()
-        until(lambda: session.boundary._turn is not None)
+        saving.join(SOON_SECS)
         run.model.weight.data.fill_(1.0)
         with session.step():
-            pass
-        saving.join(SOON_SECS)
+            assert run.sv._saving.writer.drain(SOON_SECS)
         raise Killed
 
     assert restored(tmp_path) == (1, 1.0)

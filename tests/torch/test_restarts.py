@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from loop_programs import SOON_SECS, Killed
+from loop_programs import SOON_SECS, Killed, until
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 from stepguard.options import Restoring, Saving
@@ -273,14 +273,10 @@ def test_the_end_of_ones_own_loop_waits_for_no_save(tmp_path, caplog, monkeypatc
     monkeypatch.setattr(boundary, "_PATIENCE_SECS", 600.0)
     run = Program(tmp_path)
     with run.sv.managed_session() as sess:
-        for _ in range(3):
-            with sess.step():
-                run.train(sess, INPUTS[:4])
-        run.sv.loop(None, run.sv._saving.checkpointer)
-        deadline = time.monotonic() + SOON_SECS
-        while sess.boundary._turn is None:  # until it waits for the program to come back
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        with sess.step():
+            run.train(sess, INPUTS[:4])
+            run.sv.loop(None, run.sv._saving.checkpointer)
+            until(lambda: sess.boundary._turn is not None)  # it waits for the step, and then for the next one
         began = time.monotonic()
     assert time.monotonic() - began < SOON_SECS
     assert "no step boundary" not in caplog.text

@@ -91,7 +91,8 @@ class Checkpointer:
             if not self._writer.busy and self._save("a checkpoint", None):
                 return
         except NoBoundaryError as error:
-            self._writer.warn(f"checkpoint skipped: {error}")
+            if self._loops is None or not self._loops.defer(self._session, self):
+                self._writer.warn(f"checkpoint skipped: {error}")
             return
         if self._cadence is not None:
             return  # It saves often, so that this is usual for another trigger.

@@ -12,9 +12,9 @@ marks the boundary torn; from then on no service gets it, because the state belo
 could leave the lock taken for ever. Therefore a thread that is taking or releasing the lock is in ``_changing``, and
 ``interrupts`` holds the signal back meanwhile. A kill leaves nothing, because all of this is memory of one process.
 
-After a step of the program's own loop, code of the program runs, which may use the model for something else before the
-next step. The training thread therefore marks itself *away* at the boundary. A service that is already waiting gets its
-turn before that code runs; a service that comes later waits until the thread is back, or gives up.
+After a step of the program's own loop, code of the program runs, which belongs to the training, as a schedule does, or
+uses the model for something else before the next step. The training thread therefore ends the step *away*. A service
+waits until the thread is back, at the beginning of the next step, or gives up.
 """
 
 from __future__ import annotations
@@ -70,15 +70,16 @@ class Boundary:
         self.must_stop = False
         self._main_thread_was_told: Callable[[], bool] = lambda: False
 
-    def enter(self) -> None:
+    def enter(self, *, comes_back: bool = True) -> None:
         """Begin a step on this thread; wait while a service holds the boundary."""
         me = threading.get_ident()
-        if self._away is not None:
+        if self._away is not None and comes_back:
             self.come_back()
         self._changing.add(me)
         try:
             turn = self._turn
-            if turn is not None:
+            # A service that waits for a thread that is away lets it in.
+            if turn is not None and self._away is None:
                 turn.wait()
             self._lock.acquire()
             self.stepping = self.thread = me
@@ -94,10 +95,11 @@ class Boundary:
 
         ``change`` is called first, then the callback of :meth:`call_at_rest`, both while this thread has the boundary.
         """
-        self.enter()
+        self.enter(comes_back=False)
         try:
             if change is not None:
                 change()
+            self.come_back()
             if self._on_rest is not None and not self._is_torn:
                 self._on_rest(is_last)
             self.is_resting = True
@@ -111,11 +113,8 @@ class Boundary:
 
     def go_away(self) -> None:
         """Mark that this thread now runs code of the program: no service reads the state until it is back."""
-        # A service that is already waiting gets its turn first, while the state is still that of the step.
         self.enter()
-        self._away = threading.get_ident()
-        self._is_back.clear()
-        self.leave(is_done=False)
+        self.leave(is_done=False, goes_away=True)
 
     def come_back(self) -> None:
         """Mark that the thread is back: the state is that of the training again."""
@@ -137,8 +136,8 @@ class Boundary:
         if self.must_stop and not is_told:
             raise StopRequested("stopped before the next step: the run was asked to stop")
 
-    def leave(self, *, is_done: bool = True, calls_due: bool = True) -> None:
-        """End the step of this thread; ``is_done`` says whether it counts.
+    def leave(self, *, is_done: bool = True, calls_due: bool = True, goes_away: bool = False) -> None:
+        """End the step of this thread; ``is_done`` says whether it counts, ``goes_away`` is as in :meth:`go_away`.
 
         Without ``calls_due`` a callback that is due is left for :meth:`call_due`.
         """
@@ -154,11 +153,19 @@ class Boundary:
         self._changing.add(me)
         try:
             self.stepping = None
+            if goes_away:
+                self._away = me
+                self._is_back.clear()
             self._lock.release()
         finally:
             self._changing.discard(me)
         if is_done and calls_due and (self._soon or self.last_step[0] >= self._due_at):
             self.call_due()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a service waits for this thread, or a callback is to be called after this step."""
+        return self._turn is not None or bool(self._soon) or self.last_step[0] >= self._due_at
 
     def call_due(self) -> None:
         """Call the callbacks that are due after the last step, unless they were called already."""

@@ -102,7 +102,7 @@ class LoopEngine(Generic[SessionT]):
         return session.failed_fetch is error
 
     def defer(self, session: SessionT, callback: Callable[[], None]) -> bool:
-        """Defer ``callback`` to the end of the running step, if an evaluation runs inside it."""
+        """Defer ``callback``, if an evaluation runs in a step or the program is between two of its own loop."""
         return session.defer(callback)
 
     def keep_with(self, session: SessionT, keeper: Keeper) -> None:
@@ -110,8 +110,8 @@ class LoopEngine(Generic[SessionT]):
         session.keep_with(keeper)
 
     def hand_over(self, session: SessionT) -> None:
-        """Call what a step that was left by ``break`` has put off."""
-        session.boundary.call_put_off()
+        """Call what the last step has put off: one that was left by ``break``, or one of the program's own loop."""
+        session.boundary.call_due()
 
     def trace_steps(self, session: SessionT, trace: StepTrace) -> Beginning:
         """The session tells ``trace`` the numbers that it summarises, and the digests that ``trace`` wants."""

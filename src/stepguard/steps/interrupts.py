@@ -20,7 +20,7 @@ _installed: list[weakref.ref[InterruptHold]] = []
 class InterruptHold:
     """Raises KeyboardInterrupt at the next boundary; a second Ctrl-C raises it at once. Main thread only.
 
-    A signal handler of the program's own is not replaced. Between steps, Ctrl-C raises at once as usual. With several
+    A signal handler of the program's own is not replaced. Between loops, Ctrl-C raises at once as usual. With several
     processes (``request_stop`` is given) it does not, because the others may already have begun a step that needs this
     process. Then Ctrl-C requests a stop, and is raised after the last step of all processes.
     """
@@ -75,6 +75,10 @@ class InterruptHold:
         if is_first and (boundary.is_mine or boundary.is_changing_hands):
             self.is_held = True
             _log.warning("Ctrl-C: stopping at the end of this step; a second one stops now, and loses the step")
+            return
+        if is_first and boundary.is_away_here:
+            self.is_held = True
+            _log.warning("Ctrl-C: stopping before the next step, or at the end of the session; a second one stops now")
             return
         if boundary.is_mine:
             boundary.mark_torn()

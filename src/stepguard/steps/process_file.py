@@ -54,7 +54,24 @@ _STATES = (dict, NoneType)
 # See `Progress.saved`.
 _PLACE = Fields(
     {"ended": Count(), "inside": (str,), "inside body": (str,)},
-    {"origin": _STATES, "after": _STATES, "gaps": Each(Each((object,), length=2)), "draws between": (bool, NoneType)},
+    {
+        "origin": _STATES,
+        "after": _STATES,
+        "gaps": Each(Each((object,), length=2)),
+        "draws between": (bool, NoneType),
+        "own": Fields(
+            {},
+            {
+                "taken from": (list, tuple, NoneType),
+                "held": (dict,),
+                "draws before": (bool, NoneType),
+                "draws first": (bool,),
+                "is at step": (bool,),
+                "is cut": (bool,),
+                "gap": _STATES,
+            },
+        ),
+    },
 )
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})
 # See `ProcessState.capture`.
@@ -62,7 +79,9 @@ _STATE = Fields(
     {"global_step": Count(), "random": (dict,), "loaders": Each(_POSITION)},
     {
         "drawn": _TEXTS,
-        "work before": Fields({"objects": _TEXTS, "rates": Each(Each((float,), length=2), (str,))}),
+        "work before": Fields(
+            {"objects": _TEXTS, "rates": Each(Each((float,), length=2), (str,))}, {"begun": Each((float,), (str,))}
+        ),
         "is_first": (bool, NoneType),
         "epochs": Fields({"done": Count(), "loops": Count(), "begun": (bool,)}),
         "place": (dict, NoneType),
@@ -108,7 +127,8 @@ def _random_states(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield state["random"]
     place = state.get("place") or {}
     gaps = (states for _, states in place.get("gaps", ()))
-    yield from (one for one in (place.get("origin"), place.get("after"), *gaps) if one is not None)
+    own = place.get("own") or {}
+    yield from (one for one in (place.get("origin"), place.get("after"), own.get("gap"), *gaps) if one is not None)
     for position in state["loaders"]:
         for one in (position, *position.get("members", ())):
             order = one.get("order")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from stepguard.steps.feeds import Feed
+from stepguard.steps.own_loop import OwnLoop
 from stepguard.steps.places import Places
 from stepguard.steps.progress import OWN, STEPS, Progress
 from stepguard.steps.random_streams import RandomStreams
@@ -37,9 +39,8 @@ class ProcessState(ABC):
         self._work_before: Mapping[str, Any] | None = None
         self.progress = Progress(streams)
         """Where the program is among its loops."""
-        # In a loop of the program's own: whether it draws between two steps, for the next one; the states before that.
-        self._draws_between: bool | None = None
-        self._after_own_step: dict[str, Any] | None = None
+        self.own = OwnLoop(streams, self.progress, self)
+        """What the program does between the steps of a loop of its own."""
 
     @abstractmethod
     def new_feed(self, loader: Any) -> Feed:
@@ -80,7 +81,7 @@ class ProcessState(ABC):
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
         # Read once, because the loop may begin meanwhile.
         first = self._first
-        kept = self._random or first or self._after_own_step
+        kept = self._random or first
         drawn = self.strangers.drawn(self.saved_generators)
         progress = self.progress
         return {
@@ -90,7 +91,7 @@ class ProcessState(ABC):
             "is_first": first is not None,
             "loaders": self._places.saved(),
             "epochs": {"done": progress.epochs_done, "loops": progress.loops_done, "begun": progress.is_epoch_begun},
-            "place": {**progress.saved(), "draws between": self._draws_between},
+            "place": {**progress.saved(), "draws between": self.own.draws_between, "own": self.own.saved()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -101,18 +102,12 @@ class ProcessState(ABC):
         self._work_before = state.get("work before")
         place = state.get("place")
         origin = self.progress.restore(epochs, place)
-        self._draws_between = None if place is None else place.get("draws between")
-        if self._draws_between and self.progress.is_in_own_loop:
-            _log.warning(
-                "the program draws random numbers between the steps of its own loop. They go on as they were if it "
-                "draws none from here to that loop; sess.steps() in place of sess.step() goes on exactly in any case"
-            )
         # The streams are restored now, for draws before the first step, and again just before that step: draws in
         # between, for example to build objects that are then restored, must not move the streams. Exception: if the run
         # had not come to its first loop, these draws belong to it.
         is_first = state.get("is_first")
         self._first, self._random = (state["random"], None) if is_first else (None, state["random"])
-        self.streams.restore(state["random"] if origin is None else origin)
+        self.streams.restore(self.own.restore(place or {}, state["random"], origin))
         warn_of(state.get("drawn", []))
 
     def note_beginning(self) -> None:
@@ -121,38 +116,61 @@ class ProcessState(ABC):
             self._first = self.streams.capture()
         self.progress.begin_run()
 
-    def note_work_before(self, changed: list[str], rates: Mapping[str, tuple[float, float]]) -> list[str]:
+    def note_work_before(
+        self, changed: list[str], rates: Mapping[str, tuple[float, float]], begun: Mapping[str, float]
+    ) -> list[str]:
         """Note that the program has changed these objects before its first loop, and ``rates`` from and to values.
+
+        ``begun`` has all rates with which the program begins.
 
         Returns those that it had not changed there in its first start, or not in the same way.
         """
         if self._work_before is None:
-            self._work_before = {"objects": changed, "rates": dict(rates)}
+            self._work_before = {"objects": changed, "rates": dict(rates), "begun": dict(begun)}
         first, first_rates = self._work_before["objects"], self._work_before["rates"]
         new = [name for name, change in rates.items() if not _is_same_change(change, first_rates.get(name))]
+        if self.progress.is_in_own_loop:
+            # What it does between two loops of its own, it has done on the way to here.
+            made = {
+                name: (rate, rates[name][0])
+                for name, rate in self._work_before.get("begun", {}).items()
+                if name in rates
+            }
+            new = [name for name in new if not _is_same_change(rates[name], made.get(name))]
+            changed = [one for one in changed if not _has(rates, one) or _has(new, one)]
         return [one for one in changed if one not in first] + [one for one in new if one.split(".")[0] in first]
 
     def begin_loop(self, number: int | None) -> bool:
         """Begin a loop, before its first step. Returns whether it is the one that was interrupted."""
-        self._first = self._after_own_step = None
+        self._first = None
+        self.own.leave()
         return self.progress.begin_loop(number, STEPS)
+
+    def come_to_own_loop(self) -> None:
+        """Note that the program comes to a loop, perhaps of its own."""
+        self.own.begin_loop(self._first)
+
+    def copies_of(self, names: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+        """A hook for a subclass: see `stepguard.steps.own_loop.Givers`."""
+        return {}
+
+    def digest_of(self, value: Any) -> Any:
+        """A hook for a subclass: see `stepguard.steps.own_loop.Givers`."""
+        return value
 
     def begin_own_step(self) -> None:
         """Begin a step in a loop of the program's own."""
+        self.own.begin_step(self._first)
         self._first = None
         self.note_first_step()
         if self.progress.is_there:
             self.progress.begin_loop(None, OWN)
         else:
             self.progress.begin_step(None, OWN)
-        if self._draws_between is None and self._after_own_step is not None:
-            self._draws_between = not self.streams.are_equal(self.streams.capture(), self._after_own_step)
-        self._after_own_step = None
 
-    def end_own_step(self) -> None:
-        """End a step in a loop of the program's own."""
-        if self._draws_between is not False:
-            self._after_own_step = self.streams.capture()
+    def end_own_step(self, *, is_due: bool) -> None:
+        """End a step in a loop of the program's own; ``is_due`` says that a save is due before the next one."""
+        self.own.end_step((self._work_before or {}).get("objects", ()), is_due=is_due)
 
     def streams_preserved(self) -> AbstractContextManager[None]:
         """A block after which the random streams are as they were before, whatever it draws."""
@@ -161,7 +179,7 @@ class ProcessState(ABC):
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
         # A loop may turn out to be at its end; only a batch shows that the first step has begun.
-        if self._random is not None and not (self._draws_between and self.progress.is_in_own_loop):
+        if self._random is not None and self.own.goes_on_from(self._random):
             self.streams.restore(self._random)
 
     def note_first_step(self) -> None:
@@ -185,7 +203,7 @@ class ProcessState(ABC):
         """Begin the body of the next epoch, or begin it again. Returns whether the run was interrupted before it."""
         self._places.begin_body(self.progress.epochs_done)
         # A body that is begun again repeats the draws before its first step, which must not move the streams.
-        if not self.progress.is_epoch_begun:
+        if not self.progress.is_epoch_begun and not self.own.goes_on_at_step:
             self.resume_streams()
         return self.progress.begin_body()
 
@@ -203,8 +221,12 @@ def describe_positions(state: Mapping[str, Any]) -> str:
     return "; ".join(f"epoch {one['epoch']}, batch {one['batches']}" for one in state["loaders"]) or "no loader yet"
 
 
+def _has(rates: Collection[str], one: str) -> bool:
+    return any(name.partition(".")[0].partition("[")[0] == one for name in rates)
+
+
 def _is_same_change(change: Sequence[float], first: Sequence[float] | None) -> bool:
     """Whether both set the same value, or multiply by the same."""
     if first is None:
         return False
-    return change[1] == first[1] or change[1] * first[0] == first[1] * change[0]
+    return change[1] == first[1] or math.isclose(change[1] * first[0], first[1] * change[0], rel_tol=1e-9)

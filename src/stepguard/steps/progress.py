@@ -82,6 +82,12 @@ class Progress:
         return bool((place["inside body"] or place["inside"]) == OWN)
 
     @property
+    def states_on_the_way(self) -> list[Any]:
+        """The random states of the interrupted run from which the program may come to its first step."""
+        before = self._before or {}
+        return [before.get("origin"), before.get("after"), *(states for _, states in before.get("gaps", ()))]
+
+    @property
     def is_there(self) -> bool:
         """Whether the program has come to where it was interrupted, or was never."""
         return self._before is None
@@ -169,7 +175,8 @@ class Progress:
     def begin_body(self) -> bool:
         """Begin the body of an epoch. Returns whether the run was interrupted between two bodies."""
         before = self._before
-        if before is not None and self.is_epoch_begun and before["inside"] == EPOCHS:
+        is_begun = self.is_epoch_begun or (before is not None and before.get("own", {}).get("is at step"))
+        if before is not None and is_begun and before["inside"] == EPOCHS:
             self._go_to(before["gaps"], 0)
             return False
         if before is not None and before["inside"] != EPOCHS:

@@ -386,6 +386,14 @@ class Session(StepSession):
                 put_back(True)
         self.process_state.resume_streams()
 
+    def _begin_own_step(self) -> None:
+        if self._put_back is not None or not self._has_looped:
+            self._begin_loops()
+            if self.process_state.own.goes_on_at_step:
+                self._undo_what_was_done_again()
+            self._put_back = None
+        super()._begin_own_step()
+
     def _has_trained_outside(self) -> bool:
         """A hook for a subclass: whether the program has trained in this session, which has run no step."""
         return False

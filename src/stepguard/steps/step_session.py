@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,8 +41,9 @@ class StepSession:
         *,
         gate: Gate | None = None,
     ) -> None:
-        self.global_step = 0
-        """The number of steps done; inside the first step it is 0. Set by the session alone."""
+        self._global_step = 0
+        # The thread that opened the session, until its program has read the step for the first time.
+        self._reader: int | None = threading.get_ident()
         self.total_steps: int | None = None
         """The last step of the running loop, if it is known."""
         self.boundary = Boundary()
@@ -54,6 +56,7 @@ class StepSession:
         self._write_summary = write_summary
         self._feed_of_step: Feed | None = None
         self._interrupts = InterruptHold(self.boundary, None if gate is None else lambda: coord.ask_stop("interrupt"))
+        process_state.own.is_cut = lambda: self._interrupts.is_impatient
         self._before_close: Callable[[], None] | None = None
         self._watch: ValueWatch | None = None
         self._trace: StepTrace | None = None
@@ -74,6 +77,17 @@ class StepSession:
         self._left_untrained: int | None = None
         # The step after which the run ends, and the function that asks for the stop there.
         self._end: tuple[int, Callable[[], None]] | None = None
+
+    @property
+    def global_step(self) -> int:
+        """The number of steps done; inside the first step it is 0. Set by the session alone."""
+        if self._reader is not None:
+            self._note_reading()
+        return self._global_step
+
+    @global_step.setter
+    def global_step(self, step: int) -> None:
+        self._global_step = step
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -110,22 +124,29 @@ class StepSession:
             StopRequested: the run must stop at this boundary, as after SIGTERM; ``managed_session`` handles it.
         """
         self.process_state.strangers.look()
+        self.process_state.own.come_to_step()
         self.boundary.come_back()
+        if self._gate is None and self._interrupts.is_held:
+            self.boundary.rest(is_last=True)
+            self._interrupts.raise_if_held()
         self._settle()
         self.boundary.call_due()
         if not self._begin():
+            self.boundary.rest(is_last=True)
             self._interrupts.raise_if_held()
             raise StopRequested("stopped before the next step: the run ends here, in every process")
         try:
             self.boundary.check_stop()
         except BaseException:
             self.boundary.leave(is_done=False)
+            # The state is copied before the program's `finally` runs.
+            self.boundary.rest(is_last=True)
             raise
-        self.process_state.begin_own_step()
+        self._begin_own_step()
         if self._digests is not None:
             self._digests.tell(self.global_step, self.process_state.progress.epochs_done)
         try:
-            yield self.global_step
+            yield self._global_step
         except StopIteration:
             # The input has ended, so the step had no batch to train with.
             self.boundary.leave(is_done=False)
@@ -138,11 +159,12 @@ class StepSession:
         except BaseException:
             self.boundary.leave_torn()
             raise
-        self.finish_step()
-        self.process_state.end_own_step()
-        self.boundary.go_away()
-        if self._gate is None:
-            self._interrupts.raise_if_held()
+        if self.boundary.is_mine:
+            self.finish_step(goes_away=True)
+        else:
+            # A save has ended it in its middle.
+            self.boundary.go_away()
+        self._end_own_step()
 
     def summary(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Write values to the event log, as curves over the global step. Without an event log, do nothing.
@@ -256,8 +278,13 @@ class StepSession:
         return self._gate is None
 
     def defer(self, callback: Callable[[], None]) -> bool:
-        """If an evaluation runs inside a step, call ``callback`` at the end of that step, on its thread."""
-        if not self.is_evaluating or self.boundary.is_resting or self._gate is not None:
+        """If an evaluation runs inside a step, call ``callback`` at the end of that step, on its thread.
+
+        If the program is between two steps of its own loop, call it before the next step: what the program does there
+        is then in the state.
+        """
+        is_inside = self.is_evaluating and not self.boundary.is_resting
+        if not (is_inside or self.boundary.is_away) or self.boundary.is_away_here or self._gate is not None:
             return False
         self.boundary.call_soon(callback)
         return True
@@ -297,26 +324,36 @@ class StepSession:
         if self._gate is not None:
             self._gate.begin_at(self.process_state.progress.epochs_done)
 
-    def finish_step(self, *, was_left: bool = False) -> None:
-        """End the step of this thread, if it is in one, because its body was left or asks for a save."""
+    def finish_step(self, *, was_left: bool = False, goes_away: bool = False) -> None:
+        """End the step of this thread, if it is in one, because its body was left or asks for a save.
+
+        ``goes_away`` says that it is one of the program's own loop: what is due then comes before the next step.
+        """
         if self.boundary.stepping != threading.get_ident():
             return
         feed, self._feed_of_step = self._feed_of_step, None
         if feed is not None:
             feed.consumed()
-        self.global_step += 1
+        self._global_step += 1
         self._step_is_ending()
         self.is_left = was_left
-        self.boundary.leave(calls_due=not was_left)
+        self.boundary.leave(calls_due=not was_left and not goes_away, goes_away=goes_away)
         if self._gate is not None:
             self._gate.done(self.boundary.steps)
             if was_left:
                 self._gate.end(self.boundary.steps, how=Loop.LEFT)
         # After `break` the generator is being closed: an error raised here would be lost. The session's end raises it.
-        if self._gate is None and not was_left and self._interrupts.is_held:
+        if self._gate is None and not was_left and not goes_away and self._interrupts.is_held:
             self._interrupts.raise_if_held()
 
     # --- inside ---
+
+    def _note_reading(self) -> None:
+        """Take the first time that the program reads the step, as in ``while sess.global_step < n``, for its loop."""
+        reader = sys._getframe(2).f_globals.get("__name__")
+        if self._reader == threading.get_ident() and not str(reader).startswith("stepguard."):
+            self._reader = None
+            self.process_state.come_to_own_loop()
 
     def _keep(self, act: Callable[[Keeper, int], None]) -> None:
         keeper = self._keeper
@@ -333,6 +370,13 @@ class StepSession:
         finally:
             if is_away:
                 self.boundary.go_away()
+
+    def _begin_own_step(self) -> None:
+        """Begin a step of the program's own loop, inside the boundary. A subclass puts the restored state back."""
+        self.process_state.begin_own_step()
+
+    def _end_own_step(self) -> None:
+        self.process_state.end_own_step(is_due=self.boundary.is_due)
 
     def _step_is_ending(self) -> None:
         """A hook for a subclass. Called on the thread of the step, while the step still has the boundary."""
@@ -396,6 +440,7 @@ class StepSession:
             self._tell_of_untrained()
         self.boundary.enter()
         self.is_left = False
+        self._reader = None
         self.process_state.begin_step()
         if self._digests is not None:
             self._digests.begin_step(self.global_step)

@@ -101,6 +101,7 @@ class TorchEngine(PeersEngine[Session]):
                 holders=holders,
                 own=self._program.own,
                 attributes=self._program.attributes,
+                components=self._program.components,
             )
 
         prepared = self.prepare_session(new_session, meets_every)
@@ -151,13 +152,15 @@ class TorchEngine(PeersEngine[Session]):
         rates = {
             name: (begun[name], rate) for name, rate in self._rates_before.items() if begun.get(name, rate) != rate
         }
-        self._new_work = session.process_state.note_work_before(changed, rates)
+        self._new_work = session.process_state.note_work_before(changed, rates, begun)
 
     def _put_back(self, restorer: Restorer, path: Path, session: Session, with_streams: bool) -> None:
         """Reset the objects, before the first step, to the state that the session was restored with."""
         found = self._fingerprints()
         changed = [name for name, one in found.items() if one != self._begun.get(name)]
-        if changed:
+        own = session.process_state.own
+        taken = own.digests()
+        if changed or own.held_before:
             try:
                 restorer.return_to(path, session, self.peers.rank, with_streams=with_streams)
             except CheckpointMismatchError as error:
@@ -165,6 +168,7 @@ class TorchEngine(PeersEngine[Session]):
                 return
             _log.info("put back, because it was done before the checkpoint: what the program changed in %s", changed)
         _tell_of_new_work(self._new_work, self._rates_before, self._hyperparameters())
+        own.tell_of_taken(changed, taken)
         session.put_gradients_back()
 
     def _fingerprints(self) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from stepguard.coordination.coordinator import Coordinator
+from stepguard.steps.digests import digest
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
@@ -16,17 +20,22 @@ from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.attributes import Attributes
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in
-from stepguard.torch.checkpoint.state import Component, with_numpys
+from stepguard.torch.checkpoint.state import Component, leaves, with_numpys
 from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.generators import put_back_once
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.own_iterators import OwnIterators
+from stepguard.torch.digests import tensor_bytes
 from stepguard.torch.gradients import Gradients, needed_besides, put_back
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.unnamed import Unnamed, reached
 from stepguard.words import logger
 
 _log = logger(__name__)
+
+# What is copied in each step of a program that takes from an object of its state between two steps.
+_MOST_VALUES = 32
+_MOST_BYTES = 1 << 16
 
 _HAS_CUDA = torch.backends.cuda.is_built()
 
@@ -48,8 +57,9 @@ class Session(LoopSession):
         holders: Mapping[str, Any] | None = None,
         own: Sequence[Component] = (),
         attributes: Attributes | None = None,
+        components: Sequence[Component] = (),
     ) -> None:
-        self._torch_state = _TorchProcessState(STREAMS, processes, own, attributes or Attributes(()))
+        self._torch_state = _TorchProcessState(STREAMS, processes, own, attributes or Attributes(()), components)
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
         holders = holders or {}
         self._torch_state.watch_gradients(_optimizers(holders), lambda: self.boundary.steps)
@@ -85,7 +95,12 @@ class _TorchProcessState(ProcessState):
     """Adds the gradients that the next step needs; each of several processes has its own."""
 
     def __init__(
-        self, streams: RandomStreams, processes: int, own: Sequence[Component], attributes: Attributes
+        self,
+        streams: RandomStreams,
+        processes: int,
+        own: Sequence[Component],
+        attributes: Attributes,
+        components: Sequence[Component],
     ) -> None:
         super().__init__(streams, processes)
         self._attributes = attributes
@@ -94,6 +109,7 @@ class _TorchProcessState(ProcessState):
         self._compared_after = 0
         self._steps_done: Callable[[], int] = lambda: 0
         self._own = own
+        self._givers = {one.name: one for one in components if one.is_giver}
         self._gradients: dict[str, Gradients] = {}
         self._restored_gradients: Mapping[str, Any] = {}
         self._holders: Mapping[str, Any] = {}
@@ -127,6 +143,23 @@ class _TorchProcessState(ProcessState):
         if steps_done > self._compared_after:
             self._compared_after = steps_done
             self._is_settled = self._attributes.settle()
+
+    def copies_of(self, names: Sequence[str]) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            state = self._givers[name].state() if name in self._givers else None
+            if state is not None and _is_small(name, state):
+                found[name] = copy.deepcopy(state)
+        return found
+
+    def digest_of(self, value: Any) -> Any:
+        return digest(value, tensor_bytes)
+
+    def put_before_own_step(self) -> None:
+        """Put the objects from which the program takes something for its next step to where they were before that."""
+        for name, state in self.own.held_before.items():
+            if name in self._givers:
+                self._givers[name].load(state)
 
     def saved_generators(self) -> list[Any]:
         held = [one for loader in self.loaders for one in Inside(loader).generators]
@@ -172,6 +205,7 @@ class _TorchProcessState(ProcessState):
         self._is_settled, self._compared_after = False, self._steps_done()
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()
+        self.put_before_own_step()
 
     def restore_own(self, state: Mapping[str, Any]) -> None:
         """Restore the objects of which each process has its own."""
@@ -219,6 +253,12 @@ def _optimizers(holders: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
             if not any(one is known for known in found.values()):
                 found[place] = one
     return {place: one for place, one in found.items() if has_hooks(one)}
+
+
+def _is_small(name: str, state: Any) -> bool:
+    values = itertools.islice(leaves(name, state), _MOST_VALUES + 1)
+    sizes = [one.nbytes if isinstance(one, torch.Tensor) else sys.getsizeof(one) for _, one in values]
+    return len(sizes) <= _MOST_VALUES and sum(sizes) <= _MOST_BYTES
 
 
 def _state_of_generator(value: Any) -> Any:

@@ -138,6 +138,16 @@ class Component:
         return isinstance(self.holder, Values) and self.holder.is_per_process
 
     @property
+    def is_giver(self) -> bool:
+        """Whether a program may take batches or numbers from the object, which is no model, optimizer or schedule."""
+        holder = self.holder
+        return (
+            not isinstance(holder, nn.Module)
+            and not hasattr(holder, "param_groups")
+            and not hasattr(holder, "optimizer")
+        )
+
+    @property
     def is_stream(self) -> bool:
         """Whether the object is a random number generator."""
         return is_generator(self.holder)
