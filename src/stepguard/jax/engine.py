@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from stepguard.jax.checkpoint.snapshot import JaxSnapshot, take
 from stepguard.jax.digests import bytes_of, parts_of
 from stepguard.jax.distributed.member import JaxMember, collect_parts
 from stepguard.jax.distributed.world import shared_store, world
-from stepguard.jax.session import STREAMS, Session
+from stepguard.jax.session import STREAMS, Session, changed_leaves, leaves_of
 from stepguard.options import Restoring
 from stepguard.orbax_files.runs import restore_newest_of_orbax, step_of
 from stepguard.orbax_files.taken import ENGINE, process_file, read_process, write_part, write_process, write_tree
@@ -103,15 +102,22 @@ class JaxEngine(PeersEngine[Session]):
             return
         self._load(session, checkpoint.path, rank=0)
         if self._restoring == Restoring() and not self.peers.has_any:
-            restored = jax.tree.leaves(session.state)
+            restored = leaves_of(session.state)
             session.put_back_with(functools.partial(self._put_back, session, checkpoint.path, restored))
 
-    def _put_back(self, session: Session, path: Path, restored: list[Any], with_streams: bool) -> None:  # noqa: ARG002
+    def _put_back(
+        self,
+        session: Session,
+        path: Path,
+        restored: Mapping[str, Any],
+        with_streams: bool,  # noqa: ARG002
+    ) -> None:
         """Reset the state to that with which the session was restored, unless it still is that."""
-        found = jax.tree.leaves(session.state)
-        is_same = len(found) == len(restored) and all(map(operator.is_, found, restored))
-        if not (is_same and all(isinstance(one, _UNCHANGING) for one in found)):
+        found = leaves_of(session.state)
+        changed = changed_leaves(restored, found)
+        if changed or len(found) != len(restored) or not all(isinstance(one, _UNCHANGING) for one in found.values()):
             self._return_to(session, path)
+        session.process_state.own.tell_of_taken(changed, {})
 
     def _return_to(self, session: Session, path: Path) -> None:
         """Reset the state and the step. Random streams and data positions are kept."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.jax.checkpoint.snapshot import Donations, HostMemory, take
@@ -43,7 +45,9 @@ class Session(LoopSession):
         gate: Gate | None = None,
         processes: int = 1,
     ) -> None:
-        super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes), gate=gate)
+        super().__init__(
+            coord, write_summary, _JaxProcessState(STREAMS, processes, lambda: leaves_of(self.state)), gate=gate
+        )
         self.state = state
         """The state of the last step. The program replaces it in each step."""
         self._state_at_start: Any = None
@@ -55,6 +59,12 @@ class Session(LoopSession):
     def note_start(self) -> None:
         """For the engine: the state is that with which the program begins."""
         self._state_at_start = self.state
+        begun = leaves_of(self.state)
+
+        def note_work_before() -> None:
+            self.process_state.note_work_before(changed_leaves(begun, leaves_of(self.state)), {}, {})
+
+        self.call_before_loops(note_work_before)
 
     def _has_trained_outside(self) -> bool:
         return self.state is not self._state_at_start
@@ -73,6 +83,30 @@ class Session(LoopSession):
             )
 
 
+def leaves_of(state: Any) -> dict[str, Any]:
+    """The arrays and numbers of a state, by their places."""
+    return {jax.tree_util.keystr(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def changed_leaves(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The places where there is another object than before."""
+    return [place for place, leaf in now.items() if before.get(place) is not leaf]
+
+
 class _JaxProcessState(ProcessState):
+    # A restart could not give them back: the program may hold the whole state in a variable.
+    saves_copies = False
+
+    def __init__(self, streams: RandomStreams, processes: int, leaves: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__(streams, processes)
+        self._leaves = leaves
+
+    def copies_of(self, names: Sequence[str]) -> dict[str, Any]:
+        leaves = self._leaves() if names else {}
+        return {name: leaves[name] for name in names if name in leaves}
+
+    def digest_of(self, value: Any) -> int:
+        return id(value)
+
     def new_feed(self, loader: Any) -> Feed:
         return feed_of(loader, self.streams)

@@ -28,6 +28,9 @@ States = Mapping[str, Any]
 class Givers(Protocol):
     """The objects of the state from which a program may take batches or numbers."""
 
+    saves_copies: bool
+    """Whether a checkpoint has the copies, so that a restart begins with them."""
+
     def copies_of(self, names: Sequence[str]) -> dict[str, Any]:
         """Copies of those of the named objects that are small, and no models or optimizers."""
 
@@ -73,7 +76,7 @@ class OwnLoop:
             "draws first": self._draws_first,
         }
         if self._is_at_step:
-            found |= {"is at step": True, "gap": self._after, "held": self._held}
+            found |= {"is at step": True, "gap": self._after, "held": self._held if self._givers.saves_copies else {}}
         elif self._progress.is_in_own_loop and self.is_cut():
             found["is cut"] = True
         return found
@@ -188,7 +191,8 @@ class OwnLoop:
         if self._taken_from is None and self._held:
             was, now = self._digests(self._held), self._digests(self._givers.copies_of(list(self._held)))
             self._taken_from = [name for name, one in was.items() if one != now.get(name)]
-            self._held = {name: self._held[name] for name in self._taken_from}
+            kept = self._taken_from if self._givers.saves_copies else ()
+            self._held = {name: self._held[name] for name in kept}
 
     def begin_step(self, first: States | None) -> None:
         """Begin a step; ``first`` is as in :meth:`begin_loop`, in the first step."""
@@ -211,7 +215,7 @@ class OwnLoop:
         if self._taken_from is None:
             self._held = self._givers.copies_of(changed_before)
             self._taken_from = None if self._held else []
-        elif self._taken_from:
+        elif self._taken_from and self._givers.saves_copies:
             self._held = self._givers.copies_of(self._taken_from)
 
     def leave(self) -> None:

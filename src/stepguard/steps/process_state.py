@@ -25,6 +25,8 @@ class ProcessState(ABC):
     How loaders are matched with those of the earlier run is explained in :mod:`stepguard.steps.places`.
     """
 
+    saves_copies = True
+
     def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
         self.streams = streams
         self.processes = processes

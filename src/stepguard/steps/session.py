@@ -198,7 +198,8 @@ class Session(StepSession):
     def _begin_loops(self) -> None:
         if not self._has_looped:
             self._has_looped = True
-            self._before_loops()
+            before_loops, self._before_loops = self._before_loops, _nothing
+            before_loops()
 
     def _feed(self, loader: Any, epochs: int | None, resume_data: bool | str) -> Feed | None:
         if loader is not None:
