@@ -637,3 +637,18 @@ def test_two_values_that_share_one_container_each_get_their_own(tmp_path):
             assert (values.best, values.last) == (([1], [2]) if step else ([], []))
             for _ in sess.steps(max_steps=1):
                 values.best, values.last = [1], [2]
+
+
+@pytest.mark.parametrize("when", ["built", "trained"])
+def test_two_values_that_share_one_container_do_so_again(when, tmp_path):
+    for step in range(2):
+        shared = []
+        values = Values(best=shared, last={"of": shared}) if when == "built" else Values(best=None)
+        with session({"values": values}, tmp_path) as sess:
+            assert when == "trained" or values.best is shared
+            for _ in sess.steps(max_steps=step + 1):
+                if when == "trained" and not step:
+                    values.best, values.last = shared, {"of": shared}
+                values.best.append(step)
+            assert values.last["of"] is values.best
+    assert values.best == [0, 1]

@@ -222,6 +222,27 @@ class TestTensorsInValues:
                 values.best = model.state_dict()
         assert caplog.text.count("values.best.weight (with model), values.best.bias (with model)") == 1
 
+    @pytest.mark.parametrize("names", ["ab", "aa"])
+    def test_that_share_their_memory_and_change_are_named(self, names, tmp_path, caplog):
+        values = {"a": Values(bank=torch.zeros(6)), "b": Values()}
+        with session(values, tmp_path) as sess:
+            for _ in sess.steps(max_steps=2):
+                values[names[0]].bank = bank = torch.zeros(6)
+                values[names[1]].head = bank[2:]
+                bank += 1
+        assert caplog.text.count(f"{names[1]}.head (with {names[0]}.bank)") == 1
+
+    def test_that_share_their_memory_and_stay_as_they_are_or_apart_are_not_named(self, tmp_path, caplog):
+        values = Values(rows=None, parts=None, pair=None)
+        with session({"values": values}, tmp_path) as sess:
+            for _ in sess.steps(max_steps=2):
+                values.rows = list(torch.ones(4, 2))
+                flat = torch.zeros(6)
+                values.parts = flat[:2], flat[2:]
+                flat += 1
+                values.pair = [flat.clone().add_(1)] * 2
+        assert not caplog.text
+
     def test_that_are_copies_of_those_of_a_module_are_not_named(self, tmp_path, caplog):
         model, values = nn.Linear(1, 1), Values(best=None)
         with session({"model": model, "values": values}, tmp_path) as sess:

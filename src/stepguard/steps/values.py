@@ -55,31 +55,37 @@ class Values:
         """Set all values in ``state``, including names that are not set here yet.
 
         Values that ``state`` lacks, because the program was extended after the save, keep what the program has set. A
-        warning names them. Dictionaries and lists stay the same objects, because a variable may hold them too.
+        warning names them. Dictionaries and lists stay the same objects, because a variable may hold them too; and one
+        that two names shared is shared again.
         """
         kept = [name for name in self.__dict__ if name not in state]
         if kept:
             shown = ", ".join(f"{name}={self.__dict__[name]!r:.80}" for name in kept)
             _log.warning("values that the checkpoint does not have are kept as the program has them: %s", shown)
-        taken: set[int] = set()
+        taken: dict[int, Any] = {}
         self.__dict__.update({name: _in_place(self.__dict__.get(name), value, taken) for name, value in state.items()})
 
 
-def _in_place(held: Any, value: Any, taken: set[int]) -> Any:
+def _in_place(held: Any, value: Any, taken: dict[int, Any]) -> Any:
     """``value``; if ``held`` is a dictionary or a list too, it gets the contents of ``value`` and is returned.
 
-    ``taken`` has the identities of those that have got other contents already, because two names may share one.
+    ``taken`` has those that were taken already, by their identities, because two names may share one: for a ``value``
+    what it has become, and each ``held`` that has got other contents.
     """
-    if id(held) in taken:
+    if not isinstance(value, (dict, list)):
         return value
-    if isinstance(held, dict) and type(held) is type(value):
-        taken.add(id(held))
+    if id(value) in taken:
+        return taken[id(value)]
+    is_alike = type(held) is type(value) and (isinstance(held, dict) or type(held) is list)
+    taken[id(value)] = found = held if is_alike and id(held) not in taken else value
+    if found is value:
+        return value
+    taken[id(held)] = held
+    if isinstance(value, dict):
         contents = {key: _in_place(held.get(key), part, taken) for key, part in value.items()}
         held.clear()
         held.update(contents)
-        return held
-    if type(held) is list and type(value) is list:
-        taken.add(id(held))
-        held[:] = [_in_place(old, part, taken) for old, part in zip(held, value, strict=False)] + value[len(held) :]
-        return held
-    return value
+    else:
+        rest = [_in_place(None, part, taken) for part in value[len(held) :]]
+        held[:] = [_in_place(old, part, taken) for old, part in zip(held, value, strict=False)] + rest
+    return held

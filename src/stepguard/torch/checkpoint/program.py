@@ -107,11 +107,12 @@ class Program:
                 )
 
     def warn_of_shared(self) -> None:
-        """Warn, once, of values that are the tensors of another object: a restart makes them tensors of their own."""
+        """Warn, once, of values that share their memory: a restart makes them tensors of their own."""
         values = [one for one in (*self.components, *self.own) if isinstance(one.holder, Values)]
         found = {} if self._has_warned_of_shared else {one.name: dict(one.put_since()) for one in values}
         if not any(found.values()):
             return
+        self._warn_of_shared_by_values(values, found)
         memory = {
             _address(tensor): one.name
             for one in self.components
@@ -133,6 +134,31 @@ class Program:
                 listed(shared),
             )
 
+    def _warn_of_shared_by_values(self, values: Sequence[Component], put: Mapping[str, Mapping[Any, Any]]) -> None:
+        changing = {_memory(one) for tensors in put.values() for one in tensors.values() if _was_changed(one)}
+        held = [
+            (_memory(tensor), tensor.data_ptr(), f"{one.name}.{'.'.join(map(str, place))}", one.name, tensor)
+            for one in values
+            for place, tensor in tensors_in(one.state())
+            if tensor.layout is torch.strided and tensor.numel() and _memory(tensor) in changing
+        ]
+        shared, before = [], None
+        for found in sorted(held, key=lambda one: (str(one[0]), one[1])):
+            _, begin, label, name, tensor = found
+            # One tensor under two names stays one.
+            is_other = before is None or name != before[3] or _view(tensor) != _view(before[4])
+            if before is not None and found[0] == before[0] and begin < _end(before[4]) and is_other:
+                shared.append(f"{label} (with {before[2]})")
+            if before is None or found[0] != before[0] or _end(tensor) > _end(before[4]):
+                before = found
+        if shared:
+            self._has_warned_of_shared = True
+            _log.warning(
+                "values share their memory with other values, and after a restart they do not: %s. Keep one of them, "
+                "and take the others from it where they are needed",
+                listed(shared),
+            )
+
     def _addresses(self) -> Iterator[tuple[torch.device, int]]:
         """The addresses of the tensors in all objects but the optimizers."""
         for one in self.components:
@@ -147,6 +173,28 @@ def _placed_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
         names = group.get("param_names", range(len(group["params"])))
         for name, parameter in zip(names, group["params"], strict=True):
             yield f"param_groups[{index}].{name}", parameter
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    try:
+        return tensor.device, tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # The tensor has no memory of its own.
+        return tensor.device, id(tensor)
+
+
+def _view(tensor: torch.Tensor) -> Any:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _end(tensor: torch.Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _was_changed(tensor: torch.Tensor) -> bool:
+    """Whether the tensor was changed in place; all that share its memory count that."""
+    return tensor.is_inference() or tensor._version > 0
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:

@@ -75,11 +75,18 @@ class HostMemory:
         Raises:
             TypeError: a part cannot be saved.
         """
-        # Tied weights are one tensor under several names, and stay one tensor in the copy.
-        seen: dict[tuple[Any, ...], torch.Tensor] = {}
+        # Tied weights are one tensor under several names, and stay one tensor in the copy; so are lists of values.
+        seen: dict[Any, Any] = {}
         return self._copied(name, state, seen, streams)
 
-    def _copied(self, path: str, value: Any, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams) -> Any:
+    def _copied(self, path: str, value: Any, seen: dict[Any, Any], streams: CopyStreams) -> Any:
+        if type(value) not in (dict, list) or len(value) >= LONG:
+            return self._copied_part(path, value, seen, streams)
+        if id(value) not in seen:
+            seen[id(value)] = self._copied_part(path, value, seen, streams)
+        return seen[id(value)]
+
+    def _copied_part(self, path: str, value: Any, seen: dict[Any, Any], streams: CopyStreams) -> Any:
         if is_dtensor(value):
             local = value.detach().to_local()
             return shard_of(value, self._copied_tensor(path, local, seen, streams))
@@ -115,14 +122,15 @@ class HostMemory:
             self.numpys[path] = str(value.dtype)
 
     def _copied_tensor(
-        self, path: str, tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], streams: CopyStreams
+        self, path: str, tensor: torch.Tensor, seen: dict[Any, Any], streams: CopyStreams
     ) -> torch.Tensor:
         if is_sparse(tensor) or tensor.is_quantized:
             streams.finish()
             return tensor.cpu().clone()
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and identity in seen:
-            return seen[identity]
+        known: torch.Tensor | None = seen.get(identity)
+        if tensor.numel() and known is not None:
+            return known
         buffer = self._buffers.get(path)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             if tensor.is_cuda:
