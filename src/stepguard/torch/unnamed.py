@@ -159,10 +159,12 @@ class Unnamed:
         """Whether the state of an object has what the optimizer keeps, wherever the object has it from."""
         holders = [one for one in self._holders.values() if callable(getattr(type(one), "state_dict", None))]
         states = [one.state_dict() for one in holders]
-        kept = [part for one in optimizer.state.values() for _, part in tensors_in(one)]
-        if kept:
-            one = max(kept, key=torch.Tensor.numel)
-            return any(_is_equal(part, one) for state in states for _, part in tensors_in(state))
+        kept = [[part for _, part in tensors_in(one)] for one in optimizer.state.values()]
+        if any(kept):
+            # The largest of its parameters stands for all.
+            largest = max(kept, key=lambda parts: sum(part.numel() for part in parts))
+            saved_parts = [[part for _, part in tensors_in(state)] for state in states]
+            return any(all(any(_is_equal(part, one) for part in parts) for one in largest) for parts in saved_parts)
         rates = [group["lr"] for group in optimizer.param_groups]
         saved = [one["param_groups"] for state in states for _, one in states_in(state)]
         return any([group.get("lr") for group in groups] == rates for groups in saved)
