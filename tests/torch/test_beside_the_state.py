@@ -570,6 +570,30 @@ class TestGeneratorsOfTheProgram:
                     list(evaluation)
         assert not caplog.text
 
+    def test_may_be_seeded_by_each_step_or_drawn_from_in_evaluations_alone(self, tmp_path, caplog):
+        for end in (4, 6):
+            seeded, of_evaluation, of_both = torch.Generator(), np.random.default_rng(1), random.Random(1)
+            with session({"values": Values(sum=0)}, tmp_path) as sess:
+                assert not sess.global_step or "they begin anew: of_both." in caplog.text
+                for _ in sess.steps(max_steps=end):
+                    seeded.manual_seed(sess.global_step)
+                    torch.rand((), generator=seeded)
+                    with sess.evaluating():
+                        of_evaluation.random()
+                        of_both.random()
+                    of_both.random()
+                assert end == 4 or len(caplog.records) == 1
+
+    def test_that_are_seeded_by_each_epoch_are_named(self, tmp_path, caplog):
+        for end in (5, 7):
+            source = torch.Generator()
+            with session({"values": Values(sum=0)}, tmp_path) as sess:
+                for epoch in sess.epochs(2):
+                    source.manual_seed(epoch)
+                    for _ in sess.steps([1, 2, 3, 4], max_steps=end):
+                        torch.rand((), generator=source)
+        assert "they begin anew: source." in caplog.text
+
     def test_no_variable_is_odd_enough_to_end_a_run(self, tmp_path):
         class Lazy:
             @property

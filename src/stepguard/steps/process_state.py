@@ -180,6 +180,8 @@ class ProcessState(ABC):
 
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
+        if self.strangers.is_young:
+            self.strangers.note_step()
         # A loop may turn out to be at its end; only a batch shows that the first step has begun.
         if self._random is not None and self.own.goes_on_from(self._random):
             self.streams.restore(self._random)

@@ -104,7 +104,7 @@ class StepSession:
         self._evaluations += 1
         self._evaluation_turns += 1
         try:
-            with self.process_state.streams_preserved():
+            with self.process_state.streams_preserved(), self.process_state.strangers.left_out():
                 yield
         finally:
             self._evaluations -= 1

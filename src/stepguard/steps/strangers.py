@@ -11,6 +11,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stepguard.steps.attributes import attributes
@@ -30,6 +31,8 @@ _LIBRARIES = {
     "builtins",
 } - {"__main__"}
 _MOST_FRAMES = 30
+# How many beginnings of steps are looked at: those of the first three.
+_STEPS_SEEN = 3
 # Whoever holds the dictionary of a frame's variables: the frame, a variable here, and the call that counts.
 _HOLDERS_OF_LOCALS = 3
 
@@ -59,8 +62,13 @@ def state_of_generator(value: Any) -> Any:
 class Strangers:
     """The generators around one loop. For the training thread, or a thread that holds the boundary."""
 
-    def __init__(self, state_of: Callable[[Any], Any] = state_of_generator) -> None:
+    def __init__(
+        self, state_of: Callable[[Any], Any] = state_of_generator, seed_of: Callable[[Any], Any] = lambda _: None
+    ) -> None:
         self._state_of = state_of
+        # The last seed of a generator; `None` if its kind keeps none.
+        self._seed_of = seed_of
+        self._seeds: list[dict[int, Any]] = []
         self._has_looked = False
         # By their identities: the name, the generator, and its state at the beginning.
         self._found: dict[int, tuple[str, Any, Any]] = {}
@@ -80,6 +88,30 @@ class Strangers:
         for one in of_loaders:
             # A loader draws a seed from its generator for each of its iterators, also in an evaluation.
             self._found.pop(id(one), None)
+
+    @property
+    def is_young(self) -> bool:
+        """Whether to call :meth:`note_step` when a step begins."""
+        return len(self._seeds) < _STEPS_SEEN
+
+    def note_step(self) -> None:
+        """Leave out those that each step seeds anew, as far as the first steps tell."""
+        self._seeds.append({key: self._seed_of(one) for key, (_, one, _) in self._found.items()})
+        if not self.is_young:
+            first, second = self._seeds[-2:]
+            for key, seed in second.items():
+                if seed != first.get(key, seed):
+                    del self._found[key]
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """A block, as of an evaluation, whose draws do not count, but from those that the training draws from too."""
+        idle = [key for key, (_, one, state) in self._found.items() if self._state_of(one) == state]
+        yield
+        for key in idle:
+            if key in self._found:
+                name, one, _ = self._found[key]
+                self._found[key] = name, one, self._state_of(one)
 
     def leave_out_drawn(self) -> None:
         """Leave out those that were drawn from since the start: they are of the data, whose first batch was fetched."""

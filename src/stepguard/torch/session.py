@@ -116,7 +116,7 @@ class _TorchProcessState(ProcessState):
         self._unnamed: Unnamed | None = None
         self._iterators = OwnIterators(lambda: self.loaders)
         self._put_back: dict[int, Any] = {}
-        self.strangers = Strangers(_state_of_generator)
+        self.strangers = Strangers(_state_of_generator, _seed_of_generator)
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
@@ -259,6 +259,10 @@ def _is_small(name: str, state: Any) -> bool:
     values = itertools.islice(leaves(name, state), _MOST_VALUES + 1)
     sizes = [one.nbytes if isinstance(one, torch.Tensor) else sys.getsizeof(one) for _, one in values]
     return len(sizes) <= _MOST_VALUES and sum(sizes) <= _MOST_BYTES
+
+
+def _seed_of_generator(value: Any) -> int | None:
+    return value.initial_seed() if issubclass(type(value), torch.Generator) else None
 
 
 def _state_of_generator(value: Any) -> Any:
