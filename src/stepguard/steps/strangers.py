@@ -69,6 +69,8 @@ class Strangers:
         # The last seed of a generator; `None` if its kind keeps none.
         self._seed_of = seed_of
         self._seeds: list[dict[int, Any]] = []
+        self.is_young = True
+        """Whether to call :meth:`note_step` when a step begins."""
         self._has_looked = False
         # By their identities: the name, the generator, and its state at the beginning.
         self._found: dict[int, tuple[str, Any, Any]] = {}
@@ -89,14 +91,10 @@ class Strangers:
             # A loader draws a seed from its generator for each of its iterators, also in an evaluation.
             self._found.pop(id(one), None)
 
-    @property
-    def is_young(self) -> bool:
-        """Whether to call :meth:`note_step` when a step begins."""
-        return len(self._seeds) < _STEPS_SEEN
-
     def note_step(self) -> None:
         """Leave out those that each step seeds anew, as far as the first steps tell."""
         self._seeds.append({key: self._seed_of(one) for key, (_, one, _) in self._found.items()})
+        self.is_young = len(self._seeds) < _STEPS_SEEN
         if not self.is_young:
             first, second = self._seeds[-2:]
             for key, seed in second.items():
