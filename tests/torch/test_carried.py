@@ -165,17 +165,19 @@ class Trainer:
 
     def __init__(self):
         self.model, self.averages, self.done, self.rate, self.began = Model(), [torch.zeros(2)], 0, 1.0, None
+        self.seen = []
 
     def state_dict(self):
-        return {"model": self.model.state_dict(), "averages": self.averages, "done": self.done}
+        return {"model": self.model.state_dict(), "averages": self.averages, "done": self.done, "seen": self.seen}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.averages, self.done = state["averages"], state["done"]
+        self.averages, self.done, self.seen = state["averages"], state["done"], state["seen"]
 
     def step(self):
         self.began = self.began or time.time()
         self.averages[0] += 1
+        self.seen.append(self.done + len(self.seen))
         self.done += 1
         if self.done > 1:
             self.rate *= 0.5

@@ -104,6 +104,8 @@ class Attributes:
 
     def expect(self, notes: Mapping[str, Any]) -> None:
         """Look, from now on, for what the run that is resumed had changed, and this program has not the same."""
+        # An object may have put what it has loaded in the place of its lists.
+        self._as_built = dict(self._changed_in_place())
         plain, tensors = self._look()
         changed = {key: value for key, (_, value) in notes.get("changed", {}).items()}
         # What an object has loaded by itself is the same.
