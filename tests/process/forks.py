@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,8 +31,10 @@ class Forks:
 
     def __init__(self, preloaded: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self._server = forkserver.ForkServer()
-        self._server.set_forkserver_preload(list(preloaded))
-        self._environment = dict(environment or {})
+        self._server.set_forkserver_preload([*preloaded, "frozen_heap"])
+        given = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **(environment or {})}
+        paths = [given["PYTHONPATH"], str(Path(__file__).resolve().parent)]
+        self._environment = {**given, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def start(self, target: Callable[..., object], *arguments: Any, daemon: bool | None = None) -> BaseProcess:
         with mock.patch.dict(os.environ, self._environment):

@@ -239,6 +239,7 @@ if __name__ == "__main__":
     # The children find this very module, with its `report`, under its own name.
     sys.modules["zygote"] = sys.modules["__main__"]
     _children = importlib.import_module(sys.argv[2])
+    importlib.import_module("frozen_heap")
     _order = _serve(socket.socket(fileno=int(sys.argv[1])))
     if _order is not None:
         _become(_order)
