@@ -1,4 +1,7 @@
-"""A run with a mirror in a process of its own: `mirrored_child.py LOGDIR URL STEPS`. It waits for each checkpoint."""
+"""A run with a mirror in a process of its own: `mirrored_child.py LOGDIR URL STEPS`. It waits for each checkpoint.
+
+With AWAITS it says that it is ready, and begins once that file is there.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,9 @@ class Padded(FakeEngine):
 if __name__ == "__main__":
     logdir, url, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     grace, lease = float(os.environ.get("GRACE", "20")), float(os.environ.get("LEASE", "60"))
+    if "AWAITS" in os.environ:
+        print("ready", flush=True)
+        mirrors.wait_until(Path(os.environ["AWAITS"]).exists)
     sv = mirrors.supervisor(logdir, url, every=1, keep=2, grace=grace, lease_secs=lease, engine=Padded())
     with sv.managed_session() as session:
         for _ in range(steps):

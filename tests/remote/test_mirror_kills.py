@@ -108,7 +108,11 @@ def test_a_logdir_that_is_removed_while_it_trains_and_then_its_machine_cost_noth
 
 
 def test_two_machines_that_fight_for_one_mirror_leave_one_run(network, start, tmp_path):
-    first, second = (start(tmp_path / name, 25, LEASE="0.6") for name in ("one", "two"))
+    # At once: on a busy machine one would else be at its end before the other is there.
+    begin = tmp_path / "begin"
+    first, second = (start(tmp_path / name, 25, LEASE="0.6", AWAITS=str(begin)) for name in ("one", "two"))
+    assert [one.stdout.readline() for one in (first, second)] == ["ready\n"] * 2
+    begin.touch()
     ends = {one.wait(150): one for one in (first, second)}
 
     assert sorted(ends)[0] == 0
