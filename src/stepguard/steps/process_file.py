@@ -53,11 +53,15 @@ _MORE: dict[str, schema.Form] = {
 _STATES = (dict, NoneType)
 # See `Progress.saved`.
 _PLACE = Fields(
-    {"ended": Count(), "inside": (str,), "inside body": (str,)},
     {
+        "ended": Count(),
+        "inside": (str,),
+        "inside body": (str,),
         "origin": _STATES,
         "after": _STATES,
         "gaps": Each(Each((object,), length=2)),
+    },
+    {
         "draws between": (bool, NoneType),
         "own": Fields(
             {},
@@ -104,7 +108,7 @@ def checked_state(
         state: dict[str, Any] = dict(found)  # type: ignore[call-overload]
         if state.get("place") is not None:
             schema.check(state["place"], _PLACE, "place")
-            for number, states in state["place"].get("gaps", ()):
+            for number, states in state["place"]["gaps"]:
                 schema.check(number, Count(), "place.gaps")
                 schema.check(states, (dict,), "place.gaps")
         for place in state["loaders"]:
