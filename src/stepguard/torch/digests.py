@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -24,10 +25,11 @@ def tensor_bytes(leaf: Any) -> Any:
     tensor = leaf.detach() if local is None else local().detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         return None
-    flat = tensor.reshape(-1)
+    flat = tensor.reshape(-1).resolve_conj().resolve_neg()
     if flat.device.type != "cpu":
         flat = flat[:: max(1, flat.numel() // SAMPLED)].cpu()
-    return flat.contiguous().view(torch.uint8).numpy() if flat.numel() else b""
+    # After `numpy()` no tensor in that memory can be resized, as observers of a quantized training resize theirs.
+    return np.from_dlpack(flat.contiguous().view(torch.uint8)) if flat.numel() else b""
 
 
 def fingerprint(value: Any) -> Any:

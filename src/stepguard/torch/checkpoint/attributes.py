@@ -26,6 +26,7 @@ from stepguard.torch.checkpoint.carried import LIBRARIES, codes_around, is_carri
 from stepguard.torch.checkpoint.in_place import tensors_in
 from stepguard.torch.checkpoint.names import Names
 from stepguard.torch.checkpoint.state import Component, check_saveable, is_generator, is_numpy_scalar
+from stepguard.torch.digests import tensor_bytes
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -288,8 +289,7 @@ def _digest(tensors: list[torch.Tensor]) -> str | None:
     found = hashlib.blake2b(digest_size=16)
     for one in tensors:
         found.update(f"{one.dtype} {tuple(one.shape)}".encode())
-        plain = one.detach().resolve_conj().resolve_neg()
-        found.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor_bytes(one))
     return found.hexdigest()
 
 

@@ -20,6 +20,7 @@ import xxhash
 
 from stepguard.steps.attributes import has_dictionary
 from stepguard.steps.batch_marks import mark, peek
+from stepguard.torch.digests import tensor_bytes
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -277,10 +278,8 @@ def _digest(value: Any) -> Any:
         version = value.data_ptr(), None if value.is_inference() else value._version
         if value.nbytes > _MOST_BYTES or value.device.type != "cpu":
             return shape, kind, version
-        try:
-            value = value.numpy()
-        except (TypeError, RuntimeError):  # NumPy has no such numbers, as bfloat16.
-            return shape, kind, version
+        content = tensor_bytes(value)
+        return shape, kind, version if content is None else xxhash.xxh3_64_intdigest(content)
     if value.nbytes > _MOST_BYTES:
         return shape, kind, id(value), mark(peek(value))
     content = value if value.flags.c_contiguous else value.copy()
