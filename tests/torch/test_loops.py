@@ -430,6 +430,37 @@ def test_gradients_that_outlive_a_step_go_on_after_a_restart(clearing, stop_at, 
     assert ("gradients" in newest) == (clearing != "dropped")
 
 
+def train_branches(zero_in_front, logdir, stop_at=None):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    sv = Supervisor({"model": model, "optimizer": optimizer}, logdir, save_summaries_secs=0)
+    with sv.managed_session() as session:
+        for step in session.steps(max_steps=7):
+            if zero_in_front:
+                optimizer.zero_grad(set_to_none=False)
+            # The first parameter gets its first gradient after others have had theirs.
+            model[int(step in (0, 3, 5))](torch.ones(4, 1)).square().mean().backward()
+            optimizer.step()
+            if not zero_in_front:
+                optimizer.zero_grad(set_to_none=False)
+            if session.global_step + 1 == stop_at:
+                sv.request_stop()
+    return [one.tolist() for one in model.parameters()]
+
+
+@pytest.mark.parametrize("zero_in_front", [True, False])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_a_parameter_with_a_gradient_of_zero_is_not_without_one_after_a_restart(zero_in_front, stop_at, tmp_path):
+    whole = train_branches(zero_in_front, None)
+    train_branches(zero_in_front, tmp_path, stop_at)
+
+    assert train_branches(zero_in_front, tmp_path) == whole
+    # They cost no room.
+    saved = torch.load(tmp_path / f"model.ckpt-{stop_at}" / "process-0.pt", weights_only=True)["gradients"]
+    assert zero_in_front or set(saved["optimizer"].values()) == {None}
+
+
 def test_both_ways_to_accumulate_train_the_same():
     assert Accumulating(None, is_naive=True).train() == Accumulating(None, is_naive=False).train()
 

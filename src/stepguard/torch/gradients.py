@@ -2,7 +2,8 @@
 
 Those of a program that calls its optimizer in every fourth turn are not yet applied between its turns. After the
 optimizer's step gradients are of no use, and are not saved, unless the program keeps them: it never clears them, or
-multiplies them to have a momentum. Then the next ones are added to them.
+multiplies them to have a momentum, or sets them to zero. Then the next ones are added to them, and an optimizer changes
+a parameter whose gradient is zero, as by its weight decay. It leaves alone one without a gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
+Needed = Mapping[int, torch.Tensor | None]
+"""The gradients that a checkpoint needs, by the numbers of their parameters; ``None`` for each if all are zero."""
+
 
 class Gradients:
     """The gradients of the parameters of one optimizer. For a thread that holds the boundary.
@@ -31,7 +35,9 @@ class Gradients:
         self._optimizer = weakref.ref(optimizer)
         self._steps_done = steps_done
         self._stepped_in = -1
-        # The first gradient at the optimizer's last step, and how often it had been changed.
+        # The first parameter with a gradient at the optimizer's last step, the gradient, and how often it had been
+        # changed.
+        self._parameter_at_step: weakref.ref[torch.Tensor] | None = None
         self._at_step: weakref.ref[torch.Tensor] | None = None
         self._version_at_step = 0
         # Whether a gradient outlives the step after that in which it was applied: unknown before the second step.
@@ -49,14 +55,18 @@ class Gradients:
     def note_step(self, *_: Any) -> None:
         """Note a step of the optimizer."""
         is_first, self._stepped_in = self._stepped_in < 0, self._steps_done()
-        gradient = self._first()
         if not is_first:
+            # Others, which had none then, may have gradients now.
+            parameter = None if self._parameter_at_step is None else self._parameter_at_step()
+            gradient = None if parameter is None else parameter.grad
             self._is_kept = self._is_kept or (gradient is not None and self._is_at_step(gradient))
-        self._at_step = None if gradient is None else weakref.ref(gradient)
-        self._version_at_step = 0 if gradient is None else gradient._version
+        first = next(self._present(), None)
+        self._parameter_at_step = None if first is None else weakref.ref(first[1])
+        self._at_step = None if first is None else weakref.ref(first[2])
+        self._version_at_step = 0 if first is None else first[2]._version
 
     def _first(self) -> torch.Tensor | None:
-        return next((gradient for _, gradient in self._present()), None)
+        return next((gradient for _, _, gradient in self._present()), None)
 
     def _is_at_step(self, gradient: torch.Tensor) -> bool:
         """Whether this is the tensor of the optimizer's last step; a cleared one is followed by another tensor."""
@@ -69,14 +79,14 @@ class Gradients:
             return self._at_step is None
         return self._is_at_step(gradient) and gradient._version == self._version_at_step
 
-    def _present(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def _present(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         number = 0
         optimizer = self._optimizer()
         for group in () if optimizer is None else optimizer.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is not None:
-                    yield number, gradient
+                    yield number, parameter, gradient
                 number += 1
 
     @property
@@ -84,12 +94,12 @@ class Gradients:
         """Whether the optimizer, which was called in the step before, has no part in the running step until now."""
         return self._stepped_in == self._steps_done() - 1 and not self.unapplied()
 
-    def needed(self) -> dict[int, torch.Tensor]:
-        """The gradients that a checkpoint needs, by the numbers of their parameters."""
+    def needed(self) -> Needed:
+        """The gradients that a checkpoint needs."""
         unapplied = self.unapplied()
         if unapplied or self._is_kept is False:
             return unapplied
-        return {number: one for number, one in self._not_zero().items() if not is_dtensor(one)}
+        return _without_zeros({number: one for number, _, one in self._present() if not is_dtensor(one)})
 
     @property
     def has_stepped(self) -> bool:
@@ -113,10 +123,10 @@ class Gradients:
 
     def _not_zero(self) -> dict[int, torch.Tensor]:
         """The gradients, unless all are zero."""
-        found = dict(self._present())
+        found = {number: gradient for number, _, gradient in self._present()}
         return {} if all(map(_is_zero, found.values())) else found
 
-    def put_back(self, saved: Mapping[int, torch.Tensor]) -> None:
+    def put_back(self, saved: Needed) -> None:
         """Set the gradients of the parameters to those in a checkpoint."""
         put_back(self._name, self.parameters, saved)
 
@@ -127,7 +137,7 @@ class Gradients:
 
 def needed_besides(
     modules: Mapping[str, torch.nn.Module], watched: Collection[Gradients], others: Collection[Gradients]
-) -> dict[str, dict[int, torch.Tensor]]:
+) -> dict[str, Needed]:
     """The gradients in ``modules`` of which none of the ``watched`` knows, by the names of the modules and by number.
 
     They are of ``others``, the optimizers that are not in the state; or of a program that has no optimizer, and applies
@@ -136,7 +146,7 @@ def needed_besides(
     known = {id(parameter) for one in watched for parameter in one.parameters}
     theirs = {id(parameter) for one in others for parameter in one.parameters}
     known |= {id(parameter) for one in others if not one.needed() for parameter in one.parameters}
-    needed = {}
+    needed: dict[str, Needed] = {}
     for name, module in modules.items():
         found = {
             number: parameter.grad
@@ -146,16 +156,16 @@ def needed_besides(
             and (not watched or id(parameter) in theirs)
             and not is_dtensor(parameter.grad)
         }
-        if not all(map(_is_zero, found.values())):
-            needed[name] = found
+        if found:
+            needed[name] = _without_zeros(found)
     return needed
 
 
-def put_back(name: str, parameters: Sequence[torch.Tensor], saved: Mapping[int, torch.Tensor]) -> None:
+def put_back(name: str, parameters: Sequence[torch.Tensor], saved: Needed) -> None:
     """Set the gradients of ``parameters``, those of the object ``name``, to those in a checkpoint."""
     for number, gradient in saved.items():
-        is_one = isinstance(gradient, torch.Tensor) and number < len(parameters)
-        if not is_one or parameters[number].shape != gradient.shape:
+        is_one = number < len(parameters) and isinstance(gradient, (torch.Tensor, type(None)))
+        if not is_one or (gradient is not None and parameters[number].shape != gradient.shape):
             _log.warning(
                 "%s: gradient %d of the checkpoint fits no parameter, so the step that was accumulating gradients "
                 "is not the same after this restart",
@@ -164,7 +174,14 @@ def put_back(name: str, parameters: Sequence[torch.Tensor], saved: Mapping[int, 
             )
             continue
         parameter = parameters[number]
-        parameter.grad = gradient.to(parameter.device, copy=True)
+        if gradient is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad = gradient.to(parameter.device, copy=True)
+
+
+def _without_zeros(found: Mapping[int, torch.Tensor]) -> Needed:
+    return dict.fromkeys(found) if all(map(_is_zero, found.values())) else found
 
 
 def _is_zero(gradient: torch.Tensor) -> bool:
