@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 
 import numpy as np
 import pytest
@@ -272,6 +273,46 @@ def test_numbers_of_numpy_come_back_as_what_they_were(per_process, tmp_path):
         assert {type(value) for value in values.long} == {np.float32}
         assert [type(value) for value in values.nested["pair"]] == [np.float64, float]
     torch.load(next(tmp_path.glob("*.ckpt-1")) / "process-0.pt", weights_only=True)
+
+
+class Remembering(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.queue = deque(maxlen=2)
+
+    def get_extra_state(self):
+        return {"queue": self.queue}
+
+    def set_extra_state(self, state):
+        self.queue = state["queue"]
+
+
+@pytest.mark.parametrize("per_process", [False, True])
+def test_deques_come_back_as_deques(per_process, tmp_path):
+    given = {
+        "losses": deque([1.0, 2.0], maxlen=3),
+        "replays": deque([(torch.full((2,), float(number)), number) for number in range(300)], maxlen=300),
+        "nested": [{"counts": deque([np.int64(1), deque()])}],
+    }
+    model, held = Remembering(), deque(maxlen=3)
+    values = Values(per_process=per_process, losses=held)
+    with session({"model": model, "values": values}, tmp_path) as sess:
+        for _ in sess.steps(max_steps=1):
+            model.queue.extend([1, 2, 3])
+            vars(values).update(given)
+    again = Remembering()
+    values = Values(per_process=per_process, losses=held)
+    with session({"model": again, "values": values}, tmp_path):
+        assert (again.queue, again.queue.maxlen) == (deque([2, 3]), 2)
+        assert values.losses is held
+        assert (held, values.nested, values.nested[0]["counts"].maxlen) == (given["losses"], given["nested"], None)
+        assert values.replays.maxlen == 300
+        assert [(one.tolist(), number) for one, number in values.replays] == [([n, n], n) for n in range(300)]
+
+
+def test_a_value_that_cannot_be_saved_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(TypeError, match=r"values\.seen: .* found builtins\.set, .*; keep its contents in one of those"):
+        Supervisor({"model": nn.Linear(1, 1), "values": Values(seen={1})}, tmp_path)
 
 
 @pytest.mark.parametrize("restoring", [Restoring(only=("best",)), Restoring(leave_out=("model.*",))])

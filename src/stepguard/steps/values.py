@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +56,8 @@ class Values:
         """Set all values in ``state``, including names that are not set here yet.
 
         Values that ``state`` lacks, because the program was extended after the save, keep what the program has set. A
-        warning names them. Dictionaries and lists stay the same objects, because a variable may hold them too; and one
-        that two names shared is shared again.
+        warning names them. Dictionaries, lists and deques stay the same objects, because a variable may hold them too;
+        and one that two names shared is shared again.
         """
         kept = [name for name in self.__dict__ if name not in state]
         if kept:
@@ -67,17 +68,16 @@ class Values:
 
 
 def _in_place(held: Any, value: Any, taken: dict[int, Any]) -> Any:
-    """``value``; if ``held`` is a dictionary or a list too, it gets the contents of ``value`` and is returned.
+    """``value``; if ``held`` is a dictionary, a list or a deque too, it gets the contents of ``value`` and is returned.
 
     ``taken`` has those that were taken already, by their identities, because two names may share one: for a ``value``
     what it has become, and each ``held`` that has got other contents.
     """
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, (dict, list, deque)):
         return value
     if id(value) in taken:
         return taken[id(value)]
-    is_alike = type(held) is type(value) and (isinstance(held, dict) or type(held) is list)
-    taken[id(value)] = found = held if is_alike and id(held) not in taken else value
+    taken[id(value)] = found = held if _is_alike(held, value) and id(held) not in taken else value
     if found is value:
         return value
     taken[id(held)] = held
@@ -85,7 +85,18 @@ def _in_place(held: Any, value: Any, taken: dict[int, Any]) -> Any:
         contents = {key: _in_place(held.get(key), part, taken) for key, part in value.items()}
         held.clear()
         held.update(contents)
+    elif isinstance(value, deque):
+        held.clear()
+        held.extend(_in_place(None, part, taken) for part in value)
     else:
         rest = [_in_place(None, part, taken) for part in value[len(held) :]]
         held[:] = [_in_place(old, part, taken) for old, part in zip(held, value, strict=False)] + rest
     return held
+
+
+def _is_alike(held: Any, value: Any) -> bool:
+    if type(held) is not type(value):
+        return False
+    if isinstance(held, deque):
+        return bool(held.maxlen == value.maxlen)
+    return isinstance(held, dict) or type(held) is list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import xxhash
 
 from stepguard.steps.digests import SAMPLED, array_bytes
 from stepguard.torch.checkpoint.state import is_sparse, parts_of_sparse
+
+_SEQUENCES = (list, tuple, deque)
 
 
 def tensor_bytes(leaf: Any) -> Any:
@@ -38,7 +41,7 @@ def fingerprint(value: Any) -> Any:
         return _of_tensor(value)
     if isinstance(value, Mapping):
         return {repr(key): fingerprint(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(one, (torch.Tensor, Mapping, list, tuple)) for one in value):
+    if isinstance(value, _SEQUENCES) and any(isinstance(one, (torch.Tensor, Mapping, *_SEQUENCES)) for one in value):
         return [fingerprint(part) for part in value]
     return zlib.crc32(repr(value).encode())
 

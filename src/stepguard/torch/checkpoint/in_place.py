@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -66,7 +67,7 @@ def tensors_in(value: Any, place: Place = ()) -> Iterator[tuple[Place, torch.Ten
     """The tensors in a nested state, but for those of long lists, such as a replay buffer."""
     if isinstance(value, torch.Tensor):
         yield place, value
-    elif isinstance(value, dict) or (isinstance(value, (list, tuple)) and len(value) < LONG):
+    elif isinstance(value, dict) or (isinstance(value, (list, tuple, deque)) and len(value) < LONG):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from tensors_in(part, (*place, key))
 
@@ -88,7 +89,7 @@ def _replaced(saved: Any, place: Place, held: Any, taken: Taken) -> Any:
     key, rest = place[0], place[1:]
     if isinstance(saved, tuple):
         return tuple(_replaced(part, rest, held, taken) if n == key else part for n, part in enumerate(saved))
-    if (isinstance(saved, dict) and key in saved) or (isinstance(saved, list) and key < len(saved)):
+    if (isinstance(saved, dict) and key in saved) or (isinstance(saved, (list, deque)) and key < len(saved)):
         saved[key] = _replaced(saved[key], rest, held, taken)
     return saved
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from stepguard.errors import CheckpointCorruptError
 from stepguard.options import Restoring
 from stepguard.saving import restoring
@@ -123,7 +121,7 @@ class Restorer:
             rest = states[name] if name in files else None
             states[name] = joined(name, rest, read_file(file, mapped=mapped), apart)
         for part in self._program.components:
-            if part.name in states and not isinstance(part.holder, nn.Module):
+            if part.name in states:
                 states[part.name] = with_numpys(part.name, states[part.name], process.get("numpys", {}))
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)

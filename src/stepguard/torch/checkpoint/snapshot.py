@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from stepguard.torch.checkpoint.arena import Arena
 from stepguard.torch.checkpoint.packed import LONG, packed, packed_bytes, unpacked
 from stepguard.torch.checkpoint.sharded_tensors import Shard, is_dtensor, shard_of
 from stepguard.torch.checkpoint.state import (
+    DEQUE,
     NUMPY_TYPES,
     check_saveable,
     check_tensor,
@@ -63,7 +64,7 @@ class HostMemory:
         self._buffers: dict[str, torch.Tensor] = {}
         self._arena = Arena(0)
         self.numpys: dict[str, str] = {}
-        """The types of the numbers that were NumPy's in the states that were copied, by their places."""
+        """The kinds of what a file has as something else, numbers of NumPy's and deques, by their places."""
 
     def make_room(self, nbytes: int) -> None:
         """Make memory for tensors that the program does not have yet."""
@@ -102,6 +103,9 @@ class HostMemory:
             # nn.Module.state_dict keeps the versions of the modules in an attribute of the dictionary.
             copied.__dict__.update(value.__dict__)
             return copied
+        if type(value) is deque:
+            self.numpys[path] = DEQUE if value.maxlen is None else f"{DEQUE} {value.maxlen}"
+            value = list(value)
         if type(value) is list and len(value) >= LONG:
             copy = packed(path, value, self._buffers)
             if copy is not None:

@@ -7,7 +7,7 @@ import itertools
 import random
 import re
 import sys
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +31,9 @@ NUMPY_TYPES = {
     *("float16", "float32", "float64", "complex64", "complex128"),
 }
 """The types of NumPy's numbers whose values Python's have too."""
+
+DEQUE = "deque"
+"""The kind of a deque in the notes of what a file has as something else; the most that it holds may follow it."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -210,11 +213,12 @@ def check_saveable(path: str, value: Any) -> None:
         if isinstance(part, torch.Tensor):
             check_tensor(place, part)
         elif not (type(part) in _PLAIN or is_numpy_scalar(part)):
-            hint = "; torch.from_numpy(array) can be saved" if type(part).__name__ == "ndarray" else ""
+            is_array = type(part).__name__ == "ndarray"
+            hint = "torch.from_numpy(array) can be saved" if is_array else "keep its contents in one of those"
             raise TypeError(
-                f"{place}: expected a tensor, a number, a string, or a dictionary, list or tuple of them, found "
+                f"{place}: expected a tensor, a number, a string, or a dictionary, list, tuple or deque of them, found "
                 f"{type(part).__module__}.{type(part).__qualname__}, which could be restored only by running code "
-                f"from the file{hint}"
+                f"from the file; {hint}"
             )
 
 
@@ -246,7 +250,7 @@ def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             if type(key) not in _PLAIN and type(key) is not tuple:
                 yield f"{path}.{key!r} (the key)", key
             yield from leaves(f"{path}.{key}", part)
-    elif type(value) in (list, tuple):
+    elif type(value) in (list, tuple, deque):
         for index, part in enumerate(value):
             yield from leaves(f"{path}[{index}]", part)
     else:
@@ -355,7 +359,7 @@ def with_arrays(state: Any, live: Any) -> Any:
 def with_numpys(place: str, value: Any, kinds: Mapping[str, str]) -> Any:
     """The nested state of the object at ``place`` with the numbers that were NumPy's; ``kinds`` names their types.
 
-    A file has them as Python's, because to read others would run code from it.
+    A file has them as Python's, because to read others would run code from it. It has each deque as a list.
     """
     if not any(one.startswith(place) for one in kinds):
         return value
@@ -366,7 +370,9 @@ def with_numpys(place: str, value: Any, kinds: Mapping[str, str]) -> Any:
     if isinstance(value, (list, tuple)):
         is_long = f"{place}[*]" in kinds
         places = (f"{place}[{'*' if is_long else number}]" for number in range(len(value)))
-        return type(value)(with_numpys(one, part, kinds) for one, part in zip(places, value, strict=True))
+        parts = (with_numpys(one, part, kinds) for one, part in zip(places, value, strict=True))
+        name, _, most = kinds.get(place, "").partition(" ")
+        return deque(parts, int(most) if most else None) if name == DEQUE else type(value)(parts)
     kind = kinds.get(place)
     if kind not in NUMPY_TYPES or not isinstance(value, (bool, int, float, complex)):
         return value
