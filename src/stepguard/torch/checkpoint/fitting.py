@@ -68,7 +68,8 @@ class Fitting:
             is_partial = self.options.only is not None or self.options.leave_out
             if is_partial and not isinstance(part.holder, nn.Module):
                 built = ()  # A tensor of these values may be one of a part that is left alone.
-            part.load(saved, built=built, keeps_types=not self.casts)
+            added = self.notes.get("added", {}).get(part.name, ())
+            part.load(saved, built=built, added=added, keeps_types=not self.casts)
         except Exception as error:
             raise CheckpointMismatchError(
                 f"{part.name}: {type(part.holder).__name__}.load_state_dict has refused the state of the checkpoint, "
@@ -171,7 +172,8 @@ def fit(
     for part in fitting.parts:
         saved = states[part.name]
         built = notes.get("built", {}).get(part.name)
-        reasons = mismatch(part, saved, is_left_out=fitting.is_left_out, built=built)
+        added = notes.get("added", {}).get(part.name, ())
+        reasons = mismatch(part, saved, is_left_out=fitting.is_left_out, built=built, added=added)
         if isinstance(part.holder, torch.optim.Optimizer) and optimizers.is_of_optimizer(saved) and not reasons:
             _place(fitting, part, saved, reasons)
         was, now = fitting.set_before(part.name).get("class"), type(part.holder).__name__

@@ -39,12 +39,18 @@ def mismatch_error(path: Path, found: Mismatch, held: Sequence[str]) -> Checkpoi
 
 
 def mismatch(
-    component: Component, saved: Any, *, is_left_out: Callable[[str], bool], built: Collection[str] | None = None
+    component: Component,
+    saved: Any,
+    *,
+    is_left_out: Callable[[str], bool],
+    built: Collection[str] | None = None,
+    added: Collection[str] = (),
 ) -> Mismatch:
     """The reasons why ``saved`` cannot be loaded into the object, without the names for which ``is_left_out`` is true.
 
-    ``built`` is what :meth:`Component.built` had returned then: a run may replace tensors in values by larger ones. The
-    parameters of an optimizer are compared in :mod:`stepguard.torch.checkpoint.optimizers`.
+    ``built`` is what :meth:`Component.built` had returned then: a run may replace tensors in values by larger ones;
+    ``added`` is that of :meth:`Component.added`. The parameters of an optimizer are compared in
+    :mod:`stepguard.torch.checkpoint.optimizers`.
     """
     found = Mismatch()
     name, holder, live = component.name, component.holder, component.state()
@@ -53,8 +59,10 @@ def mismatch(
         found.reshaped[name] = (expected, _described(saved))
     elif isinstance(holder, nn.Module):
         # Buffers that both programs build as `None` are there or not, as the first batch has made them.
-        unfilled = component.unfilled.keys() & set(built or ())
-        _compare_modules(name, holder, live, saved, lambda key: key in unfilled or is_left_out(f"{name}.{key}"), found)
+        made = component.unfilled.keys() & set(built or ())
+        # Those that steps register are there as soon as such a step was done.
+        made |= {key for key in added if component.can_add(key)} | (set(component.added()) - saved.keys())
+        _compare_modules(name, holder, live, saved, lambda key: key in made or is_left_out(f"{name}.{key}"), found)
     elif isinstance(holder, Values) and built is not None:
         for place, tensor in tensors_in(live):
             if repr(place) in built:

@@ -23,6 +23,7 @@ ADDED: dict[str, Form] = {
             "settings": Each(_BY_NAME, (str,)),
             "frozen as built": _TEXTS,
             "built": Each(_TEXTS, (str,)),
+            "added": Each(_TEXTS, (str,)),
             "attributes": Fields(
                 {},
                 {

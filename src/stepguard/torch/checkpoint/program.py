@@ -69,12 +69,15 @@ class Program:
 
     def notes(self) -> dict[str, Any]:
         """The facts for a checkpoint of this moment, as plain values."""
+        for one in self.components:
+            one.end_start()
         return {
             "parameters": {one.name: self.group_names(one.name) for one, _ in self.optimizers()},
             "settings": self.in_force,
             "frozen": self.frozen(),
             "frozen as built": self.frozen_as_built,
             "built": {one.name: one.built() for one in self.components},
+            "added": {one.name: added for one in self.components if (added := one.added())},
             "attributes": self.attributes.notes(),
         }
 

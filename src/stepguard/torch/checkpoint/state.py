@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
@@ -46,8 +48,13 @@ class Component:
         self.holder = unwrapped(holder)
         # A replicating wrapper records during its construction which parameters train.
         self.is_replicated = is_replicated(holder)
-        self.unfilled = _unfilled(self.holder) if isinstance(self.holder, nn.Module) else {}
+        buffers = _buffers(self.holder) if isinstance(self.holder, nn.Module) else {}
+        self.unfilled = {key: place for key, place in buffers.items() if place[0]._buffers[place[1]] is None}
         """The names in the state of a module of its buffers that are ``None`` as built: steps may make them."""
+        self._buffers_built = frozenset(buffers)
+        # The buffers that a restart has added, until a step registers them again.
+        self._restored: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self._registrations: RemovableHandle | None = None
         # Tensors in values: a variable of the program, an optimizer or a data set may hold them too.
         self._built = Built(holder.state_dict()) if isinstance(holder, Values) else None
 
@@ -64,15 +71,18 @@ class Component:
             return Names(holder).as_saved(holder.state_dict())
         return holder.state_dict()
 
-    def load(self, state: Any, *, built: Collection[str] = (), keeps_types: bool = True) -> None:
+    def load(
+        self, state: Any, *, built: Collection[str] = (), added: Collection[str] = (), keeps_types: bool = True
+    ) -> None:
         """Put a saved state in place. Its tensors may belong to a mapped file, so none of them is kept.
 
-        ``built`` is what :meth:`built` had returned then. Without ``keeps_types`` the state of optimizers is cast to
-        the types of their parameters.
+        ``built`` and ``added`` are what :meth:`built` and :meth:`added` had returned then. Without ``keeps_types`` the
+        state of optimizers is cast to the types of their parameters.
         """
         holder = self.holder
         if isinstance(holder, nn.Module):
             self._make_buffers(state)
+            self._add_buffers(state, added)
             state = Names(holder).as_live(state, holder)
             _make_room(holder, state)
             # This nearly always copies into the module's own tensors; if so, no tensor of the file is kept.
@@ -106,6 +116,49 @@ class Component:
             elif held is None or held.shape != wanted.shape:
                 beside = next(itertools.chain(module.parameters(), self.holder.parameters()), wanted)
                 module._buffers[name] = torch.empty_like(wanted, device=beside.device)
+
+    def _add_buffers(self, saved: Mapping[str, Any], added: Collection[str]) -> None:
+        """Register the buffers that the run had registered in its steps, and take away those that it had not yet."""
+        for key, (module, name) in self._added().items():
+            if key not in saved:
+                del module._buffers[name]
+        self._buffers_built -= set(added)
+        for key in [one for one in added if one in saved and self.can_add(one)]:
+            path, _, name = key.rpartition(".")
+            module = _modules_by_path(self.holder)[path]
+            beside = next(itertools.chain(module.parameters(), self.holder.parameters()), saved[key])
+            module.register_buffer(name, torch.empty_like(saved[key], device=beside.device))
+            self._restored[module, name] = saved[key].clone()
+        if self._restored and self._registrations is None:
+            self._registrations = register_module_buffer_registration_hook(self._registered)
+
+    def _registered(self, module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        """The restored buffer for a first step that registers it again, as one that goes by a flag of its own."""
+        restored, held = self._restored.pop((module, name), None), module._buffers.get(name)
+        if restored is None or held is None or buffer is None or buffer.shape != held.shape:
+            return None
+        return held if torch.equal(held.cpu(), restored.cpu()) else None
+
+    def end_start(self) -> None:
+        """Note that steps were done since the restart: what they register from here on is theirs."""
+        self._restored = {}
+        if self._registrations is not None:
+            self._registrations.remove()
+            self._registrations = None
+
+    def can_add(self, key: str) -> bool:
+        """Whether the module may get a buffer of this name in its state."""
+        path, _, name = key.rpartition(".")
+        module = _modules_by_path(self.holder).get(path)
+        return module is not None and not hasattr(module, name)
+
+    def added(self) -> list[str]:
+        """The names in the state of a module of the buffers that were registered since it was built."""
+        return [*self._added()]
+
+    def _added(self) -> dict[str, tuple[nn.Module, str]]:
+        found = _buffers(self.holder) if isinstance(self.holder, nn.Module) else {}
+        return {key: place for key, place in found.items() if key not in self._buffers_built}
 
     def built(self) -> list[str]:
         """The places of the tensors with which the program has built these values, as far as they are still there.
@@ -277,13 +330,20 @@ def _is_part(value: Any) -> bool:
     return value.untyped_storage().nbytes() > max(value.nbytes, 1)
 
 
-def _unfilled(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _modules_by_path(module: nn.Module) -> dict[str, nn.Module]:
+    names = Names(module)
+    # The inner one of a wrapper has the same path, and comes later.
+    return {names.saved(path): part for path, part in module.named_modules(remove_duplicate=False)}
+
+
+def _buffers(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The buffers that a module saves, by their names in its state."""
     names = Names(module)
     return {
         names.saved(f"{path}.{name}" if path else name): (part, name)
         for path, part in module.named_modules(remove_duplicate=False)
-        for name, buffer in part._buffers.items()
-        if buffer is None and name not in part._non_persistent_buffers_set
+        for name in part._buffers
+        if name not in part._non_persistent_buffers_set
     }
 
 
@@ -372,7 +432,7 @@ def with_numpys(place: str, value: Any, kinds: Mapping[str, str]) -> Any:
         places = (f"{place}[{'*' if is_long else number}]" for number in range(len(value)))
         parts = (with_numpys(one, part, kinds) for one, part in zip(places, value, strict=True))
         name, _, most = kinds.get(place, "").partition(" ")
-        return deque(parts, int(most) if most else None) if name == DEQUE else type(value)(parts)
+        return deque(parts, int(most) if most.isdecimal() else None) if name == DEQUE else type(value)(parts)
     kind = kinds.get(place)
     if kind not in NUMPY_TYPES or not isinstance(value, (bool, int, float, complex)):
         return value
