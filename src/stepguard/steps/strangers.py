@@ -82,7 +82,7 @@ class Strangers:
         self._has_looked = True
         of_loaders: list[Any] = []
         for frame in program_frames(sys._getframe(1)):
-            for name, value in _variables(frame):
+            for name, value in variables(frame):
                 of_loaders.append(attributes(value).get("generator"))
                 state = self._state_of(value)
                 if state is not None:
@@ -144,7 +144,7 @@ def program_frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
-def _variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
+def variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
     """The variables of a function of the program and of its module, and the attributes of the program's objects."""
     for name, value in [*_locals(frame).items(), *list(frame.f_globals.items())]:
         yield name, value

@@ -29,6 +29,7 @@ from stepguard.torch.digests import tensor_bytes
 from stepguard.torch.gradients import Gradients, needed_besides, put_back
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.unnamed import Unnamed, reached
+from stepguard.torch.unnamed_modules import UnnamedModules
 from stepguard.words import logger
 
 _log = logger(__name__)
@@ -63,7 +64,9 @@ class Session(LoopSession):
         super().__init__(coord, write_summary, self._torch_state, gate=gate)
         holders = holders or {}
         self._torch_state.watch_gradients(_optimizers(holders), lambda: self.boundary.steps)
-        self._torch_state.watch_others(holders, lambda: self.boundary.steps, lambda: self.boundary.is_mine)
+        self._torch_state.watch_others(
+            holders, lambda: self.boundary.steps, lambda: self.boundary.is_mine, lambda: self.boundary.is_resting
+        )
         self._training_streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -114,6 +117,9 @@ class _TorchProcessState(ProcessState):
         self._restored_gradients: Mapping[str, Any] = {}
         self._holders: Mapping[str, Any] = {}
         self._unnamed: Unnamed | None = None
+        self._unnamed_modules = UnnamedModules({})
+        self._has_own_loop = False
+        self._is_resting: Callable[[], bool] = lambda: True
         self._iterators = OwnIterators(lambda: self.loaders)
         self._put_back: dict[int, Any] = {}
         self.strangers = Strangers(_state_of_generator, _seed_of_generator)
@@ -124,11 +130,27 @@ class _TorchProcessState(ProcessState):
         self._gradients = {name: Gradients(name, one, steps_done) for name, one in optimizers.items()}
 
     def watch_others(
-        self, holders: Mapping[str, Any], steps_done: Callable[[], int], is_in_step: Callable[[], bool]
+        self,
+        holders: Mapping[str, Any],
+        steps_done: Callable[[], int],
+        is_in_step: Callable[[], bool],
+        is_resting: Callable[[], bool],
     ) -> None:
         """Look, from now on, for what trains and is not among ``holders``."""
         self._holders = holders
+        self._unnamed_modules = UnnamedModules(holders)
+        self._is_resting = is_resting
         self._unnamed = Unnamed(holders, steps_done, is_in_step)
+
+    def begin_loop(self, number: int | None) -> bool:
+        self._unnamed_modules.begin_loop()
+        return super().begin_loop(number)
+
+    def begin_own_step(self) -> None:
+        if not self._has_own_loop:
+            self._has_own_loop = True
+            self._unnamed_modules.begin_loop()
+        super().begin_own_step()
 
     def begin_step(self) -> None:
         if not self._is_settled:
@@ -186,6 +208,8 @@ class _TorchProcessState(ProcessState):
         drawn = self._attributes.drawn()
         unnamed = [] if self._unnamed is None else self._unnamed.changed()
         own = {one.name: one.state() for one in self._own}
+        if not self._is_resting():
+            self._unnamed_modules.warn()
         return {
             **super().capture(),
             "iterators": self._iterators.advanced(),

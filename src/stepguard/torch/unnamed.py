@@ -31,7 +31,8 @@ Options = dict[str, float]
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _MOST_MEMBERS = 1000
-_LOST = "a restart begins with a new one, so that it is not the same run; add it to the state of the Supervisor"
+LOST = "a restart begins with a new one, so that it is not the same run; add it to the state of the Supervisor"
+"""What follows for whatever is not in the state."""
 
 
 class Unnamed:
@@ -115,14 +116,14 @@ class Unnamed:
                     "an optimizer (%s) trains in the steps, and it is not in the state: its moments and its learning "
                     "rate are lost; %s",
                     type(optimizer).__name__,
-                    _LOST,
+                    LOST,
                 )
             return
         if _is_scheduled(optimizer) and not self._has_schedule(optimizer):
-            _log.warning("%s has a learning rate scheduler, and that is not in the state: %s", name, _LOST)
+            _log.warning("%s has a learning rate scheduler, and that is not in the state: %s", name, LOST)
         scaler = _scaler_around()
         if scaler is not None and not self._is_reached(scaler):
-            _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, _LOST)
+            _log.warning("%s is stepped by a GradScaler, and that is not in the state: %s", name, LOST)
 
     def _watch(self, optimizer: torch.optim.Optimizer, *, is_lost: bool) -> None:
         if has_hooks(optimizer):
@@ -143,7 +144,7 @@ class Unnamed:
                 "an optimizer trains in the steps, and it is not in the state: the run had changed what begins as the "
                 "program makes it: %s; %s",
                 listed(lost),
-                _LOST,
+                LOST,
             )
 
     def _is_saved(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -164,7 +165,7 @@ class Unnamed:
             # The largest of its parameters stands for all.
             largest = max(kept, key=lambda parts: sum(part.numel() for part in parts))
             saved_parts = [[part for _, part in tensors_in(state)] for state in states]
-            return any(all(any(_is_equal(part, one) for part in parts) for one in largest) for parts in saved_parts)
+            return any(all(any(is_equal(part, one) for part in parts) for one in largest) for parts in saved_parts)
         rates = [group["lr"] for group in optimizer.param_groups]
         saved = [one["param_groups"] for state in states for _, one in states_in(state)]
         return any([group.get("lr") for group in groups] == rates for groups in saved)
@@ -221,7 +222,7 @@ def _keeps(state: Any, optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(part, torch.Tensor) for _, part in leaves("", state))
 
 
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether both have the same contents: a state may have copies."""
     if one is other or is_dtensor(one) or is_dtensor(other):
         return one is other
