@@ -412,6 +412,33 @@ class Endless(DataLoader):
             yield next(inner)
 
 
+class Again:
+    """A sampler that gives the batches of another one again and again."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.batches
+
+
+class BegunOnce(DataLoader):
+    """It begins its iterator when it is made, as timm's and YOLO's loaders do that keep their workers."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        object.__setattr__(self, "batch_sampler", Again(self.batch_sampler))
+        self.endless = super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self)):
+            yield next(self.endless)
+
+
 def loader(data: Any, workers: int, persistent: bool, kind: Any = DataLoader, **options: Any) -> Any:
     options = options if "batch_sampler" in options else {"batch_size": BATCH, **options}
     return kind(data, num_workers=workers, persistent_workers=persistent and workers > 0, **options)
@@ -518,6 +545,7 @@ KINDS: dict[str, Callable[[int, bool], Any]] = {
     "a stream that counts": lambda *_: loader(CountingStream(), 0, False),
     "items that are counted": lambda *_: loader(CountingItems(), 0, False, shuffle=True),
     "a subclass": of_items(Endless, shuffle=lambda: True),
+    "begun when it was made": of_items(BegunOnce, shuffle=lambda: True),
     "torchdata's shuffled": of_items(StatefulDataLoader, shuffle=lambda: True),
     "torchdata's with PyTorch's sampler": of_items(StatefulDataLoader, sampler=lambda: RandomSampler(range(ITEMS))),
     "torchdata's with a subset": of_items(StatefulDataLoader, sampler=lambda: SubsetRandomSampler(range(ITEMS))),

@@ -110,7 +110,7 @@ WITH_WORKERS = {
     *("shuffled", "a generator", "NumPy's generator", "drawn lazily", "torchdata's with PyTorch's sampler"),
     *("a generator of the module", "a generator in a closure", "an array shuffled in place"),
     *(kind for kind in KINDS if kind.startswith("torchdata's stream")),
-    *("batches read at once", "a list made when it is needed"),
+    *("batches read at once", "a list made when it is needed", "begun when it was made"),
     *("a stream", "a stream with a state", "a subclass", "tqdm", "Accelerate's stateful", "a mapping", "a function"),
 }
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from stepguard.steps.feeds import FunctionFeed, IterableFeed, shown
+from stepguard.steps.attributes import attributes
+from stepguard.steps.feeds import FunctionFeed, IterableFeed, length, shown
 from stepguard.torch.data import generators
 from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
 from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
@@ -88,18 +89,39 @@ class StreamFeed(IterableFeed):
             self._generators_before = generators.states(self._held)
         return super()._begin_epoch(skip)
 
+    def _open(self) -> Iterator[Any]:
+        for one, name in self._held_iterators():
+            setattr(one, name, None)  # First, so that its workers end before others start.
+            setattr(one, name, DataLoader.__iter__(one))
+        return super()._open()
+
+    def _held_iterators(self) -> list[tuple[DataLoader[Any], str]]:
+        """The loaders inside that hold an iterator of their own over a sampler without an end, and its attributes.
+
+        They have begun it when they were made, and give a part of it in each epoch. What it gives depends on all that
+        it gave before, and on what it has fetched ahead, so it is begun anew with each epoch.
+        """
+        return [
+            (one, name)
+            for one in self._inside.loaders
+            if _repeats(one)
+            for name, held in vars(one).items()
+            if isinstance(held, _BaseDataLoaderIter) and name != "_iterator"
+        ]
+
     def _announce_epoch(self) -> None:
         self._inside.set_epoch(self.epoch)
         if self.epoch and self._restarts_workers():
             _log.warning(
                 "%s: the persistent workers of the DataLoader inside are started anew in each epoch, because their "
-                "random numbers would depend on the epochs before. Give steps() the DataLoader itself to keep them",
+                "random numbers would depend on the epochs before. To keep them, give steps() a DataLoader itself, "
+                "made with persistent_workers=True",
                 shown(self.loader),
             )
 
     def _restarts_workers(self) -> bool:
         """Have the loaders inside make new iterators. Returns whether a warning is due."""
-        had_workers = False
+        had_workers = any(one.num_workers for one, _ in self._held_iterators())
         for one in self._inside.loaders:
             had_workers = had_workers or (one.persistent_workers and one._iterator is not None)
             one._iterator = None
@@ -168,6 +190,13 @@ def _held_by(function: Any) -> list[Any]:
         return held
     names = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
     return [*held, function, *names]
+
+
+def _repeats(loader: DataLoader[Any]) -> bool:
+    """Whether the sampler of ``loader`` gives a sampler inside of it again and again, and an epoch is one of these."""
+    sampler, batches = loader._index_sampler, length(loader)
+    is_endless = batches is not None and length(sampler) is None and not isinstance(loader.dataset, IterableDataset)
+    return is_endless and any(length(one) == batches for one in attributes(sampler).values())
 
 
 def _warn_of_workers(loader: Any) -> None:
