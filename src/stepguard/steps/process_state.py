@@ -18,6 +18,8 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
+_SAVED = ("drawn", "random", "is_first", "loaders", "epochs", "place")
+
 
 class ProcessState(ABC):
     """The streams and the feeds of a session. For the training thread, or a thread that holds the boundary.
@@ -37,6 +39,8 @@ class ProcessState(ABC):
         # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
         # a start that goes on from there makes them again.
         self._first: dict[str, Any] | None = None
+        # What is saved until the first step begins, in place of what the program is just doing beside the saving thread.
+        self._beginning: Mapping[str, Any] | None = None
         # What the program has changed in the state before its first loop, in its first start.
         self._work_before: Mapping[str, Any] | None = None
         self.progress = Progress(streams)
@@ -81,14 +85,17 @@ class ProcessState(ABC):
 
     def capture(self) -> dict[str, Any]:
         """The random states and positions, as plain values and arrays of the framework. Called at a boundary."""
-        # Read once, because the loop may begin meanwhile.
+        beginning = self._beginning
+        found = self._live() if beginning is None else dict(beginning)
+        return found if self._work_before is None else {**found, "work before": self._work_before}
+
+    def _live(self) -> dict[str, Any]:
         first = self._first
         kept = self._random or first
         drawn = self.strangers.drawn(self.saved_generators)
         progress = self.progress
         return {
             **({"drawn": drawn} if drawn else {}),
-            **({} if self._work_before is None else {"work before": self._work_before}),
             "random": self.streams.capture() if kept is None else kept,
             "is_first": first is not None,
             "loaders": self._places.saved(),
@@ -98,6 +105,7 @@ class ProcessState(ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
+        self._beginning = {key: state[key] for key in _SAVED if key in state}
         self._places.restore(state["loaders"])
         # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}
@@ -117,6 +125,12 @@ class ProcessState(ABC):
         if self._random is None and self._first is None:
             self._first = self.streams.capture()
         self.progress.begin_run()
+        if self._beginning is None:
+            self._beginning = self._live()
+
+    def leave_beginning(self) -> None:
+        """Save, from now on, what there is: a step begins, or a loop has ended. Called inside the boundary."""
+        self._beginning = None
 
     def note_work_before(
         self, changed: list[str], rates: Mapping[str, tuple[float, float]], begun: Mapping[str, float]
@@ -180,6 +194,7 @@ class ProcessState(ABC):
 
     def begin_step(self) -> None:
         """Begin a step. The first step after a restore draws the same numbers as it would have drawn without one."""
+        self._beginning = None
         if self.strangers.is_young:
             self.strangers.note_step()
         # A loop may turn out to be at its end; only a batch shows that the first step has begun.

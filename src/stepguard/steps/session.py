@@ -260,6 +260,7 @@ class Session(StepSession):
         self._raise_interrupt()
 
     def _turn_epoch(self) -> None:
+        self.process_state.leave_beginning()
         if self.process_state.progress.complete_epoch():
             self._advice.on_own_steps_in_epoch(self.process_state.progress.epochs_done)
         if self._gate is not None:

@@ -452,6 +452,7 @@ class StepSession:
 
     def _turn_loop(self) -> None:
         """Count a loop that has ended, inside the boundary."""
+        self.process_state.leave_beginning()
         if self._gate is not None:
             self._gate.turn(self.boundary.steps)
 
