@@ -41,7 +41,7 @@ class Drawing(IterableDataset):
 
 
 def test_a_checkpoint_beside_the_reading_of_seen_batches_is_that_of_the_restart(tmp_path):
-    for start in range(2):
+    for _ in range(2):
         run, seen = Counting(tmp_path), []
         with run.sv.managed_session() as session:
             before = session.process_state.capture()["random"]["torch"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
 import pytest
 import torch
 
-from stepguard.torch.data.counts import Counts
+from stepguard.torch.data.counts import Counts, numbers_of
 
 
 class Epochs:
@@ -85,6 +86,28 @@ def test_a_number_that_may_describe_what_is_kept_is_not_put_back_without_it(kind
     assert vars(other) == fresh
     assert said in caplog.text
     other.use()  # It does what it would do in a new process.
+
+
+class Masks:
+    """As a collate function that seeds its masks by the number of the batch, which its workers share."""
+
+    def __init__(self, lock: bool) -> None:
+        self.begun = multiprocessing.Value("i", 0, lock=lock)
+        self.others: list[int] = []
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_number_that_processes_share_goes_on_in_its_place(lock):
+    one, other = Masks(lock), Masks(lock)
+    counts, restored, place = (Counts([one], may_keep_more=True), Counts([other], may_keep_more=True), other.begun)
+    one.begun.value += 3
+    restored.put(counts.state())
+
+    assert other.begun is place
+    assert place.value == 3
+    restored.go_back({})
+    assert place.value == 3  # Workers that are started count on.
+    assert numbers_of([other]) == [3]
 
 
 def test_a_sampler_counts_its_epochs_whatever_it_keeps():

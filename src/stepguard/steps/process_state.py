@@ -39,7 +39,7 @@ class ProcessState(ABC):
         # The random states with which the run began, until its first loop. Draws before that loop belong to the run, so
         # a start that goes on from there makes them again.
         self._first: dict[str, Any] | None = None
-        # What is saved until the first step begins, in place of what the program is just doing beside the saving thread.
+        # What is saved until the first step begins, whatever the program does beside the saving thread.
         self._beginning: Mapping[str, Any] | None = None
         # What the program has changed in the state before its first loop, in its first start.
         self._work_before: Mapping[str, Any] | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping
+from multiprocessing import sharedctypes
 from typing import Any
 
 from stepguard.steps.attributes import attributes, has, has_dictionary
@@ -12,6 +14,8 @@ from stepguard.words import listed, logger
 _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
+# A multiprocessing.Value, with and without a lock.
+_SHARED = (sharedctypes.Synchronized, ctypes._SimpleCData)
 # The key in the state for what was not saved, which no attribute is called.
 _NOT_SAVED = "not saved"
 
@@ -19,7 +23,8 @@ _NOT_SAVED = "not saved"
 def numbers_of(objects: Iterable[Any]) -> list[Any]:
     """The integers, in their order, among the attributes of ``objects``, but for the number of the epoch."""
     held = [item for one in objects for item in attributes(one).items()]
-    return [value for name, value in held if type(value) is int and "epoch" not in name]
+    numbers = [(name, _number(value)) for name, value in held]
+    return [value for name, value in numbers if type(value) is int and "epoch" not in name]
 
 
 def warn_of_counts_in_workers(loader: str, position: Mapping[str, Any]) -> None:
@@ -81,13 +86,23 @@ class Counts:
                 continue
             number, _, name = key.partition(".")
             if int(number) < len(self._objects):
-                vars(self._objects[int(number)])[name] = value
+                held = vars(self._objects[int(number)])
+                if isinstance(held.get(name), _SHARED):
+                    held[name].value = value
+                else:
+                    held[name] = value
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """Set the attributes to what they were when :meth:`state` returned ``state``, at an earlier moment than now."""
-        for number, before in enumerate(self._at_start):
-            self.put({f"{number}.{name}": value for name, value in before.items()})
-        self.put({key: value for key, value in state.items() if key != _NOT_SAVED})
+        earlier = {
+            f"{number}.{name}": value for number, one in enumerate(self._at_start) for name, value in one.items()
+        }
+        earlier.update((key, value) for key, value in state.items() if key != _NOT_SAVED)
+        # Workers see a shared number as it is now, whenever they were started.
+        self.put({key: value for key, value in earlier.items() if not self._is_shared(*key.split(".", 1))})
+
+    def _is_shared(self, number: str, name: str) -> bool:
+        return int(number) < len(self._objects) and isinstance(vars(self._objects[int(number)]).get(name), _SHARED)
 
     def _warn(self, keys: list[str], more: list[str]) -> None:
         numbers = [self._shown(*key.split(".", 1)) for key in keys]
@@ -105,7 +120,13 @@ class Counts:
 
 
 def _plain(one: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(one).items() if type(value) in _PLAIN}
+    numbers = {name: _number(value) for name, value in vars(one).items()}
+    return {name: value for name, value in numbers.items() if type(value) in _PLAIN}
+
+
+def _number(value: Any) -> Any:
+    """The number in a :class:`multiprocessing.Value`, which processes share; anything else as it is."""
+    return value.value if isinstance(value, _SHARED) else value
 
 
 def _kept(one: Any) -> dict[str, tuple[str, Any]]:
@@ -113,7 +134,7 @@ def _kept(one: Any) -> dict[str, tuple[str, Any]]:
     return {
         name: (type(value).__name__, _size(value))
         for name, value in vars(one).items()
-        if type(value) not in _PLAIN and not is_content(value)
+        if type(_number(value)) not in _PLAIN and not is_content(value)
     }
 
 
