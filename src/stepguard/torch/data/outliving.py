@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from stepguard.coordination.signals import has_default_action
 from stepguard.disk import system
+from stepguard.torch.data.workers import with_seeded_indices
 
 # Where the function is called from that runs in a worker: PyTorch's, and torchdata's where it is loaded.
 _CALLERS = ("torch.utils.data._utils.worker", "torchdata.stateful_dataloader.stateful_dataloader")
@@ -77,6 +78,11 @@ def starting_workers(loader: Any) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def prepares_workers() -> bool:
+    """Whether the workers that this process starts for a DataLoader of PyTorch's are prepared here."""
+    return isinstance(getattr(sys.modules.get(_CALLERS[0]), _LOOP, None), _OutlivingLoop)
+
+
 def _start_methods(loader: Any) -> set[str]:
     """How ``loader``, or each of a mapping or sequence of loaders, starts its workers; empty if it has none."""
     if isinstance(loader, DataLoader):
@@ -98,7 +104,7 @@ class _OutlivingLoop:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         _outlive()
-        self._loop(*args, **kwargs)
+        self._loop(*with_seeded_indices(self._loop, args), **kwargs)
 
 
 _OF_PROGRAMS = (signal.SIGUSR1, signal.SIGUSR2)

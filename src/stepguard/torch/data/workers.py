@@ -7,6 +7,7 @@ has one for each epoch of an iterable data set. Workers that persist also get to
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import random
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.worker import _ResumeIteration
 
 from stepguard.torch.data import generators
 from stepguard.torch.data.counts import numbers_of
@@ -282,6 +284,44 @@ class InitWorker:
             object.__setattr__(info, "dataset", info.dataset.dataset)
         if self._worker_init_fn is not None:
             self._worker_init_fn(worker_id)
+
+
+class _SeededIndices:
+    """The queue of a worker that persists: with each iteration over the loader, its random numbers begin anew.
+
+    The message for a next iteration brings the seed, which a new worker would have been started with.
+    """
+
+    def __init__(self, queue: Any, begin: Callable[[int], None], seed: int) -> None:
+        self._queue = queue
+        self._begin = begin
+        self._seed: int | None = seed
+
+    def get(self, **options: Any) -> Any:
+        """The next message. The worker asks for the first one when it has called ``worker_init_fn``."""
+        if self._seed is not None:
+            self._begin(self._seed)
+            self._seed = None
+        found = self._queue.get(**options)
+        if isinstance(found, _ResumeIteration) and found.seed is not None:
+            self._begin(found.seed)
+        return found
+
+
+def with_seeded_indices(loop: Callable[..., None], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a worker's ``loop``, in a worker that persists, of a loader that the program iterates over."""
+    given = inspect.signature(loop).bind_partial(*args).arguments
+    dataset, collate, worker = given.get("dataset"), given.get("collate_fn"), given.get("worker_id")
+    if not given.get("persistent_workers") or isinstance(dataset, _Prepared) or "base_seed" not in given:
+        return args
+
+    def begin(seed: int) -> None:
+        text = f"{seed}/{worker}"
+        _seed(text)
+        generators.reseed(Inside(dataset, collate).generators, text)
+
+    given["index_queue"] = _SeededIndices(given["index_queue"], begin, given["base_seed"])
+    return tuple(given.values())
 
 
 def _seed(text: str) -> None:
