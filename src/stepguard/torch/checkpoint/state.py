@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from stepguard.steps.attributes import has
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
 from stepguard.torch.checkpoint.in_place import Built, tensors_in
@@ -197,11 +198,7 @@ class Component:
     def is_giver(self) -> bool:
         """Whether a program may take batches or numbers from the object, which is no model, optimizer or schedule."""
         holder = self.holder
-        return (
-            not isinstance(holder, nn.Module)
-            and not hasattr(holder, "param_groups")
-            and not hasattr(holder, "optimizer")
-        )
+        return not (isinstance(holder, nn.Module) or has(holder, "param_groups") or has(holder, "optimizer"))
 
     @property
     def is_stream(self) -> bool:
