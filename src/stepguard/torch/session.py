@@ -216,6 +216,7 @@ class _TorchProcessState(ProcessState):
             **({"gradients": gradients} if gradients else {}),
             **({"own": own, "built": {one.name: one.built() for one in self._own}} if own else {}),
             **({"generators": drawn} if drawn else {}),
+            **({"computed": computed} if (computed := self._attributes.computed()) else {}),
             **({"unnamed": unnamed} if unnamed else {}),
         }
 
@@ -226,6 +227,7 @@ class _TorchProcessState(ProcessState):
         if self._unnamed is not None:
             self._unnamed.expect(state.get("unnamed", ()))
         self._attributes.restore_generators(state.get("generators", {}))
+        self._attributes.restore_computed(state.get("computed", {}))
         self._is_settled, self._compared_after = False, self._steps_done()
         self._restored_gradients = state.get("gradients", {})
         self.put_gradients_back()

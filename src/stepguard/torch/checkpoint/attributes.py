@@ -103,6 +103,31 @@ class Attributes:
             except Exception as error:  # noqa: BLE001 - the program may have a generator of another kind there
                 _log.warning("%s: the generator begins as the program makes it, because %s", one.name, described(error))
 
+    def computed(self) -> dict[str, torch.Tensor]:
+        """The tensors that modules compute from parameters for their next use, by their places.
+
+        Those of ``weight_norm`` and of pruning are such: ``forward()`` makes them anew, and the end of an epoch, which
+        may come before any ``forward()`` of a restart, reads what the last one has made.
+        """
+        return {key: vars(one)[name].detach() for key, (one, name) in self._find_computed().items()}
+
+    def restore_computed(self, saved: Mapping[str, Any]) -> None:
+        """Put back what :meth:`computed` had returned."""
+        for key, (one, name) in self._find_computed().items():
+            held, last = vars(one)[name], saved.get(key)
+            if isinstance(last, torch.Tensor) and last.shape == held.shape:
+                vars(one)[name] = last.to(held, copy=True)
+
+    def _find_computed(self) -> dict[str, tuple[nn.Module, str]]:
+        """Tensors beside a parameter of their own name: ``weight`` beside ``weight_orig`` or ``weight_g``."""
+        return {
+            f"{path}.{name}": (one, name)
+            for path, _, one in self._objects()
+            if isinstance(one, nn.Module)
+            for name in {parameter.rpartition("_")[0] for parameter in one._parameters}
+            if type(vars(one).get(name)) is torch.Tensor
+        }
+
     def expect(self, notes: Mapping[str, Any]) -> None:
         """Look, from now on, for what the run that is resumed had changed, and this program has not the same."""
         # An object may have put what it has loaded in the place of its lists.

@@ -41,6 +41,7 @@ ADDED: dict[str, Form] = {
     "built": Each(_TEXTS, (str,)),
     "numpys": Each((str,), (str,)),
     "generators": Each(_BY_NAME, (str,)),
+    "computed": _BY_NAME,
     "gradients": Each(Each((object,), Count()), (str,)),
 }
 
