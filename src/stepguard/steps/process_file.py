@@ -75,6 +75,7 @@ _PLACE = Fields(
                 "gap": _STATES,
             },
         ),
+        "stopped": (bool,),
     },
 )
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})
