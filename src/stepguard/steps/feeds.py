@@ -319,6 +319,11 @@ class IterableFeed(Feed):
                 f'several loaders as {{"a": a, "b": b}}, or a function that makes the iterable, such as '
                 f"lambda: zip(a, b); {ANYWAY}"
             )
+        if self._is_list:
+            return (
+                f"If its order depends on the epochs before, as by random.shuffle(items) in each of them, draw each "
+                f"anew, as by random.sample(items, len(items)); {ANYWAY}"
+            )
         return (
             f"Its order must depend on nothing but the random states, the generators that it holds, and the epoch "
             f"given to set_epoch; {ANYWAY}"

@@ -18,7 +18,7 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
-_SAVED = ("drawn", "random", "is_first", "loaders", "epochs", "place")
+_SAVED = ("reordered", "drawn", "random", "is_first", "loaders", "epochs", "place")
 
 
 class ProcessState(ABC):

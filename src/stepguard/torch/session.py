@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from stepguard.torch.data.feeds import feed_of
 from stepguard.torch.data.generators import put_back_once
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.own_iterators import OwnIterators
+from stepguard.torch.data.reordered import Reordered
+from stepguard.torch.data.stream_feed import StreamFeed
 from stepguard.torch.digests import tensor_bytes
 from stepguard.torch.gradients import Gradients, needed_besides, put_back
 from stepguard.torch.random_states import STREAMS
@@ -123,6 +126,9 @@ class _TorchProcessState(ProcessState):
         self._iterators = OwnIterators(lambda: self.loaders)
         self._put_back: dict[int, Any] = {}
         self.strangers = Strangers(_state_of_generator, _seed_of_generator)
+        self._reordered = Reordered()
+        # The lists that there were when the first body after a restart began, of an epoch that had not begun before.
+        self._lists: list[Any] | None = None
 
     def watch_gradients(self, optimizers: Mapping[str, torch.optim.Optimizer], steps_done: Callable[[], int]) -> None:
         """Save, from now on, the gradients that ``optimizers`` have not applied."""
@@ -144,6 +150,8 @@ class _TorchProcessState(ProcessState):
 
     def begin_loop(self, number: int | None) -> bool:
         self._unnamed_modules.begin_loop()
+        self._reordered.begin_loop(sys._getframe(1))
+        self._lists = None
         return super().begin_loop(number)
 
     def begin_own_step(self) -> None:
@@ -158,6 +166,16 @@ class _TorchProcessState(ProcessState):
         if self._iterators.is_needed:
             self._iterators.begin_step()
         super().begin_step()
+
+    def begin_epoch(self) -> bool:
+        # First, before the place of the interrupted run is left.
+        progress = self.progress
+        self._reordered.begin_body(sys._getframe(1), is_begun=progress.is_epoch_begun)
+        self._lists = None
+        if not progress.is_there and not progress.is_epoch_begun and not gc.get_freeze_count():
+            # Held, so that no list of the body comes to have the identity of one that is gone.
+            self._lists = [one for one in gc.get_objects() if type(one) is list]
+        return super().begin_epoch()
 
     def _compare_attributes(self) -> None:
         steps_done = self._steps_done()
@@ -198,7 +216,15 @@ class _TorchProcessState(ProcessState):
 
     def new_feed(self, loader: Any) -> Feed:
         with put_back_once(self._put_back):
-            return feed_of(loader)
+            feed = feed_of(loader)
+        if isinstance(feed, StreamFeed):
+            feed.is_reordered = lambda: self._reordered.has_found
+            feed.is_of_body = self._lists is not None and not any(one is loader for one in self._lists)
+        return feed
+
+    def _live(self) -> dict[str, Any]:
+        reordered = self._reordered.saved(self.progress.is_epoch_begun)
+        return {**super()._live(), **({"reordered": reordered} if reordered else {})}
 
     def capture(self) -> dict[str, Any]:
         needed = {name: one.needed() for name, one in self._gradients.items()}
@@ -223,6 +249,7 @@ class _TorchProcessState(ProcessState):
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._iterators.restore(state.get("iterators", ()))
+        self._reordered.restore(state.get("reordered", {}))
         self.restore_own(state)
         if self._unnamed is not None:
             self._unnamed.expect(state.get("unnamed", ()))

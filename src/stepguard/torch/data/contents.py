@@ -74,7 +74,7 @@ class Contents:
 
     def digests(self) -> dict[str, Any]:
         """Values that are others when the contents are, by the number and the class of the object and the name."""
-        return {key: _digest(value) for key, value in self._held()}
+        return {key: digest(value) for key, value in self._held()}
 
     def state(self) -> dict[str, Any]:
         """Copies of those that have changed, by the number and the class of their object and their name."""
@@ -82,10 +82,10 @@ class Contents:
         before = self._orders_at_start
         lost = [key for key, order in self._orders().items() if _is_reordered(before.get(key), order)]
         for key, value in self._held():
-            if key in self._at_start and self._at_start[key] == _digest(value):
+            if key in self._at_start and self._at_start[key] == digest(value):
                 continue
-            if _is_saved(value):
-                found[key] = _packed(value)
+            if is_saved(value):
+                found[key] = packed(value)
             else:
                 lost.append(key)
         return {**found, _NOT_SAVED: lost} if lost else found
@@ -115,7 +115,7 @@ class Contents:
             if content is None:
                 held.pop(name, None)
             else:
-                held[name] = _put(held.get(name), content)
+                held[name] = put(held.get(name), content)
         if strange:
             _log.warning(
                 "the checkpoint has contents of %s, which the data of this program has not; its items may not be those "
@@ -190,7 +190,7 @@ def is_content(value: Any) -> bool:
     return type(value) in _CONTAINERS and _is_plain(value if _is_short(value) else _picked(value))
 
 
-def _is_saved(value: Any) -> bool:
+def is_saved(value: Any) -> bool:
     """Whether an attribute is saved when it has changed."""
     is_kept = _is_array(value) or _is_text(value) or (type(value) in _CONTAINERS and _is_plain(value))
     return is_kept and _nbytes(value) <= _MOST_BYTES
@@ -265,7 +265,7 @@ def _length(value: Any) -> int:
     return len(value)
 
 
-def _digest(value: Any) -> Any:
+def digest(value: Any) -> Any:
     """A value that is another when the contents are. Of large contents only samples are read."""
     if _is_text(value):
         return len(value), zlib.crc32(value.tobytes())
@@ -302,7 +302,7 @@ def _without_folder(value: Any) -> Any:
     return [_without_folder(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _packed(value: Any) -> Any:
+def packed(value: Any) -> Any:
     """A copy of plain values and tensors, which a file can hold without code."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
@@ -326,7 +326,7 @@ def _as_json(value: Any) -> str | None:
 
 
 def _values(content: Any) -> list[Any]:
-    """The values of a list, which :func:`_packed` has packed."""
+    """The values of a list, which :func:`packed` has packed."""
     if not isinstance(content, str):
         return [*map(_copied, content)]
     has_tuples, values = json.loads(content)
@@ -334,21 +334,21 @@ def _values(content: Any) -> list[Any]:
 
 
 def _is_original(value: Any) -> bool:
-    return type(value) in _PLAIN or _is_saved(value)
+    return type(value) in _PLAIN or is_saved(value)
 
 
 def _packed_original(held: Mapping[str, Any], name: str) -> Any:
     """What an attribute was before a checkpoint's took its place; ``None`` if it is made when it is first needed."""
     if name not in held:
         return None
-    return {"plain": held[name]} if type(held[name]) in _PLAIN else _packed(held[name])
+    return {"plain": held[name]} if type(held[name]) in _PLAIN else packed(held[name])
 
 
 def _copied(value: Any) -> Any:
     return list(value) if type(value) is list else value
 
 
-def _put(live: Any, packed: Any) -> Any:
+def put(live: Any, packed: Any) -> Any:
     """The contents of ``packed``, put into ``live`` where that is of the same kind, because others may hold it too."""
     if isinstance(packed, torch.Tensor):
         return _put_tensor(live, packed)

@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 from stepguard.steps.attributes import attributes
 from stepguard.steps.feeds import FunctionFeed, IterableFeed, length, shown
 from stepguard.torch.data import generators
-from stepguard.torch.data.contents import Contents, Lists, warn_of_other_data
+from stepguard.torch.data.contents import Contents, Lists, is_saved, packed, put, warn_of_other_data
 from stepguard.torch.data.counts import Counts, warn_of_counts_in_workers
 from stepguard.torch.data.inside import Inside
 from stepguard.torch.data.map_feed import keep_order
@@ -46,6 +46,10 @@ class StreamFeed(IterableFeed):
         self._generators_before: Any = None
         self._put_back = generators.known_as_put_back()
         self._has_warned = False
+        self.is_reordered: Callable[[], bool] = bool
+        """Whether the program shuffles lists of its own in place, so that a restart cannot make this one again."""
+        self.is_of_body = False
+        """Whether this is a list that the body of the running epoch has made, so that it is that of no other epoch."""
         if not self.is_repeatable:
             _warn_of_workers(loader)
 
@@ -62,11 +66,15 @@ class StreamFeed(IterableFeed):
             position["generators"] = generators.states(self._held) if live else self._generators_before
         position["made"] = self._marks
         position["set before"] = self._set_before.saved()
+        if self.batches and type(self.loader) is list and self.is_reordered() and is_saved(self.loader):
+            position["list"] = packed(self.loader)
         return position
 
     def resume(self, position: Mapping[str, Any], processes: int = 1, *, is_checked: bool = True) -> None:
         """Begin at ``position``."""
         # First, because a list of batches gets the order that it had.
+        if position["batches"] and type(self.loader) is list and "list" in position:
+            put(self.loader, position["list"])
         self._generators_before = position.get("generators")
         self._set_before.restore(position.get("set before", ()))
         held = zip(self._held, self._generators_before or (), strict=False)
@@ -75,7 +83,8 @@ class StreamFeed(IterableFeed):
         else:
             generators.put_back(self._set_before.without(held), self._put_back)
         super().resume(position, processes, is_checked=is_checked)
-        warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
+        if position["batches"] or type(self.loader) is not list or not self.is_of_body:
+            warn_of_other_data(shown(self.loader), position.get("made", {}), self._marks)
 
     def begin_body(self) -> None:
         """Look at the data before the program sets up an epoch."""
