@@ -170,6 +170,8 @@ class TorchEngine(PeersEngine[Session]):
         _tell_of_new_work(self._new_work, self._rates_before, self._hyperparameters())
         own.tell_of_taken(changed, taken)
         session.put_gradients_back()
+        if with_streams:
+            session.put_modes_back()
 
     def _fingerprints(self) -> dict[str, Any]:
         """What tells, by the names of the objects, whether the program has changed one."""

@@ -20,6 +20,7 @@ from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.session import Session as LoopSession
 from stepguard.steps.strangers import Strangers, state_of_generator
 from stepguard.torch.checkpoint.attributes import Attributes
+from stepguard.torch.checkpoint.modes import Modes
 from stepguard.torch.checkpoint.optimizers import has_hooks, optimizers_in
 from stepguard.torch.checkpoint.state import Component, leaves, with_numpys
 from stepguard.torch.data.feeds import feed_of
@@ -81,6 +82,10 @@ class Session(LoopSession):
         """Restore the saved gradients. The engine calls this after it has put the restored state back."""
         self._torch_state.put_gradients_back()
 
+    def put_modes_back(self) -> None:
+        """Set the modes that the models had when the run was interrupted, where the program has come to now."""
+        self._torch_state.put_modes_back()
+
     def restore_own(self, state: Mapping[str, Any]) -> None:
         """Restore the objects of which each process has its own."""
         self._torch_state.restore_own(state)
@@ -127,6 +132,8 @@ class _TorchProcessState(ProcessState):
         self._put_back: dict[int, Any] = {}
         self.strangers = Strangers(_state_of_generator, _seed_of_generator)
         self._reordered = Reordered()
+        self._modes = Modes({})
+        self._restored_modes: Mapping[str, bool] = {}
         # The lists that there were when the first body after a restart began, of an epoch that had not begun before.
         self._lists: list[Any] | None = None
 
@@ -145,6 +152,7 @@ class _TorchProcessState(ProcessState):
         """Look, from now on, for what trains and is not among ``holders``."""
         self._holders = holders
         self._unnamed_modules = UnnamedModules(holders)
+        self._modes = Modes(holders)
         self._is_resting = is_resting
         self._unnamed = Unnamed(holders, steps_done, is_in_step)
 
@@ -224,7 +232,10 @@ class _TorchProcessState(ProcessState):
 
     def _live(self) -> dict[str, Any]:
         reordered = self._reordered.saved(self.progress.is_epoch_begun)
-        return {**super()._live(), **({"reordered": reordered} if reordered else {})}
+        modes = self._modes.now() if self.progress.is_there else self._restored_modes
+        if self._is_resting():
+            modes = {}  # What the program leaves at its end, as after a last evaluation, is not the mode of its steps.
+        return {**super()._live(), **({"reordered": reordered} if reordered else {}), "modes": modes}
 
     def capture(self) -> dict[str, Any]:
         needed = {name: one.needed() for name, one in self._gradients.items()}
@@ -250,6 +261,7 @@ class _TorchProcessState(ProcessState):
         super().restore(state)
         self._iterators.restore(state.get("iterators", ()))
         self._reordered.restore(state.get("reordered", {}))
+        self._restored_modes = state.get("modes", {})
         self.restore_own(state)
         if self._unnamed is not None:
             self._unnamed.expect(state.get("unnamed", ()))
@@ -280,6 +292,10 @@ class _TorchProcessState(ProcessState):
                 self._gradients[name].put_back(saved)
             elif name in modules:
                 put_back(name, list(modules[name].parameters()), saved)
+
+    def put_modes_back(self) -> None:
+        """Set the modes of the interrupted run."""
+        self._modes.put_back(self._restored_modes)
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {name: one for name, one in self._holders.items() if isinstance(one, torch.nn.Module)}

@@ -36,6 +36,7 @@ ADDED: dict[str, Form] = {
     ),
     "iterators": Each(Fields({"data": (str,), "batches": Count(), "is_ahead": (bool,)})),
     "reordered": Each((str,), (str,)),
+    "modes": Each((bool,), (str,)),
     "sharded": _BY_NAME,
     "own": Each(_BY_NAME, (str,)),
     "unnamed": Each(Fields({"number": Count(), "began": Each((object,), (str,)), "now": Each((object,), (str,))})),
