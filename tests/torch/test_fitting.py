@@ -218,6 +218,22 @@ class TestAGroupThatWasAddedOnTheWay:
         ):
             state["optimizer"].add_param_group({"params": state["model"][0].weight})
 
+    @pytest.mark.parametrize("counts", [(2, 1), (1, 2), (3, 2)])
+    def test_is_named_in_the_error_if_the_program_builds_another_number_of_groups(self, counts, tmp_path):
+        def build(count):
+            model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+            layers = [*model.children()]
+            groups = [*([one] for one in layers[: count - 1]), layers[count - 1 :]]
+            parameters = [{"params": [each for one in group for each in one.parameters()]} for group in groups]
+            return {"model": model, "optimizer": torch.optim.SGD(parameters, lr=0.01, momentum=0.9)}
+
+        before, now = counts
+        train(build(before), tmp_path, 3)
+        with pytest.raises(CheckpointMismatchError, match=r"newest\(logdir\)\.groups") as caught:
+            train(build(now), tmp_path, 3)
+
+        assert caught.value.reshaped["optimizer.param_groups"][0] == f"{now} groups"
+
     def test_is_shown_to_a_program_that_builds_itself_accordingly(self, tmp_path):
         assert newest(tmp_path) is None
         self.train(self.build(), tmp_path, 1)

@@ -156,13 +156,17 @@ def check_placed(
     name: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], placement: Placement, found: Mismatch
 ) -> None:
     """Compare the optimizer ``name`` with the state that is placed in it: its groups, their keys, and shapes."""
-    held = placed(saved, placement)["param_groups"]
     # A group that is added has the keys of the saved one that it goes on as.
-    like = zip(held[len(optimizer.param_groups) :], placement.added, strict=False)
+    like = zip(saved["param_groups"][len(optimizer.param_groups) :], placement.added, strict=False)
     has = [*optimizer.param_groups, *({**one, "params": added} for one, added in like)]
-    if len(has) != len(held):
-        found.reshaped[f"{name}.param_groups"] = (f"{len(has)} groups", f"{len(held)} groups")
+    count = len(saved["param_groups"])
+    if len(has) != count:
+        found.reshaped[f"{name}.param_groups"] = (
+            f"{len(has)} groups",
+            f"{count} groups: build those that stepguard.torch.newest(logdir).groups shows",
+        )
         return
+    held = placed(saved, placement)["param_groups"]
     for index, (one, other) in enumerate(zip(has, held, strict=True)):
         place = f"{name}.param_groups[{index}]"
         if len(one["params"]) != len(other["params"]):
