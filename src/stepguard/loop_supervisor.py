@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +34,6 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
 
     _engine: PeersEngine[LoopSessionT]  # type: ignore[assignment]
     _session: LoopSessionT | None = None
-    _is_in_block = False
 
     @property
     def save_path(self) -> str | None:
@@ -63,7 +64,7 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
         """
         self._check_alone()
         session = self.open_session(prepare, start_standard_services)
-        self._session, self._is_in_block = session, False
+        self._session = session
         _with_session.add(self)
         return session
 
@@ -75,10 +76,25 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
         def opened() -> LoopSessionT:
             session = open_session()
             # Only the end of its block ends this session.
-            self._is_in_block = True
+            session.is_in_block = True
             return session
 
         return self.managed(opened, close_summary_writer=close_summary_writer)
+
+    def stop(
+        self,
+        threads: Sequence[threading.Thread] | None = None,
+        close_summary_writer: bool = True,
+        ignore_live_threads: bool = False,
+    ) -> None:
+        """Stop as the base does. In a `finally` or `except`, a step that the error has left is not saved."""
+        if sys.exc_info()[1] is not None:
+            self._drop_step_left_by_error()
+        super().stop(threads, close_summary_writer, ignore_live_threads)
+
+    def _drop_step_left_by_error(self) -> None:
+        if self._session is not None and self._session.is_left_by_error:
+            self._session.boundary.mark_torn()
 
     def _check_alone(self) -> None:
         """Refuse a second session, which would train what the first one trains.
@@ -93,7 +109,7 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
         for other in list(_with_session):
             if other is self or not self._saving.is_on or not other._saves_to(self._logdir):
                 continue
-            if other._is_in_block:
+            if other._session is not None and other._session.is_in_block:
                 raise LogdirInUseError(
                     f"{self._logdir}: expected no other session that saves here, found one of another Supervisor in "
                     f"this process: leave its `with` block first, or give this one another logdir",
@@ -111,10 +127,15 @@ class LoopSupervisor(Supervisor[LoopSessionT]):
         """
         session = self._session
         assert session is not None
+        # The next cell of the notebook does not know of the error that has ended the one before.
+        self._drop_step_left_by_error()
         _log.warning(
-            "%s: an earlier session of this process, at step %d, still saves here: it is saved and stopped now",
+            "%s: an earlier session of this process, at step %d, still saves here: %s",
             self._logdir,
-            session.global_step,
+            session.global_step - session.is_cut_short,
+            "an error has left its next step, so it is stopped as it is"
+            if session.is_cut_short
+            else "it is saved and stopped now",
         )
         try:
             self.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
@@ -234,3 +235,55 @@ class TestASessionThatWasOpenedByHand:
             assert not session.is_open
             assert sv.should_stop()
         assert "an earlier session of this process, at step 3" in caplog.text
+
+    @pytest.mark.parametrize("wrapped", [iter, enumerate, lambda loop: (one for one in loop)])
+    @pytest.mark.parametrize("left", ["before", "after backward", "in a function", "finally", "break", "return"])
+    def test_counts_the_step_in_which_its_loop_was_left_unless_by_an_error(self, left, wrapped, tmp_path):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def fail():
+            raise ZeroDivisionError
+
+        def cell():
+            sv = Supervisor({"model": model, "optimizer": optimizer}, tmp_path, save_model_steps=2, save_model_secs=0)
+            session = sv.prepare_or_wait_for_session()
+            try:
+                for _ in wrapped(session.steps()):
+                    if session.global_step == 3 and left == "before":
+                        raise ZeroDivisionError
+                    model(torch.ones(1, 1)).sum().backward()
+                    if session.global_step == 3 and left == "after backward":
+                        1 / 0  # noqa: B018
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if session.global_step == 3:
+                        if left in ("in a function", "finally"):
+                            fail()
+                        if left == "return":
+                            return
+                        break
+            finally:
+                if left == "finally":
+                    sv.stop()
+
+        with contextlib.suppress(ZeroDivisionError):
+            cell()
+        with Supervisor(
+            {"model": nn.Linear(1, 1)}, tmp_path, restoring=Restoring(only=["model"])
+        ).managed_session() as again:
+            assert again.global_step == (4 if left in ("break", "return") else 2)
+
+    def test_saves_nothing_after_an_error_until_the_program_takes_another_step(self, tmp_path, caplog):
+        sv = Supervisor({"model": nn.Linear(1, 1)}, tmp_path)
+        session = sv.prepare_or_wait_for_session()
+        with contextlib.suppress(ZeroDivisionError):
+            for _ in session.steps():
+                raise ZeroDivisionError
+        session.save()
+        assert "a step was left half-way by an error" in caplog.text
+        for _ in session.steps():
+            break
+        sv.stop()
+
+        assert newest(tmp_path).step == 2

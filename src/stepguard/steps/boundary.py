@@ -216,9 +216,9 @@ class Boundary:
         """Whether the calling thread is at the beginning or the end of a step or of a hold."""
         return threading.get_ident() in self._changing
 
-    def check_whole(self, what: str) -> None:
+    def check_whole(self, what: str, *, is_left_by_error: bool = False) -> None:
         """Raise NoBoundaryError, for ``what``, if a step was left half-way."""
-        if self._is_torn:
+        if self._is_torn or is_left_by_error:
             raise NoBoundaryError(
                 f"no step boundary for {what}: a step was left half-way by an error, and what the model holds now "
                 f"belongs to no step. The checkpoint before it is good"

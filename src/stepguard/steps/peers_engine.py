@@ -145,12 +145,14 @@ class PeersEngine(LoopEngine[SessionT], ABC):
         """Hold the steps back; with several processes, those of all processes after the same step."""
         session.finish_step()
         # Checked before the others are asked to come to this boundary.
-        session.boundary.check_whole(what)
+        is_end = patience_secs is not None  # The program ends the run, and knows of the error.
+        session.boundary.check_whole(what, is_left_by_error=session.is_left_by_error and not is_end)
         with self.peers.meeting(what), session.boundary.hold(what, patience_secs):
             yield
 
-    def saves_rest(self, session: SessionT) -> None:  # noqa: ARG002 - the others know the moment by the snapshot
-        """Have the chief ask the others for their parts of that moment."""
+    def saves_rest(self, session: SessionT) -> None:
+        """Have the chief ask the others for their parts of that moment, which they know by the snapshot."""
+        session.boundary.check_whole("a save", is_left_by_error=session.is_left_by_error)
         self.peers.saves_rest()
 
     def checkpoint_name(self, step: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.steps.feeds import Feed, shown
 from stepguard.steps.gate import Gate
+from stepguard.steps.leaving import is_by_error
 from stepguard.steps.loop_advice import LoopPlan
 from stepguard.steps.process_state import ProcessState
 from stepguard.steps.progress import STEPS
@@ -344,11 +346,14 @@ class Session(StepSession):
                     yield batch
                 except GeneratorExit:
                     # The body was left: by `break`, after training with this batch, or by an error, after which nothing
-                    # must be saved. The two cannot be told apart here; a next step, if there is one, proves a `break`.
+                    # must be saved. The end of a `with` block tells which it was. Without one, how the loop's frame was
+                    # left does; a next step, if there is one, proves that the program has caught the error.
                     is_mine = boundary.is_mine
                     if is_mine:
                         self._note_loop_over(plan)
-                        self._left_untrained = None if self._has_trained() else self.global_step
+                        self.is_left_by_error = not self.is_in_block and is_by_error(sys._getframe(1))
+                        is_untrained = not self.is_left_by_error and not self._has_trained()
+                        self._left_untrained = self.global_step if is_untrained else None
                     self.finish_step(was_left=True)
                     if is_mine:  # Otherwise the garbage collector closes the generator, perhaps on a service's thread.
                         boundary.rest(is_last=self._coord.stop_requested)

@@ -73,6 +73,10 @@ class StepSession:
         """Whether the session runs steps still; after :meth:`close` it runs none."""
         self.is_left = False
         """For the engine: whether the loop's body was left in its last step, by ``break`` or by an unknown error."""
+        self.is_in_block = False
+        """For the engine: whether a `with` block ends the session, and knows the error that has left it."""
+        self.is_left_by_error = False
+        """For the engine: whether an error has left that step, which no `with` block will tell."""
         # The step that was left without training, until it is known that no error has left it.
         self._left_untrained: int | None = None
         # The step after which the run ends, and the function that asks for the stop there.
@@ -439,7 +443,7 @@ class StepSession:
         if self._left_untrained is not None:
             self._tell_of_untrained()
         self.boundary.enter()
-        self.is_left = False
+        self.is_left = self.is_left_by_error = False
         self._reader = None
         self.process_state.begin_step()
         if self._digests is not None:
