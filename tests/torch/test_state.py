@@ -114,6 +114,21 @@ class TestStateThatCannotBeSaved:
         with pytest.raises((TypeError, ValueError), match=error):
             Supervisor(state)
 
+    def test_an_object_whose_state_cannot_be_read(self, tmp_path):
+        class Unread(Holder):
+            def state_dict(self):
+                raise RuntimeError("gather it first")
+
+        with pytest.raises(TypeError, match=r"state\['trainer'\].*Unread raises RuntimeError: gather it first"):
+            Supervisor({"trainer": Unread(None)}, tmp_path)
+
+    def test_an_optimizer_whose_state_other_processes_have(self, tmp_path):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer.__new__(ZeroRedundancyOptimizer)
+        with pytest.raises(TypeError, match=r"state\['optimizer'\].*ZeroRedundancyOptimizer.*fully_shard"):
+            Supervisor({"optimizer": optimizer}, tmp_path)
+
 
 class TestACheckpointThatDoesNotFit:
     def save(self, tmp_path):

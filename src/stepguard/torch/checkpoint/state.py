@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from stepguard.errors import described
 from stepguard.steps.attributes import has
 from stepguard.steps.values import Values
 from stepguard.torch.checkpoint.files import is_process
@@ -244,8 +245,20 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
                 f"collective operation, and would come between those of the training; use "
                 f"torch.distributed.fsdp.fully_shard"
             )
+        if callable(getattr(holder, "consolidate_state_dict", None)):
+            raise TypeError(
+                f"state[{name!r}]: the state of this {type(holder).__name__} is spread over the processes, and its "
+                f"state_dict is only what the last consolidate_state_dict, a collective operation, has gathered; use "
+                f"an optimizer of torch.optim, and torch.distributed.fsdp.fully_shard, which spreads its state too"
+            )
         component = Component(name, holder)
-        live = component.state()
+        try:
+            live = component.state()
+        except Exception as error:
+            raise TypeError(
+                f"state[{name!r}]: expected a state_dict that can be read after each step, found that the one of "
+                f"{type(holder).__name__} raises {described(error)}"
+            ) from error
         check_saveable(name, live)
         if is_sharded(live):
             check_shardable(name, live)
