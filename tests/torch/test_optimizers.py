@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from functools import partial
@@ -131,6 +132,40 @@ def test_the_optimizer(name, tmp_path):
 def test_the_scheduler(name, tmp_path):
     scheduler = WITH_ARGUMENTS.get(name, SCHEDULERS[name])
     check_goes_on(lambda: Training(partial(torch.optim.SGD, momentum=0.9), scheduler), tmp_path)
+
+
+class Trainer:
+    def __init__(self, **parts):
+        self.parts = parts
+
+    def state_dict(self):
+        return {name: one.state_dict() for name, one in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, one in self.parts.items():
+            one.load_state_dict(state[name])
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_scheduler_that_comes_first_after_a_restart_is_not_too_early(is_held, tmp_path, recwarn):
+    for _ in range(2):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        parts = {"optimizer": optimizer, "scheduler": scheduler}
+        state = {"model": model, **({"trainer": Trainer(**parts)} if is_held else parts)}
+        with contextlib.suppress(ZeroDivisionError), Supervisor(state, tmp_path).managed_session() as session:
+            for _ in session.epochs(1):
+                for _ in session.steps(range(3)):
+                    model(torch.ones(1, 1)).sum().backward()
+                    optimizer.step()
+                session.save()
+                if session.boundary.steps:
+                    raise ZeroDivisionError
+                scheduler.step()
+
+    assert scheduler.last_epoch == 1
+    assert not [str(one.message) for one in recwarn if "lr_scheduler" in str(one.message)]
 
 
 def test_a_counter_stays_one_in_a_snapshot_and_beside_sharded_tensors():

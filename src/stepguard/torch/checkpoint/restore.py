@@ -22,6 +22,7 @@ from stepguard.torch.checkpoint.files import (
 )
 from stepguard.torch.checkpoint.fitting import Fitting, fit
 from stepguard.torch.checkpoint.frozen import joined
+from stepguard.torch.checkpoint.optimizers import optimizers_in
 from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.redistribution import cut, read_sharded
@@ -98,6 +99,10 @@ class Restorer:
         if rank == 0:
             self._program.attributes.expect(fitting.notes.get("attributes", {}))
             fitting.report(path)
+        if process["global_step"]:
+            for optimizer in (one for part in fitting.parts for one in optimizers_in(part.name, part.holder).values()):
+                # The steps of before count: a scheduler that now comes first is not too early, as PyTorch would warn.
+                vars(optimizer)["_opt_called"] = True
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
