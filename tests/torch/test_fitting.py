@@ -600,6 +600,15 @@ class TestKeysThatAreLeftOut:
         assert torch.equal(kept["body.weight"], moments(first["model"], first["optimizer"])["body.weight"])
         assert "model.head.weight" in warnings_in(caplog)
 
+    @pytest.mark.parametrize("option", ["leave_out", "only"])
+    def test_of_unknown_names_are_told_of(self, option, tmp_path, caplog):
+        known, unknown = ("model.head.*", "head.*") if option == "leave_out" else ("model", "modle")
+        train(self.build(1), tmp_path, 1)
+        train(self.build(1), tmp_path, 1, restoring=Restoring(**{option: [known]}))
+        assert f"Restoring({option}=...)" not in warnings_in(caplog)
+        train(self.build(1), tmp_path, 1, restoring=Restoring(**{option: [known, unknown]}))
+        assert f"found {unknown!r}, which match nothing" in warnings_in(caplog)
+
     def test_and_others_of_another_shape_are_refused(self, tmp_path):
         train(self.build(1), tmp_path, 2)
         with pytest.raises(CheckpointMismatchError, match=r"model\.head\.weight"):

@@ -212,8 +212,10 @@ class TestTheFirstWeights:
             assert not torch.equal(model.body.weight, source.body.weight)
 
     def test_that_are_not_there_are_an_error(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            self.begin(tmp_path / "second", Net(), init_from=tmp_path / "nowhere.pt")
+        (tmp_path / "empty").mkdir()
+        for place in ("nowhere", "nowhere.pt", "nowhere.safetensors", "empty"):
+            with pytest.raises(FileNotFoundError, match=f"init_from: .* found none at .*{place}"):
+                self.begin(tmp_path / "second", Net(), init_from=tmp_path / place)
 
     def test_for_a_part_that_is_none_are_an_error(self, tmp_path, source):
         with pytest.raises(CheckpointMismatchError, match="teacher"):

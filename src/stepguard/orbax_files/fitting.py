@@ -16,6 +16,7 @@ from stepguard.orbax_files.index import StoredLeaf, kind_of, orbax_name
 from stepguard.orbax_files.leaves import Flat, Leaf
 from stepguard.orbax_files.reading import Stored
 from stepguard.saving.mismatch import Mismatch
+from stepguard.saving.unfound import warn_of_unmatched
 from stepguard.words import listed, logger
 
 _log = logger(__name__)
@@ -81,6 +82,14 @@ def fit(path: Path, flat: Flat, stored: Stored, options: Restoring, canonical: C
         if stored.static.get(name, flat.static[name]) != flat.static[name]
     ]
     return fitting
+
+
+def warn_of_names(flat: Flat, stored: Stored, options: Restoring) -> None:
+    """Warn of patterns in ``options`` that match no name in the program, and none in the checkpoint."""
+    both: list[Leaf | StoredLeaf] = [*flat.leaves, *stored.leaves]
+    warn_of_unmatched("only", options.only, map(_part, both), lambda name, pattern: _matches(name, [pattern]))
+    names = (leaf.name for leaf in both)
+    warn_of_unmatched("leave_out", options.leave_out, names, lambda name, pattern: _matches(name, [pattern]))
 
 
 def _chosen_parts(

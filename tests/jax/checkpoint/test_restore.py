@@ -233,6 +233,19 @@ class TestOptions:
 
         assert_same(found, {"params": {"body": jnp.ones(2), "head": jnp.zeros(5)}, "opt": [jnp.zeros(1)]})
 
+    @pytest.mark.parametrize(
+        ("option", "known"), [("leave_out", ["params.head", "opt.0", "opt[0]"]), ("only", ["par*"])]
+    )
+    def test_names_of_nothing_are_told_of(self, option, known, tmp_path, caplog):
+        restore(self.saved(tmp_path), self.own(), **{option: known})
+        assert f"Restoring({option}=...)" not in caplog.text
+        restore(tmp_path / "it", self.own(), **{option: [*known, "head"]})
+        assert "found 'head', which match nothing" in caplog.text
+
+    def test_init_from_that_is_not_there_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"init_from: .* found none at .*nowhere"):
+            first_values(self.own(), Restoring(init_from=tmp_path / "nowhere"))
+
     @pytest.mark.parametrize("of_part", [True, False])
     def test_init_from_takes_weights_and_nothing_else(self, tmp_path, of_part):
         path = self.saved(tmp_path)

@@ -12,12 +12,13 @@ import numpy as np
 from stepguard.errors import CheckpointMismatchError
 from stepguard.jax.checkpoint.tree import flatten, rebuild
 from stepguard.options import Restoring
-from stepguard.orbax_files.fitting import Fitting, fit
+from stepguard.orbax_files.fitting import Fitting, fit, warn_of_names
 from stepguard.orbax_files.index import StoredLeaf
 from stepguard.orbax_files.leaves import Flat, Leaf
 from stepguard.orbax_files.reading import Stored, open_part, open_stored, whole
 from stepguard.orbax_files.runs import newest_at
 from stepguard.orbax_files.taken import ENGINE
+from stepguard.saving.unfound import first_weights_at
 from stepguard.words import listed
 
 # The parts that hold weights, by the names that programs give them.
@@ -40,6 +41,7 @@ def read_state(directory: Path, state: Any, options: Restoring) -> Any:
     values = _values(flat.leaves, stored, fitting)
     if jax.process_index() == 0:
         fitting.report(directory)
+        warn_of_names(flat, stored, options)
     return rebuild(state, values)
 
 
@@ -74,8 +76,9 @@ def first_values(state: Any, options: Restoring) -> Any:
 
 
 def _first_of_part(name: str, place: Path, leaves: list[Leaf], options: Restoring) -> list[Any]:
-    path = newest_at(place, ENGINE)
-    stored = open_part(path, name)
+    with first_weights_at(place):
+        path = newest_at(place, ENGINE)
+        stored = open_part(path, name)
     left = list(options.leave_out)
     if options.init_fit == "part":
         shapes = {one.name: one.shape for one in stored.leaves}

@@ -12,6 +12,7 @@ from torch import nn
 
 from stepguard.errors import CheckpointError, CheckpointMismatchError
 from stepguard.options import Restoring
+from stepguard.saving.unfound import first_weights_at
 from stepguard.torch.checkpoint.files import read_file
 from stepguard.torch.checkpoint.mismatch import mismatch
 from stepguard.torch.checkpoint.program import Program
@@ -81,6 +82,11 @@ def _plain(found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _read(place: Path) -> Mapping[str, Any]:
+    with first_weights_at(place):
+        return _contents(place)
+
+
+def _contents(place: Path) -> Mapping[str, Any]:
     if place.is_dir():
         return load(place)
     if place.suffix == _SAFETENSORS:

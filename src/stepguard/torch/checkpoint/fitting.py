@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stepguard.errors import CheckpointMismatchError
 from stepguard.options import Restoring
 from stepguard.saving.mismatch import Mismatch
+from stepguard.saving.unfound import warn_of_unmatched
 from stepguard.torch.checkpoint import hyperparameters, optimizers
 from stepguard.torch.checkpoint.hyperparameters import Difference
 from stepguard.torch.checkpoint.mismatch import casts, mismatch, mismatch_error
@@ -45,6 +46,8 @@ class Fitting:
     left: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     frozen: list[str] | None = None
+    names: list[str] = field(default_factory=list)
+    part_names: list[str] = field(default_factory=list)
 
     def prepare(self, states: Mapping[str, Any]) -> None:
         """Prepare the objects for their states: add the parameter groups and unfreeze the parameters as the run had."""
@@ -139,6 +142,8 @@ class Fitting:
                 listed(moved),
             )
         self._report_differences(path)
+        warn_of_unmatched("only", self.options.only, self.part_names)
+        warn_of_unmatched("leave_out", self.options.leave_out, self.names)
 
     def _report_differences(self, path: Path) -> None:
         outcomes = {
@@ -187,6 +192,9 @@ def fit(
         fitting.casts += casts(part, states[part.name])
         fitting.differences += _differences(fitting, part, states[part.name])
     _unfreeze(fitting)
+    held = [f"{name}.{key}" for name, state in states.items() if isinstance(state, Mapping) for key in state]
+    fitting.names = [*program.parameters(), *(name for part in program.components for name in _names_in(part)), *held]
+    fitting.part_names = [*(part.name for part in program.components), *states]
     return fitting
 
 
