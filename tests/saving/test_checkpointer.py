@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ class RecordingWriter:
         self.drains = True
 
     storage_errors = (OSError,)
+    root, where = Path("store"), "store: "
 
     def submit(self, snapshot: Any, stall_secs: float, take: Any) -> bool:
         assert stall_secs >= 0
@@ -223,7 +225,7 @@ class TestTheLastCheckpoint:
         writer.drains = False
         writer.last_error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with pytest.raises(SaveFailedError, match="No space left on device") as caught:
+        with pytest.raises(SaveFailedError, match=r"store.*No space left on device") as caught:
             checkpointer.save_last(0.01)
 
         assert "stop_grace_secs" not in str(caught.value)

@@ -238,6 +238,7 @@ class TestAFailingDisk:
         (error,) = rig.errors
         assert isinstance(error, SaveFailedError)
         assert error.path == rig.store.root
+        assert str(error).startswith(f"{rig.store.root}: ")
         assert isinstance(error.__cause__, OSError)
         assert rig.steps() == [1]
         assert rig.stages() == []

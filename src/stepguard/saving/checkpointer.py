@@ -205,13 +205,16 @@ class Checkpointer:
             failure = self._writer.last_error
             if failure is not None:
                 raise SaveFailedError(
-                    f"the last checkpoint could not be written in the {round(timeout_secs, 1):g} s after the stop: "
-                    f"{failure}; the checkpoints before it are as they were. Make room or repair the disk, and start "
-                    f"again"
+                    f"{self._writer.where}the last checkpoint could not be written in the {round(timeout_secs, 1):g} s "
+                    f"after the stop: {failure}; the checkpoints before it are as they were. Make room or repair the "
+                    f"disk, and start again",
+                    path=self._writer.root,
                 ) from failure
             raise SaveFailedError(
-                f"the last checkpoint was still being written {round(timeout_secs, 1):g} s after the stop; "
-                f"the checkpoints before it are as they were. Give it more time with a larger stop_grace_secs"
+                f"{self._writer.where}the last checkpoint was still being written {round(timeout_secs, 1):g} s after "
+                f"the stop; the checkpoints before it are as they were. Give it more time with a larger "
+                f"stop_grace_secs",
+                path=self._writer.root,
             )
 
     def is_outside_steps(self, error: BaseException) -> bool:

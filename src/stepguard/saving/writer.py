@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from stepguard.disk.system import yield_to_others
 from stepguard.engine import Snapshot
@@ -96,6 +97,16 @@ class CheckpointWriter:
     def storage_errors(self) -> tuple[type[BaseException], ...]:
         """The errors that are raised when the disk fails."""
         return self._committer.storage_errors
+
+    @property
+    def root(self) -> Path | None:
+        """The directory of the checkpoints; ``None`` without a store."""
+        return self._committer.root
+
+    @property
+    def where(self) -> str:
+        """That directory, as an error begins."""
+        return "" if self.root is None else f"{self.root}: "
 
     def begin(self) -> None:
         """Start the thread. Without this the first order does, and some versions of Python start none at the exit of
@@ -293,13 +304,13 @@ class CheckpointWriter:
         wait_secs = self._retry(order.failed_tries, failing_secs)
         if wait_secs is None or not self._may_wait(wait_secs, gave_up_at):
             raise SaveFailedError(
-                f"saving {what} has failed for {failing_secs:.1f} s: {error}. The "
+                f"{self.where}saving {what} has failed for {failing_secs:.1f} s: {error}. The "
                 f"checkpoints before it are as they were; make room or repair the disk, and start again",
-                path=self._committer.root,
+                path=self.root,
             ) from error
         self._committer.warn_of_failure(
-            f"saving {what} failed ({error}); training goes on, unprotected for {failing_secs:.1f} s so far; "
-            f"next try in {wait_secs:.1f} s"
+            f"{self.where}saving {what} failed ({error}); training goes on, unprotected for {failing_secs:.1f} s so "
+            f"far; next try in {wait_secs:.1f} s"
         )
 
     def _may_wait(self, wait_secs: float, gave_up_at: float | None) -> bool:
