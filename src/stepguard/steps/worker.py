@@ -232,10 +232,10 @@ class Worker(Rendezvous):
         if part.steps != steps and not self._is_uneven:
             self._is_uneven = True
             _log.warning(
-                "this process has done %d steps of this session and rank 0 %d, because their inputs are uneven. A "
-                "checkpoint has the model and the optimizers of rank 0, and the random states and positions of each: "
-                "after a restart this process goes on with the optimizers of rank 0, which is the same run only if "
-                "they depend on no count of steps, as SGD without momentum",
+                "this process has done %d steps of this session and rank 0 %d: their inputs are uneven, or they do not "
+                "wait for each other in each step. A checkpoint has the model and the optimizers of rank 0, and the "
+                "random states and positions of each: after a restart this process goes on with the optimizers of rank "
+                "0, which is the same run only if they depend on no count of steps, as SGD without momentum",
                 part.steps,
                 steps,
             )
@@ -256,7 +256,10 @@ class Worker(Rendezvous):
         if now > moment:
             if rested is not None and self._is_end_of_the_loop_of(moment, rested.moment):
                 return rested
-            raise NoBoundaryError(f"rank {self._rank} was past {_shown(moment)} of this session when it was told of it")
+            raise NoBoundaryError(
+                f"rank {self._rank} was past {_shown(moment)} of this session when it was told of it, because the "
+                f"processes do not wait for each other in each step. The next checkpoint is tried as usual"
+            )
         if has_left and now < moment and rested is not None and rested.moment == now:
             # The run was stopped before this process had done all the steps of a loop that has ended in the chief.
             return rested

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stepguard.disk import files
-from stepguard.errors import described
+from stepguard.errors import NoBoundaryError, described
 from stepguard.steps.common_store import StoreLostError
 from stepguard.steps.part_messages import PartMessages
 from stepguard.torch.checkpoint import unpickling
@@ -146,7 +146,8 @@ def _sync(path: Path) -> None:
 
 def answer_error(messages: PartMessages, asked: str, error: Exception) -> None:
     """Send the chief an error in place of the answer that it waits for."""
-    _log.warning("the part of this process was not written (process %d): %s", os.getpid(), described(error))
+    reason = str(error) if isinstance(error, NoBoundaryError) else described(error)
+    _log.warning("the part of this process was not written (process %d): %s", os.getpid(), reason)
     try:
         messages.answer_error(asked, error)
     except StoreLostError:
