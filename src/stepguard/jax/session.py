@@ -9,8 +9,10 @@ import jax
 
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.jax.checkpoint.snapshot import Donations, HostMemory, take
+from stepguard.jax.checkpoint.tree import nnx_objects
 from stepguard.jax.data.feeds import feed_of
 from stepguard.jax.distributed.world import world
+from stepguard.jax.keys import StrangersOfJax, streams_in
 from stepguard.steps.feeds import Feed
 from stepguard.steps.gate import Gate
 from stepguard.steps.process_state import ProcessState
@@ -45,9 +47,7 @@ class Session(LoopSession):
         gate: Gate | None = None,
         processes: int = 1,
     ) -> None:
-        super().__init__(
-            coord, write_summary, _JaxProcessState(STREAMS, processes, lambda: leaves_of(self.state)), gate=gate
-        )
+        super().__init__(coord, write_summary, _JaxProcessState(STREAMS, processes, lambda: self.state), gate=gate)
         self.state = state
         """The state of the last step. The program replaces it in each step."""
         self._state_at_start: Any = None
@@ -97,9 +97,16 @@ class _JaxProcessState(ProcessState):
     # A restart could not give them back: the program may hold the whole state in a variable.
     saves_copies = False
 
-    def __init__(self, streams: RandomStreams, processes: int, leaves: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, streams: RandomStreams, processes: int, state: Callable[[], Any]) -> None:
         super().__init__(streams, processes)
-        self._leaves = leaves
+        self._state = state
+        self.strangers = StrangersOfJax(self._leaves)
+
+    def _leaves(self) -> dict[str, Any]:
+        return leaves_of(self._state())
+
+    def saved_generators(self) -> list[Any]:
+        return streams_in(nnx_objects(self._state()))
 
     def copies_of(self, names: Sequence[str]) -> dict[str, Any]:
         leaves = self._leaves() if names else {}

@@ -128,8 +128,8 @@ def warn_of(drawn: list[str]) -> None:
     """Warn, at a restart, of the generators that the run has drawn from."""
     if drawn:
         _log.warning(
-            "the run has drawn random numbers from generators that are not saved, and they begin anew: %s. Give them "
-            "to the Supervisor in its state, or draw from the global generators",
+            "the run has drawn random numbers from generators or keys that are not saved, and they begin anew: %s. "
+            "Put them in the state, or draw from the global generators",
             listed(drawn),
         )
 
@@ -142,6 +142,11 @@ def program_frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
         if not _is_of_library(frame.f_globals.get("__name__")):
             yield frame
         frame = frame.f_back
+
+
+def variables_of(frame: types.FrameType) -> dict[str, Any]:
+    """The variables of a function of the program and of its module, by their names."""
+    return {**frame.f_globals, **_locals(frame)}
 
 
 def variables(frame: types.FrameType) -> Iterator[tuple[str, Any]]:

@@ -119,6 +119,11 @@ def _nnx() -> Any:
     return sys.modules.get("flax.nnx")
 
 
+def nnx_objects(state: Any) -> list[Any]:
+    """The objects of Flax nnx in ``state``; a module with all that it holds is one."""
+    return [part for part in jax.tree_util.tree_leaves(state, is_leaf=_is_nnx) if _is_nnx(part)]
+
+
 def _is_nnx(part: Any) -> bool:
     nnx = _nnx()
     kind = None if nnx is None else getattr(nnx, "Pytree", None) or getattr(nnx, "Object", None)
