@@ -10,6 +10,7 @@ from stepguard.disk.schema import Count, Each, Fields, Form
 from stepguard.errors import CheckpointCorruptError, described
 from stepguard.steps.process_file import checked_state
 from stepguard.torch.checkpoint.files import read_file
+from stepguard.torch.checkpoint.of_rank import OWN
 from stepguard.torch.random_states import STREAMS
 
 _TEXTS = Each((str,))
@@ -43,6 +44,7 @@ ADDED: dict[str, Form] = {
     "built": Each(_TEXTS, (str,)),
     "numpys": Each((str,), (str,)),
     "generators": Each(_BY_NAME, (str,)),
+    OWN: Fields({"buffers": Each(_BY_NAME, (str,)), "streams": Each((dict,), (str,))}),
     "computed": _BY_NAME,
     "gradients": Each(Each((object,), Count()), (str,)),
 }

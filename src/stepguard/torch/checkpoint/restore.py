@@ -22,6 +22,7 @@ from stepguard.torch.checkpoint.files import (
 )
 from stepguard.torch.checkpoint.fitting import Fitting, fit
 from stepguard.torch.checkpoint.frozen import joined
+from stepguard.torch.checkpoint.of_rank import OWN, put_own
 from stepguard.torch.checkpoint.optimizers import optimizers_in
 from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.program import Program
@@ -74,7 +75,7 @@ class Restorer:
         Raises:
             CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
-        process, files, is_of_rank = _files(path, rank)
+        process, files, is_of_rank = _files(path, rank, session.process_state.processes)
         fitting, states = self._fitting(path, files, process, Restoring(), mapped=False)
         for part in fitting.parts:
             if with_streams or not part.is_stream:
@@ -90,7 +91,7 @@ class Restorer:
         Raises:
             CheckpointMismatchError: the checkpoint does not fit the program. Nothing was changed.
         """
-        process, files, is_of_rank = _files(path, rank)
+        process, files, is_of_rank = _files(path, rank, session.process_state.processes)
         # Rank 0 has just verified these files, which reads them to their ends, so it may map them.
         fitting, states = self._fitting(path, files, process, self._options, mapped=rank == 0)
         for part in fitting.parts:
@@ -128,6 +129,7 @@ class Restorer:
         for part in self._program.components:
             if part.name in states:
                 states[part.name] = with_numpys(part.name, states[part.name], process.get("numpys", {}))
+        own = process.pop(OWN, {})
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)
         shardings = {part.name: part.shardings() for part in fitting.parts}
@@ -135,14 +137,16 @@ class Restorer:
         if in_parts:
             states.update(read_sharded(path, in_parts, shardings))
         states.update({name: cut(name, states[name], shardings[name]) for name in shardings if name in files})
+        put_own(states, own)
         return fitting, states
 
 
-def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool]:
+def _files(path: Path, rank: int, count: int) -> tuple[dict[str, Any], dict[str, Path], bool]:
     """The content of the process file of ``rank`` in the checkpoint at ``path``, and the files of whole parts by name.
 
     The last value says whether that rank took part in the save; if not, the process file of rank 0 is returned. Keys
-    that only the chief writes are always taken from rank 0.
+    that only the chief writes are always taken from rank 0. What was saved for one rank is for as many processes, whose
+    number is ``count``.
     """
     found = {file.stem: file for file in named_files(path)}
     processes = {name: found.pop(name) for name in list(found) if is_process(name)}
@@ -156,5 +160,7 @@ def _files(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Path], bool
         # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
         of_chief = {key: process[key] for key in ("sharded", "program", APART) if key in process}
         mine = read_process(own)
+        if len(processes) != count:
+            mine.pop(OWN, None)
         process = {**mine, **of_chief, "numpys": {**process.get("numpys", {}), **mine.get("numpys", {})}}
     return process, found, own is not None

@@ -190,6 +190,15 @@ class Component:
         live = self.holder.named_parameters(remove_duplicate=False)
         return frozenset(names.saved(name) for name, parameter in live if not parameter.requires_grad)
 
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The buffers in the state of a module, each with its name there."""
+        if isinstance(self.holder, nn.Module):
+            names = Names(self.holder)
+            for path, part in self.holder.named_modules(remove_duplicate=False):
+                for name, buffer in part._buffers.items():
+                    if buffer is not None and name not in part._non_persistent_buffers_set:
+                        yield names.saved(f"{path}.{name}" if path else name), buffer
+
     @property
     def is_per_process(self) -> bool:
         """Whether each process has a state of its own here."""

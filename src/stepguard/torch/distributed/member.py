@@ -16,6 +16,7 @@ from stepguard.errors import NonFiniteError
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
 from stepguard.steps.part_messages import PartMessages
+from stepguard.torch.checkpoint.of_rank import OWN, own_of
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
 from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, non_finite
@@ -79,6 +80,7 @@ class TorchMember(SessionMember):
         with session.boundary.hold("a checkpoint"), torch.no_grad():
             moment, steps = self.moment(), self.steps_done()
             state = {"global_step": session.global_step, **session.process_state.capture()}
+            state[OWN] = own_of(self._components)
             process = {**memory.copy("process", state, copies), "numpys": memory.numpys}
             live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
             sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
