@@ -266,6 +266,26 @@ class TestMisfit:
             assert torch.equal(tensor.full_tensor(), before[name])
 
 
+@pytest.mark.parametrize("kind", ["PowerSGDState", "PostLocalSGDState", None])
+def test_a_communication_hook_that_counts_its_iterations_is_told_of_at_a_restart(kind, alone, tmp_path, caplog):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
+
+    for end in (1, 2):
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        if kind == "PowerSGDState":
+            model.register_comm_hook(powerSGD_hook.PowerSGDState(None, 1), powerSGD_hook.powerSGD_hook)
+        elif kind is None:
+            model.register_comm_hook(None, default_hooks.allreduce_hook)
+        else:
+            state = post_localSGD_hook.PostLocalSGDState(None, dist.group.WORLD, 1)
+            model.register_comm_hook(state, post_localSGD_hook.post_localSGD_hook)
+        with Supervisor({"model": model}, tmp_path, save_summaries_secs=0).managed_session() as sess:
+            for _ in sess.steps(max_steps=end):
+                model(torch.ones(1, 2)).sum().backward()
+        assert ("a communication hook" in caplog.text) == (end == 2 and kind is not None)
+    assert kind is None or f"keeps a {kind}, which is not saved" in caplog.text
+
+
 class TestStateThatCannotBeSaved:
     def test_a_model_whose_state_is_a_collective_operation(self, alone, tmp_path):
         from torch.distributed.fsdp import FullyShardedDataParallel

@@ -30,7 +30,7 @@ from stepguard.torch.checkpoint.redistribution import cut, read_sharded
 from stepguard.torch.checkpoint.state import with_numpys
 from stepguard.torch.random_states import STREAMS
 from stepguard.torch.session import Session
-from stepguard.words import logger
+from stepguard.words import listed, logger
 
 _log = logger(__name__)
 
@@ -100,6 +100,7 @@ class Restorer:
         if rank == 0:
             self._program.attributes.expect(fitting.notes.get("attributes", {}))
             fitting.report(path)
+            self._warn_of_hooks()
         if process["global_step"]:
             for optimizer in (one for part in fitting.parts for one in optimizers_in(part.name, part.holder).values()):
                 # The steps of before count: a scheduler that now comes first is not too early, as PyTorch would warn.
@@ -112,6 +113,16 @@ class Restorer:
             process.pop("generators", None)
         session.restore_process_state(process, process["global_step"])
         _log.info("going on at step %d: %s", session.global_step, describe_positions(process))
+
+    def _warn_of_hooks(self) -> None:
+        for part in self._program.components:
+            if part.counts_in_hooks:
+                _log.warning(
+                    "%s: a communication hook of this model keeps a %s, which is not saved and begins anew, so the run "
+                    "is not the same from here on. For an exact restart, use a hook that keeps nothing",
+                    part.name,
+                    listed(part.counts_in_hooks),
+                )
 
     def _fitting(
         self, path: Path, files: Mapping[str, Path], process: dict[str, Any], options: Restoring, *, mapped: bool

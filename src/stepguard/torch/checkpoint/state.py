@@ -50,6 +50,8 @@ class Component:
         self.holder = unwrapped(holder)
         # A replicating wrapper records during its construction which parameters train.
         self.is_replicated = is_replicated(holder)
+        # Of DistributedDataParallel, with what each keeps; a program may register one later.
+        self._hooks: list[tuple[Any, Any]] = getattr(holder, "_comm_hooks", []) if self.is_replicated else []
         buffers = _buffers(self.holder) if isinstance(self.holder, nn.Module) else {}
         self.unfilled = {key: place for key, place in buffers.items() if place[0]._buffers[place[1]] is None}
         """The names in the state of a module of its buffers that are ``None`` as built: steps may make them."""
@@ -198,6 +200,11 @@ class Component:
                 for name, buffer in part._buffers.items():
                     if buffer is not None and name not in part._non_persistent_buffers_set:
                         yield names.saved(f"{path}.{name}" if path else name), buffer
+
+    @property
+    def counts_in_hooks(self) -> list[str]:
+        """The kinds of what communication hooks keep, of those that count their iterations, as PyTorch's do."""
+        return [type(state).__name__ for _, state in self._hooks if hasattr(state, "iter")]
 
     @property
     def is_per_process(self) -> bool:
