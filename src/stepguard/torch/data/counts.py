@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Mapping
 from multiprocessing import sharedctypes
 from typing import Any
@@ -15,7 +14,8 @@ _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
 # A multiprocessing.Value, with and without a lock.
-_SHARED = (sharedctypes.Synchronized, ctypes._SimpleCData)
+_CODES: Any = getattr(sharedctypes, "typecode_to_type")  # noqa: B009 - it has no stub
+_SHARED = (sharedctypes.Synchronized, _CODES["i"].__base__)
 # The key in the state for what was not saved, which no attribute is called.
 _NOT_SAVED = "not saved"
 
