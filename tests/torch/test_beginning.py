@@ -1,8 +1,7 @@
-"""What is saved beside a program that comes to its first step, or to its end."""
+"""What is saved beside a program that comes to its first step: the beginning of the run, whatever it just does."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from loop_programs import Counting
 from torch.utils.data import DataLoader, IterableDataset
@@ -53,28 +52,3 @@ def test_a_checkpoint_beside_the_reading_of_seen_batches_is_that_of_the_restart(
 
     assert torch.equal(seen[0]["random"]["torch"], before)
     assert seen[0]["loaders"][0]["batches"] == 2
-
-
-class Ending(IterableDataset):
-    """At the end of its items it does something."""
-
-    def __init__(self, at_end):
-        self.at_end = at_end
-
-    def __iter__(self):
-        yield from range(3)
-        self.at_end()
-
-
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_a_stop_at_the_end_of_the_last_loop_is_not_told_that_its_work_after_it_is_repeated(
-    is_stopped, tmp_path, caplog
-):
-    for _ in range(2):
-        run = Counting(tmp_path)
-        with run.sv.managed_session() as session:
-            loader = DataLoader(Ending(run.sv.request_stop if is_stopped else int), batch_size=None)
-            for _ in session.steps(loader, epochs=1):
-                pass
-
-    assert ("repeats its work after this loop" in caplog.text) is not is_stopped

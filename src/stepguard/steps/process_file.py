@@ -75,7 +75,6 @@ _PLACE = Fields(
                 "gap": _STATES,
             },
         ),
-        "stopped": (bool,),
     },
 )
 _POSITION = Fields(_NEEDED, {**_MORE, "members": Each(Fields(_NEEDED, _MORE))})

@@ -35,8 +35,6 @@ class Progress:
     """The loops that have ended in the running body."""
     is_epoch_begun: bool = False
     """Whether a step was run in the running body."""
-    is_stopped: bool = False
-    """Whether a stop had been asked for when the last loop ended, so that what follows it may not be done."""
     # The loops outside that have ended, the kind of the one that runs, and that of the one that runs in the body.
     _ended: int = 0
     _inside: str = ""
@@ -63,7 +61,6 @@ class Progress:
             "origin": self._origin,
             "after": self._after,
             "gaps": list(self._gaps),
-            "stopped": self.is_stopped,
         }
 
     def restore(self, epochs: Mapping[str, Any], place: Mapping[str, Any] | None) -> Any:
@@ -97,10 +94,9 @@ class Progress:
 
     @property
     def was_between_loops(self) -> bool:
-        """Whether the run was interrupted between two loops over steps, or after its last one, and not at its end."""
+        """Whether the run was interrupted between two loops over steps, or after its last one."""
         before = self._before
-        is_between = before is not None and not before["inside body"] and before["inside"] in ("", EPOCHS)
-        return is_between and before is not None and not before.get("stopped")
+        return before is not None and not before["inside body"] and before["inside"] in ("", EPOCHS)
 
     def is_complete(self, number: int | None) -> bool:
         """Whether a loop that trains nothing had trained before the restart."""

@@ -437,7 +437,6 @@ class Session(StepSession):
         ``was_complete`` says whether it was complete before a restart, and ``was_between`` whether no loop ran then.
         """
         is_stopped = self._is_stopped
-        self.process_state.progress.is_stopped = is_stopped
         is_new_end = not is_over and not is_stopped
         if is_new_end and plan.number is not None:
             is_new_end = self._note_max_steps(plan, is_empty and not was_complete)
