@@ -23,6 +23,7 @@ from stepguard.torch.checkpoint.arena import coming_bytes
 from stepguard.torch.checkpoint.files import APART, ENGINE, SUFFIX, frozen_file, process_file, write_file
 from stepguard.torch.checkpoint.first_weights import take_first_weights
 from stepguard.torch.checkpoint.frozen import DIRECTORY, split
+from stepguard.torch.checkpoint.of_rank import BEGUN, Samples
 from stepguard.torch.checkpoint.program import Program
 from stepguard.torch.checkpoint.restore import Restorer
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded, skeleton
@@ -78,6 +79,7 @@ class TorchEngine(PeersEngine[Session]):
         self._coord = coord
         self._frozen_apart = frozen_apart
         self._memories = HostMemories()
+        self._sampled: Mapping[str, Any] = {}
         self._begun: Mapping[str, Any] = {}
         self._begun_rates: Mapping[str, float] = {}
         self._new_work: Sequence[str] = ()
@@ -106,6 +108,9 @@ class TorchEngine(PeersEngine[Session]):
 
         prepared = self.prepare_session(new_session, meets_every)
         # What the program changes before its first loop is undone if the run goes on in a loop.
+        if self.peers.size > 1 and not self.peers.rank:
+            with torch.no_grad():
+                self._sampled = {BEGUN: Samples(self._live_state(), {}).digests()}
         self._begun, self._begun_rates = self._fingerprints(), self._hyperparameters()
         prepared.session.call_before_loops(functools.partial(self._note_work_before, prepared.session))
         let_workers_outlive_signals()
@@ -236,7 +241,7 @@ class TorchEngine(PeersEngine[Session]):
         with torch.no_grad():
             states = {one.name: memory.copy(one.name, one.state(), copies) for one in self._program.components}
             own = memory.copy("process", session.process_state.capture(), copies)
-            process = {**own, "program": self._program.notes(), "numpys": memory.numpys}
+            process = {**own, **self._sampled, "program": self._program.notes(), "numpys": memory.numpys}
             self._program.warn_of_shared()
             frozen = {one.name: one.frozen() for one in self._program.components} if self._frozen_apart else {}
             copies.close()

@@ -48,6 +48,8 @@ class Fitting:
     frozen: list[str] | None = None
     names: list[str] = field(default_factory=list)
     part_names: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+    """What rank 0 has saved and was something else in the rank of this process."""
 
     def prepare(self, states: Mapping[str, Any]) -> None:
         """Prepare the objects for their states: add the parameter groups and unfreeze the parameters as the run had."""

@@ -10,7 +10,7 @@ from stepguard.disk.schema import Count, Each, Fields, Form
 from stepguard.errors import CheckpointCorruptError, described
 from stepguard.steps.process_file import checked_state
 from stepguard.torch.checkpoint.files import read_file
-from stepguard.torch.checkpoint.of_rank import OWN
+from stepguard.torch.checkpoint.of_rank import BEGUN, OWN, SAMPLED
 from stepguard.torch.random_states import STREAMS
 
 _TEXTS = Each((str,))
@@ -46,6 +46,8 @@ ADDED: dict[str, Form] = {
     "generators": Each(_BY_NAME, (str,)),
     OWN: Fields({"buffers": Each(_BY_NAME, (str,)), "streams": Each((dict,), (str,))}),
     "computed": _BY_NAME,
+    SAMPLED: Each(Each((str,), (str,)), (str,)),
+    BEGUN: Each(Each((str,), (str,)), (str,)),
     "gradients": Each(Each((object,), Count()), (str,)),
 }
 

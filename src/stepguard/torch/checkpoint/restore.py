@@ -22,7 +22,7 @@ from stepguard.torch.checkpoint.files import (
 )
 from stepguard.torch.checkpoint.fitting import Fitting, fit
 from stepguard.torch.checkpoint.frozen import joined
-from stepguard.torch.checkpoint.of_rank import OWN, put_own
+from stepguard.torch.checkpoint.of_rank import BEGUN, OWN, SAMPLED, put_own, unlike
 from stepguard.torch.checkpoint.optimizers import optimizers_in
 from stepguard.torch.checkpoint.process_state import read_process
 from stepguard.torch.checkpoint.program import Program
@@ -105,6 +105,15 @@ class Restorer:
             for optimizer in (one for part in fitting.parts for one in optimizers_in(part.name, part.holder).values()):
                 # The steps of before count: a scheduler that now comes first is not too early, as PyTorch would warn.
                 vars(optimizer)["_opt_called"] = True
+        if fitting.unlike:
+            _log.warning(
+                "%s holds these as rank 0 had them, and this process, rank %d, had others. It goes on with those of "
+                "rank 0, so the run is not the same from here on: %s. Put what differs between ranks into "
+                "Values(per_process=True), and wrap what should not differ in DistributedDataParallel",
+                path,
+                rank,
+                listed(fitting.unlike),
+            )
         if not is_of_rank:
             # There are more processes than before. The random streams of this one begin as the program has seeded them.
             process["random"] = STREAMS.capture()
@@ -140,6 +149,7 @@ class Restorer:
         for part in self._program.components:
             if part.name in states:
                 states[part.name] = with_numpys(part.name, states[part.name], process.get("numpys", {}))
+        others = unlike(states, process)
         own = process.pop(OWN, {})
         fitting = fit(path, self._program, states, process.pop("program", {}), options)
         fitting.prepare(states)
@@ -148,7 +158,10 @@ class Restorer:
         if in_parts:
             states.update(read_sharded(path, in_parts, shardings))
         states.update({name: cut(name, states[name], shardings[name]) for name in shardings if name in files})
-        put_own(states, own)
+        others += put_own(states, own)
+        names = [part.name for part in fitting.parts]
+        places = [f"{name}.{key}" if key else name for name, key in others if name in names]
+        fitting.unlike = [place for place in places if not fitting.is_left_out(place)]
         return fitting, states
 
 
@@ -169,9 +182,11 @@ def _files(path: Path, rank: int, count: int) -> tuple[dict[str, Any], dict[str,
     own = processes.get(f"{PROCESS}{rank}")
     if rank and own is not None:
         # The rest is of the rank's own moment, which with uneven inputs may be the end of the loop that the chief runs.
-        of_chief = {key: process[key] for key in ("sharded", "program", APART) if key in process}
+        of_chief = {key: process[key] for key in ("sharded", "program", APART, BEGUN) if key in process}
         mine = read_process(own)
         if len(processes) != count:
             mine.pop(OWN, None)
+        if len(processes) != count or mine["global_step"] != process["global_step"]:
+            mine.pop(SAMPLED, None)
         process = {**mine, **of_chief, "numpys": {**process.get("numpys", {}), **mine.get("numpys", {})}}
     return process, found, own is not None

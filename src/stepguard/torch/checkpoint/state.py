@@ -52,6 +52,10 @@ class Component:
         self.is_replicated = is_replicated(holder)
         # Of DistributedDataParallel, with what each keeps; a program may register one later.
         self._hooks: list[tuple[Any, Any]] = getattr(holder, "_comm_hooks", []) if self.is_replicated else []
+        # PyTorch 2.13 has renamed it.
+        names = ("forward_sync_buffers", "broadcast_buffers")
+        self.sends_buffers = self.is_replicated and any(getattr(holder, name, False) for name in names)
+        """Whether each forward pass begins with the buffers of rank 0 in all processes."""
         buffers = _buffers(self.holder) if isinstance(self.holder, nn.Module) else {}
         self.unfilled = {key: place for key, place in buffers.items() if place[0]._buffers[place[1]] is None}
         """The names in the state of a module of its buffers that are ``None`` as built: steps may make them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from stepguard.coordination.coordinator import Coordinator
 from stepguard.disk.new_file import repeating
 from stepguard.errors import NonFiniteError
+from stepguard.steps.copying_budget import COPYING_SHARE, CopyingBudget
 from stepguard.steps.gate import Moment
 from stepguard.steps.member import SessionMember
 from stepguard.steps.part_messages import PartMessages
-from stepguard.torch.checkpoint.of_rank import OWN, own_of
+from stepguard.torch.checkpoint.of_rank import OWN, SAMPLED, Samples, left_out, own_of
 from stepguard.torch.checkpoint.packed import unpacked
 from stepguard.torch.checkpoint.sharded_tensors import is_sharded
-from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, non_finite
+from stepguard.torch.checkpoint.snapshot import CopyStreams, HostMemories, HostMemory, non_finite
 from stepguard.torch.checkpoint.state import Component
 from stepguard.torch.distributed.joint_write import answer_error, write_mine, write_process
 from stepguard.torch.session import Session
@@ -38,6 +40,7 @@ class TorchPart:
     sharded: Mapping[str, Any]
     frozen: Mapping[str, Collection[str]]
     copies: CopyStreams
+    samples: Samples | None
 
 
 class TorchMember(SessionMember):
@@ -65,6 +68,8 @@ class TorchMember(SessionMember):
         self._is_sharded = any(is_sharded(one.state()) for one in components)
         self._is_watched = is_watched
         self._frozen_apart = frozen_apart
+        # Spent before that of the parts at the ends of loops, which the checkpoints need.
+        self._sampling = CopyingBudget(COPYING_SHARE / 2)
         # The directory that this process has written into last; it is a checkpoint if the chief has committed it.
         self._before: str | None = None
 
@@ -80,15 +85,26 @@ class TorchMember(SessionMember):
         with session.boundary.hold("a checkpoint"), torch.no_grad():
             moment, steps = self.moment(), self.steps_done()
             state = {"global_step": session.global_step, **session.process_state.capture()}
-            state[OWN] = own_of(self._components)
-            process = {**memory.copy("process", state, copies), "numpys": memory.numpys}
+            own = own_of(self._components)
+            process = {**memory.copy("process", {**state, OWN: own}, copies), "numpys": memory.numpys}
             live = {one.name: one.state() for one in self._components} if self._is_sharded else {}
+            samples = self._sampled(own, memory, copies)
             sharded = {name: memory.copy(name, state, copies) for name, state in live.items() if is_sharded(state)}
             apart = [one for one in self._components if one.name in sharded] if self._frozen_apart else []
             frozen = {one.name: one.frozen() for one in apart}
             copies.close()
         self._memories.keep(memory, copies)
-        return TorchPart(moment, steps, process, sharded, frozen, copies)
+        return TorchPart(moment, steps, process, sharded, frozen, copies, samples)
+
+    def _sampled(self, own: Mapping[str, Any], memory: HostMemory, copies: CopyStreams) -> Samples | None:
+        """Samples of what is saved as rank 0 has it, unless short loops would feel it."""
+        if not (self._sampling.costs_nothing or self._sampling.allows_one()):
+            return None
+        began = time.monotonic()
+        states = {one.name: one.state() for one in self._components if not one.is_stream}
+        samples = Samples(states, left_out(self._components, own), memory, copies)
+        self._sampling.spend(time.monotonic() - began)
+        return samples
 
     def write_part(self, messages: PartMessages, place: str, part: Callable[[], TorchPart]) -> None:
         """Write the file of this process, and its part of the sharded objects, into ``place`` below the logdir."""
@@ -98,7 +114,8 @@ class TorchMember(SessionMember):
             mine = part()
             mine.copies.finish()
             unpacked(mine.process)
-            write_process(messages, directory, mine.process)
+            sampled = {} if mine.samples is None else {SAMPLED: mine.samples.digests()}
+            write_process(messages, directory, {**mine.process, **sampled})
             if self._is_sharded:
                 before, self._before = self._before, directory.name
                 with repeating(lambda path: self._earlier(path, before)):
