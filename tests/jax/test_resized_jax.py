@@ -37,7 +37,7 @@ def sharded(rank, processes):
 
 def started(loader, processes, position=None, **options):
     """The feeds of all processes, which go on at the position that the chief has saved."""
-    feeds = [feed_of(loader(rank, processes), STREAMS) for rank in range(processes)]
+    feeds = [feed_of(loader(rank, processes), STREAMS, {}) for rank in range(processes)]
     for feed in feeds if position else ():
         feed.resume(position, processes, **options)
     return feeds

@@ -100,6 +100,7 @@ class _JaxProcessState(ProcessState):
     def __init__(self, streams: RandomStreams, processes: int, state: Callable[[], Any]) -> None:
         super().__init__(streams, processes)
         self._state = state
+        self._put_back: dict[int, Any] = {}
         self.strangers = StrangersOfJax(self._leaves)
 
     def _leaves(self) -> dict[str, Any]:
@@ -116,4 +117,4 @@ class _JaxProcessState(ProcessState):
         return id(value)
 
     def new_feed(self, loader: Any) -> Feed:
-        return feed_of(loader, self.streams)
+        return feed_of(loader, self.streams, self._put_back)

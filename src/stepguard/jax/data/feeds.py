@@ -6,27 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepguard.jax.data.arrays import ArraysFeed, Batches
-from stepguard.steps.feeds import Feed, FunctionFeed, IterableFeed, is_function
+from stepguard.jax.data.held_generators import HoldingFunctionFeed
+from stepguard.steps.feeds import Feed, IterableFeed, is_function
 from stepguard.steps.group_feed import GroupFeed
 from stepguard.steps.random_streams import RandomStreams
 from stepguard.steps.stateful_feeds import GrainFeed, StatefulFeed, is_grain, is_stateful
 from stepguard.steps.tf_data import TfDataFeed, is_tf_data
 
 
-def feed_of(loader: Any, streams: RandomStreams) -> Feed:
-    """The feed for a loader of any kind.
+def feed_of(loader: Any, streams: RandomStreams, put_back: dict[int, Any]) -> Feed:
+    """The feed for a loader of any kind. ``put_back`` is shared by the feeds of a session; see HoldingFunctionFeed.
 
     Raises:
         TypeError: ``loader`` cannot be iterated over.
     """
     if _is_group(loader):
-        return GroupFeed(loader, lambda one: feed_of(one, streams))
+        return GroupFeed(loader, lambda one: feed_of(one, streams, put_back))
     if isinstance(loader, Batches):
         return ArraysFeed(loader)
     if is_tf_data(loader):
         return TfDataFeed(loader, streams)
     if is_function(loader):
-        return FunctionFeed(loader, streams)
+        return HoldingFunctionFeed(loader, streams, put_back)
     if is_grain(loader):
         return GrainFeed(loader)
     if is_stateful(loader):
