@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 from loop_programs import Counting
 from torch.utils.data import DataLoader, TensorDataset
+
+from stepguard.torch.data.reordered import Reordered
 
 NAMED = "the program shuffles order in place"
 
@@ -143,3 +146,20 @@ def test_a_list_that_is_drawn_anew_in_each_epoch_is_not_named(tmp_path, caplog):
 
 def test_a_list_that_each_start_draws_otherwise_is_named(tmp_path, caplog):
     assert made_otherwise(tmp_path, batches_drawn_at_the_start, caplog) == (False, True)
+
+
+def test_all_are_looked_at_in_the_first_epochs_alone():
+    looked = []
+    frame = sys._getframe()
+    order, other = np.arange(8), np.arange(9)
+    found = Reordered()
+    for epoch in range(6):
+        found.begin_body(frame, is_begun=False)
+        looked.append(sorted(found._at_body))
+        np.random.default_rng(epoch).shuffle(order)
+        found.begin_loop(frame)
+
+    assert {"order", "other"} <= set(looked[0])
+    assert other.tolist() == list(range(9))
+    assert looked[3:] == [["order"]] * 3
+    assert set(found.saved(is_begun=True)) == {"order"}

@@ -21,6 +21,8 @@ _log = logger(__name__)
 # Longer ones would take more than a moment of each epoch.
 _MOST_VALUES = 2**17
 _MOST_NUMBERS = 2**22
+# In the first epochs of a process all are looked at, and then those alone that were shuffled.
+_EPOCHS = 3
 
 
 class Reordered:
@@ -33,6 +35,7 @@ class Reordered:
         self._found: dict[str, Any] = {}
         self._at_loop: dict[str, Any] = {}
         self._before: Mapping[str, str] = {}
+        self._epochs_left = _EPOCHS
 
     @property
     def has_found(self) -> bool:
@@ -52,7 +55,8 @@ class Reordered:
 
     def begin_body(self, frame: Any, *, is_begun: bool) -> None:
         """Look at what ``frame`` and those around it have; ``is_begun`` if the epoch was begun before the restart."""
-        held = _held(frame)
+        self._epochs_left -= 1
+        held = self._held(frame)
         self._at_body = {name: (id(one), digest(one), _unordered(one)) for name, one in held.items()}
         if self._before and not is_begun:
             self._compare(held)
@@ -62,13 +66,16 @@ class Reordered:
         before, self._at_body = self._at_body, {}
         if not before:
             return
-        held = _held(frame)
+        held = self._held(frame)
         for name, one in held.items():
             number, was, unordered = before.get(name, (0, None, 0))
             if number == id(one) and digest(one) != was and _unordered(one) == unordered:
                 self._found[name] = one
         self._at_loop = {name: digest(one) for name, one in self._found.items()}
         self._compare(held)
+
+    def _held(self, frame: Any) -> Mapping[str, Any]:
+        return _held(frame) if self._epochs_left >= 0 or self._before else self._found
 
     def _compare(self, held: Mapping[str, Any]) -> None:
         before, self._before = self._before, {}
