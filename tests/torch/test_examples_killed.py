@@ -14,6 +14,7 @@ from forked import fork
 from killed_example import Kill, Watch, main
 
 from stepguard.store import CheckpointStore
+from stepguard.torch.checkpoint.of_rank import NOTES
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "torch"
 
@@ -68,7 +69,8 @@ class Program:
         newest = CheckpointStore(self.logdir).newest_good(quarantine=False).checkpoint
         flat: dict[str, Any] = {"step": newest.step}
         for path in sorted(newest.path.glob("*.pt")):
-            flatten(path.name, torch.load(path, weights_only=True), flat)
+            held = torch.load(path, weights_only=True)
+            flatten(path.name, {key: one for key, one in held.items() if key not in NOTES}, flat)
         return flat
 
 

@@ -26,6 +26,8 @@ SAMPLED = "sampled"
 """The key of its samples of the rest."""
 BEGUN = "begun"
 """The key of the samples of what rank 0 has begun with, in its own file."""
+NOTES = (SAMPLED, BEGUN)
+"""The keys of what serves a warning alone and is no state: it depends on where a process has begun."""
 
 # Buffers that are larger than this, together, are only sampled.
 _MOST_BYTES = 1 << 24

@@ -17,6 +17,7 @@ from stepguard.store.manifest import SUFFIX as MANIFEST_SUFFIX
 from stepguard.store.saved_tensor import SavedTensor
 from stepguard.torch.checkpoint import frozen, unpickling
 from stepguard.torch.checkpoint.files import SUFFIX, frozen_files, is_process, named_files
+from stepguard.torch.checkpoint.of_rank import NOTES
 from stepguard.torch.checkpoint.process_state import read_process
 
 METADATA = ".metadata"
@@ -62,7 +63,7 @@ def _sharded(path: Path) -> Iterator[SavedTensor]:
         state = read_process(part) if is_process(part.stem) else load_part(part)
         # The skeletons of the sharded objects: their nesting, plain values, and tensors without content.
         skeletons = state.pop("sharded", {}) if is_process(part.stem) else {}
-        yield from _leaves(part.stem, state)
+        yield from _leaves(part.stem, _without_notes(part, state))
         if part.stem in apart:
             yield from _part(apart[part.stem])
         for name, skeleton in skeletons.items():
@@ -84,7 +85,7 @@ def _put_together(sharded: Any, name: str, size: torch.Size, dtype: torch.dtype)
 def _part(path: Path) -> Iterator[SavedTensor]:
     """The tensors in one entry of a checkpoint's directory, which has a file for each named object."""
     if path.suffix == SUFFIX and path.is_file():
-        yield from _leaves(path.stem, load_part(path))
+        yield from _leaves(path.stem, _without_notes(path, load_part(path)))
         return
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "the manifest names it, and it is gone", str(path))
@@ -93,6 +94,12 @@ def _part(path: Path) -> Iterator[SavedTensor]:
         f"{'a directory' if path.is_dir() else 'another file'}",
         path=path,
     )
+
+
+def _without_notes(path: Path, content: Any) -> Any:
+    if not is_process(path.stem) or not isinstance(content, dict):
+        return content
+    return {key: one for key, one in content.items() if key not in NOTES}
 
 
 def load_part(path: Path) -> Any:
