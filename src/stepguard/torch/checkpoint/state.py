@@ -265,7 +265,7 @@ def components(state: Mapping[Any, Any]) -> list[Component]:
                 f"collective operation, and would come between those of the training; use "
                 f"torch.distributed.fsdp.fully_shard"
             )
-        if callable(getattr(holder, "consolidate_state_dict", None)):
+        if callable(getattr(type(holder), "consolidate_state_dict", None)):
             raise TypeError(
                 f"state[{name!r}]: the state of this {type(holder).__name__} is spread over the processes, and its "
                 f"state_dict is only what the last consolidate_state_dict, a collective operation, has gathered; use "
