@@ -104,7 +104,7 @@ def remove(logdir: Path, beginning: str) -> None:
 
 def pass_a_tick(copies: Copies) -> None:
     """Wait until the clock of the place has moved on: S3 has seconds."""
-    began = copies.remote.objects()[-1].modified
+    began = max(one.modified for one in copies.remote.objects())
 
     def has_moved() -> bool:
         copies.remote.put("clock", b"x")
