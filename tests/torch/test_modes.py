@@ -135,3 +135,14 @@ def test_a_program_that_sets_another_mode_on_its_way_is_told(tmp_path, caplog):
     assert modes[2] == [True] * 4
     (message,) = [one.getMessage() for one in caplog.records if "until the program sets the mode again" in one.message]
     assert message.startswith("net was in train() when the run was interrupted, and the program has called eval()")
+
+
+def test_a_checkpoint_before_the_first_step_of_a_restart_has_the_modes_of_the_interrupted_run(tmp_path):
+    trained(evaluated_in_steps, tmp_path, 6)
+    found = []
+
+    def looks(sv, sess, net, train):
+        found.append(sess.process_state.capture()["modes"])
+
+    trained(looks, tmp_path)
+    assert found == [{"net": False}]

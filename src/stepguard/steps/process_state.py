@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from stepguard.steps.feeds import Feed
 from stepguard.steps.own_loop import OwnLoop
@@ -18,8 +18,6 @@ from stepguard.words import logger
 
 _log = logger(__name__)
 
-_SAVED = ("reordered", "drawn", "random", "is_first", "loaders", "epochs", "place")
-
 
 class ProcessState(ABC):
     """The streams and the feeds of a session. For the training thread, or a thread that holds the boundary.
@@ -27,6 +25,8 @@ class ProcessState(ABC):
     How loaders are matched with those of the earlier run is explained in :mod:`stepguard.steps.places`.
     """
 
+    LIVE: ClassVar[tuple[str, ...]] = ("drawn", "random", "is_first", "loaders", "epochs", "place")
+    """The keys of what the program moves; a subclass adds those of its own."""
     saves_copies = True
 
     def __init__(self, streams: RandomStreams, processes: int = 1) -> None:
@@ -105,7 +105,7 @@ class ProcessState(ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, which :meth:`capture` has returned in an earlier process."""
-        self._beginning = {key: state[key] for key in _SAVED if key in state}
+        self._beginning = {key: state[key] for key in self.LIVE if key in state}
         self._places.restore(state["loaders"])
         # A checkpoint of an earlier version has no epochs.
         epochs = state.get("epochs") or {"done": 0, "loops": 0, "begun": True}

@@ -105,6 +105,8 @@ class Session(LoopSession):
 class _TorchProcessState(ProcessState):
     """Adds the gradients that the next step needs; each of several processes has its own."""
 
+    LIVE = (*ProcessState.LIVE, "reordered", "modes")
+
     def __init__(
         self,
         streams: RandomStreams,

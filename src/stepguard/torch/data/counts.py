@@ -14,8 +14,7 @@ _log = logger(__name__)
 
 _PLAIN = (bool, int, float, str, type(None))
 # A multiprocessing.Value, with and without a lock.
-_CODES: Any = getattr(sharedctypes, "typecode_to_type")  # noqa: B009 - it has no stub
-_SHARED = (sharedctypes.Synchronized, _CODES["i"].__base__)
+_SHARED = (sharedctypes.Synchronized, vars(sharedctypes)["typecode_to_type"]["i"].__base__)
 # The key in the state for what was not saved, which no attribute is called.
 _NOT_SAVED = "not saved"
 
